@@ -1,0 +1,47 @@
+"""Contrastive Preference Optimisation (CPO) for mlx-lm-lora.
+
+Importing this package imports nothing heavy: every public name is resolved when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mlx_cpo_plugin._version import __version__
+
+if TYPE_CHECKING:
+    from mlx_cpo_plugin.host.finder import install as activate
+    from mlx_cpo_plugin.hookspecs import hookimpl
+    from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+    from mlx_cpo_plugin.types import LossType, Option, TrainMode
+
+_HOMES = {
+    "CPOTrainingArgs": "mlx_cpo_plugin.trainer",
+    "LossType": "mlx_cpo_plugin.types",
+    "Option": "mlx_cpo_plugin.types",
+    "TrainMode": "mlx_cpo_plugin.types",
+    "activate": "mlx_cpo_plugin.host.finder",
+    "evaluate_cpo": "mlx_cpo_plugin.trainer",
+    "hookimpl": "mlx_cpo_plugin.hookspecs",
+    "train_cpo": "mlx_cpo_plugin.trainer",
+}
+
+__all__ = [
+    "CPOTrainingArgs",
+    "LossType",
+    "Option",
+    "TrainMode",
+    "__version__",
+    "activate",
+    "evaluate_cpo",
+    "hookimpl",
+    "train_cpo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    return getattr(home, "install" if name == "activate" else name)

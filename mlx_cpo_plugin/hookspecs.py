@@ -1,0 +1,84 @@
+"""The hooks of mlx-cpo-plugin.
+
+A distribution adds train modes or losses by naming a module in the entry-point group ``mlx_cpo_plugin``::
+
+    [project.entry-points.mlx_cpo_plugin]
+    my_losses = "my_package.losses"
+
+and by implementing the hooks below in that module, marked with :data:`hookimpl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from mlx_cpo_plugin.types import LossType, TrainMode
+
+PROJECT_NAME = "mlx_cpo_plugin"
+ENTRY_POINT_GROUP = "mlx_cpo_plugin"
+
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+@hookspec
+def register_train_modes() -> Iterable[TrainMode]:  # type: ignore[empty-body]
+    """Return the train modes that this plugin adds.
+
+    Each is accepted as ``train_mode`` in YAML and as ``--train-mode``, with its options checked like every other.
+    A name that mlx-lm-lora has is taken over; two plugins that return the same name are an error that names both.
+
+    Example::
+
+        from mlx_cpo_plugin import TrainMode, hookimpl
+
+        @hookimpl
+        def register_train_modes():
+            return [
+                TrainMode(
+                    name="mean_margin",
+                    title="Mean margin",
+                    help="Reports how many rows there are.",
+                    load_dataset=lambda args, tokenizer: ([1, 2, 3], [], []),
+                    train=lambda model, optimizer, train_dataset, val_dataset, args, adapter_file,
+                    training_callback: None,
+                    evaluate=lambda model, dataset, args: {"loss": 0.0},
+                )
+            ]
+    """
+
+
+@hookspec
+def register_loss_types() -> Iterable[LossType]:  # type: ignore[empty-body]
+    """Return the preference losses that this plugin adds.
+
+    Each is accepted as ``dpo_cpo_loss_type``; its options become YAML keys and command-line flags. The function
+    receives the log-probs of the answers as float32 arrays of shape [B] (sums over the answer's tokens, or means
+    where ``length_normalised`` is true) and returns one loss a pair. Two plugins that return the same name are an
+    error that names both.
+
+    Example::
+
+        import mlx.nn as nn
+        from mlx_cpo_plugin import LossType, Option, hookimpl
+
+        def simpo(chosen_logps, rejected_logps, beta, simpo_gamma):
+            return -nn.log_sigmoid(beta * (chosen_logps - rejected_logps) - simpo_gamma)
+
+        @hookimpl
+        def register_loss_types():
+            gamma = Option("simpo_gamma", float, 0.5, "Target margin of SimPO.", minimum=0)
+            return [
+                LossType(
+                    name="simpo",
+                    title="SimPO",
+                    fn=simpo,
+                    formula="-log sigmoid(beta * logits - gamma)",
+                    source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
+                    options=(gamma,),
+                    length_normalised=True,
+                )
+            ]
+    """

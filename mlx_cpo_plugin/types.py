@@ -1,0 +1,119 @@
+"""What hooks return: train modes, loss types and options, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting, described once for the command line, YAML validation, help texts and forms.
+
+    Attributes:
+        name: YAML key; ``--name-with-dashes`` on the command line.
+        type: ``int``, ``float``, ``bool``, ``str``, ``dict`` or ``list``.
+        default: value when neither the command line nor the YAML file sets it.
+        help: one sentence.
+        title: label in a form; the name in words when empty.
+        minimum, maximum: inclusive bounds of a number.
+        above: exclusive lower bound of a number.
+        choices: the allowed values; empty means any.
+        optional: whether ``None`` (YAML ``null``) is allowed.
+        shown_when: other option's name -> values for which this option has an effect.
+    """
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    title: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+    shown_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling, e.g. ``--simpo-gamma``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def label(self) -> str:
+        """The title, or the name in words."""
+        return self.title or self.name.replace("_", " ").capitalize()
+
+    def allowed(self) -> str:
+        """The allowed values in words, e.g. ``a number > 0``."""
+        if self.choices:
+            return "one of " + ", ".join(str(choice) for choice in self.choices)
+        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        words = kinds.get(self.type, {dict: "a mapping", list: "a list"}.get(self.type, self.type.__name__))
+        if self.above is not None:
+            words += f" > {self.above:g}"
+        if self.minimum is not None and self.maximum is not None:
+            words += f" from {self.minimum:g} to {self.maximum:g}"
+        elif self.minimum is not None:
+            words += f" >= {self.minimum:g}"
+        elif self.maximum is not None:
+            words += f" <= {self.maximum:g}"
+        return words + (" or null" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class LossType:
+    """A preference loss that ``dpo_cpo_loss_type`` can name.
+
+    Attributes:
+        name: value of ``dpo_cpo_loss_type``.
+        title: label in a form.
+        fn: ``fn(chosen_logps, rejected_logps, **options) -> losses``; inputs and result are float32
+            arrays of shape [B]; ``options`` holds exactly the options that this loss reads.
+        formula: the loss in one line.
+        source: paper and equation.
+        options: the options that ``fn`` reads, by keyword.
+        length_normalised: whether the log-probs are means over the answer's tokens instead of sums.
+    """
+
+    name: str
+    title: str
+    fn: Callable[..., Any]
+    formula: str
+    source: str = ""
+    options: tuple[Option, ...] = ()
+    length_normalised: bool = False
+
+
+@dataclass(frozen=True)
+class TrainMode:
+    """A value of ``train_mode`` and the functions that carry it out.
+
+    ``args`` is a namespace with every resolved setting as an attribute.
+
+    Attributes:
+        name: value of ``train_mode``.
+        title: label in a form.
+        help: one sentence.
+        load_dataset: ``(args, tokenizer) -> (train, valid, test)``; each is a sequence, possibly empty.
+        train: ``(model, optimizer, train_dataset, val_dataset, args, adapter_file, training_callback)``.
+        evaluate: ``(model, dataset, args) -> metrics``, a mapping from name to float; ``loss`` is one of them.
+        options: the mode's own options, beside those that every mode shares.
+        loss_option: name of the option that picks a loss type; empty when the mode has none.
+        needs_reference, needs_judge: whether a second model has to be loaded.
+        supports_qat: whether the ``qat_*`` options have an effect.
+    """
+
+    name: str
+    title: str
+    help: str
+    load_dataset: Callable[[Any, Any], tuple[Sequence[Any], Sequence[Any], Sequence[Any]]]
+    train: Callable[..., None]
+    evaluate: Callable[[Any, Any, Any], Mapping[str, float]]
+    options: tuple[Option, ...] = ()
+    loss_option: str = ""
+    needs_reference: bool = False
+    needs_judge: bool = False
+    supports_qat: bool = False
