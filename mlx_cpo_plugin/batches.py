@@ -1,0 +1,156 @@
+"""Pairs -> padded batches: which pairs are seen when, and how they lie in arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.pair import PreferencePair
+
+LENGTH_MULTIPLE = 32
+SCORED_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers as arrays, one a row. Of B pairs, row i is the i-th chosen answer and row B + i the i-th rejected one.
+
+    Attributes:
+        tokens: int32 [rows, T]; prompt and answer, padded on the right with zeros.
+        scored_positions: int32 [N]; where the scored tokens are predicted, as ``row * (T - 1) + position``.
+        targets: int32 [N]; the scored tokens themselves.
+        target_rows: int32 [N]; the row of each scored token, or the number of rows where the entry is padding.
+        token_counts: float32 [rows]; scored tokens of each row.
+    """
+
+    tokens: mx.array
+    scored_positions: mx.array
+    targets: mx.array
+    target_rows: mx.array
+    token_counts: mx.array
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+        """The arrays in the order in which scoring takes them."""
+        return self.tokens, self.scored_positions, self.targets, self.target_rows, self.token_counts
+
+
+def collate(pairs: Sequence[PreferencePair]) -> Batch:
+    """Lay out both answers of every pair, the chosen ones first."""
+    return collate_answers(
+        [(pair.prompt, pair.chosen, pair.chosen_scored) for pair in pairs]
+        + [(pair.prompt, pair.rejected, pair.rejected_scored) for pair in pairs]
+    )
+
+
+def collate_answers(answers: Sequence[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]]) -> Batch:
+    """Lay out answers, each given as (prompt, answer, scored), padded so that few shapes occur."""
+    longest = max(len(prompt) + len(answer) for prompt, answer, _ in answers)
+    width = 1 + _round_up(longest - 1, LENGTH_MULTIPLE)
+    tokens = np.zeros((len(answers), width), np.int32)
+    positions, targets, rows = [], [], []
+    for row, (prompt, answer, scored) in enumerate(answers):
+        tokens[row, : len(prompt)] = prompt
+        tokens[row, len(prompt) : len(prompt) + len(answer)] = answer
+        offsets = np.flatnonzero(scored)
+        positions.append(row * (width - 1) + len(prompt) + offsets - 1)
+        targets.append(answer[offsets])
+        rows.append(np.full(len(offsets), row))
+    counts = [len(row) for row in rows]
+    padding = _round_up(sum(counts), SCORED_MULTIPLE) - sum(counts)
+    return Batch(
+        tokens=mx.array(tokens),
+        scored_positions=_padded(positions, padding, 0),
+        targets=_padded(targets, padding, 0),
+        target_rows=_padded(rows, padding, len(answers)),
+        token_counts=mx.array(np.array(counts, np.float32)),
+    )
+
+
+def _padded(parts: Sequence[NDArray[Any]], padding: int, value: int) -> mx.array:
+    return mx.array(np.concatenate([*parts, np.full(padding, value)]).astype(np.int32))
+
+
+def scored_tokens(pairs: Sequence[PreferencePair]) -> int:
+    """Return how many tokens of both sides are scored."""
+    return sum(int(pair.chosen_scored.sum()) + int(pair.rejected_scored.sum()) for pair in pairs)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One iteration's share of an optimizer step.
+
+    Attributes:
+        indices: the pairs of this rank; empty where a tail has fewer pairs than there are ranks.
+        window_pairs: pairs of the whole optimizer step, over all its micro-batches and ranks.
+        closes_window: whether the optimizer step follows.
+        epoch: 0 for the first pass over the data.
+    """
+
+    indices: tuple[int, ...]
+    window_pairs: int
+    closes_window: bool
+    epoch: int
+
+
+def training_plan(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    accumulation: int,
+    iters: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[MicroBatch]:
+    """Yield ``iters`` micro-batches in which every epoch sees each pair exactly once, in a seeded order.
+
+    An optimizer step takes ``batch_size * accumulation`` pairs of the shuffled epoch (fewer at its end) and is computed
+    in micro-batches of ``batch_size`` pairs of like length. So accumulating k batches of b pairs is, pair for pair, the
+    step of one batch of k * b. ``batch_size`` counts the pairs over all ranks, as the host does.
+
+    Args:
+        lengths: length in tokens of each pair.
+        iters: micro-batches to yield; a step that they cut short closes early and counts only what it holds.
+    """
+    remaining = iters
+    for epoch in count():
+        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+        for start in range(0, len(order), batch_size * accumulation):
+            window = sorted(order[start : start + batch_size * accumulation], key=lambda index: lengths[index])
+            micro_batches = [window[at : at + batch_size] for at in range(0, len(window), batch_size)][:remaining]
+            window_pairs = sum(map(len, micro_batches))
+            for number, indices in enumerate(micro_batches, 1):
+                yield MicroBatch(
+                    indices=tuple(int(index) for index in indices[rank::world_size]),
+                    window_pairs=window_pairs,
+                    closes_window=number == len(micro_batches),
+                    epoch=epoch,
+                )
+            remaining -= len(micro_batches)
+            if remaining == 0:
+                return
+
+
+def evaluation_plan(
+    pairs: Sequence[PreferencePair], *, batch_size: int, num_batches: int = -1, rank: int = 0, world_size: int = 1
+) -> Iterator[list[PreferencePair]]:
+    """Yield this rank's share of every pair, each exactly once, or of the first ``num_batches`` batches; -1 means all.
+
+    A limit takes pairs in the order of the data, so that it means the same pairs however many ranks there are.
+    """
+    limit = len(pairs) if num_batches < 0 else min(len(pairs), num_batches * batch_size)
+    mine = sorted(islice(pairs, limit), key=lambda pair: pair.length)[rank::world_size]
+    rows = max(1, batch_size // world_size)
+    for start in range(0, len(mine), rows):
+        yield mine[start : start + rows]

@@ -1,0 +1,138 @@
+"""Adapters on disk: written atomically, loadable by mlx_lm, and proven by loading them back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+
+from mlx_cpo_plugin.errors import UserError
+
+_LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+_DORA_LAYERS = (DoRALinear, DoRAEmbedding)
+
+
+class CheckpointError(UserError):
+    """An adapter cannot be written, or what was written is not what was trained."""
+
+
+def save_adapter(model: nn.Module, adapter_file: Path) -> None:
+    """Write the trainable parameters to ``adapter_file`` (safetensors), whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written; an older one is left as it was.
+    """
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    _write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights))
+
+
+def save_checkpoint(model: nn.Module, adapter_file: Path, iteration: int) -> Path:
+    """Write ``adapter_file`` and, beside it, ``0000100_adapters.safetensors``; return the latter."""
+    save_adapter(model, adapter_file)
+    checkpoint = adapter_file.parent / f"{iteration:07d}_adapters.safetensors"
+    save_adapter(model, checkpoint)
+    return checkpoint
+
+
+def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
+    """Write ``adapter_config.json`` so that ``mlx_lm.load(..., adapter_path=)`` rebuilds the adapter's layers.
+
+    The fine-tune type, rank, scale, dropout and number of layers are read from the model itself. Keys of an existing
+    file that say nothing of these are kept.
+    """
+    path = adapter_file.parent / "adapter_config.json"
+    config: dict[str, Any] = {}
+    if path.exists():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = {}  # a torn file of an earlier run: all that matters is written below
+    config.update(describe_adapter(model))
+    text = json.dumps(config, indent=4, sort_keys=True, default=str)
+    _write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def describe_adapter(model: nn.Module) -> dict[str, Any]:
+    """Return ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` as mlx_lm's loader reads them."""
+    adapters = [module for _, module in model.named_modules() if isinstance(module, _LORA_LAYERS + _DORA_LAYERS)]
+    if not adapters:
+        return {"fine_tune_type": "full", "num_layers": -1, "lora_parameters": {}}
+    adapted = [layer for layer in model.layers if any(isinstance(m, _LORA_LAYERS + _DORA_LAYERS) for m in layer.modules())]
+    first = adapters[0]
+    # mlx_lm takes the last n layers, and all of them for any n < 1.
+    all_layers = len(adapted) == len(model.layers)
+    return {
+        "fine_tune_type": "dora" if isinstance(first, _DORA_LAYERS) else "lora",
+        "num_layers": -1 if all_layers else len(adapted),
+        "lora_parameters": {
+            "rank": int(first.lora_a.shape[1 if not isinstance(first, LoRASwitchLinear) else -2]),
+            "scale": float(first.scale),
+            "dropout": round(1 - first.dropout._p_1, 6),
+        },
+    }
+
+
+def load_adapter(model: nn.Module, adapter_file: Path) -> None:
+    """Load trainable parameters saved by :func:`save_adapter` into a model that has the same layers.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds other names or shapes than the model trains.
+    """
+    try:
+        weights = dict(mx.load(str(adapter_file)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"The adapter {adapter_file} cannot be read ({error}); give another file.") from error
+    expected = dict(tree_flatten(model.trainable_parameters()))
+    for name, value in expected.items():
+        if name not in weights:
+            raise CheckpointError(f"The adapter {adapter_file} has no {name!r}; it belongs to another kind of training.")
+        if weights[name].shape != value.shape:
+            raise CheckpointError(
+                f"The adapter {adapter_file} has {name!r} as {weights[name].shape}, but the model trains {value.shape}; "
+                "use the lora_parameters and model that it was trained with."
+            )
+    unknown = sorted(set(weights) - set(expected))
+    if unknown:
+        raise CheckpointError(f"The adapter {adapter_file} has {unknown[0]!r}, which the model does not train.")
+    model.update(tree_unflatten(list(weights.items())))
+
+
+def verify_adapter(model: nn.Module, adapter_file: Path, score: Callable[[], mx.array]) -> None:
+    """Load the saved adapter over a blanked model and check that ``score`` still gives the same numbers to the bit.
+
+    Raises:
+        CheckpointError: the saved adapter scores differently.
+    """
+    before = score()
+    mx.eval(before)
+    model.update(tree_map(mx.zeros_like, model.trainable_parameters()))
+    load_adapter(model, adapter_file)
+    after = score()
+    if not mx.array_equal(before, after, equal_nan=True).item():
+        raise CheckpointError(
+            f"The adapter saved in {adapter_file} does not score like the model that was trained; "
+            "check the disk and train again."
+        )
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, flush to the disk, then rename: ``path`` is never half-written."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The command ``mlx-cpo``: train, check, demo, doctor and losses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
+
+# Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
+TRAINING_COMMANDS = ("train", "check")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand with ``arguments`` (the process's own by default) and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words and words[0] in TRAINING_COMMANDS:
+            return {"train": _train, "check": _check}[words[0]](words[1:])
+        chosen = build_parser().parse_args(words)
+        if chosen.command == "demo":
+            return _demo()
+        if chosen.command == "doctor":
+            return _doctor(chosen.json)
+        return _losses(chosen.json)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every subcommand but the two that take the arguments of ``mlx_lm_lora.train``."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-cpo", description="Contrastive Preference Optimisation (CPO) for mlx-lm-lora."
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-cpo-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    training = "takes the arguments of mlx_lm_lora.train"
+    commands.add_parser("train", help=f"train, also where start-up files are not read; {training}")
+    commands.add_parser("check", help=f"show what a run would train on, without loading the model; {training}")
+    commands.add_parser("demo", help="train a tiny model and show what changed")
+    doctor = commands.add_parser("doctor", help="test whether everything is in place")
+    losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")
+    for command in (doctor, losses):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _activate() -> None:
+    from mlx_cpo_plugin.host import finder
+
+    if finder.disabled():
+        raise PluginError(f"{finder.DISABLE_VARIABLE} turns the plugin off; unset it to train with CPO.")
+    finder.install()
+
+
+def _train(words: Sequence[str]) -> int:
+    _activate()
+    import mlx_lm_lora.train as host_train
+
+    sys.argv = ["mlx-cpo train", *words]
+    host_train.main()
+    return 0
+
+
+def _check(words: Sequence[str]) -> int:
+    _activate()
+    from mlx_cpo_plugin import config
+    from mlx_cpo_plugin.data.check import run_check
+
+    sys.argv = ["mlx-cpo check", *words]
+    mode = config.requested_mode(words)
+    if mode is None:
+        source = config.explicit(words).get("config") or "the command line"
+        raise ConfigError(
+            f"{source} asks for no train mode that `mlx-cpo check` knows; "
+            "write train_mode: cpo into the configuration file or pass --train-mode cpo."
+        )
+    resolved = config.resolve(config.explicit(words, mode))
+    for note in resolved.notes:
+        print(f"note: {note}")
+    run_check(resolved.settings)
+    return 0
+
+
+def _demo() -> int:
+    _activate()
+    from mlx_cpo_plugin.demo.run import run_demo
+
+    return run_demo()
+
+
+def _doctor(as_json: bool) -> int:
+    from mlx_cpo_plugin.host.doctor import run_doctor
+
+    return run_doctor(as_json)
+
+
+def _losses(as_json: bool) -> int:
+    from mlx_cpo_plugin.plugins import loss_types
+
+    rows = [
+        {
+            "name": loss.name,
+            "title": loss.title,
+            "formula": loss.formula,
+            "source": loss.source,
+            "length_normalised": loss.length_normalised,
+            "options": [
+                {"name": option.name, "default": option.default, "allowed": option.allowed(), "help": option.help}
+                for option in loss.options
+            ],
+        }
+        for loss in loss_types().values()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            _print_loss(row)
+    return 0
+
+
+def _print_loss(row: dict[str, Any]) -> None:
+    print(f"{row['name']:10} {row['title']}")
+    print(f"{'':10} {row['formula']}")
+    if row["source"]:
+        print(f"{'':10} {row['source']}")
+    for option in row["options"]:
+        print(f"{'':10} {option['name']}: {option['allowed']}, default {option['default']}")

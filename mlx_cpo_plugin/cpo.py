@@ -1,0 +1,137 @@
+"""The built-in plugin: the ``cpo`` train mode, its options and its four losses, through the public hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_cpo_plugin.hookspecs import hookimpl
+from mlx_cpo_plugin.types import LossType, Option, TrainMode
+
+if TYPE_CHECKING:
+    from mlx_cpo_plugin.data import PreferenceDataset
+
+LOSS_OPTION = "dpo_cpo_loss_type"
+
+BETA = Option(
+    "beta", float, 0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", title="Beta", above=0
+)
+DELTA = Option(
+    "delta",
+    float,
+    50.0,
+    "Coefficient of the drift penalty; only used with dpop.",
+    title="Delta",
+    minimum=0,
+    shown_when={LOSS_OPTION: ("dpop",)},
+)
+LOSS = Option(LOSS_OPTION, str, "sigmoid", "Preference loss.", title="Loss")
+REFERENCE = Option(
+    "reference_model_path", str, None, "Not used: CPO needs no reference model.", title="Reference model", optional=True
+)
+
+
+@hookimpl
+def register_train_modes() -> list[TrainMode]:
+    return [
+        TrainMode(
+            name="cpo",
+            title="CPO",
+            help="Contrastive Preference Optimisation: DPO without a reference model.",
+            load_dataset=load_dataset,
+            train=train,
+            evaluate=evaluate,
+            options=(BETA, DELTA, LOSS, REFERENCE),
+            loss_option=LOSS_OPTION,
+            supports_qat=True,
+        )
+    ]
+
+
+@hookimpl
+def register_loss_types() -> list[LossType]:
+    from mlx_cpo_plugin import losses
+
+    return [
+        LossType(
+            name="sigmoid",
+            title="Sigmoid",
+            fn=losses.sigmoid_loss,
+            formula="-log sigmoid(beta * logits)",
+            source="Xu et al. 2024, arXiv 2401.08417",
+            options=(BETA,),
+        ),
+        LossType(
+            name="hinge",
+            title="Hinge",
+            fn=losses.hinge_loss,
+            formula="max(0, 1 - beta * logits)",
+            source="Zhao et al. 2023, arXiv 2305.10425",
+            options=(BETA,),
+        ),
+        LossType(
+            name="ipo",
+            title="IPO",
+            fn=losses.ipo_loss,
+            formula="(logits - 1 / (2 * beta)) ** 2, log-probs averaged over tokens",
+            source="Azar et al. 2023, arXiv 2310.12036, eq. 17",
+            options=(BETA,),
+            length_normalised=True,
+        ),
+        LossType(
+            name="dpop",
+            title="DPOP",
+            fn=losses.dpop_loss,
+            formula="-log sigmoid(beta * logits) + delta * max(0, rejected_logps - chosen_logps)",
+            source="Pal et al. 2024, arXiv 2402.13228, without the reference",
+            options=(BETA, DELTA),
+        ),
+    ]
+
+
+def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+    """Read and tokenise the preference rows that ``args`` names: train, valid and test."""
+    from mlx_cpo_plugin import data
+
+    return data.load_dataset(args, tokenizer)
+
+
+def train(
+    model: Any,
+    optimizer: Any,
+    train_dataset: Sequence[Any],
+    val_dataset: Sequence[Any],
+    args: Any,
+    adapter_file: Path,
+    training_callback: Any = None,
+) -> None:
+    """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.trainer.train_cpo`."""
+    from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+
+    train_cpo(
+        model=model,
+        optimizer=optimizer,
+        train_dataset=train_dataset,
+        val_dataset=val_dataset,
+        args=CPOTrainingArgs.from_settings(args, adapter_file),
+        training_callback=training_callback,
+    )
+
+
+def evaluate(model: Any, dataset: Sequence[Any], args: Any) -> Mapping[str, float]:
+    """Return loss, accuracies, margins and the other means over the pairs of ``dataset``."""
+    from mlx_cpo_plugin.trainer import evaluate_cpo
+
+    loss, rewards, _, means = evaluate_cpo(
+        model=model,
+        dataset=dataset,
+        batch_size=args.batch_size,
+        num_batches=args.test_batches,
+        beta=args.beta,
+        delta=args.delta,
+        max_seq_length=args.max_seq_length,
+        loss_type=args.dpo_cpo_loss_type,
+        loss_options=args.loss_options,
+    )
+    return {"loss": loss, "chosen_reward": rewards[0], "rejected_reward": rewards[1], **means}

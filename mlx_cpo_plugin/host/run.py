@@ -1,0 +1,221 @@
+"""A whole run of a registered train mode, built from the host's pieces: data, model, training, test, fusing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx_lm.tuner.callbacks import WandBCallback
+from mlx_lm.tuner.utils import build_schedule, print_trainable_parameters
+from mlx_lm_lora.train import build_lora_config
+from mlx_lm_lora.utils import (
+    find_lmstudio_models_path,
+    from_pretrained,
+    save_pretrained_merged,
+    save_to_lmstudio_merged,
+)
+from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
+
+from mlx_cpo_plugin.checkpoints import load_adapter
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
+from mlx_cpo_plugin.metrics import MetricsFile
+from mlx_cpo_plugin.types import TrainMode
+
+_OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
+_QUANTISED_LOADS = {
+    "load_in_4bits": {"bits": 4, "group_size": 128},
+    "load_in_6bits": {"bits": 6, "group_size": 128},
+    "load_in_8bits": {"bits": 8, "group_size": 128},
+    "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+}
+
+
+def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
+    """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
+
+    Raises:
+        UserError: settings, data, model or files are at fault; says which and what to do.
+    """
+    is_main = mx.distributed.init().rank() == 0
+    check_destinations(settings)
+    training_callback = with_wandb(settings, training_callback) if is_main else None
+
+    print_info("Loading datasets")
+    train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
+    model, tokenizer = load_model(settings)
+
+    if settings.train:
+        print_section("Training")
+        train_mode(settings, mode, model, train_set, valid_set, training_callback)
+    elif settings.adapter_path:
+        load_adapter(model, Path(settings.adapter_path) / "adapters.safetensors")
+
+    if settings.test:
+        print_section("Testing")
+        report_test(settings, mode, mode.evaluate(model, test_set, settings), is_main)
+
+    mx.clear_cache()
+    if settings.fuse and settings.train and is_main:
+        print_section("Fusing Model")
+        fuse(settings, model, tokenizer)
+
+
+def check_destinations(settings: SimpleNamespace) -> None:
+    """Find out before hours of training what would fail after them.
+
+    Raises:
+        ConfigError: ``resume_adapter_file`` is missing, or there is no LM Studio to export to.
+    """
+    resume = settings.resume_adapter_file
+    if resume is not None and not Path(resume).is_file():
+        raise ConfigError(f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter.")
+    if settings.fuse and settings.train and settings.lm_studio_name is not None:
+        try:
+            find_lmstudio_models_path()
+        except FileNotFoundError as error:
+            raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
+
+
+def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> TrainingCallback | None:
+    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project.
+
+    Raises:
+        ConfigError: the package wandb is not installed.
+    """
+    if settings.wandb is None:
+        return callback
+    Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
+    try:
+        return WandBCallback(
+            project_name=settings.wandb,
+            log_dir=settings.adapter_path,
+            config=vars(settings),
+            wrapped_callback=callback,
+        )
+    except ImportError as error:
+        raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.") from error
+
+
+def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
+    """Load the model with fresh adapters, the same ones for the same seed.
+
+    Raises:
+        ConfigError: the model cannot be loaded or quantised as asked.
+    """
+    np.random.seed(settings.seed)
+    mx.random.seed(settings.seed)
+    quantised_load = next((load for key, load in _QUANTISED_LOADS.items() if getattr(settings, key)), None)
+    print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
+    try:
+        model, tokenizer, _ = from_pretrained(
+            model=settings.model,
+            lora_config=build_lora_config(settings),
+            # A copy: the host's loader may keep or change what it is given.
+            quantized_load=dict(quantised_load) if quantised_load else None,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model {settings.model!r} cannot be loaded: {error}.") from error
+    if settings.train_type == "full" and settings.num_layers > 0:
+        model.freeze()
+        for layer in model.layers[-settings.num_layers :]:
+            layer.unfreeze()
+    return model, tokenizer
+
+
+def train_mode(
+    settings: SimpleNamespace,
+    mode: TrainMode,
+    model: nn.Module,
+    train_set: Sequence[Any],
+    valid_set: Sequence[Any],
+    training_callback: TrainingCallback | None,
+) -> None:
+    """Train from fresh or resumed weights."""
+    # The host seeds here too: dropout does not depend on how much randomness loading took.
+    mx.random.seed(settings.seed)
+    settings.iters = iterations(settings, len(train_set))
+    if settings.resume_adapter_file is not None:
+        print_info(f"Loading fine-tuned weights from {Colors.CYAN}{settings.resume_adapter_file}{Colors.RESET}")
+        load_adapter(model, Path(settings.resume_adapter_file))
+    print_trainable_parameters(model)
+    print_info(f"Training mode: {Colors.YELLOW}{mode.name.upper()}{Colors.RESET}")
+    mode.train(
+        model=model,
+        optimizer=build_optimizer(settings),
+        train_dataset=train_set,
+        val_dataset=valid_set,
+        args=settings,
+        adapter_file=Path(settings.adapter_path) / "adapters.safetensors",
+        training_callback=training_callback,
+    )
+
+
+def iterations(settings: SimpleNamespace, rows: int) -> int:
+    """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
+    if settings.iters is not None:
+        return int(settings.iters)
+    if settings.epochs is not None:
+        return int(settings.epochs) * math.ceil(rows / settings.batch_size)
+    default = int(SFTTrainingArgs().iters)
+    print_info(f"Neither iters nor epochs is set; training for {default} iterations.")
+    return default
+
+
+def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
+    """Return the optimizer with its learning rate or schedule.
+
+    Raises:
+        ConfigError: ``lr_schedule`` or ``optimizer_config`` holds what the schedule or optimizer does not take.
+    """
+    name = settings.optimizer.lower()
+    try:
+        rate = build_schedule(settings.lr_schedule) if settings.lr_schedule else settings.learning_rate
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise ConfigError(f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.") from error
+    try:
+        return _OPTIMIZERS[name](learning_rate=rate, **settings.optimizer_config.get(name, {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
+
+
+def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str, float], is_main: bool) -> None:
+    """Print the test metrics in the host's shape, and append them to the metrics file."""
+    if not is_main:
+        return
+    print(f"{Colors.BOLD}Test Results:{Colors.RESET}")
+    labels = {"loss": "Loss", "accuracies": "Accuracy", "margins": "Margin"}
+    for name, label in labels.items():
+        if name in metrics:
+            print(f"  {Colors.YELLOW}{label}:{Colors.RESET} {metrics[name]:.3f}")
+    print(f"\n{Colors.CYAN}{mode.title} Test Metrics:{Colors.RESET}")
+    for name, value in metrics.items():
+        if name not in labels:
+            print(f"  {Colors.WHITE}{name}:{Colors.RESET} {value:.3f}")
+    if settings.adapter_path:
+        MetricsFile(Path(settings.adapter_path) / "metrics.jsonl").append(
+            "test", {f"test_{name}": value for name, value in metrics.items()}
+        )
+
+
+def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
+    """Fuse the adapter into the model through the host, into LM Studio or beside the adapter."""
+    if settings.lm_studio_name is not None:
+        save_to_lmstudio_merged(
+            model=model, tokenizer=tokenizer, new_model_name=settings.lm_studio_name, de_quantize=True
+        )
+        return
+    save_pretrained_merged(
+        model=model,
+        tokenizer=tokenizer,
+        save_path=settings.adapter_path,
+        de_quantize=not any(getattr(settings, key) for key in _QUANTISED_LOADS),
+    )
+    print_success(f"Model fused and saved to {Colors.CYAN}{settings.adapter_path}{Colors.RESET}")

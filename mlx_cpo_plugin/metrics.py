@@ -1,0 +1,95 @@
+"""Means over pairs, the host's names for them, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cpo_plugin.scoring import AnswerScores
+
+PAIR_METRICS = (
+    "loss",
+    "chosen_reward",
+    "rejected_reward",
+    "accuracies",
+    "margins",
+    "policy_chosen_logps",
+    "policy_rejected_logps",
+    "chosen_logits_mean",
+    "rejected_logits_mean",
+)
+
+
+class PairMeans:
+    """Running means over preference pairs, each pair weighing the same.
+
+    Sums are kept in float64 on the host, so neither batch size nor order changes a mean beyond rounding.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.sums = np.zeros(len(PAIR_METRICS))
+        self.pairs = 0
+        self.tokens = 0
+
+    def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
+        """Add a batch of B pairs.
+
+        Args:
+            losses: float32 [B].
+            scores: the scores of the same pairs.
+            tokens: scored tokens of both sides.
+        """
+        chosen, rejected = np.array(scores.chosen_logps, np.float64), np.array(scores.rejected_logps, np.float64)
+        columns = (
+            np.array(losses, np.float64),
+            self.beta * chosen,
+            self.beta * rejected,
+            (chosen > rejected).astype(np.float64),
+            self.beta * (chosen - rejected),
+            chosen,
+            rejected,
+            np.array(scores.chosen_logits, np.float64),
+            np.array(scores.rejected_logits, np.float64),
+        )
+        self.sums += np.array([column.sum() for column in columns])
+        self.pairs += len(chosen)
+        self.tokens += tokens
+
+    def over_ranks(self) -> tuple[dict[str, float], int]:
+        """Return the means over the pairs of all ranks, by name, and the scored tokens of all ranks.
+
+        The means of no pairs at all are NaN.
+        """
+        totals = np.concatenate([self.sums, [self.pairs, self.tokens]])
+        if mx.distributed.init().size() > 1:
+            totals = np.array(mx.distributed.all_sum(mx.array(totals, mx.float32), stream=mx.cpu), np.float64)
+        pairs, tokens = totals[-2], int(totals[-1])
+        means = totals[:-2] / pairs if pairs else np.full(len(PAIR_METRICS), np.nan)
+        return dict(zip(PAIR_METRICS, means.tolist(), strict=True)), tokens
+
+
+def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:
+    """Name means as the host's callbacks do: ``train_accuracies``, ``val_chosen_reward``, …"""
+    return {f"{prefix}_{name}": value for name, value in means.items()}
+
+
+class MetricsFile:
+    """Appends one JSON object a line to ``metrics.jsonl``; does nothing where ``path`` is ``None``."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def append(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")

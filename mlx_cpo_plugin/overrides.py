@@ -1,0 +1,29 @@
+"""Other behaviour for single modules of a model, undone at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.nn as nn
+
+Call = Callable[..., Any]
+
+
+@contextmanager
+def overridden_calls(replacements: Sequence[tuple[nn.Module, Call]]) -> Iterator[None]:
+    """Let ``call(module, *args, **kwargs)`` answer each module's call until the context ends, normally or not.
+
+    Only the modules given are touched, not their classes: another model in the same process keeps its behaviour.
+    """
+    originals = [(module, type(module)) for module, _ in replacements]
+    try:
+        for module, call in replacements:
+            original = type(module)
+            # The name stays, since mlx_lm and error messages tell layers by it.
+            module.__class__ = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+        yield
+    finally:
+        for module, original in reversed(originals):
+            module.__class__ = original

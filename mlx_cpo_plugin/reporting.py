@@ -1,0 +1,115 @@
+"""What a run says while it trains: progress bar, console lines, callback, metrics file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.metrics import MetricsFile, PairMeans, host_report
+from mlx_cpo_plugin.scoring import AnswerScores
+
+Item = TypeVar("Item")
+
+
+class ProgressReporter:
+    """Collects what happens between two reports; tells it on the first rank only.
+
+    Lines and callback keys have the names and shapes that the host gives them, since tools read them.
+    """
+
+    def __init__(self, beta: float, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
+        self.beta = beta
+        self.callback = callback
+        self.metrics_file = metrics_file
+        self.speaks = mx.distributed.init().rank() == 0
+        self.trained_tokens = 0
+        self.bar: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.means = PairMeans(self.beta)
+        self.gradient_norms: list[float] = []
+        self.iterations = 0
+        self.started = time.perf_counter()
+
+    def iterations_of(self, plan: Iterable[Item], total: int) -> Iterator[tuple[int, Item]]:
+        """Number the plan's items from 1 while a progress bar goes along."""
+        self.bar = tqdm(plan, total=total, desc="Training", disable=not self.speaks)
+        yield from enumerate(self.bar, 1)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time spent inside out of the iterations per second."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
+        """Take note of a micro-batch: losses and scores of its B pairs, and its scored tokens."""
+        self.means.add(losses, scores, tokens)
+
+    def add_step(self, gradient_norm: float) -> None:
+        """Take note of an optimizer step."""
+        self.gradient_norms.append(gradient_norm)
+
+    def count_iteration(self) -> None:
+        """Take note that an iteration is complete, whether or not this rank had pairs in it."""
+        self.iterations += 1
+
+    def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
+        """Tell the means since the last report, and begin anew."""
+        seconds = time.perf_counter() - self.started
+        means, tokens = self.means.over_ranks()
+        self.trained_tokens += tokens
+        norms = self.gradient_norms
+        info = {
+            "iteration": iteration,
+            **host_report("train", means),
+            "train_gradient_norm": sum(norms) / len(norms) if norms else None,
+            "learning_rate": learning_rate,
+            "iterations_per_second": self.iterations / seconds,
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens": self.trained_tokens,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+            "epoch": epoch,
+        }
+        if self.speaks:
+            self.bar.set_postfix(
+                loss=f"{means['loss']:.3f}", acc=f"{means['accuracies']:.3f}", margin=f"{means['margins']:.3f}"
+            )
+            norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
+            tqdm.write(
+                f"\nIter {iteration}: loss {means['loss']:.3f}, chosen_r {means['chosen_reward']:.3f}, "
+                f"rejected_r {means['rejected_reward']:.3f}, acc {means['accuracies']:.3f}, "
+                f"margin {means['margins']:.3f}, lr {learning_rate:.3e}, it/s {info['iterations_per_second']:.3f}, "
+                f"tok/s {info['tokens_per_second']:.3f}, peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
+            )
+            self.metrics_file.append("train", info)
+            if self.callback is not None:
+                self.callback.on_train_loss_report(info)
+        self._begin()
+
+    def report_validation(self, iteration: int, means: Mapping[str, float], seconds: float) -> None:
+        """Tell the means over the validation pairs."""
+        if not self.speaks:
+            return
+        info = {"iteration": iteration, **host_report("val", means), "val_time": seconds}
+        tqdm.write(
+            f"Iter {iteration}: Val loss {means['loss']:.3f}, Val chosen reward {means['chosen_reward']:.3f}, "
+            f"Val rejected reward {means['rejected_reward']:.3f}, Val accuracy {means['accuracies']:.3f}, "
+            f"Val margin {means['margins']:.3f}, Val took {seconds:.3f}s"
+        )
+        self.metrics_file.append("valid", info)
+        if self.callback is not None:
+            self.callback.on_val_loss_report(info)
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the progress bar."""
+        if self.speaks:
+            tqdm.write(line)
