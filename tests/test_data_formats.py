@@ -1,0 +1,305 @@
+"""One raw row of any accepted format becomes a conversation or plain text."""
+
+import pytest
+
+from mlx_cpo_plugin.data.formats import Columns, Conversation, PlainText, UnusableRow, parse_dialogue, parse_row
+from mlx_cpo_plugin.errors import DataError
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+QUESTION, GOOD, BAD = user("What is it?"), assistant("A cat."), assistant("A dog.")
+
+SAME_CONVERSATION = {
+    "strings with a prompt": {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."},
+    "messages with a prompt list": {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+    "messages with a prompt string": {"prompt": "What is it?", "chosen": [GOOD], "rejected": [BAD]},
+    "strings with a prompt list": {"prompt": [QUESTION], "chosen": "A cat.", "rejected": "A dog."},
+    "single messages": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "a message without its role": {
+        "prompt": QUESTION,
+        "chosen": {"content": "A cat."},
+        "rejected": {"content": "A dog."},
+    },
+    "messages under a key": {
+        "prompt": "What is it?",
+        "chosen": {"messages": [GOOD]},
+        "rejected": {"messages": [BAD]},
+    },
+    "whole conversations": {"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+    "whole conversations that repeat the prompt string": {
+        "prompt": "What is it?",
+        "chosen": [QUESTION, GOOD],
+        "rejected": [QUESTION, BAD],
+    },
+    "whole conversations that repeat the prompt list": {
+        "prompt": [QUESTION],
+        "chosen": [QUESTION, GOOD],
+        "rejected": [QUESTION, BAD],
+    },
+    "whole conversations beside the chosen one": {
+        "messages": [QUESTION, GOOD],
+        "chosen": [QUESTION, GOOD],
+        "rejected": [QUESTION, BAD],
+    },
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "What is it?"}],
+        "chosen": {"from": "gpt", "value": "A cat."},
+        "rejected": {"from": "gpt", "value": "A dog."},
+    },
+    "OpenAI": {"input": {"messages": [QUESTION]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+    "dialogues": {
+        "chosen": "\n\nHuman: What is it?\n\nAssistant: A cat.",
+        "rejected": "\n\nHuman: What is it?\n\nAssistant: A dog.",
+    },
+    "dialogues that repeat the prompt": {
+        "prompt": "\n\nHuman: What is it?\n\nAssistant:",
+        "chosen": "\n\nHuman: What is it?\n\nAssistant: A cat.",
+        "rejected": "\n\nHuman: What is it?\n\nAssistant: A dog.",
+    },
+    "a dialogue as the prompt": {
+        "prompt": "\n\nHuman: What is it?\n\nAssistant:",
+        "chosen": "A cat.",
+        "rejected": "A dog.",
+    },
+    "content in parts": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]}],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+    },
+    "fields filled with null": {
+        "prompt": [{"role": "user", "content": "What is it?", "tool_calls": None, "name": None}],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+        "tools": None,
+        "system": None,
+    },
+}
+
+
+@pytest.mark.parametrize("row", SAME_CONVERSATION.values(), ids=SAME_CONVERSATION)
+def test_every_format_says_the_same_conversation(row):
+    assert parse_row(row, Columns()) == Conversation([QUESTION, GOOD], [QUESTION, BAD], shared=1)
+
+
+def test_strings_without_a_prompt_are_plain_text():
+    assert parse_row({"chosen": "One two.", "rejected": "One three."}, Columns()) == PlainText("One two.", "One three.")
+
+
+def test_one_dialogue_and_one_other_text_are_plain_text():
+    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "Hello"}
+
+    assert isinstance(parse_row(row, Columns()), PlainText)
+
+
+def test_a_dialogue_with_several_turns_keeps_them_and_joins_turns_of_one_speaker():
+    text = "\n\nHuman: One\n\nHuman: Two\n\nwith a gap\n\nAssistant: Three\n\nHuman: Four\n\nAssistant: Five"
+
+    assert parse_dialogue(text) == [
+        user("One\n\nTwo\n\nwith a gap"),
+        assistant("Three"),
+        user("Four"),
+        assistant("Five"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["Human: alone", "He said\n\nHuman: a\n\nAssistant: b", "Assistant: a\n\nHuman: b", ""])
+def test_other_text_is_no_dialogue(text):
+    assert parse_dialogue(text) is None
+
+
+def test_the_prompt_is_every_message_that_both_sides_share():
+    turns = [system("Be brief."), QUESTION, assistant("Guess."), user("A cat?")]
+
+    row = parse_row({"chosen": [*turns, assistant("Yes.")], "rejected": [*turns, assistant("No.")]}, Columns())
+
+    assert row.shared == 4
+
+
+def test_sides_that_part_early_keep_all_their_later_turns_in_the_answer():
+    chosen = [QUESTION, GOOD, user("Sure?"), assistant("Yes.")]
+    rejected = [QUESTION, BAD, user("Sure?"), assistant("Yes.")]
+
+    row = parse_row({"chosen": chosen, "rejected": rejected}, Columns())
+
+    assert (row.shared, row.chosen, row.rejected) == (1, chosen, rejected)
+
+
+def test_the_last_answer_is_never_shared_even_where_one_side_goes_on():
+    row = parse_row({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, GOOD, user("?"), BAD]}, Columns())
+
+    assert row.shared == 1
+
+
+def test_the_prompt_column_may_hold_history_that_the_answer_list_does_not_repeat():
+    history = [user("Hello"), assistant("Hi")]
+
+    row = parse_row({"prompt": [*history, QUESTION], "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, Columns())
+
+    assert row.chosen == [*history, QUESTION, GOOD]
+
+
+def test_the_prompt_column_may_name_only_the_last_question_of_whole_conversations():
+    history = [user("Hello"), assistant("Hi")]
+    row = {"prompt": "What is it?", "chosen": [*history, QUESTION, GOOD], "rejected": [*history, QUESTION, BAD]}
+
+    assert parse_row(row, Columns()).chosen == [*history, QUESTION, GOOD]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."},
+        {"system": "Be brief.", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        {
+            "system": "Be brief.",
+            "prompt": [system("Be brief."), QUESTION],
+            "chosen": [GOOD],
+            "rejected": [BAD],
+        },
+        {"prompt": [system("Be brief."), QUESTION], "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        {"prompt": [{"role": "developer", "content": "Be brief."}, QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+        {
+            "system": "Be brief.",
+            "chosen": "\n\nHuman: What is it?\n\nAssistant: A cat.",
+            "rejected": "\n\nHuman: What is it?\n\nAssistant: A dog.",
+        },
+    ],
+)
+def test_a_system_message_comes_first_and_once(row):
+    assert parse_row(row, Columns()).chosen == [system("Be brief."), QUESTION, GOOD]
+
+
+def test_an_instruction_and_its_input_are_one_prompt():
+    row = {"instruction": "Translate.", "input": "Katze", "chosen": "cat", "rejected": "dog"}
+
+    assert parse_row(row, Columns()).chosen[0] == user("Translate.\nKatze")
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": [TOOL], "prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."},
+        {
+            "tools": '[{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]',
+            "prompt": "What is it?",
+            "chosen": "A cat.",
+            "rejected": "A dog.",
+        },
+        {
+            "input": {"messages": [QUESTION], "tools": [{**TOOL, "strict": None}]},
+            "preferred_output": [GOOD],
+            "non_preferred_output": [BAD],
+        },
+    ],
+    ids=["list", "JSON text", "OpenAI input"],
+)
+def test_tools_come_as_a_list(row):
+    assert parse_row(row, Columns()).tools == [TOOL]
+
+
+def test_tool_calls_of_either_format_have_their_arguments_as_objects():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}
+    openai = {"role": "assistant", "content": None, "tool_calls": [{**call, "id": "1"}]}
+    openai["tool_calls"][0]["function"] = {"name": "look", "arguments": '{"at": "mat"}'}
+    sharegpt = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "mat"}}'}
+
+    row = parse_row({"prompt": [QUESTION], "chosen": openai, "rejected": sharegpt}, Columns())
+
+    assert row.chosen[-1] == {"role": "assistant", "content": "", "tool_calls": [{**call, "id": "1"}]}
+    assert row.rejected[-1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_observations_are_tool_messages():
+    prompt = [{"from": "human", "value": "Look."}, {"from": "observation", "value": "a cat"}]
+
+    row = parse_row({"conversations": prompt, "chosen": GOOD, "rejected": BAD}, Columns())
+
+    assert row.chosen[1] == {"role": "tool", "content": "a cat"}
+
+
+PROMPT = {"prompt": "What is it?"}
+UNUSABLE = [
+    (["no", "object"], "the row is not a JSON object"),
+    ({**PROMPT, "rejected": "A dog."}, "the chosen answer is missing"),
+    ({**PROMPT, "chosen": "A cat.", "rejected": None}, "the rejected answer is missing"),
+    ({**PROMPT, "chosen": "A cat.", "rejected": " \n"}, "an answer is empty"),
+    ({**PROMPT, "chosen": [assistant("")], "rejected": [BAD]}, "an answer is empty"),
+    ({**PROMPT, "chosen": [assistant(None)], "rejected": [BAD]}, "an answer is empty"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "an answer is empty"),
+    ({**PROMPT, "chosen": "A cat.", "rejected": "A cat."}, "both answers are the same"),
+    ({"chosen": "A cat.", "rejected": "A cat."}, "both answers are the same"),
+    ({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, GOOD]}, "both answers are the same"),
+    ({"prompt": " ", "chosen": "A cat.", "rejected": "A dog."}, "the prompt is empty"),
+    ({"chosen": [GOOD], "rejected": [BAD]}, "there is no prompt before the answers"),
+    ({"system": "Be brief.", "chosen": "a", "rejected": "b"}, "there is no prompt before the answers"),
+    ({"chosen": [QUESTION], "rejected": [QUESTION, BAD]}, "an answer does not end with an assistant message"),
+    ({**PROMPT, "chosen": [], "rejected": [BAD]}, "an answer does not end with an assistant message"),
+    ({**PROMPT, "chosen": 3, "rejected": "A dog."}, "messages are expected, not a number"),
+    ({"prompt": 3, "chosen": "A cat.", "rejected": "A dog."}, "messages are expected, not a number"),
+    ({**PROMPT, "chosen": ["A cat."], "rejected": [BAD]}, "a message is not an object with role and content but text"),
+    ({**PROMPT, "chosen": [{"role": "bard", "content": "x"}], "rejected": [BAD]}, "a message has the unknown role 'bard'"),
+    ({**PROMPT, "chosen": [{"content": "x"}], "rejected": [BAD]}, "a message has no role"),
+    ({**PROMPT, "chosen": [assistant(3)], "rejected": [BAD]}, "a message's content is not text but a number"),
+    (
+        {**PROMPT, "chosen": [assistant([{"type": "image", "url": "x"}])], "rejected": [BAD]},
+        "a message holds a part of type 'image', and only text can be trained on",
+    ),
+    ({**PROMPT, "chosen": "a", "rejected": "b", "tools": "{broken"}, "the tools are not valid JSON"),
+    ({**PROMPT, "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "the tools are not a list"),
+    ({**PROMPT, "chosen": "a", "rejected": "b", "system": 3}, "the system message is not text"),
+    (
+        {**PROMPT, "chosen": {"from": "function_call", "value": "no JSON"}, "rejected": BAD},
+        "a tool call does not name its function",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), UNUSABLE, ids=[reason for _, reason in UNUSABLE])
+def test_a_row_without_a_preference_says_why(row, reason):
+    with pytest.raises(UnusableRow) as caught:
+        parse_row(row, Columns())
+
+    assert str(caught.value) == reason
+
+
+def test_named_columns_are_read_and_no_other():
+    columns = Columns(chosen="good", rejected="bad", prompt="ask", system="role")
+    row = {"good": "A cat.", "bad": "A dog.", "ask": "What is it?", "role": "Be brief.", "chosen": "x", "prompt": "y"}
+
+    assert parse_row(row, columns).chosen == [system("Be brief."), QUESTION, GOOD]
+
+
+def test_a_named_column_that_is_missing_is_an_error_with_the_columns_found():
+    with pytest.raises(DataError) as caught:
+        Columns(chosen="good").check([{"chosen": "a", "rejected": "b"}], "train.jsonl")
+
+    assert str(caught.value) == (
+        "train.jsonl has no column 'good', which chosen_feature names: use one of the columns found (chosen, rejected)."
+    )
+
+
+def test_no_column_for_a_side_is_an_error_with_the_columns_found():
+    with pytest.raises(DataError) as caught:
+        Columns().check([{"text": "a"}, {"text": "b", "label": 1}], "train.jsonl")
+
+    assert str(caught.value) == (
+        "train.jsonl has no column for the chosen answer: set chosen_feature to one of the columns found (text, label)."
+    )
+
+
+def test_columns_may_differ_from_row_to_row():
+    Columns().check([{"chosen": "a", "rejected": "b"}, {"preferred_output": [], "non_preferred_output": []}], "x.jsonl")

@@ -1,0 +1,141 @@
+"""The options that all train modes share: their defaults, and that each describes itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from mlx_lm_lora.train import CONFIG_DEFAULTS
+from mlx_lm_lora.train import build_parser as build_host_parser
+
+from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS, PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
+from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.validation import check
+
+OPTIONS = {option.name: option for option in SUBSTRATE_OPTIONS}
+
+# mlx-lm-lora has no default for these: it lacks them, or reads them from the YAML file or the command line only.
+WITHOUT_HOST_DEFAULT = {
+    "hf_dataset",
+    "valid_fraction",
+    "chosen_feature",
+    "rejected_feature",
+    "prompt_feature",
+    "system_feature",
+    "seq_step_size",
+    "wandb",
+}
+
+SUBSTRATE_KEYS = re.findall(
+    r"\w+",
+    """
+    model data hf_dataset train test train_type lora_parameters num_layers load_in_4bits load_in_6bits load_in_8bits
+    load_in_mxfp4 optimizer optimizer_config learning_rate lr_schedule batch_size gradient_accumulation_steps iters
+    epochs steps_per_report steps_per_eval val_batches test_batches save_every max_seq_length grad_checkpoint
+    efficient_long_context recurrence_chunk_size seed adapter_path resume_adapter_file fuse lm_studio_name wandb
+    qat_enable qat_bits qat_group_size qat_mode qat_start_step qat_interval
+    """,
+)
+
+by_name = pytest.mark.parametrize("option", [pytest.param(option, id=option.name) for option in SUBSTRATE_OPTIONS])
+
+
+def nowhere(key: str) -> str:
+    return "here"
+
+
+@pytest.mark.parametrize("key", SUBSTRATE_KEYS)
+def test_every_key_of_sft_training_is_an_option(key: str) -> None:
+    assert key in OPTIONS
+
+
+@by_name
+def test_default_is_that_of_mlx_lm_lora(option: Option) -> None:
+    if option.name in WITHOUT_HOST_DEFAULT:
+        assert option.name not in CONFIG_DEFAULTS
+    else:
+        assert option.default == CONFIG_DEFAULTS[option.name]
+
+
+def test_defaults_of_the_parser_of_mlx_lm_lora_are_the_same() -> None:
+    parsed = {key: value for key, value in vars(build_host_parser().parse_args([])).items() if value is not None}
+
+    shared = parsed.keys() & OPTIONS.keys()
+
+    assert shared == {"gradient_accumulation_steps"}
+    assert all(parsed[name] == OPTIONS[name].default for name in shared)
+
+
+@by_name
+def test_default_is_within_the_limits(option: Option) -> None:
+    value = None if option.default is None else check(option, option.default, nowhere)
+
+    assert value == option.default
+    assert (option.default is None) == option.optional
+
+
+@by_name
+def test_help_is_one_sentence(option: Option) -> None:
+    assert option.help.endswith(".")
+    assert ". " not in option.help
+
+
+@by_name
+def test_shown_when_names_another_option_and_its_possible_values(option: Option) -> None:
+    for name, values in option.shown_when.items():
+        assert name in OPTIONS
+        assert all(check(OPTIONS[name], value, nowhere) == value for value in values)
+
+
+def test_names_are_unique() -> None:
+    assert len(OPTIONS) == len(SUBSTRATE_OPTIONS)
+
+
+def test_lists_of_names_speak_of_options_that_exist() -> None:
+    limited = set(OPTIONS) | {f"lora_parameters.{option.name}" for option in LORA_PARAMETERS}
+
+    assert set(PRECISIONS) <= set(OPTIONS)
+    assert set(FURTHER_LIMITS) <= limited
+    assert not set(UNCHECKED_KEYS) & set(OPTIONS)
+
+
+def test_lora_parameters_default_to_those_of_each_part() -> None:
+    assert OPTIONS["lora_parameters"].default == {option.name: option.default for option in LORA_PARAMETERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [
+        ("num_layers", -1, -2),
+        ("max_seq_length", 4, 3),
+        ("valid_fraction", 0.0, -0.1),
+        ("valid_fraction", 0.999, 1),
+        ("learning_rate", 1e-12, 0),
+        ("batch_size", 1, 0),
+        ("gradient_accumulation_steps", 1, 0),
+        ("iters", 1, 0),
+        ("epochs", 1, 0),
+        ("steps_per_report", 1, 0),
+        ("steps_per_eval", 1, 0),
+        ("save_every", 1, 0),
+        ("val_batches", -1, -2),
+        ("val_batches", 1, 0),
+        ("test_batches", -1, -2),
+        ("test_batches", 1, 0),
+        ("seed", 0, -1),
+        ("seed", 2**32 - 1, 2**32),
+        ("seq_step_size", 2, 1),
+        ("recurrence_chunk_size", 1, 0),
+        ("qat_bits", 2, 1),
+        ("qat_bits", 16, 17),
+        ("qat_start_step", 1, 0),
+        ("qat_interval", 1, 0),
+        ("train_type", "dora", "qlora"),
+        ("optimizer", "muon", "sgd"),
+        ("qat_mode", "affine", "mxfp4"),
+    ],
+)
+def test_limits(name: str, allowed: object, refused: object) -> None:
+    assert check(OPTIONS[name], allowed, nowhere) == allowed
+    with pytest.raises(ValueError, match=f"^{name} is .* here, but must be "):
+        check(OPTIONS[name], refused, nowhere)

@@ -1,0 +1,188 @@
+"""Quantisation-aware training: what is fake-quantised, when, with which gradient, and that it helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from conftest import add_adapter, assert_same, build_model, build_pairs, parameters
+from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+
+
+def quantise(weight: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    """Symmetric quantisation in float64: each group of the last axis is rounded to 2^bits levels of its own scale."""
+    highest = 2 ** (bits - 1) - 1
+    groups = weight.astype(np.float64).reshape(*weight.shape[:-1], -1, group_size) if group_size > 0 else weight
+    axis = -1 if group_size > 0 else None
+    scale = np.abs(groups).max(axis=axis, keepdims=True) / highest
+    return (np.clip(np.round(groups / scale), -highest - 1, highest) * scale).reshape(weight.shape)
+
+
+class OneLayer(nn.Module):
+    """A model of a single layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, *args: mx.array) -> mx.array:
+        return self.layer(*args)
+
+
+def lora(linear: nn.Module, dora: bool = False, dropout: float = 0.0) -> nn.Module:
+    layer = (DoRALinear if dora else LoRALinear).from_base(linear, r=4, scale=2.0, dropout=dropout)
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    return layer
+
+
+def merged_weight(layer: nn.Module) -> np.ndarray:
+    fused = layer.fuse(dequantize=True)
+    return np.array(fused.weight, np.float64)
+
+
+@pytest.fixture
+def x() -> mx.array:
+    mx.random.seed(1)
+    return mx.random.normal((5, 64))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (3, 0)])
+@pytest.mark.parametrize("kind", ["linear", "lora", "dora", "lora over 4 bits", "dora over 8 bits"])
+def test_the_forward_pass_is_that_of_the_quantised_merged_weight(
+    kind: str, bits: int, group_size: int, x: mx.array
+) -> None:
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=int(kind.split()[2]))
+    layer = linear if kind == "linear" else lora(linear, dora=kind.startswith("dora"))
+    weight = np.array(layer.weight, np.float64) if kind == "linear" else merged_weight(layer)
+    bias = np.array(linear.bias, np.float64)
+    model = OneLayer(layer)
+
+    with fake_quantised(model, bits=bits, group_size=group_size) as quantisation:
+        quantisation.active = True
+        y = np.array(model(x))
+
+    reference = np.array(x, np.float64) @ quantise(weight, bits, group_size).T + bias
+    np.testing.assert_allclose(y, reference, rtol=1e-3, atol=2e-4)
+    assert not np.allclose(y, np.array(model(x)), atol=2e-4)
+
+
+def test_expert_layers_are_quantised_expert_by_expert() -> None:
+    mx.random.seed(1)
+    layer = LoRASwitchLinear.from_base(SwitchLinear(32, 16, 3, bias=False), r=2, scale=2.0)
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    model, x, indices = OneLayer(layer), mx.random.normal((6, 1, 1, 32)), mx.array([[0], [1], [2], [2], [0], [1]])
+    weight = np.array(layer.linear.weight + layer.scale * (layer.lora_b @ layer.lora_a), np.float64)
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.active = True
+        y = np.array(model(x, indices)).reshape(6, 16)
+
+    quantised = quantise(weight, 4, 32)
+    reference = [np.array(x, np.float64)[n, 0, 0] @ quantised[e].T for n, e in enumerate(indices[:, 0].tolist())]
+    np.testing.assert_allclose(y, reference, rtol=1e-3, atol=2e-4)
+
+
+def test_the_gradient_passes_straight_through_to_the_adapter(x: mx.array) -> None:
+    layer = lora(nn.Linear(64, 48))
+    model = OneLayer(layer)
+    model.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    upstream = mx.random.normal((5, 48))
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.active = True
+        _, gradient = nn.value_and_grad(model, lambda model: (model(x) * upstream).sum())(model)
+
+    wide = {name: np.array(value, np.float64) for name, value in (("x", x), ("g", upstream))}
+    lora_a, lora_b = np.array(layer.lora_a, np.float64), np.array(layer.lora_b, np.float64)
+    by_b = 2.0 * (wide["x"] @ lora_a).T @ wide["g"]
+    by_a = 2.0 * wide["x"].T @ (wide["g"] @ lora_b.T)
+    np.testing.assert_allclose(np.array(gradient["layer"]["lora_b"]), by_b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.array(gradient["layer"]["lora_a"]), by_a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "interval", "expected"), [(1, 1, [1, 2, 3, 4, 5, 6]), (3, 1, [3, 4, 5, 6]), (2, 3, [2, 5])]
+)
+def test_it_applies_from_the_start_step_on_at_every_interval(start: int, interval: int, expected: list[int]) -> None:
+    quantisation = FakeQuantisation(start, interval)
+
+    assert [step for step in range(1, 7) if quantisation.applies_to(step)] == expected
+
+
+def test_another_model_in_the_process_is_left_alone(x: mx.array) -> None:
+    model, other = OneLayer(nn.Linear(64, 48)), OneLayer(nn.Linear(64, 48))
+    before = other(x)
+
+    with fake_quantised(model, bits=2, group_size=32) as quantisation:
+        quantisation.active = True
+        assert mx.array_equal(other(x), before)
+
+
+def test_all_is_undone_at_the_end_and_after_a_failure(x: mx.array) -> None:
+    model = OneLayer(lora(nn.Linear(64, 48)))
+    before = model(x)
+
+    with pytest.raises(RuntimeError, match="training failed"), fake_quantised(model, bits=2, group_size=32) as q:
+        q.active = True
+        raise RuntimeError("training failed")
+
+    assert type(model.layer) is LoRALinear
+    assert mx.array_equal(model(x), before)
+
+
+@pytest.mark.parametrize(("start", "interval", "differs_after"), [(1, 1, 1), (3, 1, 3), (2, 2, 2)])
+def test_training_differs_from_the_start_step_on(
+    tmp_path: Path, start: int, interval: int, differs_after: int
+) -> None:
+    def run(iters: int, **arguments: object) -> dict[str, np.ndarray]:
+        model = add_adapter(build_model())
+        args = CPOTrainingArgs(iters=iters, batch_size=3, adapter_file=str(tmp_path / "a.safetensors"), **arguments)
+        train_cpo(model, optimizers.SGD(0.05), build_pairs(9), args=args)
+        return parameters(model)
+
+    qat = {"qat_enable": True, "qat_bits": 3, "qat_start_step": start, "qat_interval": interval}
+
+    if differs_after > 1:
+        assert_same(run(differs_after - 1, **qat), run(differs_after - 1))
+    with pytest.raises(AssertionError):
+        assert_same(run(differs_after, **qat), run(differs_after))
+
+
+def test_qat_lowers_the_loss_of_the_really_quantised_model(tmp_path: Path) -> None:
+    pairs = build_pairs(8, longest=8)
+
+    def loss_after_quantisation(qat: bool) -> float:
+        model = add_adapter(build_model())
+        args = CPOTrainingArgs(
+            iters=120,
+            batch_size=8,
+            loss_type="ipo",
+            beta=0.5,
+            qat_enable=qat,
+            qat_bits=3,
+            qat_group_size=32,
+            steps_per_report=100,
+            adapter_file=str(tmp_path / "adapters.safetensors"),
+        )
+        train_cpo(model, optimizers.Adam(5e-3), pairs, args=args)
+        fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+        model.update_modules(tree_unflatten(fused))
+        nn.quantize(model, group_size=32, bits=3, class_predicate=lambda _, module: isinstance(module, nn.Linear))
+        return evaluate_cpo(model, pairs, 8, -1, 0.5, 50.0, 2048, "ipo")[0]
+
+    with_qat, without = loss_after_quantisation(True), loss_after_quantisation(False)
+
+    assert with_qat < 0.8 * without, (with_qat, without)
