@@ -71,7 +71,7 @@ class ProgressReporter:
         info = {
             "iteration": iteration,
             **host_report("train", means),
-            "train_gradient_norm": sum(norms) / len(norms) if norms else None,
+            **({"train_gradient_norm": sum(norms) / len(norms)} if norms else {}),
             "learning_rate": learning_rate,
             "iterations_per_second": self.iterations / seconds,
             "tokens_per_second": tokens / seconds,

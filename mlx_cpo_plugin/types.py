@@ -52,14 +52,14 @@ class Option:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         words = kinds.get(self.type, {dict: "a mapping", list: "a list"}.get(self.type, self.type.__name__))
-        if self.above is not None:
-            words += f" > {self.above:g}"
+        limits = [
+            f"{sign} {limit:g}"
+            for sign, limit in ((">", self.above), (">=", self.minimum), ("<=", self.maximum))
+            if limit is not None
+        ]
         if self.minimum is not None and self.maximum is not None:
-            words += f" from {self.minimum:g} to {self.maximum:g}"
-        elif self.minimum is not None:
-            words += f" >= {self.minimum:g}"
-        elif self.maximum is not None:
-            words += f" <= {self.maximum:g}"
+            limits = [f"from {self.minimum:g} to {self.maximum:g}"]
+        words = " ".join([words, " and ".join(limits)]).rstrip()
         return words + (" or null" if self.optional else "")
 
 

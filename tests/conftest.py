@@ -139,14 +139,15 @@ def model_folder(tokenizer_folder: Path) -> Path:
     """A llama of two layers that ``mlx_lm.load`` loads, beside its tokenizer."""
     config = {
         "model_type": "llama",
-        "hidden_size": 64,
+        "hidden_size": 128,
         "num_hidden_layers": 2,
         "intermediate_size": 128,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "rms_norm_eps": 1e-5,
         "vocab_size": 320,
         "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
         "eos_token_id": 2,
     }
     model = build_model(**{key: value for key, value in config.items() if key not in ("model_type", "eos_token_id")})

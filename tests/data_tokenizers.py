@@ -19,8 +19,7 @@ SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|pad
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% if m.tool_calls %}{% for call in m.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # As Llama 3: BOS in the template, white space around contents dropped, end of turn is not the tokenizer's EOS.
@@ -28,7 +27,7 @@ HEADERS = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
-# As Qwen 3: the last answer gets a thinking block, earlier answers lose theirs, a switch closes the block in the prompt.
+# As Qwen 3: the last answer gets a thinking block, earlier ones lose theirs, a switch closes it in the prompt.
 THINKING = (
     "{% set ns = namespace(last_user=-1) %}"
     "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}"
@@ -47,6 +46,27 @@ THINKING = (
 OPEN_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# As Nemotron: the prompt opens a thinking block or holds a closed one, and so does every answer.
+EITHER_THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and '<think>' not in m['content'] %}<think></think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think></think>' if enable_thinking is defined and enable_thinking is false else '<think>\n' }}{% endif %}"
+)
+# As GLM: a turn has no end of its own, the next speaker's token ends generation.
+NEXT_SPEAKER = (
+    "{% for m in messages %}{{ '<|eot|>' if m['role'] == 'user' else '<|im_start|>' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+# As Mistral: the tools stand before the last question, so every later turn moves them.
+TOOLS_LAST = (
+    "{% set ns = namespace(last_user=-1) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if tools and loop.index0 == ns.last_user %}Tools: {{ tools | tojson }}\n{% endif %}"
+    "<|im_start|>{{ m['content'] }}<|im_end|>{% else %}{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
 )
 # As Gemma: no system role, turns must alternate.
 NO_SYSTEM = (
@@ -120,6 +140,9 @@ def tokenizer_named(name: str, offsets: bool = True) -> TokenizerWrapper:
         "headers": {"template": HEADERS, "eos": "<|eos|>", "bos": "<|bos|>", "other_ends": ("<|eot|>",)},
         "thinking": {"template": THINKING, "thinking": True},
         "open_thinking": {"template": OPEN_THINKING, "thinking": True},
+        "either_thinking": {"template": EITHER_THINKING, "thinking": True},
+        "next_speaker": {"template": NEXT_SPEAKER, "eos": "<|eos|>", "other_ends": ("<|eot|>",)},
+        "tools_last": {"template": TOOLS_LAST, "eos": "<|eos|>"},
         "no_system": {"template": NO_SYSTEM, "bos": "<|bos|>"},
         "bare": {"template": BARE, "eos": "<|eos|>"},
         "two_ends": {"template": TWO_ENDS, "eos": "<|eos|>", "other_ends": ("<|im_end|>",)},

@@ -123,3 +123,27 @@ def installed_environment(kind: str) -> FreshEnvironment:
     environment = FreshEnvironment(Path(_workshop().name) / kind)
     environment.install(built_wheel(kind))
     return environment
+
+
+def build_distribution(folder: Path, name: str, code: str) -> Path:
+    """Build the wheel of a distribution, version 1.0, whose one module is an entry point of the plugin's group."""
+    module = name.replace("-", "_")
+    folder.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(code)
+    (folder / "pyproject.toml").write_text(
+        f"""
+        [build-system]
+        requires = ["hatchling"]
+        build-backend = "hatchling.build"
+        [project]
+        name = "{name}"
+        version = "1.0"
+        [project.entry-points.mlx_cpo_plugin]
+        {module} = "{module}"
+        [tool.hatch.build.targets.wheel]
+        include = ["{module}.py"]
+        """
+    )
+    _checked([sys.executable, "-c", "import hatchling.build as build; build.build_wheel('.')"], folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel

@@ -36,7 +36,7 @@ def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_fold
 
         model.freeze()
         linear_to_lora_layers(model, 1, {"rank": 4, "scale": 5.0, "dropout": 0.0})
-        model.layers[1].self_attn.q_proj.lora_b = mx.ones((4, 64))
+        model.layers[1].self_attn.q_proj.lora_b = mx.ones((4, 128))
     else:
         add_adapter(model, dora=train_type == "dora", scale=3.0, dropout=0.1)
     model.eval()

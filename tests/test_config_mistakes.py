@@ -104,7 +104,8 @@ def simpo() -> Iterator[None]:
         ),
         (
             "optimizer_config: {adam: {learning_rate: 0.1}}",
-            "Unknown key optimizer_config.adam.learning_rate in my.yaml, line 3; known are betas, bias_correction, eps.",
+            "Unknown key optimizer_config.adam.learning_rate in my.yaml, line 3; "
+            "known are betas, bias_correction, eps.",
         ),
         (
             "lr_schedule: {name: cosine, arguments: [1e-5, 9]}",

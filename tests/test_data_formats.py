@@ -73,7 +73,9 @@ SAME_CONVERSATION = {
         "rejected": "A dog.",
     },
     "content in parts": {
-        "prompt": [{"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]}],
+        "prompt": [
+            {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]}
+        ],
         "chosen": [GOOD],
         "rejected": [BAD],
     },
@@ -113,7 +115,9 @@ def test_a_dialogue_with_several_turns_keeps_them_and_joins_turns_of_one_speaker
     ]
 
 
-@pytest.mark.parametrize("text", ["Human: alone", "He said\n\nHuman: a\n\nAssistant: b", "Assistant: a\n\nHuman: b", ""])
+@pytest.mark.parametrize(
+    "text", ["Human: alone", "He said\n\nHuman: a\n\nAssistant: b", "Assistant: a\n\nHuman: b", ""]
+)
 def test_other_text_is_no_dialogue(text):
     assert parse_dialogue(text) is None
 
@@ -144,7 +148,9 @@ def test_the_last_answer_is_never_shared_even_where_one_side_goes_on():
 def test_the_prompt_column_may_hold_history_that_the_answer_list_does_not_repeat():
     history = [user("Hello"), assistant("Hi")]
 
-    row = parse_row({"prompt": [*history, QUESTION], "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, Columns())
+    row = parse_row(
+        {"prompt": [*history, QUESTION], "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, Columns()
+    )
 
     assert row.chosen == [*history, QUESTION, GOOD]
 
@@ -251,7 +257,10 @@ UNUSABLE = [
     ({**PROMPT, "chosen": 3, "rejected": "A dog."}, "messages are expected, not a number"),
     ({"prompt": 3, "chosen": "A cat.", "rejected": "A dog."}, "messages are expected, not a number"),
     ({**PROMPT, "chosen": ["A cat."], "rejected": [BAD]}, "a message is not an object with role and content but text"),
-    ({**PROMPT, "chosen": [{"role": "bard", "content": "x"}], "rejected": [BAD]}, "a message has the unknown role 'bard'"),
+    (
+        {**PROMPT, "chosen": [{"role": "bard", "content": "x"}], "rejected": [BAD]},
+        "a message has the unknown role 'bard'",
+    ),
     ({**PROMPT, "chosen": [{"content": "x"}], "rejected": [BAD]}, "a message has no role"),
     ({**PROMPT, "chosen": [assistant(3)], "rejected": [BAD]}, "a message's content is not text but a number"),
     (

@@ -10,8 +10,9 @@ from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.formats import Columns, PlainText, UnusableRow, parse_row
 from mlx_cpo_plugin.data.tokenization import tokenize
 
-CHAT_KINDS = ["chatml", "headers", "thinking", "open_thinking", "no_system", "two_ends", "bare", "no_end"]
-END = {"headers": "<|eot|>", "bare": "<|eos|>", "no_end": ""}
+CLOSING_KINDS = ["chatml", "headers", "thinking", "open_thinking", "either_thinking", "no_system", "two_ends"]
+CHAT_KINDS = [*CLOSING_KINDS, "next_speaker", "bare", "no_end"]
+END = {"headers": "<|eot|>", "bare": "<|eos|>", "next_speaker": "<|eos|>", "no_end": ""}
 
 
 def user(content):
@@ -38,7 +39,7 @@ def whole_text(pair, side, tokenizer):
 ROW = {"prompt": "What is it?", "chosen": "Yes, the cat.", "rejected": "No."}
 
 
-@pytest.mark.parametrize("kind", ["chatml", "headers", "thinking", "open_thinking", "no_system", "two_ends"])
+@pytest.mark.parametrize("kind", CLOSING_KINDS)
 def test_the_answer_and_its_end_token_are_scored_and_nothing_else(kind):
     pair, tokenizer = pair_of(ROW, kind)
     end = END.get(kind, "<|im_end|>")
@@ -51,7 +52,7 @@ def test_the_answer_and_its_end_token_are_scored_and_nothing_else(kind):
 
 @pytest.mark.parametrize("kind", ["chatml", "headers", "no_system", "two_ends"])
 def test_the_prompt_is_what_generation_starts_from(kind):
-    pair, tokenizer = pair_of(ROW, kind)
+    pair, _ = pair_of(ROW, kind)
 
     inference = tokenizer_named(kind).apply_chat_template([user("What is it?")], add_generation_prompt=True)
 
@@ -111,7 +112,7 @@ def test_thoughts_in_an_answer_are_scored_and_both_sides_keep_one_prompt():
     assert scored_text(pair, "rejected", tokenizer) == "<think>\n\n</think>\n\nNo.<|im_end|>"
 
 
-@pytest.mark.parametrize("kind", ["chatml", "headers", "thinking", "open_thinking", "no_system", "two_ends"])
+@pytest.mark.parametrize("kind", CLOSING_KINDS)
 def test_in_an_answer_of_several_turns_only_the_assistant_is_scored(kind):
     chosen = [user("What is it?"), assistant("Yes, the cat."), user("Sure?"), assistant("Yes.")]
     rejected = [user("What is it?"), assistant("No."), user("Why?"), assistant("Not me.")]
@@ -124,6 +125,34 @@ def test_in_an_answer_of_several_turns_only_the_assistant_is_scored(kind):
     context = tokenizer.decode(pair.chosen[~pair.chosen_scored])
     assert "Sure?" in context
     assert "cat" not in context
+
+
+def test_where_the_next_speaker_ends_a_turn_that_token_is_scored():
+    chosen = [user("What is it?"), assistant("Yes, the cat."), user("Sure?"), assistant("Yes.")]
+
+    pair, tokenizer = pair_of({"chosen": chosen, "rejected": [chosen[0], assistant("No.")]}, "next_speaker")
+
+    assert scored_text(pair, "chosen", tokenizer) == "Yes, the cat.<|eot|>Yes.<|eos|>"
+
+
+def test_an_answer_with_and_one_without_thoughts_start_from_what_both_share():
+    row = {**ROW, "chosen": "<think>\nIt purrs.\n</think>Yes."}
+
+    pair, tokenizer = pair_of(row, "either_thinking")
+
+    assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n<think>")
+    assert scored_text(pair, "chosen", tokenizer) == "\nIt purrs.\n</think>Yes.<|im_end|>"
+    assert scored_text(pair, "rejected", tokenizer) == "</think>No.<|im_end|>"
+
+
+def test_answers_are_found_where_later_turns_change_what_stands_before_them():
+    chosen = [user("What is it?"), assistant("Yes, the cat."), user("Sure?"), assistant("Yes.")]
+    rejected = [chosen[0], assistant("No."), user("Why?"), assistant("Not me.")]
+
+    pair, tokenizer = pair_of({"chosen": chosen, "rejected": rejected, "tools": [{"name": "look"}]}, "tools_last")
+
+    assert scored_text(pair, "chosen", tokenizer) == "Yes, the cat.<|eos|>Yes.<|eos|>"
+    assert scored_text(pair, "rejected", tokenizer) == "No.<|eos|>Not me.<|eos|>"
 
 
 def test_tool_messages_inside_an_answer_are_context():
@@ -208,12 +237,21 @@ def test_answers_that_the_template_renders_alike_are_the_same():
         pair_of({**ROW, "chosen": "Yes.", "rejected": " Yes. "}, "headers")
 
 
+MERGING = {"prompt": "What is it?", "chosen": "Yes", "rejected": "42"}
+SEVERAL_TURNS = {
+    "chosen": [user("What is it?"), assistant("Yes."), user("Sure?"), assistant("Yes, the cat.")],
+    "rejected": [user("What is it?"), assistant("No."), user("Why?"), assistant("Not me.")],
+}
+
+
+@pytest.mark.parametrize("row", [ROW, MERGING, SEVERAL_TURNS], ids=["plain", "merging", "several turns"])
 @pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_a_tokenizer_without_offsets_gives_the_same_pairs(kind):
-    expected, _ = pair_of(ROW, kind)
+def test_a_tokenizer_without_offsets_gives_the_same_pairs(kind, row):
+    expected, _ = pair_of(row, kind)
 
-    pair, _ = pair_of(ROW, tokenizer_named(kind, offsets=False))
+    pair, tokenizer = pair_of(row, tokenizer_named(kind, offsets=False))
 
+    assert tokenizer.encode("Yes").ends is None
     assert pair.prompt.tolist() == expected.prompt.tolist()
     assert pair.rejected_scored.tolist() == expected.rejected_scored.tolist()
     assert pair.chosen_scored.tolist() == expected.chosen_scored.tolist()

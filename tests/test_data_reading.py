@@ -1,0 +1,276 @@
+"""Files, folders and data sets of the Hugging Face library become rows that know where they stand."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mlx_cpo_plugin.data.reading import read_file, read_splits
+from mlx_cpo_plugin.errors import DataError
+
+ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(10)]
+
+
+def settings(data="", hf_dataset=None, **others):
+    return SimpleNamespace(**{"data": str(data), "hf_dataset": hf_dataset, "valid_fraction": 0.0, **others})
+
+
+def write(path, rows=ROWS):
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_each_kind_of_file_gives_its_rows_and_their_numbers(tmp_path, suffix):
+    rows = read_file(write(tmp_path / f"train.{suffix}"))
+
+    assert [row.value for row in rows] == ROWS
+    assert [row.source for row in rows[:2]] == [f"train.{suffix}:1", f"train.{suffix}:2"]
+
+
+def test_blank_lines_are_skipped_and_still_counted(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": "\xe2\x80\xa8"}')
+
+    assert [(row.value, row.source) for row in read_file(path)] == [
+        ({"a": 1}, "train.jsonl:1"),
+        ({"a": "\u2028"}, "train.jsonl:4"),
+    ]
+
+
+def test_a_json_file_may_hold_its_rows_under_data(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"data": ROWS}), encoding="utf-8")
+
+    assert len(read_file(path)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": }\n',
+            "a.jsonl:2 is not valid JSON (Expecting value, column 7): correct that line.",
+        ),
+        (
+            "a.json",
+            b'[\n{"a" 1}]',
+            "a.json:2 is not valid JSON (Expecting ':' delimiter, column 6): correct that line.",
+        ),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2 is not valid UTF-8: save the file as UTF-8."),
+        ("a.json", b'[{"a":\n"\xff"}]', "a.json:2 is not valid UTF-8: save the file as UTF-8."),
+        (
+            "a.json",
+            b'{"a": 1}',
+            'a.json holds no rows: write a list of rows, or an object with that list under "data".',
+        ),
+        ("a.csv", b"a,b", "a.csv is not a data file that can be read: use one of .jsonl, .json, .parquet."),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+
+    assert str(caught.value) == f"{tmp_path}/{message}"
+
+
+def test_a_broken_parquet_file_is_an_error_of_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"no parquet")
+
+    with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file that can be read \(.*\): check it\.$"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("valid", ["valid", "validation", "val", "dev", "eval"])
+def test_a_folder_has_a_file_for_each_split_under_its_usual_names(tmp_path, valid):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / f"{valid}.parquet", ROWS[:3])
+    write(tmp_path / "test.json", ROWS[:2])
+
+    splits = read_splits(settings(tmp_path), ("train", "valid", "test"))
+
+    assert {split: [len(group.rows) for group in groups] for split, groups in splits.items()} == {
+        "train": [10],
+        "valid": [3],
+        "test": [2],
+    }
+
+
+def test_only_wanted_splits_are_read(tmp_path):
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "test.jsonl").write_text("broken", encoding="utf-8")
+
+    assert set(read_splits(settings(tmp_path), ("train", "valid"))) == {"train", "valid"}
+
+
+def test_a_single_file_is_the_training_set(tmp_path):
+    path = write(tmp_path / "mine.jsonl")
+
+    splits = read_splits(settings(path), ("train", "valid"))
+
+    assert (len(splits["train"][0].rows), splits["valid"]) == (10, [])
+
+
+def test_a_folder_without_data_says_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").touch()
+
+    with pytest.raises(DataError) as caught:
+        read_splits(settings(tmp_path), ("train", "valid"))
+
+    assert str(caught.value) == (
+        f"{tmp_path} holds no train.jsonl or valid.jsonl (also .json, .parquet; found: notes.txt): put the rows there."
+    )
+
+
+@pytest.mark.parametrize("data", ["./nowhere", "/no/where", "~/no-such-folder", "data/", "rows.jsonl", "a/b/c"])
+def test_a_path_that_does_not_exist_is_not_looked_up_elsewhere(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(DataError) as caught:
+        read_splits(settings(data), ("train",))
+
+    assert str(caught.value) == f"data names {data}, which does not exist: give a folder, a file or a hub name."
+
+
+def test_a_missing_column_is_an_error_that_names_the_file(tmp_path):
+    path = write(tmp_path / "train.jsonl", [{"text": "a"}])
+
+    with pytest.raises(DataError, match=r"^train\.jsonl has no column for the chosen answer"):
+        read_splits(settings(path), ("train",))
+
+
+def entry(path, **others):
+    return {"path": "json", "config": {"data_files": str(path)}, **others}
+
+
+@pytest.fixture
+def offline_datasets(tmp_path, monkeypatch):
+    """The real ``datasets`` library, with its cache in the test's own folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+def test_a_dataset_entry_is_read_by_its_splits(tmp_path, offline_datasets):
+    path = write(tmp_path / "rows.jsonl")
+    named = entry(path, train_split="train[:5]", valid_split="train[5:7]", test_split="train[7:]")
+
+    splits = read_splits(settings(hf_dataset=named), ("train", "valid", "test"))
+
+    assert [row.value for row in splits["train"][0].rows] == ROWS[:5]
+    assert [row.value for row in splits["valid"][0].rows] == ROWS[5:7]
+    assert splits["test"][0].rows[0].source == "json train[7:]:1"
+
+
+def test_a_dataset_entry_has_the_default_splits(tmp_path, offline_datasets):
+    path = write(tmp_path / "rows.jsonl")
+
+    splits = read_splits(settings(hf_dataset=entry(path)), ("train", "valid", "test"))
+
+    assert [row.value for row in splits["train"][0].rows] == ROWS[:8]
+    assert [row.value for row in splits["valid"][0].rows] == ROWS[9:]
+    assert splits["test"] == []
+
+
+def test_a_named_training_split_warns_of_a_default_validation_split_that_may_overlap(tmp_path, offline_datasets):
+    path = write(tmp_path / "rows.jsonl")
+
+    splits = read_splits(settings(hf_dataset=entry(path, train_split="train")), ("train", "valid"))
+
+    assert splits["valid"][0].note == ("json train[-10%:] may share rows with train_split train: set valid_split.")
+
+
+def test_valid_fraction_replaces_the_default_validation_split(tmp_path, offline_datasets):
+    path = write(tmp_path / "rows.jsonl")
+
+    splits = read_splits(settings(hf_dataset=entry(path), valid_fraction=0.2), ("train", "valid"))
+
+    assert splits["valid"] == []
+
+
+def test_several_entries_follow_each_other_each_with_its_own_columns(tmp_path, offline_datasets):
+    first = write(tmp_path / "first.jsonl")
+    second = write(tmp_path / "second.jsonl", [{"good": "A cat.", "bad": "A dog.", "ask": "What is it?"}] * 4)
+    entries = [
+        entry(first, train_split="train"),
+        entry(second, train_split="train", chosen_feature="good", rejected_feature="bad", prompt_feature="ask"),
+    ]
+
+    groups = read_splits(settings(hf_dataset=entries), ("train",))["train"]
+
+    assert [len(group.rows) for group in groups] == [10, 4]
+    assert [group.columns.chosen for group in groups] == ["auto", "good"]
+
+
+def test_an_entry_without_a_path_is_an_error():
+    with pytest.raises(DataError, match="hf_dataset has an entry without a path"):
+        read_splits(settings(hf_dataset=[{"name": "x"}]), ("train",))
+
+
+def test_a_split_that_the_dataset_lacks_is_an_error_of_one_sentence(tmp_path, offline_datasets):
+    path = write(tmp_path / "rows.jsonl")
+
+    with pytest.raises(DataError, match=r"the dataset 'json' cannot be loaded \(.*nosuch.*\): check its settings\.$"):
+        read_splits(settings(hf_dataset=entry(path, train_split="nosuch")), ("train",))
+
+
+class StandInHub(ModuleType):
+    """The part of ``datasets`` that is asked for a dataset by name, answering without a network."""
+
+    def __init__(self, found):
+        super().__init__("datasets")
+        self.exceptions = SimpleNamespace(DatasetNotFoundError=FileNotFoundError)
+        self._found = found
+
+    def load_dataset(self, name, **options):
+        if name not in self._found:
+            raise FileNotFoundError(name)
+        return self._found[name]
+
+
+def test_a_hub_name_is_read_by_the_names_of_its_splits(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", StandInHub({"me/prefs": {"train": ROWS, "validation": ROWS[:2]}}))
+
+    splits = read_splits(settings("me/prefs"), ("train", "valid", "test"))
+
+    assert splits["train"][0].rows[2].source == "me/prefs train:3"
+    assert len(splits["valid"][0].rows) == 2
+    assert splits["test"] == []
+
+
+def test_a_hub_name_that_is_not_found_is_an_error_of_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", StandInHub({}))
+
+    with pytest.raises(DataError) as caught:
+        read_splits(settings("me/nothing"), ("train",))
+
+    assert str(caught.value) == (
+        "no dataset 'me/nothing' was found, neither as a local path nor on the Hugging Face hub: "
+        "check data or hf_dataset."
+    )
+
+
+def test_a_torch_folder_without_pytorch_does_not_reach_the_dataset_library(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "datasets", StandInHub({"me/prefs": {"train": ROWS}}))
+
+    read_splits(settings("me/prefs"), ("train",))
+
+    assert "torch" not in sys.modules

@@ -1,0 +1,91 @@
+"""Two ranks on this machine, connected by the ring backend, do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import assert_same
+
+TESTS = Path(__file__).parent
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+import mlx.core as mx, mlx.optimizers as optimizers
+from conftest import add_adapter, build_model, build_pairs
+from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+
+train_cpo(
+    add_adapter(build_model()),
+    optimizers.SGD(0.05),
+    build_pairs({rows}),
+    build_pairs(5, seed=1),
+    CPOTrainingArgs(
+        iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3,
+        steps_per_report=1, steps_per_save=2, adapter_file={folder!r} + "/adapters.safetensors",
+    ),
+)
+"""
+
+
+def free_port() -> int:
+    """The first of two neighbouring ports that nobody listens on."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def train_on(ranks: int, folder: Path, **arguments: int) -> str:
+    """Train in one process a rank and return what they print."""
+    script = folder.with_suffix(".py")
+    script.write_text(CHILD.format(tests=str(TESTS), folder=str(folder), **arguments))
+    command = [sys.executable, str(script)]
+    if ranks > 1:
+        launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+        hosts = ["--hosts", "127.0.0.1", "--starting-port", str(free_port())]
+        command = [*launcher, "-n", str(ranks), "--backend", "ring", *hosts, *command]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "accumulation", "iters"),
+    [(8, 4, 1, 4), (7, 4, 1, 4), (5, 2, 2, 6)],
+    ids=["even batches", "a tail of three", "accumulation with an empty rank at the tail"],
+)
+def test_two_ranks_train_the_adapter_that_one_rank_does(
+    tmp_path: Path, rows: int, batch_size: int, accumulation: int, iters: int
+) -> None:
+    arguments = {"rows": rows, "batch_size": batch_size, "accumulation": accumulation, "iters": iters}
+
+    alone = train_on(1, tmp_path / "alone", **arguments)
+    together = train_on(2, tmp_path / "together", **arguments)
+
+    one, two = (dict(mx.load(str(tmp_path / name / "adapters.safetensors"))) for name in ("alone", "together"))
+    as_numpy = [{name: np.array(value) for name, value in tree.items()} for tree in (two, one)]
+    assert_same(*as_numpy, tolerance=1e-4)
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "together")
+    ]
+    assert len(metrics[0]) == len(metrics[1])
+    for left, right in zip(*metrics, strict=True):
+        for key in left:
+            if key.endswith(("_loss", "_accuracies", "_margins", "_logps", "_norm")):
+                assert left[key] == pytest.approx(right[key], rel=1e-3), key
+    assert together.count("Saved final weights") == alone.count("Saved final weights") == 1

@@ -1,0 +1,187 @@
+"""Plugins: the hooks, what strangers add through them, and what happens when a stranger's plugin is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from fresh_environment import FreshEnvironment, build_distribution, built_wheel
+from stranger_plugins import CompetingPlugin, SimpoPlugin, registered
+
+from mlx_cpo_plugin import hookspecs, plugins
+from mlx_cpo_plugin.errors import PluginError
+
+SIMPO = """
+import mlx.core as mx
+from mlx_cpo_plugin import LossType, Option, hookimpl
+
+
+def simpo(chosen_logps, rejected_logps, beta, simpo_gamma):
+    logits = beta * (chosen_logps - rejected_logps) - simpo_gamma
+    return mx.logaddexp(-logits, mx.zeros_like(logits))
+
+
+@hookimpl
+def register_loss_types():
+    beta = Option("beta", float, 2.0, "Temperature.", above=0)
+    gamma = Option("simpo_gamma", float, 0.5, "Target margin.", minimum=0, shown_when={"dpo_cpo_loss_type": ("simpo",)})
+    return [
+        LossType("simpo", "SimPO", simpo, "-log sigmoid(beta * logits - simpo_gamma)", options=(beta, gamma),
+                 length_normalised=True)
+    ]
+"""
+
+
+def hooks() -> list[str]:
+    return [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT_NAME}_spec")]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> FreshEnvironment:
+    """An environment of its own with the plugin installed."""
+    environment = FreshEnvironment(tmp_path / "environment")
+    environment.install(built_wheel("wheel"))
+    return environment
+
+
+def add_plugin(environment: FreshEnvironment, folder: Path, name: str, code: str) -> None:
+    """Build and install a distribution whose only module registers itself as a plugin."""
+    environment.install(build_distribution(folder / name, name, code))
+
+
+@pytest.fixture
+def simpo_config(settings: dict, tmp_path: Path) -> Iterator[dict]:
+    yield {**settings, "dpo_cpo_loss_type": "simpo", "simpo_gamma": 0.3, "beta": 1.5}
+
+
+def write(tmp_path: Path, config: dict) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
+    environment: FreshEnvironment, simpo_config: dict, tmp_path: Path
+) -> None:
+    add_plugin(environment, tmp_path, "simpo-loss", SIMPO)
+    config = write(tmp_path, simpo_config)
+
+    listed = json.loads(environment.run_python("-m", "mlx_cpo_plugin", "losses", "--json"))
+    from_yaml = environment.run(environment.host_script, "--config", config)
+    from_flags = environment.run(
+        environment.host_script, "--config", config, "--dpo-cpo-loss-type", "simpo", "--simpo-gamma", "9"
+    )
+    refused = environment.run(environment.host_script, "--config", config, "--simpo-gamma", "-1")
+    write(tmp_path, {**simpo_config, "simpo_gamma": -1})
+    refused_with_line = environment.run(environment.host_script, "--config", config)
+
+    (entry,) = [entry for entry in listed if entry["name"] == "simpo"]
+    assert [option["name"] for option in entry["options"]] == ["beta", "simpo_gamma"]
+    assert from_yaml.returncode == 0, from_yaml.stderr
+    assert from_flags.returncode == 0, from_flags.stderr
+    first, second = (
+        float(re.search(r"Iter 1: loss ([\d.]+)", run.stdout).group(1)) for run in (from_yaml, from_flags)
+    )
+    assert second - first > 5  # the margin that the flag asks for is wider by 8.7
+    assert refused.returncode == refused_with_line.returncode == 2
+    assert "simpo_gamma" in refused.stderr
+    assert f"simpo_gamma is -1 in {config}, line " in refused_with_line.stderr
+    assert "but must be a number >= 0" in refused_with_line.stderr
+
+
+def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, settings: dict, tmp_path: Path) -> None:
+    add_plugin(environment, tmp_path, "broken-loss", "raise RuntimeError('half installed')")
+
+    ended = environment.run(environment.host_script, "--config", write(tmp_path, settings))
+
+    assert ended.returncode == 0, ended.stderr
+    assert "broken_loss" in ended.stderr
+    assert "broken-loss 1.0 is skipped: RuntimeError: half installed" in ended.stderr
+
+
+def test_two_plugins_with_one_name_are_an_error_that_names_both(
+    environment: FreshEnvironment, settings: dict, tmp_path: Path
+) -> None:
+    add_plugin(environment, tmp_path, "simpo-loss", SIMPO)
+    add_plugin(environment, tmp_path, "other-simpo", SIMPO)
+    config = write(tmp_path, settings)
+
+    ended = environment.run(environment.host_script, "--config", config)
+    blocked = environment.run(environment.host_script, "--config", config, MLX_CPO_PLUGIN_BLOCK="other_simpo")
+
+    assert ended.returncode == 2
+    assert "'simpo' is registered twice" in ended.stderr
+    assert "simpo-loss 1.0" in ended.stderr
+    assert "other-simpo 1.0" in ended.stderr
+    assert blocked.returncode == 0, blocked.stderr
+
+
+def test_the_trace_variable_prints_each_hook_call(environment: FreshEnvironment) -> None:
+    traced = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses", MLX_CPO_PLUGIN_TRACE="1")
+    silent = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses")
+
+    assert "mlx-cpo-plugin trace: register_loss_types" in traced.stderr
+    assert "trace" not in silent.stderr
+
+
+def test_the_built_in_mode_and_losses_come_through_the_hooks() -> None:
+    manager = plugins.get_plugin_manager()
+
+    (built_in,) = [row for row in plugins.registered_distributions() if row["plugin"] == plugins.BUILT_IN]
+
+    assert {mode.name for modes in manager.hook.register_train_modes() for mode in modes} == {"cpo"}
+    assert built_in["loss_types"] == ["sigmoid", "hinge", "ipo", "dpop"]
+    assert list(plugins.loss_types())[:4] == built_in["loss_types"]
+
+
+def test_a_mode_that_another_plugin_has_is_an_error() -> None:
+    with registered(CompetingPlugin()), pytest.raises(PluginError, match="train mode 'cpo' is registered twice"):
+        plugins.train_modes()
+
+
+def test_a_hook_that_returns_something_else_is_named_and_skipped() -> None:
+    class Wrong(SimpoPlugin):
+        @hookspecs.hookimpl
+        def register_loss_types(self) -> list:
+            return ["simpo"]
+
+    with registered(Wrong()), pytest.warns(RuntimeWarning, match="must return LossType objects, not str"):
+        assert "simpo" not in plugins.loss_types()
+
+
+@pytest.mark.parametrize("hook", hooks())
+def test_every_hook_has_types_a_paragraph_and_an_example_that_runs(hook: str) -> None:
+    function = getattr(hookspecs, hook)
+    paragraph, _, example = function.__doc__.partition("Example::\n")
+    module = ModuleType("example")
+    exec(textwrap.dedent(example), vars(module))
+
+    manager = plugins.get_plugin_manager()
+    manager.register(module, name="example")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (row,) = [row for row in plugins.registered_distributions() if row["plugin"] == "example"]
+    finally:
+        manager.unregister(module)
+
+    assert len(paragraph.split()) > 20
+    assert function.__annotations__["return"]
+    assert row["train_modes"] or row["loss_types"]
+
+
+def test_every_hook_is_documented_in_the_readme_and_called_in_a_test() -> None:
+    tests = Path(__file__).parent
+    readme = (tests.parent / "README.md").read_text()
+
+    assert len(hooks()) >= 2
+    for hook in hooks():
+        assert hook in readme
+        assert any(f"def {hook}" in path.read_text() for path in tests.glob("*.py"))
