@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_cpo_plugin._version import __version__
 
 if TYPE_CHECKING:
-    from mlx_cpo_plugin.host.finder import install as activate
     from mlx_cpo_plugin.hookspecs import hookimpl
+    from mlx_cpo_plugin.host.finder import install as activate
     from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
     from mlx_cpo_plugin.types import LossType, Option, TrainMode
 

@@ -16,6 +16,8 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 LENGTH_MULTIPLE = 32
 SCORED_MULTIPLE = 32
 
+Arrays = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -36,8 +38,8 @@ class Batch:
     token_counts: mx.array
 
     @property
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        """The arrays in the order in which scoring takes them."""
+    def arrays(self) -> Arrays:
+        """The arrays alone, for a compiled function to take; ``Batch(*arrays)`` is the batch again."""
         return self.tokens, self.scored_positions, self.targets, self.target_rows, self.token_counts
 
 

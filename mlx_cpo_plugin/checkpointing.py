@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None
         yield
 
 
-def _checkpointed_call(original: Call, dropouts: list[nn.Module], dropout_keys: dict[int, mx.array]) -> Call:
+def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_keys: dict[int, mx.array]) -> Call:
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # mx.checkpoint differentiates floating inputs only; masks, caches and flags are closed over.
         inputs = {at: value for at, value in enumerate(args) if _is_differentiable(value)}

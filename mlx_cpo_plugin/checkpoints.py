@@ -65,7 +65,9 @@ def describe_adapter(model: nn.Module) -> dict[str, Any]:
     adapters = [module for _, module in model.named_modules() if isinstance(module, _LORA_LAYERS + _DORA_LAYERS)]
     if not adapters:
         return {"fine_tune_type": "full", "num_layers": -1, "lora_parameters": {}}
-    adapted = [layer for layer in model.layers if any(isinstance(m, _LORA_LAYERS + _DORA_LAYERS) for m in layer.modules())]
+    adapted = [
+        layer for layer in model.layers if any(isinstance(m, _LORA_LAYERS + _DORA_LAYERS) for m in layer.modules())
+    ]
     first = adapters[0]
     # mlx_lm takes the last n layers, and all of them for any n < 1.
     all_layers = len(adapted) == len(model.layers)
@@ -87,17 +89,19 @@ def load_adapter(model: nn.Module, adapter_file: Path) -> None:
         CheckpointError: the file is missing, unreadable, or holds other names or shapes than the model trains.
     """
     try:
-        weights = dict(mx.load(str(adapter_file)))
+        weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"The adapter {adapter_file} cannot be read ({error}); give another file.") from error
     expected = dict(tree_flatten(model.trainable_parameters()))
     for name, value in expected.items():
         if name not in weights:
-            raise CheckpointError(f"The adapter {adapter_file} has no {name!r}; it belongs to another kind of training.")
+            raise CheckpointError(
+                f"The adapter {adapter_file} has no {name!r}; it belongs to another kind of training."
+            )
         if weights[name].shape != value.shape:
             raise CheckpointError(
-                f"The adapter {adapter_file} has {name!r} as {weights[name].shape}, but the model trains {value.shape}; "
-                "use the lora_parameters and model that it was trained with."
+                f"The adapter {adapter_file} has {name!r} as {weights[name].shape}, but the model trains "
+                f"{value.shape}; use the lora_parameters and model that it was trained with."
             )
     unknown = sorted(set(weights) - set(expected))
     if unknown:

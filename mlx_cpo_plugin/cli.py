@@ -80,7 +80,10 @@ def _check(words: Sequence[str]) -> int:
             f"{source} asks for no train mode that `mlx-cpo check` knows; "
             "write train_mode: cpo into the configuration file or pass --train-mode cpo."
         )
-    resolved = config.resolve(config.explicit(words, mode))
+    # What is looked at is a training run, whether or not the configuration file has `train: true`.
+    given = config.explicit(words, mode)
+    given["train"] = True
+    resolved = config.resolve(given)
     for note in resolved.notes:
         print(f"note: {note}")
     run_check(resolved.settings)

@@ -74,7 +74,7 @@ class _Sources:
             return self.call[key]
         if self.gives(key) or (option.optional and self.yaml is not None and key in self.yaml.values):
             return self._in_yaml(key)
-        return deepcopy(option.default)
+        return option.default
 
     def place(self, key: str) -> str:
         """Return where a key, or one inside it such as ``lora_parameters.rank``, was given, in words."""

@@ -38,7 +38,7 @@ def evaluate_pairs(
         for batch_pairs in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            scores = score_answers(model, *collate(batch_pairs).arrays, objective.length_normalised)
+            scores = score_answers(model, collate(batch_pairs), objective.length_normalised)
             losses = objective.losses(scores)
             mx.eval(losses, *scores)
             means.add(losses, scores, scored_tokens(batch_pairs))

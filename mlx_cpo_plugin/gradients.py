@@ -12,7 +12,7 @@ import mlx.optimizers as optimizers
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_cpo_plugin.batches import collate, collate_answers
+from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers, score_rows
@@ -47,42 +47,41 @@ class StepGradient:
     def _compile(self) -> None:
         model, optimizer, objective = self.model, self.optimizer, self.objective
 
-        def batch_loss(
-            model: nn.Module, arrays: tuple[mx.array, ...], pairs: mx.array
-        ) -> tuple[mx.array, mx.array, AnswerScores]:
-            scores = score_answers(model, *arrays, length_normalised=objective.length_normalised)  # type: ignore[misc]
+        def batch_loss(model: nn.Module, arrays: Arrays, pairs: mx.array) -> tuple[mx.array, mx.array, AnswerScores]:
+            scores = score_answers(model, Batch(*arrays), objective.length_normalised)
             losses = objective.losses(scores)
             return losses.sum() / pairs, losses, scores
 
-        def answer_logps(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-            *positions, token_counts = arrays
-            logps, logits = score_rows(model, *positions, row_count=1)
-            divisor = token_counts if objective.length_normalised else 1
-            return (logps / divisor).sum(), (logits / token_counts).sum()
+        def answer_logps(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+            batch = Batch(*arrays)
+            logps, logits = score_rows(model, batch)
+            divisor = batch.token_counts if objective.length_normalised else mx.array(1.0)
+            return (logps / divisor).sum(), (logits / batch.token_counts).sum()
 
         # ``quantised`` is read by no one here: it makes the two ways to trace the model two entries of the cache.
         @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
-        def batch_gradient(arrays: tuple[mx.array, ...], pairs: mx.array, quantised: bool) -> Any:
+        def batch_gradient(arrays: Arrays, pairs: mx.array, quantised: bool) -> Any:
             (_, losses, scores), gradient = nn.value_and_grad(model, batch_loss)(model, arrays, pairs)
             return losses, scores, gradient
 
         @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
-        def answer_gradient(arrays: tuple[mx.array, ...], quantised: bool) -> Any:
-            (logps, logits), gradient = nn.value_and_grad(model, answer_logps)(model, *arrays)
+        def answer_gradient(arrays: Arrays, quantised: bool) -> Any:
+            (logps, logits), gradient = nn.value_and_grad(model, answer_logps)(model, arrays)
             return logps, logits, gradient
 
         @partial(mx.compile, inputs=[model.state, optimizer.state], outputs=[model.state, optimizer.state])
         def apply(gradient: Any) -> mx.array:
-            squares = [mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient)]
+            flat: list[tuple[str, mx.array]] = tree_flatten(gradient)  # type: ignore[assignment]  # only strings have none
+            squares = [mx.square(value.astype(mx.float32)).sum() for _, value in flat]
             optimizer.update(model, gradient)
-            return mx.sqrt(sum(squares))
+            return mx.sqrt(mx.stack(squares).sum())
 
         self._batch_gradient, self._answer_gradient, self._apply = batch_gradient, answer_gradient, apply
 
     def add(
         self, pairs: Sequence[PreferencePair], window_pairs: int, quantised: bool = False
     ) -> tuple[mx.array, AnswerScores]:
-        """Add the gradient of ``sum(losses) / window_pairs`` over ``pairs``; return losses [B] and scores of the pairs."""
+        """Add the gradient of ``sum(losses) / window_pairs`` over ``pairs``; return losses [B] and scores."""
         longest = max(pair.length for pair in pairs)
         if self.long_context_above is not None and longest > self.long_context_above:
             losses, scores, gradient = self._answer_by_answer(pairs, window_pairs, quantised)
@@ -98,8 +97,8 @@ class StepGradient:
     def _answer_by_answer(self, pairs: Sequence[PreferencePair], window_pairs: int, quantised: bool) -> Any:
         """Return the exact gradient while the activations of a single answer are kept at a time.
 
-        The loss of a pair sees the model through two numbers only, the log-probs c and r of its answers. So its gradient
-        is dL/dc times the gradient of c plus dL/dr times that of r, and the two are computed one after the other.
+        The loss of a pair sees the model through two numbers only, the log-probs c and r of its answers. So its
+        gradient is dL/dc times that of c plus dL/dr times that of r, and the two are computed one after the other.
         """
         total, losses, scores = None, [], []
         for pair in pairs:
@@ -121,7 +120,11 @@ class StepGradient:
             mx.eval(total, loss)
             losses.append(loss)
             scores.append(score)
-        return mx.concatenate(losses), AnswerScores(*map(mx.concatenate, zip(*scores, strict=True))), total
+        return (
+            mx.concatenate(losses),
+            AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True))),
+            total,
+        )
 
     def _loss_slopes(self, score: AnswerScores) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         """Return the loss [1] of one pair and its derivatives by chosen_logps and rejected_logps."""
@@ -143,4 +146,4 @@ class StepGradient:
         norm = self._apply(total)
         self.total = None
         mx.eval(self.model.state, self.optimizer.state, norm)
-        return float(norm.item())
+        return float(norm)

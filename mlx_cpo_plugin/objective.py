@@ -34,7 +34,9 @@ class Objective:
         return self.fn(scores.chosen_logps, scores.rejected_logps, **self.options).astype(mx.float32)
 
 
-def objective_for(loss_type: str, settings: Mapping[str, Any], loss_fn: Callable[..., mx.array] | None = None) -> Objective:
+def objective_for(
+    loss_type: str, settings: Mapping[str, Any], loss_fn: Callable[..., mx.array] | None = None
+) -> Objective:
     """Return the objective that ``loss_type`` names.
 
     Args:

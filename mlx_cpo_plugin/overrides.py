@@ -22,7 +22,9 @@ def overridden_calls(replacements: Sequence[tuple[nn.Module, Call]]) -> Iterator
         for module, call in replacements:
             original = type(module)
             # The name stays, since mlx_lm and error messages tell layers by it.
-            module.__class__ = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+            module.__class__ = type(
+                original.__name__, (original,), {"__call__": call, "__module__": original.__module__}
+            )
         yield
     finally:
         for module, original in reversed(originals):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -58,12 +59,12 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> None:
         _warn_skipped(entry_point.name, _distribution_of(entry_point.name), error)
 
 
-def _trace_before(hook_name: str, implementations: list[Any], arguments: dict[str, Any]) -> None:
+def _trace_before(hook_name: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
     names = ", ".join(implementation.plugin_name for implementation in implementations)
     print(f"mlx-cpo-plugin trace: {hook_name}({arguments or ''}) -> {names}", file=sys.stderr)
 
 
-def _trace_after(outcome: Any, hook_name: str, implementations: list[Any], arguments: dict[str, Any]) -> None:
+def _trace_after(outcome: Any, hook_name: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
     result = repr(outcome.exception) if outcome.exception else f"{len(outcome.get_result())} results"
     print(f"mlx-cpo-plugin trace: {hook_name} returned {result}", file=sys.stderr)
 

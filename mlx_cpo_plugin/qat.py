@@ -19,6 +19,8 @@ from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_cpo_plugin.host.substrate import fake_quantize
 from mlx_cpo_plugin.overrides import Call, overridden_calls
 
+_ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear)
+
 
 @dataclass
 class FakeQuantisation:
@@ -55,17 +57,19 @@ def fake_quantised(
         group_size: weights that share a scale along the input dimension; 0 or less: one scale for the whole tensor.
     """
     schedule = FakeQuantisation(start_step, interval)
-    replacements: list[tuple[nn.Module, Call]] = []
-    inside_adapters = {
-        id(module.linear) for module in model.modules() if isinstance(module, (LoRALinear, DoRALinear, LoRASwitchLinear))
-    }
-    for module in model.modules():
-        if isinstance(module, (LoRALinear, DoRALinear, LoRASwitchLinear)) or (
-            isinstance(module, nn.Linear) and id(module) not in inside_adapters
-        ):
-            replacements.append((module, _fake_quantised_call(type(module).__call__, schedule, bits, group_size)))
+    replacements: list[tuple[nn.Module, Call]] = [
+        (module, _fake_quantised_call(type(module).__call__, schedule, bits, group_size))
+        for module in _linear_layers(model)
+    ]
     with overridden_calls(replacements):
         yield schedule
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers with an adapter, and the linear layers that are not inside one of these."""
+    adapters = [module for module in model.modules() if isinstance(module, _ADAPTERS)]
+    inside = {id(adapter.linear) for adapter in adapters}
+    return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 
 
 def _fake_quantised_call(original: Call, schedule: FakeQuantisation, bits: int, group_size: int) -> Call:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin.batches import Batch
+
 
 class AnswerScores(NamedTuple):
     """What the policy makes of the answers in a batch of B pairs; every array is float32 [B].
@@ -25,44 +27,29 @@ class AnswerScores(NamedTuple):
     rejected_logits: mx.array
 
 
-def score_answers(
-    model: nn.Module,
-    tokens: mx.array,
-    scored_positions: mx.array,
-    targets: mx.array,
-    target_rows: mx.array,
-    token_counts: mx.array,
-    length_normalised: bool = False,
-) -> AnswerScores:
-    """Return the log-probs that ``model`` gives the scored tokens of a batch.
+def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = False) -> AnswerScores:
+    """Return the log-probs that ``model`` gives the scored tokens of a batch of pairs.
 
-    The arrays are those of :class:`mlx_cpo_plugin.batches.Batch`. Whatever the model's dtype, log-probs are computed
-    and summed in float32.
+    Whatever the model's dtype, log-probs are computed and summed in float32.
     """
-    logps, logits = score_rows(model, tokens, scored_positions, targets, target_rows, len(token_counts))
+    logps, logits = score_rows(model, batch)
     if length_normalised:
-        logps = logps / token_counts
-    logits = logits / token_counts
-    pairs = len(token_counts) // 2
+        logps = logps / batch.token_counts
+    logits = logits / batch.token_counts
+    pairs = len(batch.token_counts) // 2
     return AnswerScores(logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:])
 
 
-def score_rows(
-    model: nn.Module,
-    tokens: mx.array,
-    scored_positions: mx.array,
-    targets: mx.array,
-    target_rows: mx.array,
-    row_count: int,
-) -> tuple[mx.array, mx.array]:
-    """Return the summed log-probs and summed raw logits of the scored tokens of each row, both float32 [row_count]."""
-    logits = model(tokens[:, :-1])
-    scored = logits.reshape(-1, logits.shape[-1])[scored_positions].astype(mx.float32)
-    target_logits = mx.take_along_axis(scored, targets[:, None], axis=-1).squeeze(-1)
+def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Return the summed log-probs and summed raw logits of the scored tokens of each row, both float32 [rows]."""
+    logits = model(batch.tokens[:, :-1])
+    scored = logits.reshape(-1, logits.shape[-1])[batch.scored_positions].astype(mx.float32)
+    target_logits = mx.take_along_axis(scored, batch.targets[:, None], axis=-1).squeeze(-1)
     logps = target_logits - mx.logsumexp(scored, axis=-1)
     # One row more than there are catches the padding entries.
-    totals = mx.zeros((row_count + 1, 2), mx.float32).at[target_rows].add(mx.stack([logps, target_logits], axis=-1))
-    return totals[:row_count, 0], totals[:row_count, 1]
+    rows = len(batch.token_counts)
+    totals = mx.zeros((rows + 1, 2), mx.float32).at[batch.target_rows].add(mx.stack([logps, target_logits], axis=-1))
+    return totals[:rows, 0], totals[:rows, 1]
 
 
 @contextmanager

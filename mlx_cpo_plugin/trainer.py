@@ -126,9 +126,7 @@ def train_cpo(
 
     def validate(iteration: int) -> None:
         started = time.perf_counter()
-        means, _ = evaluate_pairs(
-            model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches
-        )
+        means, _ = evaluate_pairs(model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches)
         reporter.report_validation(iteration, means, time.perf_counter() - started)
 
     with training_environment(model, args) as quantisation:
@@ -221,8 +219,8 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
 def verify_saved_adapter(model: nn.Module, adapter_file: Path, pairs: Sequence[PreferencePair]) -> None:
     """Load the adapter back and check that it gives ``pairs`` the same log-probs to the bit."""
     model.eval()
-    arrays = collate(pairs).arrays
-    verify_adapter(model, adapter_file, lambda: mx.concatenate(score_answers(model, *arrays)[:2]))
+    batch = collate(pairs)
+    verify_adapter(model, adapter_file, lambda: mx.concatenate(list(score_answers(model, batch)[:2])))
 
 
 def check_training_args(args: CPOTrainingArgs) -> None:

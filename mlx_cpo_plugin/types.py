@@ -6,6 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_TYPES_IN_WORDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -50,8 +59,7 @@ class Option:
         """The allowed values in words, e.g. ``a number > 0``."""
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
-        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        words = kinds.get(self.type, {dict: "a mapping", list: "a list"}.get(self.type, self.type.__name__))
+        words = _TYPES_IN_WORDS.get(self.type, self.type.__name__)
         limits = [
             f"{sign} {limit:g}"
             for sign, limit in ((">", self.above), (">=", self.minimum), ("<=", self.maximum))

@@ -12,7 +12,6 @@ import yaml
 from mlx_cpo_plugin.errors import ConfigError
 
 FLOAT_TAG = "tag:yaml.org,2002:float"
-MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class SettingsLoader(yaml.SafeLoader):
@@ -73,7 +72,7 @@ def read_yaml(path: str | Path) -> YamlSettings:
     except OSError as error:
         raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror or error}.") from error
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{file}, line {line} holds bytes that are not UTF-8; save the file as UTF-8.") from error
@@ -130,8 +129,6 @@ def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], file: st
         return
     own: dict[str, int] = {}
     for key_node, value_node in node.value:
-        if key_node.tag == MERGE_TAG:  # may be overridden here and may occur twice
-            continue
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in own:
             raise ConfigError(

@@ -52,9 +52,7 @@ def test_each_step_counts_exactly_the_pairs_that_it_holds(
 @given(rows=sizes, batch_size=st.integers(1, 6), accumulation=st.integers(1, 5))
 def test_accumulating_takes_the_same_pairs_as_one_large_batch(rows: int, batch_size: int, accumulation: int) -> None:
     def steps(batch_size: int, accumulation: int) -> list[set[int]]:
-        epoch = plan(
-            list(range(rows)), batch_size=batch_size, accumulation=accumulation, iters=-(-rows // batch_size)
-        )
+        epoch = plan(list(range(rows)), batch_size=batch_size, accumulation=accumulation, iters=-(-rows // batch_size))
         result: list[set[int]] = [set()]
         for batch in epoch:
             result[-1].update(batch.indices)

@@ -44,11 +44,11 @@ def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_fold
 
     loaded, tokenizer = load(str(model_folder), adapter_path=str(tmp_path))
 
-    arrays = collate(build_pairs(3, vocabulary=300)).arrays
-    ours, theirs = score_answers(model, *arrays), score_answers(loaded, *arrays)
+    batch = collate(build_pairs(3, vocabulary=300))
+    ours, theirs = score_answers(model, batch), score_answers(loaded, batch)
     assert np.array(ours.chosen_logps) == pytest.approx(np.array(theirs.chosen_logps), rel=1e-6)
     base, _ = load(str(model_folder))
-    assert score_answers(base, *arrays).chosen_logps.tolist() != theirs.chosen_logps.tolist()
+    assert score_answers(base, batch).chosen_logps.tolist() != theirs.chosen_logps.tolist()
     assert isinstance(generate(loaded, tokenizer, prompt="There are", max_tokens=3), str)
 
 
@@ -135,17 +135,17 @@ def test_a_missing_or_broken_adapter_is_one_sentence(tmp_path: Path, content: by
 def test_an_adapter_that_scores_differently_when_loaded_back_is_an_error(tmp_path: Path) -> None:
     model = add_adapter(build_model())
     path = saved(add_adapter(build_model(5)), tmp_path)
-    arrays = collate(build_pairs(2)).arrays
+    batch = collate(build_pairs(2))
 
     with pytest.raises(CheckpointError, match="does not score like the model that was trained"):
-        checkpoints.verify_adapter(model, path, lambda: score_answers(model, *arrays).chosen_logps)
+        checkpoints.verify_adapter(model, path, lambda: score_answers(model, batch).chosen_logps)
 
 
 def test_an_adapter_that_scores_the_same_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = add_adapter(build_model())
     before, path = parameters(model), saved(model, tmp_path)
-    arrays = collate(build_pairs(2)).arrays
+    batch = collate(build_pairs(2))
 
-    checkpoints.verify_adapter(model, path, lambda: score_answers(model, *arrays).chosen_logps)
+    checkpoints.verify_adapter(model, path, lambda: score_answers(model, batch).chosen_logps)
 
     assert_same(parameters(model), before)

@@ -6,7 +6,6 @@ import json
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -57,8 +56,8 @@ def add_plugin(environment: FreshEnvironment, folder: Path, name: str, code: str
 
 
 @pytest.fixture
-def simpo_config(settings: dict, tmp_path: Path) -> Iterator[dict]:
-    yield {**settings, "dpo_cpo_loss_type": "simpo", "simpo_gamma": 0.3, "beta": 1.5}
+def simpo_config(settings: dict) -> dict:
+    return {**settings, "dpo_cpo_loss_type": "simpo", "simpo_gamma": 0.3, "beta": 1.5}
 
 
 def write(tmp_path: Path, config: dict) -> Path:
@@ -86,9 +85,7 @@ def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
     assert [option["name"] for option in entry["options"]] == ["beta", "simpo_gamma"]
     assert from_yaml.returncode == 0, from_yaml.stderr
     assert from_flags.returncode == 0, from_flags.stderr
-    first, second = (
-        float(re.search(r"Iter 1: loss ([\d.]+)", run.stdout).group(1)) for run in (from_yaml, from_flags)
-    )
+    first, second = (float(re.search(r"Iter 1: loss ([\d.]+)", run.stdout).group(1)) for run in (from_yaml, from_flags))
     assert second - first > 5  # the margin that the flag asks for is wider by 8.7
     assert refused.returncode == refused_with_line.returncode == 2
     assert "simpo_gamma" in refused.stderr

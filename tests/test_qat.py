@@ -135,18 +135,20 @@ def test_all_is_undone_at_the_end_and_after_a_failure(x: mx.array) -> None:
     model = OneLayer(lora(nn.Linear(64, 48)))
     before = model(x)
 
-    with pytest.raises(RuntimeError, match="training failed"), fake_quantised(model, bits=2, group_size=32) as q:
-        q.active = True
-        raise RuntimeError("training failed")
+    def fail() -> None:
+        with fake_quantised(model, bits=2, group_size=32) as quantisation:
+            quantisation.active = True
+            raise RuntimeError("training failed")
+
+    with pytest.raises(RuntimeError, match="training failed"):
+        fail()
 
     assert type(model.layer) is LoRALinear
     assert mx.array_equal(model(x), before)
 
 
 @pytest.mark.parametrize(("start", "interval", "differs_after"), [(1, 1, 1), (3, 1, 3), (2, 2, 2)])
-def test_training_differs_from_the_start_step_on(
-    tmp_path: Path, start: int, interval: int, differs_after: int
-) -> None:
+def test_training_differs_from_the_start_step_on(tmp_path: Path, start: int, interval: int, differs_after: int) -> None:
     def run(iters: int, **arguments: object) -> dict[str, np.ndarray]:
         model = add_adapter(build_model())
         args = CPOTrainingArgs(iters=iters, batch_size=3, adapter_file=str(tmp_path / "a.safetensors"), **arguments)

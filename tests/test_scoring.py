@@ -35,7 +35,7 @@ def test_log_probs_are_sums_over_the_scored_tokens() -> None:
     model, pairs = build_model(), build_pairs(7)
     pairs[2].chosen_scored[:-1] = False
 
-    scores = score_answers(model, *collate(pairs).arrays)
+    scores = score_answers(model, collate(pairs))
 
     chosen, rejected = reference_sides(model, pairs)
     np.testing.assert_allclose(np.array(scores.chosen_logps), [logps.sum() for logps in chosen], rtol=2e-6)
@@ -45,7 +45,7 @@ def test_log_probs_are_sums_over_the_scored_tokens() -> None:
 def test_length_normalised_log_probs_are_means() -> None:
     model, pairs = build_model(), build_pairs(7)
 
-    scores = score_answers(model, *collate(pairs).arrays, length_normalised=True)
+    scores = score_answers(model, collate(pairs), length_normalised=True)
 
     chosen, rejected = reference_sides(model, pairs)
     np.testing.assert_allclose(np.array(scores.chosen_logps), [logps.mean() for logps in chosen], rtol=2e-6)
@@ -55,7 +55,7 @@ def test_length_normalised_log_probs_are_means() -> None:
 def test_logits_are_the_mean_raw_logit_of_the_answer_tokens_on_both_sides() -> None:
     model, pairs = build_model(), build_pairs(3)
 
-    scores = score_answers(model, *collate(pairs).arrays)
+    scores = score_answers(model, collate(pairs))
 
     for side, means in (("chosen", scores.chosen_logits), ("rejected", scores.rejected_logits)):
         for pair, mean in zip(pairs, means.tolist(), strict=True):
@@ -70,7 +70,7 @@ def test_half_precision_models_are_summed_in_float32(dtype: mx.Dtype) -> None:
     model, pairs = build_model(), build_pairs(4, longest=60)
     model.set_dtype(dtype)
 
-    scores = score_answers(model, *collate(pairs).arrays)
+    scores = score_answers(model, collate(pairs))
 
     chosen, _ = reference_sides(model, pairs)
     assert scores.chosen_logps.dtype == mx.float32
@@ -113,7 +113,7 @@ def test_padding_changes_nothing_whatever_the_architecture(name: str) -> None:
     mx.random.seed(0)
     model, pairs = ARCHITECTURES[name](), build_pairs(4)
 
-    scores = score_answers(model, *collate(pairs).arrays)
+    scores = score_answers(model, collate(pairs))
 
     chosen, rejected = reference_sides(model, pairs)
     np.testing.assert_allclose(np.array(scores.chosen_logps), [logps.sum() for logps in chosen], rtol=1e-5)
@@ -129,7 +129,7 @@ def test_gradients_equal_those_of_a_float64_model_scored_answer_by_answer() -> N
     weights = np.random.default_rng(0).normal(size=10)
 
     def batched(model: nn.Module) -> mx.array:
-        scores = score_answers(model, *collate(pairs).arrays)
+        scores = score_answers(model, collate(pairs))
         logps = mx.concatenate([scores.chosen_logps, scores.rejected_logps])
         return (logps * mx.array(weights.astype(np.float32))).sum()
 
@@ -158,10 +158,14 @@ def test_compilation_is_off_on_the_cpu_only_while_the_context_lasts(monkeypatch:
     monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("off"))
     monkeypatch.setattr(mx, "enable_compile", lambda: calls.append("on"))
 
+    def fail() -> None:
+        with compile_where_it_pays(wanted=False):
+            assert calls == ["off"]
+            raise KeyError
+
     with compile_where_it_pays(wanted=True):
         assert calls == []
-    with pytest.raises(KeyError), compile_where_it_pays(wanted=False):
-        assert calls == ["off"]
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail()
 
     assert calls == ["off", "on"]

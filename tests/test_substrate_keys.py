@@ -198,9 +198,7 @@ def test_reports_validations_and_saves_come_when_asked(run: Callable[..., Outcom
 
 
 def test_val_batches_limit_the_validation(run: Callable[..., Outcome]) -> None:
-    two, everything, more = (
-        run(val_batches=limit).metrics("valid")[0]["val_loss"] for limit in (1, -1, 2)
-    )
+    two, everything, more = (run(val_batches=limit).metrics("valid")[0]["val_loss"] for limit in (1, -1, 2))
 
     assert two != everything
     assert everything == more
@@ -229,9 +227,7 @@ def test_test_alone_evaluates_the_trained_adapter(run: Callable[..., Outcome], t
 
 def test_resume_adapter_file_starts_from_its_weights(run: Callable[..., Outcome]) -> None:
     first = run()
-    resumed = run(
-        iters=1, learning_rate=1e-12, resume_adapter_file=str(first.folder / "adapters.safetensors")
-    )
+    resumed = run(iters=1, learning_rate=1e-12, resume_adapter_file=str(first.folder / "adapters.safetensors"))
 
     assert_same(resumed.adapter, first.adapter, tolerance=1e-6)
 
@@ -247,7 +243,11 @@ def test_a_missing_resume_adapter_file_is_an_error_before_anything_is_written(
 
 def test_hf_dataset_entries_are_loaded_without_train_mode_in_them(run: Callable[..., Outcome], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"q": r["prompt"], "a": r["chosen"], "b": r["rejected"]}) + "\n" for r in preference_rows(10)))
+    rows.write_text(
+        "".join(
+            json.dumps({"q": r["prompt"], "a": r["chosen"], "b": r["rejected"]}) + "\n" for r in preference_rows(10)
+        )
+    )
     entry = {
         "path": "json",
         "config": {"data_files": str(rows)},
@@ -264,9 +264,7 @@ def test_hf_dataset_entries_are_loaded_without_train_mode_in_them(run: Callable[
     assert outcome.metrics("valid")
 
 
-def test_grad_checkpoint_recomputes_every_layer(
-    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grad_checkpoint_recomputes_every_layer(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = mx.checkpoint, []
     monkeypatch.setattr(checkpointing.mx, "checkpoint", lambda function: calls.append(1) or original(function))
 
@@ -328,5 +326,5 @@ def test_wandb_receives_every_report(run: Callable[..., Outcome], monkeypatch: p
 
 
 def test_a_model_that_is_not_there_is_one_sentence(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model '.*no-model' cannot be loaded"):
+    with pytest.raises(UserError, match=r"model '.*no-model' cannot be loaded"):
         run(model=str(tmp_path / "no-model"))

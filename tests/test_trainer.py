@@ -224,9 +224,7 @@ def test_a_compiled_step_trains_the_same_adapter(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("MLX_DISABLE_COMPILE")
     mx.enable_compile()
     try:
-        compiled = train(
-            tmp_path, build_pairs(9), iters=4, qat_enable=True, qat_bits=4, qat_start_step=2, compile=True
-        )
+        compiled = train(tmp_path, build_pairs(9), iters=4, qat_enable=True, qat_bits=4, qat_start_step=2, compile=True)
     finally:
         mx.disable_compile()
 
