@@ -6,11 +6,14 @@ Importing this package imports nothing heavy: every public name is resolved when
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from mlx_cpo_plugin._version import __version__
 
+# Every Python in the environment imports this at start-up, and typing would take most of the time.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlx_cpo_plugin.hookspecs import hookimpl
     from mlx_cpo_plugin.host.finder import install as activate
     from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo

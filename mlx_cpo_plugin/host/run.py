@@ -30,7 +30,7 @@ from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
-_QUANTISED_LOADS = {
+_QUANTISED_LOADS: dict[str, dict[str, Any]] = {
     "load_in_4bits": {"bits": 4, "group_size": 128},
     "load_in_6bits": {"bits": 6, "group_size": 128},
     "load_in_8bits": {"bits": 8, "group_size": 128},
@@ -76,7 +76,9 @@ def check_destinations(settings: SimpleNamespace) -> None:
     """
     resume = settings.resume_adapter_file
     if resume is not None and not Path(resume).is_file():
-        raise ConfigError(f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter.")
+        raise ConfigError(
+            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
+        )
     if settings.fuse and settings.train and settings.lm_studio_name is not None:
         try:
             find_lmstudio_models_path()
@@ -101,7 +103,9 @@ def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> 
             wrapped_callback=callback,
         )
     except ImportError as error:
-        raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.") from error
+        raise ConfigError(
+            "wandb is set, but the package is missing; run 'pip install wandb' or remove the key."
+        ) from error
 
 
 def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:

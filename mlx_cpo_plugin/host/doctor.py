@@ -1,0 +1,254 @@
+"""``mlx-cpo doctor``: is everything in place for CPO, and if not, what is to be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.host import finder
+
+START_UP_FILES = ("mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start")
+DISTRIBUTIONS = ("mlx-lm-lora", "mlx", "mlx-lm", "pluggy")
+
+# Names of libraries that multiply matrices fast; numpy's own copy has other symbols, so MLX cannot use it.
+FAST_BLAS = re.compile(r"openblas|mkl_rt|libblis|flexiblas|armpl|nvpl_blas")
+NUMPY_OWN_BLAS = re.compile(r"scipy_openblas|numpy\.libs")
+
+# A setting that the plugin refuses and mlx-lm-lora does not: the refusal proves that the plugin read it.
+PROBE = {"train_mode": "cpo", "train": True, "beta": -1.0, "model": "no-such-model"}
+PROBE_ARGUMENTS = ("--train", "--train-mode", "cpo", "--beta=-1", "--model", "no-such-model")
+# What a probe prints that reached the plugin.
+REACHED = ("error: beta", "the imported names are the plugin's")
+PROBE_SECONDS = 120
+
+REINSTALL = (
+    "pip install --force-reinstall --no-deps mlx-cpo-plugin; where Python reads no start-up files, "
+    "start with `mlx-cpo train` or call mlx_cpo_plugin.activate()"
+)
+
+MAIN_PROBE = """\
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_lm_lora.train import main
+try:
+    main({probe!r})
+except ConfigError as error:
+    print(f"error: {{error}}")
+"""
+RUN_PROBE = """\
+from types import SimpleNamespace
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_lm_lora.train import run
+try:
+    run(SimpleNamespace(**{probe!r}), None)
+except ConfigError as error:
+    print(f"error: {{error}}")
+"""
+IMPORT_PROBE = """\
+from mlx_lm_lora.trainer.cpo_trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+import mlx_cpo_plugin.trainer as own
+if (train_cpo, evaluate_cpo, CPOTrainingArgs) == (own.train_cpo, own.evaluate_cpo, own.CPOTrainingArgs):
+    print("the imported names are the plugin's")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at.
+        status: ``ok``, ``warning`` (works, but badly) or ``failed``.
+        detail: what was found.
+        remedy: what to do about it; empty where nothing is wrong.
+        about: the same for programs; of a plugin its distribution, train modes and losses.
+    """
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_doctor(as_json: bool = False) -> int:
+    """Print what was found; return 0 if CPO can run and 1 if something has failed."""
+    findings = diagnose()
+    healthy = all(finding.status != "failed" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.status:8} {finding.name}: {finding.detail}")
+            if finding.remedy:
+                print(f"{'':8} -> {finding.remedy}")
+        print("CPO is ready." if healthy else "CPO is not ready: see what failed above.")
+    return 0 if healthy else 1
+
+
+def diagnose() -> list[Finding]:
+    """Look at versions, backend, start-up files, entry routes and plugins."""
+    return [
+        *check_versions(),
+        *check_backend(),
+        *check_switch(),
+        check_start_up_files(site_folders()),
+        *check_routes(),
+        *check_plugins(),
+    ]
+
+
+def check_versions() -> list[Finding]:
+    """Versions of Python, the plugin and what it stands on; the host is also held against the tested range."""
+    findings = [
+        Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        Finding("mlx-cpo-plugin", "ok", __version__),
+    ]
+    for distribution in DISTRIBUTIONS:
+        try:
+            findings.append(Finding(distribution, "ok", metadata.version(distribution)))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(distribution, "failed", "not installed", f"pip install {distribution}"))
+    return [_held_against_tested_range(finding) for finding in findings]
+
+
+def _held_against_tested_range(finding: Finding) -> Finding:
+    from mlx_cpo_plugin.host.patches import untested_host_warning
+
+    if finding.name != "mlx-lm-lora" or finding.status != "ok":
+        return finding
+    warning = untested_host_warning(finding.detail)
+    return Finding(finding.name, "warning", finding.detail, warning) if warning else finding
+
+
+def check_backend() -> list[Finding]:
+    """MLX's default device, and on a Linux CPU which BLAS library multiplies the matrices."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        remedy = "on Linux, pip install 'mlx[cpu]' or 'mlx[cuda]'"
+        return [Finding("backend", "failed", f"mlx cannot be imported: {error}", remedy)]
+    device = mx.default_device()
+    accelerator = "Metal" if mx.metal.is_available() else "CUDA"
+    backend = accelerator if device.type == mx.DeviceType.gpu else "CPU"
+    name = mx.device_info().get("device_name", platform.machine())
+    findings = [Finding("backend", "ok", f"{backend}, {name}")]
+    if backend == "CPU" and sys.platform == "linux":
+        findings.append(check_blas(_loaded_libraries()))
+    return findings
+
+
+def _loaded_libraries() -> list[str]:
+    """Files mapped into this process, MLX being imported."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    return sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/") and len(line.split(maxsplit=5)) == 6})
+
+
+def check_blas(libraries: Iterable[str]) -> Finding:
+    """Whether one of the loaded ``libraries`` (paths) is a fast BLAS; MLX's Linux wheels carry the slow reference."""
+    fast = [path for path in libraries if FAST_BLAS.search(path) and not NUMPY_OWN_BLAS.search(path)]
+    if fast:
+        return Finding("blas", "ok", fast[0])
+    installed = sorted(Path("/usr/lib").glob("*/libopenblas.so.0"))
+    folder = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH') or 'x86_64-linux-gnu'}"
+    library = installed[0] if installed else f"{folder}/libopenblas.so.0"
+    install = "" if installed else "apt-get install libopenblas0-pthread, then "
+    remedy = f"{install}export LD_PRELOAD={library} (matrix products 10 to 25 times faster, same results)"
+    return Finding("blas", "warning", "the reference BLAS of MLX's wheel, which is slow", remedy)
+
+
+def check_switch() -> list[Finding]:
+    """Whether the environment turns the plugin off."""
+    if not finder.disabled():
+        return []
+    variable = finder.DISABLE_VARIABLE
+    return [Finding("switch", "failed", f"{variable} turns the plugin off", f"unset {variable}")]
+
+
+def site_folders() -> list[Path]:
+    """Folders whose start-up files this interpreter reads."""
+    folders = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]
+    return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+def check_start_up_files(folders: Sequence[Path]) -> Finding:
+    """Whether both start-up files lie beside each other in one of ``folders``."""
+    found = {folder: [name for name in START_UP_FILES if (folder / name).is_file()] for folder in folders}
+    for folder, names in found.items():
+        if len(names) == len(START_UP_FILES):
+            return Finding("start-up files", "ok", f"{' and '.join(names)} in {folder}")
+    detail = "; ".join(f"only {names[0]} in {folder}" for folder, names in found.items() if names)
+    return Finding("start-up files", "failed", detail or "none in the site folders of this interpreter", REINSTALL)
+
+
+def check_routes() -> list[Finding]:
+    """Whether each way into mlx-lm-lora reaches the plugin, tried in a fresh interpreter each."""
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
+        return list(workers.map(lambda route: check_route(*route), routes().items()))
+
+
+def routes() -> dict[str, list[str]]:
+    """Every way into mlx-lm-lora -> a command that goes it with a setting that the plugin refuses."""
+    python = sys.executable
+    script = Path(sysconfig.get_path("scripts")) / "mlx_lm_lora.train"
+    return {
+        "mlx_lm_lora.train": [python, str(script), *PROBE_ARGUMENTS],
+        "python -m mlx_lm_lora train": [python, "-m", "mlx_lm_lora", "train", *PROBE_ARGUMENTS],
+        "python -m mlx_lm_lora.train": [python, "-m", "mlx_lm_lora.train", *PROBE_ARGUMENTS],
+        "mlx_lm_lora.train.main({...})": [python, "-c", MAIN_PROBE.format(probe=PROBE)],
+        "mlx_lm_lora.train.run(namespace)": [python, "-c", RUN_PROBE.format(probe=PROBE)],
+        "mlx_lm_lora.trainer.cpo_trainer": [python, "-c", IMPORT_PROBE],
+    }
+
+
+def check_route(name: str, command: Sequence[str]) -> Finding:
+    """Run one probe, in an empty folder and without a network, and look for the plugin's refusal."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    route = f"route {name}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            probe = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return Finding(route, "failed", f"the probe did not end: {error}")
+    lines = (probe.stderr + probe.stdout).strip().splitlines()
+    if any(line.startswith(REACHED) for line in lines):
+        return Finding(route, "ok", "hooked")
+    return Finding(route, "failed", f"not hooked: {lines[-1] if lines else 'the probe printed nothing'}", REINSTALL)
+
+
+def check_plugins() -> list[Finding]:
+    """Which plugins are loaded, from which distributions, what they register, and which were skipped."""
+    from mlx_cpo_plugin import plugins
+
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        try:
+            plugins.train_modes()
+            plugins.loss_types()
+            registered = plugins.registered_distributions()
+        # A stranger's hook may raise anything, and the doctor is there to say so.
+        except Exception as error:
+            return [Finding("plugins", "failed", f"{type(error).__name__}: {error}", "mend, block or uninstall it")]
+    loaded = [Finding(f"plugin {plugin['plugin']}", "ok", _summary(plugin), about=plugin) for plugin in registered]
+    return [*loaded, *(Finding("plugins", "warning", str(warning.message)) for warning in skipped)]
+
+
+def _summary(plugin: Mapping[str, Any]) -> str:
+    modes, losses = (", ".join(plugin[kind]) or "none" for kind in ("train_modes", "loss_types"))
+    return f"{plugin['distribution']}; modes: {modes}; losses: {losses}"
