@@ -44,7 +44,8 @@ THINKING = (
 )
 # As DeepSeek R1: the generation prompt opens a thinking block that finished answers do not have.
 OPEN_THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 # As Nemotron: the prompt opens a thinking block or holds a closed one, and so does every answer.

@@ -155,6 +155,23 @@ def test_answers_are_found_where_later_turns_change_what_stands_before_them():
     assert scored_text(pair, "rejected", tokenizer) == "No.<|eos|>Not me.<|eos|>"
 
 
+def test_an_opened_thinking_block_does_not_take_the_first_character_of_answers_that_begin_like_it():
+    pair, tokenizer = pair_of({"prompt": "What is it?", "chosen": "<a>", "rejected": "<b>"}, "open_thinking")
+
+    assert scored_text(pair, "chosen", tokenizer) == "<a><|im_end|>"
+    assert scored_text(pair, "rejected", tokenizer) == "<b><|im_end|>"
+
+
+def test_a_tool_call_behind_an_opened_thinking_block_starts_where_the_prompt_ends():
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    row = {**ROW, "chosen": [assistant("", tool_calls=[call])]}
+
+    pair, tokenizer = pair_of(row, "open_thinking")
+
+    assert scored_text(pair, "chosen", tokenizer) == "<call>look</call><|im_end|>"
+    assert scored_text(pair, "rejected", tokenizer) == "No.<|im_end|>"
+
+
 def test_tool_messages_inside_an_answer_are_context():
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}
     chosen = [

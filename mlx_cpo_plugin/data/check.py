@@ -1,0 +1,113 @@
+"""The report of ``mlx-cpo check``: what training would see, without loading the model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
+from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import DataError
+
+_SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) -> None:
+    """Load tokenizer and data, and print what a training run would make of them.
+
+    Args:
+        settings: as for :func:`mlx_cpo_plugin.data.load_dataset`, with ``model``, ``batch_size`` and
+            ``gradient_accumulation_steps``; every split that the data has is checked.
+        stream: where to print; standard output by default.
+        examples: pairs of the first split to show as text.
+
+    Raises:
+        DataError: no tokenizer or no data is found, or the data is unusable.
+    """
+    stream = sys.stdout if stream is None else stream
+    tokenizer = _load_tokenizer(settings.model)
+    splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    if not any(splits):
+        raise DataError("the data holds no rows: check data or hf_dataset.")
+    for dataset in splits:
+        print(dataset.report.summary(), file=stream)
+    for dataset in splits:
+        if dataset:
+            _print_lengths(dataset, settings.max_seq_length, stream)
+    if splits[0]:
+        _print_steps(len(splits[0]), settings.batch_size, settings.gradient_accumulation_steps, stream)
+    _print_examples(next(dataset for dataset in splits if dataset)[:examples], ChatTokenizer(tokenizer), stream)
+
+
+def _load_tokenizer(model: str) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    local = Path(model).expanduser()
+    try:
+        tokenizer = load_tokenizer(local if local.is_dir() else model)
+    except Exception as error:  # Whatever the hub client or the tokenizer's own code raises.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise DataError(f"the tokenizer of model {model!r} cannot be loaded ({reason}): check model.") from error
+    try:
+        from mlx_lm_lora.chat_template import ensure_chat_template
+    except ImportError:  # mlx-lm-lora before 5.9 has no fallback template, and a run would have none either.
+        return tokenizer
+    ensure_chat_template(tokenizer)
+    return tokenizer
+
+
+def _print_lengths(dataset: PreferenceDataset, max_seq_length: int, stream: TextIO) -> None:
+    report = dataset.report
+    print(f"\n{report.split.capitalize()}, tokens", f"{'median':>20} {'95 %':>8} {'max':>8}", sep="", file=stream)
+    for part, lengths in report.lengths.items():
+        print(f"  {part:<16}{_figures(lengths)}", file=stream)
+    cut = f"prompt in {report.prompts_cut}, answer in {report.answers_cut} of {report.pairs} pairs"
+    print(f"  Cut to max_seq_length {max_seq_length}: {cut}", file=stream)
+    longer = float(np.mean(report.lengths["chosen"] > report.lengths["rejected"]))
+    print(f"  Length bias: the chosen answer is the longer one in {longer:.0%} of the pairs", file=stream)
+
+
+def _figures(lengths: NDArray[np.int64]) -> str:
+    median, high = np.percentile(lengths, [50, 95])
+    return f"{median:>16.0f} {high:>8.0f} {lengths.max():>8}"
+
+
+def _print_steps(pairs: int, batch_size: int, accumulation: int, stream: TextIO) -> None:
+    batches = math.ceil(pairs / batch_size)
+    steps = math.ceil(batches / accumulation)
+    print(f"\nSteps per epoch: {batches} iterations, {steps} optimizer steps", end=" ", file=stream)
+    print(f"(batch_size {batch_size}, gradient_accumulation_steps {accumulation})", file=stream)
+
+
+def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:
+    if pairs:
+        print("\nFirst pairs, scored tokens between ⟦ and ⟧", file=stream)
+    for pair in pairs:
+        print(f"\n{pair.source}\n  prompt:   {_one_line(tokenizer.decode(pair.prompt))}", file=stream)
+        for name, ids, scored in (
+            ("chosen", pair.chosen, pair.chosen_scored),
+            ("rejected", pair.rejected, pair.rejected_scored),
+        ):
+            print(f"  {name + ':':<9} {_marked(ids, scored, tokenizer, stream.isatty())}", file=stream)
+
+
+def _marked(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer, colour: bool) -> str:
+    """The decoded text in one line, each run of scored tokens in brackets."""
+    turns = np.flatnonzero(np.diff(scored)) + 1
+    parts = []
+    for run, mark in zip(np.split(ids, turns), np.split(scored, turns), strict=True):
+        text = _one_line(tokenizer.decode(run))
+        if mark[0]:
+            text = f"⟦{_SCORED_COLOUR}{text}{_PLAIN}⟧" if colour else f"⟦{text}⟧"
+        parts.append(text)
+    return "".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

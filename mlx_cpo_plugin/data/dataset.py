@@ -1,0 +1,245 @@
+"""Preference data sets: loaded, tokenised, cut to length, with a report of what was left out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.encoding import ChatTokenizer, as_ids, common_prefix
+from mlx_cpo_plugin.data.formats import UnusableRow, parse_row
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.reading import RowGroup, read_splits
+from mlx_cpo_plugin.data.tokenization import Side, TruncatedPair, split_pair, tokenize, truncate
+from mlx_cpo_plugin.errors import DataError
+
+_LOCATIONS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of one split.
+
+    Attributes:
+        split: ``train``, ``valid`` or ``test``.
+        rows: rows read.
+        pairs: pairs made of them.
+        skipped: reason -> where the rows left out for it stand, e.g. ``train.jsonl:12``.
+        prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
+        lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
+        notes: what the user should know beside that, one sentence each.
+    """
+
+    split: str
+    rows: int = 0
+    pairs: int = 0
+    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prompts_cut: int = 0
+    answers_cut: int = 0
+    lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line: ``Train: 1360 rows, 1358 pairs, 2 skipped (an answer is empty: train.jsonl:3, train.jsonl:9)``."""
+        if not self.rows:
+            return f"{self.split.capitalize()}: " + (" ".join(self.notes) or "none.")
+        parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
+        if self.skipped:
+            reasons = "; ".join(f"{reason}: {_places(places)}" for reason, places in self.skipped.items())
+            parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({reasons})")
+        if self.prompts_cut:
+            parts.append(f"prompt cut in {self.prompts_cut}")
+        if self.answers_cut:
+            parts.append(f"answer cut in {self.answers_cut}")
+        notes = "".join(f" {note}" for note in self.notes)
+        return f"{self.split.capitalize()}: {', '.join(parts)}.{notes}"
+
+
+class PreferenceDataset(Sequence[PreferencePair]):
+    """The usable pairs of one split, in the order of their rows, with a :class:`DataReport` in ``report``."""
+
+    def __init__(
+        self,
+        pairs: Sequence[TruncatedPair] = (),
+        split: str = "train",
+        skipped: Mapping[str, tuple[str, ...]] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self._pairs = tuple(pairs)
+        skipped = skipped or {}
+        self.report = DataReport(
+            split=split,
+            rows=len(self._pairs) + sum(map(len, skipped.values())),
+            pairs=len(self._pairs),
+            skipped=skipped,
+            prompts_cut=sum(truncated.prompt_cut for truncated in self._pairs),
+            answers_cut=sum(truncated.answer_cut for truncated in self._pairs),
+            lengths={
+                part: np.array([len(getattr(truncated.pair, part)) for truncated in self._pairs], dtype=np.int64)
+                for part in ("prompt", "chosen", "rejected")
+            },
+            notes=notes,
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> PreferencePair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
+    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
+        if isinstance(index, slice):
+            return [truncated.pair for truncated in self._pairs[index]]
+        return self._pairs[index].pair
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        return (truncated.pair for truncated in self._pairs)
+
+    def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
+        """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.
+
+        Raises:
+            DataError: there are fewer than two pairs.
+        """
+        if len(self) < 2:
+            raise DataError("valid_fraction needs at least two usable training rows: add rows, or set it to 0.")
+        size = min(max(1, round(fraction * len(self))), len(self) - 1)
+        drawn = set(random.Random(seed).sample(range(len(self)), size))
+        kept = [pair for i, pair in enumerate(self._pairs) if i not in drawn]
+        carved = [pair for i, pair in enumerate(self._pairs) if i in drawn]
+        note = f"Drawn from the training set (valid_fraction {fraction:g}, seed {seed})."
+        return (
+            PreferenceDataset(kept, self.report.split, self.report.skipped, self.report.notes),
+            PreferenceDataset(carved, "valid", notes=(note,)),
+        )
+
+
+def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+    """Read, tokenise and cut the splits that ``args.train`` and ``args.test`` ask for; the others are empty.
+
+    Args:
+        args: settings with ``data`` or ``hf_dataset``, ``train``, ``test``, ``max_seq_length``, ``seed``,
+            ``valid_fraction`` and the column names.
+        tokenizer: mlx-lm's tokenizer wrapper, or the tokenizer inside it.
+
+    Raises:
+        DataError: data is missing or unreadable, a column is missing, or more than half of the rows are unusable.
+    """
+    wanted = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
+    train, valid, test = load_splits(args, tokenizer, wanted)
+    for split, dataset in (("train", train), ("test", test)):
+        if split in wanted and not dataset:
+            raise DataError(f"{split} is on, but there is no {split} set in the data: add one, or set {split}: false.")
+    return train, valid, test
+
+
+def load_splits(
+    args: Any, tokenizer: Any, wanted: Sequence[str]
+) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+    """As :func:`load_dataset`, for the ``wanted`` splits; those that the data lacks are empty."""
+    chat_tokenizer = ChatTokenizer(tokenizer)
+    splits = {
+        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length)
+        for split, groups in read_splits(args, wanted).items()
+    }
+    train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
+    if "valid" in wanted and train and not valid:
+        fraction = getattr(args, "valid_fraction", 0) or 0
+        if fraction > 0:
+            train, valid = train.split_off(fraction, args.seed)
+        else:
+            note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
+            valid = PreferenceDataset(split="valid", notes=(note,))
+    return train, valid, test
+
+
+def as_pairs(dataset: Any, max_seq_length: int | None = None, bos_token_id: int | None = None) -> PreferenceDataset:
+    """Pairs of any tokenised preference data, cut to ``max_seq_length`` where it is given.
+
+    Args:
+        dataset: a PreferenceDataset, a sequence of PreferencePair, or a sequence of mappings with the token ids
+            ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and ``rejected_prompt_length``
+            (without them the prompt is what both sides share); None is an empty one.
+        max_seq_length: tokens that either side may have, prompt included.
+        bos_token_id: the token that stays first where a prompt is cut.
+
+    Raises:
+        DataError: an item is something else, or more than half of them are unusable.
+    """
+    if dataset is None:
+        return PreferenceDataset()
+    if isinstance(dataset, PreferenceDataset):
+        longest = max((pair.length for pair in dataset), default=0)
+        if max_seq_length is None or longest <= max_seq_length:
+            return dataset
+
+    def convert(item: tuple[int, Any]) -> TruncatedPair:
+        pair = item[1] if isinstance(item[1], PreferencePair) else _pair_of_item(item[1], f"item {item[0]}")
+        return TruncatedPair(pair) if max_seq_length is None else truncate(pair, max_seq_length, bos_token_id)
+
+    items = [(i, dataset[i]) for i in range(len(dataset))]
+    split = dataset.report.split if isinstance(dataset, PreferenceDataset) else "train"
+    return _collect(items, convert, lambda item: f"item {item[0]}", split, "the data set")
+
+
+def _pair_of_item(item: Any, source: str) -> PreferencePair:
+    """One item of mlx-lm-lora's tokenised data sets."""
+    try:
+        sides = {part: as_ids(item[part]) for part in ("chosen", "rejected")}
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise DataError(
+            f"{source} of the data set is no tokenised preference: give token ids as chosen and rejected."
+        ) from None
+    size = common_prefix(sides["chosen"], sides["rejected"])
+    chosen, rejected = (
+        Side(ids, np.arange(len(ids)) >= item.get(f"{part}_prompt_length", size)) for part, ids in sides.items()
+    )
+    return split_pair(chosen, rejected, source)
+
+
+def _make_pairs(groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int) -> PreferenceDataset:
+    rows = [(row, group.columns) for group in groups for row in group.rows]
+
+    def convert(item: Any) -> TruncatedPair:
+        row, columns = item
+        pair = tokenize(parse_row(row.value, columns), tokenizer, row.source)
+        return truncate(pair, max_length, tokenizer.bos_id)
+
+    notes = tuple(group.note for group in groups if group.note)
+    return _collect(rows, convert, lambda item: item[0].source, split, " and ".join(g.name for g in groups), notes)
+
+
+def _collect(
+    items: Iterable[Any],
+    convert: Callable[[Any], TruncatedPair],
+    source_of: Callable[[Any], str],
+    split: str,
+    name: str,
+    notes: tuple[str, ...] = (),
+) -> PreferenceDataset:
+    """Convert every item, set the unusable ones aside, and refuse data of which they are more than half."""
+    pairs: list[TruncatedPair] = []
+    skipped: dict[str, list[str]] = {}
+    for item in items:
+        try:
+            pairs.append(convert(item))
+        except UnusableRow as error:
+            skipped.setdefault(str(error), []).append(source_of(item))
+    unusable = sum(map(len, skipped.values()))
+    if unusable > len(pairs):
+        reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
+        raise DataError(
+            f"{unusable} of {unusable + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
+            f"({_places(places)}): correct or remove them."
+        )
+    return PreferenceDataset(pairs, split, {reason: tuple(places) for reason, places in skipped.items()}, notes)
+
+
+def _places(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _LOCATIONS_SHOWN} more" if len(places) > _LOCATIONS_SHOWN else ""
+    return ", ".join(places[:_LOCATIONS_SHOWN]) + more

@@ -1,0 +1,228 @@
+"""Files, folders and Hugging Face datasets to raw rows, each with the place it came from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_cpo_plugin.data.formats import Columns
+from mlx_cpo_plugin.errors import DataError
+
+SPLIT_NAMES = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
+    "test": ("test",),
+}
+SUFFIXES = (".jsonl", ".json", ".parquet")
+# What mlx-lm-lora reads where an hf_dataset entry names no split.
+DEFAULT_TRAIN_SPLIT = "train[:80%]"
+DEFAULT_VALID_SPLIT = "train[-10%:]"
+
+
+class Row(NamedTuple):
+    """A raw row and where it stands, e.g. ``train.jsonl:12``."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one file or dataset split, which share their column names.
+
+    Attributes:
+        name: what to call them in messages.
+        rows: the raw rows, in order.
+        columns: the columns to read.
+        note: something the user should know about how they were chosen; empty for nothing.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    columns: Columns
+    note: str = ""
+
+
+def read_splits(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
+
+    ``settings.hf_dataset`` goes before ``settings.data``, which is a folder, a file (the training set) or the name of
+    a dataset on the Hugging Face hub.
+
+    Raises:
+        DataError: a path does not exist, a file cannot be read, a dataset is not found, or a column is missing.
+    """
+    if getattr(settings, "hf_dataset", None):
+        splits = _read_entries(settings, wanted)
+    else:
+        path = Path(str(settings.data)).expanduser()
+        columns = Columns.from_settings(settings)
+        if path.is_file():
+            splits = {"train": [RowGroup(path.name, read_file(path), columns)]} if "train" in wanted else {}
+        elif path.is_dir():
+            splits = _read_folder(path, columns, wanted)
+        elif _looks_like_path(str(settings.data)):
+            raise DataError(f"data names {settings.data}, which does not exist: give a folder, a file or a hub name.")
+        else:
+            splits = _read_hub(str(settings.data), columns, wanted)
+    result = {split: splits.get(split, []) for split in wanted}
+    for groups in result.values():
+        for group in groups:
+            if group.rows:
+                group.columns.check((row.value for row in group.rows), group.name)
+    return result
+
+
+def read_file(path: Path) -> list[Row]:
+    """Rows of a ``.jsonl``, ``.json`` or ``.parquet`` file.
+
+    A ``.json`` file holds a list of rows, or an object with that list under ``data``.
+
+    Raises:
+        DataError: the file is of another kind, or not readable as what its name says.
+    """
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} is not a data file that can be read: use one of {', '.join(SUFFIXES)}.")
+    try:
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file.") from error
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, path, number).strip()
+        if not text:
+            continue
+        try:
+            rows.append(Row(json.loads(text), f"{path.name}:{number}"))
+        except json.JSONDecodeError as error:
+            raise _broken_json(path, number, error) from error
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    text = "\n".join(_decode(line, path, number) for number, line in enumerate(lines, start=1))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _broken_json(path, error.lineno, error) from error
+    rows = content.get("data") if isinstance(content, Mapping) else content
+    if not isinstance(rows, list):
+        raise DataError(f'{path} holds no rows: write a list of rows, or an object with that list under "data".')
+    return _numbered(rows, path.name)
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return _numbered(parquet.read_table(path).to_pylist(), path.name)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a Parquet file that can be read ({_first_line(error)}): check it.") from error
+
+
+def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    splits = {}
+    for split in wanted:
+        candidates = (folder / f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in SUFFIXES)
+        file = next((path for path in candidates if path.is_file()), None)
+        if file is not None:
+            splits[split] = [RowGroup(file.name, read_file(file), columns)]
+    if not splits:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        needed = " or ".join(f"{split}.jsonl" for split in wanted)
+        raise DataError(f"{folder} holds no {needed} (also .json, .parquet; found: {names}): put the rows there.")
+    return splits
+
+
+def _read_hub(name: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    found = _load_from_hub(name)
+    splits = {}
+    for split in wanted:
+        there = next((alias for alias in SPLIT_NAMES[split] if alias in found), None)
+        if there is not None:
+            where = f"{name} {there}"
+            splits[split] = [RowGroup(where, _numbered(found[there], where), columns)]
+    return splits
+
+
+def _read_entries(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    """The entries of ``hf_dataset``, one after the other, each with its own columns."""
+    entries = settings.hf_dataset
+    splits: dict[str, list[RowGroup]] = {split: [] for split in wanted}
+    for entry in [entries] if isinstance(entries, Mapping) else entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+            raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
+        config = entry.get("config") or {}
+        options = {"name": config} if isinstance(config, str) else dict(config)
+        columns = Columns.from_settings(settings, entry)
+        carve = bool(getattr(settings, "valid_fraction", 0))
+        names = {
+            "train": entry.get("train_split", DEFAULT_TRAIN_SPLIT),
+            "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
+            "test": entry.get("test_split"),
+        }
+        for split in splits:
+            if names[split] is None:
+                continue
+            where = f"{entry['path']} {names[split]}"
+            rows = _numbered(_load_from_hub(entry["path"], split=names[split], **options), where)
+            shares_rows = split == "valid" and "train_split" in entry and "valid_split" not in entry
+            note = f"{where} may share rows with train_split {names['train']}: set valid_split." if shares_rows else ""
+            splits[split].append(RowGroup(where, rows, columns, note))
+    return splits
+
+
+def _load_from_hub(name: str, **options: Any) -> Any:
+    import datasets
+
+    _forget_partial_torch()
+    try:
+        return datasets.load_dataset(name, **options)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"no dataset {name!r} was found, neither as a local path nor on the Hugging Face hub: check data or "
+            "hf_dataset."
+        ) from error
+    except Exception as error:  # The library raises whatever its builders and the network raise.
+        raise DataError(f"the dataset {name!r} cannot be loaded ({_first_line(error)}): check its settings.") from error
+
+
+def _forget_partial_torch() -> None:
+    """Drop a ``torch`` that is only an empty namespace folder, which ``datasets`` would take for PyTorch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not hasattr(torch, "Tensor"):
+        del sys.modules["torch"]
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
+
+
+def _numbered(rows: Any, name: str) -> list[Row]:
+    return [Row(value, f"{name}:{number}") for number, value in enumerate(rows, start=1)]
+
+
+def _decode(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number} is not valid UTF-8: save the file as UTF-8.") from error
+
+
+def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
+    return DataError(f"{path}:{line} is not valid JSON ({error.msg}, column {error.colno}): correct that line.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
