@@ -69,6 +69,17 @@ TOOLS_LAST = (
     "{% if tools and loop.index0 == ns.last_user %}Tools: {{ tools | tojson }}\n{% endif %}"
     "<|im_start|>{{ m['content'] }}<|im_end|>{% else %}{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
 )
+# As SmolLM 3: the thinking mode stands in the system turn. The first kind's prompt fits both ways, the second's only
+# without thoughts.
+MODE_IN_SYSTEM = (
+    "{% set quiet = enable_thinking is defined and enable_thinking is false %}"
+    "<|im_start|>system\n{{ '/no_think' if quiet else '/think' }}<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MODE_OPENS_THINKING = MODE_IN_SYSTEM.replace(
+    "assistant\n{% endif %}", "assistant\n{% if not quiet %}<think>\n{% endif %}{% endif %}"
+)
 # As Gemma: no system role, turns must alternate.
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}"
@@ -143,6 +154,8 @@ def tokenizer_named(name: str, offsets: bool = True) -> TokenizerWrapper:
         "open_thinking": {"template": OPEN_THINKING, "thinking": True},
         "either_thinking": {"template": EITHER_THINKING, "thinking": True},
         "next_speaker": {"template": NEXT_SPEAKER, "eos": "<|eos|>", "other_ends": ("<|eot|>",)},
+        "mode_in_system": {"template": MODE_IN_SYSTEM, "thinking": True},
+        "mode_opens_thinking": {"template": MODE_OPENS_THINKING, "thinking": True},
         "tools_last": {"template": TOOLS_LAST, "eos": "<|eos|>"},
         "no_system": {"template": NO_SYSTEM, "bos": "<|bos|>"},
         "bare": {"template": BARE, "eos": "<|eos|>"},

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from data_tokenizers import CHATML, make_tokenizer, tokenizer_named
+from data_tokenizers import CHATML, THINKING, make_tokenizer, tokenizer_named
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -125,6 +125,31 @@ def test_in_an_answer_of_several_turns_only_the_assistant_is_scored(kind):
     context = tokenizer.decode(pair.chosen[~pair.chosen_scored])
     assert "Sure?" in context
     assert "cat" not in context
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("mode_in_system", "/think"), ("mode_opens_thinking", "/no_think")])
+def test_the_template_is_told_not_to_think_only_where_answers_do_not_fit_otherwise(kind, mode):
+    pair, tokenizer = pair_of(ROW, kind)
+
+    assert tokenizer.decode(pair.prompt).startswith(f"<|im_start|>system\n{mode}<|im_end|>")
+    assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n")
+
+
+def test_earlier_answers_keep_their_end_of_turn_where_it_is_no_end_of_generation():
+    chosen = [user("What is it?"), assistant("Yes, the cat."), user("Sure?"), assistant("Yes.")]
+    tokenizer = make_tokenizer(THINKING, eos="<|eos|>", thinking=True)
+
+    pair, tokenizer = pair_of({"chosen": chosen, "rejected": [chosen[0], assistant("No.")]}, tokenizer)
+
+    assert scored_text(pair, "chosen", tokenizer) == "Yes, the cat.<|im_end|>Yes.<|im_end|>"
+
+
+def test_a_next_speaker_that_does_not_end_generation_is_not_scored():
+    chosen = [user("What is it?"), assistant("Yes, the cat."), {"role": "tool", "content": "purr"}, assistant("Yes.")]
+
+    pair, tokenizer = pair_of({"chosen": chosen, "rejected": [chosen[0], assistant("No.")]}, "next_speaker")
+
+    assert scored_text(pair, "chosen", tokenizer) == "Yes, the cat.Yes.<|eos|>"
 
 
 def test_where_the_next_speaker_ends_a_turn_that_token_is_scored():
@@ -310,6 +335,12 @@ def test_a_text_that_the_other_one_continues_scores_its_end():
 
     assert scored_text(pair, "chosen", tokenizer) == "<|eos|>"
     assert scored_text(pair, "rejected", tokenizer) == " is on<|eos|>"
+
+
+def test_plain_text_that_spells_out_its_end_twice_has_it_once():
+    pair, tokenizer = pair_of({"chosen": "The cat<|eos|>\n<|eos|>", "rejected": "The dog"}, "no_template")
+
+    assert whole_text(pair, "chosen", tokenizer) == "<|bos|>The cat<|eos|>"
 
 
 # What holds for any text.

@@ -112,11 +112,19 @@ def test_the_script_makes_a_model_that_mlx_lm_loads_and_runs(tmp_path: Path) -> 
 def test_full_paths_replace_those_of_the_config_and_comments_stay() -> None:
     text = "# Top.\nmodel: here  # local\ndata: there\nbeta: 0.1  # small\n"
 
-    changed = run.with_paths(text, {"model": Path("/a b/#1"), "data": Path("C:\\rows")})
+    changed = run.with_paths(text, {"model": Path("/a b/ #1"), "data": Path("C:\\rows")})
 
-    assert yaml.safe_load(changed) == {"model": str(Path("/a b/#1")), "data": str(Path("C:\\rows")), "beta": 0.1}
+    assert yaml.safe_load(changed) == {"model": str(Path("/a b/ #1")), "data": str(Path("C:\\rows")), "beta": 0.1}
     assert changed.startswith("# Top.\n")
     assert changed.endswith("beta: 0.1  # small\n")
+
+
+def test_a_demo_that_changes_nothing_ends_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unchanged = run.Measurement(accuracy=0.5, margin=0.0, answers=("a", "b", "c"))
+    monkeypatch.setattr(run, "measure", lambda settings, adapter_path=None: unchanged)
+    monkeypatch.setattr("mlx_lm_lora.train.main", lambda args: None)
+
+    assert run.run_demo(tmp_path) == 1
 
 
 def test_the_demo_turns_a_curt_model_into_a_helpful_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -121,12 +121,9 @@ def train_model(facts: list[Fact], tokenizer: Tokenizer, steps: int, batch_size:
     )
     model.update(small)
     warmup = max(1, steps // 15)
-    rise, fall = (
-        optim.linear_schedule(0, PEAK_RATE, warmup),
-        optim.cosine_decay(PEAK_RATE, steps - warmup, PEAK_RATE / 100),
-    )
-    schedule = optim.join_schedules([rise, fall], [warmup])
-    optimizer = optim.AdamW(schedule, weight_decay=0.01)
+    rise = optim.linear_schedule(0, PEAK_RATE, warmup)
+    fall = optim.cosine_decay(PEAK_RATE, steps - warmup, PEAK_RATE / 100)
+    optimizer = optim.AdamW(optim.join_schedules([rise, fall], [warmup]), weight_decay=0.01)
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state]
 
@@ -174,7 +171,7 @@ def save(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's tokenizer and chat model.")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder for the model's files")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=48, help="chats in a step")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of facts, text and weights")
     options = parser.parse_args()

@@ -50,6 +50,9 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
 
     print_info("Loading datasets")
     train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
+    for report in (getattr(rows, "report", None) for rows in (train_set, valid_set, test_set)):
+        if report is not None and report.split in wanted_splits(settings) and is_main:
+            print_info(report.summary())
     model, tokenizer = load_model(settings)
 
     if settings.train:
@@ -66,6 +69,11 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
     if settings.fuse and settings.train and is_main:
         print_section("Fusing Model")
         fuse(settings, model, tokenizer)
+
+
+def wanted_splits(settings: SimpleNamespace) -> tuple[str, ...]:
+    """Return the splits that the run reads."""
+    return (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
 
 
 def check_destinations(settings: SimpleNamespace) -> None:
