@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin.caches import adopt, cache_arrays, forked, is_cache
 from mlx_cpo_plugin.overrides import Call, overridden_calls
 
 
@@ -33,20 +34,33 @@ def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None
 
 def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_keys: dict[int, mx.array]) -> Call:
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # mx.checkpoint differentiates floating inputs only; masks, caches and flags are closed over.
-        inputs = {at: value for at, value in enumerate(args) if _is_differentiable(value)}
-        keyword_inputs = {name: value for name, value in kwargs.items() if _is_differentiable(value)}
-        keys = mx.random.randint(0, 2**31 - 1, (max(1, len(dropouts)), 2)).astype(mx.uint32) if dropouts else None
+        # mx.checkpoint differentiates floating inputs only; masks and flags are closed over. What a cache holds has to
+        # come in and go out explicitly, or gradients would not flow through it.
+        arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        inputs = {name: value for name, value in arguments.items() if _is_differentiable(value)}
+        caches = [value for value in arguments.values() if is_cache(value)]
+        # The backward pass runs ``inner`` again, when the caches have long moved on.
+        before = forked(caches)
+        remembered = cache_arrays(before)
+        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32) if dropouts else None
+        after: list[Any] = []
 
-        def inner(parameters: Any, inputs: dict[int, mx.array], keyword_inputs: dict[str, mx.array]) -> Any:
-            for number, dropout in enumerate(dropouts):
-                assert keys is not None
-                dropout_keys[id(dropout)] = keys[number]
+        def inner(parameters: Any, inputs: list[mx.array], remembered: list[mx.array]) -> tuple[Any, list[mx.array]]:
+            if keys is not None:
+                dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
             layer.update(parameters)
-            merged = [inputs.get(at, value) for at, value in enumerate(args)]
-            return original(layer, *merged, **{**kwargs, **keyword_inputs})
+            forks = forked(before, iter(remembered))
+            standing_in = dict(zip(map(id, caches), forks, strict=True))
+            given = {name: standing_in.get(id(value), value) for name, value in arguments.items()}
+            given.update(zip(names, inputs, strict=True))
+            output = original(layer, *(given.pop(at) for at in range(len(args))), **given)
+            after[:] = forks
+            return output, cache_arrays(forks)
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), inputs, keyword_inputs)
+        names = list(inputs)
+        output, new = mx.checkpoint(inner)(layer.trainable_parameters(), list(inputs.values()), remembered)
+        adopt(caches, after, iter(new))
+        return output
 
     return call
 

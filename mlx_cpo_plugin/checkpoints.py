@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,4 +140,5 @@ def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be what is wrong; the error above says more
+            partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command ``mlx-cpo``: train, check, demo, doctor and losses."""
+"""The command ``mlx-cpo``: train, check, demo, doctor, losses and bench."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
+from mlx_cpo_plugin.bench.command import run_bench
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
@@ -26,10 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _demo()
         if chosen.command == "doctor":
             return _doctor(chosen.json)
+        if chosen.command == "bench":
+            return run_bench(chosen)
         return _losses(chosen.json)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")
     for command in (doctor, losses):
         command.add_argument("--json", action="store_true", help="print JSON")
+    bench = "measure mlx-lm-lora's own trainer and this one in turn on the same work"
+    add_bench_arguments(commands.add_parser("bench", help=bench, description=bench))
     return parser
 
 

@@ -30,6 +30,14 @@ LOSS = Option(LOSS_OPTION, str, "sigmoid", "Preference loss.", title="Loss")
 REFERENCE = Option(
     "reference_model_path", str, None, "Not used: CPO needs no reference model.", title="Reference model", optional=True
 )
+SCORING = Option(
+    "scoring",
+    str,
+    "auto",
+    "Compute a prompt once for both answers (shared) or for each (plain); auto tries whether the model allows it.",
+    title="Scoring",
+    choices=("auto", "shared", "plain"),
+)
 
 
 @hookimpl
@@ -42,7 +50,7 @@ def register_train_modes() -> list[TrainMode]:
             load_dataset=load_dataset,
             train=train,
             evaluate=evaluate,
-            options=(BETA, DELTA, LOSS, REFERENCE),
+            options=(BETA, DELTA, LOSS, REFERENCE, SCORING),
             loss_option=LOSS_OPTION,
             supports_qat=True,
         )
@@ -133,5 +141,6 @@ def evaluate(model: Any, dataset: Sequence[Any], args: Any) -> Mapping[str, floa
         max_seq_length=args.max_seq_length,
         loss_type=args.dpo_cpo_loss_type,
         loss_options=args.loss_options,
+        scoring=args.scoring,
     )
     return {"loss": loss, "chosen_reward": rewards[0], "rejected_reward": rewards[1], **means}

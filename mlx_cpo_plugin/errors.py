@@ -21,3 +21,8 @@ class DataError(UserError):
 
 class PluginError(UserError):
     """Two plugins claim one name, or the plugin is only partly hooked into mlx-lm-lora."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign exception says, cut to fit into a sentence; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.scoring import AnswerScores
 
 PAIR_METRICS = (
@@ -86,10 +87,19 @@ class MetricsFile:
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
-    def append(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``."""
+    def append(self, kind: str, values: Mapping[str, float]) -> None:
+        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. JSON has no NaN and no infinity: they are null.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **finite}) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}); free space or change adapter_path.") from error

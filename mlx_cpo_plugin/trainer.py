@@ -20,15 +20,20 @@ from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.evaluation import evaluate_pairs
-from mlx_cpo_plugin.gradients import StepGradient
+from mlx_cpo_plugin.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, protect_recurrences
+from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.metrics import MetricsFile
-from mlx_cpo_plugin.objective import objective_for
+from mlx_cpo_plugin.objective import Objective, objective_for
+from mlx_cpo_plugin.optimizer_step import OptimizerStep
+from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compile_where_it_pays, device_memory_limit, score_answers
+from mlx_cpo_plugin.shared_prompt import SharedPromptScorer
 
 DEFAULT_SEQ_STEP_SIZE = 512
+SCORING_CHOICES = ("auto", "shared", "plain")
 
 
 @dataclass
@@ -43,6 +48,9 @@ class CPOTrainingArgs(SFTTrainingArgs):
         default_factory=dict, metadata={"help": "Options of a registered loss beside beta and delta."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the pairs."})
+    scoring: str = field(
+        default="auto", metadata={"help": "Share the prompt of a pair's answers (shared), or not (plain); auto tries."}
+    )
     compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
 
     @classmethod
@@ -73,6 +81,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
             qat_start_step=settings.qat_start_step,
             qat_interval=settings.qat_interval,
             seed=settings.seed,
+            scoring=settings.scoring,
         )
 
     def loss_settings(self) -> Mapping[str, Any]:
@@ -126,11 +135,14 @@ def train_cpo(
 
     def validate(iteration: int) -> None:
         started = time.perf_counter()
-        means, _ = evaluate_pairs(model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches)
+        means, _ = evaluate_pairs(
+            model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches, scorer=scorer
+        )
         reporter.report_validation(iteration, means, time.perf_counter() - started)
 
     with training_environment(model, args) as quantisation:
-        gradient = StepGradient(model, optimizer, objective, args.seq_step_size)
+        scorer = choose_scorer(model, pairs, args.scoring, reporter.say)
+        step = OptimizerStep(model, optimizer, *gradient_methods(model, objective, scorer, args))
         optimizer_step = 1
         if world.rank() == 0:
             save_adapter_config(model, adapter_file)
@@ -142,10 +154,10 @@ def train_cpo(
             quantisation.active = args.qat_enable and quantisation.applies_to(optimizer_step)
             batch_pairs = [pairs[index] for index in micro_batch.indices]
             if batch_pairs:
-                losses, scores = gradient.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
+                losses, scores = step.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
                 reporter.add(losses, scores, scored_tokens(batch_pairs))
             if micro_batch.closes_window:
-                reporter.add_step(gradient.apply())
+                reporter.add_step(step.apply())
                 optimizer_step += 1
             reporter.count_iteration()
 
@@ -165,6 +177,17 @@ def train_cpo(
             reporter.say(f"Saved final weights to {adapter_file}.")
 
 
+def gradient_methods(
+    model: nn.Module, objective: Objective, scorer: SharedPromptScorer | None, args: CPOTrainingArgs
+) -> tuple[GradientMethod, GradientMethod, float]:
+    """Return how gradients are computed, how those of long pairs are, and above how many tokens a pair is long."""
+    long_above = args.seq_step_size if args.seq_step_size is not None else float("inf")
+    if scorer is None:
+        return BatchGradients(model, objective), AnswerGradients(model, objective), long_above
+    segments = SegmentGradients(model, objective, scorer, args.seq_step_size or DEFAULT_SEQ_STEP_SIZE)
+    return SharedPromptGradients(model, objective, scorer), segments, long_above
+
+
 def evaluate_cpo(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -176,16 +199,20 @@ def evaluate_cpo(
     loss_type: str,
     loss_fn: Callable[..., mx.array] | None = None,
     loss_options: Mapping[str, Any] | None = None,
+    scoring: str = "auto",
 ) -> tuple[float, list[float], int, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, and the other means over pairs by name.
 
-    The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta.
-    ``num_batches`` -1 means all.
+    The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
+    ``scoring`` is ``auto``, ``shared`` or ``plain``. ``num_batches`` -1 means all.
     """
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn)
     pairs = as_pairs(dataset, max_seq_length)
     with compile_where_it_pays():
-        means, tokens = evaluate_pairs(model, pairs, objective, batch_size=batch_size, num_batches=num_batches)
+        scorer = choose_scorer(model, pairs, scoring)
+        means, tokens = evaluate_pairs(
+            model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
+        )
     rewards = [means.pop("chosen_reward"), means.pop("rejected_reward")]
     return means.pop("loss"), rewards, tokens, means
 
@@ -245,6 +272,7 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("beta", args.beta > 0, "above 0"))
     rules.append(("delta", args.delta >= 0, "at least 0"))
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
+    rules.append(("scoring", args.scoring in SCORING_CHOICES, f"one of {', '.join(SCORING_CHOICES)}"))
     rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
     for name, holds, allowed in rules:
         if not holds:

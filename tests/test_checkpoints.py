@@ -78,6 +78,13 @@ def test_a_failed_write_leaves_the_older_adapter_as_it_was(tmp_path: Path, monke
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"^.*file/adapters\.safetensors cannot be written \(.*; free space or"):
+        checkpoints.save_adapter(add_adapter(build_model()), tmp_path / "file" / "adapters.safetensors")
+
+
 def test_keys_of_an_existing_adapter_config_are_kept(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"model": "mine", "num_layers": 99}))
 

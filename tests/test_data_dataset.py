@@ -113,9 +113,7 @@ def test_a_split_that_is_asked_for_and_missing_is_an_error(tmp_path, split, want
     with pytest.raises(DataError) as caught:
         load(tmp_path, **{"train": True, "test": True, **wanted})
 
-    assert str(caught.value) == (
-        f"{split} is on, but there is no {split} set in the data: add one, or set {split}: false."
-    )
+    assert str(caught.value) == (f"{split} is on, but the data holds no {split} rows: add some, or set {split}: false.")
 
 
 def test_without_a_validation_set_it_is_skipped_with_a_note(tmp_path):

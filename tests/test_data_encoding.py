@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import NewlineTokenizer
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
+from mlx_cpo_plugin.data.formats import UnusableRow
 
 
 @pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "no offsets"])
@@ -29,6 +30,15 @@ def test_a_token_that_reaches_over_a_character_covers_it_but_is_not_before_it():
         encoded = ChatTokenizer(tokenizer_named("chatml", offsets=offsets)).encode("Yes, the answer")
 
         assert (encoded.tokens_before(12), encoded.tokens_covering(12), len(encoded.ids)) == (3, 4, 4)
+
+
+@pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "no offsets"])
+@pytest.mark.parametrize("way", ["encode", "encode_plain"])
+def test_half_of_a_surrogate_pair_makes_a_row_unusable(offsets, way):
+    tokenizer = ChatTokenizer(tokenizer_named("chatml", offsets=offsets))
+
+    with pytest.raises(UnusableRow, match=r"^the text holds half of a character \(a lone surrogate\)$"):
+        getattr(tokenizer, way)("Yes \ud800.")
 
 
 def test_every_byte_of_a_character_is_covered_with_it():

@@ -73,6 +73,18 @@ def test_a_json_file_may_hold_its_rows_under_data(tmp_path):
             b'{"a": 1}',
             'a.json holds no rows: write a list of rows, or an object with that list under "data".',
         ),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n' + b"[" * 100_000,
+            "a.jsonl:2 holds JSON that cannot be read (maximum recursion depth exceeded while decoding a JSON array "
+            "from a unicode string): correct it.",
+        ),
+        (
+            "a.json",
+            b"9" * 5000,
+            "a.json:1 holds JSON that cannot be read (Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit): correct it.",
+        ),
         ("a.csv", b"a,b", "a.csv is not a data file that can be read: use one of .jsonl, .json, .parquet."),
     ],
 )

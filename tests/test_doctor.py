@@ -56,7 +56,9 @@ def test_a_plugin_that_is_turned_off_is_a_failure(environment: FreshEnvironment)
 
     assert code == 1
     assert findings["switch"]["remedy"] == "unset MLX_CPO_PLUGIN_DISABLE"
-    assert all(findings[name]["status"] == "failed" for name in ROUTES)
+    assert {(findings[name]["status"], findings[name]["remedy"]) for name in ROUTES} == {
+        ("failed", "unset MLX_CPO_PLUGIN_DISABLE")
+    }
 
 
 def test_both_start_up_files_beside_each_other_are_fine(tmp_path: Path) -> None:

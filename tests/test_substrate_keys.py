@@ -14,9 +14,10 @@ import pytest
 from conftest import assert_same, preference_rows
 from mlx_lm.utils import load
 
-from mlx_cpo_plugin import checkpointing, gradients
+from mlx_cpo_plugin import checkpointing, long_context
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import substrate
+from mlx_cpo_plugin.shared_prompt import SharedPromptScorer
 
 
 @dataclass
@@ -276,17 +277,32 @@ def test_grad_checkpoint_recomputes_every_layer(run: Callable[..., Outcome], mon
     assert_same(checkpointed.adapter, plain.adapter, tolerance=1e-4)
 
 
-def test_efficient_long_context_goes_answer_by_answer_above_the_step_size(
+def test_efficient_long_context_goes_in_segments_above_the_step_size(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, answers = gradients.collate_answers, []
-    monkeypatch.setattr(gradients, "collate_answers", lambda rows: answers.append(len(rows)) or original(rows))
+    original, sizes = long_context.pieces, []
+    monkeypatch.setattr(long_context, "pieces", lambda segment, size: sizes.append(size) or original(segment, size))
 
     run(efficient_long_context=True)
-    assert not answers  # no pair is longer than 512 tokens
+    assert not sizes  # no pair is longer than 512 tokens
     run(efficient_long_context=True, seq_step_size=16)
 
-    assert answers == [1] * 8
+    assert sizes == [16] * 3 * 4  # the shared part and both answers of four pairs
+
+
+@pytest.mark.parametrize("scoring", ["shared", "plain"])
+def test_scoring_decides_whether_prompts_are_computed_once(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, scoring: str
+) -> None:
+    original, shared = SharedPromptScorer.score, []
+    monkeypatch.setattr(
+        SharedPromptScorer, "score", lambda *args, **named: shared.append(1) or original(*args, **named)
+    )
+
+    outcome = run(scoring=scoring)
+
+    assert bool(shared) == (scoring == "shared")
+    assert_same(outcome.adapter, run().adapter, tolerance=1e-3)
 
 
 def test_recurrence_chunk_size_reaches_the_hosts_recurrences(

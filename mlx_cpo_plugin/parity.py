@@ -1,0 +1,77 @@
+"""Whether a model can share prompts: it is tried on two pairs before a run, against the plain way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_cpo_plugin.batches import collate
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.scoring import score_answers
+from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
+
+# Relative, of an answer's log-prob; half precision rounds differently for other shapes.
+FLOAT32_TOLERANCE = 1e-4
+HALF_TOLERANCE = 3e-2
+
+
+def choose_scorer(
+    model: nn.Module, pairs: Sequence[PreferencePair], wanted: str, say: Callable[[str], None] = print
+) -> SharedPromptScorer | None:
+    """Return the scorer that shares prompts, or ``None`` where every answer is to be scored by itself.
+
+    Args:
+        wanted: ``auto`` checks whether the model allows it, and falls back with a note; ``shared`` insists on it;
+            ``plain`` is ``None``.
+
+    Raises:
+        ConfigError: ``shared`` is wanted, but the model does not allow it.
+    """
+    if wanted == "plain" or not pairs:
+        return None
+    try:
+        scorer = SharedPromptScorer(model)
+        difference = _largest_difference(model, scorer, _sample(pairs))
+        fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(model) else ""
+    except Exception as error:  # an architecture may fail in any way where it does not expect our caches
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not fault:
+        return scorer
+    if wanted == "shared":
+        raise ConfigError(f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.")
+    say(f"This model cannot share the prompt between two answers ({fault}); each is scored by itself.")
+    return None
+
+
+def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return a short pair and one of middle length: quick to score, with prompts of two lengths."""
+    by_length = sorted(range(len(pairs)), key=lambda index: pairs[index].length)
+    return [pairs[index] for index in {by_length[0], by_length[len(by_length) // 2]}]
+
+
+def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> float:
+    was_training = model.training
+    model.eval()
+    try:
+        plain = score_answers(model, collate(pairs))
+        shared = [scorer.score(share(pair)) for pair in pairs]
+        mx.eval(plain, shared)
+    finally:
+        model.train(was_training)
+    largest = 0.0
+    for number, pair_scores in enumerate(shared):
+        for side in ("chosen_logps", "rejected_logps"):
+            reference, value = getattr(plain, side)[number].item(), getattr(pair_scores, side).item()
+            largest = max(largest, abs(value - reference) / max(abs(reference), 1.0))
+    return largest if np.isfinite(largest) else float("inf")
+
+
+def _tolerance(model: nn.Module) -> float:
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    half = any(value.dtype in (mx.float16, mx.bfloat16) for _, value in flat)
+    return HALF_TOLERANCE if half else FLOAT32_TOLERANCE
