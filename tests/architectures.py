@@ -1,0 +1,91 @@
+"""Tiny models of many architectures, with random weights, for tests that must hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+VOCABULARY = 96
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {
+        "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "moe_intermediate_size": 16, "norm_topk_prob": True,
+    },
+    "gemma3_text": {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {},
+    "olmo2": {},
+    "deepseek_v2": {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "qk_nope_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1,
+        "topk_method": "gready", "routed_scaling_factor": 1.0, "attention_bias": False,
+        "rope_scaling": {
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+        },
+    },
+    "cohere2": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+    "granite": {
+        "logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "attention_bias": False, "mlp_bias": False,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "num_experts": 4,
+        "num_experts_per_tok": 2, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [], "moe_intermediate_size": 16, "partial_rotary_factor": 0.5, "full_attention_interval": 2,
+    },
+    "mamba": {
+        "intermediate_size": 64, "state_size": 4, "conv_kernel": 3, "use_bias": False, "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+    "mamba2": {
+        "num_heads": 4, "head_dim": 16, "state_size": 8, "conv_kernel": 3, "n_groups": 1, "use_bias": False,
+        "use_conv_bias": True, "time_step_rank": "auto", "layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, 100.0],
+        "expand": 2, "chunk_size": 8, "residual_in_fp32": False, "rms_norm": True, "hidden_act": "silu",
+    },
+    "lfm2": {
+        "num_hidden_layers": 3, "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+        "block_ff_dim": 48, "block_multiple_of": 16, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1],
+    },
+}  # fmt: skip
+
+
+def build_architecture(name: str, seed: int = 0) -> nn.Module:
+    """Build the model; arguments that its architecture does not know are left out as mlx_lm leaves them out."""
+    module: Any = import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(seed)
+    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **ARCHITECTURES[name]})
+    build: Callable[[Any], nn.Module] = module.Model
+    model = build(arguments)
+    mx.eval(model.parameters())
+    return model
