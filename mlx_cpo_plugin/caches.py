@@ -93,6 +93,12 @@ def _forked(cache: Any, arrays: Iterator[mx.array] | None) -> Any:
     return fork
 
 
+def repeated(caches: Sequence[Any], rows: int) -> list[Any]:
+    """Return caches of one row with ``rows`` equal ones."""
+    arrays = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in cache_arrays(caches)]
+    return forked(caches, iter(arrays))
+
+
 def beginning(caches: Sequence[Any], start: Sequence[Any]) -> list[Any]:
     """Return what ``start`` holds, with keys and values as views of those that ``caches`` hold by now."""
     return [_beginning(cache, begun) for cache, begun in zip(caches, start, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,7 +88,10 @@ def _check(words: Sequence[str]) -> int:
     sys.argv = ["mlx-cpo check", *words]
     mode = config.requested_mode(words)
     if mode is None:
-        source = config.explicit(words).get("config") or "the command line"
+        file = config.explicit(words).get("config")
+        if file:
+            config.read_yaml(file)  # says so where the file is what is wrong
+        source = file or "the command line"
         raise ConfigError(
             f"{source} asks for no train mode that `mlx-cpo check` knows; "
             "write train_mode: cpo into the configuration file or pass --train-mode cpo."

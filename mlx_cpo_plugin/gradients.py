@@ -14,7 +14,7 @@ from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers, score_rows
-from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, normalised, share
+from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised, share
 
 
 class PairGradients(NamedTuple):
@@ -96,9 +96,19 @@ class AnswerGradients:
 
 
 class SharedPromptGradients:
-    """One pair at a time over a prompt that both answers share."""
+    """One pair at a time over a prompt that both answers share: short answers side by side, others one after the other.
 
-    def __init__(self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> None:
+    Args:
+        one_after_the_other: computes pairs whose answers are long, in less memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        scorer: SharedPromptScorer,
+        one_after_the_other: Callable[[PreferencePair, SharedPair, int], PairGradients],
+    ) -> None:
         def loss(
             model: nn.Module, pair: PreferencePair, cut: SharedPair, step_pairs: int
         ) -> tuple[mx.array, mx.array, AnswerScores]:
@@ -108,12 +118,16 @@ class SharedPromptGradients:
 
         self._model = model
         self._value_and_gradient = nn.value_and_grad(model, loss)
+        self._one_after_the_other = one_after_the_other
 
     def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
         return one_by_one(pairs, lambda pair: self._pair(pair, step_pairs))
 
     def _pair(self, pair: PreferencePair, step_pairs: int) -> PairGradients:
-        (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, share(pair), step_pairs)
+        cut = share(pair)
+        if not fit_together(cut.chosen, cut.rejected):
+            return self._one_after_the_other(pair, cut, step_pairs)
+        (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step_pairs)
         return PairGradients(losses, scores, gradient)
 
 

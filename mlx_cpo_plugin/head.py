@@ -9,8 +9,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.backbone import SplitModel
 
-# Logits of a chunk, in elements: 32 MB in float32, a few times that with what the softmax and its gradient need.
-CHUNK_ELEMENTS = 2**23
+# Logits of a chunk, in elements: 16 MB in float32, a few times that with what the softmax and its gradient need.
+CHUNK_ELEMENTS = 2**22
 SMALLEST_CHUNK = 16
 
 

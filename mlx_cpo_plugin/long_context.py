@@ -1,8 +1,8 @@
 """The exact gradient of long pairs, segment by segment: memory grows with a segment, not with the pair.
 
-A first pass without gradient remembers the keys and values of every token. Then each segment, from the last to the
-first, is computed again from what came before it, and its vector-Jacobian product turns the gradient by what later
-tokens remembered of it into the gradient by the parameters and by what it remembered itself.
+A first pass without gradient remembers keys and values. Then each segment, from the last to the first, is computed again
+from what came before it, and its vector-Jacobian product turns the gradient by what later tokens remembered of it into
+the gradient by the parameters and by what it remembered itself.
 """
 
 from __future__ import annotations
@@ -21,96 +21,138 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.gradients import PairGradients, loss_slopes, one_by_one
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
-from mlx_cpo_plugin.shared_prompt import Segment, SharedPromptScorer, share
+from mlx_cpo_plugin.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Consecutive segments after their first pass.
-
-    Attributes:
-        starts: what is remembered at the start of each segment.
-        end: what is remembered after the last one.
-        logps, logits: sums over the scored tokens, float32 [].
-    """
+    """Consecutive segments, and what is remembered at the start of each."""
 
     segments: list[Segment]
     starts: list[list[Any]]
-    end: list[Any]
+
+
+@dataclass(frozen=True)
+class ChainGradient:
+    """The gradient of a chain's log-prob.
+
+    Attributes:
+        logps, logits: sums over the chain's scored tokens, float32 [].
+        by_parameters: gradient by each trainable parameter, by name.
+        by_start: gradient by each array that is remembered at the chain's start.
+    """
+
     logps: mx.array
     logits: mx.array
+    by_parameters: dict[str, mx.array]
+    by_start: list[mx.array]
 
 
 class SegmentGradients:
-    """One pair at a time, in segments of at most ``step_size`` tokens, over a prompt that both answers share."""
+    """One pair at a time, in segments of at most ``step_size`` tokens, over a prompt that both answers share.
 
-    def __init__(self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer, step_size: int) -> None:
+    The loss sees the model through the log-probs of the two answers only. So the gradient of each answer's log-prob is
+    computed by itself, and scaled by the loss's slope once both log-probs are known.
+
+    Args:
+        step_size: ``None`` takes the shared tokens and each answer whole.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer, step_size: int | None = None
+    ) -> None:
         self.model = model
         self.objective = objective
         self.scorer = scorer
         self.step_size = step_size
 
     def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
-        return one_by_one(pairs, lambda pair: self._pair(pair, step_pairs))
+        return one_by_one(pairs, lambda pair: self.pair_gradients(pair, share(pair), step_pairs))
 
-    def _pair(self, pair: PreferencePair, step_pairs: int) -> PairGradients:
-        cut = share(pair)
-        shared = self._first_pass(cut.shared, fresh_caches(self.model))
-        chosen, rejected = (self._first_pass(side, forked(shared.end)) for side in (cut.chosen, cut.rejected))
-        logps = [(shared.logps + side.logps).reshape(1) for side in (chosen, rejected)]
-        logits = [(shared.logits + side.logits).reshape(1) for side in (chosen, rejected)]
-        losses, scores, (chosen_slope, rejected_slope) = loss_slopes(
-            self.objective, pair, AnswerScores(*logps, *logits), step_pairs
+    def pair_gradients(self, pair: PreferencePair, cut: SharedPair, step_pairs: int) -> PairGradients:
+        """Return loss, scores and gradient of one pair."""
+        caches = fresh_caches(self.model)
+        shared, shared_logps, shared_logits = self._remember_shared(cut.shared, caches)
+        chosen, rejected = (
+            self._gradient(self._remember_start(side, forked(caches)), mx.array(1.0))
+            for side in (cut.chosen, cut.rejected)
         )
+        logps = [(shared_logps + side.logps).reshape(1) for side in (chosen, rejected)]
+        logits = [(shared_logits + side.logits).reshape(1) for side in (chosen, rejected)]
+        losses, scores, slopes = loss_slopes(self.objective, pair, AnswerScores(*logps, *logits), step_pairs)
 
-        gradient: dict[str, mx.array] = {}
-        by_shared = [mx.zeros_like(array) for array in cache_arrays(shared.end)]
-        for side, slope in ((chosen, chosen_slope), (rejected, rejected_slope)):
-            by_start = self._backward(side, slope, [mx.zeros_like(array) for array in cache_arrays(side.end)], gradient)
-            by_shared = [x + y for x, y in zip(by_shared, by_start, strict=True)]
-        self._backward(shared, chosen_slope + rejected_slope, by_shared, gradient)
+        by_chosen, by_rejected = (slope.reshape(()) for slope in slopes)
+        by_shared = [
+            (by_chosen * x + by_rejected * y).astype(x.dtype)
+            for x, y in zip(chosen.by_start, rejected.by_start, strict=True)
+        ]
+        before = self._gradient(shared, by_chosen + by_rejected, by_shared)
+        gradient = {}
+        for name, value in chosen.by_parameters.items():
+            answers = (by_chosen * value + by_rejected * rejected.by_parameters[name]).astype(value.dtype)
+            gradient[name] = answers + before.by_parameters[name] if before.by_parameters else answers
         return PairGradients(losses, scores, tree_unflatten(list(gradient.items())))
 
-    def _first_pass(self, whole: Segment | None, caches: list[Any]) -> Chain:
-        segments = [] if whole is None else pieces(whole, self.step_size)
+    def _remember_shared(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
+        """Run the shared tokens through ``caches``; return their chain, and the sums over those that are scored."""
+        segments = pieces(whole, self.step_size) if whole is not None else []
         starts, logps, logits = [], mx.array(0.0), mx.array(0.0)
         for segment in segments:
             starts.append(forked(caches))
             segment_logps, segment_logits = self.scorer.segment_sums(segment, caches, differentiate=False)
             logps, logits = logps + segment_logps, logits + segment_logits
             mx.eval(logps, logits, cache_arrays(caches))
-        return Chain(segments, [beginning(caches, start) for start in starts], caches, logps, logits)
+        return Chain(segments, [beginning(caches, start) for start in starts]), logps, logits
 
-    def _backward(
-        self, chain: Chain, slope: mx.array, by_end: list[mx.array], gradient: dict[str, mx.array]
-    ) -> list[mx.array]:
-        """Add the chain's gradient by each parameter to ``gradient``; return that by what is remembered at its start.
+    def _remember_start(self, whole: Segment, caches: list[Any]) -> Chain:
+        """Run all but the last segment of an answer through ``caches``."""
+        segments = pieces(whole, self.step_size)
+        starts = [forked(caches)]
+        for segment in segments[:-1]:
+            self.scorer.split.hidden(segment.inputs, caches)
+            starts.append(forked(caches))
+            mx.eval(cache_arrays(caches))
+        return Chain(segments, [beginning(caches, start) for start in starts])
+
+    def _gradient(self, chain: Chain, slope: mx.array, by_end: list[mx.array] | None = None) -> ChainGradient:
+        """Return the gradient of ``slope`` times the chain's log-prob, and what flows on from later chains.
 
         Args:
-            slope: derivative of the loss by the chain's log-prob, [1].
-            by_end: gradient by what is remembered at its end.
+            by_end: gradient by what is remembered at the chain's end; ``None`` where nothing comes after it.
         """
         flat: list[tuple[str, mx.array]] = tree_flatten(self.model.trainable_parameters())  # type: ignore[assignment]
         names, parameters = [name for name, _ in flat], [value for _, value in flat]
+        logps, logits = mx.array(0.0), mx.array(0.0)
+        total: dict[str, mx.array] = {}
+        goes_on = by_end is not None
         for segment, start in zip(reversed(chain.segments), reversed(chain.starts), strict=True):
 
-            def forward(*inputs: mx.array, segment: Segment = segment, start: list[Any] = start) -> list[mx.array]:
+            def forward(
+                *inputs: mx.array,
+                segment: Segment = segment,
+                start: list[Any] = start,
+                goes_on: bool = goes_on,
+            ) -> list[mx.array]:
                 self.model.update(tree_unflatten(list(zip(names, inputs, strict=False))))
                 caches = forked(start, iter(inputs[len(names) :]))
-                logps, _ = self.scorer.segment_sums(segment, caches, differentiate=True)
-                return [logps, *cache_arrays(caches)]
+                sums = self.scorer.segment_sums(segment, caches, differentiate=True)
+                return [*sums, *(cache_arrays(caches) if goes_on else [])]
 
-            _, slopes = mx.vjp(forward, [*parameters, *cache_arrays(start)], [slope.reshape(()), *by_end])
+            cotangents = [slope, mx.array(0.0), *(by_end or [])]
+            sums, slopes = mx.vjp(forward, [*parameters, *cache_arrays(start)], cotangents)
+            logps, logits = logps + sums[0], logits + sums[1]
             for name, value in zip(names, slopes, strict=False):
-                gradient[name] = gradient[name] + value if name in gradient else value
-            by_end = slopes[len(names) :]
-            mx.eval(gradient, by_end)
+                total[name] = total[name] + value if name in total else value
+            by_end, goes_on = slopes[len(names) :], True
+            mx.eval(logps, logits, total, by_end)
         self.model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        return by_end
+        return ChainGradient(logps, logits, total, by_end or [])
 
 
-def pieces(segment: Segment, step_size: int) -> list[Segment]:
-    """Cut a segment into consecutive ones of at most ``step_size`` tokens."""
+def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
+    """Cut a segment into consecutive ones of at most ``step_size`` tokens; ``None`` leaves it whole."""
+    if step_size is None:
+        return [segment]
     positions = np.array(segment.positions)
     result = []
     for start in range(0, segment.inputs.shape[1], step_size):

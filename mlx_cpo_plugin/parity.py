@@ -63,11 +63,12 @@ def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Seq
         mx.eval(plain, shared)
     finally:
         model.train(was_training)
-    largest = 0.0
+    differences = []
     for number, pair_scores in enumerate(shared):
         for side in ("chosen_logps", "rejected_logps"):
             reference, value = getattr(plain, side)[number].item(), getattr(pair_scores, side).item()
-            largest = max(largest, abs(value - reference) / max(abs(reference), 1.0))
+            differences.append(abs(value - reference) / max(abs(reference), 1.0))
+    largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
     return largest if np.isfinite(largest) else float("inf")
 
 

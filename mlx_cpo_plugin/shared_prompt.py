@@ -12,14 +12,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.backbone import SplitModel
-from mlx_cpo_plugin.caches import cache_arrays, forked, fresh_caches
+from mlx_cpo_plugin.caches import forked, fresh_caches, repeated
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.head import target_scores
 from mlx_cpo_plugin.scoring import AnswerScores
+
+# Products with few rows leave a processor waiting for the weights; long answers fill it by themselves.
+TOGETHER_UP_TO = 256
+PADDING_ALLOWED = 0.25
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ def _segment(tokens: NDArray[np.int32], scored: NDArray[np.bool_]) -> Segment:
     )
 
 
+def fit_together(chosen: Segment, rejected: Segment) -> bool:
+    """Whether two answers are short and alike enough that one larger product beats the padding and memory it costs."""
+    lengths = chosen.inputs.shape[1], rejected.inputs.shape[1]
+    return max(lengths) <= TOGETHER_UP_TO and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
+
+
 def normalised(sums: AnswerScores, pair: PreferencePair, length_normalised: bool) -> AnswerScores:
     """Divide a pair's sums by its scored tokens: the raw logits always, the log-probs if they are to be means."""
     chosen, rejected = int(pair.chosen_scored.sum()), int(pair.rejected_scored.sum())
@@ -108,8 +117,6 @@ class SharedPromptScorer:
         self.split = SplitModel(model)
         fresh_caches(model)
         self.vocabulary = self.split.logits(self.split.hidden(mx.zeros((1, 1), mx.int32))[0]).shape[-1]
-        # The slopes of both answers are kept beside each other; with a whole model trained, they would be most of it.
-        self.staged = _size(model.trainable_parameters()) * 8 <= _size(model.parameters())
 
     def score(self, pair: SharedPair, differentiate: bool = False) -> AnswerScores:
         """Return sums over the scored tokens, each float32 [1]: log-probs and raw logits of both answers."""
@@ -117,13 +124,26 @@ class SharedPromptScorer:
         if pair.shared is not None:
             logps, logits = self.segment_sums(pair.shared, caches, differentiate)
         sides = (pair.chosen, pair.rejected)
-        if differentiate and self.staged:
-            sums = self._staged_sums(sides, caches)
+        if fit_together(*sides):
+            sums = self._sums_together(sides, caches, differentiate)
         else:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
         (chosen_logps, chosen_logits), (rejected_logps, rejected_logits) = sums
         totals = (logps + chosen_logps, logps + rejected_logps, logits + chosen_logits, logits + rejected_logits)
         return AnswerScores(*(total.reshape(1) for total in totals))
+
+    def _sums_together(
+        self, sides: Sequence[Segment], caches: list[Any], differentiate: bool
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Compute both answers as two rows, the shorter one padded on its right."""
+        width = max(side.inputs.shape[1] for side in sides)
+        rows = [mx.pad(side.inputs, [(0, 0), (0, width - side.inputs.shape[1])]) for side in sides]
+        hidden = self.split.hidden(mx.concatenate(rows), repeated(caches, len(sides)))
+        scored = mx.concatenate([hidden[row, side.positions] for row, side in enumerate(sides)])
+        targets = mx.concatenate([side.targets for side in sides])
+        logps, logits = target_scores(self.split, scored, targets, self.vocabulary, differentiate)
+        border = len(sides[0].targets)
+        return [(logps[:border].sum(), logits[:border].sum()), (logps[border:].sum(), logits[border:].sum())]
 
     def segment_sums(self, segment: Segment, caches: list[Any], differentiate: bool) -> tuple[mx.array, mx.array]:
         """Return summed log-probs and raw logits of a segment, float32 []; ``caches`` take its tokens in."""
@@ -134,53 +154,3 @@ class SharedPromptScorer:
             self.split, hidden[segment.positions], segment.targets, self.vocabulary, differentiate
         )
         return logps.sum(), logits.sum()
-
-    def _staged_sums(self, sides: Sequence[Segment], caches: list[Any]) -> list[tuple[mx.array, mx.array]]:
-        """Compute each answer's log-prob together with its gradient, one answer after the other.
-
-        What comes back for a log-prob is one number, so its gradient by the parameters and by the shared keys and
-        values can be had at once and scaled later. The activations of one answer are gone before the next one begins.
-        """
-        flat: list[tuple[str, mx.array]] = tree_flatten(self.model.trainable_parameters())  # type: ignore[assignment]
-        names, parameters = [name for name, _ in flat], [value for _, value in flat]
-        remembered = cache_arrays(caches)
-
-        def side_sums(side: Segment, inputs: Sequence[mx.array]) -> list[mx.array]:
-            self._update(names, inputs)
-            side_caches = forked(caches, iter(inputs[len(names) :]))
-            return list(self.segment_sums(side, side_caches, differentiate=True))
-
-        @mx.custom_function
-        def answers(*inputs: mx.array) -> list[mx.array]:
-            sums, slopes = [], []
-            waiting = list(inputs)
-            for side in sides:
-                side_sum, side_slopes = mx.vjp(
-                    lambda *arrays, side=side: side_sums(side, arrays), waiting, [mx.array(1.0), mx.array(0.0)]
-                )
-                waiting = mx.depends(waiting, side_slopes)
-                sums += mx.depends(side_sum, side_slopes)
-                slopes += side_slopes
-            return sums + slopes
-
-        @answers.vjp
-        def answers_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
-            slopes = outputs[4:]
-            half = len(slopes) // 2
-            by_chosen, by_rejected = cotangents[0], cotangents[2]
-            return [
-                (by_chosen * chosen + by_rejected * rejected).astype(chosen.dtype)
-                for chosen, rejected in zip(slopes[:half], slopes[half:], strict=True)
-            ]
-
-        outputs: Any = answers(*parameters, *remembered)
-        self._update(names, parameters)
-        return [(outputs[0], outputs[1]), (outputs[2], outputs[3])]
-
-    def _update(self, names: Sequence[str], values: Sequence[mx.array]) -> None:
-        self.model.update(tree_unflatten(list(zip(names, values, strict=False))))
-
-
-def _size(parameters: Any) -> int:
-    flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
-    return sum(value.nbytes for _, value in flat)

@@ -135,6 +135,7 @@ def train_cpo(
 
     def validate(iteration: int) -> None:
         started = time.perf_counter()
+        quantisation.active = False  # whatever step it follows: validations are comparable, and with the final test
         means, _ = evaluate_pairs(
             model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches, scorer=scorer
         )
@@ -184,8 +185,9 @@ def gradient_methods(
     long_above = args.seq_step_size if args.seq_step_size is not None else float("inf")
     if scorer is None:
         return BatchGradients(model, objective), AnswerGradients(model, objective), long_above
-    segments = SegmentGradients(model, objective, scorer, args.seq_step_size or DEFAULT_SEQ_STEP_SIZE)
-    return SharedPromptGradients(model, objective, scorer), segments, long_above
+    whole = SegmentGradients(model, objective, scorer)
+    in_segments = SegmentGradients(model, objective, scorer, args.seq_step_size)
+    return SharedPromptGradients(model, objective, scorer, whole.pair_gradients), in_segments, long_above
 
 
 def evaluate_cpo(

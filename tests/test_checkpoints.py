@@ -85,6 +85,10 @@ def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> No
         checkpoints.save_adapter(add_adapter(build_model()), tmp_path / "file" / "adapters.safetensors")
 
 
+def test_the_dropout_of_the_layers_is_described() -> None:
+    assert checkpoints.describe_adapter(add_adapter(build_model(), dropout=0.25))["lora_parameters"]["dropout"] == 0.25
+
+
 def test_keys_of_an_existing_adapter_config_are_kept(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"model": "mine", "num_layers": 99}))
 

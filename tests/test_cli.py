@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,28 @@ def test_a_command_that_does_not_exist_ends_with_exit_code_2(words: list[str]) -
         cli.main(words)
 
     assert ended.value.code == 2
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "losses"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+
+        assert process.stderr.read() == b""
+
+    assert process.returncode == 0
+
+
+def test_an_interrupt_ends_the_command_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(as_json: bool) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run_doctor", interrupted)
+
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_losses_lists_every_registered_loss(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +152,17 @@ def test_check_of_another_mode_is_refused(
 
     assert checked == []
     assert capsys.readouterr().err.startswith(f"error: {config} asks for no train mode that `mlx-cpo check` knows")
+
+
+def test_check_says_where_the_config_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "missing.yaml"
+
+    assert cli.main(["check", "--config", str(config)]) == 2
+
+    assert (
+        capsys.readouterr().err
+        == f"error: The configuration file {config} cannot be read: No such file or directory.\n"
+    )
 
 
 def test_a_mistake_is_one_sentence_without_a_traceback(

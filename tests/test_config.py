@@ -79,6 +79,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "delta": (5.0, 6.0),
     "dpo_cpo_loss_type": ("dpop", "ipo"),
     "reference_model_path": ("yaml-reference", "call-reference"),
+    "scoring": ("plain", "shared"),
 }
 
 every_key = pytest.mark.parametrize("key", VALUES)

@@ -23,6 +23,8 @@ import mlx.core as mx, mlx.optimizers as optimizers
 from conftest import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
+# A folder of its own for each rank, so that it shows who writes.
+folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank()
 train_cpo(
     add_adapter(build_model()),
     optimizers.SGD(0.05),
@@ -30,7 +32,7 @@ train_cpo(
     build_pairs(5, seed=1),
     CPOTrainingArgs(
         iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3,
-        steps_per_report=1, steps_per_save=2, adapter_file={folder!r} + "/adapters.safetensors",
+        steps_per_report=1, steps_per_save=2, adapter_file=folder + "/adapters.safetensors",
     ),
 )
 """
@@ -88,4 +90,5 @@ def test_two_ranks_train_the_adapter_that_one_rank_does(
         for key in left:
             if key.endswith(("_loss", "_accuracies", "_margins", "_logps", "_norm")):
                 assert left[key] == pytest.approx(right[key], rel=1e-3), key
+    assert not (tmp_path / "together-of-another-rank").exists()
     assert together.count("Saved final weights") == alone.count("Saved final weights") == 1

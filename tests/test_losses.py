@@ -114,3 +114,8 @@ def test_each_loss_reads_exactly_the_options_that_it_names() -> None:
     options = {name: [option.name for option in loss_types()[name].options] for name in LOSSES}
 
     assert options == {"sigmoid": ["beta"], "hinge": ["beta"], "ipo": ["beta"], "dpop": ["beta", "delta"]}
+
+
+def test_rewards_use_the_beta_of_the_loss_and_its_default() -> None:
+    assert objective_for("sigmoid", {"beta": 0.3}).beta == 0.3
+    assert objective_for("sigmoid", {}).beta == 0.1

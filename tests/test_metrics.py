@@ -1,4 +1,4 @@
-"""Metrics on disk: one line of valid JSON a report."""
+"""Means over pairs, what is reported of them, and one line of valid JSON a report."""
 
 from __future__ import annotations
 
@@ -6,14 +6,43 @@ import json
 import math
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.metrics import MetricsFile
+from mlx_cpo_plugin.metrics import MetricsFile, PairMeans
+from mlx_cpo_plugin.reporting import ProgressReporter
+from mlx_cpo_plugin.scoring import AnswerScores
+
+EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0)))
 
 
 def refuse(constant: str) -> float:
     raise AssertionError(f"{constant} is not JSON")
+
+
+def test_a_pair_whose_answers_are_equally_probable_is_not_right() -> None:
+    means = PairMeans(beta=0.1)
+
+    means.add(mx.array([0.7]), EQUAL, tokens=4)
+
+    assert means.over_ranks()[0]["accuracies"] == 0
+
+
+def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from_the_start(tmp_path: Path) -> None:
+    reporter = ProgressReporter(0.1, None, MetricsFile(tmp_path / "metrics.jsonl"))
+
+    for (number, _), norms in zip(reporter.iterations_of([None, None], 2), ([1.0, 3.0], [5.0]), strict=True):
+        reporter.add(mx.array([0.5 * number]), EQUAL, tokens=4)
+        for norm in norms:
+            reporter.add_step(norm)
+        reporter.count_iteration()
+        reporter.report_training(number, learning_rate=0.01, epoch=0)
+
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (first["train_gradient_norm"], second["train_gradient_norm"]) == (2.0, 5.0)
+    assert (first["train_loss"], second["train_loss"]) == (0.5, 1.0)
+    assert (first["trained_tokens"], second["trained_tokens"]) == (4, 8)
 
 
 def test_every_report_is_a_line_of_valid_json(tmp_path: Path) -> None:

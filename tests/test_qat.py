@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -161,6 +162,25 @@ def test_training_differs_from_the_start_step_on(tmp_path: Path, start: int, int
         assert_same(run(differs_after - 1, **qat), run(differs_after - 1))
     with pytest.raises(AssertionError):
         assert_same(run(differs_after, **qat), run(differs_after))
+
+
+def test_every_validation_is_of_the_weights_as_they_are_saved(tmp_path: Path) -> None:
+    args = CPOTrainingArgs(
+        iters=3,
+        steps_per_eval=1,
+        qat_enable=True,
+        qat_bits=2,
+        qat_interval=2,
+        adapter_file=str(tmp_path / "adapters.safetensors"),
+    )
+    pairs, model = build_pairs(4), add_adapter(build_model())
+
+    train_cpo(model, optimizers.SGD(0.0), pairs, pairs, args)
+
+    reports = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [report["val_loss"] for report in reports if report["kind"] == "valid"]
+    assert len(losses) == 4
+    assert len(set(losses)) == 1
 
 
 def test_qat_lowers_the_loss_of_the_really_quantised_model(tmp_path: Path) -> None:

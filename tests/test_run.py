@@ -94,6 +94,20 @@ def test_a_test_without_an_adapter_says_so(settings: Settings, run_main: RunMain
         run_main({**settings, "train": False, "test": True})
 
 
+def test_a_test_alone_fuses_nothing_and_reads_the_test_rows_only(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(settings)
+    capsys.readouterr()
+
+    run_main({**settings, "train": False, "test": True, "fuse": True})
+
+    assert [line for line in capsys.readouterr().out.splitlines() if " rows" in line or "none." in line] == [
+        "\x1b[94m[INFO]\x1b[0m Test: 4 rows, 4 pairs."
+    ]
+    assert not (Path(settings["adapter_path"]) / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("changes", [{"data": "nowhere/"}, {"model": "nowhere/at/all"}])
 def test_nothing_is_written_or_reported_before_data_and_model_are_known_to_be_good(
     settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, changes: Settings

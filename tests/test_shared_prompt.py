@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_cpo_plugin import head, parity
+from mlx_cpo_plugin import head, parity, shared_prompt
 from mlx_cpo_plugin.batches import collate
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -26,7 +26,7 @@ from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import fake_quantised
-from mlx_cpo_plugin.scoring import score_answers
+from mlx_cpo_plugin.scoring import AnswerScores, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 
@@ -48,7 +48,26 @@ def segments(model: nn.Module, objective: Objective, scorer: SharedPromptScorer)
     return SegmentGradients(model, objective, scorer, step_size=5)
 
 
-WAYS: dict[str, Callable[..., GradientMethod]] = {"shared": SharedPromptGradients, "in segments": segments}
+def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    return SegmentGradients(model, objective, scorer)
+
+
+def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    gradients = SharedPromptGradients(model, objective, scorer, one_after_the_other=pytest.fail)
+
+    def compute(pairs: list[PreferencePair], step_pairs: int) -> PairGradients:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_prompt, "PADDING_ALLOWED", 1.0)
+            return gradients(pairs, step_pairs)
+
+    return compute
+
+
+WAYS: dict[str, Callable[..., GradientMethod]] = {
+    "side by side": side_by_side,
+    "one after the other": one_after_the_other,
+    "in segments": segments,
+}
 
 
 def assert_same_gradients(ours: PairGradients, plain: PairGradients, tolerance: float = 1e-4) -> None:
@@ -128,7 +147,7 @@ def test_the_head_in_chunks_has_the_plain_gradient(kind: str, monkeypatch: pytes
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 96)
     monkeypatch.setattr(head, "SMALLEST_CHUNK", 1)
 
-    compare(KINDS[kind](), "shared")
+    compare(KINDS[kind](), "side by side")
 
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))
@@ -187,6 +206,15 @@ def test_auto_falls_back_with_one_line_where_scores_differ(monkeypatch: pytest.M
     assert line.startswith("This model cannot share the prompt between two answers (log-probs differ by 5.0e-01); each")
     with pytest.raises(ConfigError, match="scoring is 'shared', but this model cannot share prompts"):
         choose_scorer(build_model(), build_pairs(3), "shared", said.append)
+
+
+def test_log_probs_that_are_no_numbers_are_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = SharedPromptScorer.score
+    monkeypatch.setattr(
+        SharedPromptScorer, "score", lambda *args: AnswerScores(*(mx.full(x.shape, mx.nan) for x in score(*args)))
+    )
+
+    assert choose_scorer(build_model(), build_pairs(3), "auto", lambda line: None) is None
 
 
 def test_a_model_that_drops_what_its_caches_hold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

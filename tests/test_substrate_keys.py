@@ -100,7 +100,11 @@ def test_the_trained_adapter_depends_on_the_key(run: Callable[..., Outcome], cha
 
 
 def test_the_same_call_twice_gives_the_same_adapter_to_the_bit(run: Callable[..., Outcome]) -> None:
-    assert not differs(run(), run())
+    first = run()
+    mx.random.seed(4711)  # what the process drew before plays no part
+    np.random.seed(4711)
+
+    assert not differs(run(), first)
 
 
 def test_lora_parameters_set_the_rank(run: Callable[..., Outcome]) -> None:

@@ -56,6 +56,19 @@ def train(
     return parameters(model)
 
 
+def test_training_that_is_broken_off_leaves_the_model_in_evaluation_mode(tmp_path: Path) -> None:
+    class BreaksOff(Recorder):
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    model = add_adapter(build_model(), dropout=0.5)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, build_pairs(4), model, callback=BreaksOff(), steps_per_report=1)
+
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_step_follows_the_float64_gradient_of_the_mean_loss(tmp_path: Path) -> None:
     pairs, beta, rate = build_pairs(5), 0.3, 0.05
     model = add_adapter(build_model())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -28,10 +28,11 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
         examples: pairs of the first split to show as text.
 
     Raises:
-        DataError: no tokenizer or no data is found, or the data is unusable.
+        ConfigError: the tokenizer cannot be loaded.
+        DataError: no data is found, it is unusable, or the set that ``train`` or ``test`` asks for is missing.
     """
     stream = sys.stdout if stream is None else stream
-    tokenizer = _load_tokenizer(settings.model)
+    tokenizer = load_chat_tokenizer(settings.model)
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if not any(splits):
         raise DataError("the data holds no rows: check data or hf_dataset.")
@@ -43,23 +44,7 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
     if splits[0]:
         _print_steps(len(splits[0]), settings.batch_size, settings.gradient_accumulation_steps, stream)
     _print_examples(next(dataset for dataset in splits if dataset)[:examples], ChatTokenizer(tokenizer), stream)
-
-
-def _load_tokenizer(model: str) -> Any:
-    from mlx_lm.utils import load_tokenizer
-
-    local = Path(model).expanduser()
-    try:
-        tokenizer = load_tokenizer(local if local.is_dir() else model)
-    except Exception as error:  # Whatever the hub client or the tokenizer's own code raises.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise DataError(f"the tokenizer of model {model!r} cannot be loaded ({reason}): check model.") from error
-    try:
-        from mlx_lm_lora.chat_template import ensure_chat_template
-    except ImportError:  # mlx-lm-lora before 5.9 has no fallback template, and a run would have none either.
-        return tokenizer
-    ensure_chat_template(tokenizer)
-    return tokenizer
+    require_splits(settings, splits)
 
 
 def _print_lengths(dataset: PreferenceDataset, max_seq_length: int, stream: TextIO) -> None:

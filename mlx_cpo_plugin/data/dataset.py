@@ -131,11 +131,17 @@ def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, Preferen
         DataError: data is missing or unreadable, a column is missing, or more than half of the rows are unusable.
     """
     wanted = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
-    train, valid, test = load_splits(args, tokenizer, wanted)
-    for split, dataset in (("train", train), ("test", test)):
-        if split in wanted and not dataset:
-            raise DataError(f"{split} is on, but there is no {split} set in the data: add one, or set {split}: false.")
-    return train, valid, test
+    splits = load_splits(args, tokenizer, wanted)
+    require_splits(args, splits)
+    return splits
+
+
+def require_splits(args: Any, splits: Sequence[PreferenceDataset]) -> None:
+    """Raise DataError where ``args.train`` or ``args.test`` asks for a set that has no pairs."""
+    for split in splits:
+        name = split.report.split
+        if name != "valid" and getattr(args, name) and not split:
+            raise DataError(f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.")
 
 
 def load_splits(

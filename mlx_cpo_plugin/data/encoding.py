@@ -106,7 +106,12 @@ class ChatTokenizer:
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
 
     def encode(self, text: str) -> EncodedText:
-        """Tokens of rendered text; the template has put the special tokens in, so none are added."""
+        """Tokens of rendered text; the template has put the special tokens in, so none are added.
+
+        Raises:
+            UnusableRow: the text is not Unicode.
+        """
+        _check_unicode(text)
         if self._has_offsets:
             encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ends = np.fromiter((end for _, end in encoding["offset_mapping"]), dtype=np.int64)
@@ -115,7 +120,12 @@ class ChatTokenizer:
         return EncodedText(text, as_ids(self._inner.encode(text, add_special_tokens=False)), None, self)
 
     def encode_plain(self, text: str) -> TokenIds:
-        """Tokens of text that has no template: the tokenizer's BOS once in front, no end token."""
+        """Tokens of text that has no template: the tokenizer's BOS once in front, no end token.
+
+        Raises:
+            UnusableRow: the text is not Unicode.
+        """
+        _check_unicode(text)
         ids = list(self._inner.encode(text))
         while len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             del ids[0]
@@ -147,6 +157,14 @@ class ChatTokenizer:
         return self._inner(_PROBE, add_special_tokens=False)["input_ids"] == self._inner.encode(
             _PROBE, add_special_tokens=False
         )
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UnusableRow("the text holds half of a character (a lone surrogate)") from None
 
 
 def as_ids(ids: Any) -> TokenIds:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.data.formats import Columns
-from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.errors import DataError, first_line
 
 SPLIT_NAMES = {
     "train": ("train",),
@@ -101,20 +101,14 @@ def _read_jsonl(path: Path) -> list[Row]:
         text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, path, number).strip()
         if not text:
             continue
-        try:
-            rows.append(Row(json.loads(text), f"{path.name}:{number}"))
-        except json.JSONDecodeError as error:
-            raise _broken_json(path, number, error) from error
+        rows.append(Row(_parse_json(text, path, number), f"{path.name}:{number}"))
     return rows
 
 
 def _read_json(path: Path) -> list[Row]:
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     text = "\n".join(_decode(line, path, number) for number, line in enumerate(lines, start=1))
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, error.lineno, error) from error
+    content = _parse_json(text, path, 1)
     rows = content.get("data") if isinstance(content, Mapping) else content
     if not isinstance(rows, list):
         raise DataError(f'{path} holds no rows: write a list of rows, or an object with that list under "data".')
@@ -128,7 +122,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         return _numbered(parquet.read_table(path).to_pylist(), path.name)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file that can be read ({_first_line(error)}): check it.") from error
+        raise DataError(f"{path} is not a Parquet file that can be read ({first_line(error)}): check it.") from error
 
 
 def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
@@ -195,7 +189,7 @@ def _load_from_hub(name: str, **options: Any) -> Any:
             "hf_dataset."
         ) from error
     except Exception as error:  # The library raises whatever its builders and the network raise.
-        raise DataError(f"the dataset {name!r} cannot be loaded ({_first_line(error)}): check its settings.") from error
+        raise DataError(f"the dataset {name!r} cannot be loaded ({first_line(error)}): check its settings.") from error
 
 
 def _forget_partial_torch() -> None:
@@ -220,9 +214,12 @@ def _decode(line: bytes, path: Path, number: int) -> str:
         raise DataError(f"{path}:{number} is not valid UTF-8: save the file as UTF-8.") from error
 
 
-def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}:{line} is not valid JSON ({error.msg}, column {error.colno}): correct that line.")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    """The value of JSON ``text`` that begins on ``line``."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
+        raise DataError(f"{path}:{place} is not valid JSON ({reason}): correct that line.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
+        raise DataError(f"{path}:{line} holds JSON that cannot be read ({first_line(error)}): correct it.") from error

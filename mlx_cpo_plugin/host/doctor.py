@@ -227,9 +227,10 @@ def check_route(name: str, command: Sequence[str]) -> Finding:
         except (OSError, subprocess.TimeoutExpired) as error:
             return Finding(route, "failed", f"the probe did not end: {error}")
     lines = (probe.stderr + probe.stdout).strip().splitlines()
+    remedy = f"unset {finder.DISABLE_VARIABLE}" if finder.disabled() else REINSTALL
     if any(line.startswith(REACHED) for line in lines):
         return Finding(route, "ok", "hooked")
-    return Finding(route, "failed", f"not hooked: {lines[-1] if lines else 'the probe printed nothing'}", REINSTALL)
+    return Finding(route, "failed", f"not hooked: {lines[-1] if lines else 'the probe printed nothing'}", remedy)
 
 
 def check_plugins() -> list[Finding]:

@@ -85,6 +85,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
         args = positional[0] if positional else named.get("args")
         on_console = args is None
         call = sys.argv[1:] if on_console else _as_call(args)
+        mode = None
         try:
             mode = _mode_of(call)
             if mode is None:
@@ -94,6 +95,10 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             if on_console:
                 exit_with(error)
+            raise
+        except KeyboardInterrupt:
+            if on_console and mode is not None:
+                exit_interrupted()
             raise
 
     return main
@@ -169,6 +174,12 @@ def exit_with(error: UserError) -> NoReturn:
     """End the command with exit code 2 and the error's one sentence on standard error."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def exit_interrupted() -> NoReturn:
+    """End the command with the exit code of an interrupted one and one sentence on standard error."""
+    print("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def host_version() -> str:

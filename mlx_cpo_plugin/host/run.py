@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx_lm.tuner.callbacks import WandBCallback
+from mlx_lm.tuner import callbacks
 from mlx_lm.tuner.utils import build_schedule, print_trainable_parameters
+from mlx_lm.utils import hf_repo_to_path, load_config, save_config
 from mlx_lm_lora.train import build_lora_config
 from mlx_lm_lora.utils import (
     find_lmstudio_models_path,
@@ -24,7 +27,7 @@ from mlx_lm_lora.utils import (
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
 from mlx_cpo_plugin.checkpoints import load_adapter
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.types import TrainMode
@@ -46,7 +49,6 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
     """
     is_main = mx.distributed.init().rank() == 0
     check_destinations(settings)
-    training_callback = with_wandb(settings, training_callback) if is_main else None
 
     print_info("Loading datasets")
     train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
@@ -57,9 +59,10 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
 
     if settings.train:
         print_section("Training")
-        train_mode(settings, mode, model, train_set, valid_set, training_callback)
+        callback = with_wandb(settings, training_callback) if is_main else None
+        train_mode(settings, mode, model, train_set, valid_set, callback)
     elif settings.adapter_path:
-        load_adapter(model, Path(settings.adapter_path) / "adapters.safetensors")
+        load_adapter(model, adapter_file(settings))
 
     if settings.test:
         print_section("Testing")
@@ -77,11 +80,26 @@ def wanted_splits(settings: SimpleNamespace) -> tuple[str, ...]:
 
 
 def check_destinations(settings: SimpleNamespace) -> None:
-    """Find out before hours of training what would fail after them.
+    """Find out before anything is loaded what would fail afterwards, even after hours of training.
 
     Raises:
-        ConfigError: ``resume_adapter_file`` is missing, or there is no LM Studio to export to.
+        ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
+            test; ``resume_adapter_file`` is missing; there is no W&B to report to or no LM Studio to export to.
     """
+    if settings.train:
+        check_writable(Path(settings.adapter_path))
+    elif settings.adapter_path and not adapter_file(settings).is_file():
+        raise ConfigError(
+            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
+        )
+    fused_beside_adapter = settings.fuse and settings.train and settings.lm_studio_name is None
+    if fused_beside_adapter and Path(settings.adapter_path).resolve() == Path(settings.model).resolve():
+        raise ConfigError(
+            f"adapter_path is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
+            "give another folder, or set fuse: false."
+        )
+    if settings.wandb is not None and callbacks.wandb is None:
+        raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.")
     resume = settings.resume_adapter_file
     if resume is not None and not Path(resume).is_file():
         raise ConfigError(
@@ -94,26 +112,35 @@ def check_destinations(settings: SimpleNamespace) -> None:
             raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
 
 
-def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> TrainingCallback | None:
-    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project.
+def check_writable(folder: Path) -> None:
+    """Find out, without making it, whether ``adapter_path`` can be made and written to.
 
     Raises:
-        ConfigError: the package wandb is not installed.
+        ConfigError: what is there already stands in the way.
     """
+    # os.path, since Path.exists raises where a parent cannot be searched.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fault = "is a file" if there.is_file() else "cannot be written to"
+        raise ConfigError(f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.")
+
+
+def adapter_file(settings: SimpleNamespace) -> Path:
+    """Return where the run leaves its adapter."""
+    return Path(settings.adapter_path) / "adapters.safetensors"
+
+
+def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> TrainingCallback | None:
+    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project."""
     if settings.wandb is None:
         return callback
     Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
-    try:
-        return WandBCallback(
-            project_name=settings.wandb,
-            log_dir=settings.adapter_path,
-            config=vars(settings),
-            wrapped_callback=callback,
-        )
-    except ImportError as error:
-        raise ConfigError(
-            "wandb is set, but the package is missing; run 'pip install wandb' or remove the key."
-        ) from error
+    return callbacks.WandBCallback(
+        project_name=settings.wandb,
+        log_dir=settings.adapter_path,
+        config=vars(settings),
+        wrapped_callback=callback,
+    )
 
 
 def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
@@ -124,17 +151,24 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     """
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
-    quantised_load = next((load for key, load in _QUANTISED_LOADS.items() if getattr(settings, key)), None)
+    precision = next((key for key in _QUANTISED_LOADS if getattr(settings, key)), None)
     print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     try:
         model, tokenizer, _ = from_pretrained(
             model=settings.model,
             lora_config=build_lora_config(settings),
             # A copy: the host's loader may keep or change what it is given.
-            quantized_load=dict(quantised_load) if quantised_load else None,
+            quantized_load=dict(_QUANTISED_LOADS[precision]) if precision else None,
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise ConfigError(f"model {settings.model!r} cannot be loaded: {error}.") from error
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if precision and "[quantize]" in str(error):
+            raise ConfigError(
+                f"{precision} needs layers whose width divides by {_QUANTISED_LOADS[precision]['group_size']}, which "
+                f"model {settings.model!r} does not have; remove {precision} or take another model."
+            ) from error
+        raise ConfigError(
+            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model."
+        ) from error
     if settings.train_type == "full" and settings.num_layers > 0:
         model.freeze()
         for layer in model.layers[-settings.num_layers :]:
@@ -165,7 +199,7 @@ def train_mode(
         train_dataset=train_set,
         val_dataset=valid_set,
         args=settings,
-        adapter_file=Path(settings.adapter_path) / "adapters.safetensors",
+        adapter_file=adapter_file(settings),
         training_callback=training_callback,
     )
 
@@ -218,11 +252,12 @@ def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str
 
 
 def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
-    """Fuse the adapter into the model through the host, into LM Studio or beside the adapter."""
+    """Fuse the adapter into the model through the host, into LM Studio or beside the adapter, and complete it."""
     if settings.lm_studio_name is not None:
         save_to_lmstudio_merged(
             model=model, tokenizer=tokenizer, new_model_name=settings.lm_studio_name, de_quantize=True
         )
+        complete_fused_model(find_lmstudio_models_path() / "mlx_lm_lora" / settings.lm_studio_name, settings.model)
         return
     save_pretrained_merged(
         model=model,
@@ -230,4 +265,20 @@ def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
         save_path=settings.adapter_path,
         de_quantize=not any(getattr(settings, key) for key in _QUANTISED_LOADS),
     )
+    complete_fused_model(Path(settings.adapter_path), settings.model)
     print_success(f"Model fused and saved to {Colors.CYAN}{settings.adapter_path}{Colors.RESET}")
+
+
+def complete_fused_model(folder: Path, base_model: str) -> None:
+    """Give a fused model what the host leaves behind: without its end tokens it would not stop generating.
+
+    These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
+    ``eos_token_id``, its ``generation_config.json``, and code of its own.
+    """
+    base_folder = Path(base_model) if Path(base_model).exists() else hf_repo_to_path(base_model)
+    # Whether the fused model is quantised only the host has written down.
+    base = {key: value for key, value in load_config(base_folder).items() if not key.startswith("quantization")}
+    save_config({**base, **load_config(folder)}, folder / "config.json")
+    for pattern in ("generation_config.json", "*.py"):
+        for file in base_folder.glob(pattern):
+            shutil.copy(file, folder)

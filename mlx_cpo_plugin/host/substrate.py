@@ -12,7 +12,7 @@ from mlx_lm_lora.recurrent_patch import enable_memory_safe_recurrences, model_us
 from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs
 from mlx_lm_lora.trainer.sft_trainer import _symmetric_fake_quantize_tensor as _fake_quantize
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, first_line
 
 # The host's quantiser: symmetric, (array, bits, group_size) -> array of the same shape.
 fake_quantize: Callable[[mx.array, int, int], mx.array] = _fake_quantize
@@ -33,9 +33,9 @@ def load_chat_tokenizer(model: str) -> Any:
     try:
         tokenizer = load_tokenizer(model)
     except Exception as error:  # the hub client raises many kinds, offline and for unknown names
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model {model!r} cannot be loaded ({reason}); give a local folder or the name of a model on the hub."
+            f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "
+            "give a local folder or the name of a model on the hub."
         ) from error
     try:
         from mlx_lm_lora.chat_template import ensure_chat_template
