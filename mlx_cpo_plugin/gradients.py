@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -16,13 +16,15 @@ from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers, score_rows
 from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised, share
 
+Gradient = dict[str, mx.array]
+
 
 class PairGradients(NamedTuple):
-    """Losses float32 [B] and scores of B pairs, and the gradient of ``sum(losses) / step_pairs``, a tree."""
+    """Losses float32 [B] and scores of B pairs, and the gradient of ``sum(losses) / step_pairs`` by parameter name."""
 
     losses: mx.array
     scores: AnswerScores
-    gradient: Any
+    gradient: Gradient
 
 
 class GradientMethod(Protocol):
@@ -53,7 +55,7 @@ class BatchGradients:
 
     def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
         losses, scores, gradient = self._compute(collate(pairs).arrays, mx.array(float(step_pairs)), quantised)
-        return PairGradients(losses, AnswerScores(*scores), gradient)
+        return PairGradients(losses, AnswerScores(*scores), by_name(gradient))
 
 
 class AnswerGradients:
@@ -89,9 +91,7 @@ class AnswerGradients:
         (chosen_logps, chosen_logits, by_chosen), (rejected_logps, rejected_logits, by_rejected) = sides
         sums = AnswerScores(*(x.reshape(1) for x in (chosen_logps, rejected_logps, chosen_logits, rejected_logits)))
         losses, scores, (chosen_slope, rejected_slope) = loss_slopes(self.objective, pair, sums, step_pairs)
-        gradient = tree_map(
-            lambda c, r: (chosen_slope * c + rejected_slope * r).astype(c.dtype), by_chosen, by_rejected
-        )
+        gradient = weighted_sum(chosen_slope, by_name(by_chosen), rejected_slope, by_name(by_rejected))
         return PairGradients(losses, scores, gradient)
 
 
@@ -128,21 +128,40 @@ class SharedPromptGradients:
         if not fit_together(cut.chosen, cut.rejected):
             return self._one_after_the_other(pair, cut, step_pairs)
         (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step_pairs)
-        return PairGradients(losses, scores, gradient)
+        return PairGradients(losses, scores, by_name(gradient))
+
+
+def by_name(tree: Any) -> Gradient:
+    """Return the arrays of a parameter tree by their names; trees of one model can differ in empty branches."""
+    return dict(tree_flatten(tree))
+
+
+def added(left: Gradient | None, right: Gradient) -> Gradient:
+    """Return the sum of two gradients; ``None`` is zero."""
+    return right if left is None else {name: left[name] + value for name, value in right.items()}
+
+
+def weighted_sum(left_weight: mx.array, left: Gradient, right_weight: mx.array, right: Gradient) -> Gradient:
+    """Return ``left_weight * left + right_weight * right`` in the dtypes of ``left``; the weights have one element."""
+    return {
+        name: (left_weight.reshape(()) * value + right_weight.reshape(()) * right[name]).astype(value.dtype)
+        for name, value in left.items()
+    }
 
 
 def one_by_one(pairs: Sequence[PreferencePair], compute: Callable[[PreferencePair], PairGradients]) -> PairGradients:
     """Add up what ``compute`` returns for each pair, with nothing of a pair left when the next one begins."""
-    losses, scores, total = [], [], None
+    losses, scores = [], []
+    total: Gradient | None = None
     for pair in pairs:
         result = compute(pair)
-        total = result.gradient if total is None else tree_map(mx.add, total, result.gradient)
+        total = added(total, result.gradient)
         mx.eval(total, result.losses, result.scores)
         losses.append(result.losses)
         scores.append(result.scores)
     columns = zip(*scores, strict=True)
     return PairGradients(
-        mx.concatenate(losses), AnswerScores(*(mx.concatenate(list(column)) for column in columns)), total
+        mx.concatenate(losses), AnswerScores(*(mx.concatenate(list(column)) for column in columns)), total or {}
     )
 
 

@@ -1,8 +1,8 @@
 """The exact gradient of long pairs, segment by segment: memory grows with a segment, not with the pair.
 
-A first pass without gradient remembers keys and values. Then each segment, from the last to the first, is computed again
-from what came before it, and its vector-Jacobian product turns the gradient by what later tokens remembered of it into
-the gradient by the parameters and by what it remembered itself.
+A first pass without gradient remembers keys and values. Then each segment, from the last to the first, is computed
+again from what came before it, and its vector-Jacobian product turns the gradient by what later tokens remembered of
+it into the gradient by the parameters and by what it remembered itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_cpo_plugin.caches import beginning, cache_arrays, forked, fresh_caches
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.gradients import PairGradients, loss_slopes, one_by_one
+from mlx_cpo_plugin.gradients import Gradient, PairGradients, added, loss_slopes, one_by_one, weighted_sum
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
 from mlx_cpo_plugin.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
@@ -26,10 +26,11 @@ from mlx_cpo_plugin.shared_prompt import Segment, SharedPair, SharedPromptScorer
 
 @dataclass(frozen=True)
 class Chain:
-    """Consecutive segments, and what is remembered at the start of each."""
+    """Consecutive segments, what is remembered at the start of each, and the seed that each is computed with."""
 
     segments: list[Segment]
     starts: list[list[Any]]
+    seeds: list[int]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ChainGradient:
 
     logps: mx.array
     logits: mx.array
-    by_parameters: dict[str, mx.array]
+    by_parameters: Gradient
     by_start: list[mx.array]
 
 
@@ -81,38 +82,37 @@ class SegmentGradients:
         logits = [(shared_logits + side.logits).reshape(1) for side in (chosen, rejected)]
         losses, scores, slopes = loss_slopes(self.objective, pair, AnswerScores(*logps, *logits), step_pairs)
 
-        by_chosen, by_rejected = (slope.reshape(()) for slope in slopes)
         by_shared = [
-            (by_chosen * x + by_rejected * y).astype(x.dtype)
+            (slopes[0] * x + slopes[1] * y).astype(x.dtype)
             for x, y in zip(chosen.by_start, rejected.by_start, strict=True)
         ]
-        before = self._gradient(shared, by_chosen + by_rejected, by_shared)
-        gradient = {}
-        for name, value in chosen.by_parameters.items():
-            answers = (by_chosen * value + by_rejected * rejected.by_parameters[name]).astype(value.dtype)
-            gradient[name] = answers + before.by_parameters[name] if before.by_parameters else answers
-        return PairGradients(losses, scores, tree_unflatten(list(gradient.items())))
+        before = self._gradient(shared, (slopes[0] + slopes[1]).reshape(()), by_shared)
+        answers = weighted_sum(slopes[0], chosen.by_parameters, slopes[1], rejected.by_parameters)
+        return PairGradients(losses, scores, {**answers, **added(answers, before.by_parameters)})
 
     def _remember_shared(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
         """Run the shared tokens through ``caches``; return their chain, and the sums over those that are scored."""
         segments = pieces(whole, self.step_size) if whole is not None else []
         starts, logps, logits = [], mx.array(0.0), mx.array(0.0)
-        for segment in segments:
+        seeds = [_drawn_seed() for _ in segments]
+        for segment, seed in zip(segments, seeds, strict=True):
             starts.append(forked(caches))
+            mx.random.seed(seed)
             segment_logps, segment_logits = self.scorer.segment_sums(segment, caches, differentiate=False)
             logps, logits = logps + segment_logps, logits + segment_logits
             mx.eval(logps, logits, cache_arrays(caches))
-        return Chain(segments, [beginning(caches, start) for start in starts]), logps, logits
+        return Chain(segments, [beginning(caches, start) for start in starts], seeds), logps, logits
 
     def _remember_start(self, whole: Segment, caches: list[Any]) -> Chain:
         """Run all but the last segment of an answer through ``caches``."""
         segments = pieces(whole, self.step_size)
-        starts = [forked(caches)]
-        for segment in segments[:-1]:
+        starts, seeds = [forked(caches)], [_drawn_seed() for _ in segments]
+        for segment, seed in zip(segments[:-1], seeds, strict=False):
+            mx.random.seed(seed)
             self.scorer.split.hidden(segment.inputs, caches)
             starts.append(forked(caches))
             mx.eval(cache_arrays(caches))
-        return Chain(segments, [beginning(caches, start) for start in starts])
+        return Chain(segments, [beginning(caches, start) for start in starts], seeds)
 
     def _gradient(self, chain: Chain, slope: mx.array, by_end: list[mx.array] | None = None) -> ChainGradient:
         """Return the gradient of ``slope`` times the chain's log-prob, and what flows on from later chains.
@@ -123,9 +123,10 @@ class SegmentGradients:
         flat: list[tuple[str, mx.array]] = tree_flatten(self.model.trainable_parameters())  # type: ignore[assignment]
         names, parameters = [name for name, _ in flat], [value for _, value in flat]
         logps, logits = mx.array(0.0), mx.array(0.0)
-        total: dict[str, mx.array] = {}
+        total: Gradient | None = None
         goes_on = by_end is not None
-        for segment, start in zip(reversed(chain.segments), reversed(chain.starts), strict=True):
+        for segment, start, seed in reversed(list(zip(chain.segments, chain.starts, chain.seeds, strict=True))):
+            mx.random.seed(seed)  # dropout has to be that of the first pass
 
             def forward(
                 *inputs: mx.array,
@@ -141,12 +142,11 @@ class SegmentGradients:
             cotangents = [slope, mx.array(0.0), *(by_end or [])]
             sums, slopes = mx.vjp(forward, [*parameters, *cache_arrays(start)], cotangents)
             logps, logits = logps + sums[0], logits + sums[1]
-            for name, value in zip(names, slopes, strict=False):
-                total[name] = total[name] + value if name in total else value
+            total = added(total, dict(zip(names, slopes, strict=False)))
             by_end, goes_on = slopes[len(names) :], True
             mx.eval(logps, logits, total, by_end)
         self.model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        return ChainGradient(logps, logits, total, by_end or [])
+        return ChainGradient(logps, logits, total or {}, by_end or [])
 
 
 def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
@@ -162,3 +162,8 @@ def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
             Segment(segment.inputs[:, start : start + step_size], segment.positions[at] - start, segment.targets[at])
         )
     return result
+
+
+def _drawn_seed() -> int:
+    drawn: Any = mx.random.randint(0, 2**31 - 1).item()
+    return int(drawn)

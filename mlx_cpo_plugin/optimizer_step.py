@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.gradients import GradientMethod
+from mlx_cpo_plugin.gradients import Gradient, GradientMethod, added, by_name
 from mlx_cpo_plugin.scoring import AnswerScores
 
 
@@ -41,15 +40,14 @@ class OptimizerStep:
         self.gradients = gradients
         self.long_gradients = long_gradients
         self.long_above = long_above
-        self.total: Any = None
+        self.total: Gradient | None = None
         # Without this the first two steps would be traced as two different ones.
         optimizer.init(model.trainable_parameters())
 
         @partial(mx.compile, inputs=[model.state, optimizer.state], outputs=[model.state, optimizer.state])
-        def update(gradient: Any) -> mx.array:
-            flat: list[tuple[str, mx.array]] = tree_flatten(gradient)  # type: ignore[assignment]  # only strings have none
-            squares = [mx.square(value.astype(mx.float32)).sum() for _, value in flat]
-            optimizer.update(model, gradient)
+        def update(gradient: Gradient) -> mx.array:
+            squares = [mx.square(value.astype(mx.float32)).sum() for value in gradient.values()]
+            optimizer.update(model, tree_unflatten(list(gradient.items())))
             return mx.sqrt(mx.stack(squares).sum())
 
         self._update = update
@@ -60,7 +58,7 @@ class OptimizerStep:
         """Add the gradient of ``sum(losses) / step_pairs`` over ``pairs``; return losses [B] and scores."""
         long = max(pair.length for pair in pairs) > self.long_above
         result = (self.long_gradients if long else self.gradients)(pairs, step_pairs, quantised)
-        self.total = result.gradient if self.total is None else tree_map(mx.add, self.total, result.gradient)
+        self.total = added(self.total, result.gradient)
         mx.eval(result.losses, result.scores, self.total)
         return result.losses, result.scores
 
@@ -68,9 +66,9 @@ class OptimizerStep:
         """Take the optimizer step over all ranks and return the norm of its gradient."""
         world_size = mx.distributed.init().size()
         # A rank may have had no pair in the whole step.
-        total = self.total if self.total is not None else tree_map(mx.zeros_like, self.model.trainable_parameters())
+        total = self.total or {k: mx.zeros_like(v) for k, v in by_name(self.model.trainable_parameters()).items()}
         if world_size > 1:
-            total = tree_map(lambda value: value * world_size, average_gradients(total))
+            total = {name: value * world_size for name, value in by_name(average_gradients(total)).items()}
         norm = self._update(total)
         self.total = None
         mx.eval(self.model.state, self.optimizer.state, norm)

@@ -274,6 +274,8 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("beta", args.beta > 0, "above 0"))
     rules.append(("delta", args.delta >= 0, "at least 0"))
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
+    rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
+    rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))
     rules.append(("scoring", args.scoring in SCORING_CHOICES, f"one of {', '.join(SCORING_CHOICES)}"))
     rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
     for name, holds, allowed in rules:

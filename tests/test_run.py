@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load
 
@@ -153,18 +154,39 @@ def test_a_fused_model_ends_its_turns_where_the_base_model_does(
     assert json.loads((fused / "generation_config.json").read_text())["temperature"] == 0.5
 
 
-def test_a_quantised_model_that_was_fused_without_quantisation_says_so(
-    settings: Settings, run_main: RunMain, model_folder: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def quantised_model(model_folder: Path, tmp_path: Path) -> Path:
+    """The model with weights of 4 bits."""
     from mlx_lm import convert
 
     convert(str(model_folder), str(tmp_path / "quantised"), quantize=True, q_bits=4, q_group_size=64)
+    return tmp_path / "quantised"
 
-    run_main({**settings, "model": str(tmp_path / "quantised"), "fuse": True})
+
+def test_a_quantised_model_that_was_fused_without_quantisation_says_so(
+    settings: Settings, run_main: RunMain, quantised_model: Path
+) -> None:
+    run_main({**settings, "model": str(quantised_model), "fuse": True})
 
     fused, _, config = load(settings["adapter_path"], return_config=True)
     assert not {"quantization", "quantization_config"} & set(config)
     assert not any(hasattr(module, "bits") for module in fused.modules())
+
+
+def test_an_adapter_over_a_quantised_base_is_fused_without_rounding_it(
+    settings: Settings, run_main: RunMain, quantised_model: Path
+) -> None:
+    run_main({**settings, "model": str(quantised_model), "fuse": True, "iters": 20, "learning_rate": 1e-2})
+
+    fused, _ = load(settings["adapter_path"])
+    adapted, _ = load(str(quantised_model), adapter_path=settings["adapter_path"])
+    tokens = mx.array([[5, 6, 7, 8]])
+    assert mx.allclose(fused(tokens), adapted(tokens), atol=1e-3)
+
+
+def test_a_quantised_model_is_not_quantised_again(settings: Settings, run_main: RunMain, quantised_model: Path) -> None:
+    with pytest.raises(UserError, match="is quantised already; remove load_in_8bits"):
+        run_main({**settings, "model": str(quantised_model), "load_in_8bits": True})
 
 
 def test_an_interrupted_command_ends_with_one_sentence_and_its_exit_code(

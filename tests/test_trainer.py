@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,25 @@ def test_a_compiled_step_trains_the_same_adapter(tmp_path: Path, monkeypatch: py
         mx.disable_compile()
 
     assert_same(compiled, eager, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("num_layers", [-1, 1])
+def test_short_and_long_answers_make_up_one_step(tmp_path: Path, num_layers: int) -> None:
+    pairs = build_pairs(5)
+    pairs[0] = build_pairs(1, seed=1, longest=60)[0]
+    long = replace(pairs[0], chosen=np.tile(pairs[0].chosen, 9), chosen_scored=np.tile(pairs[0].chosen_scored, 9))
+    pairs[0] = long
+
+    def run(**arguments: Any) -> dict[str, np.ndarray]:
+        model = build_model()
+        model.freeze()
+        for layer in model.layers[-num_layers if num_layers > 0 else 0 :]:
+            layer.unfreeze()
+        return train(tmp_path, pairs, model, iters=2, batch_size=5, **arguments)
+
+    plain = run(scoring="plain")
+    assert_same(run(scoring="shared"), plain, tolerance=1e-4)
+    assert_same(run(scoring="shared", seq_step_size=100), plain, tolerance=1e-4)
 
 
 def test_recurrent_models_train(tmp_path: Path) -> None:

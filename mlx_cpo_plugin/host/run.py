@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner import callbacks
 from mlx_lm.tuner.utils import build_schedule, print_trainable_parameters
 from mlx_lm.utils import hf_repo_to_path, load_config, save_config
@@ -169,6 +170,8 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
         raise ConfigError(
             f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model."
         ) from error
+    if precision and "quantization" in load_config(model_folder(settings.model)):
+        raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.")
     if settings.train_type == "full" and settings.num_layers > 0:
         model.freeze()
         for layer in model.layers[-settings.num_layers :]:
@@ -253,6 +256,13 @@ def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str
 
 def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
     """Fuse the adapter into the model through the host, into LM Studio or beside the adapter, and complete it."""
+    de_quantize = settings.lm_studio_name is not None or not any(getattr(settings, key) for key in _QUANTISED_LOADS)
+    if de_quantize:
+        # Over a quantised base the host would round the merged weights to its bits first.
+        fused = [
+            (name, module.fuse(dequantize=True)) for name, module in model.named_modules() if hasattr(module, "fuse")
+        ]
+        model.update_modules(tree_unflatten(fused))
     if settings.lm_studio_name is not None:
         save_to_lmstudio_merged(
             model=model, tokenizer=tokenizer, new_model_name=settings.lm_studio_name, de_quantize=True
@@ -263,10 +273,15 @@ def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
         model=model,
         tokenizer=tokenizer,
         save_path=settings.adapter_path,
-        de_quantize=not any(getattr(settings, key) for key in _QUANTISED_LOADS),
+        de_quantize=de_quantize,
     )
     complete_fused_model(Path(settings.adapter_path), settings.model)
     print_success(f"Model fused and saved to {Colors.CYAN}{settings.adapter_path}{Colors.RESET}")
+
+
+def model_folder(model: str) -> Path:
+    """Return the local folder of a model that has been loaded."""
+    return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
 
 
 def complete_fused_model(folder: Path, base_model: str) -> None:
@@ -275,7 +290,7 @@ def complete_fused_model(folder: Path, base_model: str) -> None:
     These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
     ``eos_token_id``, its ``generation_config.json``, and code of its own.
     """
-    base_folder = Path(base_model) if Path(base_model).exists() else hf_repo_to_path(base_model)
+    base_folder = model_folder(base_model)
     # Whether the fused model is quantised only the host has written down.
     base = {key: value for key, value in load_config(base_folder).items() if not key.startswith("quantization")}
     save_config({**base, **load_config(folder)}, folder / "config.json")
