@@ -49,9 +49,10 @@ def choose_scorer(
 
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Return a short pair and one of middle length: quick to score, with prompts of two lengths."""
-    by_length = sorted(range(len(pairs)), key=lambda index: pairs[index].length)
-    return [pairs[index] for index in {by_length[0], by_length[len(by_length) // 2]}]
+    """Return the shortest pair, and the shortest one with a prompt of another length: plain scoring takes memory."""
+    by_length = sorted(pairs, key=lambda pair: pair.length)
+    others = (pair for pair in by_length if len(pair.prompt) != len(by_length[0].prompt))
+    return [by_length[0], next(others, by_length[-1])]
 
 
 def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> float:

@@ -174,7 +174,7 @@ def train_cpo(
         quantisation.active = False
         if world.rank() == 0:
             save_adapter(model, adapter_file)
-            verify_saved_adapter(model, adapter_file, pairs[: args.batch_size])
+            verify_saved_adapter(model, adapter_file, min(pairs, key=lambda pair: pair.length))
             reporter.say(f"Saved final weights to {adapter_file}.")
 
 
@@ -245,10 +245,10 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         yield quantisation
 
 
-def verify_saved_adapter(model: nn.Module, adapter_file: Path, pairs: Sequence[PreferencePair]) -> None:
-    """Load the adapter back and check that it gives ``pairs`` the same log-probs to the bit."""
+def verify_saved_adapter(model: nn.Module, adapter_file: Path, pair: PreferencePair) -> None:
+    """Load the adapter back and check that it gives ``pair`` the same log-probs to the bit."""
     model.eval()
-    batch = collate(pairs)
+    batch = collate([pair])
     verify_adapter(model, adapter_file, lambda: mx.concatenate(list(score_answers(model, batch)[:2])))
 
 
