@@ -1,0 +1,313 @@
+"""Runs both trainers in turn, each in fresh processes, and holds their measurements against each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cpo_plugin.bench.cases import Case
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, Job, Measurement, gradient_file, save_pairs
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.host.finder import DISABLE_VARIABLE
+
+COUNTED_ITERATIONS = 2
+_LINES_KEPT = 30
+
+Say = Callable[[str], None]
+
+
+class MeasurementError(UserError):
+    """A measured process did not come to its end."""
+
+
+@dataclass(frozen=True)
+class TrainerResult:
+    """What one trainer took for one case.
+
+    Attributes:
+        seconds: of each timed iteration of each repeat, [repeats][iterations].
+        processor_seconds: the same, summed over cores; other programs on the machine disturb it less.
+        pair_counts: pairs of each timed iteration.
+        peak_memory, peak_resident: bytes, the median over repeats.
+        backbone_tokens, head_positions: of one counted iteration.
+        counted_pairs: pairs of that iteration.
+    """
+
+    seconds: list[list[float]]
+    processor_seconds: list[list[float]]
+    pair_counts: list[int]
+    peak_memory: int
+    peak_resident: int
+    backbone_tokens: int
+    head_positions: int
+    counted_pairs: int
+
+    @property
+    def seconds_per_pair(self) -> list[float]:
+        """Of every timed iteration of every repeat."""
+        return self._per_pair(self.seconds)
+
+    @property
+    def processor_seconds_per_pair(self) -> list[float]:
+        """Of every timed iteration of every repeat."""
+        return self._per_pair(self.processor_seconds)
+
+    def _per_pair(self, figures: list[list[float]]) -> list[float]:
+        return [figure / pairs for repeat in figures for figure, pairs in zip(repeat, self.pair_counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both trainers on one case.
+
+    Attributes:
+        repeats, iterations: how often each trainer was timed, and over how many iterations each time.
+        lengths: mean tokens of a timed pair, by part.
+        least_work: floating-point operations that a pair of mean lengths takes at least, see :func:`least_work`;
+            ``None`` if unknown.
+        gradient_difference: norm of the difference of the first gradients, relative to that of the reference;
+            ``None`` if there is no reference.
+        host_gradient_difference: the same for mlx-lm-lora, where the reference is not its gradient of this case.
+        notes: what was done to make the two comparable, one sentence each.
+    """
+
+    case: Case
+    host: TrainerResult
+    plugin: TrainerResult
+    repeats: int
+    iterations: int
+    lengths: dict[str, float]
+    least_work: float | None
+    gradient_difference: float | None
+    host_gradient_difference: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def speed_ratio(self) -> float:
+        """How many times as fast as mlx-lm-lora: seconds of each repeat against those of its neighbour; the median."""
+        return _ratio_of_repeats(self.host.seconds, self.plugin.seconds)
+
+    @property
+    def processor_ratio(self) -> float:
+        """The same by processor seconds."""
+        return _ratio_of_repeats(self.host.processor_seconds, self.plugin.processor_seconds)
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory as a share of mlx-lm-lora's."""
+        return self.plugin.peak_memory / self.host.peak_memory
+
+
+def _ratio_of_repeats(host: list[list[float]], plugin: list[list[float]]) -> float:
+    return median(sum(theirs) / sum(ours) for theirs, ours in zip(host, plugin, strict=True))
+
+
+def compare(case: Case, *, iterations: int, repeats: int, say: Say) -> Comparison:
+    """Measure both trainers on ``case``.
+
+    Args:
+        iterations: timed iterations of each process, after one to warm up.
+        repeats: timed processes of each trainer, in turn.
+        say: takes progress, a few words at a time.
+
+    Raises:
+        MeasurementError: a process failed; says which and why.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlx-cpo-bench-") as folder:
+        return _Runs(case, Path(folder), say).compare(iterations, repeats)
+
+
+class _Runs:
+    """The processes of one case and the folder that they share."""
+
+    def __init__(self, case: Case, folder: Path, say: Say) -> None:
+        self.case = case
+        self.folder = folder
+        self.say = say
+        self.host_changes: dict[str, object] = {}
+        save_pairs(folder / "pairs.npz", case.pairs)
+
+    def compare(self, iterations: int, repeats: int) -> Comparison:
+        counted = self.case.batches(COUNTED_ITERATIONS)
+        host_count, notes = self._count_host(counted)
+        counts = {HOST: host_count, PLUGIN: self.run("count", PLUGIN, counted)}
+        difference, host_difference = self._gradient_differences(counted, notes)
+
+        batches = self.case.batches(iterations + 1)
+        timings = self._time_in_turn(batches, repeats)
+        timed = [self.case.pairs[index] for batch in batches[1:] for index in batch]
+        lengths = {
+            part: float(np.mean([len(getattr(pair, part)) for pair in timed]))
+            for part in ("prompt", "chosen", "rejected")
+        }
+        host, plugin = (
+            _result(timings[trainer], counts[trainer], batches, counted_pairs=len(counted[1]))
+            for trainer in (HOST, PLUGIN)
+        )
+        return Comparison(
+            case=self.case,
+            host=host,
+            plugin=plugin,
+            repeats=repeats,
+            iterations=iterations,
+            lengths=lengths,
+            least_work=least_work(lengths, counts[PLUGIN]),
+            gradient_difference=difference,
+            host_gradient_difference=host_difference,
+            notes=(*self.case.notes, *host_count.patches, *notes),
+        )
+
+    def _time_in_turn(self, batches: Sequence[Sequence[int]], repeats: int) -> dict[str, list[Measurement]]:
+        timings: dict[str, list[Measurement]] = {HOST: [], PLUGIN: []}
+        for repeat in range(1, repeats + 1):
+            for trainer, done in timings.items():
+                changes = self.host_changes if trainer == HOST else {}
+                done.append(self.run(f"time {repeat} of {repeats}", trainer, batches, **changes))
+        for host, plugin in zip(timings[HOST], timings[PLUGIN], strict=True):
+            if host.scored_tokens != plugin.scored_tokens:
+                raise MeasurementError("the two trainers did not train on the same rows; report this.")
+        return timings
+
+    def _count_host(self, counted: Sequence[Sequence[int]]) -> tuple[Measurement, list[str]]:
+        """Count the host's work, without ``efficient_long_context`` from now on where the host fails with it."""
+        try:
+            return self.run("count", HOST, counted), []
+        except MeasurementError as error:
+            if not self.case.settings.efficient_long_context:
+                raise
+            self.host_changes = {"efficient_long_context": False}
+            note = f"mlx-lm-lora runs without efficient_long_context, which fails on this model ({_quoted(error)})"
+            return self.run("count", HOST, counted, **self.host_changes), [note]
+
+    def _gradient_differences(
+        self, counted: Sequence[Sequence[int]], notes: list[str]
+    ) -> tuple[float | None, float | None]:
+        """Return the plugin's difference, and the host's where it is not itself the reference; add to ``notes``."""
+        plugin, host = (gradient_file(self._folder_of("count", trainer)) for trainer in (PLUGIN, HOST))
+        if self.host_changes or not self.case.settings.efficient_long_context:
+            return relative_difference(plugin, host), None
+        task = "count without efficient_long_context"
+        try:
+            self.run(task, HOST, counted[:1], efficient_long_context=False)
+        except MeasurementError as error:
+            notes.append(
+                f"no gradient to compare with, since mlx-lm-lora cannot take a pair as a whole ({_quoted(error)})"
+            )
+            return None, None
+        notes.append("gradients are compared with that of mlx-lm-lora without efficient_long_context")
+        reference = gradient_file(self._folder_of(task, HOST))
+        return relative_difference(plugin, reference), relative_difference(host, reference)
+
+    def _folder_of(self, task: str, trainer: str) -> Path:
+        return self.folder / f"{trainer}, {task}"
+
+    def run(self, task: str, trainer: str, batches: Sequence[Sequence[int]], **changes: object) -> Measurement:
+        """Run one process to its end, with ``changes`` in its settings; ``task`` begins with ``count`` or ``time``."""
+        folder = self._folder_of(task, trainer)
+        never = len(batches) + 1
+        settings = vars(self.case.settings) | {"iters": len(batches), "steps_per_eval": never, "save_every": never}
+        Job(
+            trainer=trainer,
+            task=task.split()[0],
+            settings=settings | changes,
+            model_config=self.case.model_config,
+            batches=batches,
+            pairs_file=str(self.folder / "pairs.npz"),
+        ).save(folder)
+        environment = dict(os.environ)
+        if trainer == HOST:
+            environment[DISABLE_VARIABLE] = "1"
+        title = f"{self.case.name}: {folder.name}"
+        self.say(title)
+        run_worker(folder, environment, lambda finished: self.say(f"{title}, iteration {finished} of {len(batches)}"))
+        return Measurement.load(folder)
+
+
+def _result(
+    timings: Sequence[Measurement], count: Measurement, batches: Sequence[Sequence[int]], counted_pairs: int
+) -> TrainerResult:
+    return TrainerResult(
+        seconds=[timing.seconds[1:] for timing in timings],
+        processor_seconds=[timing.processor_seconds[1:] for timing in timings],
+        pair_counts=[len(batch) for batch in batches[1:]],
+        peak_memory=int(median(timing.peak_memory for timing in timings)),
+        peak_resident=int(median(timing.peak_resident for timing in timings)),
+        backbone_tokens=count.backbone_tokens or 0,
+        head_positions=count.head_positions or 0,
+        counted_pairs=counted_pairs,
+    )
+
+
+def run_worker(folder: Path, environment: dict[str, str], progress: Callable[[str], None]) -> None:
+    """Run the job in ``folder``, telling each finished iteration.
+
+    Raises:
+        MeasurementError: the process failed or was killed.
+    """
+    command = [sys.executable, "-m", "mlx_cpo_plugin.bench.worker", str(folder)]
+    kept: deque[str] = deque(maxlen=_LINES_KEPT)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                if line.startswith(PROGRESS_MARK):
+                    progress(line.removeprefix(PROGRESS_MARK).strip())
+                elif line.strip():
+                    kept.append(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise MeasurementError(f"{folder.name} {_reason(process.returncode, kept)}.")
+
+
+def _reason(returncode: int, lines: Sequence[str]) -> str:
+    if returncode < 0:
+        return f"was ended by signal {-returncode}, most likely for want of memory; use shorter rows or a smaller batch"
+    return f"failed with exit code {returncode}: {lines[-1] if lines else 'it printed nothing'}"
+
+
+def _quoted(error: Exception) -> str:
+    """Return a sentence as a part of another one."""
+    return str(error).rstrip(".")
+
+
+def relative_difference(file: Path, reference: Path) -> float | None:
+    """Return the norm of the difference of two gradients over that of the reference; ``None`` if the latter is zero.
+
+    What only ``file`` has is left aside: mlx-lm-lora's ``efficient_long_context`` trains frozen weights, too.
+    """
+    ours, theirs = (
+        {name: np.array(value, np.float64) for name, value in mx.load(str(path)).items()}  # type: ignore[union-attr]  # safetensors: a dict
+        for path in (file, reference)
+    )
+    if not theirs.keys() <= ours.keys():
+        raise MeasurementError(f"{file.parent.name} and {reference.parent.name} trained other parameters; report this.")
+    norm = math.sqrt(sum(float(np.square(value).sum()) for value in theirs.values()))
+    if norm == 0:
+        return None
+    return math.sqrt(sum(float(np.square(ours[name] - theirs[name]).sum()) for name in theirs)) / norm
+
+
+def least_work(lengths: dict[str, float], measurement: Measurement) -> float | None:
+    """Return ``(P + C + R) * 4 N + (C + R) * 4 V H`` floating-point operations for a pair.
+
+    N weights of the layers and V H of the head, each multiplied once forwards and once backwards to the activations,
+    as for an adapter of small rank on frozen weights; the products inside attention are not counted.
+    """
+    if measurement.weights is None or measurement.head_weights is None:
+        return None
+    answers = lengths["chosen"] + lengths["rejected"]
+    return 4 * ((lengths["prompt"] + answers) * measurement.weights + answers * measurement.head_weights)

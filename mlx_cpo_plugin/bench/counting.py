@@ -1,0 +1,91 @@
+"""Counts what a training run really computes: tokens through the layers, positions through the output head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass
+class Work:
+    """What went through a model while it was watched.
+
+    Attributes:
+        layer_shapes: (rows, tokens) of each call of the first layer; a call that is computed again counts again.
+        head_positions: hidden states of each call of the output head.
+    """
+
+    layer_shapes: list[tuple[int, int]] = field(default_factory=list)
+    head_positions: list[int] = field(default_factory=list)
+
+    @property
+    def backbone_tokens(self) -> int:
+        """Tokens that went through every layer, padding included."""
+        return sum(rows * tokens for rows, tokens in self.layer_shapes)
+
+    @property
+    def head_tokens(self) -> int:
+        """Positions for which logits over the vocabulary were computed."""
+        return sum(self.head_positions)
+
+    def clear(self) -> None:
+        """Forget everything counted so far."""
+        self.layer_shapes.clear()
+        self.head_positions.clear()
+
+
+@contextmanager
+def counted_work(model: nn.Module) -> Iterator[Work]:
+    """Count the work of ``model`` until the context ends; compilation must be off, or only tracing is seen."""
+    work = Work()
+    first_layer = model.layers[0]
+    with ExitStack() as stack:
+        stack.enter_context(
+            _watched(first_layer, "__call__", lambda x: work.layer_shapes.append((x.shape[0], x.shape[1])))
+        )
+        for module, method in _heads(model):
+            stack.enter_context(_watched(module, method, lambda x: work.head_positions.append(math.prod(x.shape[:-1]))))
+        yield work
+
+
+def _heads(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return what can turn hidden states into logits: the output layer, and embeddings that are tied to it."""
+    heads = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "lm_head":
+            heads.append((module, "__call__"))
+        elif hasattr(module, "as_linear"):
+            heads.append((module, "as_linear"))
+    return heads
+
+
+@contextmanager
+def _watched(module: nn.Module, method: str, record: Callable[[mx.array], None]) -> Iterator[None]:
+    """Record the first argument of each call of one module's method.
+
+    The method is replaced in the class, with an eye on this one module only: trainers that checkpoint replace the
+    class's method in turn, so both a layer's first run and its second one pass here.
+    """
+    owner = type(module)
+    original = getattr(owner, method)
+    is_own = method in vars(owner)
+
+    def watched(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        if self is module:
+            record(x)
+        return original(self, x, *args, **kwargs)
+
+    setattr(owner, method, watched)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, method, original)
+        else:
+            delattr(owner, method)

@@ -1,0 +1,163 @@
+"""One measured process: ``python -m mlx_cpo_plugin.bench.worker FOLDER`` does the job that lies in a folder.
+
+Each trainer runs in a process of its own, so neither inherits memory, caches or replaced functions from the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import get_total_parameters
+
+from mlx_cpo_plugin.bench import host_trainer
+from mlx_cpo_plugin.bench.counting import Work, counted_work
+from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, Job, Measurement, gradient_file, load_pairs
+from mlx_cpo_plugin.host.run import build_optimizer, load_model
+from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+
+ADAPTER_SCALE = 0.01
+
+
+class IterationRecorder:
+    """A training callback that keeps time and tokens of each iteration, and the work of the second one.
+
+    Whatever a trainer tries out before it begins would count with the first iteration.
+    """
+
+    def __init__(self, work: Work | None) -> None:
+        self.seconds: list[float] = []
+        self.processor_times: list[float] = [time.process_time()]
+        self.tokens: list[int] = [0]
+        self.work = work
+        self.backbone_tokens: int | None = None
+        self.head_positions: int | None = None
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        """Take note of one iteration."""
+        self.seconds.append(1 / info["iterations_per_second"])
+        self.processor_times.append(time.process_time())
+        self.tokens.append(int(info["trained_tokens"]))
+        if self.work is not None:
+            if len(self.seconds) == 2:
+                self.backbone_tokens, self.head_positions = self.work.backbone_tokens, self.work.head_tokens
+            self.work.clear()
+        print(f"\n{PROGRESS_MARK}{len(self.seconds)}", flush=True)
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        """Nothing is validated."""
+
+
+def main() -> None:
+    """Do the job in the folder that the command line names, and leave the measurement there."""
+    folder = Path(sys.argv[1])
+    do(Job.load(folder), folder).save(folder)
+
+
+def do(job: Job, folder: Path) -> Measurement:
+    """Build the model, train it for the job's iterations, and return what was found."""
+    counts = job.task == "count"
+    if counts:
+        mx.disable_compile()
+    settings = SimpleNamespace(**job.settings)
+    model = build_model(job, settings)
+    optimizer = build_optimizer(settings)
+    if counts:
+        keep_first_gradient(optimizer, gradient_file(folder))
+    arguments = CPOTrainingArgs.from_settings(settings, folder / "adapters.safetensors")
+    pairs = load_pairs(Path(job.pairs_file))
+    patches: list[str] = []
+
+    mx.reset_peak_memory()
+    with counted_work(model) if counts else nullcontext() as work:
+        recorder = IterationRecorder(work)
+        if job.trainer == HOST:
+            patches = host_trainer.train(model, optimizer, pairs, job.batches, arguments, recorder)
+        else:
+            train_cpo(model, optimizer, pairs, None, arguments, training_callback=recorder)
+    return Measurement(
+        seconds=recorder.seconds,
+        processor_seconds=np.diff(recorder.processor_times).tolist(),
+        scored_tokens=np.diff(recorder.tokens).tolist(),
+        peak_memory=mx.get_peak_memory(),
+        peak_resident=peak_resident(),
+        weights=layer_weights(model),
+        head_weights=head_weights(model),
+        patches=patches,
+        backbone_tokens=recorder.backbone_tokens,
+        head_positions=recorder.head_positions,
+    )
+
+
+def build_model(job: Job, settings: SimpleNamespace) -> nn.Module:
+    """Return the job's model with adapters that are not zero, the same weights for the same seed."""
+    if job.model_config is None:
+        model, _ = load_model(settings)
+    else:
+        mx.random.seed(settings.seed)
+        architecture = importlib.import_module(f"mlx_lm.models.{job.model_config['model_type']}")
+        model = architecture.Model(architecture.ModelArgs.from_dict(dict(job.model_config)))
+        model.freeze()
+        linear_to_lora_layers(model, settings.num_layers, settings.lora_parameters)
+    mx.random.seed(settings.seed + 1)
+    for _, module in model.named_modules():
+        # With B at zero, as adapters begin, the gradient of A would be zero and nothing to compare.
+        if "lora_b" in module:
+            module.lora_b = (ADAPTER_SCALE * mx.random.normal(module.lora_b.shape)).astype(module.lora_b.dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def keep_first_gradient(optimizer: optimizers.Optimizer, file: Path) -> None:
+    """Let ``optimizer`` write the first gradient that it is given, in float32."""
+    update = optimizer.update
+
+    def keeping_update(model: nn.Module, gradients: dict[str, Any]) -> None:
+        if not file.exists():
+            flat: list[tuple[str, mx.array]] = tree_flatten(gradients)  # type: ignore[assignment]  # only strings have none
+            mx.save_safetensors(str(file), {name: value.astype(mx.float32) for name, value in flat})
+        update(model, gradients)
+
+    optimizer.update = keeping_update  # type: ignore[method-assign]  # this one optimizer only
+
+
+def layer_weights(model: nn.Module) -> int | None:
+    """Return how many weights of the layers a token is multiplied with; ``None`` where experts are picked."""
+    if any(isinstance(module, SwitchLinear | QuantizedSwitchLinear) for module in model.modules()):
+        return None
+    return sum(get_total_parameters(layer) for layer in model.layers)
+
+
+def head_weights(model: nn.Module) -> int | None:
+    """Return vocabulary times hidden size, where the model tells them."""
+    arguments = getattr(model, "args", None)
+    sizes = [getattr(arguments, name, None) for name in ("vocab_size", "hidden_size")]
+    return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None  # type: ignore[operator]  # checked
+
+
+def peak_resident() -> int:
+    """Return the bytes that this process had in main memory at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # The kernel's own figure: that of getrusage starts from what the parent process had.
+        return next(
+            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()
