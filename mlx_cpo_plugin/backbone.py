@@ -28,8 +28,8 @@ class SplitModel:
         self.model = model
         self.backbone = _find_backbone(model)
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> mx.array:
-        """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T]."""
+    def hidden(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
+        """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T]; ``caches`` take them in."""
         return self.backbone(tokens, cache=caches)
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -49,10 +49,14 @@ def choose_scorer(
 
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Return the shortest pair, and the shortest one with a prompt of another length: plain scoring takes memory."""
-    by_length = sorted(pairs, key=lambda pair: pair.length)
-    others = (pair for pair in by_length if len(pair.prompt) != len(by_length[0].prompt))
-    return [by_length[0], next(others, by_length[-1])]
+    """Return two pairs with prompts of two lengths, cut short, since plain scoring holds the logits of all tokens."""
+    return [_shortened(pairs[0], prompt=32, answer=12), _shortened(pairs[-1], prompt=19, answer=16)]
+
+
+def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair:
+    chosen, rejected = pair.chosen[:answer], pair.rejected[:answer]
+    all_chosen, all_rejected = np.ones(len(chosen), bool), np.ones(len(rejected), bool)
+    return PreferencePair(pair.prompt[-prompt:], chosen, rejected, all_chosen, all_rejected)
 
 
 def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> float:

@@ -115,8 +115,9 @@ class SharedPromptScorer:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.split = SplitModel(model)
-        fresh_caches(model)
-        self.vocabulary = self.split.logits(self.split.hidden(mx.zeros((1, 1), mx.int32))[0]).shape[-1]
+        self.vocabulary = self.split.logits(
+            self.split.hidden(mx.zeros((1, 1), mx.int32), fresh_caches(model))[0]
+        ).shape[-1]
 
     def score(self, pair: SharedPair, differentiate: bool = False) -> AnswerScores:
         """Return sums over the scored tokens, each float32 [1]: log-probs and raw logits of both answers."""

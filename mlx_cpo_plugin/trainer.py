@@ -30,7 +30,7 @@ from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compile_where_it_pays, device_memory_limit, score_answers
-from mlx_cpo_plugin.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 DEFAULT_SEQ_STEP_SIZE = 512
 SCORING_CHOICES = ("auto", "shared", "plain")
@@ -174,7 +174,7 @@ def train_cpo(
         quantisation.active = False
         if world.rank() == 0:
             save_adapter(model, adapter_file)
-            verify_saved_adapter(model, adapter_file, min(pairs, key=lambda pair: pair.length))
+            verify_saved_adapter(model, adapter_file, min(pairs, key=lambda pair: pair.length), scorer)
             reporter.say(f"Saved final weights to {adapter_file}.")
 
 
@@ -245,11 +245,17 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         yield quantisation
 
 
-def verify_saved_adapter(model: nn.Module, adapter_file: Path, pair: PreferencePair) -> None:
+def verify_saved_adapter(
+    model: nn.Module, adapter_file: Path, pair: PreferencePair, scorer: SharedPromptScorer | None
+) -> None:
     """Load the adapter back and check that it gives ``pair`` the same log-probs to the bit."""
     model.eval()
-    batch = collate([pair])
-    verify_adapter(model, adapter_file, lambda: mx.concatenate(list(score_answers(model, batch)[:2])))
+
+    def logps() -> mx.array:
+        scores = score_answers(model, collate([pair])) if scorer is None else scorer.score(share(pair))
+        return mx.concatenate([scores.chosen_logps, scores.rejected_logps])
+
+    verify_adapter(model, adapter_file, logps)
 
 
 def check_training_args(args: CPOTrainingArgs) -> None:
