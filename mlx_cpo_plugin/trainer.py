@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin.activations import lean_activations
 from mlx_cpo_plugin.batches import collate, scored_tokens, training_plan
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
@@ -226,6 +227,7 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
     limit = device_memory_limit()
     with ExitStack() as stack:
         stack.enter_context(compile_where_it_pays(args.compile))
+        stack.enter_context(lean_activations())
         stack.enter_context(checkpointed_layers(model, args.grad_checkpoint))
         quantisation = FakeQuantisation()
         if args.qat_enable:
