@@ -49,9 +49,18 @@ def _chunk_scores(
 
 
 def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    logits = split.logits(hidden).astype(mx.float32)
-    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+    logits = split.logits(hidden)
+    if not cross_entropy_is_fused():
+        logits = logits.astype(mx.float32)
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1).astype(mx.float32)
+    if cross_entropy_is_fused():
+        return -mx.fast.cross_entropy(logits, targets), target_logits
     return target_logits - mx.logsumexp(logits, axis=-1), target_logits
+
+
+def cross_entropy_is_fused() -> bool:
+    """Whether the device has a kernel for it, which sums in float32 whatever the dtype of the logits."""
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def _scores_with_slopes(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -150,6 +150,13 @@ def test_the_head_in_chunks_has_the_plain_gradient(kind: str, monkeypatch: pytes
     compare(KINDS[kind](), "side by side")
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_fused_cross_entropy_has_the_plain_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "cross_entropy_is_fused", lambda: True)
+
+    compare(KINDS[kind](), "side by side")
+
+
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))
 @settings(deadline=None, max_examples=60)
 def test_a_cut_pair_is_the_pair(seed: int, alike: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,12 +235,21 @@ def test_gradient_checkpointing_is_undone_even_when_training_fails(tmp_path: Pat
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_compiled_step_trains_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = train(tmp_path, build_pairs(9), iters=4, qat_enable=True, qat_bits=4, qat_start_step=2)
+@pytest.mark.skipif(
+    sys.platform == "linux" and shutil.which("g++") is None, reason="compilation on a Linux CPU needs g++"
+)
+@pytest.mark.parametrize(
+    "arguments", [{"scoring": "shared"}, {"scoring": "plain"}, {"scoring": "plain", "seq_step_size": 4}]
+)
+def test_a_compiled_step_trains_the_same_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    arguments |= {"iters": 4, "qat_enable": True, "qat_bits": 4, "qat_start_step": 2}
+    eager = train(tmp_path, build_pairs(9), **arguments)
     monkeypatch.delenv("MLX_DISABLE_COMPILE")
     mx.enable_compile()
     try:
-        compiled = train(tmp_path, build_pairs(9), iters=4, qat_enable=True, qat_bits=4, qat_start_step=2, compile=True)
+        compiled = train(tmp_path, build_pairs(9), compile=True, **arguments)
     finally:
         mx.disable_compile()
 
