@@ -29,6 +29,7 @@ from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.quantised_layers import unpacked_products
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compile_where_it_pays, device_memory_limit, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
@@ -211,7 +212,7 @@ def evaluate_cpo(
     """
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn)
     pairs = as_pairs(dataset, max_seq_length)
-    with compile_where_it_pays():
+    with compile_where_it_pays(), unpacked_products(model):
         scorer = choose_scorer(model, pairs, scoring)
         means, tokens = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
@@ -228,6 +229,7 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
     with ExitStack() as stack:
         stack.enter_context(compile_where_it_pays(args.compile))
         stack.enter_context(lean_activations())
+        stack.enter_context(unpacked_products(model))
         stack.enter_context(checkpointed_layers(model, args.grad_checkpoint))
         quantisation = FakeQuantisation()
         if args.qat_enable:
