@@ -68,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--train-rows", type=int, default=48)
-    parser.add_argument("--valid-rows", type=int, default=24)
+    parser.add_argument("--train-rows", type=int, default=40)
+    parser.add_argument("--valid-rows", type=int, default=20)
     args = parser.parse_args()
     print(HEADER)
     for model in args.model:

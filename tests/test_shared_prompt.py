@@ -22,6 +22,7 @@ from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.gradients import BatchGradients, GradientMethod, PairGradients, SharedPromptGradients
+from mlx_cpo_plugin.host.substrate import protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.parity import choose_scorer
@@ -140,6 +141,15 @@ def test_checkpointed_layers_pass_gradients_through_every_kind_of_cache(name: st
     model = add_adapter(build_architecture(name), scale=1.0)
     with checkpointed_layers(model):
         compare(model, way, tolerance=5e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, way: str) -> None:
+    model = add_adapter(build_architecture(name), scale=1.0)
+    protect_recurrences(model, chunk_size=4)
+
+    compare(model, way, tolerance=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "full with an untied head"])
