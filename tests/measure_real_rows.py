@@ -25,7 +25,7 @@ beta: 0.05
 learning_rate: 1e-4
 batch_size: 4
 epochs: 2
-max_seq_length: 384
+max_seq_length: 256
 val_batches: -1
 steps_per_report: 4
 steps_per_eval: 1000
@@ -68,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--train-rows", type=int, default=40)
-    parser.add_argument("--valid-rows", type=int, default=20)
+    parser.add_argument("--train-rows", type=int, default=32)
+    parser.add_argument("--valid-rows", type=int, default=16)
     args = parser.parse_args()
     print(HEADER)
     for model in args.model:

@@ -288,10 +288,10 @@ def test_efficient_long_context_goes_in_segments_above_the_step_size(
     monkeypatch.setattr(long_context, "pieces", lambda segment, size: sizes.append(size) or original(segment, size))
 
     run(efficient_long_context=True)
-    assert not sizes  # no pair is longer than 512 tokens
+    assert not any(sizes)  # no pair is longer than 512 tokens
     run(efficient_long_context=True, seq_step_size=16)
 
-    assert sizes == [16] * 3 * 4  # the shared part and both answers of four pairs
+    assert [size for size in sizes if size] == [16] * 3 * 4  # the shared part and both answers of four pairs
 
 
 @pytest.mark.parametrize("scoring", ["shared", "plain"])
