@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.overrides import overridden_calls
+from mlx_cpo_plugin.parameters import by_name
 
 _BACKBONE_PATHS = ("model", "language_model.model", "backbone", "transformer", "model.language_model")
 
@@ -39,8 +39,8 @@ class SplitModel:
 
     def head_parameters(self) -> dict[str, mx.array]:
         """Return the trainable parameters that are not inside a layer, by name: all that the head can depend on."""
-        flat: list[tuple[str, mx.array]] = tree_flatten(self.model.trainable_parameters())  # type: ignore[assignment]
-        return {name: value for name, value in flat if "layers" not in name.split(".")}
+        trainable = by_name(self.model.trainable_parameters())
+        return {name: value for name, value in trainable.items() if "layers" not in name.split(".")}
 
 
 def _find_backbone(model: nn.Module) -> nn.Module:

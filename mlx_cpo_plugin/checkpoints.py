@@ -11,11 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.parameters import by_name
 
 _LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 _DORA_LAYERS = (DoRALinear, DoRAEmbedding)
@@ -31,7 +32,7 @@ def save_adapter(model: nn.Module, adapter_file: Path) -> None:
     Raises:
         CheckpointError: the file cannot be written; an older one is left as it was.
     """
-    weights = dict(tree_flatten(model.trainable_parameters()))
+    weights = by_name(model.trainable_parameters())
     _write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights))
 
 
@@ -93,7 +94,7 @@ def load_adapter(model: nn.Module, adapter_file: Path) -> None:
         weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"The adapter {adapter_file} cannot be read ({error}); give another file.") from error
-    expected = dict(tree_flatten(model.trainable_parameters()))
+    expected = by_name(model.trainable_parameters())
     for name, value in expected.items():
         if name not in weights:
             raise CheckpointError(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.objective import Objective
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers, score_rows
 from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised, share
 
@@ -129,11 +129,6 @@ class SharedPromptGradients:
             return self._one_after_the_other(pair, cut, step_pairs)
         (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step_pairs)
         return PairGradients(losses, scores, by_name(gradient))
-
-
-def by_name(tree: Any) -> Gradient:
-    """Return the arrays of a parameter tree by their names; trees of one model can differ in empty branches."""
-    return dict(tree_flatten(tree))
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:

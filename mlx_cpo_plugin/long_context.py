@@ -14,12 +14,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.caches import beginning, cache_arrays, forked, fresh_caches
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.gradients import Gradient, PairGradients, added, loss_slopes, one_by_one, weighted_sum
 from mlx_cpo_plugin.objective import Objective
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores
 from mlx_cpo_plugin.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
 
@@ -120,8 +121,8 @@ class SegmentGradients:
         Args:
             by_end: gradient by what is remembered at the chain's end; ``None`` where nothing comes after it.
         """
-        flat: list[tuple[str, mx.array]] = tree_flatten(self.model.trainable_parameters())  # type: ignore[assignment]
-        names, parameters = [name for name, _ in flat], [value for _, value in flat]
+        trainable = by_name(self.model.trainable_parameters())
+        names, parameters = list(trainable), list(trainable.values())
         logps, logits = mx.array(0.0), mx.array(0.0)
         total: Gradient | None = None
         goes_on = by_end is not None

@@ -12,7 +12,8 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.gradients import Gradient, GradientMethod, added, by_name
+from mlx_cpo_plugin.gradients import Gradient, GradientMethod, added
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
@@ -78,6 +78,5 @@ def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Seq
 
 
 def _tolerance(model: nn.Module) -> float:
-    flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    half = any(value.dtype in (mx.float16, mx.bfloat16) for _, value in flat)
+    half = any(value.dtype in (mx.float16, mx.bfloat16) for value in by_name(model.parameters()).values())
     return HALF_TOLERANCE if half else FLOAT32_TOLERANCE

@@ -18,6 +18,7 @@ from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.host.substrate import fake_quantize
 from mlx_cpo_plugin.overrides import Call, overridden_calls
+from mlx_cpo_plugin.quantised_layers import unpacked_weight
 
 _ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear)
 
@@ -104,12 +105,5 @@ def deployed_weight(module: nn.Module) -> mx.array:
 
 def _base_weight(linear: nn.Module) -> mx.array:
     if isinstance(linear, (nn.QuantizedLinear, QuantizedSwitchLinear)):
-        return mx.dequantize(
-            linear.weight,
-            linear.scales,
-            linear.get("biases"),
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
-        )
+        return unpacked_weight(linear)
     return linear.weight

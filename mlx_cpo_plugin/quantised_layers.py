@@ -41,11 +41,11 @@ def _product(original: Callable[..., Any]) -> Callable[..., Any]:
 
         @mx.custom_function
         def multiply(x: mx.array) -> mx.array:
-            return x @ _unpacked(layer, x.dtype).T
+            return x @ unpacked_weight(layer).astype(x.dtype).T
 
         @multiply.vjp
         def multiply_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-            return cotangent @ _unpacked(layer, cotangent.dtype)
+            return cotangent @ unpacked_weight(layer).astype(cotangent.dtype)
 
         y: Any = multiply(x)
         return y + layer["bias"] if "bias" in layer else y
@@ -53,9 +53,9 @@ def _product(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _unpacked(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
-    """Return the weight [output, input] of a quantised layer."""
-    weight = mx.dequantize(
+def unpacked_weight(layer: nn.Module) -> mx.array:
+    """Return the weight [..., output, input] of a quantised layer, in the dtype of its scales."""
+    return mx.dequantize(
         layer.weight,
         layer.scales,
         layer.get("biases"),
@@ -63,4 +63,3 @@ def _unpacked(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     )
-    return weight.astype(dtype)

@@ -17,6 +17,7 @@ from mlx_cpo_plugin.activations import lean_activations
 from mlx_cpo_plugin.batches import collate, scored_tokens, training_plan
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
+from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
@@ -35,7 +36,6 @@ from mlx_cpo_plugin.scoring import compile_where_it_pays, device_memory_limit, s
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 DEFAULT_SEQ_STEP_SIZE = 512
-SCORING_CHOICES = ("auto", "shared", "plain")
 
 
 @dataclass
@@ -286,7 +286,7 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
     rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
     rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))
-    rules.append(("scoring", args.scoring in SCORING_CHOICES, f"one of {', '.join(SCORING_CHOICES)}"))
+    rules.append(("scoring", args.scoring in SCORING.choices, SCORING.allowed()))
     rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
     for name, holds, allowed in rules:
         if not holds:
