@@ -1,13 +1,16 @@
-"""SwiGLU that keeps less for the backward pass: the two arrays it is made of, and nothing in between."""
+"""Layers that keep less for the backward pass, in place of mlx_lm's functions."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import activations
+from mlx_lm.models import activations, base
+
+from mlx_cpo_plugin.attention import QUERY_BLOCK, Mask, lean_attention
 
 
 @mx.custom_function
@@ -27,19 +30,47 @@ def _lean_swiglu_vjp(
     return by_gate, cotangent * gate * sigmoid
 
 
+_mlx_lm_attention = base.scaled_dot_product_attention
+
+
+def _attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    # With few queries the scores are small, and computing them again would only cost time.
+    if queries.shape[2] <= QUERY_BLOCK or sinks is not None or hasattr(cache, "bits"):
+        return _mlx_lm_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    return lean_attention(queries, keys, values, scale, mask)
+
+
 @contextmanager
 def lean_activations() -> Iterator[None]:
-    """Let every model of mlx_lm use :func:`lean_swiglu` until the context ends."""
-    original = activations.swiglu
+    """Let every model of mlx_lm use :func:`lean_swiglu` and :func:`lean_attention` until the context ends."""
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(activations.swiglu, lean_swiglu))
+        if not mx.cuda.is_available():  # there one kernel computes the gradient of attention, too
+            stack.enter_context(_replaced(_mlx_lm_attention, _attention))
+        yield
+
+
+@contextmanager
+def _replaced(original: Any, replacement: Any) -> Iterator[None]:
+    """Replace a function in every module of mlx_lm's models that imported it by its name."""
+    name = original.__name__
     users = [
         module
-        for name, module in list(sys.modules.items())
-        if name.startswith("mlx_lm.models.") and getattr(module, "swiglu", None) is original
+        for path, module in list(sys.modules.items())
+        if path.startswith("mlx_lm.models.") and getattr(module, name, None) is original
     ]
     for module in users:
-        module.swiglu = lean_swiglu  # type: ignore[attr-defined]  # the name that each of them imported
+        setattr(module, name, replacement)
     try:
         yield
     finally:
         for module in users:
-            module.swiglu = original  # type: ignore[attr-defined]
+            setattr(module, name, original)

@@ -1,7 +1,14 @@
-"""Hidden states -> log-probs of their target tokens, in chunks whose logits are never all in memory at once."""
+"""Hidden states -> log-probs of their target tokens, without all their logits ever being in memory at once.
+
+A frozen head is gone through block by block of its vocabulary, or on a GPU, where the cross-entropy of whole rows is
+one kernel, row by row. Either way each log-prob is computed together with its derivative by its own hidden state. What
+arrives backwards for a log-prob is one number, and the gradient is that number times the derivative: nothing else has
+to be kept, and no logit is computed twice. A head that is trained is computed again in the backward pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,46 +16,62 @@ from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.backbone import SplitModel
 
-# Logits of a chunk, in elements: 16 MB in float32, a few times that with what the softmax and its gradient need.
-CHUNK_ELEMENTS = 2**22
-SMALLEST_CHUNK = 16
+# Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
+BLOCK_ELEMENTS = 2**18
+BLOCK_ROWS = 256
+# Logits of a block of rows. Each of these reads the whole head, so it should hold enough rows to be worth that.
+ROWS_ELEMENTS = 2**20
+FEWEST_ROWS = 32
+FEWEST_ROWS_ON_GPU = 256
+
+Scores = tuple[mx.array, mx.array]
+# Hidden states [N, D], targets [N] -> log-probs, raw logits, and the derivative [N, D] of the former.
+Slopes = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
 
 
-def target_scores(
-    split: SplitModel, hidden: mx.array, targets: mx.array, vocabulary: int, differentiate: bool
-) -> tuple[mx.array, mx.array]:
+def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool) -> Scores:
     """Return the log-probs and the raw logits of the targets, both float32 [N].
 
     Args:
         hidden: [N, D], the states that predict the targets.
         targets: int32 [N].
-        vocabulary: size of the head's output; decides how many tokens make up a chunk.
         differentiate: whether a gradient by the log-probs follows; the raw logits have none.
     """
-    size = max(SMALLEST_CHUNK, CHUNK_ELEMENTS // vocabulary)
+    by_vocabulary = split.output_layer is not None and not cross_entropy_is_fused() and not split.head_parameters()
+    fewest = FEWEST_ROWS_ON_GPU if cross_entropy_is_fused() else FEWEST_ROWS
+    size = BLOCK_ROWS if by_vocabulary else max(fewest, ROWS_ELEMENTS // split.vocabulary)
     logps: list[mx.array] = []
     logits: list[mx.array] = []
     for start in range(0, len(targets), size):
         chunk, chunk_targets = hidden[start : start + size], targets[start : start + size]
-        if logps:  # one chunk after the other, or all their logits would be computed together
+        if logps:  # one chunk after the other, as below
             chunk = mx.depends(chunk, logps[-1])
-        scores = _chunk_scores(split, chunk, chunk_targets, differentiate)
+        scores = _chunk_scores(split, chunk, chunk_targets, differentiate, by_vocabulary)
         logps.append(scores[0])
         logits.append(scores[1])
     return mx.concatenate(logps), mx.concatenate(logits)
 
 
 def _chunk_scores(
-    split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool
-) -> tuple[mx.array, mx.array]:
-    if not differentiate:
-        return _scores(split, hidden, targets)
-    if split.head_parameters():
+    split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool, by_vocabulary: bool
+) -> Scores:
+    if split.head_parameters() and differentiate:
         return _checkpointed_scores(split, hidden, targets)
-    return _scores_with_slopes(split, hidden, targets)
+    if by_vocabulary:
+        if differentiate:
+            return _scores_with_slopes(hidden, targets, lambda *given: _slopes_by_vocabulary(split, *given))
+        return _scores_by_vocabulary(split, hidden, targets)
+    if differentiate:
+        return _scores_with_slopes(hidden, targets, lambda *given: _slopes_of_rows(split, *given))
+    return _scores(split, hidden, targets)
 
 
-def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def cross_entropy_is_fused() -> bool:
+    """Whether the device has a kernel for it, which sums in float32 whatever the dtype of the logits."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     logits = split.logits(hidden)
     if not cross_entropy_is_fused():
         logits = logits.astype(mx.float32)
@@ -58,27 +81,12 @@ def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.
     return target_logits - mx.logsumexp(logits, axis=-1), target_logits
 
 
-def cross_entropy_is_fused() -> bool:
-    """Whether the device has a kernel for it, which sums in float32 whatever the dtype of the logits."""
-    return mx.default_device().type == mx.DeviceType.gpu
-
-
-def _scores_with_slopes(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Compute, together with each log-prob, its derivative by its own hidden state, so that the logits can go.
-
-    What arrives backwards for a log-prob is one number, and the gradient is that number times the derivative. With a
-    frozen head nothing else is needed, and no logit is computed twice.
-    """
-
+def _scores_with_slopes(hidden: mx.array, targets: mx.array, slopes_of: Slopes) -> Scores:
     @mx.custom_function
     def scores(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        outputs, (slopes,) = mx.vjp(
-            lambda states: list(_scores(split, states, targets)),
-            [hidden],
-            [mx.ones(len(targets)), mx.zeros(len(targets))],
-        )
+        logps, logits, slopes = slopes_of(hidden, targets)
         # The log-probs wait for the slopes: whoever has the former knows that the logits are gone.
-        return mx.depends(outputs[0], slopes), outputs[1], slopes
+        return mx.depends(logps, slopes), logits, slopes
 
     @scores.vjp
     def scores_vjp(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
@@ -88,10 +96,79 @@ def _scores_with_slopes(split: SplitModel, hidden: mx.array, targets: mx.array) 
     return result[0], result[1]
 
 
-def _checkpointed_scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _slopes_of_rows(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (logps, logits), (slopes,) = mx.vjp(
+        lambda states: list(_scores(split, states, targets)),
+        [hidden],
+        [mx.ones(len(targets)), mx.zeros(len(targets))],
+    )
+    return logps, logits, slopes
+
+
+def _slopes_by_vocabulary(
+    split: SplitModel, hidden: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Sum exponentials and their derivatives over the vocabulary, relative to the highest logit so far.
+
+    Each block waits for the one before, or all their logits would be computed together.
+    """
+
+    def over_rows(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        total, highest = _summed_exponentials(split, states)
+        return total.sum(), total, highest  # rows do not depend on each other: each has the gradient of its own
+
+    total_and_slopes = mx.value_and_grad(over_rows)
+    highest, total = mx.full(len(hidden), -mx.inf), mx.zeros(len(hidden))
+    slopes = mx.zeros(hidden.shape)
+    for words in _blocks_of_words(split, hidden):
+        hidden = mx.depends(hidden, [total, slopes])
+        with split.some_words(words):
+            (_, block_total, block_highest), block_slopes = total_and_slopes(hidden)
+        before, highest = highest, mx.maximum(highest, block_highest)
+        kept, new = mx.exp(before - highest), mx.exp(block_highest - highest)
+        total = total * kept + block_total * new
+        slopes = slopes * kept[:, None] + block_slopes * new[:, None]
+    with split.some_words(targets):
+        (logits,), (target_slopes,) = mx.vjp(
+            lambda states: [_own_logits(split, states)], [hidden], [mx.ones(len(hidden))]
+        )
+    slopes = target_slopes - slopes / total[:, None]
+    return logits - highest - mx.log(total), logits, slopes.astype(hidden.dtype)
+
+
+def _scores_by_vocabulary(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
+    normaliser = mx.full(len(hidden), -mx.inf)
+    for words in _blocks_of_words(split, hidden):
+        hidden = mx.depends(hidden, normaliser)
+        with split.some_words(words):
+            total, highest = _summed_exponentials(split, hidden)
+        normaliser = mx.logaddexp(normaliser, mx.log(total) + highest)
+    with split.some_words(targets):
+        logits = _own_logits(split, hidden)
+    return logits - normaliser, logits
+
+
+def _blocks_of_words(split: SplitModel, hidden: mx.array) -> list[slice]:
+    size = BLOCK_ELEMENTS // len(hidden)
+    return [slice(start, start + size) for start in range(0, split.vocabulary, size)]
+
+
+def _summed_exponentials(split: SplitModel, hidden: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the sum of ``exp(logit - highest)`` over the words at hand, and the highest logit, float32 [N] each."""
+    logits = split.logits(hidden).astype(mx.float32)
+    highest = mx.stop_gradient(logits.max(axis=-1))
+    return mx.exp(logits - highest[:, None]).sum(axis=-1), highest
+
+
+def _own_logits(split: SplitModel, hidden: mx.array) -> mx.array:
+    """Return the logit that each state has for the word of its own number, float32 [N]."""
+    return mx.diagonal(split.logits(hidden)).astype(mx.float32)
+
+
+def _checkpointed_scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     """Compute the logits again in the backward pass, where the head itself is trained."""
 
-    def scores(parameters: dict[str, mx.array], hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def scores(parameters: dict[str, mx.array], hidden: mx.array) -> Scores:
         split.model.update(tree_unflatten(list(parameters.items())))
         return _scores(split, hidden, targets)
 

@@ -115,9 +115,6 @@ class SharedPromptScorer:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.split = SplitModel(model)
-        self.vocabulary = self.split.logits(
-            self.split.hidden(mx.zeros((1, 1), mx.int32), fresh_caches(model))[0]
-        ).shape[-1]
 
     def score(self, pair: SharedPair, differentiate: bool = False) -> AnswerScores:
         """Return sums over the scored tokens, each float32 [1]: log-probs and raw logits of both answers."""
@@ -142,7 +139,7 @@ class SharedPromptScorer:
         hidden = self.split.hidden(mx.concatenate(rows), repeated(caches, len(sides)))
         scored = mx.concatenate([hidden[row, side.positions] for row, side in enumerate(sides)])
         targets = mx.concatenate([side.targets for side in sides])
-        logps, logits = target_scores(self.split, scored, targets, self.vocabulary, differentiate)
+        logps, logits = target_scores(self.split, scored, targets, differentiate)
         border = len(sides[0].targets)
         return [(logps[:border].sum(), logits[:border].sum()), (logps[border:].sum(), logits[border:].sum())]
 
@@ -151,7 +148,5 @@ class SharedPromptScorer:
         hidden = self.split.hidden(segment.inputs, caches)[0]
         if segment.positions.size == 0:
             return mx.array(0.0), mx.array(0.0)
-        logps, logits = target_scores(
-            self.split, hidden[segment.positions], segment.targets, self.vocabulary, differentiate
-        )
+        logps, logits = target_scores(self.split, hidden[segment.positions], segment.targets, differentiate)
         return logps.sum(), logits.sum()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_cpo_plugin import head, parity, shared_prompt
+from mlx_cpo_plugin import parity, shared_prompt
 from mlx_cpo_plugin.batches import collate
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -150,21 +150,6 @@ def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, wa
     protect_recurrences(model, chunk_size=4)
 
     compare(model, way, tolerance=5e-4)
-
-
-@pytest.mark.parametrize("kind", ["lora", "full", "full with an untied head"])
-def test_the_head_in_chunks_has_the_plain_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 96)
-    monkeypatch.setattr(head, "SMALLEST_CHUNK", 1)
-
-    compare(KINDS[kind](), "side by side")
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_fused_cross_entropy_has_the_plain_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "cross_entropy_is_fused", lambda: True)
-
-    compare(KINDS[kind](), "side by side")
 
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import pytest
-from conftest import add_adapter, build_model, build_pairs
+from conftest import VOCABULARY, add_adapter, build_model, build_pairs
 from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.bench.counting import Work, counted_work
@@ -25,21 +25,28 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
 # Two pairs of 40 + 20 + 18 tokens: the prompt without its last token once, then both answers from there, padded alike.
-ALIKE = Shape(prompt=40, chosen=20, rejected=18, batch=2, vocabulary=96)
+ALIKE = Shape(prompt=40, chosen=20, rejected=18, batch=2, vocabulary=VOCABULARY)
 # Two of 40 + 20 + 10: the prompt, each answer by itself to save memory, and the prompt again for its gradient.
 UNLIKE = replace(ALIKE, rejected=10)
-# Shape and settings -> tokens through the layers and positions through the head of an iteration.
+
+
+def logits(*positions: int) -> int:
+    """Of positions that are scored together: each over the vocabulary once, and for the word of each by itself."""
+    return sum(count * (VOCABULARY + count) for count in positions)
+
+
+# Shape and settings -> tokens through the layers and logits out of the head of an iteration.
 WORK_OF_AN_ITERATION = [
-    (ALIKE, {}, 2 * (39 + 2 * 20), 2 * (20 + 18)),
-    (ALIKE, {"grad_checkpoint": True}, 2 * 2 * (39 + 2 * 20), 2 * (20 + 18)),
-    (UNLIKE, {}, 2 * (2 * 39 + 20 + 10), 2 * (20 + 10)),
-    (UNLIKE, {"grad_checkpoint": True}, 2 * (39 + 2 * 39 + 2 * (20 + 10)), 2 * (20 + 10)),
-    (UNLIKE, {"seq_step_size": 32}, 2 * (2 * 39 + 20 + 10), 2 * (20 + 10)),
+    (ALIKE, {}, 2 * (39 + 2 * 20), 2 * logits(20 + 18)),
+    (ALIKE, {"grad_checkpoint": True}, 2 * 2 * (39 + 2 * 20), 2 * logits(20 + 18)),
+    (UNLIKE, {}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10)),
+    (UNLIKE, {"grad_checkpoint": True}, 2 * (39 + 2 * 39 + 2 * (20 + 10)), 2 * logits(20, 10)),
+    (UNLIKE, {"seq_step_size": 32}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10)),
 ]
 
 # 60 pairs of mixed lengths in batches of two: 9,092 tokens, of which 5,962 are the answers'.
 EPOCH_TOKENS = 11_229
-EPOCH_POSITIONS = 5_962
+EPOCH_LOGITS = 1_143_610
 # 120 pairs of mixed lengths in batches of two: each compiled function with each of its shapes.
 COMPILED_SHAPES = 1
 
@@ -50,12 +57,12 @@ class IterationWork:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.tokens_through_layers: list[int] = []
-        self.positions_through_head: list[int] = []
+        self.logits_out_of_head: list[int] = []
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
         if info["iteration"] > 1:
             self.tokens_through_layers.append(self.work.backbone_tokens)
-            self.positions_through_head.append(self.work.head_tokens)
+            self.logits_out_of_head.append(sum(self.work.head_logits))
         self.work.clear()
 
 
@@ -115,14 +122,14 @@ def test_another_model_of_the_same_class_does_not_count_and_nothing_stays_behind
     assert type(model.layers[0]).__call__ is call
 
 
-@pytest.mark.parametrize(("shape", "arguments", "tokens", "positions"), WORK_OF_AN_ITERATION)
+@pytest.mark.parametrize(("shape", "arguments", "tokens", "logits"), WORK_OF_AN_ITERATION)
 def test_an_iteration_computes_exactly_this_much(
-    tmp_path: Path, shape: Shape, arguments: dict[str, Any], tokens: int, positions: int
+    tmp_path: Path, shape: Shape, arguments: dict[str, Any], tokens: int, logits: int
 ) -> None:
     work = train(tmp_path, shape.pairs(4), iterations=2, **arguments)
 
     assert work.tokens_through_layers == [tokens]
-    assert work.positions_through_head == [positions]
+    assert work.logits_out_of_head == [logits]
 
 
 def test_an_epoch_of_mixed_lengths_computes_exactly_this_much(tmp_path: Path) -> None:
@@ -131,9 +138,9 @@ def test_an_epoch_of_mixed_lengths_computes_exactly_this_much(tmp_path: Path) ->
     work = train(tmp_path, pairs, iterations=60)
 
     # The second epoch, since the first iteration is not counted.
-    assert (sum(work.tokens_through_layers[-30:]), sum(work.positions_through_head[-30:])) == (
+    assert (sum(work.tokens_through_layers[-30:]), sum(work.logits_out_of_head[-30:])) == (
         EPOCH_TOKENS,
-        EPOCH_POSITIONS,
+        EPOCH_LOGITS,
     )
 
 

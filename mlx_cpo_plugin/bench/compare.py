@@ -50,7 +50,7 @@ class TrainerResult:
     peak_memory: int
     peak_resident: int
     backbone_tokens: int
-    head_positions: int
+    head_positions: float
     counted_pairs: int
 
     @property

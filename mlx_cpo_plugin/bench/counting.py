@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +17,13 @@ class Work:
 
     Attributes:
         layer_shapes: (rows, tokens) of each call of the first layer; a call that is computed again counts again.
-        head_positions: hidden states of each call of the output head.
+        head_logits: logits of each call of the output head.
+        vocabulary: logits that the whole head has for a position.
     """
 
     layer_shapes: list[tuple[int, int]] = field(default_factory=list)
-    head_positions: list[int] = field(default_factory=list)
+    head_logits: list[int] = field(default_factory=list)
+    vocabulary: int = 1
 
     @property
     def backbone_tokens(self) -> int:
@@ -30,14 +31,14 @@ class Work:
         return sum(rows * tokens for rows, tokens in self.layer_shapes)
 
     @property
-    def head_tokens(self) -> int:
-        """Positions for which logits over the vocabulary were computed."""
-        return sum(self.head_positions)
+    def head_tokens(self) -> float:
+        """Positions for which logits were computed; one with half of its logits is half a position."""
+        return sum(self.head_logits) / self.vocabulary
 
     def clear(self) -> None:
         """Forget everything counted so far."""
         self.layer_shapes.clear()
-        self.head_positions.clear()
+        self.head_logits.clear()
 
 
 @contextmanager
@@ -47,10 +48,12 @@ def counted_work(model: nn.Module) -> Iterator[Work]:
     first_layer = model.layers[0]
     with ExitStack() as stack:
         stack.enter_context(
-            _watched(first_layer, "__call__", lambda x: work.layer_shapes.append((x.shape[0], x.shape[1])))
+            _watched(first_layer, "__call__", lambda x, _: work.layer_shapes.append((x.shape[0], x.shape[1])))
         )
         for module, method in _heads(model):
-            stack.enter_context(_watched(module, method, lambda x: work.head_positions.append(math.prod(x.shape[:-1]))))
+            layer: Any = getattr(module, "linear", module)  # inside an adapter, if there is one
+            work.vocabulary = len(layer.weight)
+            stack.enter_context(_watched(module, method, lambda _, logits: work.head_logits.append(logits.size)))
         yield work
 
 
@@ -66,8 +69,8 @@ def _heads(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _watched(module: nn.Module, method: str, record: Callable[[mx.array], None]) -> Iterator[None]:
-    """Record the first argument of each call of one module's method.
+def _watched(module: nn.Module, method: str, record: Callable[[mx.array, Any], None]) -> Iterator[None]:
+    """Record the first argument and the result of each call of one module's method.
 
     The method is replaced in the class, with an eye on this one module only: trainers that checkpoint replace the
     class's method in turn, so both a layer's first run and its second one pass here.
@@ -77,9 +80,10 @@ def _watched(module: nn.Module, method: str, record: Callable[[mx.array], None])
     is_own = method in vars(owner)
 
     def watched(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, x, *args, **kwargs)
         if self is module:
-            record(x)
-        return original(self, x, *args, **kwargs)
+            record(x, result)
+        return result
 
     setattr(owner, method, watched)
     try:

@@ -77,7 +77,7 @@ class Measurement:
     head_weights: int | None
     patches: list[str]
     backbone_tokens: int | None = None
-    head_positions: int | None = None
+    head_positions: float | None = None
 
     def save(self, folder: Path) -> None:
         """Write the results into the folder of their job."""

@@ -44,7 +44,7 @@ class IterationRecorder:
         self.tokens: list[int] = [0]
         self.work = work
         self.backbone_tokens: int | None = None
-        self.head_positions: int | None = None
+        self.head_positions: float | None = None
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
         """Take note of one iteration."""
