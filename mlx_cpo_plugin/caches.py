@@ -29,9 +29,13 @@ class SegmentCache:
         self.keys, self.values = keys, values
 
     @property
-    def offset(self) -> int:
+    def offset(self) -> Any:
         """How many tokens came before."""
         return 0 if self.keys is None else self.keys.shape[2]
+
+    def holding(self, keys: mx.array | None, values: mx.array | None) -> SegmentCache:
+        """Return a cache like this one with other contents."""
+        return SegmentCache(keys, values)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return everything up to now."""
@@ -51,6 +55,40 @@ class SegmentCache:
 
     def __bool__(self) -> bool:
         return True
+
+
+class PaddedCache(SegmentCache):
+    """Keys and values of earlier tokens, padded on their right, of which each row has a number of its own.
+
+    New tokens come behind the padding, and go on from where their row's tokens end.
+
+    Args:
+        lengths: int32 [B]; how many of the first ``padded`` keys are tokens.
+    """
+
+    def __init__(self, keys: mx.array | None, values: mx.array | None, lengths: mx.array, padded: int) -> None:
+        super().__init__(keys, values)
+        self.lengths, self.padded = lengths, padded
+
+    @property
+    def offset(self) -> Any:
+        """How many tokens of each row came before the new ones, int32 [B]."""
+        return self.lengths
+
+    def holding(self, keys: mx.array | None, values: mx.array | None) -> SegmentCache:
+        """Return a cache like this one with other contents."""
+        return PaddedCache(keys, values, self.lengths, self.padded)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Return the mask of N new tokens over padding and tokens, bool [B, 1, N, padded + N]."""
+        lengths, columns = self.lengths[:, None], mx.arange(self.padded + N)
+        is_new = columns >= self.padded
+        positions = mx.where(is_new, columns - self.padded + lengths, columns)[:, None]
+        queries = (lengths + mx.arange(N))[..., None]
+        seen = (is_new | (columns < lengths))[:, None] & (positions <= queries)
+        if window_size is not None:
+            seen = seen & (positions > queries - window_size)
+        return seen[:, None]
 
 
 def fresh_caches(model: nn.Module) -> list[Any]:
@@ -87,7 +125,7 @@ def _forked(cache: Any, arrays: Iterator[mx.array] | None) -> Any:
         keys, values = cache.keys, cache.values
         if arrays is not None and keys is not None:
             keys, values = next(arrays), next(arrays)
-        return SegmentCache(keys, values)
+        return cache.holding(keys, values)
     fork = copy.copy(cache)
     fork.cache = [state if state is None or arrays is None else next(arrays) for state in cache.cache]
     return fork
@@ -97,6 +135,27 @@ def repeated(caches: Sequence[Any], rows: int) -> list[Any]:
     """Return caches of one row with ``rows`` equal ones."""
     arrays = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in cache_arrays(caches)]
     return forked(caches, iter(arrays))
+
+
+def continued(caches: Sequence[SegmentCache], lengths: mx.array, sides: int) -> list[PaddedCache]:
+    """Return caches for ``sides`` times as many rows, all of the first side before all of the next.
+
+    Args:
+        caches: hold rows of tokens that are padded on their right.
+        lengths: int32 [B]; the tokens of each row.
+    """
+    result = []
+    for cache in caches:
+        assert cache.keys is not None
+        assert cache.values is not None
+        keys, values = mx.concatenate([cache.keys] * sides), mx.concatenate([cache.values] * sides)
+        result.append(PaddedCache(keys, values, mx.concatenate([lengths] * sides), cache.keys.shape[2]))
+    return result
+
+
+def can_be_padded(caches: Sequence[Any]) -> bool:
+    """Whether nothing but keys and values is remembered, which a mask can hide."""
+    return all(isinstance(cache, SegmentCache) for cache in caches)
 
 
 def beginning(caches: Sequence[Any], start: Sequence[Any]) -> list[Any]:

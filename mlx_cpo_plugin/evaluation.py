@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cpo_plugin.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.grouping import PairSize
 from mlx_cpo_plugin.metrics import PairMeans
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers
-from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, normalised, share
+from mlx_cpo_plugin.shared_batch import collate_shared, score_batch
+from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, normalised_pair, share
 
 
 def evaluate_pairs(
@@ -41,22 +43,33 @@ def evaluate_pairs(
         for batch_pairs in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            if scorer is None:
-                _add(
-                    means,
-                    objective,
-                    score_answers(model, collate(batch_pairs), objective.length_normalised),
-                    batch_pairs,
-                )
-                continue
-            for pair in batch_pairs:
-                _add(means, objective, normalised(scorer.score(share(pair)), pair, objective.length_normalised), [pair])
+            for scores, scored_pairs in _scored(model, batch_pairs, objective.length_normalised, scorer):
+                losses = objective.losses(scores)
+                mx.eval(losses, *scores)
+                means.add(losses, scores, scored_tokens(scored_pairs))
     finally:
         model.train(was_training)
     return means.over_ranks()
 
 
-def _add(means: PairMeans, objective: Objective, scores: AnswerScores, pairs: Sequence[PreferencePair]) -> None:
-    losses = objective.losses(scores)
-    mx.eval(losses, *scores)
-    means.add(losses, scores, scored_tokens(pairs))
+def _scored(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    length_normalised: bool,
+    scorer: SharedPromptScorer | None,
+) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
+    """Yield the scores of pairs that are computed together, and these pairs."""
+    if scorer is None:
+        yield score_answers(model, collate(pairs), length_normalised), pairs
+        return
+    cuts = [share(pair) for pair in pairs]
+    sizes = [PairSize.of(cut) for cut in cuts]
+    for group in scorer.grouping.groups(sizes):
+        if len(group) == 1:
+            pair, cut = pairs[group[0]], cuts[group[0]]
+            yield normalised_pair(scorer.score(cut), pair, length_normalised), [pair]
+            continue
+        room = scorer.grouping.room([sizes[number] for number in group])
+        batch = collate_shared([cuts[number] for number in group], room)
+        scores = score_batch(scorer, batch, scores_shared=room.scores_shared, length_normalised=length_normalised)
+        yield scores, [pairs[number] for number in group]

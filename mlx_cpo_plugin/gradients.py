@@ -11,10 +11,12 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.grouping import Grouping, PairSize
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers, score_rows
-from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised, share
+from mlx_cpo_plugin.shared_batch import SharedBatch, collate_shared, score_batch
+from mlx_cpo_plugin.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised_pair, share
 
 Gradient = dict[str, mx.array]
 
@@ -96,10 +98,14 @@ class AnswerGradients:
 
 
 class SharedPromptGradients:
-    """One pair at a time over a prompt that both answers share: short answers side by side, others one after the other.
+    """Over shared starts: pairs of like length in one padded pass where that is faster, the others one at a time.
+
+    A pair alone has no padding but that between its answers: short ones are computed side by side, others one after the
+    other.
 
     Args:
-        one_after_the_other: computes pairs whose answers are long, in less memory.
+        one_after_the_other: computes a pair whose answers are long, in less memory.
+        compiled: compile the padded passes, and compute pairs alone that way, too, as long as they fit.
     """
 
     def __init__(
@@ -108,27 +114,73 @@ class SharedPromptGradients:
         objective: Objective,
         scorer: SharedPromptScorer,
         one_after_the_other: Callable[[PreferencePair, SharedPair, int], PairGradients],
+        grouping: Grouping,
+        compiled: bool = False,
     ) -> None:
         def loss(
             model: nn.Module, pair: PreferencePair, cut: SharedPair, step_pairs: int
         ) -> tuple[mx.array, mx.array, AnswerScores]:
-            scores = normalised(scorer.score(cut, differentiate=True), pair, objective.length_normalised)
+            scores = normalised_pair(scorer.score(cut, differentiate=True), pair, objective.length_normalised)
             losses = objective.losses(scores)
             return losses.sum() / step_pairs, losses, scores
 
         self._model = model
         self._value_and_gradient = nn.value_and_grad(model, loss)
         self._one_after_the_other = one_after_the_other
+        self._grouping = grouping
+        self._compiled = compiled
+        self._together = PaddedGradients(model, objective, scorer)
 
     def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
-        return one_by_one(pairs, lambda pair: self._pair(pair, step_pairs))
+        cuts = [share(pair) for pair in pairs]
+        sizes = [PairSize.of(cut) for cut in cuts]
 
-    def _pair(self, pair: PreferencePair, step_pairs: int) -> PairGradients:
-        cut = share(pair)
+        def compute(group: Sequence[int]) -> PairGradients:
+            room = self._grouping.room([sizes[number] for number in group])
+            if len(group) > 1 or (self._compiled and room.tokens <= self._grouping.budget):
+                return self._together([cuts[number] for number in group], room, step_pairs, quantised)
+            return self._alone(pairs[group[0]], cuts[group[0]], step_pairs)
+
+        return group_by_group(self._grouping.groups(sizes), compute)
+
+    def _alone(self, pair: PreferencePair, cut: SharedPair, step_pairs: int) -> PairGradients:
         if not fit_together(cut.chosen, cut.rejected):
             return self._one_after_the_other(pair, cut, step_pairs)
         (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step_pairs)
         return PairGradients(losses, scores, by_name(gradient))
+
+
+class PaddedGradients:
+    """Several pairs in one padded, compiled pass over shared starts."""
+
+    def __init__(self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> None:
+        def loss(
+            model: nn.Module, batch: SharedBatch, scores_shared: bool, step_pairs: mx.array
+        ) -> tuple[mx.array, mx.array, AnswerScores]:
+            scores = score_batch(
+                scorer,
+                batch,
+                scores_shared=scores_shared,
+                length_normalised=objective.length_normalised,
+                differentiate=True,
+            )
+            losses = objective.losses(scores)
+            return losses.sum() / step_pairs, losses, scores
+
+        @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
+        def compute(arrays: tuple[mx.array, ...], scores_shared: bool, step_pairs: mx.array, quantised: bool) -> Any:
+            batch = SharedBatch(*arrays)
+            (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, batch, scores_shared, step_pairs)
+            return losses, scores, gradient
+
+        self._compute = compute
+
+    def __call__(
+        self, cuts: Sequence[SharedPair], room: PairSize, step_pairs: int, quantised: bool = False
+    ) -> PairGradients:
+        arrays = tuple(collate_shared(cuts, room))
+        losses, scores, gradient = self._compute(arrays, room.scores_shared, mx.array(float(step_pairs)), quantised)
+        return PairGradients(losses, AnswerScores(*scores), by_name(gradient))
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:
@@ -146,17 +198,25 @@ def weighted_sum(left_weight: mx.array, left: Gradient, right_weight: mx.array, 
 
 def one_by_one(pairs: Sequence[PreferencePair], compute: Callable[[PreferencePair], PairGradients]) -> PairGradients:
     """Add up what ``compute`` returns for each pair, with nothing of a pair left when the next one begins."""
+    return group_by_group([[number] for number in range(len(pairs))], lambda group: compute(pairs[group[0]]))
+
+
+def group_by_group(groups: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], PairGradients]) -> PairGradients:
+    """Add up what ``compute`` returns for groups of pairs, given by number; the rest comes in the pairs' order."""
     losses, scores = [], []
     total: Gradient | None = None
-    for pair in pairs:
-        result = compute(pair)
+    for group in groups:
+        result = compute(group)
         total = added(total, result.gradient)
         mx.eval(total, result.losses, result.scores)
         losses.append(result.losses)
         scores.append(result.scores)
+    order = mx.argsort(mx.array([number for group in groups for number in group]))
     columns = zip(*scores, strict=True)
     return PairGradients(
-        mx.concatenate(losses), AnswerScores(*(mx.concatenate(list(column)) for column in columns)), total or {}
+        mx.concatenate(losses)[order],
+        AnswerScores(*(mx.concatenate(list(column))[order] for column in columns)),
+        total or {},
     )
 
 
@@ -167,7 +227,7 @@ def loss_slopes(
 
     def loss(chosen_logps: mx.array, rejected_logps: mx.array) -> tuple[mx.array, mx.array, AnswerScores]:
         moved = sums._replace(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-        scores = normalised(moved, pair, objective.length_normalised)
+        scores = normalised_pair(moved, pair, objective.length_normalised)
         losses = objective.losses(scores)
         return losses.sum() / step_pairs, losses, scores
 

@@ -15,9 +15,12 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.backbone import SplitModel
+from mlx_cpo_plugin.scoring import log_normaliser
 
 # Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
 BLOCK_ELEMENTS = 2**18
+# On a CPU MLX adds up numbers one after the other, and thousands of them in float32 lose digits.
+BLOCK_WORDS = 1024
 BLOCK_ROWS = 256
 # Logits of a block of rows. Each of these reads the whole head, so it should hold enough rows to be worth that.
 ROWS_ELEMENTS = 2**20
@@ -78,7 +81,7 @@ def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1).astype(mx.float32)
     if cross_entropy_is_fused():
         return -mx.fast.cross_entropy(logits, targets), target_logits
-    return target_logits - mx.logsumexp(logits, axis=-1), target_logits
+    return target_logits - log_normaliser(logits), target_logits
 
 
 def _scores_with_slopes(hidden: mx.array, targets: mx.array, slopes_of: Slopes) -> Scores:
@@ -149,7 +152,7 @@ def _scores_by_vocabulary(split: SplitModel, hidden: mx.array, targets: mx.array
 
 
 def _blocks_of_words(split: SplitModel, hidden: mx.array) -> list[slice]:
-    size = BLOCK_ELEMENTS // len(hidden)
+    size = min(BLOCK_WORDS, BLOCK_ELEMENTS // len(hidden))
     return [slice(start, start + size) for start in range(0, split.vocabulary, size)]
 
 

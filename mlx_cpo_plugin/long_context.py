@@ -110,7 +110,7 @@ class SegmentGradients:
         starts, seeds = [forked(caches)], [_drawn_seed() for _ in segments]
         for segment, seed in zip(segments[:-1], seeds, strict=False):
             mx.random.seed(seed)
-            self.scorer.split.hidden(segment.inputs, caches)
+            self.scorer.split.hidden(mx.array(segment.inputs), caches)
             starts.append(forked(caches))
             mx.eval(cache_arrays(caches))
         return Chain(segments, [beginning(caches, start) for start in starts], seeds)
@@ -154,13 +154,12 @@ def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
     """Cut a segment into consecutive ones of at most ``step_size`` tokens; ``None`` leaves it whole."""
     if step_size is None:
         return [segment]
-    positions = np.array(segment.positions)
+    positions = segment.positions
     result = []
     for start in range(0, segment.inputs.shape[1], step_size):
         inside = np.flatnonzero((positions >= start) & (positions < start + step_size))
-        at = mx.array(inside.astype(np.int32))
         result.append(
-            Segment(segment.inputs[:, start : start + step_size], segment.positions[at] - start, segment.targets[at])
+            Segment(segment.inputs[:, start : start + step_size], positions[inside] - start, segment.targets[inside])
         )
     return result
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_cpo_plugin.batches import collate
+from mlx_cpo_plugin.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring import score_answers
+from mlx_cpo_plugin.scoring import AnswerScores, score_answers
+from mlx_cpo_plugin.shared_batch import collate_shared, score_batch
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 # Relative, of an answer's log-prob; half precision rounds differently for other shapes.
@@ -36,16 +40,40 @@ def choose_scorer(
         return None
     try:
         scorer = SharedPromptScorer(model)
-        difference = _largest_difference(model, scorer, _sample(pairs))
+        difference = _largest_difference(model, partial(_scores_one_by_one, scorer), _sample(pairs))
         fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(model) else ""
     except Exception as error:  # an architecture may fail in any way where it does not expect our caches
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not fault:
+        scorer.grouping = _grouping(model, scorer, pairs)
         return scorer
     if wanted == "shared":
         raise ConfigError(f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.")
     say(f"This model cannot share the prompt between two answers ({fault}); each is scored by itself.")
     return None
+
+
+def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Grouping:
+    """Return which pairs are scored together: one at a time where several at once would have other scores."""
+    if not can_be_padded(fresh_caches(model)):
+        return PAIR_BY_PAIR
+    try:
+        difference = _largest_difference(model, partial(_scores_together, scorer), _sample(pairs))
+    except Exception:  # as above; what fails here works pair by pair
+        return PAIR_BY_PAIR
+    return grouping_for(model) if difference <= _tolerance(model) else PAIR_BY_PAIR
+
+
+def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
+    columns = zip(*(scorer.score(share(pair)) for pair in pairs), strict=True)
+    return AnswerScores(*(mx.concatenate(list(column)) for column in columns))
+
+
+def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
+    cuts = [share(pair) for pair in pairs]
+    room = scorer.grouping.room([PairSize.of(cut) for cut in cuts])
+    batch = collate_shared(cuts, room)
+    return score_batch(scorer, batch, scores_shared=room.scores_shared, length_normalised=False)
 
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -59,20 +87,21 @@ def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair
     return PreferencePair(pair.prompt[-prompt:], chosen, rejected, all_chosen, all_rejected)
 
 
-def _largest_difference(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> float:
+def _largest_difference(
+    model: nn.Module, score: Callable[[Sequence[PreferencePair]], AnswerScores], pairs: Sequence[PreferencePair]
+) -> float:
+    """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
     was_training = model.training
     model.eval()
     try:
-        plain = score_answers(model, collate(pairs))
-        shared = [scorer.score(share(pair)) for pair in pairs]
+        plain, shared = score_answers(model, collate(pairs)), score(pairs)
         mx.eval(plain, shared)
     finally:
         model.train(was_training)
     differences = []
-    for number, pair_scores in enumerate(shared):
-        for side in ("chosen_logps", "rejected_logps"):
-            reference, value = getattr(plain, side)[number].item(), getattr(pair_scores, side).item()
-            differences.append(abs(value - reference) / max(abs(reference), 1.0))
+    for side in ("chosen_logps", "rejected_logps"):
+        reference, values = np.array(getattr(plain, side)), np.array(getattr(shared, side))
+        differences.append(np.abs(values - reference) / np.maximum(np.abs(reference), 1.0))
     largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
     return largest if np.isfinite(largest) else float("inf")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cpo_plugin.batches import Batch
+
+NORMALISER_PART = 512
 
 
 class AnswerScores(NamedTuple):
@@ -45,11 +47,30 @@ def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
     logits = model(batch.tokens[:, :-1])
     scored = logits.reshape(-1, logits.shape[-1])[batch.scored_positions].astype(mx.float32)
     target_logits = mx.take_along_axis(scored, batch.targets[:, None], axis=-1).squeeze(-1)
-    logps = target_logits - mx.logsumexp(scored, axis=-1)
-    # One row more than there are catches the padding entries.
+    logps = target_logits - log_normaliser(scored)
     rows = len(batch.token_counts)
-    totals = mx.zeros((rows + 1, 2), mx.float32).at[batch.target_rows].add(mx.stack([logps, target_logits], axis=-1))
-    return totals[:rows, 0], totals[:rows, 1]
+    return sums_of_rows(logps, batch.target_rows, rows), sums_of_rows(target_logits, batch.target_rows, rows)
+
+
+def log_normaliser(logits: mx.array) -> mx.array:
+    """Return log(sum(exp(logits))) over the vocabulary, float32 [N], of logits float32 [N, V].
+
+    It is summed part by part: on a CPU MLX adds up one number after the other, which for the 49,152 words of SmolLM2
+    shifts each log-prob by 4e-5.
+    """
+    missing = -logits.shape[-1] % NORMALISER_PART
+    padded = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else logits
+    return mx.logsumexp(mx.logsumexp(padded.reshape(len(logits), -1, NORMALISER_PART), axis=-1), axis=-1)
+
+
+def sums_of_rows(values: mx.array, rows: mx.array, count: int) -> mx.array:
+    """Add up values float32 [N] by their rows, int32 [N]; return [count], without row ``count``, which is padding."""
+    return mx.zeros(count + 1, mx.float32).at[rows].add(values)[:count]
+
+
+def compilation_pays(wanted: bool | None = None) -> bool:
+    """Whether steps are to be compiled: as is ``wanted``, or where there is a GPU."""
+    return wanted if wanted is not None else mx.default_device().type == mx.DeviceType.gpu
 
 
 @contextmanager
@@ -59,7 +80,7 @@ def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
     Args:
         wanted: force it on or off; ``None`` decides by the device.
     """
-    off = not wanted if wanted is not None else mx.default_device().type == mx.DeviceType.cpu
+    off = not compilation_pays(wanted)
     # A user who switched compilation off for the whole process keeps it off afterwards.
     if not off or "MLX_DISABLE_COMPILE" in os.environ:
         yield
@@ -69,10 +90,3 @@ def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
         yield
     finally:
         mx.enable_compile()
-
-
-def device_memory_limit() -> int | None:
-    """Return the bytes that Metal recommends to keep wired, or ``None`` where there is no such limit."""
-    info: dict[str, Any] = mx.device_info()
-    limit = info.get("max_recommended_working_set_size")
-    return int(limit) if limit else None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.backbone import SplitModel
 from mlx_cpo_plugin.caches import forked, fresh_caches, repeated
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.grouping import PAIR_BY_PAIR
 from mlx_cpo_plugin.head import target_scores
 from mlx_cpo_plugin.scoring import AnswerScores
 
@@ -35,9 +36,9 @@ class Segment:
         targets: int32 [m]; the scored tokens.
     """
 
-    inputs: mx.array
-    positions: mx.array
-    targets: mx.array
+    inputs: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def _from_last(prefix: Sequence[Any] | NDArray[Any], rest: NDArray[Any]) -> NDAr
 def _segment(tokens: NDArray[np.int32], scored: NDArray[np.bool_]) -> Segment:
     at = np.flatnonzero(scored)
     return Segment(
-        inputs=mx.array(tokens[None, :-1].astype(np.int32)),
-        positions=mx.array((at - 1).astype(np.int32)),
-        targets=mx.array(tokens[at].astype(np.int32)),
+        inputs=tokens[None, :-1].astype(np.int32),
+        positions=(at - 1).astype(np.int32),
+        targets=tokens[at].astype(np.int32),
     )
 
 
@@ -93,9 +94,17 @@ def fit_together(chosen: Segment, rejected: Segment) -> bool:
     return max(lengths) <= TOGETHER_UP_TO and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
 
 
-def normalised(sums: AnswerScores, pair: PreferencePair, length_normalised: bool) -> AnswerScores:
-    """Divide a pair's sums by its scored tokens: the raw logits always, the log-probs if they are to be means."""
-    chosen, rejected = int(pair.chosen_scored.sum()), int(pair.rejected_scored.sum())
+def normalised_pair(sums: AnswerScores, pair: PreferencePair, length_normalised: bool) -> AnswerScores:
+    """Divide the sums of one pair by its scored tokens; see :func:`normalised`."""
+    return normalised(sums, int(pair.chosen_scored.sum()), int(pair.rejected_scored.sum()), length_normalised)
+
+
+def normalised(
+    sums: AnswerScores, chosen: int | mx.array, rejected: int | mx.array, length_normalised: bool
+) -> AnswerScores:
+    """Divide sums by the scored tokens of the answers: the raw logits always, the log-probs if they are to be means."""
+    by_chosen: int | mx.array
+    by_rejected: int | mx.array
     by_chosen, by_rejected = (chosen, rejected) if length_normalised else (1, 1)
     return AnswerScores(
         sums.chosen_logps / by_chosen,
@@ -108,6 +117,9 @@ def normalised(sums: AnswerScores, pair: PreferencePair, length_normalised: bool
 class SharedPromptScorer:
     """Scores pairs one at a time over a prompt that is computed once.
 
+    Attributes:
+        grouping: which pairs may be scored together instead, see :mod:`mlx_cpo_plugin.shared_batch`.
+
     Raises:
         LookupError: the model's parts or caches are not known; score it the plain way.
     """
@@ -115,6 +127,7 @@ class SharedPromptScorer:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.split = SplitModel(model)
+        self.grouping = PAIR_BY_PAIR
 
     def score(self, pair: SharedPair, differentiate: bool = False) -> AnswerScores:
         """Return sums over the scored tokens, each float32 [1]: log-probs and raw logits of both answers."""
@@ -135,18 +148,19 @@ class SharedPromptScorer:
     ) -> list[tuple[mx.array, mx.array]]:
         """Compute both answers as two rows, the shorter one padded on its right."""
         width = max(side.inputs.shape[1] for side in sides)
-        rows = [mx.pad(side.inputs, [(0, 0), (0, width - side.inputs.shape[1])]) for side in sides]
-        hidden = self.split.hidden(mx.concatenate(rows), repeated(caches, len(sides)))
-        scored = mx.concatenate([hidden[row, side.positions] for row, side in enumerate(sides)])
-        targets = mx.concatenate([side.targets for side in sides])
+        rows = [np.pad(side.inputs, [(0, 0), (0, width - side.inputs.shape[1])]) for side in sides]
+        hidden = self.split.hidden(mx.array(np.concatenate(rows)), repeated(caches, len(sides)))
+        scored = mx.concatenate([hidden[row, mx.array(side.positions)] for row, side in enumerate(sides)])
+        targets = mx.array(np.concatenate([side.targets for side in sides]))
         logps, logits = target_scores(self.split, scored, targets, differentiate)
         border = len(sides[0].targets)
         return [(logps[:border].sum(), logits[:border].sum()), (logps[border:].sum(), logits[border:].sum())]
 
     def segment_sums(self, segment: Segment, caches: list[Any], differentiate: bool) -> tuple[mx.array, mx.array]:
         """Return summed log-probs and raw logits of a segment, float32 []; ``caches`` take its tokens in."""
-        hidden = self.split.hidden(segment.inputs, caches)[0]
+        hidden = self.split.hidden(mx.array(segment.inputs), caches)[0]
         if segment.positions.size == 0:
             return mx.array(0.0), mx.array(0.0)
-        logps, logits = target_scores(self.split, hidden[segment.positions], segment.targets, differentiate)
+        positions, targets = mx.array(segment.positions), mx.array(segment.targets)
+        logps, logits = target_scores(self.split, hidden[positions], targets, differentiate)
         return logps.sum(), logits.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.evaluation import evaluate_pairs
 from mlx_cpo_plugin.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
+from mlx_cpo_plugin.grouping import PairSize, padding_rooms
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
+from mlx_cpo_plugin.memory import device_memory_limit
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
@@ -32,7 +34,7 @@ from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.quantised_layers import unpacked_products
 from mlx_cpo_plugin.reporting import ProgressReporter
-from mlx_cpo_plugin.scoring import compile_where_it_pays, device_memory_limit, score_answers
+from mlx_cpo_plugin.scoring import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 DEFAULT_SEQ_STEP_SIZE = 512
@@ -145,7 +147,7 @@ def train_cpo(
 
     with training_environment(model, args) as quantisation:
         scorer = choose_scorer(model, pairs, args.scoring, reporter.say)
-        step = OptimizerStep(model, optimizer, *gradient_methods(model, objective, scorer, args))
+        step = OptimizerStep(model, optimizer, *gradient_methods(model, objective, scorer, pairs, args))
         optimizer_step = 1
         if world.rank() == 0:
             save_adapter_config(model, adapter_file)
@@ -181,7 +183,11 @@ def train_cpo(
 
 
 def gradient_methods(
-    model: nn.Module, objective: Objective, scorer: SharedPromptScorer | None, args: CPOTrainingArgs
+    model: nn.Module,
+    objective: Objective,
+    scorer: SharedPromptScorer | None,
+    pairs: Sequence[PreferencePair],
+    args: CPOTrainingArgs,
 ) -> tuple[GradientMethod, GradientMethod, float]:
     """Return how gradients are computed, how those of long pairs are, and above how many tokens a pair is long."""
     long_above = args.seq_step_size if args.seq_step_size is not None else float("inf")
@@ -189,7 +195,12 @@ def gradient_methods(
         return BatchGradients(model, objective), AnswerGradients(model, objective), long_above
     whole = SegmentGradients(model, objective, scorer)
     in_segments = SegmentGradients(model, objective, scorer, args.seq_step_size)
-    return SharedPromptGradients(model, objective, scorer, whole.pair_gradients), in_segments, long_above
+    compiled, grouping = compilation_pays(args.compile), scorer.grouping
+    if compiled:  # for few shapes; without compilation nothing is padded further than the longest of a group
+        sizes = [PairSize.of(share(pair)) for pair in pairs]
+        grouping = replace(grouping, rooms=padding_rooms(sizes, grouping.budget))
+    shared = SharedPromptGradients(model, objective, scorer, whole.pair_gradients, grouping, compiled)
+    return shared, in_segments, long_above
 
 
 def evaluate_cpo(

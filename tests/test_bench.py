@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import yaml
-from conftest import build_pairs
+from conftest import add_adapter, build_model, build_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, compare, growth, report
+from mlx_cpo_plugin.bench import cases, compare, growth, reference, report
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape
-from mlx_cpo_plugin.bench.compare import Comparison, MeasurementError, TrainerResult, run_worker
-from mlx_cpo_plugin.bench.job import HOST, PLUGIN, load_pairs, save_pairs
+from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, MeasurementError, TrainerResult, run_worker
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Measurement, gradient_file, load_pairs, save_pairs
+from mlx_cpo_plugin.bench.reference import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
+from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.objective import objective_for
+from mlx_cpo_plugin.parameters import by_name
 
 TINY = Shape(prompt=20, chosen=9, rejected=6, batch=2, vocabulary=80, hidden=64, layers=2)
 LONG = Shape(prompt=560, chosen=8, rejected=6, batch=1, vocabulary=80, hidden=64, layers=1, long=True)
@@ -111,7 +117,9 @@ class TestMeasuring:
         assert f"{config}: {HOST}, count" in printed.err
         (case,) = json.loads(figures.read_text())["cases"]
         assert case["rows"] == 6
-        assert case["gradient_difference"] < 1e-5
+        assert case["gradient_difference"]["reference"] == REFERENCE
+        assert 0 < case["gradient_difference"]["host"] < 1e-5
+        assert 0 < case["gradient_difference"]["plugin"] < 1e-5
         for trainer in ("host", "plugin"):
             assert np.shape(case[trainer]["seconds"]) == (2, 2)
             assert case[trainer]["pairs"] == [2, 2]
@@ -123,14 +131,11 @@ class TestMeasuring:
         assert case["host"]["backbone_tokens"] == case["host"]["head_positions"] == expected
         assert 0 < case["plugin"]["backbone_tokens"] <= expected + 2 * len(batch) * 32
         assert f"{case['speed_ratio']:.2f} x as fast" in printed.out
-        assert "dropout and gradient accumulation are off" in printed.out
+        assert "dropout, gradient accumulation and fake quantisation are off" in printed.out
 
     def test_a_shape_has_the_work_that_arithmetic_gives(self) -> None:
         comparison = measured(TINY)
 
-        assert comparison.gradient_difference is not None
-        assert comparison.gradient_difference < 1e-5
-        assert comparison.host_gradient_difference is None
         assert comparison.host.backbone_tokens == 2 * 2 * (20 + 9 - 1)
         assert comparison.lengths == {"prompt": 20, "chosen": 9, "rejected": 6}
         # Each layer: queries and output 64 x 64, keys and values 64 x 64 on the one head, three of 64 x 170, two norms.
@@ -151,16 +156,16 @@ class TestMeasuring:
     def test_long_context_is_held_against_the_gradient_of_the_whole_pair(self) -> None:
         comparison = measured(replace(LONG, architecture="qwen3"))
 
-        assert comparison.gradient_difference is not None
-        assert comparison.gradient_difference < 1e-5
-        assert comparison.host_gradient_difference is not None
-        assert comparison.host_gradient_difference > 0.01
+        assert comparison.gradients.plugin is not None
+        assert comparison.gradients.plugin < 1e-5
+        assert comparison.gradients.host is not None
+        assert comparison.gradients.host > 0.01
 
     def test_where_the_hosts_long_context_fails_it_runs_without_and_the_notes_say_so(self) -> None:
         comparison = measured(LONG)
 
-        assert comparison.gradient_difference is not None
-        assert comparison.gradient_difference < 1e-5
+        assert comparison.gradients.plugin is not None
+        assert comparison.gradients.plugin < 1e-5
         assert comparison.host.backbone_tokens == 2 * (560 + 8 - 1)
         assert any("runs without efficient_long_context" in note for note in comparison.notes)
 
@@ -176,6 +181,196 @@ class TestMeasuring:
 
         with pytest.raises(MeasurementError, match="ended by signal 9, most likely for want of memory"):
             run_worker(tmp_path, {}, quiet)
+
+
+def mean_loss(model: nn.Module, pairs: Sequence[PreferencePair], loss_type: str, options: dict[str, float]) -> float:
+    """The mean of the registered loss from float64 logits, all but the forward pass in numpy."""
+    objective = objective_for(loss_type, options)
+
+    def logp(pair: PreferencePair, answer: np.ndarray) -> float:
+        with mx.stream(mx.cpu):
+            logits = np.array(model(mx.array(np.concatenate([pair.prompt, answer]))[None])[0])
+        logits = logits[len(pair.prompt) - 1 : -1]
+        logps = logits[np.arange(len(answer)), answer] - np.log(np.exp(logits).sum(-1))
+        return float(logps.mean() if objective.length_normalised else logps.sum())
+
+    scores = [[logp(pair, pair.chosen) for pair in pairs], [logp(pair, pair.rejected) for pair in pairs]]
+    with mx.stream(mx.cpu):
+        return float(objective.fn(*(mx.array(side, dtype=mx.float64) for side in scores), **objective.options).mean())
+
+
+class TestReference:
+    @pytest.mark.parametrize("loss_type", cases.HOST_LOSSES)
+    def test_the_loss_falls_along_the_gradient_as_fast_as_the_gradient_is_long(self, loss_type: str) -> None:
+        model, pairs, options = add_adapter(build_model()), build_pairs(3, seed=1), {"beta": 0.3, "delta": 5.0}
+        step = 1e-3
+
+        gradient = reference_gradient(model, pairs, ReferenceLoss(loss_type, **options), finished=lambda _: None)
+
+        values = {name: np.array(value) for name, value in gradient.items()}
+        length = np.sqrt(sum(np.square(value).sum() for value in values.values()))
+        start = {name: np.array(value) for name, value in by_name(model.trainable_parameters()).items()}
+        losses = []
+        for way in (step, -step):
+            moved = {name: start[name] + way * value / length for name, value in values.items()}
+            model.load_weights(
+                [(name, mx.array(value, dtype=mx.float64)) for name, value in moved.items()], strict=False
+            )
+            losses.append(mean_loss(model, pairs, loss_type, options))
+        assert length > 0
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(length, rel=3e-4)
+
+    def test_tokens_that_are_not_scored_do_not_count(self) -> None:
+        (pair,) = build_pairs(1, seed=3)
+        cut = replace(pair, chosen=pair.chosen[:-1], chosen_scored=pair.chosen_scored[:-1])
+        pair.chosen_scored[-1] = False
+
+        whole, shorter = (
+            reference_gradient(add_adapter(build_model()), [each], ReferenceLoss("ipo", 0.1, 0.0), lambda _: None)
+            for each in (pair, cut)
+        )
+
+        for name, value in whole.items():
+            assert np.allclose(np.array(value), np.array(shorter[name]), rtol=1e-6, atol=1e-9)
+
+    @pytest.mark.parametrize("loss_type", cases.HOST_LOSSES)
+    @pytest.mark.parametrize("gap", [-20.0, -1.0, 0.5, 3.0, 4.0, 20.0])
+    def test_the_slope_is_that_of_the_registered_loss(self, loss_type: str, gap: float) -> None:
+        options = {"beta": 0.3, "delta": 5.0}
+        objective = objective_for(loss_type, options)
+
+        slope = ReferenceLoss(loss_type, **options).slope(gap)
+
+        registered = mx.grad(lambda chosen: objective.fn(chosen, mx.zeros(1), **objective.options).sum())
+        assert slope == pytest.approx(registered(mx.array([gap])).item(), rel=1e-5)
+
+    def test_the_slope_of_a_hopeless_pair_is_finite(self) -> None:
+        assert ReferenceLoss("sigmoid", 1.0, 0.0).slope(-1e5) == -1.0
+        assert ReferenceLoss("sigmoid", 1.0, 0.0).slope(1e5) == 0.0
+
+    def test_quantised_weights_are_refused(self) -> None:
+        model = build_model()
+        nn.quantize(model, group_size=32, bits=4)
+
+        with pytest.raises(ValueError, match="quantised"):
+            reference.convert(model)
+
+    def test_a_model_that_memory_would_not_hold_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reference, "physical_memory", lambda: 10_000)
+
+        with pytest.raises(ValueError, match="more than the memory of this machine"):
+            reference.convert(build_model())
+
+    def test_a_model_that_leaves_float64_is_refused(self) -> None:
+        class Leaving(type(build_model())):  # type: ignore[misc]  # the class of the tiny model
+            def __call__(self, tokens: mx.array) -> mx.array:
+                return super().__call__(tokens).astype(mx.float32)
+
+        model = build_model()
+        model.__class__ = Leaving
+
+        with pytest.raises(ValueError, match=r"turns float64 into mlx\.core\.float32"):
+            reference_gradient(model, build_pairs(1), ReferenceLoss("sigmoid", 0.1, 0.0), lambda _: None)
+
+
+@pytest.fixture
+def gradients_of_workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float] | None]:
+    """What each worker leaves as its gradient, by the beginning of its folder's name; ``None``: the worker fails."""
+    gradients: dict[str, list[float] | None] = {}
+
+    def work(folder: Path, environment: dict[str, str], progress: Callable[[str], None]) -> None:
+        (gradient,) = [gradients[name] for name in gradients if folder.name == name]
+        if gradient is None:
+            raise MeasurementError(f"{folder.name} failed.")
+        progress("1")
+        mx.save_safetensors(str(gradient_file(folder)), {"weight": mx.array(gradient)})
+        Measurement([1.0, 1.0], [1.0, 1.0], [9, 9], 1, 1, None, None, []).save(folder)
+
+    for trainer in (HOST, PLUGIN):
+        gradients |= {f"{trainer}, count": [3.0, 4.0], f"{trainer}, time 1 of 1": [0.0]}
+    gradients[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = [3.0, 4.0]
+    monkeypatch.setattr(compare, "run_worker", work)
+    return gradients
+
+
+class TestGradientDifferences:
+    @pytest.mark.parametrize(
+        ("at_fault", "expected"),
+        [(HOST, GradientDifferences(REFERENCE, 0.2, 0.0)), (PLUGIN, GradientDifferences(REFERENCE, 0.0, 0.2))],
+    )
+    def test_a_wrong_gradient_is_told_of_the_trainer_that_is_at_fault(
+        self, gradients_of_workers: dict[str, list[float] | None], at_fault: str, expected: GradientDifferences
+    ) -> None:
+        gradients_of_workers[f"{at_fault}, count"] = [3.0, 5.0]
+
+        comparison = measured(TINY)
+
+        assert comparison.gradients == expected
+        assert comparison.notes == ()
+
+    def test_without_float64_the_host_is_the_reference_and_a_note_says_so(
+        self, gradients_of_workers: dict[str, list[float] | None]
+    ) -> None:
+        gradients_of_workers[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = None
+        gradients_of_workers[f"{PLUGIN}, count"] = [3.0, 5.0]
+
+        comparison = measured(TINY)
+
+        assert comparison.gradients == GradientDifferences(HOST, None, 0.2)
+        assert comparison.gradients.host_is_reference
+        assert any("could not be computed in float64" in note for note in comparison.notes)
+        assert "the gradient is compared with that of mlx-lm-lora" in comparison.notes
+
+    def test_without_float64_long_context_is_held_against_a_host_that_takes_whole_pairs(
+        self, gradients_of_workers: dict[str, list[float] | None]
+    ) -> None:
+        gradients_of_workers[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = None
+        gradients_of_workers[f"{HOST}, count"] = [0.0, 4.0]
+        gradients_of_workers[f"{HOST}, count without efficient_long_context"] = [3.0, 4.0]
+
+        comparison = measured(LONG)
+
+        assert comparison.gradients == GradientDifferences(HOST, 0.6, 0.0)
+        assert not comparison.gradients.host_is_reference
+
+    def test_without_float64_and_without_whole_pairs_nothing_is_known(
+        self, gradients_of_workers: dict[str, list[float] | None]
+    ) -> None:
+        gradients_of_workers[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = None
+        gradients_of_workers[f"{HOST}, count without efficient_long_context"] = None
+
+        comparison = measured(LONG)
+
+        assert comparison.gradients == GradientDifferences(None, None, None)
+        assert any("no gradient to compare with" in note for note in comparison.notes)
+
+    def test_progress_counts_the_pairs_of_the_reference(
+        self, gradients_of_workers: dict[str, list[float] | None]
+    ) -> None:
+        said: list[str] = []
+
+        compare.compare(case_of_shape(TINY), iterations=1, repeats=1, say=said.append)
+
+        assert f"{TINY.title}: {REFERENCE}, gradient of the first batch, pair 1 of 2" in said
+
+    def test_a_quantised_model_is_measured_against_the_host(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        model, config = quantised_copy(Path(settings["model"]), tmp_path / "model"), tmp_path / "my.yaml"
+        config.write_text(yaml.safe_dump(settings | {"model": str(model)}))
+
+        comparison = compare.compare(case_of_config(config, 4), iterations=1, repeats=1, say=quiet)
+
+        assert comparison.gradients.host_is_reference
+        assert comparison.gradients.plugin is not None
+        assert comparison.gradients.plugin < 1e-5
+        assert any("the model has quantised weights" in note for note in comparison.notes)
+
+
+def quantised_copy(folder: Path, target: Path) -> Path:
+    """A model folder with weights of 4 bits."""
+    from mlx_lm.convert import convert
+
+    convert(str(folder), str(target), quantize=True, q_group_size=32, q_bits=4)
+    return target
 
 
 class TestCases:
@@ -222,7 +417,8 @@ def comparison() -> Comparison:
     host = TrainerResult([[2.0, 4.0], [2.0, 2.0]], [[3.0, 6.0], [3.0, 3.0]], [1, 2], 4_000_000, 9_000_000, 200, 200, 2)
     plugin = TrainerResult([[1.0, 2.0], [1.0, 1.0]], [[2.0, 4.0], [2.0, 2.0]], [1, 2], 1_000_000, 3_000_000, 120, 60, 2)
     lengths = {"prompt": 20.0, "chosen": 9.0, "rejected": 6.0}
-    return Comparison(case_of_shape(TINY), host, plugin, 2, 2, lengths, 3e9, 2.5e-7, None, ("this was patched",))
+    gradients = GradientDifferences(REFERENCE, 1.5e-4, 2.5e-7)
+    return Comparison(case_of_shape(TINY), host, plugin, 2, 2, lengths, 3e9, gradients, ("this was patched",))
 
 
 class TestReport:
@@ -239,14 +435,23 @@ class TestReport:
         assert words["positions through head, a pair"][-3:] == ["100", "30", "0.30"]
         # Six pairs in ten seconds, and in five.
         assert words["needed GFLOP/s"][-3:] == ["1.8", "3.6", "2.00"]
-        assert "  gradient differs by 2.5e-07 of its norm" in lines
+        assert spreads["gradient differs by"] == "gradient differs by 1.5e-04 2.5e-07 relative to float64"
         assert lines[-1] == "  note: this was patched"
 
     def test_what_is_not_known_is_called_unknown(self, comparison: Comparison) -> None:
-        text = report.table(replace(comparison, least_work=None, gradient_difference=None))
+        unknown = GradientDifferences(None, None, None)
 
-        assert "gradient differs by unknown" in text
+        text = report.table(replace(comparison, least_work=None, gradients=unknown))
+
+        (line,) = [line for line in text.splitlines() if "gradient differs by" in line]
+        assert line.split()[-2:] == ["unknown", "unknown"]
         assert "GFLOP" not in text
+
+    def test_a_host_that_is_itself_the_reference_has_no_difference(self, comparison: Comparison) -> None:
+        text = report.table(replace(comparison, gradients=GradientDifferences(HOST, None, 2.5e-7)))
+
+        (line,) = [line for line in text.splitlines() if "gradient differs by" in line]
+        assert line.split() == f"gradient differs by reference 2.5e-07 relative to {HOST}".split()
 
     def test_a_head_that_no_one_watched_has_no_share(self, comparison: Comparison) -> None:
         unseen = replace(comparison.host, head_positions=0)
@@ -268,6 +473,7 @@ class TestReport:
         assert case["speed_ratio"] == 2.0
         assert case["host"]["seconds_per_pair"] == {"median": 2.0, "least": 1.0, "most": 2.0}
         assert case["settings"]["batch_size"] == 2
+        assert case["gradient_difference"] == {"reference": "float64", "host": 1.5e-4, "plugin": 2.5e-7}
         assert written["failures"] == {"other": "too large"}
         assert written["environment"]["mlx-lm-lora"]
 
@@ -327,7 +533,10 @@ def timed(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> list[Case]
     """The cases that are measured; an iteration takes the host a second for each of its tokens, the plugin half."""
     measured_cases: list[Case] = []
 
-    def measure(case: Case, *, iterations: int, repeats: int, say: Callable[[str], None]) -> Comparison:
+    def measure(
+        case: Case, *, iterations: int, repeats: int, say: Callable[[str], None], gradients: bool
+    ) -> Comparison:
+        assert not gradients  # of no use to the plot, and dear
         measured_cases.append(case)
         batches = case.batches(iterations + 1)[1:]
         seconds = [sum(float(case.pairs[index].length) for index in batch) for batch in batches]

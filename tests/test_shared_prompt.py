@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +19,18 @@ from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin import parity, shared_prompt
 from mlx_cpo_plugin.batches import collate
+from mlx_cpo_plugin.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.gradients import BatchGradients, GradientMethod, PairGradients, SharedPromptGradients
+from mlx_cpo_plugin.gradients import (
+    BatchGradients,
+    GradientMethod,
+    PaddedGradients,
+    PairGradients,
+    SharedPromptGradients,
+)
+from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, Grouping, PairSize
 from mlx_cpo_plugin.host.substrate import protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.objective import Objective, objective_for
@@ -54,7 +63,7 @@ def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPr
 
 
 def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
-    gradients = SharedPromptGradients(model, objective, scorer, one_after_the_other=pytest.fail)
+    gradients = SharedPromptGradients(model, objective, scorer, pytest.fail, PAIR_BY_PAIR)
 
     def compute(pairs: list[PreferencePair], step_pairs: int) -> PairGradients:
         with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +73,21 @@ def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptSco
     return compute
 
 
+def in_one_pass(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    if not can_be_padded(fresh_caches(model)):
+        pytest.skip("what this model remembers cannot be padded")
+    gradients = PaddedGradients(model, objective, scorer)
+
+    def compute(pairs: list[PreferencePair], step_pairs: int) -> PairGradients:
+        cuts = [share(pair) for pair in pairs]
+        room = Grouping(0, 0).room([PairSize.of(cut) for cut in cuts])
+        return gradients(cuts, replace(room, shared=room.shared + 3, answer=room.answer + 2), step_pairs)
+
+    return compute
+
+
 WAYS: dict[str, Callable[..., GradientMethod]] = {
+    "in one pass": in_one_pass,
     "side by side": side_by_side,
     "one after the other": one_after_the_other,
     "in segments": segments,

@@ -18,15 +18,18 @@ import pytest
 from conftest import VOCABULARY, add_adapter, build_model, build_pairs
 from mlx.utils import tree_flatten
 
+from mlx_cpo_plugin import parity
 from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.shapes import Shape
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.grouping import PAIR_BY_PAIR
 from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
-# Two pairs of 40 + 20 + 18 tokens: the prompt without its last token once, then both answers from there, padded alike.
+# Two pairs of 40 + 20 + 18 tokens: in one pass, the prompts without their last tokens, then all answers from there.
 ALIKE = Shape(prompt=40, chosen=20, rejected=18, batch=2, vocabulary=VOCABULARY)
-# Two of 40 + 20 + 10: the prompt, each answer by itself to save memory, and the prompt again for its gradient.
+# Two of 40 + 20 + 10, pair by pair: each prompt, then each answer by itself to save memory, and the prompt again for
+# its gradient.
 UNLIKE = replace(ALIKE, rejected=10)
 
 
@@ -35,20 +38,21 @@ def logits(*positions: int) -> int:
     return sum(count * (VOCABULARY + count) for count in positions)
 
 
-# Shape and settings -> tokens through the layers and logits out of the head of an iteration.
+# Shape and settings -> tokens through the layers, logits out of the head, and passes of an iteration.
 WORK_OF_AN_ITERATION = [
-    (ALIKE, {}, 2 * (39 + 2 * 20), 2 * logits(20 + 18)),
-    (ALIKE, {"grad_checkpoint": True}, 2 * 2 * (39 + 2 * 20), 2 * logits(20 + 18)),
-    (UNLIKE, {}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10)),
-    (UNLIKE, {"grad_checkpoint": True}, 2 * (39 + 2 * 39 + 2 * (20 + 10)), 2 * logits(20, 10)),
-    (UNLIKE, {"seq_step_size": 32}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10)),
+    (ALIKE, {}, 2 * (39 + 2 * 20), logits(2 * (20 + 18)), 2),
+    (ALIKE, {"grad_checkpoint": True}, 2 * 2 * (39 + 2 * 20), logits(2 * (20 + 18)), 4),
+    (UNLIKE, {}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10), 8),
+    (UNLIKE, {"grad_checkpoint": True}, 2 * (39 + 2 * 39 + 2 * (20 + 10)), 2 * logits(20, 10), 14),
+    (UNLIKE, {"seq_step_size": 32}, 2 * (2 * 39 + 20 + 10), 2 * logits(20, 10), 12),
 ]
 
 # 60 pairs of mixed lengths in batches of two: 9,092 tokens, of which 5,962 are the answers'.
-EPOCH_TOKENS = 11_229
-EPOCH_LOGITS = 1_143_610
+EPOCH_TOKENS = 13_086
+EPOCH_LOGITS = 2_188_884
+EPOCH_PASSES = 60
 # 120 pairs of mixed lengths in batches of two: each compiled function with each of its shapes.
-COMPILED_SHAPES = 1
+COMPILED_SHAPES = 8
 
 
 class IterationWork:
@@ -58,11 +62,13 @@ class IterationWork:
         self.work = work
         self.tokens_through_layers: list[int] = []
         self.logits_out_of_head: list[int] = []
+        self.passes: list[int] = []
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
         if info["iteration"] > 1:
             self.tokens_through_layers.append(self.work.backbone_tokens)
             self.logits_out_of_head.append(sum(self.work.head_logits))
+            self.passes.append(len(self.work.layer_shapes))
         self.work.clear()
 
 
@@ -122,14 +128,24 @@ def test_another_model_of_the_same_class_does_not_count_and_nothing_stays_behind
     assert type(model.layers[0]).__call__ is call
 
 
-@pytest.mark.parametrize(("shape", "arguments", "tokens", "logits"), WORK_OF_AN_ITERATION)
+@pytest.mark.parametrize(("shape", "arguments", "tokens", "logits", "passes"), WORK_OF_AN_ITERATION)
 def test_an_iteration_computes_exactly_this_much(
-    tmp_path: Path, shape: Shape, arguments: dict[str, Any], tokens: int, logits: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Shape,
+    arguments: dict[str, Any],
+    tokens: int,
+    logits: int,
+    passes: int,
 ) -> None:
+    if shape is UNLIKE:
+        monkeypatch.setattr(parity, "grouping_for", lambda model: PAIR_BY_PAIR)
+
     work = train(tmp_path, shape.pairs(4), iterations=2, **arguments)
 
     assert work.tokens_through_layers == [tokens]
     assert work.logits_out_of_head == [logits]
+    assert work.passes == [passes]
 
 
 def test_an_epoch_of_mixed_lengths_computes_exactly_this_much(tmp_path: Path) -> None:
@@ -138,10 +154,8 @@ def test_an_epoch_of_mixed_lengths_computes_exactly_this_much(tmp_path: Path) ->
     work = train(tmp_path, pairs, iterations=60)
 
     # The second epoch, since the first iteration is not counted.
-    assert (sum(work.tokens_through_layers[-30:]), sum(work.logits_out_of_head[-30:])) == (
-        EPOCH_TOKENS,
-        EPOCH_LOGITS,
-    )
+    counts = (work.tokens_through_layers, work.logits_out_of_head, work.passes)
+    assert [sum(count[-30:]) for count in counts] == [EPOCH_TOKENS, EPOCH_LOGITS, EPOCH_PASSES]
 
 
 @pytest.fixture
@@ -170,6 +184,6 @@ def _kind(value: Any) -> Any:
 
 
 def test_an_epoch_of_mixed_lengths_is_compiled_for_few_shapes(tmp_path: Path, compiled: set[Any]) -> None:
-    train(tmp_path, build_pairs(120, longest=200), iterations=60)
+    train(tmp_path, build_pairs(120, longest=200), iterations=60, compile=True)
 
     assert len(compiled) == COMPILED_SHAPES

@@ -108,7 +108,7 @@ def suite(model: Path | None, data: Path | None, rows: int | None) -> list[Case]
 def _resolved(settings: Mapping[str, Any]) -> SimpleNamespace:
     """Resolve settings, then switch off what would be measured beside training or make two runs differ."""
     resolved = config.resolve({"train": True, "train_mode": "cpo", **settings}).settings
-    resolved.test = resolved.fuse = False
+    resolved.test = resolved.fuse = resolved.qat_enable = False
     resolved.epochs = resolved.wandb = resolved.resume_adapter_file = None
     resolved.gradient_accumulation_steps = 1
     resolved.steps_per_report = 1
@@ -128,7 +128,7 @@ def _case_of_data(name: str, settings: Mapping[str, Any], rows: int | None) -> C
     usable = [pair for pair in pairs if pair.chosen_scored.all() and pair.rejected_scored.all()]
     if not usable:
         raise DataError(f"{name}: there is no training pair that both trainers can score alike; check the data.")
-    notes = ["dropout and gradient accumulation are off"]
+    notes = ["dropout, gradient accumulation and fake quantisation are off"]
     if len(usable) < len(pairs):
         notes.append(
             f"{len(pairs) - len(usable)} pairs left out: mlx-lm-lora would score tokens of their answers "

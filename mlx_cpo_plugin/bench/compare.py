@@ -1,4 +1,7 @@
-"""Runs both trainers in turn, each in fresh processes, and holds their measurements against each other."""
+"""Runs both trainers in turn, each in fresh processes, and holds their measurements against each other.
+
+Their gradients are held against one in float64 where there is one, else against that of mlx-lm-lora.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.bench.cases import Case
-from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, Job, Measurement, gradient_file, save_pairs
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, save_pairs
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host.finder import DISABLE_VARIABLE
 
 COUNTED_ITERATIONS = 2
+REFERENCE_TASK = "gradient of the first batch"
 _LINES_KEPT = 30
 
 Say = Callable[[str], None]
@@ -68,6 +72,26 @@ class TrainerResult:
 
 
 @dataclass(frozen=True)
+class GradientDifferences:
+    """How far the trainers' first gradients are from a reference: norm of the difference over that of the reference.
+
+    Attributes:
+        reference: whose gradient is the reference, :data:`REFERENCE` or :data:`HOST`; ``None`` if there is none.
+        host: of mlx-lm-lora; ``None`` if unknown, or if its gradient of this case is itself the reference.
+        plugin: of this project's trainer; ``None`` if unknown, as where the reference is zero.
+    """
+
+    reference: str | None
+    host: float | None
+    plugin: float | None
+
+    @property
+    def host_is_reference(self) -> bool:
+        """Whether mlx-lm-lora has no difference because the other one is held against it."""
+        return self.reference == HOST and self.host is None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Both trainers on one case.
 
@@ -76,9 +100,7 @@ class Comparison:
         lengths: mean tokens of a timed pair, by part.
         least_work: floating-point operations that a pair of mean lengths takes at least, see :func:`least_work`;
             ``None`` if unknown.
-        gradient_difference: norm of the difference of the first gradients, relative to that of the reference;
-            ``None`` if there is no reference.
-        host_gradient_difference: the same for mlx-lm-lora, where the reference is not its gradient of this case.
+        gradients: how far those of the first batch are from a reference.
         notes: what was done to make the two comparable, one sentence each.
     """
 
@@ -89,8 +111,7 @@ class Comparison:
     iterations: int
     lengths: dict[str, float]
     least_work: float | None
-    gradient_difference: float | None
-    host_gradient_difference: float | None
+    gradients: GradientDifferences
     notes: tuple[str, ...]
 
     @property
@@ -113,19 +134,20 @@ def _ratio_of_repeats(host: list[list[float]], plugin: list[list[float]]) -> flo
     return median(sum(theirs) / sum(ours) for theirs, ours in zip(host, plugin, strict=True))
 
 
-def compare(case: Case, *, iterations: int, repeats: int, say: Say) -> Comparison:
+def compare(case: Case, *, iterations: int, repeats: int, say: Say, gradients: bool = True) -> Comparison:
     """Measure both trainers on ``case``.
 
     Args:
         iterations: timed iterations of each process, after one to warm up.
         repeats: timed processes of each trainer, in turn.
+        gradients: whether those of the first batch are compared, too.
         say: takes progress, a few words at a time.
 
     Raises:
         MeasurementError: a process failed; says which and why.
     """
     with tempfile.TemporaryDirectory(prefix="mlx-cpo-bench-") as folder:
-        return _Runs(case, Path(folder), say).compare(iterations, repeats)
+        return _Runs(case, Path(folder), say).compare(iterations, repeats, gradients)
 
 
 class _Runs:
@@ -138,11 +160,13 @@ class _Runs:
         self.host_changes: dict[str, object] = {}
         save_pairs(folder / "pairs.npz", case.pairs)
 
-    def compare(self, iterations: int, repeats: int) -> Comparison:
+    def compare(self, iterations: int, repeats: int, gradients: bool) -> Comparison:
         counted = self.case.batches(COUNTED_ITERATIONS)
         host_count, notes = self._count_host(counted)
         counts = {HOST: host_count, PLUGIN: self.run("count", PLUGIN, counted)}
-        difference, host_difference = self._gradient_differences(counted, notes)
+        differences = GradientDifferences(None, None, None)
+        if gradients:
+            differences = self._gradient_differences(counted[:1], notes)
 
         batches = self.case.batches(iterations + 1)
         timings = self._time_in_turn(batches, repeats)
@@ -163,8 +187,7 @@ class _Runs:
             iterations=iterations,
             lengths=lengths,
             least_work=least_work(lengths, counts[PLUGIN]),
-            gradient_difference=difference,
-            host_gradient_difference=host_difference,
+            gradients=differences,
             notes=(*self.case.notes, *host_count.patches, *notes),
         )
 
@@ -190,30 +213,51 @@ class _Runs:
             note = f"mlx-lm-lora runs without efficient_long_context, which fails on this model ({_quoted(error)})"
             return self.run("count", HOST, counted, **self.host_changes), [note]
 
-    def _gradient_differences(
-        self, counted: Sequence[Sequence[int]], notes: list[str]
-    ) -> tuple[float | None, float | None]:
-        """Return the plugin's difference, and the host's where it is not itself the reference; add to ``notes``."""
+    def _gradient_differences(self, first_batch: Sequence[Sequence[int]], notes: list[str]) -> GradientDifferences:
+        """Hold both trainers against float64, or where that fails against the host; add to ``notes``."""
         plugin, host = (gradient_file(self._folder_of("count", trainer)) for trainer in (PLUGIN, HOST))
+        try:
+            reference = self._compute_reference(first_batch)
+        except MeasurementError as error:
+            notes.append(f"the gradient could not be computed in float64 ({_quoted(error)})")
+            return self._differences_from_host(host, plugin, first_batch, notes)
+        return _differences(REFERENCE, reference, host, plugin)
+
+    def _compute_reference(self, first_batch: Sequence[Sequence[int]]) -> Path:
+        """Return the file with the float64 gradient."""
+        self._work(REFERENCE_TASK, REFERENCE, first_batch, len(first_batch[0]), "pair")
+        return gradient_file(self._folder_of(REFERENCE_TASK, REFERENCE))
+
+    def _differences_from_host(
+        self, host: Path, plugin: Path, first_batch: Sequence[Sequence[int]], notes: list[str]
+    ) -> GradientDifferences:
+        """Hold the plugin against the host, and both against a host that takes a pair as a whole if need be."""
         if self.host_changes or not self.case.settings.efficient_long_context:
-            return relative_difference(plugin, host), None
+            notes.append("the gradient is compared with that of mlx-lm-lora")
+            return GradientDifferences(HOST, None, relative_difference(plugin, host))
         task = "count without efficient_long_context"
         try:
-            self.run(task, HOST, counted[:1], efficient_long_context=False)
+            self.run(task, HOST, first_batch, efficient_long_context=False)
         except MeasurementError as error:
             notes.append(
                 f"no gradient to compare with, since mlx-lm-lora cannot take a pair as a whole ({_quoted(error)})"
             )
-            return None, None
+            return GradientDifferences(None, None, None)
         notes.append("gradients are compared with that of mlx-lm-lora without efficient_long_context")
-        reference = gradient_file(self._folder_of(task, HOST))
-        return relative_difference(plugin, reference), relative_difference(host, reference)
+        return _differences(HOST, gradient_file(self._folder_of(task, HOST)), host, plugin)
 
     def _folder_of(self, task: str, trainer: str) -> Path:
         return self.folder / f"{trainer}, {task}"
 
     def run(self, task: str, trainer: str, batches: Sequence[Sequence[int]], **changes: object) -> Measurement:
-        """Run one process to its end, with ``changes`` in its settings; ``task`` begins with ``count`` or ``time``."""
+        """Measure one process, with ``changes`` in its settings; ``task`` begins with ``count`` or ``time``."""
+        self._work(task, trainer, batches, len(batches), "iteration", **changes)
+        return Measurement.load(self._folder_of(task, trainer))
+
+    def _work(
+        self, task: str, trainer: str, batches: Sequence[Sequence[int]], steps: int, step: str, **changes: object
+    ) -> None:
+        """Run one process to its end, telling which ``step`` of how many ``steps`` is done."""
         folder = self._folder_of(task, trainer)
         never = len(batches) + 1
         settings = vars(self.case.settings) | {"iters": len(batches), "steps_per_eval": never, "save_every": never}
@@ -230,8 +274,11 @@ class _Runs:
             environment[DISABLE_VARIABLE] = "1"
         title = f"{self.case.name}: {folder.name}"
         self.say(title)
-        run_worker(folder, environment, lambda finished: self.say(f"{title}, iteration {finished} of {len(batches)}"))
-        return Measurement.load(folder)
+        run_worker(folder, environment, lambda finished: self.say(f"{title}, {step} {finished} of {steps}"))
+
+
+def _differences(name: str, reference: Path, host: Path, plugin: Path) -> GradientDifferences:
+    return GradientDifferences(name, relative_difference(host, reference), relative_difference(plugin, reference))
 
 
 def _result(
@@ -250,7 +297,7 @@ def _result(
 
 
 def run_worker(folder: Path, environment: dict[str, str], progress: Callable[[str], None]) -> None:
-    """Run the job in ``folder``, telling each finished iteration.
+    """Run the job in ``folder``, passing on each number of finished steps.
 
     Raises:
         MeasurementError: the process failed or was killed.

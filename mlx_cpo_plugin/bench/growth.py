@@ -79,7 +79,8 @@ def measure_curve(name: str, shape: Shape, repeats: int, say: Say, doublings: in
     for doubling in range(doublings + 1):
         size, grown, rows = sized(name, shape, 2**doubling)
         iterations = rows // grown.batch
-        comparison = compare(case_of_shape(grown, rows), iterations=iterations, repeats=repeats, say=say)
+        case = case_of_shape(grown, rows)
+        comparison = compare(case, iterations=iterations, repeats=repeats, say=say, gradients=False)
         results = {HOST: comparison.host, PLUGIN: comparison.plugin}
         per_repeat = {trainer: median(map(sum, result.seconds)) for trainer, result in results.items()}
         shares = {"rows": 1, "prompt": rows, "answers": rows, "batch": iterations}

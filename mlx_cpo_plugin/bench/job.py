@@ -14,8 +14,10 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 
 HOST = "mlx-lm-lora"
 PLUGIN = "mlx-cpo-plugin"
+# No trainer: computes the gradient that the two are held against.
+REFERENCE = "float64"
 
-# What a line of a process's output begins with that tells the number of finished iterations.
+# What a line of a process's output begins with that tells the number of finished iterations; REFERENCE counts pairs.
 PROGRESS_MARK = "finished iteration "
 
 _PARTS = ("prompt", "chosen", "rejected", "chosen_scored", "rejected_scored")
@@ -26,8 +28,9 @@ class Job:
     """What one process has to do.
 
     Attributes:
-        trainer: :data:`HOST` or :data:`PLUGIN`.
-        task: ``time`` measures seconds and memory; ``count`` counts work and keeps the first gradient.
+        trainer: :data:`HOST`, :data:`PLUGIN` or :data:`REFERENCE`.
+        task: ``time`` measures seconds and memory; ``count`` counts work and keeps the first gradient; ``gradient``,
+            for :data:`REFERENCE`, computes the gradient of the first batch.
         settings: every resolved setting by name.
         model_config: as in :class:`mlx_cpo_plugin.bench.cases.Case`.
         batches: indices of the pairs of each iteration.
@@ -90,7 +93,7 @@ class Measurement:
 
 
 def gradient_file(folder: Path) -> Path:
-    """Where a process that counts work leaves the gradient of its first optimizer step."""
+    """Where a process leaves the gradient of the first batch, float32 by parameter name; those that time have none."""
     return folder / "gradient.safetensors"
 
 

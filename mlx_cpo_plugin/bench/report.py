@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from statistics import median
 from typing import Any
 
-from mlx_cpo_plugin.bench.compare import Comparison, TrainerResult
+from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN
 
 _LABEL, _COLUMN = 32, 28
@@ -43,9 +44,7 @@ def table(comparison: Comparison) -> str:
         lines.append(
             f"  a pair needs {comparison.least_work / 1e9:.3g} GFLOP, its products inside attention not counted"
         )
-    lines.append(f"  gradient differs by {_or_unknown(comparison.gradient_difference)} of its norm")
-    if comparison.host_gradient_difference is not None:
-        lines.append(f"  gradient of {HOST} differs by {comparison.host_gradient_difference:.1e}")
+    lines.append(_gradients(comparison.gradients))
     lines.append(
         f"  repeats in turn: {comparison.repeats}, iterations of each: {comparison.iterations}; median (least to most)"
     )
@@ -54,7 +53,7 @@ def table(comparison: Comparison) -> str:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """Return one line for each case: the ratios and the gradient difference."""
+    """Return one line for each case: the ratios and how far the plugin's gradient is from the reference."""
     width = max(len(comparison.case.name) for comparison in comparisons)
     lines = [f"{'':{width}}  {'speed':>8}{'memory':>8}{'tokens':>8}{'head':>8}{'gradient':>10}"]
     for comparison in comparisons:
@@ -63,7 +62,7 @@ def summary(comparisons: Sequence[Comparison]) -> str:
         positions = _share(plugin.head_positions, host.head_positions)
         lines.append(
             f"{comparison.case.name:{width}}  {comparison.speed_ratio:>7.2f}x{comparison.memory_ratio:>8.2f}"
-            f"{tokens:>8}{positions:>8}{_or_unknown(comparison.gradient_difference):>10}"
+            f"{tokens:>8}{positions:>8}{_or_unknown(comparison.gradients.plugin):>10}"
         )
     return "\n".join(lines)
 
@@ -106,8 +105,7 @@ def _figures(comparison: Comparison) -> dict[str, Any]:
         "speed_ratio": comparison.speed_ratio,
         "processor_ratio": comparison.processor_ratio,
         "memory_ratio": comparison.memory_ratio,
-        "gradient_difference": comparison.gradient_difference,
-        "host_gradient_difference": comparison.host_gradient_difference,
+        "gradient_difference": asdict(comparison.gradients),
         "notes": list(comparison.notes),
     }
 
@@ -158,6 +156,12 @@ def _counts(label: str, host: TrainerResult, plugin: TrainerResult, name: str) -
 def _share(count: float, of: float) -> str:
     """A model whose head is none that is watched has no positions counted."""
     return f"{count / of:.2f}" if of else "unknown"
+
+
+def _gradients(gradients: GradientDifferences) -> str:
+    host = "reference" if gradients.host_is_reference else _or_unknown(gradients.host)
+    reference = "" if gradients.reference is None else f"relative to {gradients.reference}"
+    return _line("gradient differs by", [host, _or_unknown(gradients.plugin)], reference).rstrip()
 
 
 def _or_unknown(difference: float | None) -> str:

@@ -9,6 +9,7 @@ import importlib
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from mlx_cpo_plugin.bench import host_trainer
 from mlx_cpo_plugin.bench.counting import Work, counted_work
-from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, Job, Measurement, gradient_file, load_pairs
+from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, load_pairs
+from mlx_cpo_plugin.bench.reference import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.host.run import build_optimizer, load_model
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
 ADAPTER_SCALE = 0.01
@@ -55,19 +57,36 @@ class IterationRecorder:
             if len(self.seconds) == 2:
                 self.backbone_tokens, self.head_positions = self.work.backbone_tokens, self.work.head_tokens
             self.work.clear()
-        print(f"\n{PROGRESS_MARK}{len(self.seconds)}", flush=True)
+        tell_progress(len(self.seconds))
 
     def on_val_loss_report(self, info: dict[str, Any]) -> None:
         """Nothing is validated."""
 
 
 def main() -> None:
-    """Do the job in the folder that the command line names, and leave the measurement there."""
+    """Do the job in the folder that the command line names, and leave what was found there."""
     folder = Path(sys.argv[1])
-    do(Job.load(folder), folder).save(folder)
+    job = Job.load(folder)
+    if job.trainer == REFERENCE:
+        compute_reference(job, folder)
+    else:
+        measure(job, folder).save(folder)
 
 
-def do(job: Job, folder: Path) -> Measurement:
+def compute_reference(job: Job, folder: Path) -> None:
+    """Build the model, and leave the float64 gradient of the job's first batch in ``folder``."""
+    mx.disable_compile()
+    settings = SimpleNamespace(**job.settings)
+    model = build_model(job, settings)
+    model.train()
+    pairs = load_pairs(Path(job.pairs_file))
+    batch = [pairs[index] for index in job.batches[0]]
+    gradient = reference_gradient(model, batch, ReferenceLoss.from_settings(settings), tell_progress)
+    with mx.stream(mx.cpu):
+        save_gradient(gradient_file(folder), gradient)
+
+
+def measure(job: Job, folder: Path) -> Measurement:
     """Build the model, train it for the job's iterations, and return what was found."""
     counts = job.task == "count"
     if counts:
@@ -127,11 +146,20 @@ def keep_first_gradient(optimizer: optimizers.Optimizer, file: Path) -> None:
 
     def keeping_update(model: nn.Module, gradients: dict[str, Any]) -> None:
         if not file.exists():
-            flat: list[tuple[str, mx.array]] = tree_flatten(gradients)  # type: ignore[assignment]  # only strings have none
-            mx.save_safetensors(str(file), {name: value.astype(mx.float32) for name, value in flat})
+            save_gradient(file, by_name(gradients))
         update(model, gradients)
 
     optimizer.update = keeping_update  # type: ignore[method-assign]  # this one optimizer only
+
+
+def save_gradient(file: Path, gradient: Mapping[str, mx.array]) -> None:
+    """Write a gradient in float32."""
+    mx.save_safetensors(str(file), {name: value.astype(mx.float32) for name, value in gradient.items()})
+
+
+def tell_progress(finished: int) -> None:
+    """Let the process that waits for this one know how many iterations, or pairs, are done."""
+    print(f"\n{PROGRESS_MARK}{finished}", flush=True)
 
 
 def layer_weights(model: nn.Module) -> int | None:
