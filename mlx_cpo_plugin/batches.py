@@ -105,36 +105,61 @@ class MicroBatch:
     epoch: int
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """How much goes into a micro-batch, over all ranks.
+
+    Attributes:
+        pairs: this many pairs, unless ``tokens`` is set.
+        tokens: as many pairs as have no more tokens together; one at least.
+        accumulation: micro-batches of an optimizer step.
+    """
+
+    pairs: int
+    tokens: int | None = None
+    accumulation: int = 1
+
+    def windows(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[list[int]]]:
+        """Yield the micro-batches of each optimizer step of an epoch, whose pairs come in ``order``.
+
+        By pairs, a step is cut into micro-batches of like length, so that accumulating k batches of b pairs is, pair
+        for pair, the step of one batch of k * b. By tokens, micro-batches follow the order.
+        """
+        if self.tokens is None:
+            step = self.pairs * self.accumulation
+            for start in range(0, len(order), step):
+                window = sorted(order[start : start + step], key=lambda index: lengths[index])
+                yield [window[at : at + self.pairs] for at in range(0, len(window), self.pairs)]
+            return
+        batches: list[list[int]] = []
+        room = 0
+        for index in order:
+            if lengths[index] > room:
+                batches.append([])
+                room = self.tokens
+            batches[-1].append(index)
+            room -= lengths[index]
+        for start in range(0, len(batches), self.accumulation):
+            yield batches[start : start + self.accumulation]
+
+
 def training_plan(
-    lengths: Sequence[int],
-    *,
-    batch_size: int,
-    accumulation: int,
-    iters: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
+    lengths: Sequence[int], size: BatchSize, *, iters: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[MicroBatch]:
     """Yield ``iters`` micro-batches in which every epoch sees each pair exactly once, in a seeded order.
 
-    An optimizer step takes ``batch_size * accumulation`` pairs of the shuffled epoch (fewer at its end) and is computed
-    in micro-batches of ``batch_size`` pairs of like length. So accumulating k batches of b pairs is, pair for pair, the
-    step of one batch of k * b. ``batch_size`` counts the pairs over all ranks, as the host does.
-
     Args:
-        lengths: length in tokens of each pair.
+        lengths: tokens of each pair.
         iters: micro-batches to yield; a step that they cut short closes early and counts only what it holds.
     """
     remaining = iters
     for epoch in count():
-        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-        for start in range(0, len(order), batch_size * accumulation):
-            window = sorted(order[start : start + batch_size * accumulation], key=lambda index: lengths[index])
-            micro_batches = [window[at : at + batch_size] for at in range(0, len(window), batch_size)][:remaining]
+        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
+            micro_batches = window[:remaining]
             window_pairs = sum(map(len, micro_batches))
             for number, indices in enumerate(micro_batches, 1):
                 yield MicroBatch(
-                    indices=tuple(int(index) for index in indices[rank::world_size]),
+                    indices=tuple(indices[rank::world_size]),
                     window_pairs=window_pairs,
                     closes_window=number == len(micro_batches),
                     epoch=epoch,
@@ -142,6 +167,21 @@ def training_plan(
             remaining -= len(micro_batches)
             if remaining == 0:
                 return
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """Return the order in which an epoch sees the pairs; it depends on nothing else."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+    return order
+
+
+def micro_batches_of(epochs: int, lengths: Sequence[int], size: BatchSize, seed: int) -> int:
+    """Return how many micro-batches :func:`training_plan` has in its first epochs."""
+    return sum(
+        len(window)
+        for epoch in range(epochs)
+        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths)
+    )
 
 
 def evaluation_plan(

@@ -199,6 +199,8 @@ def _notes(
         notes.append(f"reference_model_path has no effect: {mode.name} uses no reference model.")
     if values["iters"] is not None and values["epochs"] is not None:
         notes.append(f"epochs has no effect: iters is set, too, to {values['iters']}.")
+    if values.get("batch_tokens") is not None and sources.gives("batch_size"):
+        notes.append("batch_size has no effect on training: batch_tokens is set, too.")
     if values["qat_enable"] and not mode.supports_qat:
         notes.append(f"qat_enable has no effect: {mode.name} does not support QAT.")
     return notes

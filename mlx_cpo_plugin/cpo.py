@@ -38,6 +38,15 @@ SCORING = Option(
     title="Scoring",
     choices=("auto", "shared", "plain"),
 )
+BATCH_TOKENS = Option(
+    "batch_tokens",
+    int,
+    None,
+    "Tokens, of prompt and both answers, that the pairs of a batch have together at most, instead of batch_size pairs.",
+    title="Batch tokens",
+    minimum=1,
+    optional=True,
+)
 
 
 @hookimpl
@@ -50,7 +59,7 @@ def register_train_modes() -> list[TrainMode]:
             load_dataset=load_dataset,
             train=train,
             evaluate=evaluate,
-            options=(BETA, DELTA, LOSS, REFERENCE, SCORING),
+            options=(BETA, DELTA, LOSS, REFERENCE, SCORING, BATCH_TOKENS),
             loss_option=LOSS_OPTION,
             supports_qat=True,
         )

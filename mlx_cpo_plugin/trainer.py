@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin.activations import lean_activations
-from mlx_cpo_plugin.batches import collate, scored_tokens, training_plan
+from mlx_cpo_plugin.batches import BatchSize, collate, scored_tokens, training_plan
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
 from mlx_cpo_plugin.cpo import SCORING
@@ -55,6 +55,10 @@ class CPOTrainingArgs(SFTTrainingArgs):
     scoring: str = field(
         default="auto", metadata={"help": "Share the prompt of a pair's answers (shared), or not (plain); auto tries."}
     )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that the pairs of a batch have at most, instead of batch_size."},
+    )
     compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
 
     @classmethod
@@ -86,6 +90,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
             qat_interval=settings.qat_interval,
             seed=settings.seed,
             scoring=settings.scoring,
+            batch_tokens=settings.batch_tokens,
         )
 
     def loss_settings(self) -> Mapping[str, Any]:
@@ -128,9 +133,8 @@ def train_cpo(
     metrics_file = MetricsFile(adapter_file.parent / "metrics.jsonl" if world.rank() == 0 else None)
     reporter = ProgressReporter(objective.beta, training_callback, metrics_file)
     plan = training_plan(
-        [pair.length for pair in pairs],
-        batch_size=args.batch_size,
-        accumulation=args.gradient_accumulation_steps,
+        [pair.tokens for pair in pairs],
+        BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
         iters=args.iters,
         seed=args.seed,
         rank=world.rank(),
@@ -297,6 +301,7 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
     rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
     rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))
+    rules.append(("batch_tokens", args.batch_tokens is None or args.batch_tokens >= 1, "at least 1, or None"))
     rules.append(("scoring", args.scoring in SCORING.choices, SCORING.allowed()))
     rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
     for name, holds, allowed in rules:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 from conftest import build_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin.batches import MicroBatch, collate, evaluation_plan, scored_tokens, training_plan
+from mlx_cpo_plugin.batches import (
+    BatchSize,
+    MicroBatch,
+    collate,
+    evaluation_plan,
+    micro_batches_of,
+    scored_tokens,
+    training_plan,
+)
 
 sizes = st.integers(1, 40)
 
 
-def plan(lengths: list[int], **arguments: int) -> list[MicroBatch]:
-    defaults = {"batch_size": 4, "accumulation": 1, "iters": 20, "seed": 0}
-    return list(training_plan(lengths, **(defaults | arguments)))
+def plan(
+    lengths: list[int],
+    batch_size: int = 4,
+    batch_tokens: int | None = None,
+    accumulation: int = 1,
+    iters: int = 20,
+    seed: int = 0,
+    **ranks: int,
+) -> list[MicroBatch]:
+    size = BatchSize(batch_size, batch_tokens, accumulation)
+    return list(training_plan(lengths, size, iters=iters, seed=seed, **ranks))
 
 
 @given(rows=sizes, batch_size=st.integers(1, 50), accumulation=st.integers(1, 5), seed=st.integers(0, 9))
@@ -74,6 +90,37 @@ def test_ranks_share_each_micro_batch_without_overlap(rows: int, batch_size: int
         shares = [shard[number] for shard in together]
         assert sorted(index for share in shares for index in share.indices) == sorted(whole.indices)
         assert {share.window_pairs for share in shares} == {whole.window_pairs}
+
+
+lengths_of_pairs = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+@given(lengths=lengths_of_pairs, batch_tokens=st.integers(1, 120), accumulation=st.integers(1, 4))
+def test_a_batch_by_tokens_takes_what_fits_and_an_epoch_each_pair_once(
+    lengths: list[int], batch_tokens: int, accumulation: int
+) -> None:
+    iters = micro_batches_of(2, lengths, BatchSize(4, batch_tokens, accumulation), seed=0)
+
+    micro_batches = plan(lengths, batch_tokens=batch_tokens, accumulation=accumulation, iters=iters)
+
+    for epoch in range(2):
+        batches = [batch for batch in micro_batches if batch.epoch == epoch]
+        assert Counter(index for batch in batches for index in batch.indices) == Counter(range(len(lengths)))
+        for batch, following in pairwise(batches):
+            tokens = sum(lengths[index] for index in batch.indices)
+            assert tokens <= batch_tokens or len(batch.indices) == 1
+            assert tokens + lengths[following.indices[0]] > batch_tokens
+        assert batches[-1].closes_window
+        assert sum(batch.closes_window for batch in batches) == -(-len(batches) // accumulation)
+
+
+@given(rows=sizes, batch_size=st.integers(1, 9), accumulation=st.integers(1, 5), epochs=st.integers(1, 3))
+def test_the_micro_batches_of_epochs_by_pairs_are_those_that_the_host_counts(
+    rows: int, batch_size: int, accumulation: int, epochs: int
+) -> None:
+    counted = micro_batches_of(epochs, [1] * rows, BatchSize(batch_size, None, accumulation), seed=0)
+
+    assert counted == epochs * -(-rows // batch_size)
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:

@@ -80,6 +80,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "dpo_cpo_loss_type": ("dpop", "ipo"),
     "reference_model_path": ("yaml-reference", "call-reference"),
     "scoring": ("plain", "shared"),
+    "batch_tokens": (500, 600),
 }
 
 every_key = pytest.mark.parametrize("key", VALUES)
@@ -343,3 +344,8 @@ def test_note_on_qat_in_a_mode_without_it() -> None:
     given_values = {"train_mode": "judged", "train": True, "qat_enable": True}
 
     assert config.resolve(given_values).notes == ("qat_enable has no effect: judged does not support QAT.",)
+
+
+def test_note_when_a_batch_is_measured_both_ways() -> None:
+    assert notes(batch_size=2, batch_tokens=500) == ("batch_size has no effect on training: batch_tokens is set, too.",)
+    assert notes(batch_tokens=500) == ()

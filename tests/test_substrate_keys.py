@@ -309,6 +309,16 @@ def test_scoring_decides_whether_prompts_are_computed_once(
     assert_same(outcome.adapter, run().adapter, tolerance=1e-3)
 
 
+def test_batch_tokens_decides_how_many_pairs_are_in_a_batch(run: Callable[..., Outcome]) -> None:
+    whole = run(batch_tokens=100_000, batch_size=1, iters=None, epochs=2)
+    by_pairs = run(batch_size=100, iters=None, epochs=2)
+    one_by_one = run(batch_tokens=1, iters=None, epochs=1)
+
+    assert [line["iteration"] for line in whole.metrics("train")] == [1, 2]
+    assert_same(whole.adapter, by_pairs.adapter, tolerance=1e-5)
+    assert [line["iteration"] for line in one_by_one.metrics("train")] == list(range(1, 10 + 1))
+
+
 def test_recurrence_chunk_size_reaches_the_hosts_recurrences(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

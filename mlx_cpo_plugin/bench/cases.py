@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlx_cpo_plugin import config
-from mlx_cpo_plugin.batches import training_plan
+from mlx_cpo_plugin.batches import BatchSize, training_plan
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -51,9 +51,8 @@ class Case:
     def batches(self, iterations: int) -> list[list[int]]:
         """Return the pairs of each iteration, in the order in which the trainer of this project takes them."""
         plan = training_plan(
-            [pair.length for pair in self.pairs],
-            batch_size=self.settings.batch_size,
-            accumulation=1,
+            [pair.tokens for pair in self.pairs],
+            BatchSize(self.settings.batch_size, self.settings.batch_tokens),
             iters=iterations,
             seed=self.settings.seed,
         )

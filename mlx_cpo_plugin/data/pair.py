@@ -30,3 +30,8 @@ class PreferencePair:
     def length(self) -> int:
         """Tokens of the longer side, prompt included."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and both answers."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)

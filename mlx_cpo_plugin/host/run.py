@@ -27,6 +27,7 @@ from mlx_lm_lora.utils import (
 )
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
+from mlx_cpo_plugin.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.checkpoints import load_adapter
 from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
@@ -190,7 +191,7 @@ def train_mode(
     """Train from fresh or resumed weights."""
     # The host seeds here too: dropout does not depend on how much randomness loading took.
     mx.random.seed(settings.seed)
-    settings.iters = iterations(settings, len(train_set))
+    settings.iters = iterations(settings, train_set)
     if settings.resume_adapter_file is not None:
         print_info(f"Loading fine-tuned weights from {Colors.CYAN}{settings.resume_adapter_file}{Colors.RESET}")
         load_adapter(model, Path(settings.resume_adapter_file))
@@ -207,12 +208,16 @@ def train_mode(
     )
 
 
-def iterations(settings: SimpleNamespace, rows: int) -> int:
+def iterations(settings: SimpleNamespace, train_set: Sequence[Any]) -> int:
     """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
     if settings.iters is not None:
         return int(settings.iters)
     if settings.epochs is not None:
-        return int(settings.epochs) * math.ceil(rows / settings.batch_size)
+        batch_tokens = getattr(settings, "batch_tokens", None)
+        if batch_tokens is None:
+            return int(settings.epochs) * math.ceil(len(train_set) / settings.batch_size)
+        size = BatchSize(settings.batch_size, batch_tokens)
+        return micro_batches_of(settings.epochs, [pair.tokens for pair in train_set], size, settings.seed)
     default = int(SFTTrainingArgs().iters)
     print_info(f"Neither iters nor epochs is set; training for {default} iterations.")
     return default
