@@ -65,8 +65,11 @@ def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[Pref
 
 
 def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
-    columns = zip(*(scorer.score(share(pair)) for pair in pairs), strict=True)
-    return AnswerScores(*(mx.concatenate(list(column)) for column in columns))
+    return _joined([scorer.score(share(pair)) for pair in pairs])
+
+
+def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
+    return AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True)))
 
 
 def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
@@ -78,7 +81,7 @@ def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Return two pairs with prompts of two lengths, cut short, since plain scoring holds the logits of all tokens."""
-    return [_shortened(pairs[0], prompt=32, answer=12), _shortened(pairs[-1], prompt=19, answer=16)]
+    return [_shortened(pairs[0], prompt=20, answer=12), _shortened(pairs[-1], prompt=11, answer=16)]
 
 
 def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair:
@@ -94,7 +97,7 @@ def _largest_difference(
     was_training = model.training
     model.eval()
     try:
-        plain, shared = score_answers(model, collate(pairs)), score(pairs)
+        plain, shared = _joined([score_answers(model, collate([pair])) for pair in pairs]), score(pairs)
         mx.eval(plain, shared)
     finally:
         model.train(was_training)
