@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import activations, base
 
-from mlx_cpo_plugin.attention import QUERY_BLOCK, Mask, lean_attention
+from mlx_cpo_plugin.attention import Mask, lean_attention
+from mlx_cpo_plugin.exponential import sigmoid
 
 
 @mx.custom_function
 def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """Return ``silu(gate) * x``, as mlx_lm's ``swiglu`` does; all of one shape and dtype."""
-    return gate * mx.sigmoid(gate) * x
+    return gate * sigmoid(gate) * x
 
 
 @lean_swiglu.vjp
@@ -25,9 +26,9 @@ def _lean_swiglu_vjp(
 ) -> tuple[mx.array, mx.array]:
     # Computing the sigmoid again costs less than keeping it and the product with it for every token and layer.
     gate, x = primals
-    sigmoid = mx.sigmoid(gate)
-    by_gate = cotangent * x * sigmoid * (1 + gate * (1 - sigmoid))
-    return by_gate, cotangent * gate * sigmoid
+    opened = sigmoid(gate)
+    by_gate = cotangent * x * opened * (1 + gate * (1 - opened))
+    return by_gate, cotangent * gate * opened
 
 
 _mlx_lm_attention = base.scaled_dot_product_attention
@@ -42,8 +43,7 @@ def _attention(
     mask: Mask,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    # With few queries the scores are small, and computing them again would only cost time.
-    if queries.shape[2] <= QUERY_BLOCK or sinks is not None or hasattr(cache, "bits"):
+    if sinks is not None or hasattr(cache, "bits"):
         return _mlx_lm_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     return lean_attention(queries, keys, values, scale, mask)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cpo_plugin.exponential import softmax
+
 QUERY_BLOCK = 128
 
 Mask = mx.array | str | None
@@ -91,7 +93,7 @@ class _Block:
         scores = self.rows(queries) @ keys[:, :, : self.seen].swapaxes(-1, -2)
         if self.mask is not None:
             scores = (self.by_head(scores) + self.mask).reshape(scores.shape)
-        return mx.softmax(scores, axis=-1, precise=True)
+        return softmax(scores)
 
 
 def _blocks(queries: mx.array, keys: mx.array, mask: Mask) -> list[_Block]:

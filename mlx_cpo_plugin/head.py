@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.backbone import SplitModel
+from mlx_cpo_plugin.exponential import exponential
 from mlx_cpo_plugin.scoring import log_normaliser
 
 # Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
@@ -160,7 +161,8 @@ def _summed_exponentials(split: SplitModel, hidden: mx.array) -> tuple[mx.array,
     """Return the sum of ``exp(logit - highest)`` over the words at hand, and the highest logit, float32 [N] each."""
     logits = split.logits(hidden).astype(mx.float32)
     highest = mx.stop_gradient(logits.max(axis=-1))
-    return mx.exp(logits - highest[:, None]).sum(axis=-1), highest
+    exponentials: Any = exponential(logits - highest[:, None])
+    return exponentials.sum(axis=-1), highest
 
 
 def _own_logits(split: SplitModel, hidden: mx.array) -> mx.array:

@@ -101,7 +101,7 @@ def test_half_precision_stays_half_precision() -> None:
         assert np.linalg.norm(np.array(value.astype(mx.float32)) - expected) < 0.02 * np.linalg.norm(expected)
 
 
-def test_models_use_it_for_long_inputs_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_use_it_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
     def record(queries: mx.array, *rest: mx.array) -> mx.array:
@@ -111,16 +111,15 @@ def test_models_use_it_for_long_inputs_while_the_context_lasts(monkeypatch: pyte
     monkeypatch.setattr("mlx_cpo_plugin.activations.lean_attention", record)
     model = build_model()
     with lean_activations():
-        for tokens in (128, 129):
-            mx.eval(model(mx.zeros((1, tokens), mx.int32)))
+        mx.eval(model(mx.zeros((1, 20), mx.int32)))
 
-    assert used == [129, 129]  # both layers
+    assert used == [20, 20]  # both layers
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
 def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 128)
-    layers, heads, tokens = 4, 4, 512
+    layers, heads, tokens = 4, 4, 1024
     model = add_adapter(build_model(num_hidden_layers=layers, num_attention_heads=heads))
 
     def peak() -> int:
@@ -134,4 +133,4 @@ def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     with lean_activations():
         lean = peak()
 
-    assert plain - lean > layers * heads * tokens * tokens * 4
+    assert plain - lean > 0.8 * layers * heads * tokens * tokens * 4
