@@ -15,7 +15,8 @@ from mlx_cpo_plugin.options import SUBSTRATE_OPTIONS
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 from mlx_cpo_plugin.validation import unknown
-from mlx_cpo_plugin.yaml_settings import parse_value, read_yaml
+from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.yaml_settings import parse_value, read_bytes, read_yaml
 
 HOST_DEFAULT_MODE = "sft"
 
@@ -40,6 +41,7 @@ class CommandLineParser(argparse.ArgumentParser):
     host_flags: frozenset[str] = frozenset()
 
     def error(self, message: str) -> NoReturn:
+        message = named(" ".join(message.split()))
         raise ConfigError(f"Command line: {message}; --help lists what is allowed.")
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
@@ -170,7 +172,7 @@ def requested_mode(call: Call) -> TrainMode | None:
     built-in mode here, so that :func:`mlx_cpo_plugin.config.resolve` can tell of it.
     """
     try:
-        name = _requested_name(call, host_parser())
+        name = _requested_name(call)
     except ConfigError:
         return None
     try:
@@ -181,15 +183,15 @@ def requested_mode(call: Call) -> TrainMode | None:
         return next((mode for mode in register_train_modes() if mode.name == name), None)
 
 
-def _requested_name(call: Call, host: argparse.ArgumentParser) -> str:
+def _requested_name(call: Call) -> str:
     if isinstance(call, Mapping):
         values = dict(call)
     elif isinstance(call, argparse.Namespace | SimpleNamespace):
         values = vars(call)
     else:
-        values = vars(_lenient_parser(host).parse_known_args(list(call))[0])
-    named = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
-    return str(named)
+        values = vars(_lenient_parser(host_parser()).parse_known_args(list(call))[0])
+    mode = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
+    return mode if isinstance(mode, str) else ""
 
 
 def _lenient_parser(host: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -219,13 +221,13 @@ def _mode_in_yaml(file: Any) -> str | None:
     if not isinstance(file, str | Path) or not file:
         return None
     try:
-        named = read_yaml(file).values.get("train_mode")
-        return str(named) if named else None
+        mode = read_yaml(file).values.get("train_mode")
+        return mode if isinstance(mode, str) else None
     except ConfigError:
         pass
     try:
-        text = Path(file).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = read_bytes(file).decode("utf-8", errors="replace")
+    except ConfigError:
         return None
     found = re.search(r"""^train_mode\s*:\s*["']?([\w-]+)""", text, re.MULTILINE)
     return found.group(1) if found else None

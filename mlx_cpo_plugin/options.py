@@ -179,7 +179,28 @@ SUBSTRATE_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_
 
 PRECISIONS = ("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4")
 
+LONGEST_PATH, LONGEST_PART = 1000, 255
+
+
+def is_path(text: str | None) -> bool:
+    """Whether every system takes ``text`` as a path; None counts, too."""
+    parts = (text or "").replace("\\", "/").split("/")
+    return all(len(part.encode()) <= LONGEST_PART for part in parts) and len((text or "").encode()) <= LONGEST_PATH
+
+
+def is_folder_name(text: str | None) -> bool:
+    """Whether ``text`` names a folder inside the one it is looked up in, and nothing elsewhere; None counts, too."""
+    return text is None or (not {"/", "\\"} & set(text) and text.strip(". ") != "" and is_path(text))
+
+
+_PATH_WORDS = f"a path of at most {LONGEST_PATH} bytes, {LONGEST_PART} in each part"
+
 FURTHER_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (is_path, _PATH_WORDS),
+    "data": (is_path, _PATH_WORDS),
+    "adapter_path": (is_path, _PATH_WORDS),
+    "resume_adapter_file": (is_path, f"{_PATH_WORDS}, or null"),
+    "lm_studio_name": (is_folder_name, "the name of a folder without / and \\, or null"),
     "val_batches": (lambda batches: batches != 0, "a whole number >= 1, or -1 for all"),
     "test_batches": (lambda batches: batches != 0, "a whole number >= 1, or -1 for all"),
     "valid_fraction": (lambda fraction: fraction < 1, "a number >= 0 and < 1"),

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS
 from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.wording import named, shown
 
 Place = Callable[[str], str]
 """Maps a key, e.g. ``lora_parameters.rank``, to where it was given, e.g. ``in my.yaml, line 3``."""
@@ -33,7 +34,11 @@ DATASET_KEYS = (
     "chat_feature",
     "completion_feature",
 )
+# What is passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
+DATASET_CONFIG_KEYS = ("name", "data_dir", "data_files", "revision", "token")
 SCHEDULE_KEYS = ("name", "arguments", "warmup", "warmup_init")
+LARGE = 10**15
+"""Nothing is counted so far; MLX and NumPy cannot hold integers much larger."""
 
 
 def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
@@ -54,7 +59,10 @@ def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
     further, allowed = FURTHER_LIMITS.get(key, (None, option.allowed()))
     converted = _convert(option.type, value)
     if converted is None or not _within(option, converted) or (further is not None and not further(converted)):
-        raise ConfigError(f"{key} is {shown(value)} {place(key)}, but must be {allowed}.")
+        if option.type is str and converted is None:
+            allowed = option.allowed()
+        excess = _excess(option.type, value)
+        raise ConfigError(f"{key} is {shown(value)} {place(key)}, but must be {allowed}{excess}.")
     if key in _INSIDES:
         return _INSIDES[key](converted, place)
     return converted
@@ -71,7 +79,8 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
         inside: the mapping that it stands in, with a dot at its end.
     """
     known = sorted(known)
-    close = get_close_matches(str(name).lower(), known, n=1)
+    name = named(name)
+    close = get_close_matches(name.lower(), known, n=1)
     if close:
         advice = f"did you mean {inside}{close[0]}?"
     else:
@@ -79,18 +88,12 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
     return ConfigError(f"Unknown {kind} {inside}{name} {where}; {advice}")
 
 
-def shown(value: Any) -> str:
-    """Return a value as YAML would write it, cut to fit a sentence."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _convert(kind: type, value: Any) -> Any:
     """Return the value as ``kind``, or None when it is something else."""
     if kind is bool:
         return value if isinstance(value, bool) else None
+    if _excess(kind, value):
+        return None
     if kind is int:
         return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if kind is float:
@@ -106,6 +109,24 @@ def _convert(kind: type, value: Any) -> Any:
             return [value]
         return list(value) if isinstance(value, list | tuple) else None
     return value
+
+
+def _excess(kind: type, value: Any) -> str:
+    """Return what a value of the right type has too much of, in words; empty for nothing."""
+    if kind is int and isinstance(value, Integral) and abs(int(value)) >= LARGE:
+        return f", below {LARGE:.0e}"
+    if kind is str and isinstance(value, str) and not _is_text(value):
+        return " without NUL and halves of characters"
+    return ""
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be printed, and be part of a path."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def _finite(value: Real) -> float | None:
@@ -147,11 +168,25 @@ def _optimizer_config(value: dict[str, Any], place: Place) -> dict[str, Any]:
             raise unknown("key", optimizer, classes, place(key), "optimizer_config.")
         if not isinstance(arguments, Mapping):
             raise ConfigError(f"{key} is {shown(arguments)} {place(key)}, but must be a mapping.")
-        known = [name for name in inspect.signature(classes[optimizer]).parameters if name != "learning_rate"]
-        for name in arguments:
+        parameters = inspect.signature(classes[optimizer]).parameters
+        known = {name: parameter.default for name, parameter in parameters.items() if name != "learning_rate"}
+        for name, argument in arguments.items():
             if name not in known:
                 raise unknown("key", name, known, place(f"{key}.{name}"), f"{key}.")
+            _check_like(known[name], argument, f"{key}.{name}", place)
     return {optimizer: dict(value.get(optimizer, {})) for optimizer in classes}
+
+
+def _check_like(default: Any, value: Any, key: str, place: Place) -> None:
+    """Refuse an argument of an optimizer that is of another type than its default."""
+    if isinstance(default, bool | int | float):
+        check(Option(key, type(default), default, ""), value, place)
+    elif isinstance(default, list | tuple) and (
+        not isinstance(value, list | tuple)
+        or len(value) != len(default)
+        or any(_convert(float, item) is None for item in value)
+    ):
+        raise ConfigError(f"{key} is {shown(value)} {place(key)}, but must be a list of {len(default)} numbers.")
 
 
 def _lr_schedule(value: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -198,7 +233,18 @@ def _hf_dataset(value: list[Any], place: Place) -> list[dict[str, Any]]:
         for name in entry:
             if name not in DATASET_KEYS:
                 raise unknown("key", name, DATASET_KEYS, place(f"{key}.{name}"), "hf_dataset.")
+            if name.endswith(("_split", "_feature")):
+                check(Option(f"{key}.{name}", str, None, "", optional=True), entry[name], place)
+        _dataset_config(entry.get("config"), f"{key}.config", place)
     return [dict(entry) for entry in value]
+
+
+def _dataset_config(value: Any, key: str, place: Place) -> None:
+    if value is not None and not isinstance(value, str | Mapping):
+        raise ConfigError(f"{key} is {shown(value)} {place(key)}, but must be a name or a mapping.")
+    for name in value if isinstance(value, Mapping) else ():
+        if name not in DATASET_CONFIG_KEYS:
+            raise unknown("key", name, DATASET_CONFIG_KEYS, place(f"{key}.{name}"), f"{key}.")
 
 
 _INSIDES: dict[str, Callable[[Any, Place], Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any
 import yaml
 
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named, printable, shown
 
 FLOAT_TAG = "tag:yaml.org,2002:float"
+# Far above what settings need; below what aliases of aliases, brackets without end, or a wrong file make of them.
+LARGEST_FILE = 256 * 1024
+MOST_VALUES = 100_000
+DEEPEST = 32
+MOST_BITS = 1024
 
 
 class SettingsLoader(yaml.SafeLoader):
@@ -22,6 +29,18 @@ class SettingsLoader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag != FLOAT_TAG]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build the value of ``node``, and refuse one such as ``!!bool x``, at which PyYAML breaks."""
+        try:
+            value = super().construct_object(node, deep)
+        except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            problem = f"the value does not fit its tag {node.tag!r}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:  # Python would refuse to print it
+            problem = f"the number has more than {MOST_BITS} bits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 SettingsLoader.add_implicit_resolver(
@@ -57,43 +76,75 @@ class YamlSettings:
         while key not in self.lines and "." in key:
             key = key.rpartition(".")[0]
         line = self.lines.get(key)  # none for a key that a merge brought in
-        return f"in {self.file}, line {line}" if line else f"in {self.file}"
+        return f"in {named(self.file)}, line {line}" if line else f"in {named(self.file)}"
 
 
 def read_yaml(path: str | Path) -> YamlSettings:
     """Read a configuration file with PyYAML's safe types only.
 
     Raises:
-        ConfigError: the file cannot be read, is not UTF-8 or not YAML, holds no mapping, or gives a key twice.
+        ConfigError: the file cannot be read, is not UTF-8 or not YAML, holds no mapping, gives a key twice, or is
+            larger or deeper than settings are.
     """
-    file = str(path)
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror or error}.") from error
+    content = read_bytes(path)
+    file = named(str(path))
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{file}, line {line} holds bytes that are not UTF-8; save the file as UTF-8.") from error
-    return _parse(text, file)
+    values, lines = _parse(text, file)
+    return YamlSettings(str(path), values, lines)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return what is in a configuration file.
+
+    Raises:
+        ConfigError: it is no path, no file, too large or cannot be read.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"config is {shown(path)}, but must be the path of a YAML file.")
+    file = named(str(path))
+    try:
+        if os.stat(path).st_size > LARGEST_FILE:
+            raise ConfigError(f"{file} is larger than {LARGEST_FILE // 1024} KiB; give a file of settings only.")
+        if not os.path.isdir(path) and not os.path.isfile(path):  # a pipe or device may have no end
+            raise ConfigError(f"{file} is no file; write the settings into one.")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror or error}.") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # NUL, or half of a character, in the path
+        raise ConfigError(f"The configuration file {file} cannot be read: its name cannot be a path.") from error
 
 
 def parse_value(text: str) -> Any:
     """Return the value of one piece of YAML, e.g. ``{rank: 8}`` from the command line; bad YAML stays text."""
     try:
-        return yaml.load(text, Loader=SettingsLoader)
+        loader = SettingsLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            _measure(root, "the value", {})
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
-def _parse(text: str, file: str) -> YamlSettings:
+def _parse(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the values of a file, and the lines of their keys."""
     try:
         loader = SettingsLoader(text)
         try:
             root = loader.get_single_node()
             if root is None:
                 raise ConfigError(f"{file} is empty; write settings such as 'train_mode: cpo' into it.")
+            _measure(root, file, {})
             lines: dict[str, int] = {}
             _collect_lines(root, "", lines, file, set())
             values = loader.construct_document(root)
@@ -102,18 +153,50 @@ def _parse(text: str, file: str) -> YamlSettings:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}, line {mark.line + 1}" if mark else file
-        raise ConfigError(f"{where} is not valid YAML: {error.problem or error.context}.") from error
+        raise ConfigError(f"{where} is not valid YAML: {_in_short(error.problem or error.context)}.") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{file}, line {line} is not valid YAML: {error.reason}.") from error
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deeply; write its values out in fewer levels.") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid YAML: {_in_short(error)}.") from error
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
         raise ConfigError(f"{file} holds {kind} where 'key: value' lines are expected.")
-    return YamlSettings(file, {str(key): value for key, value in values.items()}, lines)
+    return {key if isinstance(key, str) else named(key): value for key, value in values.items()}, lines
+
+
+def _in_short(problem: object) -> str:
+    return printable(" ".join(str(problem).split()))[:200].rstrip(".")
+
+
+def _measure(node: yaml.Node, file: str, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values stand under ``node``, and in how many levels, with each alias written out.
+
+    Raises:
+        ConfigError: they are more than settings can need.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = (1, 1)  # for an alias inside what it names
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    size, depth = 1, 0
+    for child in children:
+        child_size, child_depth = _measure(child, file, known)
+        size, depth = size + child_size, max(depth, child_depth)
+        if size > MOST_VALUES or depth >= DEEPEST:
+            excess = f"more than {MOST_VALUES} values" if size > MOST_VALUES else f"more than {DEEPEST} levels"
+            where = f"{file}, line {node.start_mark.line + 1}"
+            raise ConfigError(f"{where} holds {excess} once aliases are written out; remove what is not read.")
+    known[id(node)] = (size, depth + 1)
+    return size, depth + 1
 
 
 def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], file: str, seen: set[int]) -> None:
@@ -129,11 +212,13 @@ def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], file: st
         return
     own: dict[str, int] = {}
     for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{file}, line {line} has a list or a mapping as a key; write the name of a setting.")
+        key = key_node.value
         if key in own:
-            raise ConfigError(
-                f"{file}, line {line} gives {prefix}{key} again after line {own[key]}; keep one of the two."
-            )
+            name = named(f"{prefix}{key}")
+            raise ConfigError(f"{file}, line {line} gives {name} again after line {own[key]}; keep one of the two.")
         own[key] = line
         lines[prefix + key] = line
         _collect_lines(value_node, f"{prefix}{key}.", lines, file, seen)

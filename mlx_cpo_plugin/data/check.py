@@ -9,11 +9,17 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.host.lazy_model import unevaluated_model
+from mlx_cpo_plugin.host.run import adapter_file, build_optimizer
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.memory import device_memory
+from mlx_cpo_plugin.memory_estimate import Way, estimated_memory, expected_grouping
+from mlx_cpo_plugin.training_args import CPOTrainingArgs
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -22,8 +28,8 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
     """Load tokenizer and data, and print what a training run would make of them.
 
     Args:
-        settings: as for :func:`mlx_cpo_plugin.data.load_dataset`, with ``model``, ``batch_size`` and
-            ``gradient_accumulation_steps``; every split that the data has is checked.
+        settings: as for :func:`mlx_cpo_plugin.data.load_dataset`, and for a training run;
+            every split that the data has is checked.
         stream: where to print; standard output by default.
         examples: pairs of the first split to show as text.
 
@@ -42,7 +48,9 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
         if dataset:
             _print_lengths(dataset, settings.max_seq_length, stream)
     if splits[0]:
-        _print_steps(len(splits[0]), settings.batch_size, settings.gradient_accumulation_steps, stream)
+        _print_steps(splits[0], settings, stream)
+        for line in _memory_lines(splits[0], settings):
+            print(line, file=stream)
     _print_examples(next(dataset for dataset in splits if dataset)[:examples], ChatTokenizer(tokenizer), stream)
     require_splits(settings, splits)
 
@@ -63,11 +71,29 @@ def _figures(lengths: NDArray[np.int64]) -> str:
     return f"{median:>16.0f} {high:>8.0f} {lengths.max():>8}"
 
 
-def _print_steps(pairs: int, batch_size: int, accumulation: int, stream: TextIO) -> None:
-    batches = math.ceil(pairs / batch_size)
-    steps = math.ceil(batches / accumulation)
+def _print_steps(pairs: PreferenceDataset, settings: Any, stream: TextIO) -> None:
+    if settings.batch_tokens is None:
+        batches, size = math.ceil(len(pairs) / settings.batch_size), f"batch_size {settings.batch_size}"
+    else:
+        tokens = BatchSize(settings.batch_size, settings.batch_tokens)
+        batches = micro_batches_of(1, [pair.tokens for pair in pairs], tokens, settings.seed)
+        size = f"batch_tokens {settings.batch_tokens}"
+    steps = math.ceil(batches / settings.gradient_accumulation_steps)
     print(f"\nSteps per epoch: {batches} iterations, {steps} optimizer steps", end=" ", file=stream)
-    print(f"(batch_size {batch_size}, gradient_accumulation_steps {accumulation})", file=stream)
+    print(f"({size}, gradient_accumulation_steps {settings.gradient_accumulation_steps})", file=stream)
+
+
+def _memory_lines(pairs: PreferenceDataset, settings: Any) -> list[str]:
+    """What training would take, by the shapes of the model's arrays; none of them is loaded."""
+    try:
+        model = unevaluated_model(settings)
+    except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
+        return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
+    optimizer = build_optimizer(settings)
+    optimizer.init(model.trainable_parameters())
+    args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
+    way = Way.of(args, expected_grouping(model) if settings.scoring != "plain" else None)
+    return estimated_memory(model, optimizer, pairs, way).lines(device_memory())
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

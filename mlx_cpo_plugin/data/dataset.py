@@ -16,8 +16,10 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.tokenization import Side, TruncatedPair, split_pair, tokenize, truncate
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.wording import named
 
 _LOCATIONS_SHOWN = 3
+_REASONS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class DataReport:
             return f"{self.split.capitalize()}: " + (" ".join(self.notes) or "none.")
         parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
         if self.skipped:
-            reasons = "; ".join(f"{reason}: {_places(places)}" for reason, places in self.skipped.items())
+            shown = list(self.skipped.items())[:_REASONS_SHOWN]
+            reasons = "; ".join(f"{reason}: {_places(places)}" for reason, places in shown)
+            if len(self.skipped) > _REASONS_SHOWN:
+                reasons += f"; and {len(self.skipped) - _REASONS_SHOWN} more reasons"
             parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({reasons})")
         if self.prompts_cut:
             parts.append(f"prompt cut in {self.prompts_cut}")
@@ -213,11 +218,16 @@ def _make_pairs(groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str
 
     def convert(item: Any) -> TruncatedPair:
         row, columns = item
-        pair = tokenize(parse_row(row.value, columns), tokenizer, row.source)
+        try:
+            pair = tokenize(parse_row(row.value, columns), tokenizer, row.source)
+        except RecursionError:
+            raise UnusableRow("the row is nested too deeply") from None
         return truncate(pair, max_length, tokenizer.bos_id)
 
     notes = tuple(group.note for group in groups if group.note)
-    return _collect(rows, convert, lambda item: item[0].source, split, " and ".join(g.name for g in groups), notes)
+    return _collect(
+        rows, convert, lambda item: item[0].source, split, named(" and ".join(group.name for group in groups)), notes
+    )
 
 
 def _collect(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.formats import Message, UnusableRow
+from mlx_cpo_plugin.wording import printable
 
 TokenIds = NDArray[np.int32]
 
@@ -102,7 +103,7 @@ class ChatTokenizer:
                 **(variant or {}),
             )
         except Exception as error:
-            words = " ".join(str(error).split()) or type(error).__name__
+            words = printable(" ".join(str(error).split())) or type(error).__name__
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
 
     def encode(self, text: str) -> EncodedText:
@@ -135,13 +136,15 @@ class ChatTokenizer:
 
     def without_end(self, text: str) -> tuple[str, int | None]:
         """``text`` without the end tokens spelled out at its end, and the first of them (None where there are none)."""
-        end_id = None
+        end_id, kept = None, len(text)
         while True:
-            trimmed = text.rstrip()
-            spelled = next((end for end in self._end_texts if end and trimmed.endswith(end)), None)
+            stop = kept
+            while stop and text[stop - 1].isspace():
+                stop -= 1
+            spelled = next((end for end in self._end_texts if end and text.endswith(end, 0, stop)), None)
             if spelled is None:
-                return text, end_id
-            text, end_id = trimmed[: -len(spelled)], self._end_id_of[spelled]
+                return text[:kept], end_id
+            kept, end_id = stop - len(spelled), self._end_id_of[spelled]
 
     def is_blank(self, token_id: int) -> bool:
         """Whether a token is only white space."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.wording import named, shown
 
 Message = dict[str, Any]
 
@@ -61,6 +62,7 @@ EMPTY_PROMPT = "the prompt is empty"
 NO_PROMPT = "there is no prompt before the answers"
 NOT_FROM_ASSISTANT = "an answer does not end with an assistant message"
 
+_COLUMNS_SHOWN = 12
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -89,11 +91,13 @@ class Columns:
     def check(self, rows: Iterable[Any], where: str) -> None:
         """Raise DataError, with the columns found, where the rows cannot have what is asked for."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
-        listed = f"one of the columns found ({', '.join(map(str, found)) or 'none'})"
+        more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
+        names = ", ".join(named(name, 60) for name in found[:_COLUMNS_SHOWN])
+        listed = f"one of the columns found ({names or 'none'}{more})"
         for part, aliases in ALIASES.items():
             name = getattr(self, part)
             if name != AUTO and name not in found:
-                raise DataError(f"{where} has no column {name!r}, which {part}_feature names: use {listed}.")
+                raise DataError(f"{where} has no column {shown(name)}, which {part}_feature names: use {listed}.")
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
                 raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
 
@@ -216,7 +220,7 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, li
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise UnusableRow("the tools are not valid JSON") from None
     if tools and not isinstance(tools, list):
         raise UnusableRow("the tools are not a list")
@@ -298,9 +302,10 @@ def _message(value: Any) -> Message:
     fields = {name: field for name, field in value.items() if field is not None}
     if "from" in fields and "role" not in fields:
         fields = {"role": fields["from"], "content": fields.get("value", "")}
-    speaker = str(fields.get("role", "")).lower()
+    role = fields.get("role", "")
+    speaker = role.lower() if isinstance(role, str) else None
     if speaker not in ROLES:
-        raise UnusableRow(f"a message has the unknown role {speaker!r}" if speaker else "a message has no role")
+        raise UnusableRow("a message has no role" if role == "" else f"a message has the unknown role {shown(role)}")
     message: Message = {**fields, "role": ROLES[speaker], "content": _text(fields.get("content"))}
     calls = _tool_calls(fields, speaker, message["content"])
     message.pop("tool_calls", None)
@@ -314,6 +319,8 @@ def _message(value: Any) -> Message:
 def _tool_calls(fields: Mapping[str, Any], speaker: str, content: str) -> list[Any]:
     """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise."""
     calls = fields.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise UnusableRow("the tool calls are not a list")
     if speaker == "function_call":
         parsed = _parse_json(content)
         calls = [{"type": "function", "function": call} for call in (parsed if isinstance(parsed, list) else [parsed])]
@@ -341,7 +348,7 @@ def _text(content: Any) -> str:
         for part in content:
             if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
                 kind = part.get("type") if isinstance(part, Mapping) else None
-                raise UnusableRow(f"a message holds a part of type {kind!r}, and only text can be trained on")
+                raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
         return "".join(str(part["text"]) for part in content)
     raise UnusableRow(f"a message's content is not text but {_kind(content)}")
 
@@ -350,7 +357,7 @@ def _parse_json(text: str) -> Any:
     """The JSON value in ``text``, or the text itself where it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

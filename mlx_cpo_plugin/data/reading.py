@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.data.formats import Columns
 from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.wording import named, printable, shown
 
 SPLIT_NAMES = {
     "train": ("train",),
@@ -59,22 +60,31 @@ def read_splits(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGro
     if getattr(settings, "hf_dataset", None):
         splits = _read_entries(settings, wanted)
     else:
-        path = Path(str(settings.data)).expanduser()
-        columns = Columns.from_settings(settings)
-        if path.is_file():
-            splits = {"train": [RowGroup(path.name, read_file(path), columns)]} if "train" in wanted else {}
-        elif path.is_dir():
-            splits = _read_folder(path, columns, wanted)
-        elif _looks_like_path(str(settings.data)):
-            raise DataError(f"data names {settings.data}, which does not exist: give a folder, a file or a hub name.")
-        else:
-            splits = _read_hub(str(settings.data), columns, wanted)
+        splits = _read_data(str(settings.data), Columns.from_settings(settings), wanted)
     result = {split: splits.get(split, []) for split in wanted}
     for groups in result.values():
         for group in groups:
             if group.rows:
                 group.columns.check((row.value for row in group.rows), group.name)
     return result
+
+
+def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    try:
+        path = Path(data).expanduser()
+        if path.is_file():
+            return {"train": [RowGroup(named(path.name), read_file(path), columns)]} if "train" in wanted else {}
+        if path.is_dir():
+            return _read_folder(path, columns, wanted)
+    except OSError as error:
+        raise DataError(
+            f"data names {named(data)}, which cannot be read ({error.strerror}): check the path."
+        ) from error
+    except RuntimeError as error:  # ~somebody, who is not known here
+        raise DataError(f"data names {named(data)}, whose home folder is not known: give the whole path.") from error
+    if _looks_like_path(data):
+        raise DataError(f"data names {named(data)}, which does not exist: give a folder, a file or a hub name.")
+    return _read_hub(data, columns, wanted)
 
 
 def read_file(path: Path) -> list[Row]:
@@ -88,20 +98,21 @@ def read_file(path: Path) -> list[Row]:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path} is not a data file that can be read: use one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{named(str(path))} is not a data file that can be read: use one of {', '.join(SUFFIXES)}.")
     try:
         return reader(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file.") from error
+        words = error.strerror or first_line(error)
+        raise DataError(f"{named(str(path))} cannot be read ({printable(words)}): check the file.") from error
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
+    rows, name = [], named(path.name)
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, path, number).strip()
         if not text:
             continue
-        rows.append(Row(_parse_json(text, path, number), f"{path.name}:{number}"))
+        rows.append(Row(_parse_json(text, path, number), f"{name}:{number}"))
     return rows
 
 
@@ -111,8 +122,9 @@ def _read_json(path: Path) -> list[Row]:
     content = _parse_json(text, path, 1)
     rows = content.get("data") if isinstance(content, Mapping) else content
     if not isinstance(rows, list):
-        raise DataError(f'{path} holds no rows: write a list of rows, or an object with that list under "data".')
-    return _numbered(rows, path.name)
+        file = named(str(path))
+        raise DataError(f'{file} holds no rows: write a list of rows, or an object with that list under "data".')
+    return _numbered(rows, named(path.name))
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -120,9 +132,10 @@ def _read_parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        return _numbered(parquet.read_table(path).to_pylist(), path.name)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file that can be read ({first_line(error)}): check it.") from error
+        return _numbered(parquet.read_table(path).to_pylist(), named(path.name))
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter for text, dates and the like
+        reason = printable(first_line(error))
+        raise DataError(f"{named(str(path))} is not a Parquet file that can be read ({reason}): check it.") from error
 
 
 def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
@@ -133,20 +146,22 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dic
         if file is not None:
             splits[split] = [RowGroup(file.name, read_file(file), columns)]
     if not splits:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        names = ", ".join(shown(name)[1:-1] for name in sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         needed = " or ".join(f"{split}.jsonl" for split in wanted)
-        raise DataError(f"{folder} holds no {needed} (also .json, .parquet; found: {names}): put the rows there.")
+        raise DataError(
+            f"{named(str(folder))} holds no {needed} (also .json, .parquet; found: {names}): put the rows there."
+        )
     return splits
 
 
 def _read_hub(name: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
-    found = _load_from_hub(name)
+    found = _load_from_hub(name, {})
     splits = {}
     for split in wanted:
         there = next((alias for alias in SPLIT_NAMES[split] if alias in found), None)
         if there is not None:
-            where = f"{name} {there}"
-            splits[split] = [RowGroup(where, _numbered(found[there], where), columns)]
+            where = f"{named(name, 100)} {there}"
+            splits[split] = [RowGroup(where, _hub_rows(name, found[there], where), columns)]
     return splits
 
 
@@ -157,8 +172,7 @@ def _read_entries(settings: Any, wanted: Collection[str]) -> dict[str, list[RowG
     for entry in [entries] if isinstance(entries, Mapping) else entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
-        config = entry.get("config") or {}
-        options = {"name": config} if isinstance(config, str) else dict(config)
+        options = _options_of(entry)
         columns = Columns.from_settings(settings, entry)
         carve = bool(getattr(settings, "valid_fraction", 0))
         names = {
@@ -169,15 +183,32 @@ def _read_entries(settings: Any, wanted: Collection[str]) -> dict[str, list[RowG
         for split in splits:
             if names[split] is None:
                 continue
-            where = f"{entry['path']} {names[split]}"
-            rows = _numbered(_load_from_hub(entry["path"], split=names[split], **options), where)
+            if not isinstance(names[split], str):
+                given = f"{split}_split {shown(names[split])}"
+                raise DataError(
+                    f"hf_dataset has an entry with {given}: write the name of a split, such as train[:80%]."
+                )
+            where = named(f"{entry['path']} {names[split]}", 100)
+            found = _load_from_hub(entry["path"], {**options, "split": names[split]})
+            rows = _hub_rows(entry["path"], found, where)
             shares_rows = split == "valid" and "train_split" in entry and "valid_split" not in entry
-            note = f"{where} may share rows with train_split {names['train']}: set valid_split." if shares_rows else ""
+            overlap = f"{where} may share rows with train_split {named(names['train'], 100)}: set valid_split."
+            note = overlap if shares_rows else ""
             splits[split].append(RowGroup(where, rows, columns, note))
     return splits
 
 
-def _load_from_hub(name: str, **options: Any) -> Any:
+def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config`` of an ``hf_dataset`` entry means as arguments of ``datasets.load_dataset``."""
+    config = entry.get("config") or {}
+    if isinstance(config, str):
+        return {"name": config}
+    if not isinstance(config, Mapping):
+        raise DataError(f"hf_dataset has an entry with config {shown(config)}: write the name of a configuration.")
+    return dict(config)
+
+
+def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
     _forget_partial_torch()
@@ -185,11 +216,20 @@ def _load_from_hub(name: str, **options: Any) -> Any:
         return datasets.load_dataset(name, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
-            f"no dataset {name!r} was found, neither as a local path nor on the Hugging Face hub: check data or "
+            f"no dataset {shown(name)} was found, neither as a local path nor on the Hugging Face hub: check data or "
             "hf_dataset."
         ) from error
     except Exception as error:  # The library raises whatever its builders and the network raise.
-        raise DataError(f"the dataset {name!r} cannot be loaded ({first_line(error)}): check its settings.") from error
+        reason = printable(first_line(error))
+        raise DataError(f"the dataset {shown(name)} cannot be loaded ({reason}): check its settings.") from error
+
+
+def _hub_rows(name: str, rows: Any, where: str) -> list[Row]:
+    try:
+        return _numbered(rows, where)
+    except Exception as error:  # Images and the like are decoded only now, by whatever library is there.
+        reason = printable(first_line(error))
+        raise DataError(f"a row of the dataset {shown(name)} cannot be read ({reason}): check its columns.") from error
 
 
 def _forget_partial_torch() -> None:
@@ -211,7 +251,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number} is not valid UTF-8: save the file as UTF-8.") from error
+        raise DataError(f"{named(str(path))}:{number} is not valid UTF-8: save the file as UTF-8.") from error
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:
@@ -220,6 +260,7 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
-        raise DataError(f"{path}:{place} is not valid JSON ({reason}): correct that line.") from error
+        raise DataError(f"{named(str(path))}:{place} is not valid JSON ({reason}): correct that line.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
-        raise DataError(f"{path}:{line} holds JSON that cannot be read ({first_line(error)}): correct it.") from error
+        reason = first_line(error)
+        raise DataError(f"{named(str(path))}:{line} holds JSON that cannot be read ({reason}): correct it.") from error

@@ -31,7 +31,8 @@ def load_chat_tokenizer(model: str) -> Any:
         ConfigError: there is no such model, or its tokenizer cannot be read.
     """
     try:
-        tokenizer = load_tokenizer(model)
+        # Said outright: transformers would ask otherwise, and run the folder's code after one keystroke.
+        tokenizer = load_tokenizer(model, {"trust_remote_code": False})
     except Exception as error:  # the hub client raises many kinds, offline and for unknown names
         raise ConfigError(
             f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "

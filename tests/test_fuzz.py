@@ -1,0 +1,431 @@
+"""Hostile input: what the readers are given, they take or refuse in one sentence, and never run, hang or break."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import fuzz
+import pyarrow
+import pytest
+from data_tokenizers import tokenizer_named
+from pyarrow import parquet
+
+from mlx_cpo_plugin import config
+from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.data.dataset import DataReport
+from mlx_cpo_plugin.data.encoding import ChatTokenizer
+from mlx_cpo_plugin.data.formats import Columns, UnusableRow, parse_row
+from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.host.run import load_model
+from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.wording import named, shown
+
+HEAD = "train_mode: cpo\ntrain: true\n"
+PAIR = {"prompt": "What is the answer?", "chosen": "Yes, it is.", "rejected": "No."}
+
+
+def refusal(folder: Path, content: str | bytes) -> str:
+    """The error for a YAML file, with the file's name in place of its path."""
+    file = folder / "my.yaml"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    call = {"config": str(file)}
+    config.requested_mode(call)
+    with pytest.raises(ConfigError) as caught:
+        config.resolve(call)
+    fuzz.check_sentence(str(caught.value))
+    return str(caught.value).replace(str(file), "my.yaml")
+
+
+def refused_call(**values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.resolve({"train_mode": "cpo", "train": True, **values})
+    fuzz.check_sentence(str(caught.value))
+    return str(caught.value)
+
+
+def load(data: str | Path = "unused", **others: Any) -> Any:
+    defaults = {"train": True, "test": False, "hf_dataset": None, "max_seq_length": 200, "seed": 0}
+    return load_dataset(SimpleNamespace(**{**defaults, "data": str(data), **others}), tokenizer_named("chatml"))
+
+
+def refused_data(data: str | Path = "unused", **others: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(data, **others)
+    fuzz.check_sentence(str(caught.value))
+    return str(caught.value)
+
+
+def reason(**fields: Any) -> str:
+    with pytest.raises(UnusableRow) as caught:
+        parse_row({**PAIR, **fields}, Columns())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "inputs"), [("config", 300), ("rows", 600)])
+def test_every_hostile_input_is_taken_or_refused_in_one_sentence(target: str, inputs: int) -> None:
+    tally = fuzz.fuzz(target, range(inputs), seed=12, limit=30, on_failure=lambda *_: None)
+
+    assert tally.failures == []
+    assert tally.outcomes["accepted"] > inputs / 20
+    assert len(tally.sentences) > 60
+
+
+def break_down(*_: object) -> None:
+    raise KeyError("broken")
+
+
+def go_on_for_ever(*_: object) -> None:
+    while True:
+        pass
+
+
+def say_two_lines(*_: object) -> None:
+    raise ConfigError("One line\nand another.")
+
+
+@pytest.mark.parametrize(
+    ("run", "fault"),
+    [
+        (break_down, "KeyError: 'broken'"),
+        (go_on_for_ever, "no answer within"),
+        (say_two_lines, "not one printable line"),
+    ],
+)
+def test_an_input_that_breaks_hangs_or_is_told_in_two_lines_is_a_failure(
+    run: Callable[..., None], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz.hostile_configs, "run", run)
+    written = []
+
+    tally = fuzz.fuzz("config", range(1), seed=0, limit=0.05, on_failure=lambda *failure: written.append(failure))
+
+    assert tally.outcomes == {"failed": 1}
+    assert fault in tally.failures[0][1]
+    assert written[0][1] == fuzz.case_of("config", 0, 0)
+
+
+@pytest.mark.parametrize("target", sorted(fuzz.TARGETS))
+def test_an_input_is_the_same_after_it_was_written_to_a_file(target: str) -> None:
+    cases = [fuzz.case_of(target, 3, number) for number in range(50)]
+
+    assert repr(json.loads(json.dumps(cases))) == repr(cases)
+
+
+# Configuration files
+
+
+def bomb(step: str, first: str) -> str:
+    steps = [step.format(this=f"a{i}", aliases=", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 30)]
+    return f"{HEAD}a0: &a0 {first}\n" + "\n".join(steps) + "\nbeta: *a29\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bomb("{this}: &{this} [{aliases}]", "lol"),
+        bomb("{this}: &{this} {{<<: [{aliases}]}}", "{rank: 1}"),
+    ],
+    ids=["aliases", "merges"],
+)
+def test_aliases_that_multiply_are_refused_before_they_are_followed(content: str, tmp_path: Path) -> None:
+    sentence = refusal(tmp_path, content)
+
+    assert sentence.endswith("holds more than 100000 values once aliases are written out; remove what is not read.")
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
+def test_values_nested_without_end_are_refused(opening: str, tmp_path: Path) -> None:
+    assert "my.yaml" in refusal(tmp_path, f"{HEAD}beta: {opening * 600}\n")
+    assert "nested too deeply" in refusal(tmp_path, f"{HEAD}beta: {'[' * 600}1{']' * 600}\n")
+
+
+def test_a_chain_of_aliases_is_as_deep_as_it_is_written_out(tmp_path: Path) -> None:
+    chain = "\n".join(f"  c{i}: &c{i} [*c{i - 1}]" for i in range(1, 2000))
+
+    assert "more than 32 levels" in refusal(tmp_path, f"{HEAD}judge_config:\n  c0: &c0 x\n{chain}\n")
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x"])
+def test_a_value_that_does_not_fit_its_tag_is_named_with_its_line(value: str, tmp_path: Path) -> None:
+    sentence = refusal(tmp_path, f"{HEAD}beta: {value}\n")
+
+    assert sentence.startswith("my.yaml, line 3 is not valid YAML: the value does not fit its tag 'tag:yaml.org,2002:")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.mkdir [canary]",
+        "!!python/object/new:os.mkdir [canary]",
+        "!!python/name:os.mkdir",
+        "!!python/module:os",
+    ],
+)
+def test_a_file_runs_no_code(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert "could not determine a constructor" in refusal(tmp_path, f"{HEAD}model: {value}\n")
+    assert config.explicit(["--lora-parameters", value])["lora_parameters"] == value
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (f"{HEAD}a\x1b: 1\n", "my.yaml, line 3 is not valid YAML: special characters are not allowed."),
+        (f'{HEAD}"a\\nb": 1\n', "Unknown key a\\nb in my.yaml, line 3; did you mean wandb?"),
+        (f'{HEAD}"\\e[2J": 1\n', "Unknown key \\x1b[2J in my.yaml, line 3; remove it."),
+        (f"{HEAD}? [a]\n: 1\n", "my.yaml, line 3 has a list or a mapping as a key; write the name of a setting."),
+        (f"{HEAD}iters: 0x{'f' * 5000}\n", "my.yaml, line 3 is not valid YAML: the number has more than 1024 bits."),
+        (
+            f"{HEAD}iters: 0x{'f' * 100}\n",
+            "iters is a number of 400 bits in my.yaml, line 3, but must be a whole number >= 1 or null, below 1e+15.",
+        ),
+        (
+            f'{HEAD}model: "a\\0b"\n',
+            "model is 'a\\x00b' in my.yaml, line 3, but must be text without NUL and halves of characters.",
+        ),
+        (HEAD + "# " + "x" * 300_000, "my.yaml is larger than 256 KiB; give a file of settings only."),
+    ],
+)
+def test_odd_files_are_refused_by_name_and_line(content: str, sentence: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, content) == sentence
+
+
+def test_a_configuration_that_is_no_file_is_refused_without_waiting_for_its_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    assert "/pipe is no file; write the settings into one." in refused_call(config=tmp_path / "pipe")
+    assert "no file" in refused_call(config="/dev/zero")
+    assert config.requested_mode({"config": "/dev/zero"}) is None
+
+
+def test_a_configuration_that_is_no_path_is_refused() -> None:
+    assert refused_call(config=5) == "config is 5, but must be the path of a YAML file."
+    assert "cannot be read: its name cannot be a path." in refused_call(config="a\0b")
+
+
+def test_a_train_mode_that_is_not_text_asks_for_no_mode(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("train_mode: [cpo]\n")
+
+    assert config.requested_mode({"train_mode": 16**5000}) is None
+    assert config.requested_mode({"config": str(tmp_path / "my.yaml")}) is None
+
+
+def test_keys_of_a_call_that_are_not_text_are_unknown() -> None:
+    with pytest.raises(ConfigError, match=r"^Unknown key 5 in the call; remove it\.$"):
+        config.resolve({"train_mode": "cpo", "train": True, 5: 6})  # type: ignore[dict-item]
+
+
+def test_a_value_is_shown_in_little_time_and_space_however_large_it_is() -> None:
+    tower: list[Any] = ["x"]
+    for _ in range(100):
+        tower = [tower] * 9
+
+    assert shown(tower).startswith("[[[[[...], [...], [...]")
+    assert len(shown(tower)) == 60
+    assert shown(2**100_000) == "a number of 100001 bits"
+    assert len(shown("y" * 10**6)) == 60
+    assert len(named("y" * 10**6)) == 300
+    assert named("a\nb\x1b\ud800é") == "a\\nb\\x1b\\ud800é"
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a/b", "a\\b", "..", ".", "", "x" * 256])
+def test_lm_studio_gets_the_model_in_a_folder_of_its_own(name: str) -> None:
+    sentence = refused_call(lm_studio_name=name)
+
+    assert sentence.endswith("in the call, but must be the name of a folder without / and \\, or null.")
+
+
+@pytest.mark.parametrize("key", ["model", "data", "adapter_path", "resume_adapter_file"])
+def test_paths_that_no_system_takes_are_refused(key: str) -> None:
+    assert "must be a path of at most 1000 bytes, 255 in each part" in refused_call(**{key: "x" * 300})
+    assert "must be a path of at most 1000 bytes, 255 in each part" in refused_call(**{key: "x/" * 600})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer_config": {"adam": {"betas": "x"}}}, "optimizer_config.adam.betas is 'x' in the call, but must be"),
+        ({"optimizer_config": {"adam": {"betas": [0.9]}}}, "must be a list of 2 numbers."),
+        ({"optimizer_config": {"adamw": {"eps": float("nan")}}}, "optimizer_config.adamw.eps is nan in the call, but"),
+        (
+            {"hf_dataset": {"path": "x", "train_split": 5}},
+            "hf_dataset.0.train_split is 5 in the call, but must be text",
+        ),
+        ({"hf_dataset": {"path": "x", "config": 5}}, "hf_dataset.0.config is 5 in the call, but must be a name or"),
+        ({"hf_dataset": {"path": "x", "config": {"cache_dir": "/x"}}}, "Unknown key hf_dataset.0.config.cache_dir in"),
+        ({"hf_dataset": {"path": "x", "config": {"trust_remote_code": True}}}, "config.trust_remote_code in the call;"),
+    ],
+)
+def test_what_is_passed_on_to_libraries_is_checked_before(values: dict[str, Any], words: str) -> None:
+    assert words in refused_call(**values)
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"chosen": {"content": "", "tool_calls": 5}}, "the tool calls are not a list"),
+        ({"prompt": {"messages": [], "tools": "9" * 5000}}, "the tools are not valid JSON"),
+        ({"tools": "[" * 100_000}, "the tools are not valid JSON"),
+        ({"chosen": {"role": ["a"] * 90, "content": "x"}}, "a message has the unknown role ['a', 'a', 'a', 'a', 'a', "),
+        ({"chosen": {"role": "a\nb", "content": "x"}}, "a message has the unknown role 'a\\nb'"),
+        ({"chosen": {"role": "", "content": "x"}}, "a message has no role"),
+    ],
+)
+def test_fields_of_the_wrong_kind_make_a_row_unusable(fields: dict[str, Any], expected: str) -> None:
+    assert reason(**fields).startswith(expected)
+    assert len(reason(**fields)) < 120
+
+
+@pytest.mark.parametrize("arguments", ["9" * 5000, "[" * 100_000])
+def test_arguments_of_a_call_that_are_not_json_stay_text(arguments: str) -> None:
+    call = {"function": {"name": "think", "arguments": arguments}}
+
+    row = parse_row({**PAIR, "chosen": {"content": "", "tool_calls": [call]}}, Columns())
+
+    assert row.chosen[-1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_a_row_that_is_nested_too_deeply_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = 1
+    for _ in range(3000):
+        deep = {"a": deep}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [PAIR, {**PAIR, "tools": [deep]}])
+
+    train, _, _ = load(hf_dataset=[{"path": "x", "train_split": "train", "valid_split": None}])
+
+    assert len(train) == 1
+    assert train.report.skipped == {"the row is nested too deeply": ("x train:2",)}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("./" + "x" * 300, "which cannot be read (File name too long): check the path."),
+        ("~nobody-of-this-name/x", "whose home folder is not known: give the whole path."),
+        ("./a\nb", "data names ./a\\nb, which does not exist"),
+        ("./a\0b", "data names ./a\\x00b, which does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_named(data: str, words: str) -> None:
+    assert words in refused_data(data)
+
+
+def test_the_name_of_a_file_stays_on_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "odd\nname.jsonl"
+    file.write_text(json.dumps(PAIR))
+
+    train, _, _ = load(file)
+
+    assert train[0].source == "odd\\nname.jsonl:1"
+
+
+def test_parquet_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
+    text = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "chosen": text, "rejected": ["b"]}), tmp_path / "train.parquet")
+
+    assert "train.parquet is not a Parquet file that can be read" in refused_data(tmp_path)
+
+
+def test_columns_are_listed_up_to_a_dozen(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({f"column {i}\n": "x" for i in range(5000)}))
+
+    assert "column 11\\n and 4988 more)." in refused_data(tmp_path)
+
+
+def test_reasons_are_listed_up_to_eight() -> None:
+    report = DataReport("train", rows=20, skipped={f"reason {i}": ("x:1",) for i in range(20)})
+
+    assert report.summary().endswith(
+        "20 skipped (" + "; ".join(f"reason {i}: x:1" for i in range(8)) + "; and 12 more reasons)."
+    )
+
+
+def test_end_tokens_that_repeat_are_all_taken_off() -> None:
+    tokenizer = ChatTokenizer(tokenizer_named("chatml"))
+
+    assert tokenizer.without_end("yes <|im_end|>" + "<|im_end|> \n" * 100_000) == ("yes ", tokenizer.eos_id)
+    assert tokenizer.without_end("yes \n") == ("yes \n", None)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"path": "x", "train_split": [1]}, "hf_dataset has an entry with train_split [1]: write the name of a split"),
+        ({"path": "x", "config": [1]}, "hf_dataset has an entry with config [1]: write the name of a configuration."),
+        ({"path": "x", "config": {5: 6}}, "the dataset 'x' cannot be loaded (keywords must be strings)"),
+    ],
+)
+def test_entries_of_the_wrong_kind_are_refused(entry: dict[str, Any], words: str) -> None:
+    assert words in refused_data(hf_dataset=[entry])
+
+
+def test_the_configuration_of_a_hub_dataset_is_passed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: asked.append((name, options)) or [PAIR])
+
+    load(hf_dataset=[{"path": "me/rows", "config": "main", "train_split": "train", "valid_split": None}])
+
+    assert asked == [(("me/rows",), {"name": "main", "split": "train"})]
+
+
+def test_a_hub_row_that_cannot_be_decoded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: ({}[number] for number in range(3)))
+
+    assert "a row of the dataset 'x' cannot be read (0): check its columns." in refused_data(
+        hf_dataset=[{"path": "x", "train_split": "train"}]
+    )
+
+
+# Code that a model brings along
+
+
+@pytest.fixture
+def model_with_code(model_folder: Path, tmp_path: Path) -> Path:
+    """A model whose folder asks for code of its own, for the tokenizer and for the layers."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "evil.py").write_text("import os\nos.mkdir('canary')\n")
+    return folder
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_code_in_the_folder_of_a_tokenizer_is_not_run(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    change(model_with_code / "tokenizer_config.json", **tokenizer)
+
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_chat_tokenizer(str(model_with_code))
+
+    assert not (tmp_path / "canary").exists()
+
+
+def test_code_in_the_folder_of_a_model_is_not_run(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change(model_with_code / "config.json", model_file="evil.py")
+    resolved = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_with_code)})
+
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*custom module"):
+        load_model(resolved.settings)
+
+    assert not (tmp_path / "canary").exists()
