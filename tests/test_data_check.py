@@ -2,11 +2,15 @@
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from data_tokenizers import tokenizer_named
 
+from mlx_cpo_plugin import config
+from mlx_cpo_plugin.data import check
 from mlx_cpo_plugin.data.check import run_check
 from mlx_cpo_plugin.errors import ConfigError, DataError
 
@@ -29,6 +33,7 @@ def checked(tmp_path):
             "test": False,
             "max_seq_length": 512,
             "batch_size": 2,
+            "batch_tokens": None,
             "gradient_accumulation_steps": 2,
             "seed": 0,
             "valid_fraction": 0,
@@ -58,6 +63,35 @@ def test_it_gives_lengths_steps_and_the_length_bias(checked):
     assert " rejected 3 10 13 " in output
     assert "Length bias: the chosen answer is the longer one in 83% of the pairs" in output
     assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_size 2, gradient_accumulation_steps 2)" in output
+
+
+def test_batches_by_tokens_are_counted_as_training_cuts_them(checked):
+    output = checked(ROWS, batch_tokens=70, gradient_accumulation_steps=2)
+
+    assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_tokens 70, gradient_accumulation" in output
+
+
+def test_a_model_that_cannot_be_built_costs_the_memory_estimate_alone(checked):
+    output = checked(ROWS)
+
+    assert "Memory: not estimated, since the model cannot be built (No safetensors found in " in output
+    assert "First pairs" in output
+
+
+def test_it_estimates_memory_without_loading_the_model(model_folder, data_folder, monkeypatch):
+    given = {"model": str(model_folder), "data": str(data_folder), "train": True, "train_mode": "cpo"}
+    settings = config.resolve(given).settings
+    monkeypatch.setattr(check, "device_memory", lambda: 1_000_000)
+    stream, before = io.StringIO(), mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    run_check(settings, stream=stream)
+
+    assert mx.get_peak_memory() - before < 100_000
+    assert re.search(
+        r"\nMemory: about 0\.\d+ GB at most \(.*train\.jsonl:\d+\), of 0\.001 GB on this", stream.getvalue()
+    )
+    assert "\nWarning: this device has less memory than that; lower max_seq_length" in stream.getvalue()
 
 
 def test_it_counts_what_is_cut(checked):
