@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, adapter_file: Path) -> None:
         CheckpointError: the file cannot be written; an older one is left as it was.
     """
     weights = by_name(model.trainable_parameters())
-    _write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights))
+    write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights))
 
 
 def save_checkpoint(model: nn.Module, adapter_file: Path, iteration: int) -> Path:
@@ -59,7 +59,7 @@ def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
             config = {}  # a torn file of an earlier run: all that matters is written below
     config.update(describe_adapter(model))
     text = json.dumps(config, indent=4, sort_keys=True, default=str)
-    _write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
@@ -129,8 +129,12 @@ def verify_adapter(model: nn.Module, adapter_file: Path, score: Callable[[], mx.
         )
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path``, flush to the disk, then rename: ``path`` is never half-written."""
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, flush to the disk, then rename: ``path`` is never half-written.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

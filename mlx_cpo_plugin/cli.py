@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _losses(chosen.json)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

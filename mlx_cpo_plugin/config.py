@@ -22,7 +22,8 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
-from mlx_cpo_plugin.validation import check, shown, unknown
+from mlx_cpo_plugin.validation import check, unknown
+from mlx_cpo_plugin.wording import shown
 from mlx_cpo_plugin.yaml_settings import YamlSettings, read_yaml
 
 __all__ = [
@@ -82,7 +83,7 @@ class _Sources:
         in_yaml = self._in_yaml(name)
         if name in self.call:
             merged = name == "lora_parameters" and isinstance(in_yaml, Mapping) and inner in in_yaml
-            if not merged or inner in self.call[name]:
+            if not merged or not isinstance(self.call[name], Mapping) or inner in self.call[name]:
                 return self.call_name
         if self.yaml is not None and name in self.yaml.values:
             return self.yaml.place(key)
@@ -143,7 +144,7 @@ def _refuse_unknown(sources: _Sources, known: set[str]) -> None:
     given = [*sources.call, *(sources.yaml.values if sources.yaml else ())]
     for key in given:
         if key not in known:
-            raise unknown("key", key, known, sources.place(key))
+            raise unknown("key", key, known, sources.place(key) if isinstance(key, str) else sources.call_name)
 
 
 def _with_options_of(loss: LossType | None, options: dict[str, Option]) -> dict[str, Option]:

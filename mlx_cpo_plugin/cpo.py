@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_cpo_plugin.best import MEASURES
 from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
@@ -47,6 +48,49 @@ BATCH_TOKENS = Option(
     minimum=1,
     optional=True,
 )
+RESUME = Option(
+    "resume",
+    str,
+    None,
+    "Go on from the last whole checkpoint: 'auto' for that of adapter_path, or a folder.",
+    title="Resume",
+    optional=True,
+)
+KEEP_CHECKPOINTS = Option(
+    "keep_checkpoints",
+    int,
+    2,
+    "How many checkpoints to keep; each holds what resuming needs.",
+    title="Checkpoints",
+    minimum=1,
+)
+SAVE_BEST = Option(
+    "save_best",
+    str,
+    None,
+    "Keep the adapter of the best validation, too, by margin, accuracy or loss.",
+    title="Save best",
+    choices=tuple(MEASURES),
+    optional=True,
+)
+EARLY_STOPPING_PATIENCE = Option(
+    "early_stopping_patience",
+    int,
+    None,
+    "Stop after so many validations in a row without a better one, by save_best or else by loss.",
+    title="Early stopping patience",
+    minimum=1,
+    optional=True,
+)
+MAX_GRAD_NORM = Option(
+    "max_grad_norm",
+    float,
+    None,
+    "Scale gradients down to this norm.",
+    title="Maximal gradient norm",
+    above=0,
+    optional=True,
+)
 
 
 @hookimpl
@@ -59,7 +103,19 @@ def register_train_modes() -> list[TrainMode]:
             load_dataset=load_dataset,
             train=train,
             evaluate=evaluate,
-            options=(BETA, DELTA, LOSS, REFERENCE, SCORING, BATCH_TOKENS),
+            options=(
+                BETA,
+                DELTA,
+                LOSS,
+                REFERENCE,
+                SCORING,
+                BATCH_TOKENS,
+                MAX_GRAD_NORM,
+                RESUME,
+                KEEP_CHECKPOINTS,
+                SAVE_BEST,
+                EARLY_STOPPING_PATIENCE,
+            ),
             loss_option=LOSS_OPTION,
             supports_qat=True,
         )

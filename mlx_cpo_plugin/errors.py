@@ -7,8 +7,10 @@ class UserError(ValueError):
     """Something that the user gave is wrong.
 
     The message is one sentence: what is wrong, where (file, line, key), what to do.
-    Commands print it without a traceback and end with exit code 2.
+    Commands print it without a traceback and end with its exit code.
     """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):

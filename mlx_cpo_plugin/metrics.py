@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -63,6 +65,14 @@ class PairMeans:
         self.pairs += len(chosen)
         self.tokens += tokens
 
+    def state(self) -> dict[str, Any]:
+        """Return the sums so far."""
+        return {"sums": self.sums.tolist(), "pairs": self.pairs, "tokens": self.tokens}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.sums, self.pairs, self.tokens = np.array(state["sums"]), state["pairs"], state["tokens"]
+
     def over_ranks(self) -> tuple[dict[str, float], int]:
         """Return the means over the pairs of all ranks, by name, and the scored tokens of all ranks.
 
@@ -86,6 +96,15 @@ class MetricsFile:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+
+    def size(self) -> int:
+        """Return the bytes written so far."""
+        return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after the first ``size`` bytes."""
+        if self.path is not None and self.size() > size:
+            os.truncate(self.path, size)
 
     def append(self, kind: str, values: Mapping[str, float]) -> None:
         """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. JSON has no NaN and no infinity: they are null.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -38,10 +39,11 @@ class ProgressReporter:
         self.iterations = 0
         self.started = time.perf_counter()
 
-    def iterations_of(self, plan: Iterable[Item], total: int) -> Iterator[tuple[int, Item]]:
-        """Number the plan's items from 1 while a progress bar goes along."""
-        self.bar = tqdm(plan, total=total, desc="Training", disable=not self.speaks)
-        yield from enumerate(self.bar, 1)
+    def iterations_of(self, plan: Iterable[Item], total: int, done: int = 0) -> Iterator[tuple[int, Item]]:
+        """Number the plan's items from 1, without those that are done, while a progress bar goes along."""
+        rest = islice(plan, done, None)
+        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.speaks)
+        yield from enumerate(self.bar, done + 1)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -108,6 +110,28 @@ class ProgressReporter:
         self.metrics_file.append("valid", info)
         if self.callback is not None:
             self.callback.on_val_loss_report(info)
+
+    def state(self) -> dict[str, Any]:
+        """Return what was collected since the last report, and how far the metrics file goes."""
+        return {
+            "means": self.means.state(),
+            "gradient_norms": self.gradient_norms,
+            "iterations": self.iterations,
+            "trained_tokens": self.trained_tokens,
+            "metrics_bytes": self.metrics_file.size(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned, and cut the metrics file where it was then."""
+        self.means.restore(state["means"])
+        self.gradient_norms, self.iterations = list(state["gradient_norms"]), state["iterations"]
+        self.trained_tokens = state["trained_tokens"]
+        self.metrics_file.cut(state["metrics_bytes"])
+
+    def warn(self, line: str | None) -> None:
+        """Print a warning, if there is one."""
+        if line is not None:
+            self.say(f"Warning: {line}")
 
     def say(self, line: str) -> None:
         """Print a line without tearing the progress bar."""

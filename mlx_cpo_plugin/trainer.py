@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,21 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin.activations import lean_activations
+from mlx_cpo_plugin.alarms import DisplacementAlarm, last_good_weights_kept
 from mlx_cpo_plugin.batches import BatchSize, collate, scored_tokens, training_plan
+from mlx_cpo_plugin.best import BEST_ADAPTER_NAME, BestSoFar, PlateauAdvice
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
-from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.evaluation import evaluate_pairs
 from mlx_cpo_plugin.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
 from mlx_cpo_plugin.grouping import PairSize, padding_rooms
-from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, protect_recurrences
+from mlx_cpo_plugin.host.substrate import TrainingCallback, protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.memory import device_memory_limit
+from mlx_cpo_plugin.memory_estimate import memory_report
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
@@ -36,66 +38,9 @@ from mlx_cpo_plugin.quantised_layers import unpacked_products
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
-
-DEFAULT_SEQ_STEP_SIZE = 512
-
-
-@dataclass
-class CPOTrainingArgs(SFTTrainingArgs):
-    """The settings of :func:`train_cpo`: those of the host's SFT training, and CPO's own."""
-
-    loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss, e.g. sigmoid, hinge, ipo or dpop."})
-    beta: float = field(default=0.1, metadata={"help": "Temperature inside the loss."})
-    delta: float = field(default=50.0, metadata={"help": "Coefficient of the drift penalty of dpop."})
-    reference_model_path: str | None = field(default=None, metadata={"help": "Not used: CPO has no reference model."})
-    loss_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Options of a registered loss beside beta and delta."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the order of the pairs."})
-    scoring: str = field(
-        default="auto", metadata={"help": "Share the prompt of a pair's answers (shared), or not (plain); auto tries."}
-    )
-    batch_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens that the pairs of a batch have at most, instead of batch_size."},
-    )
-    compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
-
-    @classmethod
-    def from_settings(cls, settings: Any, adapter_file: Path) -> CPOTrainingArgs:
-        """Take the arguments from a namespace of resolved settings, named as in YAML."""
-        step_size = settings.seq_step_size or DEFAULT_SEQ_STEP_SIZE
-        return cls(
-            loss_type=settings.dpo_cpo_loss_type,
-            beta=settings.beta,
-            delta=settings.delta,
-            loss_options=dict(settings.loss_options),
-            batch_size=settings.batch_size,
-            iters=settings.iters,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            val_batches=settings.val_batches,
-            steps_per_report=settings.steps_per_report,
-            steps_per_eval=settings.steps_per_eval,
-            steps_per_save=settings.save_every,
-            max_seq_length=settings.max_seq_length,
-            adapter_file=str(adapter_file),
-            grad_checkpoint=settings.grad_checkpoint,
-            seq_step_size=step_size if settings.efficient_long_context else None,
-            recurrence_chunk_size=settings.recurrence_chunk_size,
-            qat_enable=settings.qat_enable,
-            qat_bits=settings.qat_bits,
-            qat_group_size=settings.qat_group_size,
-            qat_mode=settings.qat_mode,
-            qat_start_step=settings.qat_start_step,
-            qat_interval=settings.qat_interval,
-            seed=settings.seed,
-            scoring=settings.scoring,
-            batch_tokens=settings.batch_tokens,
-        )
-
-    def loss_settings(self) -> Mapping[str, Any]:
-        """Return the values of the losses' options by name."""
-        return {"beta": self.beta, "delta": self.delta, **self.loss_options}
+from mlx_cpo_plugin.stopping import StoppedError, only_run_in, stop_requests
+from mlx_cpo_plugin.training_args import CPOTrainingArgs, check_training_args
+from mlx_cpo_plugin.training_state import RunCheckpoints, TrainingState, identity
 
 
 def train_cpo(
@@ -119,6 +64,8 @@ def train_cpo(
         ConfigError: a setting is out of range.
         DataError: there is no pair to train on.
         CheckpointError: the adapter cannot be written, or does not score the same when loaded back.
+        TrainingError: losses or gradients are no numbers, nothing is trained, or memory is at an end.
+        StoppedError: Ctrl-C or SIGTERM; what was done is saved.
     """
     args = args or CPOTrainingArgs()
     check_training_args(args)
@@ -132,6 +79,8 @@ def train_cpo(
     adapter_file = Path(args.adapter_file)
     metrics_file = MetricsFile(adapter_file.parent / "metrics.jsonl" if world.rank() == 0 else None)
     reporter = ProgressReporter(objective.beta, training_callback, metrics_file)
+    best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
+    plateau, displacement = PlateauAdvice(args.loss_type, args.iters), DisplacementAlarm(args.loss_type)
     plan = training_plan(
         [pair.tokens for pair in pairs],
         BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
@@ -141,47 +90,83 @@ def train_cpo(
         world_size=world.size(),
     )
 
-    def validate(iteration: int) -> None:
+    def validate(iteration: int) -> dict[str, float]:
         started = time.perf_counter()
         quantisation.active = False  # whatever step it follows: validations are comparable, and with the final test
         means, _ = evaluate_pairs(
             model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches, scorer=scorer
         )
         reporter.report_validation(iteration, means, time.perf_counter() - started)
+        return means
 
-    with training_environment(model, args) as quantisation:
+    def save_weights() -> None:
+        if world.rank() == 0:
+            save_adapter(model, adapter_file)
+
+    with (
+        only_run_in(adapter_file.parent),
+        stop_requests() as stop,
+        training_environment(model, args) as quantisation,
+        last_good_weights_kept(save_weights),
+    ):
         scorer = choose_scorer(model, pairs, args.scoring, reporter.say)
-        step = OptimizerStep(model, optimizer, *gradient_methods(model, objective, scorer, pairs, args))
-        optimizer_step = 1
+        step = OptimizerStep(
+            model, optimizer, *gradient_methods(model, objective, scorer, pairs, args), args.max_grad_norm
+        )
+        state = TrainingState(
+            model, step, {"reporter": reporter, "best": best, "plateau": plateau, "displacement": displacement}
+        )
+        checkpoints = RunCheckpoints(
+            adapter_file.parent, args.keep_checkpoints, identity(args, model, optimizer, pairs)
+        )
+        for line in memory_report(model, optimizer, pairs, scorer, args):
+            reporter.say(line)
+        if args.resume is not None:
+            checkpoints.resume(args.resume, state, reporter.say)
+        if state.iteration == 0:
+            checkpoints.begin(state)
         if world.rank() == 0:
             save_adapter_config(model, adapter_file)
-        if val_pairs:
+        if val_pairs and state.iteration == 0:
             with reporter.pause():
                 validate(iteration=1)
 
-        for iteration, micro_batch in reporter.iterations_of(plan, args.iters):
-            quantisation.active = args.qat_enable and quantisation.applies_to(optimizer_step)
+        for iteration, micro_batch in reporter.iterations_of(plan, args.iters, done=state.iteration):
+            quantisation.active = args.qat_enable and quantisation.applies_to(step.number)
             batch_pairs = [pairs[index] for index in micro_batch.indices]
             if batch_pairs:
                 losses, scores = step.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
                 reporter.add(losses, scores, scored_tokens(batch_pairs))
+                reporter.warn(displacement.warning(iteration, scores))
             if micro_batch.closes_window:
                 reporter.add_step(step.apply())
-                optimizer_step += 1
             reporter.count_iteration()
+            state.iteration = iteration
 
             if iteration % args.steps_per_report == 0 or iteration == args.iters:
                 reporter.report_training(iteration, optimizer.learning_rate.item(), micro_batch.epoch)
             if val_pairs and (iteration % args.steps_per_eval == 0 or iteration == args.iters):
                 with reporter.pause():
-                    validate(iteration)
+                    means = validate(iteration)
+                if best.improved(iteration, means) and args.save_best is not None and world.rank() == 0:
+                    save_adapter(model, adapter_file.with_name(BEST_ADAPTER_NAME))
+                reporter.warn(plateau.advice(iteration, means))
+            stopping = stop.agreed()
             if iteration % args.steps_per_save == 0 and world.rank() == 0:
-                checkpoint = save_checkpoint(model, adapter_file, iteration)
-                reporter.say(f"Iter {iteration}: Saved adapter weights to {adapter_file} and {checkpoint}.")
+                numbered = save_checkpoint(model, adapter_file, iteration)
+                reporter.say(f"Iter {iteration}: Saved adapter weights to {adapter_file} and {numbered}.")
+            if iteration % args.steps_per_save == 0 or iteration == args.iters or stopping or best.exhausted:
+                checkpoints.save(state)
+            if stopping:
+                save_weights()
+                raise StoppedError(iteration, stop.signal_number)
+            if best.exhausted:
+                reporter.say(f"Iter {iteration}: stopping, no validation since {best.iteration} was better.")
+                break
 
         quantisation.active = False
+        save_weights()
         if world.rank() == 0:
-            save_adapter(model, adapter_file)
             verify_saved_adapter(model, adapter_file, min(pairs, key=lambda pair: pair.length), scorer)
             reporter.say(f"Saved final weights to {adapter_file}.")
 
@@ -275,35 +260,3 @@ def verify_saved_adapter(
         return mx.concatenate([scores.chosen_logps, scores.rejected_logps])
 
     verify_adapter(model, adapter_file, logps)
-
-
-def check_training_args(args: CPOTrainingArgs) -> None:
-    """Check what a direct caller gave; runs that come from YAML were checked with file and line before.
-
-    Raises:
-        ConfigError: names the argument, its value and what is allowed.
-    """
-    rules: list[tuple[str, bool, str]] = [
-        (name, getattr(args, name) >= 1, "at least 1")
-        for name in (
-            "batch_size",
-            "iters",
-            "gradient_accumulation_steps",
-            "steps_per_report",
-            "steps_per_eval",
-            "steps_per_save",
-            "qat_start_step",
-            "qat_interval",
-        )
-    ]
-    rules.append(("beta", args.beta > 0, "above 0"))
-    rules.append(("delta", args.delta >= 0, "at least 0"))
-    rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
-    rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
-    rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))
-    rules.append(("batch_tokens", args.batch_tokens is None or args.batch_tokens >= 1, "at least 1, or None"))
-    rules.append(("scoring", args.scoring in SCORING.choices, SCORING.allowed()))
-    rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
-    for name, holds, allowed in rules:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(args, name)!r}, but must be {allowed}.")

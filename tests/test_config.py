@@ -81,6 +81,11 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "reference_model_path": ("yaml-reference", "call-reference"),
     "scoring": ("plain", "shared"),
     "batch_tokens": (500, 600),
+    "max_grad_norm": (1.0, 2.0),
+    "resume": ("auto", "another-run"),
+    "keep_checkpoints": (3, 4),
+    "save_best": ("margin", "loss"),
+    "early_stopping_patience": (5, 6),
 }
 
 every_key = pytest.mark.parametrize("key", VALUES)
@@ -246,6 +251,8 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
         return st.sampled_from(VALUES[option.name])
     if option.name == "max_seq_length":
         return st.integers(4, 100_000)
+    if option.name == "lm_studio_name":
+        return st.sampled_from(["name", "a b"])
     return VALID[option.type.__name__]
 
 

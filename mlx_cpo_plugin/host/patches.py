@@ -171,9 +171,9 @@ def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """End the command with exit code 2 and the error's one sentence on standard error."""
+    """End the command with the error's exit code and its one sentence on standard error."""
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(error.exit_code)
 
 
 def exit_interrupted() -> NoReturn:

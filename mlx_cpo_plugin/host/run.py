@@ -35,7 +35,7 @@ from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
-_QUANTISED_LOADS: dict[str, dict[str, Any]] = {
+QUANTISED_LOADS: dict[str, dict[str, Any]] = {
     "load_in_4bits": {"bits": 4, "group_size": 128},
     "load_in_6bits": {"bits": 6, "group_size": 128},
     "load_in_8bits": {"bits": 8, "group_size": 128},
@@ -88,14 +88,16 @@ def check_destinations(settings: SimpleNamespace) -> None:
         ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
             test; ``resume_adapter_file`` is missing; there is no W&B to report to or no LM Studio to export to.
     """
+    if settings.train and not settings.adapter_path:
+        raise ConfigError("adapter_path is empty; give a folder for the adapter.")
     if settings.train:
         check_writable(Path(settings.adapter_path))
-    elif settings.adapter_path and not adapter_file(settings).is_file():
+    elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
         raise ConfigError(
             f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
         )
     fused_beside_adapter = settings.fuse and settings.train and settings.lm_studio_name is None
-    if fused_beside_adapter and Path(settings.adapter_path).resolve() == Path(settings.model).resolve():
+    if fused_beside_adapter and os.path.realpath(settings.adapter_path) == os.path.realpath(settings.model):
         raise ConfigError(
             f"adapter_path is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
             "give another folder, or set fuse: false."
@@ -103,7 +105,7 @@ def check_destinations(settings: SimpleNamespace) -> None:
     if settings.wandb is not None and callbacks.wandb is None:
         raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.")
     resume = settings.resume_adapter_file
-    if resume is not None and not Path(resume).is_file():
+    if resume is not None and not os.path.isfile(resume):
         raise ConfigError(
             f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
         )
@@ -121,7 +123,7 @@ def check_writable(folder: Path) -> None:
         ConfigError: what is there already stands in the way.
     """
     # os.path, since Path.exists raises where a parent cannot be searched.
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fault = "is a file" if there.is_file() else "cannot be written to"
         raise ConfigError(f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.")
@@ -153,19 +155,19 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     """
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
-    precision = next((key for key in _QUANTISED_LOADS if getattr(settings, key)), None)
+    precision = next((key for key in QUANTISED_LOADS if getattr(settings, key)), None)
     print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     try:
         model, tokenizer, _ = from_pretrained(
             model=settings.model,
             lora_config=build_lora_config(settings),
             # A copy: the host's loader may keep or change what it is given.
-            quantized_load=dict(_QUANTISED_LOADS[precision]) if precision else None,
+            quantized_load=dict(QUANTISED_LOADS[precision]) if precision else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if precision and "[quantize]" in str(error):
             raise ConfigError(
-                f"{precision} needs layers whose width divides by {_QUANTISED_LOADS[precision]['group_size']}, which "
+                f"{precision} needs layers whose width divides by {QUANTISED_LOADS[precision]['group_size']}, which "
                 f"model {settings.model!r} does not have; remove {precision} or take another model."
             ) from error
         raise ConfigError(
@@ -261,7 +263,7 @@ def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str
 
 def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
     """Fuse the adapter into the model through the host, into LM Studio or beside the adapter, and complete it."""
-    de_quantize = settings.lm_studio_name is not None or not any(getattr(settings, key) for key in _QUANTISED_LOADS)
+    de_quantize = settings.lm_studio_name is not None or not any(getattr(settings, key) for key in QUANTISED_LOADS)
     if de_quantize:
         # Over a quantised base the host would round the merged weights to its bits first.
         fused = [

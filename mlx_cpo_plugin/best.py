@@ -1,0 +1,88 @@
+"""What validations decide: which adapter is the best, when to stop early, and the advice to change the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Name of the setting's value -> what is compared, and whether more of it is better.
+MEASURES = {"margin": ("margins", 1), "accuracy": ("accuracies", 1), "loss": ("loss", -1)}
+BEST_ADAPTER_NAME = "best_adapters.safetensors"
+# Validations without a better margin in the first part of a run that make a plateau.
+PLATEAU = 3
+EARLY_PART = 0.5
+
+
+class BestSoFar:
+    """Follows the validations of a run.
+
+    Args:
+        measure: a key of :data:`MEASURES`.
+        patience: validations in a row without an improvement before the run stops; ``None``: it never does.
+
+    Attributes:
+        value: of the best validation; ``None`` before the first.
+        iteration: of the best validation.
+        waited: validations since then.
+    """
+
+    def __init__(self, measure: str, patience: int | None = None) -> None:
+        self.name, self.sign = MEASURES[measure]
+        self.patience = patience
+        self.value: float | None = None
+        self.iteration = 0
+        self.waited = 0
+
+    def improved(self, iteration: int, means: Mapping[str, float]) -> bool:
+        """Take note of a validation; return whether it is the best so far."""
+        value = means[self.name]
+        if math.isfinite(value) and (self.value is None or self.sign * value > self.sign * self.value):
+            self.value, self.iteration, self.waited = value, iteration, 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is over."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run has to know."""
+        return {"value": self.value, "iteration": self.iteration, "waited": self.waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
+
+
+class PlateauAdvice:
+    """Tells once that the validation margin stopped rising early, and that ``dpop`` may help."""
+
+    def __init__(self, loss_type: str, iters: int) -> None:
+        self.margins = BestSoFar("margin")
+        self.loss_type = loss_type
+        self.iters = iters
+        self.told = False
+
+    def advice(self, iteration: int, means: Mapping[str, float]) -> str | None:
+        """Take note of a validation; return what there is to tell after it."""
+        self.margins.improved(iteration, means)
+        early = iteration <= EARLY_PART * self.iters
+        if self.told or self.loss_type == "dpop" or not early or self.margins.waited < PLATEAU:
+            return None
+        self.told = True
+        return (
+            f"Iter {iteration}: the validation margin has not risen since iteration {self.margins.iteration}; if this "
+            "stays so, switch to dpo_cpo_loss_type: dpop and bound the drift with delta."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run has to know."""
+        return {"margins": self.margins.state(), "told": self.told}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.margins.restore(state["margins"])
+        self.told = state["told"]
