@@ -85,13 +85,14 @@ class OptimizerStep:
             TrainingError: the gradient is not finite, or the first step changes nothing; nothing was updated.
         """
         world_size = mx.distributed.init().size()
-        # A rank may have had no pair in the whole step.
-        total = self.total or {k: mx.zeros_like(v) for k, v in by_name(self.model.trainable_parameters()).items()}
+        trainable = by_name(self.model.trainable_parameters())
+        # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.
+        total = {name: self.total[name] if self.total else mx.zeros_like(value) for name, value in trainable.items()}
         if world_size > 1:
             total = {name: value * world_size for name, value in by_name(average_gradients(total)).items()}
         norm = gradient_norm(total)
         check_gradient(norm, self._pairs, self.number)
-        before = by_name(self.model.trainable_parameters()) if self.number == 1 else {}
+        before = trainable if self.number == 1 else {}
         self._update(total, mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30))))
         mx.eval(self.model.state, self.optimizer.state)
         if before:

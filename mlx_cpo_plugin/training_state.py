@@ -206,7 +206,7 @@ def identity(
 ) -> dict[str, Any]:
     """Return what a run is made of, as plain values by key: all that has a part in the weights that come out."""
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
-    settings |= {f"loss option {name}": value for name, value in args.loss_options.items()}
+    settings |= {f"loss option {name}": value for name, value in args.loss_options.items() if name not in settings}
     adapter = describe_adapter(model)
     return {
         **{name: value if _is_plain(value) or value is None else repr(value) for name, value in settings.items()},

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,9 +16,10 @@ import pytest
 from conftest import assert_same
 
 TESTS = Path(__file__).parent
+Ended = subprocess.CompletedProcess[str]
 
 CHILD = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 import mlx.core as mx, mlx.optimizers as optimizers
 from conftest import add_adapter, build_model, build_pairs
@@ -25,6 +27,13 @@ from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
 # A folder of its own for each rank, so that it shows who writes.
 folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank()
+dies = {dies!r}
+if mx.distributed.init().rank() in dies:
+    from itertools import count
+    from mlx_cpo_plugin import trainer
+
+    real, calls = trainer.scored_tokens, count(1)
+    trainer.scored_tokens = lambda pairs: os._exit(9) if next(calls) == dies["at"] else real(pairs)
 train_cpo(
     add_adapter(build_model()),
     optimizers.SGD(0.05),
@@ -32,7 +41,7 @@ train_cpo(
     build_pairs(5, seed=1),
     CPOTrainingArgs(
         iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3,
-        steps_per_report=1, steps_per_save=2, adapter_file=folder + "/adapters.safetensors",
+        steps_per_report=1, steps_per_save=1, resume="auto", adapter_file=folder + "/adapters.safetensors",
     ),
 )
 """
@@ -51,16 +60,21 @@ def free_port() -> int:
             return port
 
 
-def train_on(ranks: int, folder: Path, **arguments: int) -> str:
-    """Train in one process a rank and return what they print."""
+def launch(ranks: int, folder: Path, dies: dict[Any, int] | None = None, **arguments: int) -> Ended:
+    """Train in one process a rank, some of which may die at an iteration."""
     script = folder.with_suffix(".py")
-    script.write_text(CHILD.format(tests=str(TESTS), folder=str(folder), **arguments))
+    script.write_text(CHILD.format(tests=str(TESTS), folder=str(folder), dies=dies or {}, **arguments))
     command = [sys.executable, str(script)]
     if ranks > 1:
         launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
         hosts = ["--hosts", "127.0.0.1", "--starting-port", str(free_port())]
         command = [*launcher, "-n", str(ranks), "--backend", "ring", *hosts, *command]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
+
+
+def train_on(ranks: int, folder: Path, **arguments: int) -> str:
+    """Train to the end and return what the ranks print."""
+    ended = launch(ranks, folder, **arguments)
     assert ended.returncode == 0, ended.stderr
     # The launcher ends well even where a rank did not.
     assert "Traceback" not in ended.stderr, ended.stderr
@@ -95,3 +109,18 @@ def test_two_ranks_train_the_adapter_that_one_rank_does(
     of_another_rank = [path.name for path in (tmp_path / "together-of-another-rank").iterdir()]
     assert of_another_rank == ["checkpoints-rank-1"]  # what it needs to go on, and no adapter
     assert together.count("Saved final weights") == alone.count("Saved final weights") == 1
+
+
+HALF_FILLED = {"rows": 9, "batch_size": 2, "accumulation": 3, "iters": 8}
+
+
+def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path) -> None:
+    train_on(2, tmp_path / "whole", **HALF_FILLED)
+    launch(2, tmp_path / "run", {0: 1, 1: 1, "at": 5}, **HALF_FILLED)
+    assert not (tmp_path / "run" / "checkpoints" / "0000008").exists()
+
+    printed = train_on(2, tmp_path / "run", **HALF_FILLED)
+
+    assert "Resuming after iteration 4" in printed
+    adapters = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "run")]
+    assert adapters[0] == adapters[1]
