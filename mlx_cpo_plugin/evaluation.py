@@ -13,7 +13,7 @@ from mlx_cpo_plugin.grouping import PairSize
 from mlx_cpo_plugin.metrics import PairMeans
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers
-from mlx_cpo_plugin.shared_batch import collate_shared, score_batch
+from mlx_cpo_plugin.shared_batch import score_together
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, normalised_pair, share
 
 
@@ -63,13 +63,10 @@ def _scored(
         yield score_answers(model, collate(pairs), length_normalised), pairs
         return
     cuts = [share(pair) for pair in pairs]
-    sizes = [PairSize.of(cut) for cut in cuts]
-    for group in scorer.grouping.groups(sizes):
+    for group in scorer.grouping.groups([PairSize.of(cut) for cut in cuts]):
         if len(group) == 1:
             pair, cut = pairs[group[0]], cuts[group[0]]
             yield normalised_pair(scorer.score(cut), pair, length_normalised), [pair]
             continue
-        room = scorer.grouping.room([sizes[number] for number in group])
-        batch = collate_shared([cuts[number] for number in group], room)
-        scores = score_batch(scorer, batch, scores_shared=room.scores_shared, length_normalised=length_normalised)
+        scores = score_together(scorer, [cuts[number] for number in group], length_normalised)
         yield scores, [pairs[number] for number in group]

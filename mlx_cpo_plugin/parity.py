@@ -13,10 +13,10 @@ from mlx_cpo_plugin.batches import collate
 from mlx_cpo_plugin.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
+from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores, score_answers
-from mlx_cpo_plugin.shared_batch import collate_shared, score_batch
+from mlx_cpo_plugin.shared_batch import score_together
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 
 # Relative, of an answer's log-prob; half precision rounds differently for other shapes.
@@ -58,7 +58,9 @@ def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[Pref
     if not can_be_padded(fresh_caches(model)):
         return PAIR_BY_PAIR
     try:
-        difference = _largest_difference(model, partial(_scores_together, scorer), _sample(pairs))
+        difference = _largest_difference(
+            model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), _sample(pairs)
+        )
     except Exception:  # as above; what fails here works pair by pair
         return PAIR_BY_PAIR
     return grouping_for(model) if difference <= _tolerance(model) else PAIR_BY_PAIR
@@ -70,13 +72,6 @@ def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePai
 
 def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
     return AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True)))
-
-
-def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
-    cuts = [share(pair) for pair in pairs]
-    room = scorer.grouping.room([PairSize.of(cut) for cut in cuts])
-    batch = collate_shared(cuts, room)
-    return score_batch(scorer, batch, scores_shared=room.scores_shared, length_normalised=False)
 
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:

@@ -102,3 +102,12 @@ def score_batch(
         *(values[side] + both for values, both in zip(sums, in_both, strict=True) for side in (chosen, rejected))
     )
     return normalised(totals, batch.token_counts[chosen], batch.token_counts[rejected], length_normalised)
+
+
+def score_together(
+    scorer: SharedPromptScorer, cuts: Sequence[SharedPair], length_normalised: bool = False
+) -> AnswerScores:
+    """Return the scores of pairs in one pass, in the room that the scorer's grouping gives them."""
+    room = scorer.grouping.room([PairSize.of(cut) for cut in cuts])
+    batch = collate_shared(cuts, room)
+    return score_batch(scorer, batch, scores_shared=room.scores_shared, length_normalised=length_normalised)
