@@ -1,4 +1,4 @@
-"""The command ``mlx-cpo``: train, check, demo, doctor, losses and bench."""
+"""The command ``mlx-cpo``: train, check, demo, doctor, losses, bench and studio."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
 from mlx_cpo_plugin.bench.command import run_bench
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
+from mlx_cpo_plugin.studio.command import add_arguments as add_studio_arguments
+from mlx_cpo_plugin.studio.command import run_studio
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
 TRAINING_COMMANDS = ("train", "check")
@@ -31,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor(chosen.json)
         if chosen.command == "bench":
             return run_bench(chosen)
+        if chosen.command == "studio":
+            _activate()
+            return run_studio(chosen)
         return _losses(chosen.json)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON")
     bench = "measure mlx-lm-lora's own trainer and this one in turn on the same work"
     add_bench_arguments(commands.add_parser("bench", help=bench, description=bench))
+    studio = "open a local page to write a configuration, check data, train and watch"
+    add_studio_arguments(commands.add_parser("studio", help=studio, description=studio))
     return parser
 
 

@@ -93,12 +93,12 @@ class _Sources:
         return None if self.yaml is None else self.yaml.values.get(key)
 
 
-def resolve(command_line: Mapping[str, Any], config_file: str | Path | None = None) -> Resolved:
+def resolve(command_line: Mapping[str, Any], config_file: str | Path | YamlSettings | None = None) -> Resolved:
     """Return the settings of a run in a registered train mode.
 
     Args:
         command_line: what the call gave, e.g. from :func:`explicit`; None means not given.
-        config_file: the YAML file; that of ``command_line`` when it is None.
+        config_file: the YAML file, or what was read from it; that of ``command_line`` when it is None.
 
     Raises:
         ConfigError: a key is unknown, or its value has the wrong type, is out of range or contradicts another.
@@ -107,7 +107,8 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | None = No
     call = {key: value for key, value in command_line.items() if value is not None}
     file = config_file or call.get("config")
     source = command_line.source if isinstance(command_line, Given) else "in the call"
-    sources = _Sources(call, source, read_yaml(file) if file else None)
+    in_file = file if isinstance(file, YamlSettings) else read_yaml(file) if file else None
+    sources = _Sources(call, source, in_file)
     mode = _mode(sources)
     losses = loss_types()
     options = known_options([mode], losses.values())
@@ -122,7 +123,7 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | None = No
     values |= {
         "train_mode": mode.name,
         "config": None,
-        "config_file": str(file) if file else None,
+        "config_file": in_file.file if in_file else None,
         "loss_options": {option.name: values[option.name] for option in loss.options} if loss else {},
         "plugin_resolved": True,
     }

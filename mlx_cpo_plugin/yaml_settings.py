@@ -93,8 +93,12 @@ def read_yaml(path: str | Path) -> YamlSettings:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{file}, line {line} holds bytes that are not UTF-8; save the file as UTF-8.") from error
-    values, lines = _parse(text, file)
-    return YamlSettings(str(path), values, lines)
+    return parse_settings(text, str(path))
+
+
+def parse_settings(text: str, path: str) -> YamlSettings:
+    """Read settings that stand, or are to stand, in the file ``path``; raises as :func:`read_yaml` does."""
+    return YamlSettings(path, *_parse(text, named(path)))
 
 
 def read_bytes(path: str | Path) -> bytes:

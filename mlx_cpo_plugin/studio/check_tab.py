@@ -1,0 +1,128 @@
+"""The data report: what is skipped and why, how long the pairs are, and which tokens are scored."""
+
+from __future__ import annotations
+
+import tempfile
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.studio.child import json_of
+
+BINS = 24
+SHOWN_AT_ONCE = 3
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def build_check_tab(root: Path, yaml: gr.Code) -> None:
+    """Lay out the tab; the configuration that ``yaml`` holds is looked at."""
+    button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
+    said = gr.HTML("", elem_id="check-said")
+    summary = gr.HTML("", elem_id="check-summary")
+    with gr.Row(elem_classes="curves"):
+        histograms = [
+            gr.BarPlot(
+                None,
+                x="tokens",
+                y="pairs",
+                title=f"Tokens of the {part}" if part == "prompt" else f"Tokens of the {part} answer",
+                x_title="Tokens",
+                y_title="Pairs",
+                height=240,
+                min_width=260,
+                visible=False,
+                elem_id=f"lengths-{part}",
+            )
+            for part in PARTS
+        ]
+    pairs = gr.HTML("", elem_id="check-pairs")
+
+    def check(text: str) -> list[Any]:
+        try:
+            with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
+                config.write(text)
+                config.flush()
+                report = json_of(["mlx_cpo_plugin.studio.inspection", config.name], root)
+        except UserError as error:
+            hidden = [gr.update(visible=False)] * len(PARTS)
+            return [f'<p class="fault" role="alert">{escape(str(error))}</p>', "", *hidden, ""]
+        return [
+            "",
+            summary_html(report),
+            *(gr.update(value=histogram(report, part), visible=True) for part in PARTS),
+            pairs_html(report),
+        ]
+
+    button.click(check, yaml, [said, summary, *histograms, pairs], show_progress="minimal", show_progress_on=said)
+
+
+def histogram(report: dict[str, Any], part: str) -> pd.DataFrame:
+    """Return the columns ``tokens`` (where a bar begins) and ``pairs`` over all splits."""
+    lengths = [length for split in report["splits"] for length in split["lengths"].get(part, [])]
+    counts, edges = np.histogram(lengths, bins=min(BINS, max(1, len(set(lengths)))))
+    return pd.DataFrame({"tokens": edges[:-1].round().astype(int), "pairs": counts})
+
+
+def summary_html(report: dict[str, Any]) -> str:
+    """Return rows, pairs and what was skipped of each split as tables."""
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(split['name'])}</th><td>{split['rows']}</td><td>{split['pairs']}</td>"
+        f"<td>{sum(count for count, _ in split['skipped'].values())}</td><td>{split['prompts_cut']}</td>"
+        f"<td>{split['answers_cut']}</td>{_lengths(split)}</tr>"
+        for split in report["splits"]
+    )
+    head = "".join(
+        f"<th scope='col'>{title}</th>"
+        for title in ("", "Rows", "Pairs", "Skipped", "Prompt cut", "Answer cut", "Median tokens", "Most tokens")
+    )
+    table = f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    skipped = "".join(
+        f"<tr><td>{escape(split['name'])}</td><td>{escape(reason)}</td><td>{count}</td>"
+        f"<td>{escape(', '.join(places))}{' …' if count > len(places) else ''}</td></tr>"
+        for split in report["splits"]
+        for reason, (count, places) in split["skipped"].items()
+    )
+    if skipped:
+        table += (
+            "<h3>Skipped rows</h3><div class='wide'><table><thead><tr><th>Split</th><th>Reason</th><th>Rows</th>"
+            f"<th>Where</th></tr></thead><tbody>{skipped}</tbody></table></div>"
+        )
+    notes = "".join(f"<p class='note'>{escape(note)}</p>" for split in report["splits"] for note in split["notes"])
+    return f"{table}{notes}<details><summary>The report in full</summary><pre>{escape(report['text'])}</pre></details>"
+
+
+def _lengths(split: dict[str, Any]) -> str:
+    parts = [np.array(split["lengths"].get(part, [0]), int) for part in PARTS]
+    longer = parts[0] + np.maximum(parts[1], parts[2])
+    return f"<td>{np.median(longer):.0f}</td><td>{longer.max()}</td>"
+
+
+def pairs_html(report: dict[str, Any]) -> str:
+    """Return pairs of each split, both answers side by side, with the scored tokens marked."""
+    parts = ["<h3>Pairs</h3><p class='note'><mark>Marked</mark> tokens are scored.</p>"]
+    for split in report["splits"]:
+        pairs = [_pair(example) for example in split["examples"]]
+        parts += [f"<h4>{escape(split['name'].capitalize())}</h4>", *pairs[:SHOWN_AT_ONCE]]
+        if pairs[SHOWN_AT_ONCE:]:
+            rest = "".join(pairs[SHOWN_AT_ONCE:])
+            parts.append(f"<details><summary>{len(pairs) - SHOWN_AT_ONCE} more pairs</summary>{rest}</details>")
+    return "".join(parts)
+
+
+def _pair(example: dict[str, Any]) -> str:
+    answers = "".join(
+        f"<div><h5>{side.capitalize()}</h5><p>{_marked(example[side])}</p></div>" for side in ("chosen", "rejected")
+    )
+    return (
+        f"<article class='pair'><h5>{escape(example['source'])}</h5><p class='prompt'>{escape(example['prompt'])}</p>"
+        f"<div class='sides'>{answers}</div></article>"
+    )
+
+
+def _marked(pieces: list[tuple[str, bool]]) -> str:
+    return "".join(f"<mark>{escape(text)}</mark>" if scored else escape(text) for text, scored in pieces)

@@ -1,0 +1,39 @@
+"""The arguments of ``mlx-cpo studio``, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlx_cpo_plugin.errors import ConfigError
+
+NEEDED = ("gradio", "matplotlib", "ruamel.yaml")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file to open")
+    parser.add_argument("--port", type=int, help="the port of the page on this machine")
+    parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
+
+
+def run_studio(chosen: argparse.Namespace) -> int:
+    """Serve the page from the folder at hand until Ctrl-C.
+
+    Raises:
+        ConfigError: a package is missing, the configuration cannot be read, or the port is taken.
+    """
+    missing = [name for name in NEEDED if find_spec(name.split(".")[0]) is None]
+    if missing:
+        raise ConfigError(f"mlx-cpo studio needs {' and '.join(missing)}; run pip install 'mlx-cpo-plugin[studio]'.")
+    from mlx_cpo_plugin.studio import document, page, server
+
+    root = Path.cwd()
+    text, name = document.new_document(), ""
+    if chosen.config is not None:
+        path = document.path_in(root, str(chosen.config))
+        text, name = document.read_document(path), str(path.relative_to(root))
+    port = server.free_port(chosen.port)
+    server.serve(page.build_page(root, text, name), port, page.appearance(), not chosen.no_browser)
+    return 0

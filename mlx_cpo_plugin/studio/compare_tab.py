@@ -1,0 +1,83 @@
+"""Answers of the base model and the tuned one side by side, and preference accuracy before and after."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.runs_tab import run_folder, run_names
+
+MOST_ROWS = 16
+ANSWER_TOKENS = 128
+
+
+def build_compare_tab(root: Path) -> gr.Dropdown:
+    """Lay out the tab; return the control that names the run, whose choices are those at the time."""
+    run = gr.Dropdown(run_names(root), label="Run", info="The adapter folder of a run.", elem_id="compare-run")
+    prompt = gr.Textbox(
+        "", lines=3, label="Prompt", info="Your own; empty for held-out rows alone.", elem_id="compare-prompt"
+    )
+    rows = gr.Slider(0, MOST_ROWS, value=2, step=1, label="Held-out rows to answer", elem_id="compare-rows")
+    button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
+    said = gr.HTML("", elem_id="compare-said")
+    answers = gr.HTML("", elem_id="compare-answers")
+
+    def compare(name: str | None, prompt: str, rows: int) -> tuple[str, str]:
+        try:
+            folder = run_folder(root, name)
+            words = ["mlx_cpo_plugin", "compare", str(folder), "--rows", str(int(rows))]
+            words += ["--max-tokens", str(ANSWER_TOKENS)]
+            words += [f"--prompt={prompt}"] if prompt.strip() else []
+            comparison = json_of([*words, "--json"], root)
+        except UserError as error:
+            return f'<p class="fault" role="alert">{escape(str(error))}</p>', ""
+        return "", preference_html(comparison) + answers_html(comparison)
+
+    button.click(compare, [run, prompt, rows], [said, answers], show_progress="minimal", show_progress_on=said)
+    return run
+
+
+def preference_html(comparison: dict[str, Any]) -> str:
+    """Return accuracy and margin before and after, of all held-out pairs and by their length."""
+    if not comparison["preference"]:
+        return "<p class='note'>There are no held-out rows to measure the preference on.</p>"
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(group['name'])}</th><td>{group['pairs']}</td>"
+        f"<td>{group['shortest']} to {group['longest']}</td>"
+        f"<td>{_percent(group['before'])}</td><td>{_percent(group['after'])}</td>"
+        f"<td>{_margin(group['before'])}</td><td>{_margin(group['after'])}</td></tr>"
+        for group in comparison["preference"]
+    )
+    titles = ("Held-out pairs", "Pairs", "Tokens", "Accuracy before", "after", "Margin before", "after")
+    head = "".join(f"<th scope='col'>{title}</th>" for title in titles)
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def answers_html(comparison: dict[str, Any]) -> str:
+    """Return each prompt with both models' answers side by side."""
+    return "".join(
+        f"<article class='pair'><h5>{escape(answer['source'])}</h5><p class='prompt'>{escape(answer['prompt'])}</p>"
+        f"<div class='sides'>{_answer('Base model', answer['base'])}{_answer('Tuned model', answer['tuned'])}</div>"
+        "</article>"
+        for answer in comparison["answers"]
+    )
+
+
+def _answer(title: str, answer: dict[str, Any]) -> str:
+    cut = "" if answer["finished"] else " …"
+    return f"<div><h5>{title}</h5><p>{escape(answer['text'])}{cut}</p></div>"
+
+
+def _percent(means: dict[str, float | None]) -> str:
+    accuracy = means["accuracy"]
+    return "-" if accuracy is None else f"{accuracy:.0%}"
+
+
+def _margin(means: dict[str, float | None]) -> str:
+    margin = means["margin"]
+    return "-" if margin is None else f"{margin:+.3g}"

@@ -1,0 +1,158 @@
+"""The YAML that a form stands for: an opened file keeps its comments, its order and the keys without a field."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from mlx_cpo_plugin.checkpoints import write_atomically
+from mlx_cpo_plugin.config import Resolved, resolve
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.studio.form import ALWAYS_WRITTEN, MODE, Content, Field
+from mlx_cpo_plugin.yaml_settings import parse_settings, read_yaml
+
+SUFFIXES = (".yaml", ".yml")
+UNSAVED = "the form"
+
+
+def new_document() -> str:
+    """Return the text of a file that trains, with nothing set."""
+    return f"train: true\ntrain_mode: {MODE}\n"
+
+
+def read_document(path: Path) -> str:
+    """Return the text of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read or is not YAML, or is for another train mode.
+    """
+    settings = read_yaml(path)
+    mode = settings.values.get("train_mode", MODE)
+    if mode != MODE:
+        raise ConfigError(f"train_mode is {mode!r} {settings.place('train_mode')}; this page is for {MODE}.")
+    return path.read_text(encoding="utf-8")
+
+
+def contents_of(text: str, fields: Iterable[Field]) -> dict[str, Content]:
+    """Return what each control holds for a file, by key."""
+    values = parse_settings(text, UNSAVED).values
+    return {field.key: field.content_of(_looked_up(values, field.key)) for field in fields}
+
+
+def with_contents(text: str, contents: Mapping[str, Content], fields: Iterable[Field]) -> str:
+    """Return ``text`` changed as far as the controls hold something else than it says.
+
+    Args:
+        text: the file as it was opened, or a new one.
+        contents: what each control holds, by key.
+    """
+    editor = _editor()
+    document = editor.load(text) or CommentedMap()
+    document["train"] = True
+    document["train_mode"] = MODE
+    for field in fields:
+        _set(document, field, contents.get(field.key))
+    stream = io.StringIO()
+    editor.dump(document, stream)
+    return stream.getvalue()
+
+
+def resolved(text: str, path: str = UNSAVED) -> Resolved:
+    """Return the settings that a run of this file would have.
+
+    Raises:
+        ConfigError: the first thing that is wrong with it.
+    """
+    return resolve({}, parse_settings(text, path))
+
+
+def adapter_folder(text: str, root: Path) -> Path:
+    """Return where a run of this file leaves its adapter.
+
+    Args:
+        root: what paths in the file are relative to.
+    """
+    return root / resolved(text).settings.adapter_path
+
+
+def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+    """Return the file of this name below ``root``.
+
+    Raises:
+        ConfigError: it lies elsewhere, or is called otherwise.
+    """
+    name = name.strip()
+    if not name:
+        raise ConfigError("Give the file a name, such as my.yaml.")
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r} is no name for a file ({error}).") from error
+    if not path.is_relative_to(root.resolve()):
+        raise ConfigError(f"{name} lies outside {root}, where this page may not read or write; give a name below it.")
+    if path.suffix not in suffixes:
+        raise ConfigError(f"{name} does not end in {' or '.join(suffixes)}; give it that ending.")
+    return path
+
+
+def save_document(text: str, path: Path) -> None:
+    """Write a configuration file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _editor() -> YAML:
+    editor = YAML(typ="rt")
+    editor.preserve_quotes = True
+    editor.width = 4096
+    return editor
+
+
+def _looked_up(values: Mapping[str, Any], key: str) -> Any:
+    name, _, inner = key.partition(".")
+    value = values.get(name)
+    if inner:
+        return value.get(inner) if isinstance(value, Mapping) else None
+    return value
+
+
+def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
+    """Write a setting where it differs from what is there; take it out where the control is empty."""
+    name, _, inner = field.key.partition(".")
+    holder = document
+    if inner:
+        held = document.get(name)
+        holder = held if isinstance(held, CommentedMap) else CommentedMap()
+    key = inner or name
+    value = field.value_of(content)
+    unset = value is None or (content == field.default and key not in holder and name not in ALWAYS_WRITTEN)
+    if unset and name in ALWAYS_WRITTEN and not inner:
+        value, unset = field.option.default, False
+    if unset:
+        holder.pop(key, None)
+    elif key not in holder or not _same(holder[key], value):
+        holder[key] = _as_typed(content, value)
+    if inner and holder and holder is not document.get(name):
+        document[name] = holder
+    elif inner and not holder:
+        document.pop(name, None)
+
+
+def _same(held: Any, value: Any) -> bool:
+    """Whether the file says this already; 1, 1.0 and true are three things."""
+    return bool(held == value) and isinstance(held, bool | int | str) == isinstance(value, bool | int | str)
+
+
+def _as_typed(content: Content | None, value: Any) -> Any:
+    """Keep a number as it was typed: 5e-6 does not become 5e-06."""
+    if isinstance(value, float) and isinstance(content, str):
+        return YAML(typ="rt").load(content.strip())
+    return value

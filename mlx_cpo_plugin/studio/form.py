@@ -1,0 +1,171 @@
+"""The form as data: its fields come from the registered options, and the same checks as everywhere judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mlx_cpo_plugin.command_line import known_options
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.options import (
+    DATA_OPTIONS,
+    LORA_PARAMETERS,
+    MODEL_OPTIONS,
+    OUTPUT_OPTIONS,
+    QAT_OPTIONS,
+    TRAINING_OPTIONS,
+)
+from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.types import Option, TrainMode
+from mlx_cpo_plugin.validation import check
+from mlx_cpo_plugin.yaml_settings import parse_value
+
+MODE = "cpo"
+PREFERENCE = "Preference And Judge"
+MODEL_AND_DATA, FINE_TUNE, TRAINING = "Model & Data", "Fine-tune", "Training Settings"
+COLUMNS, OUTPUT, QAT = "Dataset Columns", "Output", "QAT"
+BLOCKS = (PREFERENCE, MODEL_AND_DATA, FINE_TUNE, TRAINING, COLUMNS, OUTPUT, QAT)
+
+# Written into every file, so that it says by itself what it trains on.
+ALWAYS_WRITTEN = ("model", "data", "adapter_path")
+# The page decides these: a run of the form always trains, and resuming is a button.
+CHOICE_TITLES = {"lora": "LoRA", "dora": "DoRA", "full": "Full", "adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
+NO_FIELD = ("train", "resume", "reference_model_path")
+
+Content = str | bool
+"""What a control holds: text, a choice or a tick. No text means that the setting is left at its default."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One control of the form.
+
+    Attributes:
+        key: the setting; those inside a mapping are joined by a dot, as in ``lora_parameters.rank``.
+        option: what it may be.
+        block: the part of the form that it stands in.
+    """
+
+    key: str
+    option: Option
+    block: str
+
+    @property
+    def help(self) -> str:
+        """Return the help of the option and its default."""
+        default = self.option.default
+        if default is None or default == "":
+            return self.option.help
+        words = ("on" if default else "off") if isinstance(default, bool) else str(default)
+        return f"{self.option.help} Default: {words}."
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """Return (label, value) of each choice; where nothing may be chosen, too, that comes first."""
+        losses = loss_types() if self.key == train_mode().loss_option else {}
+        named = [
+            (losses[choice].title if choice in losses else CHOICE_TITLES.get(choice, str(choice)), str(choice))
+            for choice in self.option.choices
+        ]
+        return [("none", ""), *named] if self.option.optional else named
+
+    @property
+    def default(self) -> Content:
+        """Return what the control holds while nothing is set."""
+        if self.option.type is bool:
+            return bool(self.option.default)
+        return str(self.option.default or "") if self.option.choices else ""
+
+    def content_of(self, value: Any) -> Content:
+        """Return what the control holds for a value from a file."""
+        if value is None:
+            return self.default
+        if self.option.type is bool and isinstance(value, bool):
+            return value
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, dict | list):
+            return yaml.safe_dump(value, default_flow_style=True, width=4096).strip()
+        return str(value)
+
+    def value_of(self, content: Content | None) -> Any:
+        """Return the value for a file; ``None`` where the setting is left at its default."""
+        if content is None or content == "":
+            return None
+        if isinstance(content, bool):
+            return content
+        return content.strip() if self.option.type is str else parse_value(content)
+
+    def error_of(self, content: Content | None) -> str:
+        """Return what is wrong with the content, as the command line would say it; nothing where it is right."""
+        value = self.value_of(content)
+        if value is None:
+            return ""
+        try:
+            check(self.option, value.lower() if self.key == "optimizer" else value, lambda key: "in the form", self.key)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+
+def train_mode() -> TrainMode:
+    """Return the mode that the form is for."""
+    return train_modes()[MODE]
+
+
+def form_fields() -> list[Field]:
+    """Return every field, block by block; a registered option that nobody placed stands with the training settings."""
+    mode = train_mode()
+    losses = loss_types()
+    of_losses = {option.name for loss in losses.values() for option in loss.options} | {mode.loss_option}
+    blocks: dict[str, str] = {}
+    for title, options in (
+        (FINE_TUNE, MODEL_OPTIONS),
+        (MODEL_AND_DATA, DATA_OPTIONS),
+        (TRAINING, TRAINING_OPTIONS),
+        (OUTPUT, OUTPUT_OPTIONS),
+        (QAT, QAT_OPTIONS),
+    ):
+        blocks |= {option.name: title for option in options}
+    blocks["model"] = MODEL_AND_DATA
+    blocks |= {option.name: COLUMNS for option in DATA_OPTIONS if option.name.endswith("_feature")}
+
+    fields = []
+    for name, option in known_options([mode], losses.values()).items():
+        block = PREFERENCE if name in of_losses else blocks.get(name, TRAINING)
+        if name == "lora_parameters":
+            fields += [Field(f"{name}.{part.name}", _inside(part, option), block) for part in LORA_PARAMETERS]
+        elif name not in NO_FIELD:
+            fields.append(Field(name, option, block))
+    return sorted(fields, key=lambda field: (BLOCKS.index(field.block), _rank(field.key, mode)))
+
+
+def _rank(key: str, mode: TrainMode) -> int:
+    """Put beta and the loss, which everybody looks for, before what some losses read besides."""
+    return {"beta": 0, mode.loss_option: 1}.get(key, 2)
+
+
+def _inside(part: Option, whole: Option) -> Option:
+    return Option(
+        part.name,
+        part.type,
+        part.default,
+        part.help,
+        minimum=part.minimum,
+        above=part.above,
+        shown_when=whole.shown_when,
+    )
+
+
+def has_effect(field: Field, contents: Mapping[str, Content], fields: Mapping[str, Field]) -> bool:
+    """Whether the field's setting does something beside what the others hold."""
+    if field.block == PREFERENCE and field.key != train_mode().loss_option:
+        loss = loss_types().get(str(contents[train_mode().loss_option]))
+        return loss is not None and field.key in {option.name for option in loss.options}
+    for name, values in field.option.shown_when.items():
+        if name in contents and (fields[name].value_of(contents[name]) or fields[name].option.default) not in values:
+            return False
+    return True

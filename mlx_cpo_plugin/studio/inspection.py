@@ -1,0 +1,87 @@
+"""What training would see, as JSON: ``python -m mlx_cpo_plugin.studio.inspection CONFIG OUTPUT``.
+
+A process of its own, so that neither tokenizer nor arrays stay with the page.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_cpo_plugin.config import resolve
+from mlx_cpo_plugin.data.check import run_check
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
+from mlx_cpo_plugin.data.encoding import ChatTokenizer
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+
+EXAMPLES = 20
+PLACES = 20
+
+
+def inspect(config: Path) -> dict[str, Any]:
+    """Return the report of ``mlx-cpo check`` as text, and rows, lengths and pairs of each split as plain values.
+
+    Raises:
+        UserError: configuration or data are at fault.
+    """
+    settings = resolve({"train": True}, config).settings
+    printed = io.StringIO()
+    run_check(settings, printed, examples=0)
+    tokenizer = load_chat_tokenizer(settings.model)
+    splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    return {
+        "text": printed.getvalue(),
+        "max_seq_length": settings.max_seq_length,
+        "splits": [_split(dataset, ChatTokenizer(tokenizer)) for dataset in splits if dataset.report.rows],
+    }
+
+
+def _split(dataset: PreferenceDataset, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    report = dataset.report
+    return {
+        "name": report.split,
+        "rows": report.rows,
+        "pairs": report.pairs,
+        "skipped": {reason: [len(places), list(places[:PLACES])] for reason, places in report.skipped.items()},
+        "prompts_cut": report.prompts_cut,
+        "answers_cut": report.answers_cut,
+        "notes": list(report.notes),
+        "lengths": {part: lengths.tolist() for part, lengths in report.lengths.items()},
+        "examples": [_example(pair, tokenizer) for pair in dataset[:EXAMPLES]],
+    }
+
+
+def _example(pair: PreferencePair, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    def pieces(ids: Any, scored: Any) -> list[tuple[str, bool]]:
+        turns = np.flatnonzero(np.diff(scored)) + 1
+        runs = zip(np.split(ids, turns), np.split(scored, turns), strict=True)
+        return [(tokenizer.decode(run), bool(mark[0])) for run, mark in runs]
+
+    return {
+        "source": pair.source,
+        "prompt": tokenizer.decode(pair.prompt),
+        "chosen": pieces(pair.chosen, pair.chosen_scored),
+        "rejected": pieces(pair.rejected, pair.rejected_scored),
+    }
+
+
+def main() -> int:
+    """Write the report, or what is wrong, into the file that the command line names."""
+    config, output = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        report = inspect(config)
+    except UserError as error:
+        report = {"error": str(error)}
+    output.write_text(json.dumps(report), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Start, stop and watch a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.studio import document, run_process
+from mlx_cpo_plugin.studio.run_view import (
+    CURVES,
+    Curve,
+    console_html,
+    curve_frame,
+    metrics_size,
+    read_metrics,
+    status_html,
+)
+
+# Blue and orange, which people who see no red or green can tell apart.
+COLOURS = ("#2f81f7", "#e3820b")
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class RunTab:
+    """The parts of the tab that others read or change.
+
+    Attributes:
+        watched: the adapter folder of the run that is shown, as text; may be empty.
+        look: returns updates for ``parts`` from the watched folder, and what was seen last.
+        parts: status, console and curves.
+    """
+
+    watched: gr.State
+    look: Any
+    seen: gr.State
+    parts: list[Any]
+
+
+def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
+    """Lay out the tab; runs are of the configuration that ``yaml`` holds."""
+    watched, seen = gr.State(""), gr.State(("", -1, ""))
+    with gr.Row():
+        start_button = gr.Button("Start", size="md", variant="primary", elem_id="start")
+        stop_button = gr.Button("Stop (saves)", size="md", variant="stop", elem_id="stop")
+        resume_button = gr.Button("Resume", size="md", elem_id="resume")
+    said = gr.HTML("", elem_id="run-said")
+    status = gr.HTML("", elem_id="status")
+    with gr.Row(elem_classes="curves"):
+        plots = [_plot(curve) for curve in CURVES]
+    console = gr.HTML("", elem_id="console")
+    parts = [status, console, *plots]
+
+    def look(folder: str, before: tuple[str, int, str]) -> list[Any]:
+        """Return what is new: nothing, the words, or the curves, too."""
+        if not folder:
+            return [*[gr.skip()] * len(parts), before]
+        path = Path(folder)
+        rows = read_metrics(path)
+        words = status_html(path, rows) + console_html(path)
+        now = (folder, metrics_size(path), words)
+        if now == tuple(before):
+            return [*[gr.skip()] * len(parts), before]
+        drawn = [gr.skip()] * len(CURVES)
+        if now[:2] != tuple(before)[:2]:
+            drawn = [_drawn(curve, rows) for curve in CURVES]
+        return [status_html(path, rows), console_html(path), *drawn, now]
+
+    def begin(text: str, resume: bool) -> tuple[str, str]:
+        try:
+            folder = document.adapter_folder(text, root)
+            run_process.start(folder, text, root, resume)
+        except (UserError, OSError) as error:
+            return f'<p class="fault" role="alert">{escape(str(error))}</p>', ""
+        return f'<p class="note">Started in {escape(str(folder))}.</p>', str(folder)
+
+    def end(folder: str) -> str:
+        if not folder or not run_process.state(Path(folder)).running:
+            return '<p class="note">Nothing is running.</p>'
+        run_process.stop(Path(folder))
+        return '<p class="note">Stopping after this micro-batch; once more to stop without saving.</p>'
+
+    def began(folder: str, present: str) -> str:
+        return folder or present
+
+    for button, resume in ((start_button, False), (resume_button, True)):
+        started = gr.State("")
+        button.click(lambda text, resume=resume: begin(text, resume), yaml, [said, started]).then(
+            began, [started, watched], watched
+        ).then(look, [watched, seen], [*parts, seen], show_progress="hidden")
+    stop_button.click(end, watched, said)
+    timer = gr.Timer(SECONDS_BETWEEN_LOOKS)
+    timer.tick(look, [watched, seen], [*parts, seen], show_progress="hidden", queue=False)
+    return RunTab(watched, look, seen, parts)
+
+
+def folder_to_watch(root: Path, text: str) -> str:
+    """Return the folder of a run that is at work, or else that of the configuration, if anything ran in it."""
+    running = run_process.running_folders(root)
+    if running:
+        return str(running[0])
+    try:
+        folder = document.adapter_folder(text, root)
+    except UserError:
+        return ""
+    return str(folder) if metrics_size(folder) or run_process.read_record(folder) else ""
+
+
+def _drawn(curve: Curve, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Show a plot once its first line has points: it takes its lines from the first table that it is given."""
+    frame = curve_frame(rows, curve)
+    if next(iter(curve.lines)) not in set(frame["line"]):
+        return gr.update(visible=False)
+    return gr.update(value=frame, visible=True)
+
+
+def _plot(curve: Curve) -> gr.LinePlot:
+    return gr.LinePlot(
+        None,
+        visible=False,
+        x="iteration",
+        y="value",
+        color="line",
+        color_map=dict(zip(curve.lines, COLOURS, strict=False)),
+        color_title=" ",
+        title=curve.title,
+        x_title="Iteration",
+        y_title=" ",
+        height=240,
+        min_width=300,
+        elem_id="curve-" + curve.title.split(",")[0].lower().replace(" ", "-"),
+    )

@@ -1,0 +1,158 @@
+"""What a run has written so far, as tables for curves and as pieces of the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mlx_cpo_plugin.studio.run_process import RunState, console_tail, state
+
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot of the page.
+
+    Attributes:
+        title: what it shows.
+        lines: name of a line -> the key of the metrics that it follows.
+    """
+
+    title: str
+    lines: Mapping[str, str]
+
+
+CURVES = (
+    Curve("Loss", {"train": "train_loss", "validation": "val_loss"}),
+    Curve("Accuracy", {"train": "train_accuracies", "validation": "val_accuracies"}),
+    Curve("Margin", {"train": "train_margins", "validation": "val_margins"}),
+    Curve("Reward", {"chosen": "train_chosen_reward", "rejected": "train_rejected_reward"}),
+    Curve("Log-prob", {"chosen": "train_policy_chosen_logps", "rejected": "train_policy_rejected_logps"}),
+    Curve("Learning rate", {"learning rate": "learning_rate"}),
+    Curve("Tokens per second", {"tokens": "tokens_per_second"}),
+    Curve("Peak memory, GB", {"memory": "peak_memory"}),
+)
+FIGURES = {
+    "Loss": "train_loss",
+    "Validation loss": "val_loss",
+    "Accuracy": "train_accuracies",
+    "Margin": "train_margins",
+    "Learning rate": "learning_rate",
+    "Tokens per second": "tokens_per_second",
+    "Peak memory, GB": "peak_memory",
+}
+STATUS_WORDS = {
+    "none": "Not started",
+    "running": "Running",
+    "finished": "Finished",
+    "stopped": "Stopped and saved",
+    "failed": "Failed",
+    "lost": "Ended without a word",
+}
+# How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
+_PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")
+_ALARM = re.compile(r"^(?:Warning: |error: |\[?ERROR|\S*Error: )")
+_COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that a run has written whole."""
+    rows = []
+    try:
+        text = (folder / METRICS_NAME).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line, which is being written
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def metrics_size(folder: Path) -> int:
+    """Return how much a run has written; 0 where there is nothing."""
+    try:
+        return (folder / METRICS_NAME).stat().st_size
+    except OSError:
+        return 0
+
+
+def curve_frame(rows: Sequence[Mapping[str, Any]], curve: Curve, run: str = "") -> pd.DataFrame:
+    """Return the columns ``iteration``, ``value`` and ``line`` of a plot.
+
+    Args:
+        run: put before the name of each line, where there are several runs.
+    """
+    points = [
+        (row["iteration"], row[key], f"{run}: {name}" if run else name)
+        for name, key in curve.lines.items()
+        for row in rows
+        if "iteration" in row and row.get(key) is not None
+    ]
+    frame = pd.DataFrame(points, columns=["iteration", "value", "line"])
+    return frame.astype({"iteration": "int64", "value": "float64", "line": "object"})
+
+
+def progress_of(lines: Sequence[str]) -> tuple[int, int, str] | None:
+    """Return iterations that are done, all of them, and the time left in words, from the last progress bar."""
+    for line in reversed(lines):
+        found = _PROGRESS.search(line)
+        if found:
+            return int(found[1]), int(found[2]), found[4]
+    return None
+
+
+def status_html(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how a run stands: status, progress, alarms and the latest figures."""
+    now, lines = state(folder), console_tail(folder, 400)
+    parts = [
+        f'<p class="status {now.status}" role="status"><strong>{STATUS_WORDS[now.status]}</strong>'
+        f" <span>{escape(str(folder))}</span></p>",
+        _progress_html(now, lines),
+    ]
+    alarms = list(dict.fromkeys(line for line in lines if _ALARM.match(line)))
+    parts += [f'<p class="alarm" role="alert">{escape(line)}</p>' for line in alarms[-5:]]
+    latest: dict[str, Any] = {}
+    for row in rows:
+        latest |= row
+    known = {title: latest[key] for title, key in FIGURES.items() if latest.get(key) is not None}
+    if known:
+        cells = "".join(
+            f"<div><dt>{escape(title)}</dt><dd>{_number(value)}</dd></div>" for title, value in known.items()
+        )
+        parts.append(f'<dl class="figures">{cells}</dl>')
+    return "".join(parts)
+
+
+def _progress_html(now: RunState, lines: Sequence[str]) -> str:
+    progress = progress_of(lines)
+    if progress is None or now.status == "none":
+        return "<p>Loading data and model …</p>" if now.running else ""
+    done, total, left = progress
+    words = f"Iteration {done} of {total}" + (f", {left} left" if now.running and "?" not in left else "")
+    return (
+        f'<label class="progress">{words}<progress max="{total}" value="{done}">{done / total:.0%}</progress></label>'
+    )
+
+
+def console_html(folder: Path) -> str:
+    """Return the last lines of the console."""
+    lines = [_COLOUR_CODES.sub("", line) for line in console_tail(folder)]
+    return (
+        f'<pre class="console" tabindex="0" aria-label="Console">{escape(chr(10).join(lines)) or "Nothing yet."}</pre>'
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

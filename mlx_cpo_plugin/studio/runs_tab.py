@@ -1,0 +1,108 @@
+"""What was trained in a folder: curves over one another, settings that differ, a report to keep."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.report.command import write_report
+from mlx_cpo_plugin.report.plots import as_svg
+from mlx_cpo_plugin.report.record import RunRecord, differing_settings, find_runs
+
+SHOWN_AT_FIRST = 3
+
+
+def run_names(root: Path) -> list[str]:
+    """Return the adapter folders below ``root`` that a run has written to, the newest first, relative to it."""
+    return [str(record.folder.relative_to(root)) for record in find_runs(root)]
+
+
+def run_folder(root: Path, name: str | None) -> Path:
+    """Return the adapter folder of this name.
+
+    Raises:
+        ConfigError: there is none below ``root``.
+    """
+    if name not in run_names(root):
+        raise ConfigError(f"There is no run {name!r} below {root}; pick one of the list." if name else "Pick a run.")
+    return root / name
+
+
+def build_runs_tab(root: Path) -> gr.CheckboxGroup:
+    """Lay out the tab; return the control that names the runs, whose choices are those at the time."""
+    names = run_names(root)
+    runs = gr.CheckboxGroup(names, value=names[:SHOWN_AT_FIRST], label="Runs", elem_id="runs")
+    with gr.Row():
+        show = gr.Button("Show", variant="primary", size="md", elem_id="show-runs")
+        make = gr.Button("Make a report", size="md", elem_id="make-report")
+    said = gr.HTML("", elem_id="runs-said")
+    report = gr.File(label="Report", visible=False, elem_id="report")
+    table = gr.HTML("", elem_id="runs-table")
+    curves = gr.HTML("", elem_id="runs-curves")
+
+    def compare(chosen: Sequence[str]) -> tuple[str, str, str]:
+        try:
+            records = _records(root, chosen)
+            return "", table_html(records), f'<div class="paper">{as_svg(records)}</div>'
+        except UserError as error:
+            return f'<p class="fault" role="alert">{escape(str(error))}</p>', "", ""
+
+    def write(chosen: Sequence[str]) -> tuple[str, Any]:
+        try:
+            folders = [record.folder for record in _records(root, chosen)]
+            # What the browser may fetch lies in a folder that holds nothing else.
+            output = Path(tempfile.mkdtemp(prefix="mlx-cpo-report-")) / "report.html"
+            write_report(folders, output)
+        except UserError as error:
+            return f'<p class="fault" role="alert">{escape(str(error))}</p>', gr.update(visible=False)
+        return "", gr.update(value=str(output), visible=True)
+
+    show.click(compare, runs, [said, table, curves], show_progress="minimal")
+    make.click(write, runs, [said, report], show_progress="minimal")
+    return runs
+
+
+def table_html(records: Sequence[RunRecord]) -> str:
+    """Return the newest figures of each run and the settings in which they differ, a column each."""
+    head = "".join(f"<th scope='col'>{escape(record.name)}</th>" for record in records)
+    rows = {
+        "Iterations": [f"{record.iteration}" + (f" of {record.iters}" if record.iters else "") for record in records],
+        **{
+            title: [_figure(record.last.get(key)) for record in records]
+            for title, key in (
+                ("Loss", "train_loss"),
+                ("Validation loss", "val_loss"),
+                ("Validation accuracy", "val_accuracies"),
+                ("Validation margin", "val_margins"),
+            )
+        },
+        **{key: [str(value) for value in values] for key, values in differing_settings(records).items()},
+    }
+    body = "".join(
+        f"<tr><th scope='row'>{escape(title)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for title, values in rows.items()
+    )
+    warnings = "".join(
+        f'<p class="alarm">{escape(record.name)}: {escape(warning)}</p>'
+        for record in records
+        for warning in record.warnings
+    )
+    return (
+        f"<div class='wide'><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>{warnings}"
+    )
+
+
+def _records(root: Path, chosen: Sequence[str]) -> list[RunRecord]:
+    if not chosen:
+        raise ConfigError("Tick a run to show.")
+    return [RunRecord.read(run_folder(root, name)) for name in chosen]
+
+
+def _figure(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
