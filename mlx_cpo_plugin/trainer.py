@@ -57,7 +57,8 @@ def train_cpo(
     Args:
         model: an mlx_lm model whose trainable parameters are the adapter (or everything).
         train_dataset, val_dataset: pairs, or the host's tokenised preference rows.
-        loss_fn: replaces the loss that ``args.loss_type`` names; same signature as a registered loss.
+        loss_fn: replaces the loss that ``args.loss_type`` names; it is called like this loss, with those of its options
+            that it takes.
         training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``.
 
     Raises:
@@ -69,7 +70,7 @@ def train_cpo(
     """
     args = args or CPOTrainingArgs()
     check_training_args(args)
-    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn)
+    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
     pairs = as_pairs(train_dataset, args.max_seq_length)
     val_pairs = as_pairs(val_dataset or [], args.max_seq_length)
     if not pairs:
@@ -78,9 +79,10 @@ def train_cpo(
     world = mx.distributed.init()
     adapter_file = Path(args.adapter_file)
     metrics_file = MetricsFile(adapter_file.parent / "metrics.jsonl" if world.rank() == 0 else None)
-    reporter = ProgressReporter(objective.beta, training_callback, metrics_file)
+    reporter = ProgressReporter(objective, training_callback, metrics_file)
     best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
     plateau, displacement = PlateauAdvice(args.loss_type, args.iters), DisplacementAlarm(args.loss_type)
+    chosen_tokens = [pair.chosen_tokens for pair in pairs]
     plan = training_plan(
         [pair.tokens for pair in pairs],
         BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
@@ -135,7 +137,7 @@ def train_cpo(
             quantisation.active = args.qat_enable and quantisation.applies_to(step.number)
             batch_pairs = [pairs[index] for index in micro_batch.indices]
             if batch_pairs:
-                losses, scores = step.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
+                losses, scores = step.add(batch_pairs, micro_batch.totals(chosen_tokens), quantisation.active)
                 reporter.add(losses, scores, scored_tokens(batch_pairs))
                 reporter.warn(displacement.warning(iteration, scores))
             if micro_batch.closes_window:
@@ -204,13 +206,15 @@ def evaluate_cpo(
     loss_fn: Callable[..., mx.array] | None = None,
     loss_options: Mapping[str, Any] | None = None,
     scoring: str = "auto",
+    cpo_alpha: float = 0.0,
 ) -> tuple[float, list[float], int, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, and the other means over pairs by name.
 
     The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
-    ``scoring`` is ``auto``, ``shared`` or ``plain``. ``num_batches`` -1 means all.
+    ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
+    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all.
     """
-    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn)
+    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
     with compile_where_it_pays(), unpacked_products(model):
         scorer = choose_scorer(model, pairs, scoring)
