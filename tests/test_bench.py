@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -182,6 +185,21 @@ class TestMeasuring:
 
         with pytest.raises(MeasurementError, match="ended by signal 9, most likely for want of memory"):
             run_worker(tmp_path, {}, quiet)
+
+
+def test_sigterm_ends_the_process_that_is_being_measured_too() -> None:
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "bench", "--shape", "P512,C256,R256,B4", "--iters", "50"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as bench:
+        assert bench.stderr is not None
+        assert "mlx-lm-lora, count" in bench.stderr.readline()
+        while subprocess.run(["pgrep", "-P", str(bench.pid)], stdout=subprocess.DEVNULL, check=False).returncode:
+            assert bench.poll() is None
+        bench.terminate()
+        returncode = bench.wait(timeout=60)
+
+    assert returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.killpg(bench.pid, 0)
 
 
 def mean_loss(model: nn.Module, pairs: Sequence[PreferencePair], loss_type: str, options: dict[str, float]) -> float:
