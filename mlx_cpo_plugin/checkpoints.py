@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.parameters import by_name
 
@@ -135,15 +134,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_whole(path, write)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
-    finally:
-        with suppress(OSError):  # the folder may be what is wrong; the error above says more
-            partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command ``mlx-cpo``: train, check, demo, doctor, losses, bench and studio."""
+"""The command ``mlx-cpo``: train, check, report, compare, demo, doctor, losses, bench and studio."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from typing import Any
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
 from mlx_cpo_plugin.bench.command import run_bench
+from mlx_cpo_plugin.comparison.command import add_arguments as add_compare_arguments
+from mlx_cpo_plugin.comparison.command import run_compare
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
+from mlx_cpo_plugin.report.command import add_arguments as add_report_arguments
+from mlx_cpo_plugin.report.command import run_report
 from mlx_cpo_plugin.studio.command import add_arguments as add_studio_arguments
 from mlx_cpo_plugin.studio.command import run_studio
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
 TRAINING_COMMANDS = ("train", "check")
+RUNNERS = {"report": run_report, "compare": run_compare, "bench": run_bench, "studio": run_studio}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _demo()
         if chosen.command == "doctor":
             return _doctor(chosen.json)
-        if chosen.command == "bench":
-            return run_bench(chosen)
-        if chosen.command == "studio":
-            _activate()
-            return run_studio(chosen)
+        if chosen.command in RUNNERS:
+            return RUNNERS[chosen.command](chosen)
         return _losses(chosen.json)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     training = "takes the arguments of mlx_lm_lora.train"
     commands.add_parser("train", help=f"train, also where start-up files are not read; {training}")
     commands.add_parser("check", help=f"show what a run would train on, without loading the model; {training}")
+    report = "write a page, or plots, of one or several runs"
+    add_report_arguments(commands.add_parser("report", help=report, description=report))
+    compare = "answers and preference accuracy of the base model and of the tuned one, side by side"
+    add_compare_arguments(commands.add_parser("compare", help=compare, description=compare))
     commands.add_parser("demo", help="train a tiny model and show what changed")
     doctor = commands.add_parser("doctor", help="test whether everything is in place")
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")

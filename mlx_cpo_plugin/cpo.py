@@ -251,14 +251,17 @@ def train(
     training_callback: Any = None,
 ) -> None:
     """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.trainer.train_cpo`."""
+    from mlx_cpo_plugin.run_settings import recorded_settings
     from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
 
+    training_args = CPOTrainingArgs.from_settings(args, adapter_file)
+    training_args.run_settings = recorded_settings(args)
     train_cpo(
         model=model,
         optimizer=optimizer,
         train_dataset=train_dataset,
         val_dataset=val_dataset,
-        args=CPOTrainingArgs.from_settings(args, adapter_file),
+        args=training_args,
         training_callback=training_callback,
     )
 

@@ -35,21 +35,41 @@ def evaluate_pairs(
         num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
         scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
     """
-    world = mx.distributed.init()
     means = PairMeans(objective)
+    for scores, scored_pairs in scored_batches(
+        model, pairs, objective.length_normalised, batch_size=batch_size, num_batches=num_batches, scorer=scorer
+    ):
+        losses = objective.losses(scores)
+        mx.eval(losses)
+        means.add(losses, scores, scored_tokens(scored_pairs))
+    return means.over_ranks()
+
+
+def scored_batches(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    length_normalised: bool,
+    *,
+    batch_size: int,
+    num_batches: int = -1,
+    scorer: SharedPromptScorer | None = None,
+) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
+    """Yield the evaluated scores of pairs that were computed together, and these pairs; each pair comes once.
+
+    The arguments are those of :func:`evaluate_pairs`; the model is in evaluation mode until the last one is taken.
+    """
+    world = mx.distributed.init()
     was_training = model.training
     model.eval()
     try:
         for batch_pairs in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            for scores, scored_pairs in _scored(model, batch_pairs, objective.length_normalised, scorer):
-                losses = objective.losses(scores)
-                mx.eval(losses, *scores)
-                means.add(losses, scores, scored_tokens(scored_pairs))
+            for scores, scored_pairs in _scored(model, batch_pairs, length_normalised, scorer):
+                mx.eval(*scores)
+                yield scores, scored_pairs
     finally:
         model.train(was_training)
-    return means.over_ranks()
 
 
 def _scored(

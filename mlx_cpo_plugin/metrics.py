@@ -133,10 +133,20 @@ class MetricsFile:
         Raises:
             UserError: the file cannot be written.
         """
+        self._write(kind, {name: value if math.isfinite(value) else None for name, value in values.items()})
+
+    def append_warning(self, text: str) -> None:
+        """Write a line of the kind ``warning``, with what was said under ``text``.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("warning", {"text": text})
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **finite}) + "\n"
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

@@ -130,9 +130,10 @@ class ProgressReporter:
         self.metrics_file.cut(state["metrics_bytes"])
 
     def warn(self, line: str | None) -> None:
-        """Print a warning, if there is one."""
-        if line is not None:
+        """Print a warning, if there is one, and note it among the metrics."""
+        if line is not None and self.speaks:
             self.say(f"Warning: {line}")
+            self.metrics_file.append_warning(line)
 
     def say(self, line: str) -> None:
         """Print a line without tearing the progress bar."""

@@ -19,7 +19,14 @@ from mlx_cpo_plugin.alarms import DisplacementAlarm, last_good_weights_kept
 from mlx_cpo_plugin.batches import BatchSize, MicroBatch, collate, scored_tokens, training_plan
 from mlx_cpo_plugin.best import BEST_ADAPTER_NAME, BestSoFar, PlateauAdvice
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
-from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
+from mlx_cpo_plugin.checkpoints import (
+    describe_adapter,
+    save_adapter,
+    save_adapter_config,
+    save_checkpoint,
+    verify_adapter,
+    write_atomically,
+)
 from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError
@@ -37,6 +44,8 @@ from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.quantised_layers import unpacked_products
 from mlx_cpo_plugin.reporting import ProgressReporter
+from mlx_cpo_plugin.run_settings import FILE_NAME as RUN_SETTINGS
+from mlx_cpo_plugin.run_settings import as_yaml, recorded_arguments
 from mlx_cpo_plugin.scoring import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
 from mlx_cpo_plugin.stopping import StoppedError, StopRequest, only_run_in, stop_requests
@@ -131,10 +140,21 @@ class _Run:
             self.checkpoints.resume(self.args.resume, self.state, self.reporter.say)
         if self.is_first_rank:
             save_adapter_config(self.model, self.adapter_file)
+            self.save_settings()
         if self.state.iteration == 0:
             self.checkpoints.begin(self.state)
             if self.val_pairs:
                 self.validate(iteration=1)
+
+    def save_settings(self) -> None:
+        """Write down what the run was configured with."""
+        values = self.args.run_settings
+        if values is None:
+            values = recorded_arguments(self.args, self.step.optimizer, describe_adapter(self.model))
+        text = as_yaml(values)
+        write_atomically(
+            self.adapter_file.with_name(RUN_SETTINGS), lambda partial: partial.write_text(text, encoding="utf-8")
+        )
 
     def train(self, stop: StopRequest) -> None:
         """Work through the plan, from where the state is to its end, or to where the run is to stop."""

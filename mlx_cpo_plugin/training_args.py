@@ -49,6 +49,9 @@ class CPOTrainingArgs(SFTTrainingArgs):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many validations in a row without a better one."}
     )
+    run_settings: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What is written to run_settings.yaml; by default these arguments."}
+    )
     compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
 
     @classmethod

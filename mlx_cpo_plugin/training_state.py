@@ -42,6 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "keep_checkpoints",
         "save_best",
         "early_stopping_patience",
+        "run_settings",
     }
 )
 # Steps at which a schedule of learning rates is looked at.

@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, EncodedText, TokenIds, as_ids, common_prefix
-from mlx_cpo_plugin.data.formats import EMPTY_ANSWER, IDENTICAL, Conversation, PlainText, UnusableRow
+from mlx_cpo_plugin.data.formats import (
+    EMPTY_ANSWER,
+    IDENTICAL,
+    Columns,
+    Conversation,
+    PlainText,
+    UnusableRow,
+    parse_row,
+)
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.rendering import Rendering, render
 from mlx_cpo_plugin.errors import DataError
@@ -62,6 +70,17 @@ def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: st
             Side(np.append(as_ids([context]), side.ids), np.append(False, side.scored)) for side in (chosen, rejected)
         )
     return split_pair(chosen, rejected, source)
+
+
+def prompt_tokens(text: str, tokenizer: ChatTokenizer) -> TokenIds:
+    """Return the tokens, int32 [P], behind which a model answers ``text``: those of a row with that prompt.
+
+    Raises:
+        UnusableRow: the text is blank, or the chat template does not take it.
+    """
+    # Two answers that share nothing: what both sides have in common is then the prompt.
+    row = parse_row({"prompt": text, "chosen": "A", "rejected": "B"}, Columns())
+    return tokenize(row, tokenizer).prompt
 
 
 def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:

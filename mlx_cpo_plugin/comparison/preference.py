@@ -1,0 +1,80 @@
+"""How often, and by how much, a model prefers the chosen answer: over all pairs, and by their length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_cpo_plugin.batches import scored_tokens
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.evaluation import scored_batches
+from mlx_cpo_plugin.metrics import PairMeans
+from mlx_cpo_plugin.objective import Objective
+from mlx_cpo_plugin.parity import choose_scorer
+from mlx_cpo_plugin.quantised_layers import unpacked_products
+from mlx_cpo_plugin.scoring import AnswerScores, compile_where_it_pays
+
+LENGTH_GROUPS = 3
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """Pairs of like length.
+
+    Attributes:
+        name: ``all``, or ``short``, ``medium`` and ``long``.
+        pairs: the pairs of the group.
+    """
+
+    name: str
+    pairs: Sequence[PreferencePair]
+
+    def description(self) -> dict[str, Any]:
+        """Return name, number of pairs, and the fewest and most tokens that their longer side has, prompt included."""
+        lengths = [pair.length for pair in self.pairs]
+        return {"name": self.name, "pairs": len(self.pairs), "shortest": min(lengths), "longest": max(lengths)}
+
+
+def length_groups(pairs: Sequence[PreferencePair]) -> list[LengthGroup]:
+    """Return a group of all pairs, followed by their thirds from short to long where there are enough for that."""
+    groups = [LengthGroup("all", pairs)]
+    if len(pairs) >= LENGTH_GROUPS:
+        order = sorted(range(len(pairs)), key=lambda index: pairs[index].length)
+        thirds = np.array_split(order, LENGTH_GROUPS)
+        for name, third in zip(("short", "medium", "long"), thirds, strict=True):
+            groups.append(LengthGroup(name, [pairs[index] for index in third]))
+    return groups
+
+
+def preferences(
+    model: nn.Module, groups: Sequence[LengthGroup], objective: Objective, *, batch_size: int, scoring: str
+) -> list[dict[str, float]]:
+    """Return the means of every group, by the names of :data:`mlx_cpo_plugin.metrics.PAIR_METRICS`.
+
+    Pairs are scored once, in the batches of a run's final test: the means over all of them are the test's.
+
+    Args:
+        groups: see :func:`length_groups`; the first one holds every pair.
+        scoring: ``auto``, ``shared`` or ``plain``.
+    """
+    pairs = groups[0].pairs
+    members = [{id(pair) for pair in group.pairs} for group in groups]
+    means = [PairMeans(objective) for _ in groups]
+    with compile_where_it_pays(), unpacked_products(model):
+        scorer = choose_scorer(model, pairs, scoring, say=lambda line: None)
+        for scores, together in scored_batches(
+            model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer
+        ):
+            losses = objective.losses(scores)
+            for group_means, member in zip(means, members, strict=True):
+                chosen = [place for place, pair in enumerate(together) if id(pair) in member]
+                if chosen:
+                    of_group = AnswerScores(*(values[mx.array(chosen)] for values in scores))
+                    tokens = scored_tokens([together[place] for place in chosen])
+                    group_means.add(losses[mx.array(chosen)], of_group, tokens)
+    return [group_means.over_ranks()[0] for group_means in means]

@@ -1,0 +1,68 @@
+"""The arguments of ``mlx-cpo report``, and the file that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_cpo_plugin.wording import named
+
+FORMATS = (".html", ".png", ".svg")
+DEFAULT_NAME = "report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.add_argument(
+        "adapter_paths",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER_PATH",
+        help="folder of a run; with several, curves over one another and the settings that differ",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"a page (.html) or its plots (.png, .svg); {DEFAULT_NAME} in the first folder by default",
+    )
+
+
+def run_report(chosen: argparse.Namespace) -> int:
+    """Write the report and say where it is.
+
+    Raises:
+        ReportError: a folder holds no run, the output cannot be written, or what draws it is missing.
+    """
+    output = chosen.output or chosen.adapter_paths[0] / DEFAULT_NAME
+    write_report(chosen.adapter_paths, output)
+    print(f"Wrote {output}.")
+    return 0
+
+
+def write_report(folders: Sequence[Path], output: Path) -> None:
+    """Read the runs in ``folders`` and write a page or plots of them, whole or not at all.
+
+    Raises:
+        ReportError: see :func:`run_report`.
+    """
+    from mlx_cpo_plugin.atomic_files import replace_whole
+    from mlx_cpo_plugin.report.page import as_html
+    from mlx_cpo_plugin.report.plots import as_png, as_svg
+    from mlx_cpo_plugin.report.record import ReportError, RunRecord
+
+    kind = output.suffix.lower()
+    if kind not in FORMATS:
+        raise ReportError(f"--output {named(str(output))}: a report is {', '.join(FORMATS)}; give a name that ends so.")
+    records = [RunRecord.read(folder) for folder in folders]
+    if kind == ".png":
+        content = as_png(records)
+    else:
+        content = (as_html(records) if kind == ".html" else as_svg(records)).encode("utf-8")
+    try:
+        replace_whole(output, lambda partial: partial.write_bytes(content))
+    except OSError as error:
+        raise ReportError(
+            f"The report {named(str(output))} cannot be written ({error.strerror}); give another --output."
+        ) from error

@@ -1,0 +1,222 @@
+"""A run as its adapter folder tells of it: settings, metrics, warnings and times."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_cpo_plugin.errors import ConfigError, UserError, first_line
+from mlx_cpo_plugin.run_settings import FILE_NAME as SETTINGS_FILE
+from mlx_cpo_plugin.run_settings import read_run_settings
+from mlx_cpo_plugin.wording import named
+
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+SEARCH_DEPTH = 4
+
+_ADAPTER_SETTINGS = {"fine_tune_type": "train_type", "num_layers": "num_layers", "lora_parameters": "lora_parameters"}
+# The same run can be kept anywhere.
+_NOT_COMPARED = frozenset({"adapter_path"})
+
+Row = dict[str, Any]
+
+
+class ReportError(UserError):
+    """A folder holds no run that can be read, or a report cannot be drawn or written."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The last run that trained into a folder.
+
+    Attributes:
+        folder: the run's ``adapter_path``.
+        settings: what is known of the configuration, by YAML key.
+        versions: one line that names versions and device; empty where they are not known.
+        train, valid, test: the rows of ``metrics.jsonl`` of each kind, in order; a value that was no number is None.
+        warnings: what the run warned of.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    versions: str
+    train: tuple[Row, ...]
+    valid: tuple[Row, ...]
+    test: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunRecord:
+        """Read the record of the last run in ``folder``; lines of the metrics that are torn are skipped.
+
+        Raises:
+            ReportError: there are no metrics, or a file cannot be read.
+        """
+        folder = Path(folder)
+        rows = _rows_of_last_run(_read_metrics(folder / METRICS_FILE))
+        settings, versions = _read_settings(folder)
+
+        def of_kind(kind: str) -> tuple[Row, ...]:
+            return tuple(row for row in rows if row["kind"] == kind)
+
+        return cls(
+            folder=folder,
+            settings=settings,
+            versions=versions,
+            train=of_kind("train"),
+            valid=of_kind("valid"),
+            test=of_kind("test"),
+            warnings=tuple(str(row.get("text", "")) for row in of_kind("warning")),
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's name; with its parent's where it is called ``adapters`` as by default."""
+        parts = Path(os.path.abspath(self.folder)).parts
+        return "/".join(parts[-2:]) if parts[-1] == "adapters" and len(parts) > 2 else parts[-1]
+
+    @property
+    def iteration(self) -> int:
+        """The last iteration that was reported; 0 before the first."""
+        iterations = (number(row, "iteration") for row in self.train)
+        return int(max((value for value in iterations if not math.isnan(value)), default=0))
+
+    @property
+    def iters(self) -> int | None:
+        """How many iterations the run was to have; None where that is not known."""
+        return whole if isinstance(whole := self.settings.get("iters"), int) else None
+
+    @property
+    def started(self) -> datetime | None:
+        """When the first line was reported."""
+        return _time(min(self._times(), default=None))
+
+    @property
+    def updated(self) -> datetime | None:
+        """When the last line was reported."""
+        return _time(max(self._times(), default=None))
+
+    @property
+    def finished(self) -> datetime | None:
+        """When the last line was reported, of a run that got to its end; None otherwise, or where it is not known."""
+        complete = bool(self.test) or (self.iters is not None and self.iteration >= self.iters)
+        return self.updated if complete else None
+
+    @property
+    def last(self) -> Row:
+        """The newest value of every metric, by its name in ``metrics.jsonl``."""
+        values: Row = {}
+        for row in (*self.train, *self.valid, *self.test):
+            values |= {key: value for key, value in row.items() if key not in ("kind", "time", "iteration")}
+        return values
+
+    def _times(self) -> list[float]:
+        times = (number(row, "time") for row in (*self.train, *self.valid, *self.test))
+        return [time for time in times if not math.isnan(time)]
+
+
+def find_runs(root: str | Path, depth: int = SEARCH_DEPTH) -> list[RunRecord]:
+    """Return the runs in ``root`` and up to ``depth`` folders below it, the one with the newest line first.
+
+    Links are not followed; checkpoints, hidden folders and runs that cannot be read are left out.
+    """
+    records = []
+    for folder in _folders(Path(root), depth):
+        files = [folder / name for name in (METRICS_FILE, SETTINGS_FILE, ADAPTER_CONFIG_FILE)]
+        if files[0].is_file() and not any(file.is_symlink() for file in files):
+            try:
+                records.append(RunRecord.read(folder))
+            except ReportError:
+                continue
+    oldest = datetime.fromtimestamp(0, UTC)
+    return sorted(records, key=lambda record: (record.updated or oldest, str(record.folder)), reverse=True)
+
+
+def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Return the settings that are not the same in all ``records``: key -> each record's value, None where not set."""
+    keys = dict.fromkeys(key for record in records for key in record.settings if key not in _NOT_COMPARED)
+    values = {key: [record.settings.get(key) for record in records] for key in keys}
+    return {key: given for key, given in values.items() if any(value != given[0] for value in given)}
+
+
+def number(row: Row, name: str) -> float:
+    """Return a metric as a float; NaN where it is missing or no finite number."""
+    value = row.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
+
+
+def _folders(root: Path, depth: int) -> Iterable[Path]:
+    for path, names, _ in os.walk(root, followlinks=False):
+        folder = Path(path)
+        level = len(folder.relative_to(root).parts)
+        names[:] = [name for name in sorted(names) if level < depth and not name.startswith((".", "checkpoints"))]
+        yield folder
+
+
+def _read_metrics(file: Path) -> list[Row]:
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError as error:
+        raise ReportError(
+            f"There is no {METRICS_FILE} in {named(str(file.parent))}; give the adapter_path of a CPO run."
+        ) from error
+    except OSError as error:
+        raise ReportError(f"{named(str(file))} cannot be read ({error.strerror}); check the path.") from error
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and "kind" in row else None
+
+
+def _rows_of_last_run(rows: list[Row]) -> list[Row]:
+    """Return the rows since the iterations last began anew: a run that is not resumed appends to an earlier one's."""
+    first, before, trained = 0, 0.0, 0.0
+    for place, row in enumerate(rows):
+        iteration = number(row, "iteration")
+        if math.isnan(iteration):
+            continue
+        if iteration < before or (row["kind"] == "train" and iteration == trained):
+            first = place
+        before = iteration
+        trained = iteration if row["kind"] == "train" else trained
+    return rows[first:]
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what ``run_settings.yaml`` says, or else what the adapter's configuration says, and the versions."""
+    try:
+        settings, versions = read_run_settings(folder)
+    except (ConfigError, OSError, ValueError) as error:
+        raise ReportError(f"The settings in {named(str(folder))} cannot be read ({first_line(error)}).") from error
+    return settings or _adapter_settings(folder / ADAPTER_CONFIG_FILE), versions
+
+
+def _adapter_settings(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # the metrics can be shown without
+    return {ours: config[theirs] for theirs, ours in _ADAPTER_SETTINGS.items() if theirs in config}
+
+
+def _time(seconds: float | None) -> datetime | None:
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, OSError, ValueError):
+        return None
