@@ -13,7 +13,7 @@ from ruamel.yaml.comments import CommentedMap
 from mlx_cpo_plugin.checkpoints import write_atomically
 from mlx_cpo_plugin.config import Resolved, resolve
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.studio.form import ALWAYS_WRITTEN, MODE, Content, Field
+from mlx_cpo_plugin.studio.form import MODE, Content, Field
 from mlx_cpo_plugin.yaml_settings import parse_settings, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
@@ -101,12 +101,12 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
 
 
 def save_document(text: str, path: Path) -> None:
-    """Write a configuration file, whole or not at all.
+    """Write a configuration file, whole or not at all, with a line break at its end.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8"))
 
 
 def _editor() -> YAML:
@@ -133,10 +133,7 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
         holder = held if isinstance(held, CommentedMap) else CommentedMap()
     key = inner or name
     value = field.value_of(content)
-    unset = value is None or (content == field.default and key not in holder and name not in ALWAYS_WRITTEN)
-    if unset and name in ALWAYS_WRITTEN and not inner:
-        value, unset = field.option.default, False
-    if unset:
+    if value is None or (content == field.default and key not in holder):
         holder.pop(key, None)
     elif key not in holder or not _same(holder[key], value):
         holder[key] = _as_typed(content, value)

@@ -29,8 +29,6 @@ MODEL_AND_DATA, FINE_TUNE, TRAINING = "Model & Data", "Fine-tune", "Training Set
 COLUMNS, OUTPUT, QAT = "Dataset Columns", "Output", "QAT"
 BLOCKS = (PREFERENCE, MODEL_AND_DATA, FINE_TUNE, TRAINING, COLUMNS, OUTPUT, QAT)
 
-# Written into every file, so that it says by itself what it trains on.
-ALWAYS_WRITTEN = ("model", "data", "adapter_path")
 # The page decides these: a run of the form always trains, and resuming is a button.
 CHOICE_TITLES = {"lora": "LoRA", "dora": "DoRA", "full": "Full", "adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 NO_FIELD = ("train", "resume", "reference_model_path")

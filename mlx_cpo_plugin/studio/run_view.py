@@ -148,10 +148,8 @@ def _progress_html(now: RunState, lines: Sequence[str]) -> str:
 
 def console_html(folder: Path) -> str:
     """Return the last lines of the console."""
-    lines = [_COLOUR_CODES.sub("", line) for line in console_tail(folder)]
-    return (
-        f'<pre class="console" tabindex="0" aria-label="Console">{escape(chr(10).join(lines)) or "Nothing yet."}</pre>'
-    )
+    text = "\n".join(_COLOUR_CODES.sub("", line) for line in console_tail(folder))
+    return f'<div class="console" tabindex="0" aria-label="Console"><pre>{escape(text) or "Nothing yet."}</pre></div>'
 
 
 def _number(value: float) -> str:

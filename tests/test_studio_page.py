@@ -1,0 +1,267 @@
+"""The page in a real browser: fill the form, mend a mistake, train, watch, stop, go on, compare, keep a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import preference_rows
+
+pytest.importorskip("gradio", reason="needs the extra 'studio'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
+    pytest.mark.xdist_group("studio page"),
+]
+PATIENCE = 30_000
+expect = playwright.expect
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A folder with data and a configuration."""
+    folder: Path = tmp_path_factory.mktemp("studio")
+    (folder / "data").mkdir()
+    for name, count in (("train", 10), ("valid", 4), ("test", 4)):
+        lines = [json.dumps(row) for row in preference_rows(count)]
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "model": str(model_folder),
+        "data": "data",
+        "train": True,
+        "train_mode": "cpo",
+        "adapter_path": "adapters",
+        "iters": 400,
+        "batch_size": 2,
+        "learning_rate": 0.001,
+        "steps_per_report": 5,
+        "steps_per_eval": 100,
+        "fuse": False,
+        "top_p": 0.5,
+    }
+    (folder / "my.yaml").write_text("# mine\n" + yaml.safe_dump(settings, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, port: int) -> Iterator[str]:
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "studio", "--config", "my.yaml", "--no-browser"]
+    with subprocess.Popen([*command, "--port", str(port)], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in line
+        while True:  # it listens a moment later
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+        yield f"http://127.0.0.1:{port}/"
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # a BLAS is nothing for a browser
+    with playwright.sync_playwright() as engine:
+        yield engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    if preloaded is not None:
+        os.environ["LD_PRELOAD"] = preloaded
+
+
+@pytest.fixture
+def page(server: str, browser: Any) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    page.outside = []
+    page.on("request", lambda request: page.outside.append(request.url) if is_outside(request.url, server) else None)
+    page.goto(server)
+    expect(page.locator("#yaml")).to_contain_text("train_mode")
+    yield page
+    page.close()
+
+
+def is_outside(url: str, server: str) -> bool:
+    return not url.startswith((server, "data:", "blob:"))
+
+
+def write(page: Any, key: str, text: str) -> None:
+    page.locator(f"#field-{key}").locator("input, textarea").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(text)
+
+
+def tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_mistake_is_told_beside_its_field_and_goes_when_it_is_mended(page: Any) -> None:
+    write(page, "beta", "-1")
+
+    expect(page.locator("#error-beta")).to_have_text("beta is -1 in the form, but must be a number > 0.")
+    expect(page.locator("#verdict")).to_contain_text("beta is -1")
+
+    write(page, "beta", "0.05")
+    expect(page.locator("#error-beta")).to_be_hidden()
+    expect(page.locator("#verdict")).to_contain_text("Ready to train.")
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.05")
+
+
+def test_delta_can_be_written_with_dpop_alone(page: Any) -> None:
+    delta = page.locator("#field-delta").locator("input, textarea")
+    expect(delta).to_be_disabled()
+
+    page.get_by_role("radio", name="DPOP").click()
+    expect(delta).to_be_enabled()
+    page.get_by_role("radio", name="Hinge").click()
+    expect(delta).to_be_disabled()
+
+
+def test_a_saved_file_keeps_comments_and_keys_without_a_field(page: Any, root: Path) -> None:
+    write(page, "beta", "0.2")
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.2")
+    page.locator("#file").locator("input").fill("mine/other.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("Saved mine/other.yaml")
+    text = (root / "mine" / "other.yaml").read_text()
+    assert text == (root / "my.yaml").read_text() + "beta: 0.2\n"
+
+
+def test_a_file_outside_the_folder_is_neither_read_nor_written(page: Any, root: Path) -> None:
+    page.locator("#file").locator("input").fill("../stolen.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("lies outside")
+    assert not (root.parent / "stolen.yaml").exists()
+
+
+def test_the_data_report_shows_rows_lengths_and_scored_tokens(page: Any) -> None:
+    tab(page, "Check")
+    page.click("#check")
+
+    expect(page.locator("#check-summary tbody tr").first).to_contain_text("10")
+    expect(page.locator("#check-pairs article mark").first).to_contain_text("apples in the basket")
+    expect(page.locator("#lengths-chosen canvas, #lengths-chosen svg").first).to_be_visible()
+
+
+def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_reported(
+    page: Any, browser: Any, server: str, root: Path
+) -> None:
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text("Running")
+    expect(page.locator("#curve-loss")).to_be_visible()
+    expect(page.locator("#status progress")).to_be_visible()
+    page.click("#stop")
+    expect(page.locator("#status")).to_contain_text("Stopped and saved")
+
+    page.click("#resume")
+    expect(page.locator("#status")).to_contain_text("Running")
+    again = browser.new_page()
+    again.goto(server)
+    tab(again, "Run")
+    expect(again.locator("#status")).to_contain_text(re.compile("Running|Finished"), timeout=PATIENCE)
+    again.close()
+    expect(page.locator("#status")).to_contain_text("Finished")
+    expect(page.locator("#console")).to_contain_text("Saved final weights")
+    assert (root / "adapters" / "adapters.safetensors").exists()
+
+    tab(page, "Compare")
+    page.locator("#compare-run").locator("input").click()
+    page.get_by_role("option", name="adapters").click()
+    page.locator("#compare-prompt textarea").fill("Please tell me how many apples are in basket 3.")
+    page.click("#compare")
+    expect(page.locator("#compare-answers tbody tr").first).to_contain_text("%")
+    expect(page.locator("#compare-answers article").first).to_contain_text("Tuned model")
+
+    tab(page, "Runs")
+    page.get_by_label("adapters", exact=True).check()
+    page.click("#show-runs")
+    expect(page.locator("#runs-curves svg").first).to_be_visible()
+    page.click("#make-report")
+    with page.expect_download() as download:
+        page.locator("#report a").first.click()
+    assert "<svg" in Path(download.value.path()).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(
+    server: str, browser: Any, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto(server)
+    expect(page.locator("#verdict")).to_contain_text("Ready")
+
+    for name in ("Train", "Check", "Run", "Compare", "Runs"):
+        if width > 390 or name == "Train":
+            tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    tab(page, "Train")
+    unlabelled = page.evaluate(
+        """() => [...document.querySelectorAll('[id^=field-] input, [id^=field-] textarea')]
+            .filter(field => !field.labels?.length && !field.getAttribute('aria-label')).length"""
+    )
+    assert unlabelled == 0
+    page.close()
+
+
+def test_the_form_can_be_filled_by_keyboard_alone(page: Any) -> None:
+    beta = page.locator("#field-beta").locator("input, textarea")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if beta.evaluate("field => field === document.activeElement"):
+            break
+    page.keyboard.press("Control+a")
+    page.keyboard.type("0.3")
+
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.3")
+
+
+def test_nothing_is_fetched_from_elsewhere(page: Any) -> None:
+    for name in ("Check", "Run", "Compare", "Runs"):
+        tab(page, name)
+
+    assert page.outside == []
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/config", {"Origin": "http://evil.example"}),
+        ("/config", {"Host": "evil.example"}),
+        ("/gradio_api/queue/join", {"Sec-Fetch-Site": "cross-site"}),
+        ("/gradio_api/file=/etc/passwd", {}),
+        ("/gradio_api/file=../../../../etc/passwd", {}),
+    ],
+)
+def test_other_origins_and_other_files_are_refused(server: str, port: int, path: str, headers: dict[str, str]) -> None:
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path, headers=headers)
+
+    response = connection.getresponse()
+
+    assert response.status in (403, 404)
+    assert b"root:" not in response.read()
