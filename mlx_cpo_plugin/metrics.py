@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.exchange import of_all_ranks
 from mlx_cpo_plugin.scoring import AnswerScores
 
 PAIR_METRICS = (
@@ -78,9 +79,7 @@ class PairMeans:
 
         The means of no pairs at all are NaN.
         """
-        totals = np.concatenate([self.sums, [self.pairs, self.tokens]])
-        if mx.distributed.init().size() > 1:
-            totals = np.array(mx.distributed.all_sum(mx.array(totals, mx.float32), stream=mx.cpu), np.float64)
+        totals = np.sum(of_all_ranks([*self.sums.tolist(), self.pairs, self.tokens]), axis=0)
         pairs, tokens = totals[-2], int(totals[-1])
         means = totals[:-2] / pairs if pairs else np.full(len(PAIR_METRICS), np.nan)
         return dict(zip(PAIR_METRICS, means.tolist(), strict=True)), tokens

@@ -35,6 +35,7 @@ from mlx_cpo_plugin.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.quantised_layers import unpacked_products
+from mlx_cpo_plugin.ranks import ranks_end_together
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
@@ -104,6 +105,7 @@ def train_cpo(
             save_adapter(model, adapter_file)
 
     with (
+        ranks_end_together(),
         only_run_in(adapter_file.parent),
         stop_requests() as stop,
         training_environment(model, args) as quantisation,
