@@ -28,7 +28,8 @@ from mlx_cpo_plugin.grouping import PairSize, padding_rooms
 from mlx_cpo_plugin.host.substrate import TrainingCallback, protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.memory import device_memory_limit
-from mlx_cpo_plugin.memory_estimate import memory_report
+from mlx_cpo_plugin.memory_estimate import Way, memory_report
+from mlx_cpo_plugin.memory_watch import MemoryWatch
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
@@ -121,6 +122,7 @@ def train_cpo(
         checkpoints = RunCheckpoints(
             adapter_file.parent, args.keep_checkpoints, identity(args, model, optimizer, pairs)
         )
+        memory = MemoryWatch(model, Way.of(args, None if scorer is None else scorer.grouping))
         for line in memory_report(model, optimizer, pairs, scorer, args):
             reporter.say(line)
         if args.resume is not None:
@@ -137,6 +139,7 @@ def train_cpo(
             quantisation.active = args.qat_enable and quantisation.applies_to(step.number)
             batch_pairs = [pairs[index] for index in micro_batch.indices]
             if batch_pairs:
+                memory.check(batch_pairs, step.number)
                 losses, scores = step.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
                 reporter.add(losses, scores, scored_tokens(batch_pairs))
                 reporter.warn(displacement.warning(iteration, scores))
