@@ -26,10 +26,11 @@ class TrainingError(UserError):
     """Training cannot go on; the last good adapter is kept."""
 
 
-OUT_OF_MEMORY = (
-    "The device is out of memory; lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or "
-    "efficient_long_context. The checkpoints so far are whole; go on from their weights with resume_adapter_file."
+LOWER_THESE = (
+    "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context. The "
+    "checkpoints so far are whole; go on from their weights with resume_adapter_file."
 )
+OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}"
 
 
 @contextmanager

@@ -153,6 +153,11 @@ def estimated_memory(
     )
 
 
+def bytes_for(sizes: ModelSizes, pairs: Sequence[PreferencePair], way: Way) -> int:
+    """Return what gradients and activations of a micro-batch take."""
+    return round(max(taken for taken, _ in _passes(sizes, pairs, way)))
+
+
 def expected_grouping(model: nn.Module) -> Grouping | None:
     """Return which pairs will share a pass, as far as that shows without computing; ``None``: none of them."""
     try:

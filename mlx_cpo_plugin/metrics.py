@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.exchange import of_all_ranks
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
 
@@ -94,9 +95,8 @@ class PairMeans:
 
         The means of no pairs at all are NaN.
         """
-        totals = np.concatenate([self.sums, [self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]])
-        if mx.distributed.init().size() > 1:
-            totals = np.array(mx.distributed.all_sum(mx.array(totals, mx.float32), stream=mx.cpu), np.float64)
+        mine = [*self.sums.tolist(), self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]
+        totals = np.sum(of_all_ranks(mine), axis=0)
         chosen_nll, chosen_tokens, pairs, tokens = totals[-4:].tolist()
         if not pairs:
             return dict.fromkeys((*PAIR_METRICS, "nll_loss"), np.nan), 0

@@ -16,6 +16,7 @@ from mlx.utils import tree_unflatten
 from mlx_cpo_plugin.alarms import check_first_update, check_gradient, check_losses
 from mlx_cpo_plugin.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.exchange import of_all_ranks
 from mlx_cpo_plugin.gradients import Gradient, GradientMethod, added
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring import AnswerScores
@@ -88,6 +89,7 @@ class OptimizerStep:
 
         Raises:
             TrainingError: the gradient is not finite, or the first step changes nothing; nothing was updated.
+            LostRankError: the gradient is not that of all ranks; nothing was updated.
         """
         world_size = mx.distributed.init().size()
         trainable = by_name(self.model.trainable_parameters())
@@ -96,6 +98,7 @@ class OptimizerStep:
         if world_size > 1:
             total = {name: value * world_size for name, value in by_name(average_gradients(total)).items()}
         norm = gradient_norm(total)
+        of_all_ranks(None)  # before the gradient is judged and used
         check_gradient(norm, self._pairs, self.number)
         before = trainable if self.number == 1 else {}
         self._update(total, mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30))))

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.exchange import of_all_ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOCK_NAME = ".lock"
@@ -46,13 +47,15 @@ class StopRequest:
         self.signal_number = 0
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to; all of them have to call this at the same point."""
-        world = mx.distributed.init()
-        if world.size() == 1:
-            return self.signal_number != 0
-        highest = mx.distributed.all_max(mx.array(self.signal_number), stream=mx.cpu)
-        self.signal_number = int(highest.item())  # type: ignore[arg-type]  # an integer array
-        return self.signal_number != 0
+        """Whether any rank was asked to; all of them have to call this at the same point.
+
+        Raises:
+            LostRankError: not all of them are there any more.
+        """
+        wanted = max(of_all_ranks(self.signal_number))
+        if wanted:  # only then: a signal that came meanwhile counts the next time
+            self.signal_number = wanted
+        return wanted != 0
 
 
 @contextmanager

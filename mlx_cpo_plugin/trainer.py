@@ -36,13 +36,15 @@ from mlx_cpo_plugin.grouping import PairSize, padding_rooms
 from mlx_cpo_plugin.host.substrate import TrainingCallback, protect_recurrences
 from mlx_cpo_plugin.long_context import SegmentGradients
 from mlx_cpo_plugin.memory import device_memory_limit
-from mlx_cpo_plugin.memory_estimate import memory_report
+from mlx_cpo_plugin.memory_estimate import Way, memory_report
+from mlx_cpo_plugin.memory_watch import MemoryWatch
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.objective import Objective, objective_for
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.quantised_layers import unpacked_products
+from mlx_cpo_plugin.ranks import ranks_end_together
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.run_settings import FILE_NAME as RUN_SETTINGS
 from mlx_cpo_plugin.run_settings import as_yaml, recorded_arguments
@@ -87,6 +89,7 @@ def train_cpo(
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
 
     with (
+        ranks_end_together(),
         only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
         training_environment(model, args) as quantisation,
@@ -122,6 +125,7 @@ class _Run:
         self.plateau = PlateauAdvice(args.loss_type, args.iters)
         self.displacement = DisplacementAlarm(args.loss_type)
         self.scorer = choose_scorer(model, pairs, args.scoring, self.reporter.say)
+        self.memory = MemoryWatch(model, Way.of(args, None if self.scorer is None else self.scorer.grouping))
         self.step = OptimizerStep(
             model, optimizer, *gradient_methods(model, objective, self.scorer, pairs, args), args.max_grad_norm
         )
@@ -164,6 +168,7 @@ class _Run:
             self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
             pairs = [self.pairs[index] for index in micro_batch.indices]
             if pairs:
+                self.memory.check(pairs, step.number)
                 losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
                 reporter.add(losses, scores, scored_tokens(pairs))
                 reporter.warn(self.displacement.warning(iteration, scores))

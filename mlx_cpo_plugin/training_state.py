@@ -19,6 +19,7 @@ from mlx_cpo_plugin.checkpoint_folder import Checkpoint, CheckpointFolder, read_
 from mlx_cpo_plugin.checkpoints import describe_adapter, write_atomically
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.exchange import of_all_ranks
 from mlx_cpo_plugin.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.parameters import by_name
 
@@ -109,11 +110,13 @@ class RunCheckpoints:
 
     Args:
         adapter_folder: where the run leaves its adapter.
-        keep: checkpoints to keep.
+        keep: checkpoints to keep; of several ranks, two at least.
         identity: see :func:`identity`.
     """
 
     def __init__(self, adapter_folder: Path, keep: int, identity: Mapping[str, Any]) -> None:
+        # A rank may die before it has written what the others have: the one before is what all of them have.
+        keep = max(keep, 2) if mx.distributed.init().size() > 1 else keep
         self.folder = CheckpointFolder(_folder_of_rank(adapter_folder), keep)
         self.identity = identity
 
@@ -176,14 +179,12 @@ def _newest_of_all_ranks(folder: CheckpointFolder, say: Callable[[str], None]) -
     at_most: int | None = None
     while True:
         checkpoint = folder.newest(say, at_most)
-        mine = mx.array(-1 if checkpoint is None else checkpoint.iteration)
-        if mx.distributed.init().size() == 1:
+        iterations = of_all_ranks(-1 if checkpoint is None else checkpoint.iteration)
+        at_most = min(iterations)
+        if at_most < 0:
+            return None
+        if at_most == max(iterations):
             return checkpoint
-        lowest: Any = mx.distributed.all_min(mine, stream=mx.cpu).item()
-        highest: Any = mx.distributed.all_max(mine, stream=mx.cpu).item()
-        if lowest == highest or lowest < 0:
-            return checkpoint if lowest >= 0 else None
-        at_most = lowest
 
 
 def random_seed() -> int:

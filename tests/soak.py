@@ -44,7 +44,8 @@ class Watch:
             self.memory[step] = (mx.get_active_memory(), resident())
             active, whole = (size / 1e6 for size in self.memory[step])
             milliseconds = 1000 * median(self.seconds[-EVERY:])
-            print(f"\nsoak: step {step}: {milliseconds:.1f} ms, {active:.2f} MB of arrays, {whole:.0f} MB in all")
+            line = f"\nsoak: step {step}: {milliseconds:.1f} ms, {active:.2f} MB of arrays, {whole:.0f} MB in all"
+            print(line, flush=True)
 
     def on_val_loss_report(self, info: dict[str, Any]) -> None:
         self.last = time.perf_counter()

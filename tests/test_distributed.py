@@ -114,10 +114,11 @@ def test_two_ranks_train_the_adapter_that_one_rank_does(
 HALF_FILLED = {"rows": 9, "batch_size": 2, "accumulation": 3, "iters": 8}
 
 
-def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dying", [(0, 1), (0,)], ids=["both", "one, which the launcher ends the other for"])
+def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path, dying: tuple[int, ...]) -> None:
     train_on(2, tmp_path / "whole", **HALF_FILLED)
-    launch(2, tmp_path / "run", {0: 1, 1: 1, "at": 5}, **HALF_FILLED)
-    assert not (tmp_path / "run" / "checkpoints" / "0000008").exists()
+    launch(2, tmp_path / "run", {**dict.fromkeys(dying, 1), "at": 5}, **HALF_FILLED)
+    assert not (tmp_path / "run" / "checkpoints" / "0000005").exists()
 
     printed = train_on(2, tmp_path / "run", **HALF_FILLED)
 

@@ -32,6 +32,7 @@ from mlx_cpo_plugin.checkpoints import load_adapter
 from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.metrics import MetricsFile
+from mlx_cpo_plugin.ranks import ranks_end_together
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
@@ -43,6 +44,7 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
 }
 
 
+@ranks_end_together()
 def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
 

@@ -1,0 +1,82 @@
+"""A machine that gives out in the middle of a run: one sentence, exit code 2, and a last checkpoint that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import preference_rows
+
+from mlx_cpo_plugin.batches import BatchSize, training_plan
+from mlx_cpo_plugin.checkpoint_folder import read_checkpoint
+
+Settings = dict[str, Any]
+RunMain = Callable[..., None]
+
+ROWS = 10
+AT = 3  # the iteration after which the machine gives out
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process")
+SENTENCES = {
+    "out_of_memory": "GB are free; lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint",
+    "disk_full_for_a_checkpoint": "cannot be written (",
+    "disk_full_for_a_line": "metrics.jsonl cannot be written (",
+    "read_only": "cannot be written (",
+}
+
+
+@pytest.fixture
+def long_run(settings: Settings) -> Settings:
+    """Settings of a run that comes to a row far longer than the others after the iteration of the fault."""
+    rows = preference_rows(ROWS)
+    rows[0]["chosen"] = "There are many apples. " * 300
+    (Path(settings["data"]) / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+    def turn_of_the_long_row(seed: int) -> int:
+        plan = training_plan([1] * ROWS, BatchSize(1, None, 1), iters=ROWS, seed=seed, rank=0, world_size=1)
+        return [micro_batch.indices[0] for micro_batch in plan].index(0) + 1
+
+    seed = next(seed for seed in count() if turn_of_the_long_row(seed) > AT + 1)
+    return settings | {"batch_size": 1, "iters": ROWS, "seed": seed, "save_every": 2, "max_seq_length": 8192}
+
+
+def harmed(fault: str, settings: Settings, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command until the fault ends it."""
+    config = folder / "config.json"  # which is YAML, too
+    config.write_text(json.dumps(settings))
+    script = Path(__file__).with_name("faulty_run.py")
+    command = [sys.executable, str(script), fault, str(AT), settings["adapter_path"], "--config", str(config)]
+    if os.geteuid() == 0 and fault == "read_only":  # permissions do not bind a superuser who has this capability
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv to run as a superuser whom permissions bind")
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize("fault", [pytest.param("out_of_memory", marks=ON_LINUX), *list(SENTENCES)[1:]])
+def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
+    fault: str, long_run: Settings, run_main: RunMain, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_main(long_run | {"adapter_path": str(whole)})
+
+    ended = harmed(fault, long_run | {"adapter_path": str(broken)}, tmp_path)
+
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    (sentence,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert SENTENCES[fault] in sentence
+    newest = max(path for path in (broken / "checkpoints").iterdir() if path.name.isdecimal())
+    assert read_checkpoint(newest).iteration >= AT - 1
+    assert not [path for path in broken.rglob(".*") if path.name != ".lock"]  # nothing half-written
+    for folder in (broken, broken / "checkpoints"):
+        folder.chmod(0o755)
+    run_main(long_run | {"adapter_path": str(broken), "resume": "auto"})
+    assert (broken / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
