@@ -123,6 +123,7 @@ def train_cpo(
             reporter.say(line)
         if args.resume is not None:
             checkpoints.resume(args.resume, state, reporter.say)
+        reporter.start_trackers()
         if state.iteration == 0:
             checkpoints.begin(state)
         if world.rank() == 0:
