@@ -1,4 +1,4 @@
-"""The command ``mlx-cpo``: train, check, demo, doctor, losses and bench."""
+"""The command ``mlx-cpo``: train, check, convert, demo, doctor, losses and bench."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
 from mlx_cpo_plugin.bench.command import run_bench
+from mlx_cpo_plugin.convert.command import add_arguments as add_convert_arguments
+from mlx_cpo_plugin.convert.command import run_convert
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _demo()
         if chosen.command == "doctor":
             return _doctor(chosen.json)
+        if chosen.command == "convert":
+            return run_convert(chosen)
         if chosen.command == "bench":
             return run_bench(chosen)
         return _losses(chosen.json)
@@ -53,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     training = "takes the arguments of mlx_lm_lora.train"
     commands.add_parser("train", help=f"train, also where start-up files are not read; {training}")
     commands.add_parser("check", help=f"show what a run would train on, without loading the model; {training}")
+    convert = "turn a configuration of TRL, Axolotl or LLaMA-Factory into one of this plugin"
+    add_convert_arguments(commands.add_parser("convert", help=convert, description=convert))
     commands.add_parser("demo", help="train a tiny model and show what changed")
     doctor = commands.add_parser("doctor", help="test whether everything is in place")
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")

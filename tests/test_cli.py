@@ -44,7 +44,7 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["--help"])
 
     printed = capsys.readouterr().out
-    for command in ("train", "check", "demo", "doctor", "losses"):
+    for command in ("train", "check", "convert", "demo", "doctor", "losses"):
         assert f"    {command} " in printed
 
 

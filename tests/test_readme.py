@@ -114,4 +114,4 @@ def test_the_commands_exist() -> None:
             [sys.executable, "-m", "mlx_cpo_plugin", subcommand, "--help"], capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, subcommand
-    assert subcommands == {"bench", "check", "doctor", "demo"}
+    assert subcommands == {"bench", "check", "convert", "doctor", "demo"}
