@@ -1,4 +1,4 @@
-"""The command ``mlx-cpo``: train, check, report, compare, demo, doctor, losses, bench and studio."""
+"""The command ``mlx-cpo``: train, check, convert, report, compare, demo, doctor, losses, bench and studio."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
 from mlx_cpo_plugin.bench.command import run_bench
 from mlx_cpo_plugin.comparison.command import add_arguments as add_compare_arguments
 from mlx_cpo_plugin.comparison.command import run_compare
+from mlx_cpo_plugin.convert.command import add_arguments as add_convert_arguments
+from mlx_cpo_plugin.convert.command import run_convert
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.report.command import add_arguments as add_report_arguments
 from mlx_cpo_plugin.report.command import run_report
@@ -22,7 +24,13 @@ from mlx_cpo_plugin.studio.command import run_studio
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
 TRAINING_COMMANDS = ("train", "check")
-RUNNERS = {"report": run_report, "compare": run_compare, "bench": run_bench, "studio": run_studio}
+RUNNERS = {
+    "convert": run_convert,
+    "report": run_report,
+    "compare": run_compare,
+    "bench": run_bench,
+    "studio": run_studio,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_report_arguments(commands.add_parser("report", help=report, description=report))
     compare = "answers and preference accuracy of the base model and of the tuned one, side by side"
     add_compare_arguments(commands.add_parser("compare", help=compare, description=compare))
+    convert = "turn a configuration of TRL, Axolotl or LLaMA-Factory into one of this plugin"
+    add_convert_arguments(commands.add_parser("convert", help=convert, description=convert))
     commands.add_parser("demo", help="train a tiny model and show what changed")
     doctor = commands.add_parser("doctor", help="test whether everything is in place")
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")

@@ -176,6 +176,8 @@ def _checked(option: Option, sources: _Sources) -> Any:
         return None
     if option.name == "optimizer" and isinstance(value, str):
         value = value.lower()
+    if option.name == "report_to" and isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
     return check(option, value, sources.place)
 
 

@@ -122,10 +122,15 @@ class MetricsFile:
         """Return the bytes written so far."""
         return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
-    def cut(self, size: int) -> None:
-        """Forget what was written after the first ``size`` bytes."""
-        if self.path is not None and self.size() > size:
-            os.truncate(self.path, size)
+    def cut(self, size: int) -> set[tuple[str, int]]:
+        """Forget what was written after the first ``size`` bytes; return kind and iteration of each such line."""
+        if self.path is None or self.size() <= size:
+            return set()
+        with self.path.open("rb") as file:
+            file.seek(size)
+            lines = file.read().splitlines()
+        os.truncate(self.path, size)
+        return {told for told in map(_kind_and_iteration, lines) if told is not None}
 
     def append(self, kind: str, values: Mapping[str, float]) -> None:
         """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. JSON has no NaN and no infinity: they are null.
@@ -153,3 +158,11 @@ class MetricsFile:
                 file.write(line)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); free space or change adapter_path.") from error
+
+
+def _kind_and_iteration(line: bytes) -> tuple[str, int] | None:
+    try:
+        values = json.loads(line)
+        return values["kind"], values["iteration"]
+    except (ValueError, TypeError, KeyError):  # half a line, or the final test's
+        return None

@@ -124,6 +124,28 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
     Option(
         "wandb", str, None, "Weights & Biases project to report to.", title="Weights & Biases project", optional=True
     ),
+    Option(
+        "report_to",
+        list,
+        None,
+        "Trackers that get the metrics under TRL's names: wandb, tensorboard, trackio, swanlab, or none.",
+        title="Report to",
+        optional=True,
+    ),
+    Option(
+        "project",
+        str,
+        None,
+        "Project in the trackers of report_to; by default that of wandb, or else mlx-cpo.",
+        optional=True,
+    ),
+    Option(
+        "run_name",
+        str,
+        None,
+        "Name of the run in the trackers of report_to; by default that of the adapter folder.",
+        optional=True,
+    ),
 )
 
 QAT_OPTIONS: tuple[Option, ...] = (
@@ -177,6 +199,8 @@ QAT_OPTIONS: tuple[Option, ...] = (
 
 SUBSTRATE_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_OPTIONS + OUTPUT_OPTIONS + QAT_OPTIONS
 
+TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
+
 PRECISIONS = ("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4")
 
 LONGEST_PATH, LONGEST_PART = 1000, 255
@@ -201,6 +225,7 @@ FURTHER_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adapter_path": (is_path, _PATH_WORDS),
     "resume_adapter_file": (is_path, f"{_PATH_WORDS}, or null"),
     "lm_studio_name": (is_folder_name, "the name of a folder without / and \\, or null"),
+    "run_name": (is_folder_name, "a name without / and \\, or null"),
     "val_batches": (lambda batches: batches != 0, "a whole number >= 1, or -1 for all"),
     "test_batches": (lambda batches: batches != 0, "a whole number >= 1, or -1 for all"),
     "valid_fraction": (lambda fraction: fraction < 1, "a number >= 0 and < 1"),

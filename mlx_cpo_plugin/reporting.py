@@ -15,6 +15,7 @@ from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.metrics import MetricsFile, PairMeans, host_report
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
+from mlx_cpo_plugin.trackers import TrackerCallback
 
 Item = TypeVar("Item")
 
@@ -112,6 +113,11 @@ class ProgressReporter:
         if self.callback is not None:
             self.callback.on_val_loss_report(info)
 
+    def start_trackers(self) -> None:
+        """Let the trackers begin their run, or go on with it after :meth:`restore`."""
+        if isinstance(self.callback, TrackerCallback):
+            self.callback.start()
+
     def state(self) -> dict[str, Any]:
         """Return what was collected since the last report, and how far the metrics file goes."""
         return {
@@ -120,6 +126,7 @@ class ProgressReporter:
             "iterations": self.iterations,
             "trained_tokens": self.trained_tokens,
             "metrics_bytes": self.metrics_file.size(),
+            "trackers": self.callback.state() if isinstance(self.callback, TrackerCallback) else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -127,7 +134,9 @@ class ProgressReporter:
         self.means.restore(state["means"])
         self.gradient_norms, self.iterations = list(state["gradient_norms"]), state["iterations"]
         self.trained_tokens = state["trained_tokens"]
-        self.metrics_file.cut(state["metrics_bytes"])
+        told = self.metrics_file.cut(state["metrics_bytes"])
+        if isinstance(self.callback, TrackerCallback) and state.get("trackers") is not None:
+            self.callback.resume(state["trackers"], told)
 
     def warn(self, line: str | None) -> None:
         """Print a warning, if there is one, and note it among the metrics."""

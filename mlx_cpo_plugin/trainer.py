@@ -142,6 +142,7 @@ class _Run:
             self.reporter.say(line)
         if self.args.resume is not None:
             self.checkpoints.resume(self.args.resume, self.state, self.reporter.say)
+        self.reporter.start_trackers()
         if self.is_first_rank:
             save_adapter_config(self.model, self.adapter_file)
             self.save_settings()

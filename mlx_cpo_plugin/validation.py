@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS
+from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS, TRACKERS
 from mlx_cpo_plugin.types import LossType, Option
 from mlx_cpo_plugin.wording import named, shown
 
@@ -263,9 +263,22 @@ def _dataset_config(value: Any, key: str, place: Place) -> None:
             raise unknown("key", name, DATASET_CONFIG_KEYS, place(f"{key}.{name}"), f"{key}.")
 
 
+def _report_to(value: list[Any], place: Place) -> list[str] | None:
+    for position, name in enumerate(value):
+        if name not in (*TRACKERS, "none"):
+            where = place(f"report_to.{position}")
+            raise ConfigError(f"report_to is {shown(name)} {where}, but must be one of {', '.join(TRACKERS)}, none.")
+    trackers = list(dict.fromkeys(name for name in value if name != "none"))
+    if trackers and "none" in value:
+        where = place("report_to")
+        raise ConfigError(f"report_to is {shown(value)} {where}, but none stands alone; remove one of them.")
+    return trackers or None
+
+
 _INSIDES: dict[str, Callable[[Any, Place], Any]] = {
     "lora_parameters": _lora_parameters,
     "optimizer_config": _optimizer_config,
     "lr_schedule": _lr_schedule,
     "hf_dataset": _hf_dataset,
+    "report_to": _report_to,
 }

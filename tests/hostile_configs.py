@@ -121,6 +121,7 @@ NESTED: dict[str, tuple[str, ...]] = {
     "hf_dataset": ("path", "config", "train_split", "valid_split", "chosen_feature", "mask_prompt", "trian_split"),
 }
 VALID_INSIDES: dict[str, tuple[Any, ...]] = {
+    "report_to": (["wandb"], ["tensorboard", "swanlab"], "trackio, wandb", "none"),
     "lora_parameters": ({"rank": 4}, {"rank": 8, "dropout": 0.1, "scale": 2}),
     "optimizer_config": ({"adam": {"eps": 1e-6}}, {"adamw": {"betas": [0.9, 0.99], "weight_decay": 0.1}}),
     "lr_schedule": ({"name": "cosine_decay", "arguments": [1e-5, 100], "warmup": 10},),

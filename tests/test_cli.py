@@ -45,7 +45,8 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["--help"])
 
     printed = capsys.readouterr().out
-    for command in ("train", "check", "report", "compare", "demo", "doctor", "losses", "bench"):
+    commands = ("train", "check", "convert", "report", "compare", "demo", "doctor", "losses", "bench", "studio")
+    for command in commands:
         assert f"    {command} " in printed
 
 

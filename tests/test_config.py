@@ -71,6 +71,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "fuse": (False, True),
     "lm_studio_name": ("yaml-name", "call-name"),
     "wandb": ("yaml-project", "call-project"),
+    "report_to": (["wandb"], ["tensorboard", "trackio"]),
+    "project": ("yaml-project", "call-project"),
+    "run_name": ("yaml-run", "call-run"),
     "qat_enable": (True, False),
     "qat_bits": (4, 6),
     "qat_group_size": (32, 0),
@@ -258,7 +261,7 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
         return st.sampled_from(VALUES[option.name])
     if option.name == "max_seq_length":
         return st.integers(4, 100_000)
-    if option.name == "lm_studio_name":
+    if option.name in ("lm_studio_name", "run_name"):
         return st.sampled_from(["name", "a b"])
     return VALID[option.type.__name__]
 

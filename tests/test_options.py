@@ -24,6 +24,9 @@ WITHOUT_HOST_DEFAULT = {
     "system_feature",
     "seq_step_size",
     "wandb",
+    "report_to",
+    "project",
+    "run_name",
 }
 
 SUBSTRATE_KEYS = re.findall(

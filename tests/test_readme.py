@@ -119,4 +119,4 @@ def test_the_commands_exist() -> None:
             [sys.executable, "-m", "mlx_cpo_plugin", subcommand, "--help"], capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, subcommand
-    assert subcommands == {"bench", "check", "compare", "doctor", "demo", "report"}
+    assert subcommands == {"bench", "check", "compare", "convert", "doctor", "demo", "report", "studio"}

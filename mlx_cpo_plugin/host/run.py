@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.metrics import MetricsFile
 from mlx_cpo_plugin.ranks import ranks_end_together
+from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
@@ -63,14 +65,15 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
 
     if settings.train:
         print_section("Training")
-        callback = with_wandb(settings, training_callback) if is_main else None
-        train_mode(settings, mode, model, train_set, valid_set, callback)
-    elif settings.adapter_path:
-        load_adapter(model, adapter_file(settings))
-
-    if settings.test:
-        print_section("Testing")
-        report_test(settings, mode, mode.evaluate(model, test_set, settings), is_main)
+        # Only the first rank has a callback.
+        with tracked_run(settings, with_wandb(settings, training_callback)) if is_main else nullcontext() as callback:
+            train_mode(settings, mode, model, train_set, valid_set, callback)
+            if settings.test:
+                report_on_test_set(settings, mode, model, test_set, callback)
+    else:
+        if settings.adapter_path:
+            load_adapter(model, adapter_file(settings))
+        report_on_test_set(settings, mode, model, test_set)
 
     mx.clear_cache()
     if settings.fuse and settings.train and is_main:
@@ -88,7 +91,7 @@ def check_destinations(settings: SimpleNamespace) -> None:
 
     Raises:
         ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
-            test; ``resume_adapter_file`` is missing; there is no W&B to report to or no LM Studio to export to.
+            test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
     """
     if settings.train and not settings.adapter_path:
         raise ConfigError("adapter_path is empty; give a folder for the adapter.")
@@ -104,6 +107,8 @@ def check_destinations(settings: SimpleNamespace) -> None:
             f"adapter_path is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
             "give another folder, or set fuse: false."
         )
+    if settings.train and settings.report_to:
+        require_clients(settings.report_to)
     if settings.wandb is not None and callbacks.wandb is None:
         raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.")
     resume = settings.resume_adapter_file
@@ -137,8 +142,8 @@ def adapter_file(settings: SimpleNamespace) -> Path:
 
 
 def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> TrainingCallback | None:
-    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project."""
-    if settings.wandb is None:
+    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project and ``report_to`` leaves W&B to it."""
+    if settings.wandb is None or "wandb" in (settings.report_to or ()):
         return callback
     Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
     return callbacks.WandBCallback(
@@ -244,10 +249,24 @@ def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
         raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
 
 
-def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str, float], is_main: bool) -> None:
-    """Print the test metrics in the host's shape, and append them to the metrics file."""
-    if not is_main:
-        return
+def report_on_test_set(
+    settings: SimpleNamespace,
+    mode: TrainMode,
+    model: nn.Module,
+    test_set: Sequence[Any],
+    callback: TrainingCallback | None = None,
+) -> None:
+    """Evaluate the model on the test set, and report the metrics on the first rank."""
+    print_section("Testing")
+    metrics = mode.evaluate(model, test_set, settings)
+    if mx.distributed.init().rank() == 0:
+        report_test(settings, mode, metrics, callback)
+
+
+def report_test(
+    settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str, float], callback: TrainingCallback | None
+) -> None:
+    """Print the test metrics in the host's shape, append them to the metrics file, and send them to the trackers."""
     print(f"{Colors.BOLD}Test Results:{Colors.RESET}")
     labels = {"loss": "Loss", "accuracies": "Accuracy", "margins": "Margin"}
     for name, label in labels.items():
@@ -257,10 +276,11 @@ def report_test(settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str
     for name, value in metrics.items():
         if name not in labels:
             print(f"  {Colors.WHITE}{name}:{Colors.RESET} {value:.3f}")
+    named = {f"test_{name}": value for name, value in metrics.items()}
     if settings.adapter_path:
-        MetricsFile(Path(settings.adapter_path) / "metrics.jsonl").append(
-            "test", {f"test_{name}": value for name, value in metrics.items()}
-        )
+        MetricsFile(Path(settings.adapter_path) / "metrics.jsonl").append("test", named)
+    if isinstance(callback, TrackerCallback):
+        callback.on_test_report(named)
 
 
 def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:

@@ -1,0 +1,230 @@
+"""A configuration of Axolotl with ``rl: simpo``, or with DPO or IPO whose reference is to be dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, is_off
+from mlx_cpo_plugin.convert.model_and_data import (
+    Adapter,
+    DataEntry,
+    are_entries,
+    convert_adapter,
+    convert_data,
+    convert_precision,
+    convert_valid_share,
+    put_loss,
+    require_no_reference,
+)
+from mlx_cpo_plugin.convert.training_arguments import (
+    Length,
+    ScheduleRequest,
+    convert_checkpoints,
+    convert_length,
+    convert_optimizer,
+    convert_rest,
+    convert_schedule,
+    put_interval,
+    put_trackers,
+    tell_of_intervals,
+)
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named
+
+MARKS = ("base_model", "rl", "micro_batch_size", "sequence_len")
+CUSTOM_COLUMNS = {
+    "field_prompt": "prompt_feature",
+    "field_chosen": "chosen_feature",
+    "field_rejected": "rejected_feature",
+    "field_system": "system_feature",
+}
+LONGEST_DEFAULT_WARMUP, DEFAULT_WARMUP_SHARE = 100, 0.03
+
+
+def convert_axolotl(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
+    """Convert an Axolotl configuration.
+
+    Raises:
+        ConfigError: it trains no preferences, or has a loss that CPO does not have.
+    """
+    conversion = Conversion("Axolotl")
+    _convert_loss(source, conversion, drop_reference)
+    _convert_model(source, conversion)
+    _convert_data(source, conversion, rows)
+    conversion.put("max_seq_length", source.count("sequence_len", 512), source.gives("sequence_len"))
+    length = convert_length(source, conversion, rows, ("micro_batch_size", 1), ("num_epochs", 1.0))
+    rate = source.number("learning_rate")
+    if rate is None:
+        raise ConfigError(
+            f"{named(source.settings.file)} gives no learning_rate, without which Axolotl does not train."
+        )
+    conversion.put("learning_rate", rate, given=True)
+    convert_schedule(_schedule(source, rate, length), conversion, length)
+    convert_optimizer(source, conversion, "optimizer", str(source.raw("optimizer", "adamw_torch_fused")))
+    checkpointing = source.raw("gradient_checkpointing", False)
+    convert_rest(source, conversion, not is_off(checkpointing), source.gives("gradient_checkpointing"))
+    _convert_intervals(source, conversion, length)
+    convert_checkpoints(source, conversion)
+    if source.flag("auto_resume_from_checkpoints"):
+        conversion.settings["resume"] = "auto"
+    if source.count("early_stopping_patience") is not None:
+        conversion.put("early_stopping_patience", source.count("early_stopping_patience"), given=True)
+    _convert_tracking(source, conversion)
+    conversion.put("adapter_path", source.text("output_dir", "./model-out"), source.gives("output_dir"))
+    return conversion
+
+
+def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) -> None:
+    rl = source.raw("rl")
+    if is_off(rl):
+        raise ConfigError(
+            f"{named(source.settings.file)} has no rl, so Axolotl would train on no preferences with it; give one with "
+            "rl: simpo."
+        )
+    if rl not in ("simpo", "dpo", "ipo"):
+        raise source.refuse("rl", "only simpo can be converted, or dpo and ipo with --drop-reference")
+    trl = source.raw("trl", {})
+    if not isinstance(trl, Mapping) or not isinstance(trl.get("beta", 0.0), int | float | None):
+        raise source.refuse("trl", "it must be a mapping, with a number as beta")
+    for key in trl:
+        if key != "beta" and not is_off(trl[key]):
+            conversion.tell(f"trl: {named(key, 60)} has no counterpart.")
+    in_trl = trl.get("beta")
+    beta = source.number("rl_beta", 0.1) if in_trl is None else float(in_trl)
+    given = ["dpo_cpo_loss_type", *(["beta"] if source.gives("rl_beta") or in_trl is not None else [])]
+    if rl == "simpo":
+        given += [key for key in ("cpo_alpha", "simpo_gamma") if source.gives(key)]
+        weight, gamma = source.number("cpo_alpha", 1.0), source.number("simpo_gamma", 0.5)
+        put_loss(conversion, "simpo", beta, given, cpo_alpha=weight, simpo_gamma=gamma)
+        return
+    losses = source.raw("dpo_loss_type", ["ipo" if rl == "ipo" else "sigmoid"])
+    loss = losses[0] if isinstance(losses, list) and len(losses) == 1 else losses
+    if loss not in ("sigmoid", "hinge", "ipo"):
+        raise source.refuse("dpo_loss_type", "CPO has sigmoid, hinge and ipo")
+    require_no_reference(source, ["rl"], loss, drop_reference, conversion)
+    smoothing = source.number("dpo_label_smoothing", 0.0) if loss == "sigmoid" else 0.0
+    if smoothing:
+        given.append("label_smoothing")
+    put_loss(conversion, loss, beta, given, label_smoothing=smoothing)
+
+
+def _convert_model(source: Source, conversion: Conversion) -> None:
+    model = source.text("base_model")
+    if model is None:
+        conversion.tell("The file names no model: set model.")
+    else:
+        conversion.settings["model"] = model
+    adapter = source.raw("adapter")
+    if is_off(adapter):
+        conversion.put("train_type", "full", given=False)
+    elif adapter not in ("lora", "qlora"):
+        raise source.refuse("adapter", "only lora and qlora can be converted")
+    else:
+        rank, alpha = source.count("lora_r"), source.number("lora_alpha")
+        if rank is None or alpha is None:
+            raise ConfigError(f"{named(source.settings.file)} has an adapter without lora_r or lora_alpha; give both.")
+        targets = "all-linear" if source.flag("lora_target_linear") else source.raw("lora_target_modules")
+        dropout, dora, stabilised = source.number("lora_dropout", 0.0), "peft_use_dora", "peft_use_rslora"
+        convert_adapter(
+            # The trainer is TRL's, whose dropout is off.
+            Adapter(rank, alpha, dropout, targets, source.flag(dora), source.flag(stabilised), False, given=True),
+            conversion,
+        )
+    convert_precision(4 if source.flag("load_in_4bit") else 8 if source.flag("load_in_8bit") else None, conversion)
+
+
+def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
+    train, tests = (
+        [_entry(entry, conversion) for entry in _entries(source, key)] for key in ("datasets", "test_datasets")
+    )
+    entries = list(train)
+    if tests and len(train) == 1 and [test.path for test in tests] == [train[0].path]:
+        only = train[0]
+        entries = [DataEntry(only.path, only.options, only.train_split, tests[0].train_split, only.columns)]
+    elif tests:
+        conversion.tell("test_datasets are other data sets than datasets and have no counterpart: set valid_split.")
+    convert_data(entries, conversion)
+    convert_valid_share(source.number("val_set_size", 0.0), "val_set_size", conversion, rows)
+
+
+def _entries(source: Source, key: str) -> list[Mapping[str, Any]]:
+    entries = source.raw(key, [])
+    if not are_entries(entries):
+        raise source.refuse(key, "it must be a list of mappings, each with a path")
+    return list(entries)
+
+
+def _entry(entry: Mapping[str, Any], conversion: Conversion) -> DataEntry:
+    path, kind = entry["path"], entry.get("type")
+    columns = {ours: entry[theirs] for theirs, ours in CUSTOM_COLUMNS.items() if isinstance(entry.get(theirs), str)}
+    if isinstance(kind, Mapping):
+        columns |= {ours: kind[theirs] for theirs, ours in CUSTOM_COLUMNS.items() if isinstance(kind.get(theirs), str)}
+        formats = [key for key in kind if key not in CUSTOM_COLUMNS and kind[key] is not None]
+    else:
+        formats = []
+    options = {key: entry[key] for key in ("name", "data_files", "revision") if entry.get(key) is not None}
+    if isinstance(kind, str):
+        conversion.tell(
+            f"datasets: type {named(kind, 60)} of {named(path, 60)} is not needed: rows are told apart by their keys."
+        )
+    known = {"path", "type", "split", "ds_type", *options, *CUSTOM_COLUMNS}
+    for key in [*formats, *(key for key in entry if key not in known and not is_off(entry[key]))]:
+        conversion.tell(f"datasets: {named(key, 60)} of {named(path, 60)} has no counterpart.")
+    return DataEntry(path, options, str(entry.get("split") or "train"), None, columns)
+
+
+def _schedule(source: Source, peak: float, length: Length) -> ScheduleRequest:
+    name = str(source.raw("lr_scheduler", "cosine"))
+    steps, share = source.number("warmup_steps"), source.number("warmup_ratio")
+    if steps is not None or share is not None:
+        warmup = steps if steps is not None else share
+    elif length.steps is not None:
+        warmup = min(int(DEFAULT_WARMUP_SHARE * length.steps), LONGEST_DEFAULT_WARMUP)
+    else:
+        warmup = DEFAULT_WARMUP_SHARE
+    ratio = source.number("cosine_min_lr_ratio", 0.0)
+    if ratio and name == "cosine":
+        name = "cosine_with_min_lr"
+    return ScheduleRequest(name, peak, warmup, end=ratio * peak)
+
+
+def _convert_intervals(source: Source, conversion: Conversion, length: Length) -> None:
+    reports = source.number("logging_steps")
+    if reports is None and length.steps is not None:
+        reports = max(min(int(0.005 * length.steps), 10), 1)
+    put_interval(conversion, "steps_per_report", length.iterations(reports or 10), source.gives("logging_steps"))
+    put_interval(conversion, "save_every", _interval(source, "save", length), _gives_interval(source, "save"))
+    validates = source.gives("test_datasets") or source.number("val_set_size", 0.0) > 0
+    if validates:
+        put_interval(conversion, "steps_per_eval", _interval(source, "eval", length), _gives_interval(source, "eval"))
+        conversion.put("val_batches", -1, given=False)
+    tell_of_intervals(conversion, length)
+
+
+def _gives_interval(source: Source, what: str) -> bool:
+    return source.gives(f"{what}_steps") or source.gives(f"{what}s_per_epoch")
+
+
+def _interval(source: Source, what: str, length: Length) -> int | None:
+    """Return the iterations of ``eval_steps`` or ``evals_per_epoch`` and the like; an epoch where there is neither."""
+    steps, each_epoch = source.number(f"{what}_steps"), source.number(f"{what}s_per_epoch")
+    source.raw(f"{what}_strategy")
+    if steps is not None:
+        return length.iterations(steps)
+    return None if length.epoch is None else max(1, math.ceil(length.epoch / (each_epoch or 1)))
+
+
+def _convert_tracking(source: Source, conversion: Conversion) -> None:
+    wanted = [name for name in ("wandb", "tensorboard", "trackio", "mlflow", "comet") if source.flag(f"use_{name}")]
+    if source.gives("wandb_project") and "use_wandb" not in source.values:
+        wanted.insert(0, "wandb")
+    put_trackers(conversion, wanted)
+    for name in ("wandb", "trackio"):
+        project = source.raw("wandb_project" if name == "wandb" else "trackio_project_name")
+        run_name = source.raw("wandb_name" if name == "wandb" else "trackio_run_name")
+        if name in wanted:
+            for key, value in (("project", project), ("run_name", run_name)):
+                if not is_off(value):
+                    conversion.settings.setdefault(key, str(value).replace("/", "-"))

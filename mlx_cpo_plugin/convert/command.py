@@ -1,0 +1,112 @@
+"""``mlx-cpo convert``: read another program's configuration, and write ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from mlx_cpo_plugin.convert import axolotl, llama_factory, trl
+from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.yaml_settings import YamlSettings, read_bytes, read_yaml
+
+Converter = Callable[[Source, int | None, bool], Conversion]
+SOURCES: dict[str, tuple[ModuleType, Converter]] = {
+    "axolotl": (axolotl, axolotl.convert_axolotl),
+    "llama-factory": (llama_factory, llama_factory.convert_llama_factory),
+    "trl": (trl, trl.convert_trl),
+}
+"""Value of ``--from`` -> its module and converter; in this order a file is tried, since TRL's keys are everywhere."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to ``parser``."""
+    parser.add_argument("file", metavar="FILE", help="configuration of TRL, Axolotl or LLaMA-Factory, YAML or JSON")
+    parser.add_argument("--output", metavar="OUT.yaml", help="file to write; the result is printed without it")
+    parser.add_argument("--from", dest="source", choices=sorted(SOURCES), help="where FILE is from; told by its keys")
+    parser.add_argument("--rows", type=int, help="number of training rows, for schedules and intervals of epochs")
+    parser.add_argument("--drop-reference", action="store_true", help="convert DPO, too, without its reference model")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.yaml")
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Carry out ``mlx-cpo convert``.
+
+    Raises:
+        ConfigError: the file cannot be read, is of none of the three or trains no preferences; a value of it is not
+            allowed here; or the output file is there already.
+    """
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None and output.exists() and not arguments.force:
+        raise ConfigError(f"{named(str(output))} is there already; give another --output, or --force to overwrite it.")
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ConfigError(f"--rows is {arguments.rows}, but must be at least 1.")
+    settings = read_settings(arguments.file)
+    source = Source(settings)
+    _, convert = SOURCES[arguments.source or recognised(settings)]
+    conversion = convert(source, arguments.rows, arguments.drop_reference)
+    check_result(conversion, settings.file)
+    text = as_yaml(conversion, source)
+    if output is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{named(str(output))} cannot be written ({error.strerror}); give another --output."
+        ) from error
+    print("\n".join(told_lines(conversion, source)))
+    print(f"\nWritten to {named(str(output))}; look at its rows with `mlx-cpo check --config {named(str(output))}`.")
+    return 0
+
+
+def read_settings(file: str) -> YamlSettings:
+    """Read YAML, or JSON where the file's name says so: YAML has no tabs.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping.
+    """
+    if Path(file).suffix.lower() != ".json":
+        return read_yaml(file)
+    try:
+        values = json.loads(read_bytes(file))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{named(file)} is not valid JSON; correct it.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{named(file)} holds no JSON object; give one with the training arguments.")
+    return YamlSettings(file, values, {})
+
+
+def recognised(settings: YamlSettings) -> str:
+    """Return which program a configuration is from, by its keys.
+
+    Raises:
+        ConfigError: none of them has such keys.
+    """
+    if "train_mode" in settings.values:
+        raise ConfigError(f"{named(settings.file)} has train_mode and so is one of mlx-lm-lora already; train with it.")
+    for name, (module, _) in SOURCES.items():
+        if any(mark in settings.values for mark in module.MARKS):
+            return name
+    raise ConfigError(
+        f"{named(settings.file)} has no key by which TRL's, Axolotl's or LLaMA-Factory's configurations are known; say "
+        "with --from which it is."
+    )
+
+
+def check_result(conversion: Conversion, file: str) -> None:
+    """Find out whether training takes the result, while the file that it comes from can still be named.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    from mlx_cpo_plugin import config
+
+    config.resolve(config.Given(conversion.settings, f"converted from {named(file)}"))

@@ -1,0 +1,189 @@
+"""A configuration of LLaMA-Factory with ``stage: dpo``: SimPO, or a loss whose reference is to be dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert.model_and_data import (
+    Adapter,
+    DataEntry,
+    convert_adapter,
+    convert_data,
+    convert_precision,
+    convert_valid_share,
+    put_loss,
+    require_no_reference,
+)
+from mlx_cpo_plugin.convert.training_arguments import (
+    convert_checkpoints,
+    convert_intervals,
+    convert_length,
+    convert_optimizer,
+    convert_rest,
+    convert_schedule,
+    convert_tracking,
+    schedule_of,
+)
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named
+
+MARKS = ("stage", "finetuning_type", "pref_loss", "pref_beta", "cutoff_len", "dataset_dir")
+INFO_FILE = "dataset_info.json"
+WITH_REFERENCE = ("sigmoid", "hinge", "ipo")
+COLUMNS = {"chosen": "chosen_feature", "rejected": "rejected_feature", "system": "system_feature"}
+
+
+def convert_llama_factory(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
+    """Convert a LLaMA-Factory configuration.
+
+    Raises:
+        ConfigError: it trains no preferences, or has a loss that CPO does not have.
+    """
+    conversion = Conversion("LLaMA-Factory")
+    stage = source.raw("stage", "sft")
+    if stage != "dpo":
+        raise source.refuse("stage", "only dpo trains on pairs of chosen and rejected answers", default=stage)
+    source.raw("do_train")
+    _convert_loss(source, conversion, drop_reference)
+    _convert_model(source, conversion)
+    _convert_data(source, conversion, rows)
+    conversion.put("max_seq_length", source.count("cutoff_len", 2048), source.gives("cutoff_len"))
+    length = convert_length(source, conversion, rows)
+    rate = source.number("learning_rate", 5e-5)
+    conversion.put("learning_rate", rate, source.gives("learning_rate"))
+    convert_schedule(schedule_of(source, rate), conversion, length)
+    muon = source.flag("use_muon")
+    convert_optimizer(source, conversion, "optim", "muon" if muon else str(source.raw("optim", "adamw_torch_fused")))
+    checkpointing = "disable_gradient_checkpointing"
+    convert_rest(source, conversion, not source.flag(checkpointing), source.gives(checkpointing))
+    convert_intervals(source, conversion, length, logging_steps=500)
+    convert_checkpoints(source, conversion)
+    if source.count("early_stopping_steps") is not None:
+        conversion.put("early_stopping_patience", source.count("early_stopping_steps"), given=True)
+    _convert_tracking(source, conversion)
+    if source.text("output_dir") is not None:
+        conversion.settings["adapter_path"] = source.text("output_dir")
+    return conversion
+
+
+def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) -> None:
+    loss = source.raw("pref_loss", "sigmoid")
+    if loss not in (*WITH_REFERENCE, "simpo"):
+        raise source.refuse("pref_loss", "CPO has simpo, and sigmoid, hinge and ipo with --drop-reference")
+    beta, weight = source.number("pref_beta", 0.1), source.number("pref_ftx", 0.0)
+    theirs = {"pref_beta": "beta", "pref_ftx": "cpo_alpha", "simpo_gamma": "simpo_gamma"}
+    given = ["dpo_cpo_loss_type", *(ours for key, ours in theirs.items() if source.gives(key))]
+    options = {"cpo_alpha": weight}
+    if loss == "simpo":
+        options["simpo_gamma"] = source.number("simpo_gamma", 0.5)
+    else:
+        require_no_reference(source, ["pref_loss"], loss, drop_reference, conversion)
+    if loss == "sigmoid" and source.number("dpo_label_smoothing", 0.0):
+        options["label_smoothing"] = source.number("dpo_label_smoothing")
+        given.append("label_smoothing")
+    put_loss(conversion, loss, beta, given, **options)
+    if weight:
+        conversion.tell(
+            "pref_ftx weighs the mean over answers of their mean over tokens, cpo_alpha one over all tokens."
+        )
+
+
+def _convert_model(source: Source, conversion: Conversion) -> None:
+    model = source.text("model_name_or_path")
+    if model is None:
+        conversion.tell("The file names no model: set model.")
+    else:
+        conversion.settings["model"] = model
+    kind = source.raw("finetuning_type", "lora")
+    if kind == "lora":
+        rank = source.count("lora_rank", 8)
+        adapter = Adapter(
+            rank=rank,
+            alpha=source.number("lora_alpha", 2.0 * rank),
+            dropout=source.number("lora_dropout", 0.0),
+            targets=source.raw("lora_target", "all"),
+            dora=source.flag("use_dora"),
+            rank_stabilised=source.flag("use_rslora"),
+            dropout_works=False,
+            given=any(map(source.gives, ("lora_rank", "lora_alpha", "lora_dropout"))),
+        )
+        convert_adapter(adapter, conversion)
+    elif kind in ("full", "freeze"):
+        conversion.put("train_type", "full", given=True)
+        layers = source.count("freeze_trainable_layers", 2)
+        if kind == "freeze":
+            conversion.put("num_layers", layers, source.gives("freeze_trainable_layers"))
+    else:
+        raise source.refuse("finetuning_type", "only lora, freeze and full can be converted")
+    bits = source.count("quantization_bit")
+    if bits not in (None, 4, 8):
+        raise source.refuse("quantization_bit", "only 4 and 8 bits can be converted")
+    convert_precision(bits, conversion)
+    template = source.raw("template")
+    if template is not None:
+        conversion.tell(f"template {named(template, 60)} has no counterpart: the model's own chat template is used.")
+
+
+def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
+    names = _names(source.raw("dataset", []))
+    folder = str(source.raw("dataset_dir", "data"))
+    entries = (
+        [DataEntry(name) for name in names] if folder == "ONLINE" else _described(source, folder, names, conversion)
+    )
+    convert_data(entries, conversion)
+    convert_valid_share(source.number("val_size", 0.0), "val_size", conversion, rows)
+
+
+def _names(value: Any) -> list[str]:
+    names = value if isinstance(value, list) else str(value).split(",")
+    return [str(name).strip() for name in names]
+
+
+def _described(source: Source, folder: str, names: list[str], conversion: Conversion) -> list[DataEntry]:
+    """Return the data sets as ``dataset_info.json`` describes them; none where it is not there."""
+    beside = Path(source.settings.file).parent / folder
+    for place in (Path(folder), beside):
+        try:
+            described = json.loads((place / INFO_FILE).read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        except ValueError as error:
+            raise ConfigError(f"{named(str(place / INFO_FILE))} is not valid JSON; correct it.") from error
+        return [_entry(name, described, place) for name in names]
+    if names:
+        conversion.tell(
+            f"dataset {', '.join(names)} is described in {INFO_FILE} of dataset_dir {named(folder, 60)}, which is not "
+            "here."
+        )
+    return []
+
+
+def _entry(name: str, described: Any, place: Path) -> DataEntry:
+    info = described.get(name) if isinstance(described, dict) else None
+    if not isinstance(info, dict):
+        raise ConfigError(
+            f"dataset {named(name)} is not described in {named(str(place / INFO_FILE))}; correct the name."
+        )
+    columns = info.get("columns")
+    columns = columns if isinstance(columns, dict) else {}
+    features = {ours: str(columns[theirs]) for theirs, ours in COLUMNS.items() if theirs in columns}
+    if info.get("formatting", "alpaca") == "alpaca":
+        features["prompt_feature"] = str(columns.get("prompt", "instruction"))
+    split = str(info.get("split", "train"))
+    if "hf_hub_url" in info:
+        options = {"name": info["subset"]} if info.get("subset") else {}
+        return DataEntry(str(info["hf_hub_url"]), options, split, None, features)
+    return DataEntry(str(place / str(info.get("file_name", name))), {}, split, None, features)
+
+
+def _convert_tracking(source: Source, conversion: Conversion) -> None:
+    convert_tracking(source, conversion)
+    project, run_name = source.raw("swanlab_project", "llamafactory"), source.raw("swanlab_run_name")
+    if source.flag("use_swanlab"):
+        conversion.settings.setdefault("report_to", []).append("swanlab")
+        conversion.settings.setdefault("project", project)
+        if run_name is not None:
+            conversion.settings.setdefault("run_name", str(run_name).replace("/", "-"))

@@ -1,0 +1,192 @@
+"""Adapters, quantised loading, losses and data sets, in terms that the three sources share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
+from mlx_cpo_plugin.errors import ConfigError
+
+ALL_LINEAR = ("all", "all-linear", ["all"], ["all-linear"])
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as PEFT describes it.
+
+    Attributes:
+        rank, alpha, dropout: as in PEFT.
+        targets: the modules that are adapted, as the file gives them; ``None`` leaves them to PEFT.
+        dora, rank_stabilised: whether it is DoRA, and whether alpha is divided by the rank's square root.
+        dropout_works: whether the trainer leaves dropout on; TRL's switches all dropout off by default.
+        given: whether the file gives rank, alpha or dropout.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Any
+    dora: bool
+    rank_stabilised: bool
+    dropout_works: bool
+    given: bool
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """One data set of a file.
+
+    Attributes:
+        path: hub name, folder or file.
+        options: what else loading it needs: ``name``, ``data_files``, ``revision``, ...
+        train_split, valid_split: splits; ``None``: no validation on it.
+        columns: ``chosen_feature`` and the like -> column.
+    """
+
+    path: str
+    options: dict[str, Any] = field(default_factory=dict)
+    train_split: str = "train"
+    valid_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path is a file or folder on this machine and needs nothing else to be read."""
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.endswith(("/", *LOCAL_SUFFIXES))
+        return looks_local and not self.options
+
+
+def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
+    """Write ``train_type`` and ``lora_parameters``: our scale is alpha over the rank, or over its square root.
+
+    Raises:
+        ConfigError: the rank is below 1.
+    """
+    if adapter.rank < 1:
+        raise ConfigError(f"The rank of the adapter is {adapter.rank}, but must be at least 1.")
+    divisor = math.sqrt(adapter.rank) if adapter.rank_stabilised else adapter.rank
+    scale = adapter.alpha / divisor
+    dropout = adapter.dropout if adapter.dropout_works else 0.0
+    conversion.put("train_type", "dora" if adapter.dora else "lora", given=adapter.dora)
+    conversion.put("lora_parameters", {"rank": adapter.rank, "dropout": dropout, "scale": scale}, adapter.given)
+    rank = "the square root of rank" if adapter.rank_stabilised else "rank"
+    conversion.tell(f"lora_alpha {adapter.alpha:g} over {rank} {adapter.rank} is scale {scale:g}.")
+    if adapter.dropout and not adapter.dropout_works:
+        conversion.tell(
+            f"lora_dropout {adapter.dropout:g} is 0 here, as it was there: the trainer switches dropout off."
+        )
+    if adapter.targets not in ALL_LINEAR:
+        which = "those that PEFT picks" if adapter.targets is None else str(adapter.targets)
+        conversion.tell(f"The adapted modules, {which}, have no counterpart: every linear layer is adapted.")
+
+
+def convert_precision(bits: int | None, conversion: Conversion) -> None:
+    """Write that the base model is loaded in 4 or 8 bits."""
+    if bits is None:
+        return
+    conversion.settings[f"load_in_{bits}bits"] = True
+    conversion.tell(
+        f"{bits} bits are MLX's affine quantisation in groups of 128 weights, not bitsandbytes'; a model that is "
+        "quantised already wants the key removed."
+    )
+
+
+def are_entries(value: Any) -> bool:
+    """Whether a value is a list of data sets, each a mapping with a path."""
+    return isinstance(value, list) and all(
+        isinstance(entry, Mapping) and isinstance(entry.get("path"), str) for entry in value
+    )
+
+
+def convert_data(entries: Sequence[DataEntry], conversion: Conversion) -> None:
+    """Write ``data`` for one local set, or ``hf_dataset``."""
+    if not entries:
+        conversion.tell("The file names no data set that can be read here: set data or hf_dataset.")
+        return
+    if len(entries) == 1 and entries[0].is_local:
+        conversion.settings |= {"data": entries[0].path, **entries[0].columns}
+        if entries[0].valid_split is not None:
+            conversion.tell("Of local data the validation rows are those in a file called valid, or valid_fraction.")
+        return
+    conversion.settings["hf_dataset"] = [_entry(entry) for entry in entries]
+
+
+def _entry(entry: DataEntry) -> dict[str, Any]:
+    path, options = entry.path, entry.options
+    suffix = next((suffix for suffix in LOCAL_SUFFIXES if path.endswith(suffix)), None)
+    if suffix is not None and not options:
+        path, options = "parquet" if suffix == ".parquet" else "json", {"data_files": path}
+    names_config = set(options) == {"name"}
+    settings = merged(
+        {"path": path, "config": options["name"] if names_config else options or None},
+        {"train_split": entry.train_split},
+        entry.columns,
+    )
+    # Null, and not left out: otherwise a part of the training rows would be validated on.
+    return {**settings, "valid_split": entry.valid_split}
+
+
+def convert_valid_share(size: float, key: str, conversion: Conversion, rows: int | None) -> None:
+    """Write ``valid_fraction`` from a share of the training rows or a number of them."""
+    if size <= 0:
+        return
+    if size < 1:
+        conversion.settings["valid_fraction"] = size
+    elif rows:
+        conversion.settings["valid_fraction"] = min(0.5, size / rows)
+    else:
+        conversion.tell(f"{key} {size:g} is a number of rows, valid_fraction a share of them: give --rows, or set it.")
+        return
+    for entry in conversion.settings.get("hf_dataset", []):
+        entry.pop("valid_split")
+
+
+def put_loss(conversion: Conversion, loss: str, beta: float, given: Sequence[str], **options: float) -> None:
+    """Write the loss, its beta and its options, each explicitly: their defaults differ from loss to loss.
+
+    Args:
+        given: those of our keys that the file gives.
+        options: further options of the loss by our names; none is written that is 0 by default and 0 here.
+    """
+    zero_by_default = ("cpo_alpha", "label_smoothing")
+    written = {"dpo_cpo_loss_type": loss, "beta": beta}
+    written |= {name: value for name, value in options.items() if value or name not in zero_by_default}
+    for key, value in written.items():
+        conversion.settings[key] = value
+        if key not in given:
+            conversion.defaulted.append(key)
+    if options.get("cpo_alpha"):
+        conversion.tell(
+            "cpo_alpha weighs the mean over the chosen tokens of a whole optimizer step, on all devices; "
+            f"{conversion.source_name} takes it over each micro-batch."
+        )
+
+
+def require_no_reference(source: Source, keys: Sequence[str], loss: str, drop: bool, conversion: Conversion) -> None:
+    """Refuse a configuration that holds log-probs against a reference model, or say that it is dropped.
+
+    Args:
+        keys: those that ask for a reference.
+        loss: the loss, which the first key names where it is left out.
+        drop: whether the reference is to be dropped.
+
+    Raises:
+        ConfigError: the reference is not to be dropped.
+    """
+    if not drop:
+        raise source.refuse(
+            keys[0],
+            f"DPO with the loss {loss} needs a reference model, and CPO has none: use mlx-lm-lora's train_mode: dpo, "
+            "or convert with --drop-reference",
+            default=loss,
+        )
+    for key in keys:
+        source.raw(key)
+    conversion.tell(
+        "The reference model is dropped: log-probs are held against each other alone, and beta usually has to be "
+        "smaller, e.g. 0.05."
+    )

@@ -1,0 +1,270 @@
+"""The training arguments of transformers, which TRL and LLaMA-Factory share and Axolotl renames."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, is_off, merged
+from mlx_cpo_plugin.options import TRACKERS
+
+BEST_BY = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+DECAYING = {
+    "linear": "linear_schedule",
+    "polynomial": "linear_schedule",
+    "cosine": "cosine_decay",
+    "cosine_with_restarts": "cosine_decay",
+    "cosine_with_min_lr": "cosine_decay",
+}
+"""Schedule of transformers -> that of MLX."""
+ADAMW_BETAS, ADAMW_EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Attributes:
+        batch_size: pairs in a micro-batch.
+        accumulation: micro-batches in an optimizer step.
+        epoch: micro-batches in an epoch; ``None`` where the number of rows is not known.
+        steps: optimizer steps of the run; ``None`` where it is not known.
+    """
+
+    batch_size: int
+    accumulation: int
+    epoch: int | None
+    steps: int | None
+
+    def iterations(self, steps: float | None) -> int | None:
+        """Return a number of optimizer steps, or below 1 a share of the run's, as iterations; ``None``: not known."""
+        if steps is not None and steps < 1:
+            steps = steps * self.steps if self.steps is not None else None
+        return None if steps is None else max(1, math.ceil(steps)) * self.accumulation
+
+
+@dataclass(frozen=True)
+class ScheduleRequest:
+    """A schedule of learning rates as transformers has it.
+
+    Attributes:
+        name: of the schedule.
+        peak: learning rate after the warm-up.
+        warmup: optimizer steps of the warm-up, or below 1 its share of the run.
+        end: learning rate at the end, where the schedule does not end at 0.
+    """
+
+    name: str
+    peak: float
+    warmup: float
+    end: float = 0.0
+
+
+def convert_length(
+    source: Source,
+    conversion: Conversion,
+    rows: int | None,
+    size: tuple[str, int] = ("per_device_train_batch_size", 8),
+    epochs: tuple[str, float] = ("num_train_epochs", 3.0),
+) -> Length:
+    """Convert batch size, accumulation, and epochs or ``max_steps``.
+
+    Args:
+        rows: of the training set, if known.
+        size, epochs: the keys of the batch size and the epochs, each with its default.
+    """
+    batch_size = source.count(*size)
+    accumulation = source.count("gradient_accumulation_steps", 1)
+    for key, value in ((size[0], batch_size), ("gradient_accumulation_steps", accumulation)):
+        if value < 1:
+            raise source.refuse(key, "it must be at least 1")
+    conversion.put("batch_size", batch_size, source.gives(size[0]))
+    conversion.put("gradient_accumulation_steps", accumulation, source.gives("gradient_accumulation_steps"))
+    conversion.tell(
+        f"{size[0]} {batch_size} is for each device, batch_size for all of them together: multiply it by the number "
+        "of devices that the file was written for."
+    )
+    epoch = math.ceil(rows / batch_size) if rows else None
+    steps, passes = source.count("max_steps", -1), source.number(*epochs)
+    if steps > 0:
+        conversion.put("iters", steps * accumulation, given=True)
+        conversion.tell(f"max_steps {steps} counts optimizer steps, iters micro-batches: {steps * accumulation}.")
+        return Length(batch_size, accumulation, epoch, steps)
+    _put_epochs(passes, epochs[0], epoch, source.gives(epochs[0]), conversion)
+    steps = None if epoch is None else math.ceil(passes * math.ceil(epoch / accumulation))
+    return Length(batch_size, accumulation, epoch, steps)
+
+
+def _put_epochs(passes: float, key: str, epoch: int | None, given: bool, conversion: Conversion) -> None:
+    if passes == int(passes):
+        conversion.put("epochs", int(passes), given)
+    elif epoch is not None:
+        conversion.put("iters", math.ceil(passes * epoch), given)
+        conversion.tell(f"{key} {passes:g} is no whole number: iters holds what it comes to.")
+    else:
+        conversion.put("epochs", math.ceil(passes), given)
+        conversion.tell(f"{key} {passes:g} is no whole number and was rounded up; with --rows it is exact.")
+
+
+def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: Length) -> None:
+    """Write ``lr_schedule`` in optimizer steps, or say what it needs."""
+    name, peak, warmup = request.name, request.peak, _warmup_steps(request.warmup, length)
+    if name == "constant":  # which has no warm-up in transformers either
+        return
+    if name not in (*DECAYING, "constant_with_warmup"):
+        conversion.tell(f"The schedule {name} has no counterpart: the learning rate stays at {peak:g}.")
+        return
+    if warmup is None or (name in DECAYING and length.steps is None):
+        conversion.tell(
+            f"The schedule {name} needs the number of optimizer steps, and the file only has epochs: until you convert "
+            f"it again with --rows, the number of training rows, the learning rate stays at {peak:g}."
+        )
+        name = "constant_with_warmup"
+    if name == "constant_with_warmup":
+        # A line between two equal rates is how MLX's schedules say that a rate stays.
+        schedule = {"name": "linear_schedule", "arguments": [peak, peak, 1], "warmup": warmup}
+        if not warmup:
+            return
+    else:
+        rest = max(1, (length.steps or 0) - (warmup or 0))
+        line = DECAYING[name] == "linear_schedule"
+        arguments = [peak, request.end, rest] if line else [peak, rest, request.end]
+        schedule = merged({"name": DECAYING[name], "arguments": arguments, "warmup": warmup or None})
+    conversion.settings["lr_schedule"] = schedule
+    conversion.tell(f"The schedule {name} is lr_schedule, which counts optimizer steps, warmup's too.")
+
+
+def _warmup_steps(warmup: float, length: Length) -> int | None:
+    """Return the optimizer steps of the warm-up; ``None``: a share of an unknown number."""
+    if warmup >= 1 or warmup <= 0:
+        return max(0, int(warmup))
+    return None if length.steps is None else math.ceil(warmup * length.steps)
+
+
+def convert_optimizer(source: Source, conversion: Conversion, key: str, name: str) -> None:
+    """Convert the optimizer and its arguments; PyTorch's and MLX's AdamW differ in their defaults."""
+    keys = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    betas = [source.number(f"adam_beta{number}", beta) for number, beta in enumerate(ADAMW_BETAS, 1)]
+    epsilon, decay = source.number("adam_epsilon", ADAMW_EPSILON), source.number("weight_decay", 0.0)
+    if name == "muon":
+        conversion.put("optimizer", "muon", given=True)
+        conversion.put("optimizer_config", {"muon": {"weight_decay": decay}}, any(map(source.gives, keys)))
+        conversion.tell("muon is MLX's, with its own momentum and number of Newton-Schulz steps.")
+        return
+    conversion.put("optimizer", "adamw", source.gives(key))
+    arguments = {"betas": betas, "eps": epsilon, "weight_decay": decay, "bias_correction": True}
+    conversion.put("optimizer_config", {"adamw": arguments}, any(map(source.gives, keys)))
+    if "adamw" not in name:
+        conversion.tell(f"{key} {name} has no counterpart: adamw takes its place, and may want another learning rate.")
+    elif any(part in name for part in ("8bit", "4bit", "bnb", "paged", "fp8")):
+        conversion.tell(f"{key} {name} keeps its state in fewer bits or elsewhere; adamw has it whole, in memory.")
+
+
+def convert_intervals(source: Source, conversion: Conversion, length: Length, logging_steps: float) -> None:
+    """Convert the steps between reports, validations and saves; ours count micro-batches."""
+    validates = not is_off(source.raw("eval_strategy", source.raw("evaluation_strategy")))
+    reports = source.number("logging_steps", logging_steps)
+    wanted = [("logging", "steps_per_report", reports), ("save", "save_every", 500)]
+    for what, key, default in [*wanted, ("eval", "steps_per_eval", reports)] if validates else wanted:
+        strategy = source.raw(f"{what}_strategy", "steps")
+        steps = length.iterations(source.number(f"{what}_steps", default))
+        if is_off(strategy):
+            conversion.tell(f"{what}_strategy {strategy} has no counterpart: {key} keeps its default.")
+        else:
+            put_interval(conversion, key, length.epoch if strategy == "epoch" else steps, source.gives(f"{what}_steps"))
+    if validates:
+        conversion.put("val_batches", -1, given=False)
+    tell_of_intervals(conversion, length)
+
+
+def tell_of_intervals(conversion: Conversion, length: Length) -> None:
+    """Say that the steps between reports and the like are other ones here."""
+    if length.accumulation > 1:
+        conversion.tell(
+            "logging_steps, eval_steps and save_steps count optimizer steps; steps_per_report, steps_per_eval and "
+            f"save_every count micro-batches, {length.accumulation} for each."
+        )
+
+
+def put_interval(conversion: Conversion, key: str, iterations: int | None, given: bool) -> None:
+    """Set the iterations between two reports, validations or saves, or say that they depend on the rows."""
+    if iterations is None:
+        conversion.tell(f"{key} depends on the number of training rows and keeps its default; give --rows.")
+    else:
+        conversion.put(key, iterations, given)
+
+
+def convert_tracking(source: Source, conversion: Conversion) -> None:
+    """Convert ``report_to``, ``project`` and ``run_name``; nothing is reported where the file does not say so."""
+    wanted = source.raw("report_to", [])
+    names = [str(name) for name in (wanted if isinstance(wanted, list) else str(wanted).split(","))]
+    put_trackers(conversion, [name.strip() for name in names if not is_off(name.strip())])
+    project, run_name = source.raw("project"), source.raw("run_name")
+    if conversion.settings.get("report_to"):
+        conversion.settings |= merged({"project": project, "run_name": run_name and str(run_name).replace("/", "-")})
+
+
+def put_trackers(conversion: Conversion, names: list[str]) -> None:
+    """Set ``report_to`` to the trackers that there are."""
+    known = [name for name in names if name in TRACKERS]
+    if known:
+        conversion.settings["report_to"] = known
+    for name in names:
+        if name not in TRACKERS:
+            conversion.tell(f"report_to {name} has no counterpart; there are {', '.join(TRACKERS)}.")
+
+
+def convert_checkpoints(source: Source, conversion: Conversion, best_by_default: str = "loss") -> None:
+    """Convert how many checkpoints stay, which is the best, and whether to resume."""
+    if source.count("save_total_limit") is not None:
+        conversion.put("keep_checkpoints", max(1, source.count("save_total_limit")), given=True)
+    metric = str(source.raw("metric_for_best_model", best_by_default)).removeprefix("eval_")
+    source.raw("greater_is_better")
+    if source.flag("load_best_model_at_end"):
+        if metric in BEST_BY:
+            conversion.settings["save_best"] = BEST_BY[metric]
+            conversion.tell(
+                "load_best_model_at_end is save_best: the best adapter is kept beside the last, as "
+                "best_adapters.safetensors."
+            )
+        else:
+            conversion.tell(
+                f"metric_for_best_model {metric} has no counterpart; save_best takes margin, accuracy, loss."
+            )
+    resume = source.raw("resume_from_checkpoint")
+    if not is_off(resume):
+        conversion.settings["resume"] = "auto"
+        conversion.tell("resume_from_checkpoint is resume: auto; checkpoints of other programs cannot be read.")
+
+
+def convert_rest(source: Source, conversion: Conversion, grad_checkpoint: bool, given: bool) -> None:
+    """Convert the norm of gradients, the seed and the recomputation of activations.
+
+    Args:
+        grad_checkpoint: whether activations are recomputed.
+        given: whether the file says so.
+    """
+    norm = source.number("max_grad_norm", 1.0)
+    if norm > 0:
+        conversion.put("max_grad_norm", norm, source.gives("max_grad_norm"))
+    conversion.put("seed", source.count("seed", 42), source.gives("seed"))
+    conversion.put("grad_checkpoint", grad_checkpoint, given)
+    # Merging is a step of its own in the other programs.
+    conversion.put("fuse", False, given=False)
+
+
+def schedule_of(source: Source, peak: float) -> ScheduleRequest:
+    """Read the schedule from the keys that transformers has for it."""
+    name = str(source.raw("lr_scheduler_type", "linear"))
+    warmup = source.number("warmup_steps", 0.0) or source.number("warmup_ratio", 0.0)
+    source.raw("warmup_ratio")
+    arguments = source.inside("lr_scheduler_kwargs")
+    end = 0.0
+    if name == "cosine_with_min_lr":
+        end = arguments.number("min_lr", peak * arguments.number("min_lr_rate", 0.0))
+    elif name == "polynomial":
+        end = arguments.number("lr_end", 1e-7)
+        name = name if arguments.number("power", 1.0) == 1 else "polynomial of another power than 1"
+    elif name == "cosine_with_restarts" and arguments.count("num_cycles", 1) != 1:
+        name = "cosine_with_restarts of several cycles"
+    return ScheduleRequest(name, peak, warmup, end)

@@ -1,0 +1,197 @@
+"""A CPOConfig of TRL, together with the arguments of its scripts: YAML as its command line reads it, or JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, given_keys
+from mlx_cpo_plugin.convert.model_and_data import (
+    Adapter,
+    DataEntry,
+    are_entries,
+    convert_adapter,
+    convert_data,
+    convert_precision,
+    convert_valid_share,
+    put_loss,
+    require_no_reference,
+)
+from mlx_cpo_plugin.convert.training_arguments import (
+    convert_checkpoints,
+    convert_intervals,
+    convert_length,
+    convert_optimizer,
+    convert_rest,
+    convert_schedule,
+    convert_tracking,
+    schedule_of,
+)
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named
+
+MARKS = (
+    "cpo_alpha",
+    "simpo_gamma",
+    "loss_type",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "max_prompt_length",
+    "output_dir",
+)
+REFERENCE_KEYS = (
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "force_use_ref_model",
+    "ref_model_init_kwargs",
+    "ref_adapter_name",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "rpo_alpha",
+    "ld_alpha",
+    "discopop_tau",
+    "use_weighting",
+    "loss_weights",
+)
+OTHER_TRAINERS = {
+    "num_generations": "GRPO",
+    "num_iterations": "GRPO",
+    "reward_funcs": "GRPO",
+    "rloo_k": "RLOO",
+    "desirable_weight": "KTO",
+    "undesirable_weight": "KTO",
+    "center_rewards_coefficient": "reward modelling",
+    "dataset_text_field": "SFT",
+    "packing": "SFT",
+    "completion_only_loss": "SFT",
+    "assistant_only_loss": "SFT",
+}
+LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
+_ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout")
+_TARGET_KEYS = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
+
+
+def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
+    """Convert a CPOConfig.
+
+    Raises:
+        ConfigError: it is the configuration of another trainer, or has a loss that CPO does not have.
+    """
+    conversion = Conversion("TRL")
+    for key, trainer in OTHER_TRAINERS.items():
+        if key in source.values:
+            raise ConfigError(
+                f"{key} {source.settings.place(key)} belongs to TRL's {trainer}, which trains on no pairs of chosen "
+                "and rejected answers; give a CPOConfig."
+            )
+    _convert_model(source, conversion)
+    _convert_data(source, conversion, rows)
+    _convert_loss(source, conversion, drop_reference)
+    conversion.put("max_seq_length", source.count("max_length", 1024), source.gives("max_length"))
+    length = convert_length(source, conversion, rows)
+    rate = source.number("learning_rate", 1e-6)
+    conversion.put("learning_rate", rate, source.gives("learning_rate"))
+    convert_schedule(schedule_of(source, rate), conversion, length)
+    convert_optimizer(source, conversion, "optim", str(source.raw("optim", "adamw_torch_fused")))
+    checkpointing = "gradient_checkpointing"
+    convert_rest(source, conversion, source.flag(checkpointing, True), source.gives(checkpointing))
+    convert_intervals(source, conversion, length, logging_steps=10)
+    convert_checkpoints(source, conversion)
+    convert_tracking(source, conversion)
+    if source.text("output_dir") is not None:
+        conversion.settings["adapter_path"] = source.text("output_dir")
+    for key in ("do_train", "do_eval", "do_predict"):
+        source.raw(key)
+    return conversion
+
+
+def _convert_model(source: Source, conversion: Conversion) -> None:
+    model = source.text("model_name_or_path")
+    dropout_works = not source.flag("disable_dropout", True)
+    adapter = Adapter(
+        rank=source.count("lora_r", 16),
+        alpha=source.number("lora_alpha", 32.0),
+        dropout=source.number("lora_dropout", 0.05),
+        targets=source.raw("lora_target_modules"),
+        dora=source.flag("use_dora"),
+        rank_stabilised=source.flag("use_rslora"),
+        dropout_works=dropout_works,
+        given=bool(given_keys(source, _ADAPTER_KEYS)),
+    )
+    bits = 4 if source.flag("load_in_4bit") else 8 if source.flag("load_in_8bit") else None
+    uses_adapter = source.flag("use_peft")
+    if model is None:
+        conversion.tell("The file names no model: set model.")
+    else:
+        conversion.settings["model"] = model
+    if uses_adapter:
+        convert_adapter(adapter, conversion)
+    elif model is not None:
+        conversion.put("train_type", "full", given=False)
+        ignored = given_keys(source, (*_ADAPTER_KEYS, *_TARGET_KEYS))
+        if ignored:
+            conversion.tell(f"{', '.join(ignored)} had no effect, since use_peft is not true: train_type is full.")
+    else:
+        conversion.tell("The file says nothing of adapters: LoRA with its defaults, unless you set train_type: full.")
+    convert_precision(bits, conversion)
+
+
+def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
+    validates = str(source.values.get("eval_strategy", source.values.get("evaluation_strategy", "no"))) != "no"
+    share = source.number("test_split_size", 0.0)
+    valid = str(source.raw("dataset_test_split", "test")) if validates and not share else None
+    train = str(source.raw("dataset_train_split", "train"))
+    entries = []
+    name, config = source.text("dataset_name"), source.text("dataset_config")
+    if name is not None:
+        entries.append(DataEntry(name, {"name": config} if config else {}, train, valid))
+    mixture = source.raw("datasets", [])
+    if not are_entries(mixture):
+        raise source.refuse("datasets", "it must be a list of mappings, each with a path")
+    entries += [_mixture_entry(entry, conversion) for entry in mixture]
+    convert_data(entries, conversion)
+    convert_valid_share(share, "test_split_size", conversion, rows)
+
+
+def _mixture_entry(entry: dict[str, Any], conversion: Conversion) -> DataEntry:
+    known = ("name", "data_dir", "data_files")
+    for key in entry:
+        if key not in (*known, "path", "split") and entry[key] is not None:
+            conversion.tell(f"datasets: {named(key)} of {named(entry['path'], 60)} has no counterpart.")
+    options = {key: entry[key] for key in known if entry.get(key) is not None}
+    return DataEntry(entry["path"], options, str(entry.get("split") or "train"))
+
+
+def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) -> None:
+    loss = source.raw("loss_type", "sigmoid")
+    if isinstance(loss, list) and len(loss) == 1:
+        loss = loss[0]
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise source.refuse("loss_type", f"CPO has {', '.join(LOSSES)}")
+    reference = given_keys(source, REFERENCE_KEYS)
+    if reference and not source.flag("reference_free"):
+        require_no_reference(source, reference, loss, drop_reference, conversion)
+    beta, smoothing = source.number("beta", 0.1), source.number("label_smoothing", 0.0)
+    # A DPOConfig whose reference is dropped never had TRL's likelihood term.
+    weight = source.number("cpo_alpha", 0.0 if reference else 1.0)
+    gamma, alpha = source.number("simpo_gamma", 0.5), source.number("alpha", 0.0)
+    if loss == "alphapo":
+        loss, weight = "simpo", 0.0
+    if alpha and loss != "simpo":
+        raise source.refuse("alpha", f"only simpo and alphapo have it here, not {loss}")
+    options = {"cpo_alpha": weight}
+    if loss in ("sigmoid", "simpo"):
+        options["label_smoothing"] = smoothing
+    elif smoothing:
+        conversion.tell(f"label_smoothing {smoothing:g} had no effect with {loss}, and is left out.")
+    if loss == "simpo":
+        options["simpo_gamma"] = gamma
+    if alpha:
+        loss = "alphapo"
+        options["alphapo_alpha"] = alpha
+    ours = {"loss_type": "dpo_cpo_loss_type", "alpha": "alphapo_alpha"}
+    keys = ("loss_type", "beta", "cpo_alpha", "label_smoothing", "simpo_gamma", "alpha")
+    given = [ours.get(key, key) for key in keys if source.gives(key)]
+    put_loss(conversion, loss, beta, given, **options)

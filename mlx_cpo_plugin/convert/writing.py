@@ -1,0 +1,60 @@
+"""A finished conversion as text: YAML with what there is to tell in its head."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+import yaml
+
+from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, split_unread
+from mlx_cpo_plugin.wording import named, printable
+
+WIDTH = 110
+ORDER = (
+    "model",
+    "load_in_4bits",
+    "load_in_8bits",
+    "train",
+    "train_mode",
+    "data",
+    "hf_dataset",
+    "valid_fraction",
+    "dpo_cpo_loss_type",
+    "beta",
+    "cpo_alpha",
+    "label_smoothing",
+    "simpo_gamma",
+    "alphapo_alpha",
+    "train_type",
+    "lora_parameters",
+)
+
+
+def told_lines(conversion: Conversion, source: Source) -> list[str]:
+    """Return what there is to tell of a conversion, in lines that fit a screen."""
+    dropped, off = split_unread(source)
+    name = conversion.source_name
+    return [
+        f"Converted by mlx-cpo-plugin {__version__} from {named(source.settings.file)}, a configuration of {name}.",
+        *_section("Changed in meaning, or to be looked at:", conversion.changed),
+        *_section(f"Defaults of {name} that are others here, and so written out:", [", ".join(conversion.defaulted)]),
+        *_section("Without a counterpart, and left out:", [", ".join(map(named, dropped))]),
+        *_section("Empty or switched off, and left out:", [", ".join(map(named, off))]),
+    ]
+
+
+def _section(title: str, items: Iterable[str]) -> list[str]:
+    lines = []
+    for item in filter(None, items):
+        lines += textwrap.wrap(printable(item), WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    return ["", title, *lines] if lines else []
+
+
+def as_yaml(conversion: Conversion, source: Source) -> str:
+    """Return the configuration file."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in told_lines(conversion, source))
+    ordered = {key: conversion.settings[key] for key in ORDER if key in conversion.settings}
+    body = yaml.safe_dump(ordered | conversion.settings, sort_keys=False, allow_unicode=True, width=WIDTH)
+    return f"{head}\n{body}"

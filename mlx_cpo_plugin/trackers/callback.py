@@ -1,0 +1,150 @@
+"""The training callback that passes reports on to trackers, and that no failing tracker gets past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tqdm import tqdm
+
+from mlx_cpo_plugin.errors import first_line
+from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
+from mlx_cpo_plugin.trackers.names import trl_names
+
+Told = Collection[tuple[str, int]]
+"""Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
+
+SECRETS = ("token",)
+
+
+class TrackerCallback(TrainingCallback):
+    """Sends each report to every tracker under TRL's names.
+
+    A tracker that raises is named in one warning; one that cannot even start is left out from then on.
+
+    Args:
+        trackers: by name.
+        run: what they are told of the run.
+        wrapped: another callback that gets the same reports as they are.
+
+    Attributes:
+        run_ids: id of the run by tracker, once started.
+        last_step: iteration of the last report.
+    """
+
+    def __init__(
+        self, trackers: Mapping[str, Tracker], run: RunDescription, wrapped: TrainingCallback | None = None
+    ) -> None:
+        self.trackers = dict(trackers)
+        self.run = run
+        self.wrapped = wrapped
+        self.run_ids: dict[str, str] = {}
+        self.last_step = 0
+        self._started = False
+        self._told: Told = ()
+        self._warned: set[str] = set()
+
+    def start(self) -> None:
+        """Begin the run in every tracker, or go on with the one that :meth:`resume` named; once only."""
+        if self._started:
+            return
+        self._started = True
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        for name, tracker in list(self.trackers.items()):
+            run_id = self._guarded(name, "started", tracker.start, self.run, self.run_ids.get(name))
+            if run_id is None:
+                del self.trackers[name]
+            else:
+                self.run_ids[name] = run_id
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Pass on a report of the training loss."""
+        if self.wrapped is not None:
+            self.wrapped.on_train_loss_report(train_info)
+        self._send("train", train_info, train_info["iteration"])
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Pass on a report of a validation."""
+        if self.wrapped is not None:
+            self.wrapped.on_val_loss_report(val_info)
+        self._send("valid", val_info, val_info["iteration"])
+
+    def on_test_report(self, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of the final test, named as in ``test_loss``, at the iteration of the last report."""
+        self._send("test", metrics, self.last_step)
+
+    def finish(self, failed: bool) -> None:
+        """End the run in every tracker."""
+        if self._started:
+            for name, tracker in self.trackers.items():
+                self._guarded(name, "finished", tracker.finish, failed)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run has to know."""
+        return {"run_ids": dict(self.run_ids), "last_step": self.last_step}
+
+    def resume(self, state: Mapping[str, Any], told: Told) -> None:
+        """Go on with the runs of :meth:`state`; what they were told after it is not sent a second time.
+
+        A client that had not passed something on when its process was killed does not get it later either.
+        """
+        self.run_ids, self.last_step = dict(state["run_ids"]), state["last_step"]
+        self._told = told
+
+    def _send(self, kind: str, report: Mapping[str, float], step: int) -> None:
+        self.start()
+        self.last_step = step
+        if (kind, step) in self._told:
+            return
+        values = trl_names(report)
+        for name, tracker in self.trackers.items():
+            self._guarded(name, "told", tracker.log, values, step)
+
+    def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``action``; where it raises, warn of the tracker once and return ``None``."""
+        try:
+            return action(*arguments)
+        # Clients raise what they like, and none of it is worth the end of a run of hours.
+        except Exception as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                tqdm.write(f"Warning: {name} could not be {done} ({first_line(error)}); the run itself goes on.")
+            return None
+
+
+@contextmanager
+def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
+    """Wrap a callback in that of the trackers which ``report_to`` names, and finish them however the run ends.
+
+    Without any tracker the callback is given back as it is.
+    """
+    if not settings.report_to:
+        yield wrapped
+        return
+    folder = Path(settings.adapter_path)
+    run = RunDescription(
+        project=settings.project or settings.wandb or DEFAULT_PROJECT,
+        name=settings.run_name or folder.resolve().name,
+        folder=folder,
+        settings=plain_settings(vars(settings)),
+    )
+    callback = TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, wrapped)
+    try:
+        yield callback
+    except BaseException:
+        callback.finish(failed=True)
+        raise
+    callback.finish(failed=False)
+
+
+def plain_settings(value: Any) -> Any:
+    """Return settings as values that JSON can hold, without access tokens."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_settings(inner) for key, inner in value.items() if key not in SECRETS}
+    if isinstance(value, list | tuple):
+        return [plain_settings(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,628 @@
+"""``mlx-cpo convert``: what becomes of the keys of TRL, Axolotl and LLaMA-Factory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tuner.utils import build_schedule
+
+from mlx_cpo_plugin import cli, config, plugins
+from mlx_cpo_plugin.command_line import known_options
+from mlx_cpo_plugin.convert.command import SOURCES, recognised
+from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert.writing import as_yaml
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.yaml_settings import YamlSettings
+
+TRL: dict[str, Any] = {
+    "model_name_or_path": "some/model",
+    "dataset_name": "some/pairs",
+    "loss_type": "simpo",
+    "cpo_alpha": 0.0,
+    "simpo_gamma": 0.3,
+    "beta": 2.0,
+    "learning_rate": 8e-7,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "max_steps": 100,
+    "output_dir": "out",
+}
+AXOLOTL: dict[str, Any] = {
+    "base_model": "some/model",
+    "rl": "simpo",
+    "datasets": [{"path": "some/pairs", "type": "chatml.argilla"}],
+    "adapter": "lora",
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+    "learning_rate": 2e-4,
+    "micro_batch_size": 2,
+    "simpo_gamma": 0.5,
+}
+LLAMA_FACTORY: dict[str, Any] = {
+    "model_name_or_path": "some/model",
+    "stage": "dpo",
+    "do_train": True,
+    "pref_loss": "simpo",
+    "pref_beta": 2.0,
+    "dataset": "some/pairs",
+    "dataset_dir": "ONLINE",
+    "learning_rate": 5e-6,
+    "output_dir": "saves",
+}
+EXAMPLES = {"trl": TRL, "axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY}
+with_each_source = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def converted(
+    name: str, changes: dict[str, Any] | None = None, rows: int | None = None, drop_reference: bool = False
+) -> Conversion:
+    """The conversion of an example in which some keys are others; None removes one."""
+    values = {key: value for key, value in (EXAMPLES[name] | (changes or {})).items() if value is not None}
+    return SOURCES[name][1](Source(YamlSettings("their.yaml", values, {})), rows, drop_reference)
+
+
+def told(conversion: Conversion) -> str:
+    return "\n".join(conversion.changed)
+
+
+@pytest.fixture
+def whole_family() -> None:
+    """The losses and options that the other programs have."""
+    options = known_options([plugins.train_modes()["cpo"]], plugins.loss_types().values())
+    missing = {"simpo", "alphapo"} - set(plugins.loss_types()) | {"cpo_alpha", "label_smoothing"} - set(options)
+    if missing:
+        pytest.skip(f"needs {', '.join(sorted(missing))}, which no plugin registers")
+
+
+@pytest.fixture
+def convert(tmp_path: Path, whole_family: None) -> Callable[..., tuple[int, Path]]:
+    """Run the command on a file with the given values; return its exit code and the file that it was to write."""
+
+    def convert(values: Any, *words: str, name: str = "their.yaml") -> tuple[int, Path]:
+        text = json.dumps(values) if name.endswith(".json") else yaml.safe_dump(values)
+        (tmp_path / name).write_text(text)
+        output = tmp_path / "ours.yaml"
+        return cli.main(["convert", str(tmp_path / name), "--output", str(output), *words]), output
+
+    return convert
+
+
+@with_each_source
+def test_a_configuration_is_recognised_by_its_keys(name: str) -> None:
+    assert recognised(YamlSettings("their.yaml", EXAMPLES[name], {})) == name
+
+
+@with_each_source
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_what_is_written_is_what_training_resolves(
+    convert: Callable[..., tuple[int, Path]], name: str, suffix: str
+) -> None:
+    code, output = convert(EXAMPLES[name], name=f"their.{suffix}")
+
+    assert code == 0
+    resolved = config.resolve({}, output).settings
+    assert (resolved.train_mode, resolved.train, resolved.fuse) == ("cpo", True, False)
+    assert resolved.dpo_cpo_loss_type == "simpo"
+    assert resolved.model == "some/model"
+
+
+def test_trl_simpo_keeps_its_loss_and_its_options() -> None:
+    ours = converted("trl").settings
+
+    assert (ours["dpo_cpo_loss_type"], ours["beta"], ours["simpo_gamma"]) == ("simpo", 2.0, 0.3)
+    assert "cpo_alpha" not in ours
+
+
+def test_the_defaults_of_a_cpo_config_are_written_where_ours_differ() -> None:
+    nothing_said = dict.fromkeys(("loss_type", "cpo_alpha", "simpo_gamma", "beta", "learning_rate", "max_steps"))
+    conversion = converted("trl", {**nothing_said, "per_device_train_batch_size": None})
+
+    ours = conversion.settings
+    assert (ours["dpo_cpo_loss_type"], ours["beta"], ours["cpo_alpha"]) == ("sigmoid", 0.1, 1.0)
+    assert (ours["batch_size"], ours["epochs"], ours["learning_rate"]) == (8, 3, 1e-6)
+    assert (ours["seed"], ours["max_grad_norm"], ours["max_seq_length"]) == (42, 1.0, 1024)
+    assert ours["optimizer"] == "adamw"
+    assert ours["optimizer_config"]["adamw"] == {
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "bias_correction": True,
+    }
+    assert ours["grad_checkpoint"] is True
+    assert {"cpo_alpha", "seed", "optimizer_config", "grad_checkpoint"} <= set(conversion.defaulted)
+
+
+def test_what_both_programs_do_by_default_is_not_written() -> None:
+    ours = converted("llama-factory").settings
+
+    assert "max_seq_length" not in ours  # 2048 in both
+    assert "gradient_accumulation_steps" not in ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, {"dpo_cpo_loss_type": "sigmoid", "label_smoothing": 0.1}),
+        ({"loss_type": "hinge"}, {"dpo_cpo_loss_type": "hinge"}),
+        ({"loss_type": "ipo"}, {"dpo_cpo_loss_type": "ipo"}),
+        ({"loss_type": ["simpo"]}, {"dpo_cpo_loss_type": "simpo"}),
+        (
+            {"loss_type": "simpo", "alpha": 0.25, "cpo_alpha": 0.5},
+            {"dpo_cpo_loss_type": "alphapo", "alphapo_alpha": 0.25, "cpo_alpha": 0.5},
+        ),
+        # In TRL alphapo is simpo without the likelihood term, and alpha 0 leaves its rewards as they are.
+        ({"loss_type": "alphapo", "cpo_alpha": 1.0}, {"dpo_cpo_loss_type": "simpo"}),
+        ({"loss_type": "alphapo", "alpha": 0.25}, {"dpo_cpo_loss_type": "alphapo", "alphapo_alpha": 0.25}),
+    ],
+)
+def test_losses_of_trl(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    settings = converted("trl", theirs).settings
+
+    expected = {"cpo_alpha": None, "label_smoothing": None, "alphapo_alpha": None} | ours
+    assert {key: settings.get(key) for key in expected} == expected
+
+
+def test_smoothing_that_trl_ignores_is_ignored_here_too() -> None:
+    conversion = converted("trl", {"loss_type": "hinge", "label_smoothing": 0.1})
+
+    assert "label_smoothing" not in conversion.settings
+    assert "label_smoothing 0.1 had no effect with hinge" in told(conversion)
+
+
+def test_axolotl_simpo_has_the_likelihood_term_of_trl_unless_it_says_otherwise() -> None:
+    assert converted("axolotl").settings["cpo_alpha"] == 1.0
+    assert "cpo_alpha" not in converted("axolotl", {"cpo_alpha": 0.0}).settings
+    assert converted("axolotl", {"rl_beta": 0.2}).settings["beta"] == 0.2
+    assert converted("axolotl", {"rl_beta": 0.2, "trl": {"beta": 3}}).settings["beta"] == 3.0
+
+
+def test_llama_factory_simpo_keeps_its_loss_and_its_options() -> None:
+    conversion = converted("llama-factory", {"pref_ftx": 0.2, "simpo_gamma": 1.0})
+
+    ours = conversion.settings
+    assert (ours["dpo_cpo_loss_type"], ours["beta"], ours["simpo_gamma"], ours["cpo_alpha"]) == ("simpo", 2.0, 1.0, 0.2)
+    assert "pref_ftx weighs" in told(conversion)
+
+
+WITH_REFERENCE = [
+    ("trl", {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "precompute_ref_log_probs is true in"),
+    ("axolotl", {"rl": "dpo"}, "rl is 'dpo' in"),
+    ("axolotl", {"rl": "ipo"}, "rl is 'ipo' in"),
+    ("llama-factory", {"pref_loss": "hinge"}, "pref_loss is 'hinge' in"),
+    ("llama-factory", {"pref_loss": None}, "pref_loss is 'sigmoid' by default"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "place"), WITH_REFERENCE)
+def test_dpo_with_a_reference_model_is_refused(name: str, changes: dict[str, Any], place: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{place}.* needs a reference model, and CPO has none: .*-reference\.$"):
+        converted(name, changes)
+
+
+@pytest.mark.parametrize(("name", "changes", "place"), WITH_REFERENCE)
+def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes: dict[str, Any], place: str) -> None:
+    conversion = converted(name, changes, drop_reference=True)
+
+    assert conversion.settings["dpo_cpo_loss_type"] in ("sigmoid", "hinge", "ipo")
+    assert "cpo_alpha" not in conversion.settings  # DPO has no likelihood term
+    assert "The reference model is dropped" in told(conversion)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("trl", {"num_generations": 8}, "num_generations in their.yaml belongs to TRL's GRPO"),
+        ("trl", {"packing": False}, "packing in their.yaml belongs to TRL's SFT"),
+        ("trl", {"loss_type": "nll"}, "loss_type is 'nll' in their.yaml, but CPO has sigmoid, hinge, ipo"),
+        ("trl", {"loss_type": "ipo", "alpha": 0.5}, "alpha is 0.5 in their.yaml, but only simpo and alphapo"),
+        ("trl", {"learning_rate": "fast"}, "learning_rate is 'fast' in their.yaml, but must be a number"),
+        ("trl", {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0 in their.yaml, but it must be"),
+        ("trl", {"use_peft": True, "lora_r": 0}, "The rank of the adapter is 0, but must be at least 1"),
+        ("trl", {"datasets": ["rows"]}, "datasets is ['rows'] in their.yaml, but it must be a list of mappings"),
+        ("axolotl", {"rl": None}, "their.yaml has no rl, so Axolotl would train on no preferences"),
+        ("axolotl", {"rl": "grpo"}, "rl is 'grpo' in their.yaml, but only simpo can be converted"),
+        ("axolotl", {"rl": "orpo"}, "rl is 'orpo' in their.yaml, but only simpo can be converted"),
+        ("axolotl", {"adapter": "llama-adapter"}, "adapter is 'llama-adapter' in their.yaml, but only lora and qlora"),
+        ("axolotl", {"lora_r": None}, "their.yaml has an adapter without lora_r or lora_alpha"),
+        ("axolotl", {"learning_rate": None}, "their.yaml gives no learning_rate"),
+        ("llama-factory", {"stage": "sft"}, "stage is 'sft' in their.yaml, but only dpo trains on pairs"),
+        ("llama-factory", {"stage": None}, "stage is 'sft' by default, but only dpo trains on pairs"),
+        ("llama-factory", {"pref_loss": "orpo"}, "pref_loss is 'orpo' in their.yaml, but CPO has simpo"),
+        ("llama-factory", {"pref_loss": "kto_pair"}, "pref_loss is 'kto_pair' in their.yaml, but CPO has simpo"),
+        ("llama-factory", {"finetuning_type": "oft"}, "finetuning_type is 'oft' in their.yaml, but only lora, freeze"),
+        ("llama-factory", {"quantization_bit": 3}, "quantization_bit is 3 in their.yaml, but only 4 and 8 bits"),
+    ],
+)
+def test_what_has_no_counterpart_at_all_is_one_sentence(name: str, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        converted(name, changes)
+
+    assert str(refused.value).startswith(sentence)
+    assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("trl", {"use_peft": True}, {"rank": 16, "dropout": 0.0, "scale": 2.0}),
+        (
+            "trl",
+            {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "use_rslora": True, "disable_dropout": False},
+            {"rank": 4, "dropout": 0.05, "scale": 4.0},
+        ),
+        ("axolotl", {"lora_dropout": 0.1}, {"rank": 32, "dropout": 0.0, "scale": 0.5}),
+        ("llama-factory", {"lora_rank": 12}, {"rank": 12, "dropout": 0.0, "scale": 2.0}),
+        ("llama-factory", {"lora_rank": 4, "lora_alpha": 6}, {"rank": 4, "dropout": 0.0, "scale": 1.5}),
+    ],
+)
+def test_scale_is_alpha_over_the_rank_and_dropout_counts_only_where_the_trainer_leaves_it_on(
+    name: str, changes: dict[str, Any], expected: dict[str, float]
+) -> None:
+    assert converted(name, changes).settings["lora_parameters"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "train_type"),
+    [
+        ("trl", {}, "full"),
+        ("trl", {"use_peft": True, "use_dora": True}, "dora"),
+        ("axolotl", {"adapter": None}, "full"),
+        ("axolotl", {"peft_use_dora": True}, "dora"),
+        ("llama-factory", {"finetuning_type": "full"}, "full"),
+        ("llama-factory", {"finetuning_type": "freeze"}, "full"),
+        ("llama-factory", {}, None),  # LoRA in both
+    ],
+)
+def test_which_weights_are_trained(name: str, changes: dict[str, Any], train_type: str | None) -> None:
+    assert converted(name, changes).settings.get("train_type") == train_type
+
+
+def test_frozen_layers_are_counted_from_the_last() -> None:
+    frozen = {"finetuning_type": "freeze"}
+
+    assert converted("llama-factory", frozen).settings["num_layers"] == 2
+    assert converted("llama-factory", {**frozen, "freeze_trainable_layers": 5}).settings["num_layers"] == 5
+
+
+def test_a_cpo_config_alone_says_nothing_of_model_and_adapters() -> None:
+    conversion = converted("trl", {"model_name_or_path": None, "dataset_name": None})
+
+    assert not {"model", "train_type", "lora_parameters", "data", "hf_dataset"} & set(conversion.settings)
+    for sentence in ("names no model", "says nothing of adapters", "names no data set"):
+        assert sentence in told(conversion)
+
+
+@pytest.mark.parametrize(("targets", "is_told"), [("all-linear", False), (["q_proj", "v_proj"], True), (None, True)])
+def test_adapted_modules_are_told_of_unless_they_are_all_linear_layers(targets: Any, is_told: bool) -> None:
+    conversion = converted("trl", {"use_peft": True, "lora_target_modules": targets})
+
+    assert ("The adapted modules" in told(conversion)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("trl", {"load_in_4bit": True}, "load_in_4bits"),
+        ("axolotl", {"load_in_8bit": True}, "load_in_8bits"),
+        ("llama-factory", {"quantization_bit": 4}, "load_in_4bits"),
+    ],
+)
+def test_a_quantised_base_model_is_loaded_in_as_many_bits(name: str, changes: dict[str, Any], key: str) -> None:
+    conversion = converted(name, changes)
+
+    assert conversion.settings[key] is True
+    assert "affine quantisation" in told(conversion)
+
+
+def test_optimizer_steps_become_micro_batches() -> None:
+    ours = converted("trl", {"logging_steps": 5, "save_steps": 20, "eval_strategy": "steps", "eval_steps": 10}).settings
+
+    assert ours["iters"] == 800
+    assert (ours["steps_per_report"], ours["save_every"], ours["steps_per_eval"]) == (40, 160, 80)
+
+
+def test_shares_of_a_run_and_epochs_become_micro_batches_where_the_rows_are_known() -> None:
+    epochs = {"max_steps": None, "num_train_epochs": 2, "eval_strategy": "epoch", "save_steps": 0.5}
+    ours = converted("trl", epochs, rows=99).settings
+
+    # 50 micro-batches of 2 pairs and so 7 optimizer steps an epoch, of which half the run is 7, or 56 micro-batches.
+    assert (ours["epochs"], ours["steps_per_eval"], ours["save_every"]) == (2, 50, 56)
+    unknown = converted("trl", epochs)
+    assert not {"steps_per_eval"} & set(unknown.settings)
+    assert "steps_per_eval depends on the number of training rows" in told(unknown)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(None, {"epochs": 2}), (20, {"iters": 15})])
+def test_epochs_that_are_no_whole_number(rows: int | None, expected: dict[str, int]) -> None:
+    conversion = converted("trl", {"max_steps": None, "num_train_epochs": 1.5}, rows)
+
+    assert {key: conversion.settings.get(key) for key in expected} == expected
+    assert "1.5 is no whole number" in told(conversion)
+
+
+def rate_of_transformers(name: str, step: int, peak: float, warmup: int, steps: int, end: float) -> float:
+    """The learning rate at an optimizer step, counted from 0, after the formulas of transformers' documentation."""
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (steps - warmup)
+    if name == "linear":
+        return peak * (1 - done)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "end"),
+    [("linear", {}, 0.0), ("cosine", {}, 0.0), ("cosine_with_min_lr", {"min_lr_rate": 0.1}, 0.1)],
+)
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 10}, {"warmup_ratio": 0.1}])
+def test_learning_rates_are_those_of_transformers(
+    name: str, arguments: dict[str, float], end: float, warmup: dict[str, float]
+) -> None:
+    schedule = {"lr_scheduler_type": name, "lr_scheduler_kwargs": arguments, "learning_rate": 1e-3}
+    ours = build_schedule(converted("trl", {**schedule, **warmup}).settings["lr_schedule"])
+
+    steps = 10 if warmup else 0
+    for step in range(0, 100, 7):
+        expected = rate_of_transformers(name, step, 1e-3, steps, 100, end * 1e-3)
+        # MLX joins a warm-up to the rest one step later.
+        assert float(ours(mx.array(step))) == pytest.approx(expected, abs=2e-5 if warmup else 1e-9)
+
+
+def test_a_constant_rate_is_no_schedule_and_one_with_a_warm_up_is() -> None:
+    assert "lr_schedule" not in converted("trl", {"lr_scheduler_type": "constant", "warmup_steps": 9}).settings
+    flat = converted("trl", {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10})
+    schedule = build_schedule(flat.settings["lr_schedule"])
+    assert [float(schedule(mx.array(step))) for step in (0, 5, 20, 500)] == pytest.approx([0, 4e-7, 8e-7, 8e-7])
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("trl", {"max_steps": None}), ("axolotl", {}), ("llama-factory", {"warmup_ratio": 0.1})]
+)
+def test_a_schedule_over_epochs_needs_the_number_of_rows(name: str, epochs: dict[str, Any]) -> None:
+    without, with_rows = converted(name, epochs), converted(name, epochs, rows=1000)
+
+    assert "lr_schedule" not in without.settings
+    assert "with --rows" in told(without)
+    assert with_rows.settings["lr_schedule"]["arguments"][0] == with_rows.settings["learning_rate"]
+
+
+@pytest.mark.parametrize("name", ["inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay"])
+def test_a_schedule_without_a_counterpart_is_told_of(name: str) -> None:
+    conversion = converted("trl", {"lr_scheduler_type": name})
+
+    assert "lr_schedule" not in conversion.settings
+    assert f"The schedule {name} has no counterpart" in told(conversion)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "optimizer", "expected", "words"),
+    [
+        ("trl", "optim", "adamw_torch", "adamw", ""),
+        ("trl", "optim", "paged_adamw_8bit", "adamw", "keeps its state in fewer bits"),
+        ("trl", "optim", "lion_32bit", "adamw", "lion_32bit has no counterpart"),
+        ("axolotl", "optimizer", "muon", "muon", "muon is MLX's"),
+        ("llama-factory", "use_muon", True, "muon", "muon is MLX's"),
+    ],
+)
+def test_optimizers(name: str, key: str, optimizer: Any, expected: str, words: str) -> None:
+    conversion = converted(name, {key: optimizer})
+
+    assert conversion.settings["optimizer"] == expected
+    assert words in told(conversion)
+
+
+def test_a_hub_data_set_is_validated_on_only_where_that_is_asked_for() -> None:
+    assert converted("trl").settings["hf_dataset"] == [
+        {"path": "some/pairs", "train_split": "train", "valid_split": None}
+    ]
+    validated = {"eval_strategy": "steps", "dataset_config": "en", "dataset_train_split": "train_prefs"}
+    assert converted("trl", validated).settings["hf_dataset"] == [
+        {"path": "some/pairs", "config": "en", "train_split": "train_prefs", "valid_split": "test"}
+    ]
+
+
+@pytest.mark.parametrize(("size", "rows", "share"), [(0.05, None, 0.05), (50, 1000, 0.05), (50, None, None)])
+def test_rows_held_out_of_training_are_a_share_of_them(size: float, rows: int | None, share: float | None) -> None:
+    conversion = converted("axolotl", {"val_set_size": size}, rows)
+
+    assert conversion.settings.get("valid_fraction") == share
+    assert ("valid_split" in conversion.settings["hf_dataset"][0]) is (share is None)
+
+
+def test_columns_and_files_of_axolotl_data_sets() -> None:
+    columns = {"field_prompt": "question", "field_chosen": "better", "field_rejected": "worse"}
+    local = converted("axolotl", {"datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": columns}]})
+    assert local.settings["data"] == "rows.jsonl"
+    assert local.settings["chosen_feature"] == "better"
+
+    several = [{"path": "rows.jsonl"}, {"path": "some/pairs", "split": "train_prefs", "name": "en", "shards": 4}]
+    both = converted("axolotl", {"datasets": several})
+    assert both.settings["hf_dataset"] == [
+        {"path": "json", "config": {"data_files": "rows.jsonl"}, "train_split": "train", "valid_split": None},
+        {"path": "some/pairs", "config": "en", "train_split": "train_prefs", "valid_split": None},
+    ]
+    assert "datasets: shards of some/pairs has no counterpart" in told(both)
+
+
+def test_llama_factory_data_sets_are_read_from_their_description(tmp_path: Path) -> None:
+    info = {
+        "local": {"file_name": "rows.json", "ranking": True, "columns": {"chosen": "better", "rejected": "worse"}},
+        "hub": {"hf_hub_url": "some/pairs", "subset": "en", "formatting": "sharegpt", "split": "prefs"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+
+    local = converted("llama-factory", {"dataset": "local", "dataset_dir": str(tmp_path)}).settings
+    assert (local["data"], local["chosen_feature"]) == (str(tmp_path / "rows.json"), "better")
+    assert local["prompt_feature"] == "instruction"
+    hub = converted("llama-factory", {"dataset": ["hub"], "dataset_dir": str(tmp_path)}).settings
+    assert hub["hf_dataset"] == [{"path": "some/pairs", "config": "en", "train_split": "prefs", "valid_split": None}]
+    with pytest.raises(ConfigError, match="dataset other is not described in"):
+        converted("llama-factory", {"dataset": "other", "dataset_dir": str(tmp_path)})
+
+
+def test_a_data_set_whose_description_is_elsewhere_is_told_of(tmp_path: Path) -> None:
+    conversion = converted("llama-factory", {"dataset": "mine", "dataset_dir": str(tmp_path / "none")})
+
+    assert not {"data", "hf_dataset"} & set(conversion.settings)
+    assert "dataset mine is described in dataset_info.json" in told(conversion)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        ("trl", {"report_to": "wandb", "run_name": "a/b"}, {"report_to": ["wandb"], "run_name": "a-b"}),
+        ("trl", {"report_to": "none"}, {}),
+        ("trl", {"report_to": ["tensorboard", "mlflow"]}, {"report_to": ["tensorboard"]}),
+        ("axolotl", {"wandb_project": "mine"}, {"report_to": ["wandb"], "project": "mine"}),
+        ("axolotl", {"use_trackio": True, "trackio_run_name": "r"}, {"report_to": ["trackio"], "run_name": "r"}),
+        ("llama-factory", {"use_swanlab": True}, {"report_to": ["swanlab"], "project": "llamafactory"}),
+    ],
+)
+def test_trackers(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    settings = converted(name, theirs).settings
+
+    assert {key: settings[key] for key in ("report_to", "project", "run_name") if key in settings} == ours
+
+
+def test_the_best_checkpoint_is_kept_by_the_same_measure() -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins", "save_total_limit": 3}
+    ours = converted("trl", best).settings
+
+    assert (ours["save_best"], ours["keep_checkpoints"]) == ("margin", 3)
+    assert "save_best" not in converted("trl", {**best, "metric_for_best_model": "bleu"}).settings
+
+
+@with_each_source
+def test_every_key_without_a_counterpart_is_named_in_the_head(name: str) -> None:
+    values = EXAMPLES[name] | {"deepspeed": "zero3.json", "no_such\nkey": 1, "torch_compile": False}
+    source = Source(YamlSettings("their.yaml", values, {}))
+    text = as_yaml(SOURCES[name][1](source, None, False), source)
+
+    head = text.partition("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    left_out, off = head.partition("Without a counterpart, and left out:")[2].split("Empty or switched off")
+    assert "deepspeed, no_such\\nkey" in left_out
+    assert "torch_compile" in off
+    assert yaml.safe_load(text)["train_mode"] == "cpo"
+
+
+@with_each_source
+def test_every_key_of_the_examples_has_a_counterpart(name: str) -> None:
+    source = Source(YamlSettings("their.yaml", EXAMPLES[name], {}))
+
+    SOURCES[name][1](source, 1000, False)
+
+    assert source.unread() == []
+
+
+def test_what_is_told_is_on_the_console_and_in_the_file(
+    convert: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = convert(TRL | {"bf16": True})
+
+    printed = capsys.readouterr().out
+    head = [line.removeprefix("# ") for line in output.read_text().splitlines() if line.startswith("# ")]
+    assert all(line in printed for line in head)
+    assert "bf16" in printed
+
+
+def test_without_an_output_file_the_result_is_printed(
+    tmp_path: Path, whole_family: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "their.json").write_text(json.dumps(TRL, indent="\t"))
+
+    assert cli.main(["convert", str(tmp_path / "their.json")]) == 0
+
+    assert yaml.safe_load(capsys.readouterr().out)["dpo_cpo_loss_type"] == "simpo"
+
+
+def test_an_output_file_is_not_overwritten_without_force(
+    convert: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ours.yaml").write_text("mine")
+
+    code, output = convert(TRL)
+
+    assert (code, output.read_text()) == (2, "mine")
+    assert capsys.readouterr().err.endswith("is there already; give another --output, or --force to overwrite it.\n")
+    assert convert(TRL, "--force")[0] == 0
+    assert "train_mode: cpo" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("missing.yaml", None, "The configuration file {file} cannot be read: No such file or directory."),
+        ("their.yaml", "a: [1", "{file}, line 1 is not valid YAML"),
+        ("their.json", '{"a": ', "{file} is not valid JSON; correct it."),
+        ("their.json", "[1]", "{file} holds no JSON object"),
+        ("their.yaml", "a: 1", "{file} has no key by which TRL's, Axolotl's or LLaMA-Factory's"),
+        ("their.yaml", "train_mode: cpo", "{file} has train_mode and so is one of mlx-lm-lora already"),
+    ],
+)
+def test_a_file_that_cannot_be_converted_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None, sentence: str
+) -> None:
+    file, output = tmp_path / name, tmp_path / "ours.yaml"
+    if text is not None:
+        file.write_text(text)
+
+    assert cli.main(["convert", str(file), "--output", str(output)]) == 2
+
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: " + sentence.format(file=file))
+    assert printed.count("\n") == 1
+    assert not output.exists()
+
+
+def test_a_value_that_training_would_refuse_is_refused_with_the_file_it_comes_from(
+    convert: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, output = convert(TRL | {"beta": -1.0})
+
+    assert code == 2
+    assert capsys.readouterr().err.startswith(f"error: beta is -1.0 converted from {tmp_path / 'their.yaml'}, but must")
+    assert not output.exists()
+
+
+FURTHER_KEYS = re.findall(
+    r"\w+",
+    """
+    num_train_epochs num_epochs warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs eval_strategy
+    eval_steps save_steps val_size val_set_size report_to run_name use_peft lora_rank lora_target_modules
+    test_datasets trl optim optimizer resume_from_checkpoint
+    """,
+)
+KEYS = sorted({*FURTHER_KEYS, *(key for example in EXAMPLES.values() for key in example)})
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["path", "beta", "min_lr"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(sorted(EXAMPLES)),
+    st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=3),
+    st.none() | st.integers(1, 1000),
+)
+def test_any_values_are_converted_or_refused(name: str, changes: dict[str, Any], rows: int | None) -> None:
+    source = Source(YamlSettings("their.yaml", EXAMPLES[name] | changes, {}))
+    text = "train_mode: cpo"
+    with suppress(ConfigError):
+        text = as_yaml(SOURCES[name][1](source, rows, True), source)
+
+    assert yaml.safe_load(text)["train_mode"] == "cpo"
