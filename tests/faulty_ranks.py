@@ -127,6 +127,7 @@ def main() -> None:
     OptimizerStep.add = add_or_be_harmed  # type: ignore[method-assign]  # the fault
     if fault == "unreachable":
         ranks._own_address = lambda rank: ("host.invalid", "127.0.0.1")
+        ranks._MEETING = 2.0
     settings = CPOTrainingArgs(
         iters=wanted["iters"],
         batch_size=4,

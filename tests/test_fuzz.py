@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,13 @@ def test_an_input_that_breaks_hangs_or_is_told_in_two_lines_is_a_failure(
     assert tally.outcomes == {"failed": 1}
     assert fault in tally.failures[0][1]
     assert written[0][1] == fuzz.case_of("config", 0, 0)
+
+
+def test_a_process_that_was_paused_has_half_the_time_left() -> None:
+    with fuzz.time_limit(1000):
+        signal.raise_signal(signal.SIGALRM)  # which is due as soon as the process goes on
+        with pytest.raises(fuzz.HangError):
+            signal.raise_signal(signal.SIGALRM)
 
 
 @pytest.mark.parametrize("target", sorted(fuzz.TARGETS))

@@ -8,13 +8,17 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from faulty_ranks import ended, start, start_training, train
 
-from mlx_cpo_plugin import ranks
+from mlx_cpo_plugin import ranks, stopping
 from mlx_cpo_plugin.checkpoint_folder import read_checkpoint
+from mlx_cpo_plugin.stopping import StopRequest
+from mlx_cpo_plugin.training_state import RunCheckpoints
 
 LOST = "error: rank {} was killed or ended with an error of its own, so rank {} stops, too; the checkpoints so far are"
 
@@ -99,6 +103,28 @@ def test_a_stop_is_agreed_on_and_no_loss_of_a_rank(tmp_path: Path) -> None:
     for rank in run:
         (sentence,) = rank.errors
         assert sentence.startswith("error: stopped after iteration")
+
+
+def test_a_stop_that_is_asked_for_while_ranks_agree_counts_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = StopRequest()
+
+    def exchange(mine: int) -> list[int]:
+        request.signal_number = signal.SIGTERM
+        return [mine, 0]
+
+    monkeypatch.setattr(stopping, "of_all_ranks", exchange)
+
+    assert [request.agreed(), request.agreed()] == [False, True]
+
+
+@pytest.mark.parametrize(("size", "keep", "kept"), [(1, 1, 1), (2, 1, 2), (2, 3, 3)])
+def test_several_ranks_keep_the_checkpoint_that_all_of_them_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, keep: int, kept: int
+) -> None:
+    world = SimpleNamespace(rank=lambda: 0, size=lambda: size)
+    monkeypatch.setattr(mx.distributed, "init", lambda: world)
+
+    assert RunCheckpoints(tmp_path, keep, {}).folder.keep == kept
 
 
 def test_ranks_that_cannot_meet_say_so_and_train(tmp_path: Path) -> None:

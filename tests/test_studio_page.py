@@ -149,6 +149,19 @@ def test_a_saved_file_keeps_comments_and_keys_without_a_field(page: Any, root: P
     assert text == (root / "my.yaml").read_text() + "beta: 0.2\n"
 
 
+def test_opening_a_file_fills_the_form(page: Any, root: Path) -> None:
+    (root / "second.yaml").write_text("train_mode: cpo\nbeta: 0.7\ndpo_cpo_loss_type: dpop\ndelta: 5\n")
+    page.locator("#file").locator("input").fill("second.yaml")
+    page.keyboard.press("Enter")
+    page.click("#open")
+
+    expect(page.locator("#said")).to_contain_text("Opened second.yaml")
+    expect(page.locator("#field-beta").locator("input, textarea")).to_have_value("0.7")
+    expect(page.locator("#field-delta").locator("input, textarea")).to_be_enabled()
+    expect(page.locator("#field-delta").locator("input, textarea")).to_have_value("5")
+    expect(page.locator("#yaml")).to_contain_text("dpo_cpo_loss_type: dpop")
+
+
 def test_a_file_outside_the_folder_is_neither_read_nor_written(page: Any, root: Path) -> None:
     page.locator("#file").locator("input").fill("../stolen.yaml")
     page.keyboard.press("Enter")

@@ -30,18 +30,18 @@ def build_page(root: Path, text: str, name: str) -> gr.Blocks:
         gr.HTML("<h1>CPO training</h1>")
         with gr.Tabs():
             with gr.Tab("Train", id="train"):
-                train = build_train_tab(root, text, name)
+                yaml = build_train_tab(root, text, name)
             with gr.Tab("Check", id="check"):
-                build_check_tab(root, train.yaml)
+                build_check_tab(root, yaml)
             with gr.Tab("Run", id="run"):
-                run = build_run_tab(root, train.yaml)
+                run = build_run_tab(root, yaml)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compared = build_compare_tab(root)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs = build_runs_tab(root)
         compare_tab.select(lambda: gr.update(choices=run_names(root)), None, compared, show_progress="hidden")
         runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
-        page.load(lambda text: folder_to_watch(root, text), train.yaml, run.watched).then(
+        page.load(lambda text: folder_to_watch(root, text), yaml, run.watched).then(
             run.look, [run.watched, run.seen], [*run.parts, run.seen], show_progress="hidden"
         )
     return page

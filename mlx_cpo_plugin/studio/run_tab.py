@@ -63,14 +63,14 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
             return [*[gr.skip()] * len(parts), before]
         path = Path(folder)
         rows = read_metrics(path)
-        words = status_html(path, rows) + console_html(path)
-        now = (folder, metrics_size(path), words)
+        words = [status_html(path, rows), console_html(path)]
+        now = (folder, metrics_size(path), "".join(words))
         if now == tuple(before):
             return [*[gr.skip()] * len(parts), before]
         drawn = [gr.skip()] * len(CURVES)
         if now[:2] != tuple(before)[:2]:
             drawn = [_drawn(curve, rows) for curve in CURVES]
-        return [status_html(path, rows), console_html(path), *drawn, now]
+        return [*words, *drawn, now]
 
     def begin(text: str, resume: bool) -> tuple[str, str]:
         try:

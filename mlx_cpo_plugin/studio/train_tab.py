@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,8 @@ CONFIG_DEPTH = 2
 Updates = dict[Any, Any]
 
 
-@dataclass(frozen=True)
-class TrainTab:
-    """The parts of the tab that others read or change.
-
-    Attributes:
-        yaml: the text of the configuration that the form stands for.
-        refresh: fills the form from a text; returns updates for ``everything``.
-        everything: all components that it updates.
-    """
-
-    yaml: gr.Code
-    refresh: Callable[[str, str], Updates]
-    everything: list[Any]
-
-
-def build_train_tab(root: Path, text: str, name: str) -> TrainTab:
-    """Lay out the tab.
+def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
+    """Lay out the tab; return what holds the YAML that the form stands for.
 
     Args:
         root: the folder that configurations are read from and written into.
@@ -102,26 +85,19 @@ def build_train_tab(root: Path, text: str, name: str) -> TrainTab:
     def on_input(base: str, known: dict[str, Any], *values: Content) -> Updates:
         return judged(base, known, dict(zip(fields, values, strict=True)))
 
-    def refresh(text: str, name: str) -> Updates:
+    def filled(text: str, name: str) -> Updates:
+        """Return what changes where another file is opened."""
         contents = document.contents_of(text, fields.values())
-        judgement = judged(text, {}, contents)
-        updates: Updates = {
-            controls[key]: gr.update(value=content, interactive=has_effect(fields[key], contents, fields))
-            for key, content in contents.items()
-        }
-        return (
-            updates
-            | {key: value for key, value in judgement.items() if key not in controls.values()}
-            | {
-                opened: text,
-                file: gr.update(choices=_configurations(root), value=name or None),
-            }
-        )
+        updates = judged(text, {}, contents)
+        for key, content in contents.items():
+            works = has_effect(fields[key], contents, fields)
+            updates[controls[key]] = gr.update(value=content, interactive=works)
+        return updates | {opened: text, file: gr.update(choices=_configurations(root), value=name)}
 
     def open_file(name: str | None) -> Updates:
         try:
             text = document.read_document(document.path_in(root, name or ""))
-            return refresh(text, name or "") | {said: _note(f"Opened {name}.")}
+            return filled(text, name or "") | {said: _note(f"Opened {name}.")}
         except (UserError, ValueError) as error:
             return {said: _fault(str(error))}
 
@@ -133,18 +109,18 @@ def build_train_tab(root: Path, text: str, name: str) -> TrainTab:
             return {said: _fault(str(error))}
         return {said: _note(f"Saved {name}."), file: gr.update(choices=_configurations(root))}
 
-    everything = [*controls.values(), *errors.values(), yaml, verdict, shown, opened, file, said]
+    judged_parts = [*controls.values(), *errors.values(), yaml, verdict, shown]
     for control in controls.values():
         control.input(
             on_input,
             [opened, shown, *controls.values()],
-            [*controls.values(), *errors.values(), yaml, verdict, shown],
+            judged_parts,
             show_progress="hidden",
             trigger_mode="always_last",
         )
-    open_button.click(open_file, file, everything, show_progress="hidden")
+    open_button.click(open_file, file, [*judged_parts, opened, file, said], show_progress="hidden")
     save_button.click(save_file, [file, yaml], [said, file], show_progress="hidden")
-    return TrainTab(yaml, refresh, everything)
+    return yaml
 
 
 def _control(field: Field, content: Content, works: bool) -> Any:
