@@ -172,6 +172,8 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
         for rows in args.rows:
             key = identity(setting, rows, args)
             result = next((line for line in done if key.items() <= line.items()), None)
+            if result is None and args.no_more_runs:
+                continue
             if result is None:
                 result = {**key, **run(setting, rows, pairs[rows], tokenizer, args)}
                 mx.clear_cache()
@@ -200,32 +202,39 @@ PANELS = {
 }
 
 
-def change(result: dict[str, Any], before: dict[str, Any]) -> tuple[float, float]:
-    """Return how much training changed the mean margin, in nats, and the standard error of that over the rows."""
-    margins, margins_before = (np.subtract(of["chosen"], of["rejected"]) for of in (result, before))
-    changes = margins - margins_before
+def change(result: dict[str, Any], before: dict[str, Any], name: str) -> tuple[float, float]:
+    """Return the mean change over the rows of ``margin`` or ``chosen``, and its standard error.
+
+    The first is in nats, the second in nats a token, where each row weighs the same.
+    """
+    values = []
+    for of in (result, before):
+        chosen, rejected = np.array(of["chosen"]), np.array(of["rejected"])
+        values.append(chosen - rejected if name == "margin" else chosen / np.array(of["chosen_tokens"]))
+    changes = values[0] - values[1]
     return float(changes.mean()), float(changes.std(ddof=1) / np.sqrt(len(changes)))
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of runs on the same rows, the untrained model first."""
     before, *trained = results
-    of_run = figures(before)
+    trained.sort(key=lambda result: (label(result), result["beta"]))
     lines = [
-        "| loss | beta | accuracy | margin | its change | chosen, a token | answer |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| before training | | {_columns(of_run)[0]} | | {_columns(of_run)[1]} |",
+        "| loss | beta | accuracy | margin | its change | chosen, a token | its change | answer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for result in sorted(trained, key=lambda result: (label(result), result["beta"])):
-        left, right = _columns(figures(result))
-        mean, error = change(result, before)
-        lines.append(f"| {label(result)} | {result['beta']:g} | {left} | {mean:+.2f} ± {error:.2f} | {right} |")
+    for result in [before, *trained]:
+        of_run = figures(result)
+        name, margin, chosen = "before training | ", "", ""
+        if result is not before:
+            name = f"{label(result)} | {result['beta']:g}"
+            changes = (change(result, before, what) for what in ("margin", "chosen"))
+            margin, chosen = (f"{mean:+.2f} ± {error:.2f}" for mean, error in changes)
+        lines.append(
+            f"| {name} | {100 * of_run['accuracy']:.0f} % | {of_run['margin']:+.2f} | {margin} | "
+            f"{of_run['chosen']:.2f} | {chosen} | {of_run['length']:.1f} |"
+        )
     return "\n".join(lines)
-
-
-def _columns(of_run: dict[str, float]) -> tuple[str, str]:
-    left = f"{of_run['accuracy']:.0%} | {of_run['margin']:+.2f}"
-    return left.replace("%", " %"), f"{of_run['chosen']:.2f} | {of_run['length']:.1f}"
 
 
 def label(result: dict[str, Any]) -> str:
@@ -283,6 +292,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=4, help="held-out prompts to answer")
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-more-runs", action="store_true", help="only draw what is finished")
     return parser.parse_args(given)
 
 
@@ -291,6 +301,8 @@ def main(given: Sequence[str] | None = None) -> None:
     results = sweep(args)
     for rows in args.rows:
         on_rows = [result for result in results if result["rows"] == rows.stem]
+        if not on_rows:
+            raise SystemExit(f"There is no run on {rows.stem} yet; leave --no-more-runs out.")
         draw(on_rows, args.output / f"losses-{rows.stem}.svg")
         print(f"\n{rows.stem}\n\n{table(on_rows)}")
 

@@ -52,6 +52,21 @@ def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_
     assert (folder / "losses-rows.svg").read_bytes() == plot
 
 
+def test_an_unfinished_sweep_can_be_drawn(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+    with pytest.raises(SystemExit, match="no run on rows yet"):
+        sweep_losses.main([*given, "--no-more-runs"])
+    sweep_losses.main([*given, "--betas", "1"])
+
+    sweep_losses.main([*given, "--no-more-runs"])
+
+    assert len(runs(tmp_path / "sweep")) == 2
+    assert (tmp_path / "sweep" / "losses-rows.svg").exists()
+    assert "| hinge | 0.5 |" not in capsys.readouterr().out
+
+
 def test_the_figures_are_means_over_rows_and_over_tokens() -> None:
     result = {
         "chosen": [-10.0, -30.0],
@@ -65,13 +80,15 @@ def test_the_figures_are_means_over_rows_and_over_tokens() -> None:
     assert of_run == pytest.approx({"accuracy": 0.5, "margin": -2.0, "chosen": -2.0, "length": 5.5})
 
 
-def test_the_change_of_the_margin_comes_with_its_standard_error() -> None:
-    before = {"chosen": [-10.0, -30.0, -20.0], "rejected": [-12.0, -24.0, -20.0]}
-    after = {"chosen": [-9.0, -29.0, -18.0], "rejected": [-12.0, -25.0, -21.0]}
+def test_changes_come_with_their_standard_error_over_rows() -> None:
+    before = {"chosen": [-10.0, -30.0, -20.0], "rejected": [-12.0, -24.0, -20.0], "chosen_tokens": [1, 1, 2]}
+    after = {"chosen": [-9.0, -29.0, -18.0], "rejected": [-12.0, -25.0, -21.0], "chosen_tokens": [1, 1, 2]}
 
-    mean, error = sweep_losses.change(after, before)
+    margin = sweep_losses.change(after, before, "margin")
+    chosen = sweep_losses.change(after, before, "chosen")
 
-    assert (mean, error) == pytest.approx((2.0, 1.0 / 3**0.5))  # changes of 1, 2 and 3
+    assert margin == pytest.approx((2.0, 1.0 / 3**0.5))  # changes of 1, 2 and 3
+    assert chosen == pytest.approx((1.0, 0.0))  # a token
 
 
 def test_too_few_short_rows_are_said_to_be_so(given: list[str]) -> None:
