@@ -52,9 +52,7 @@ def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_
     assert (folder / "losses-rows.svg").read_bytes() == plot
 
 
-def test_an_unfinished_sweep_can_be_drawn(
-    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unfinished_sweep_can_be_drawn(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     with pytest.raises(SystemExit, match="no run on rows yet"):
         sweep_losses.main([*given, "--no-more-runs"])
