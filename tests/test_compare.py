@@ -180,6 +180,16 @@ def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_besid
     assert len(comparison.base) == len(comparison.tuned) == 3
 
 
+def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "max_seq_length": 24})
+
+    comparison = compare(Path(settings["adapter_path"]), rows=1, max_tokens=1, say=silent)
+
+    assert comparison.groups[0].description()["longest"] == 24
+    assert comparison.questions[0].prompt.startswith("<|im_start|>user\nPlease tell me how many apples")
+    assert comparison.questions[0].chosen == "There are 0 apples in the basket, my friend."
+
+
 def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None:
     comparison = compare(adapter_path, prompts=[PROMPT], max_tokens=1, say=silent)
 
