@@ -35,7 +35,7 @@ def evaluate_pairs(
         num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
         scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
     """
-    means = PairMeans(objective.beta)
+    means = PairMeans(objective)
     for scores, scored_pairs in scored_batches(
         model, pairs, objective.length_normalised, batch_size=batch_size, num_batches=num_batches, scorer=scorer
     ):

@@ -67,7 +67,8 @@ def train_cpo(
     Args:
         model: an mlx_lm model whose trainable parameters are the adapter (or everything).
         train_dataset, val_dataset: pairs, or the host's tokenised preference rows.
-        loss_fn: replaces the loss that ``args.loss_type`` names; same signature as a registered loss.
+        loss_fn: replaces the loss that ``args.loss_type`` names; it is called like this loss, with those of its options
+            that it takes.
         training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``.
 
     Raises:
@@ -79,7 +80,7 @@ def train_cpo(
     """
     args = args or CPOTrainingArgs()
     check_training_args(args)
-    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn)
+    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
     pairs = as_pairs(train_dataset, args.max_seq_length)
     val_pairs = as_pairs(val_dataset or [], args.max_seq_length)
     if not pairs:
@@ -116,7 +117,7 @@ class _Run:
         self.adapter_file = Path(args.adapter_file)
         self.is_first_rank = mx.distributed.init().rank() == 0
         metrics_file = MetricsFile(self.adapter_file.parent / "metrics.jsonl" if self.is_first_rank else None)
-        self.reporter = ProgressReporter(objective.beta, training_callback, metrics_file)
+        self.reporter = ProgressReporter(objective, training_callback, metrics_file)
         self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
         self.plateau = PlateauAdvice(args.loss_type, args.iters)
         self.displacement = DisplacementAlarm(args.loss_type)
@@ -158,11 +159,12 @@ class _Run:
     def train(self, stop: StopRequest) -> None:
         """Work through the plan, from where the state is to its end, or to where the run is to stop."""
         args, reporter, step = self.args, self.reporter, self.step
+        chosen_tokens = [pair.chosen_tokens for pair in self.pairs]
         for iteration, micro_batch in reporter.iterations_of(self.plan(), args.iters, done=self.state.iteration):
             self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
             pairs = [self.pairs[index] for index in micro_batch.indices]
             if pairs:
-                losses, scores = step.add(pairs, micro_batch.window_pairs, self.quantisation.active)
+                losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
                 reporter.add(losses, scores, scored_tokens(pairs))
                 reporter.warn(self.displacement.warning(iteration, scores))
             if micro_batch.closes_window:
@@ -271,13 +273,15 @@ def evaluate_cpo(
     loss_fn: Callable[..., mx.array] | None = None,
     loss_options: Mapping[str, Any] | None = None,
     scoring: str = "auto",
+    cpo_alpha: float = 0.0,
 ) -> tuple[float, list[float], int, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, and the other means over pairs by name.
 
     The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
-    ``scoring`` is ``auto``, ``shared`` or ``plain``. ``num_batches`` -1 means all.
+    ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
+    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all.
     """
-    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn)
+    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
     with compile_where_it_pays(), unpacked_products(model):
         scorer = choose_scorer(model, pairs, scoring)

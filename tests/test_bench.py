@@ -111,7 +111,8 @@ class TestMeasuring:
         self, settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         config, figures = tmp_path / "my.yaml", tmp_path / "figures.json"
-        config.write_text(yaml.safe_dump(settings | {"gradient_accumulation_steps": 4, "test": True}))
+        plugin_only = {"cpo_alpha": 0.5, "label_smoothing": 0.1}
+        config.write_text(yaml.safe_dump(settings | plugin_only | {"gradient_accumulation_steps": 4, "test": True}))
         words = ["--config", str(config), "--rows", "6", "--iters", "2", "--repeats", "2", "--json", str(figures)]
 
         assert cli.main(["bench", *words]) == 0
@@ -134,7 +135,7 @@ class TestMeasuring:
         assert case["host"]["backbone_tokens"] == case["host"]["head_positions"] == expected
         assert 0 < case["plugin"]["backbone_tokens"] <= expected + 2 * len(batch) * 32
         assert f"{case['speed_ratio']:.2f} x as fast" in printed.out
-        assert "dropout, gradient accumulation and fake quantisation are off" in printed.out
+        assert "dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off" in printed.out
 
     def test_a_shape_has_the_work_that_arithmetic_gives(self) -> None:
         comparison = measured(TINY)

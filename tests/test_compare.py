@@ -103,11 +103,13 @@ def reference_logps(model: Any, pair: Any) -> list[float]:
     return logps
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    "choice", [{"train_type": "lora"}, {"train_type": "dora"}, {"train_type": "full"}, {"preset": "cpo-simpo"}]
+)
 def test_the_figures_are_those_of_the_runs_first_validation_and_of_its_final_test(
-    settings: Settings, run_main: RunMain, train_type: str
+    settings: Settings, run_main: RunMain, choice: Settings
 ) -> None:
-    run_main({**settings, "train_type": train_type, "test": True, "learning_rate": 0.05, "val_batches": -1})
+    run_main({**settings, **choice, "test": True, "learning_rate": 0.05, "val_batches": -1})
     adapter_path = Path(settings["adapter_path"])
 
     comparison = compare(adapter_path, say=silent)

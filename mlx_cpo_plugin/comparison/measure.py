@@ -271,6 +271,8 @@ def measured(model: nn.Module, comparison: Comparison, name: str, say: Say) -> l
     settings = comparison.settings
     say(f"The {name} scores {len(comparison.groups[0].pairs)} held-out pairs.")
     objective = objective_for(
-        settings.dpo_cpo_loss_type, {"beta": settings.beta, "delta": settings.delta, **settings.loss_options}
+        settings.dpo_cpo_loss_type,
+        {"beta": settings.beta, "delta": settings.delta, **settings.loss_options},
+        cpo_alpha=settings.cpo_alpha,
     )
     return preferences(model, comparison.groups, objective, batch_size=settings.batch_size, scoring=settings.scoring)

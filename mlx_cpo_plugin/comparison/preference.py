@@ -64,7 +64,7 @@ def preferences(
     """
     pairs = groups[0].pairs
     members = [{id(pair) for pair in group.pairs} for group in groups]
-    means = [PairMeans(objective.beta) for _ in groups]
+    means = [PairMeans(objective) for _ in groups]
     with compile_where_it_pays(), unpacked_products(model):
         scorer = choose_scorer(model, pairs, scoring, say=lambda line: None)
         for scores, together in scored_batches(
