@@ -103,11 +103,13 @@ def reference_logps(model: Any, pair: Any) -> list[float]:
     return logps
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    "choice", [{"train_type": "lora"}, {"train_type": "dora"}, {"train_type": "full"}, {"preset": "cpo-simpo"}]
+)
 def test_the_figures_are_those_of_the_runs_first_validation_and_of_its_final_test(
-    settings: Settings, run_main: RunMain, train_type: str
+    settings: Settings, run_main: RunMain, choice: Settings
 ) -> None:
-    run_main({**settings, "train_type": train_type, "test": True, "learning_rate": 0.05, "val_batches": -1})
+    run_main({**settings, **choice, "test": True, "learning_rate": 0.05, "val_batches": -1})
     adapter_path = Path(settings["adapter_path"])
 
     comparison = compare(adapter_path, say=silent)
@@ -178,6 +180,16 @@ def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_besid
     assert first.chosen == "There are 0 apples in the basket, my friend."
     assert first.rejected == "I do not know."
     assert len(comparison.base) == len(comparison.tuned) == 3
+
+
+def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "max_seq_length": 24})
+
+    comparison = compare(Path(settings["adapter_path"]), rows=1, max_tokens=1, say=silent)
+
+    assert comparison.groups[0].description()["longest"] == 24
+    assert comparison.questions[0].prompt.startswith("<|im_start|>user\nPlease tell me how many apples")
+    assert comparison.questions[0].chosen == "There are 0 apples in the basket, my friend."
 
 
 def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None:

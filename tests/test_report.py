@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,11 +20,14 @@ from hypothesis import strategies as st
 
 from mlx_cpo_plugin import cli, config
 from mlx_cpo_plugin.metrics import MetricsFile
+from mlx_cpo_plugin.objective import objective_for
+from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.report import plots
 from mlx_cpo_plugin.report.page import as_html
 from mlx_cpo_plugin.report.plots import as_png, as_svg, panels_with_points
 from mlx_cpo_plugin.report.record import ReportError, RunRecord, differing_settings, find_runs, number
 from mlx_cpo_plugin.reporting import ProgressReporter
+from mlx_cpo_plugin.run_settings import recorded_settings
 
 BEGIN = 1_700_000_000.0
 
@@ -431,9 +435,17 @@ def test_a_run_writes_down_the_settings_that_repeat_it(
     assert record.versions.startswith("mlx-cpo-plugin ")
 
 
-def test_tokens_for_the_hub_are_not_written_down(settings: dict[str, Any]) -> None:
-    from mlx_cpo_plugin.run_settings import recorded_settings
+@pytest.mark.parametrize("loss", loss_types())
+def test_the_written_settings_resolve_to_the_same_ones(settings: dict[str, Any], tmp_path: Path, loss: str) -> None:
+    resolved = vars(config.resolve({**settings, "dpo_cpo_loss_type": loss}).settings)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recorded_settings(SimpleNamespace(**resolved))))
 
+    again = vars(config.resolve({"config": str(tmp_path / "again.yaml")}).settings)
+
+    assert {**again, "config_file": None} == resolved
+
+
+def test_tokens_for_the_hub_are_not_written_down(settings: dict[str, Any]) -> None:
     entry = {"path": "some/rows", "config": {"name": "default", "token": "hf_secret"}}
     resolved = config.resolve({**settings, "hf_dataset": [entry], "resume": "auto"}).settings
 
@@ -464,7 +476,7 @@ def test_a_caller_of_the_trainer_has_its_arguments_written_down(tmp_path: Path) 
 
 def test_what_a_run_warns_of_stands_among_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run")
-    reporter = ProgressReporter(0.1, None, MetricsFile(tmp_path / "run" / "metrics.jsonl"))
+    reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "run" / "metrics.jsonl"))
 
     reporter.warn("Iter 20: look here.")
     reporter.warn(None)

@@ -21,9 +21,9 @@ The JSON is one object::
 answers are ``chosen`` and ``rejected``. ``finished`` is false where ``max_tokens`` cut an answer off. ``held_out`` is
 ``test``, ``valid``, ``file`` for a file without a split, or null with an empty ``preference``. The first entry there is
 of all pairs; with three pairs or more ``short``, ``medium`` and ``long`` follow, a third each. ``shortest`` and
-``longest`` are tokens of a pair's longer side, prompt included. ``margin`` is the difference of the rewards, beta times
-that of the log-probs; log-probs are in nats, of whole answers (per token for losses such as ipo). What is not finite is
-null.
+``longest`` are tokens of a pair's longer side, prompt included. ``margin`` is the difference of the rewards, which are
+beta times the log-probs unless the loss has its own; log-probs are in nats, of whole answers (per token for losses such
+as ipo). What is not finite is null.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def compare(
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
     chat_tokenizer = ChatTokenizer(tokenizer)
     questions = [own_question(prompt, chat_tokenizer) for prompt in prompts]
-    questions += [question_of(pair, chat_tokenizer) for pair in held_out[:rows]]
+    questions += [question_of(pair, chat_tokenizer) for pair in uncut(held_out[:rows], settings, tokenizer)]
     comparison = Comparison(settings, questions, length_groups(held_out) if held_out else [], split)
     with compile_where_it_pays():
         _measure_both(comparison, adapter_path, max_tokens, say)
@@ -194,6 +195,16 @@ def held_out_pairs(
     return "file" if is_file else held_out.report.split, held_out[
         : None if batches < 0 else batches * settings.batch_size
     ]
+
+
+def uncut(pairs: Sequence[PreferencePair], settings: SimpleNamespace, tokenizer: Any) -> list[PreferencePair]:
+    """Return pairs as they were before they were cut to ``max_seq_length``: half a prompt is nothing to ask."""
+    if all(pair.length < settings.max_seq_length for pair in pairs):
+        return list(pairs)
+    whole = SimpleNamespace(**{**vars(settings), "max_seq_length": sys.maxsize})
+    splits = load_splits(whole, tokenizer, ("train", "valid", "test"))
+    by_source = {pair.source: pair for split in splits for pair in split}
+    return [by_source[pair.source] for pair in pairs]
 
 
 def own_question(prompt: str, tokenizer: ChatTokenizer) -> Question:
