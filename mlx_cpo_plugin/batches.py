@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
-from typing import Any
+from itertools import chain, count, islice
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,7 @@ LENGTH_MULTIPLE = 32
 SCORED_MULTIPLE = 32
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+StepArrays = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,47 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+class StepTotals(NamedTuple):
+    """What an optimizer step holds over all its micro-batches and ranks, which is what its means are over.
+
+    Attributes:
+        pairs: preference pairs.
+        chosen_tokens: scored tokens of their chosen answers.
+    """
+
+    pairs: int
+    chosen_tokens: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[PreferencePair]) -> StepTotals:
+        """Return the totals of a step of these pairs."""
+        return cls(len(pairs), sum(pair.chosen_tokens for pair in pairs))
+
+    @property
+    def arrays(self) -> StepArrays:
+        """Both as float32 [], for a compiled function to take."""
+        return mx.array(float(self.pairs)), mx.array(float(self.chosen_tokens))
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One iteration's share of an optimizer step.
 
     Attributes:
         indices: the pairs of this rank; empty where a tail has fewer pairs than there are ranks.
-        window_pairs: pairs of the whole optimizer step, over all its micro-batches and ranks.
+        window: the pairs of the whole optimizer step, over all its micro-batches and ranks.
         closes_window: whether the optimizer step follows.
         epoch: 0 for the first pass over the data.
     """
 
     indices: tuple[int, ...]
-    window_pairs: int
+    window: tuple[int, ...]
     closes_window: bool
     epoch: int
+
+    def totals(self, chosen_tokens: Sequence[int]) -> StepTotals:
+        """Return what the whole optimizer step holds, of all pairs' scored tokens of their chosen answers."""
+        return StepTotals(len(self.window), sum(chosen_tokens[index] for index in self.window))
 
 
 @dataclass(frozen=True)
@@ -156,11 +183,11 @@ def training_plan(
     for epoch in count():
         for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
             micro_batches = window[:remaining]
-            window_pairs = sum(map(len, micro_batches))
+            in_window = tuple(chain.from_iterable(micro_batches))
             for number, indices in enumerate(micro_batches, 1):
                 yield MicroBatch(
                     indices=tuple(indices[rank::world_size]),
-                    window_pairs=window_pairs,
+                    window=in_window,
                     closes_window=number == len(micro_batches),
                     epoch=epoch,
                 )

@@ -126,7 +126,9 @@ def _doctor(as_json: bool) -> int:
 
 
 def _losses(as_json: bool) -> int:
+    from mlx_cpo_plugin.cpo import CPO_ALPHA, LOSS_OPTION
     from mlx_cpo_plugin.plugins import loss_types
+    from mlx_cpo_plugin.presets import PRESETS
 
     rows = [
         {
@@ -139,6 +141,11 @@ def _losses(as_json: bool) -> int:
                 {"name": option.name, "default": option.default, "allowed": option.allowed(), "help": option.help}
                 for option in loss.options
             ],
+            "presets": [
+                {"name": preset.name, "title": preset.title, "source": preset.source, "values": dict(preset.values)}
+                for preset in PRESETS
+                if preset.values[LOSS_OPTION] == loss.name
+            ],
         }
         for loss in loss_types().values()
     ]
@@ -147,6 +154,9 @@ def _losses(as_json: bool) -> int:
     else:
         for row in rows:
             _print_loss(row)
+        print(f"With each of them: cpo_alpha, {CPO_ALPHA.allowed()}, default {CPO_ALPHA.default}")
+        print(f"{'':10} + cpo_alpha * negative log-likelihood of the chosen answers, averaged over all their tokens")
+        print(f"{'':10} Xu et al. 2024, arXiv 2401.08417, section 3")
     return 0
 
 
@@ -157,3 +167,6 @@ def _print_loss(row: dict[str, Any]) -> None:
         print(f"{'':10} {row['source']}")
     for option in row["options"]:
         print(f"{'':10} {option['name']}: {option['allowed']}, default {option['default']}")
+    for preset in row["presets"]:
+        values = ", ".join(f"{name} {value}" for name, value in preset["values"].items() if value != row["name"])
+        print(f"{'':10} preset: {preset['name']} sets {values}; {preset['source']}")

@@ -1,10 +1,10 @@
-"""The settings of a run: command line > YAML file > default, each one known and within its range."""
+"""The settings of a run: command line > YAML file > preset > default, each one known and within its range."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,8 @@ from mlx_cpo_plugin.command_line import (
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
 from mlx_cpo_plugin.plugins import loss_types, train_modes
-from mlx_cpo_plugin.types import LossType, Option, TrainMode
-from mlx_cpo_plugin.validation import check, unknown
+from mlx_cpo_plugin.types import LossType, Option, Preset, TrainMode
+from mlx_cpo_plugin.validation import check, not_read, unknown
 from mlx_cpo_plugin.wording import shown
 from mlx_cpo_plugin.yaml_settings import YamlSettings, read_yaml
 
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 LARGE_BETA = 0.1
+# What must not be set without an effect, since the rows would count for more than was meant.
+ONLY_WITH_READERS = "label_smoothing"
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,15 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the call and the YAML file give, and where each key stands."""
+    """What the call, the YAML file and a preset give, and where each key stands."""
 
     call: dict[str, Any]
     call_name: str
     yaml: YamlSettings | None
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
     def gives(self, key: str) -> bool:
-        """Whether a key is set; an empty value in the YAML file leaves it at its default."""
+        """Whether the user set a key; an empty value in the YAML file leaves it at its default."""
         return key in self.call or self._in_yaml(key) is not None
 
     def value(self, option: Option) -> Any:
@@ -75,7 +78,7 @@ class _Sources:
             return self.call[key]
         if self.gives(key) or (option.optional and self.yaml is not None and key in self.yaml.values):
             return self._in_yaml(key)
-        return option.default
+        return self.preset.get(key, option.default)
 
     def place(self, key: str) -> str:
         """Return where a key, or one inside it such as ``lora_parameters.rank``, was given, in words."""
@@ -114,11 +117,15 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | None = No
     defaults = host_defaults()
     _refuse_unknown(sources, {*options, *defaults, *UNCHECKED_KEYS})
 
+    preset = _preset(mode, options, sources)
+    if preset:
+        sources = replace(sources, preset=preset.values)
     loss = losses[_checked(options[mode.loss_option], sources)] if mode.loss_option else None
     options = _with_options_of(loss, options)
     values = _unchecked(sources, defaults)
     values |= {name: _checked(option, sources) for name, option in options.items()}
     _refuse_contradictions(values, sources)
+    _refuse_unread(loss, losses, values, sources)
     values |= {
         "train_mode": mode.name,
         "config": None,
@@ -126,7 +133,8 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | None = No
         "loss_options": {option.name: values[option.name] for option in loss.options} if loss else {},
         "plugin_resolved": True,
     }
-    return Resolved(SimpleNamespace(**values), tuple(_notes(mode, loss, losses, options, values, sources)))
+    notes = [*_preset_notes(preset, sources), *_notes(mode, loss, losses, options, values, sources)]
+    return Resolved(SimpleNamespace(**values), tuple(notes))
 
 
 def _mode(sources: _Sources) -> TrainMode:
@@ -138,6 +146,13 @@ def _mode(sources: _Sources) -> TrainMode:
             f"train_mode is {shown(name)} {sources.place('train_mode')}, but must be one of {', '.join(modes)}."
         )
     return modes[name]
+
+
+def _preset(mode: TrainMode, options: Mapping[str, Option], sources: _Sources) -> Preset | None:
+    if not mode.presets:
+        return None
+    name = _checked(options["preset"], sources)
+    return next((preset for preset in mode.presets if preset.name == name), None)
 
 
 def _refuse_unknown(sources: _Sources, known: set[str]) -> None:
@@ -181,6 +196,23 @@ def _refuse_contradictions(values: Mapping[str, Any], sources: _Sources) -> None
         raise ConfigError("Neither train nor test is true; set 'train: true' in the YAML file or give --train.")
 
 
+def _refuse_unread(
+    loss: LossType | None, losses: Mapping[str, LossType], values: Mapping[str, Any], sources: _Sources
+) -> None:
+    value = values.get(ONLY_WITH_READERS)
+    if loss and value and not loss.reads(ONLY_WITH_READERS):
+        raise not_read(ONLY_WITH_READERS, value, sources.place(ONLY_WITH_READERS), loss, losses.values())
+
+
+def _preset_notes(preset: Preset | None, sources: _Sources) -> list[str]:
+    if preset is None:
+        return []
+    filled = [f"{key}: {value}" for key, value in preset.values.items() if not sources.gives(key)]
+    if not filled:
+        return [f"preset {preset.name} has no effect: all that it sets is set besides."]
+    return [f"preset {preset.name} sets {', '.join(filled)}."]
+
+
 def _notes(
     mode: TrainMode,
     loss: LossType | None,
@@ -191,8 +223,11 @@ def _notes(
 ) -> list[str]:
     notes = []
     read_by_loss = {option.name for option in loss.options} if loss else set()
-    changed = {name for name, option in options.items() if sources.gives(name) and values[name] != option.default}
-    if "beta" in changed & read_by_loss and values["beta"] > LARGE_BETA and not mode.needs_reference:
+    given = {name for name in options if sources.gives(name) or name in sources.preset}
+    changed = {name for name in given if values[name] != options[name].default}
+    # Means of log-probs are as much smaller than their sums as answers have tokens.
+    takes_sums = loss is not None and not loss.length_normalised
+    if takes_sums and "beta" in changed & read_by_loss and values["beta"] > LARGE_BETA and not mode.needs_reference:
         notes.append(f"beta is {values['beta']:g}: without a reference model a large beta overshoots; start with 0.05.")
     readers = {option.name for other in losses.values() for option in other.options} if loss else set()
     for name in sorted(changed & (readers - read_by_loss)):

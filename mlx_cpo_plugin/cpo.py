@@ -1,4 +1,4 @@
-"""The built-in plugin: the ``cpo`` train mode, its options and its four losses, through the public hooks."""
+"""The built-in plugin: the ``cpo`` train mode, its options and its losses, through the public hooks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_cpo_plugin.best import MEASURES
 from mlx_cpo_plugin.hookspecs import hookimpl
+from mlx_cpo_plugin.presets import PRESETS
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 if TYPE_CHECKING:
@@ -26,6 +27,50 @@ DELTA = Option(
     title="Delta",
     minimum=0,
     shown_when={LOSS_OPTION: ("dpop",)},
+)
+LABEL_SMOOTHING = Option(
+    "label_smoothing",
+    float,
+    0.0,
+    "Probability with which chosen and rejected are taken to be the wrong way round.",
+    title="Label smoothing",
+    minimum=0,
+    below=0.5,
+    shown_when={LOSS_OPTION: ("sigmoid", "simpo", "alphapo")},
+)
+SIMPO_GAMMA = Option(
+    "simpo_gamma",
+    float,
+    0.5,
+    "Margin that SimPO and AlphaPO want between the rewards of the two answers.",
+    title="SimPO gamma",
+    minimum=0,
+    shown_when={LOSS_OPTION: ("simpo", "alphapo")},
+)
+ALPHAPO_ALPHA = Option(
+    "alphapo_alpha",
+    float,
+    0.25,
+    "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO.",
+    title="AlphaPO alpha",
+    shown_when={LOSS_OPTION: ("alphapo",)},
+)
+CPO_ALPHA = Option(
+    "cpo_alpha",
+    float,
+    0.0,
+    "Weight of the negative log-likelihood of the chosen answers, added to any loss; the CPO paper's is 1.",
+    title="CPO alpha",
+    minimum=0,
+)
+PRESET = Option(
+    "preset",
+    str,
+    None,
+    "Fill the loss and its options with published values; what is set besides wins.",
+    title="Preset",
+    choices=tuple(preset.name for preset in PRESETS),
+    optional=True,
 )
 LOSS = Option(LOSS_OPTION, str, "sigmoid", "Preference loss.", title="Loss")
 REFERENCE = Option(
@@ -107,6 +152,11 @@ def register_train_modes() -> list[TrainMode]:
                 BETA,
                 DELTA,
                 LOSS,
+                CPO_ALPHA,
+                LABEL_SMOOTHING,
+                SIMPO_GAMMA,
+                ALPHAPO_ALPHA,
+                PRESET,
                 REFERENCE,
                 SCORING,
                 BATCH_TOKENS,
@@ -118,6 +168,7 @@ def register_train_modes() -> list[TrainMode]:
             ),
             loss_option=LOSS_OPTION,
             supports_qat=True,
+            presets=PRESETS,
         )
     ]
 
@@ -133,7 +184,7 @@ def register_loss_types() -> list[LossType]:
             fn=losses.sigmoid_loss,
             formula="-log sigmoid(beta * logits)",
             source="Xu et al. 2024, arXiv 2401.08417",
-            options=(BETA,),
+            options=(BETA, LABEL_SMOOTHING),
         ),
         LossType(
             name="hinge",
@@ -159,6 +210,26 @@ def register_loss_types() -> list[LossType]:
             formula="-log sigmoid(beta * logits) + delta * max(0, rejected_logps - chosen_logps)",
             source="Pal et al. 2024, arXiv 2402.13228, without the reference",
             options=(BETA, DELTA),
+        ),
+        LossType(
+            name="simpo",
+            title="SimPO",
+            fn=losses.simpo_loss,
+            formula="-log sigmoid(beta * logits - simpo_gamma), log-probs averaged over tokens",
+            source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
+            options=(BETA, SIMPO_GAMMA, LABEL_SMOOTHING),
+            length_normalised=True,
+        ),
+        LossType(
+            name="alphapo",
+            title="AlphaPO",
+            fn=losses.alphapo_loss,
+            formula="-log sigmoid(beta * (r(chosen_logps) - r(rejected_logps)) - simpo_gamma) with "
+            "r(x) = (1 - exp(-alphapo_alpha * x)) / alphapo_alpha, log-probs averaged over tokens",
+            source="Gupta et al. 2025, arXiv 2501.03884",
+            options=(BETA, SIMPO_GAMMA, ALPHAPO_ALPHA, LABEL_SMOOTHING),
+            length_normalised=True,
+            rewards=losses.alphapo_rewards,
         ),
     ]
 
@@ -206,6 +277,7 @@ def evaluate(model: Any, dataset: Sequence[Any], args: Any) -> Mapping[str, floa
         max_seq_length=args.max_seq_length,
         loss_type=args.dpo_cpo_loss_type,
         loss_options=args.loss_options,
+        cpo_alpha=args.cpo_alpha,
         scoring=args.scoring,
     )
     return {"loss": loss, "chosen_reward": rewards[0], "rejected_reward": rewards[1], **means}

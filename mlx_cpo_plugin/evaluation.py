@@ -36,7 +36,7 @@ def evaluate_pairs(
         scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
     """
     world = mx.distributed.init()
-    means = PairMeans(objective.beta)
+    means = PairMeans(objective)
     was_training = model.training
     model.eval()
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.batches import Arrays, Batch, collate, collate_answers
+from mlx_cpo_plugin.batches import Arrays, Batch, StepArrays, StepTotals, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.grouping import Grouping, PairSize
 from mlx_cpo_plugin.objective import Objective
@@ -22,7 +22,10 @@ Gradient = dict[str, mx.array]
 
 
 class PairGradients(NamedTuple):
-    """Losses float32 [B] and scores of B pairs, and the gradient of ``sum(losses) / step_pairs`` by parameter name."""
+    """Preference losses float32 [B] and scores of B pairs, and the gradient of their part in the step's loss by name.
+
+    For the step's loss see :meth:`mlx_cpo_plugin.objective.Objective.part_of_step`.
+    """
 
     losses: mx.array
     scores: AnswerScores
@@ -32,32 +35,35 @@ class PairGradients(NamedTuple):
 class GradientMethod(Protocol):
     """A way to compute gradients.
 
-    ``quantised`` says whether fake quantisation is active: a compiled model has to be traced anew for each.
+    ``step`` says what the whole optimizer step holds, and ``quantised`` whether fake quantisation is active: a compiled
+    model has to be traced anew for each.
     """
 
-    def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients: ...
+    def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients: ...
 
 
 class BatchGradients:
     """All answers of the pairs in one padded, compiled forward pass."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
-        def loss(model: nn.Module, arrays: Arrays, pairs: mx.array) -> tuple[mx.array, mx.array, AnswerScores]:
+        def loss(model: nn.Module, arrays: Arrays, step: StepArrays) -> tuple[mx.array, mx.array, AnswerScores]:
             scores = score_answers(model, Batch(*arrays), objective.length_normalised)
-            losses = objective.losses(scores)
-            return losses.sum() / pairs, losses, scores
+            return *objective.part_of_step(scores, *step), scores
 
         # ``quantised`` is read by no one here: it makes the two ways to trace the model two entries of the cache.
         @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
-        def compute(arrays: Arrays, pairs: mx.array, quantised: bool) -> Any:
-            (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, arrays, pairs)
-            return losses, scores, gradient
+        def compute(arrays: Arrays, step: StepArrays, quantised: bool) -> Any:
+            (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, arrays, step)
+            # On a CPU MLX may fail to compile a function that also returns a part of what it is given.
+            return losses, scores[:-1], gradient
 
         self._compute = compute
 
-    def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
-        losses, scores, gradient = self._compute(collate(pairs).arrays, mx.array(float(step_pairs)), quantised)
-        return PairGradients(losses, AnswerScores(*scores), by_name(gradient))
+    def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
+        batch = collate(pairs)
+        losses, scores, gradient = self._compute(batch.arrays, step.arrays, quantised)
+        columns = (*scores, batch.token_counts[: len(pairs)])
+        return PairGradients(losses, AnswerScores(*columns), by_name(gradient))
 
 
 class AnswerGradients:
@@ -81,18 +87,18 @@ class AnswerGradients:
 
         self._compute = compute
 
-    def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
-        return one_by_one(pairs, lambda pair: self._pair(pair, step_pairs, quantised))
+    def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
+        return one_by_one(pairs, lambda pair: self._pair(pair, step, quantised))
 
-    def _pair(self, pair: PreferencePair, step_pairs: int, quantised: bool) -> PairGradients:
+    def _pair(self, pair: PreferencePair, step: StepTotals, quantised: bool) -> PairGradients:
         sides = []
         for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
             side = self._compute(collate_answers([(pair.prompt, answer, scored)]).arrays, quantised)
             mx.eval(side)
             sides.append(side)
         (chosen_logps, chosen_logits, by_chosen), (rejected_logps, rejected_logits, by_rejected) = sides
-        sums = AnswerScores(*(x.reshape(1) for x in (chosen_logps, rejected_logps, chosen_logits, rejected_logits)))
-        losses, scores, (chosen_slope, rejected_slope) = loss_slopes(self.objective, pair, sums, step_pairs)
+        sums = [x.reshape(1) for x in (chosen_logps, rejected_logps, chosen_logits, rejected_logits)]
+        losses, scores, (chosen_slope, rejected_slope) = loss_slopes(self.objective, pair, sums, step)
         gradient = weighted_sum(chosen_slope, by_name(by_chosen), rejected_slope, by_name(by_rejected))
         return PairGradients(losses, scores, gradient)
 
@@ -113,16 +119,15 @@ class SharedPromptGradients:
         model: nn.Module,
         objective: Objective,
         scorer: SharedPromptScorer,
-        one_after_the_other: Callable[[PreferencePair, SharedPair, int], PairGradients],
+        one_after_the_other: Callable[[PreferencePair, SharedPair, StepTotals], PairGradients],
         grouping: Grouping,
         compiled: bool = False,
     ) -> None:
         def loss(
-            model: nn.Module, pair: PreferencePair, cut: SharedPair, step_pairs: int
+            model: nn.Module, pair: PreferencePair, cut: SharedPair, step: StepTotals
         ) -> tuple[mx.array, mx.array, AnswerScores]:
             scores = normalised_pair(scorer.score(cut, differentiate=True), pair, objective.length_normalised)
-            losses = objective.losses(scores)
-            return losses.sum() / step_pairs, losses, scores
+            return *objective.part_of_step(scores, *step), scores
 
         self._model = model
         self._value_and_gradient = nn.value_and_grad(model, loss)
@@ -131,22 +136,22 @@ class SharedPromptGradients:
         self._compiled = compiled
         self._together = PaddedGradients(model, objective, scorer)
 
-    def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
+    def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
         cuts = [share(pair) for pair in pairs]
         sizes = [PairSize.of(cut) for cut in cuts]
 
         def compute(group: Sequence[int]) -> PairGradients:
             room = self._grouping.room([sizes[number] for number in group])
             if len(group) > 1 or (self._compiled and room.tokens <= self._grouping.budget):
-                return self._together([cuts[number] for number in group], room, step_pairs, quantised)
-            return self._alone(pairs[group[0]], cuts[group[0]], step_pairs)
+                return self._together([cuts[number] for number in group], room, step, quantised)
+            return self._alone(pairs[group[0]], cuts[group[0]], step)
 
         return group_by_group(self._grouping.groups(sizes), compute)
 
-    def _alone(self, pair: PreferencePair, cut: SharedPair, step_pairs: int) -> PairGradients:
+    def _alone(self, pair: PreferencePair, cut: SharedPair, step: StepTotals) -> PairGradients:
         if not fit_together(cut.chosen, cut.rejected):
-            return self._one_after_the_other(pair, cut, step_pairs)
-        (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step_pairs)
+            return self._one_after_the_other(pair, cut, step)
+        (_, losses, scores), gradient = self._value_and_gradient(self._model, pair, cut, step)
         return PairGradients(losses, scores, by_name(gradient))
 
 
@@ -155,7 +160,7 @@ class PaddedGradients:
 
     def __init__(self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> None:
         def loss(
-            model: nn.Module, batch: SharedBatch, scores_shared: bool, step_pairs: mx.array
+            model: nn.Module, batch: SharedBatch, scores_shared: bool, step: StepArrays
         ) -> tuple[mx.array, mx.array, AnswerScores]:
             scores = score_batch(
                 scorer,
@@ -164,23 +169,23 @@ class PaddedGradients:
                 length_normalised=objective.length_normalised,
                 differentiate=True,
             )
-            losses = objective.losses(scores)
-            return losses.sum() / step_pairs, losses, scores
+            return *objective.part_of_step(scores, *step), scores
 
         @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
-        def compute(arrays: tuple[mx.array, ...], scores_shared: bool, step_pairs: mx.array, quantised: bool) -> Any:
+        def compute(arrays: tuple[mx.array, ...], scores_shared: bool, step: StepArrays, quantised: bool) -> Any:
             batch = SharedBatch(*arrays)
-            (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, batch, scores_shared, step_pairs)
-            return losses, scores, gradient
+            (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, batch, scores_shared, step)
+            return losses, scores[:-1], gradient
 
         self._compute = compute
 
     def __call__(
-        self, cuts: Sequence[SharedPair], room: PairSize, step_pairs: int, quantised: bool = False
+        self, cuts: Sequence[SharedPair], room: PairSize, step: StepTotals, quantised: bool = False
     ) -> PairGradients:
-        arrays = tuple(collate_shared(cuts, room))
-        losses, scores, gradient = self._compute(arrays, room.scores_shared, mx.array(float(step_pairs)), quantised)
-        return PairGradients(losses, AnswerScores(*scores), by_name(gradient))
+        batch = collate_shared(cuts, room)
+        losses, scores, gradient = self._compute(tuple(batch), room.scores_shared, step.arrays, quantised)
+        columns = (*scores, batch.token_counts[: len(cuts)])
+        return PairGradients(losses, AnswerScores(*columns), by_name(gradient))
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:
@@ -221,15 +226,20 @@ def group_by_group(groups: Sequence[Sequence[int]], compute: Callable[[Sequence[
 
 
 def loss_slopes(
-    objective: Objective, pair: PreferencePair, sums: AnswerScores, step_pairs: int
+    objective: Objective, pair: PreferencePair, sums: Sequence[mx.array], step: StepTotals
 ) -> tuple[mx.array, AnswerScores, tuple[mx.array, mx.array]]:
-    """Return loss [1] and scores of a pair, and the slopes of ``loss / step_pairs`` by its two summed log-probs."""
+    """Return loss [1] and scores of a pair, and the slopes of its part in the step's loss by its two summed log-probs.
+
+    Args:
+        sums: chosen and rejected log-prob, chosen and rejected raw logits, each float32 [1], summed over scored tokens.
+    """
+    chosen_logps, rejected_logps, *logits = sums
+    rest = (*logits, mx.array([float(pair.chosen_tokens)]))
 
     def loss(chosen_logps: mx.array, rejected_logps: mx.array) -> tuple[mx.array, mx.array, AnswerScores]:
-        moved = sums._replace(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+        moved = AnswerScores(chosen_logps, rejected_logps, *rest)
         scores = normalised_pair(moved, pair, objective.length_normalised)
-        losses = objective.losses(scores)
-        return losses.sum() / step_pairs, losses, scores
+        return *objective.part_of_step(scores, *step), scores
 
-    (_, losses, scores), slopes = mx.value_and_grad(loss, argnums=(0, 1))(sums.chosen_logps, sums.rejected_logps)
+    (_, losses, scores), slopes = mx.value_and_grad(loss, argnums=(0, 1))(chosen_logps, rejected_logps)
     return losses, AnswerScores(*scores), slopes

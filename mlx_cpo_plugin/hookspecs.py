@@ -61,23 +61,23 @@ def register_loss_types() -> Iterable[LossType]:  # type: ignore[empty-body]
 
     Example::
 
-        import mlx.nn as nn
+        import mlx.core as mx
         from mlx_cpo_plugin import LossType, Option, hookimpl
 
-        def simpo(chosen_logps, rejected_logps, beta, simpo_gamma):
-            return -nn.log_sigmoid(beta * (chosen_logps - rejected_logps) - simpo_gamma)
+        def rank(chosen_logps, rejected_logps, rank_margin):
+            return mx.maximum(rank_margin - (chosen_logps - rejected_logps), 0)
 
         @hookimpl
         def register_loss_types():
-            gamma = Option("simpo_gamma", float, 0.5, "Target margin of SimPO.", minimum=0)
+            margin = Option("rank_margin", float, 0.0, "Margin between the answers' log-probs.", minimum=0)
             return [
                 LossType(
-                    name="simpo",
-                    title="SimPO",
-                    fn=simpo,
-                    formula="-log sigmoid(beta * logits - gamma)",
-                    source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
-                    options=(gamma,),
+                    name="rank",
+                    title="RRHF ranking",
+                    fn=rank,
+                    formula="max(0, rank_margin - logits)",
+                    source="Yuan et al. 2023, arXiv 2304.05302, eq. 2",
+                    options=(margin,),
                     length_normalised=True,
                 )
             ]

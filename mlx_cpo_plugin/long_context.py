@@ -16,12 +16,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_cpo_plugin.batches import StepTotals
 from mlx_cpo_plugin.caches import beginning, cache_arrays, forked, fresh_caches
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.gradients import Gradient, PairGradients, added, loss_slopes, one_by_one, weighted_sum
 from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring import AnswerScores
 from mlx_cpo_plugin.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
 
 
@@ -68,10 +68,10 @@ class SegmentGradients:
         self.scorer = scorer
         self.step_size = step_size
 
-    def __call__(self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False) -> PairGradients:
-        return one_by_one(pairs, lambda pair: self.pair_gradients(pair, share(pair), step_pairs))
+    def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
+        return one_by_one(pairs, lambda pair: self.pair_gradients(pair, share(pair), step))
 
-    def pair_gradients(self, pair: PreferencePair, cut: SharedPair, step_pairs: int) -> PairGradients:
+    def pair_gradients(self, pair: PreferencePair, cut: SharedPair, step: StepTotals) -> PairGradients:
         """Return loss, scores and gradient of one pair."""
         caches = fresh_caches(self.model)
         shared, shared_logps, shared_logits = self._remember_shared(cut.shared, caches)
@@ -81,7 +81,7 @@ class SegmentGradients:
         )
         logps = [(shared_logps + side.logps).reshape(1) for side in (chosen, rejected)]
         logits = [(shared_logits + side.logits).reshape(1) for side in (chosen, rejected)]
-        losses, scores, slopes = loss_slopes(self.objective, pair, AnswerScores(*logps, *logits), step_pairs)
+        losses, scores, slopes = loss_slopes(self.objective, pair, [*logps, *logits], step)
 
         by_shared = [
             (slopes[0] * x + slopes[1] * y).astype(x.dtype)

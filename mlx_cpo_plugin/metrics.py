@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
 
 PAIR_METRICS = (
@@ -32,12 +33,17 @@ PAIR_METRICS = (
 class PairMeans:
     """Running means over preference pairs, each pair weighing the same.
 
+    ``nll_loss`` is the mean over the scored tokens of their chosen answers, each token weighing the same. ``loss`` is
+    the mean of the preference losses plus ``cpo_alpha`` times ``nll_loss``.
+
     Sums are kept in float64 on the host, so neither batch size nor order changes a mean beyond rounding.
     """
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.sums = np.zeros(len(PAIR_METRICS))
+        self.chosen_nll = 0.0
+        self.chosen_tokens = 0
         self.pairs = 0
         self.tokens = 0
 
@@ -45,45 +51,60 @@ class PairMeans:
         """Add a batch of B pairs.
 
         Args:
-            losses: float32 [B].
+            losses: preference losses, float32 [B].
             scores: the scores of the same pairs.
             tokens: scored tokens of both sides.
         """
         chosen, rejected = np.array(scores.chosen_logps, np.float64), np.array(scores.rejected_logps, np.float64)
+        rewards = [self.objective.rewards(logps) for logps in (scores.chosen_logps, scores.rejected_logps)]
         columns = (
             np.array(losses, np.float64),
-            self.beta * chosen,
-            self.beta * rejected,
+            rewards[0],
+            rewards[1],
             (chosen > rejected).astype(np.float64),
-            self.beta * (chosen - rejected),
+            rewards[0] - rewards[1],
             chosen,
             rejected,
             np.array(scores.chosen_logits, np.float64),
             np.array(scores.rejected_logits, np.float64),
         )
         self.sums += np.array([column.sum() for column in columns])
+        self.chosen_nll += float(np.array(self.objective.chosen_nll(scores), np.float64).sum())
+        self.chosen_tokens += int(np.array(scores.chosen_tokens).sum())
         self.pairs += len(chosen)
         self.tokens += tokens
 
     def state(self) -> dict[str, Any]:
         """Return the sums so far."""
-        return {"sums": self.sums.tolist(), "pairs": self.pairs, "tokens": self.tokens}
+        return {
+            "sums": self.sums.tolist(),
+            "chosen_nll": self.chosen_nll,
+            "chosen_tokens": self.chosen_tokens,
+            "pairs": self.pairs,
+            "tokens": self.tokens,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
         self.sums, self.pairs, self.tokens = np.array(state["sums"]), state["pairs"], state["tokens"]
+        self.chosen_nll, self.chosen_tokens = state["chosen_nll"], state["chosen_tokens"]
 
     def over_ranks(self) -> tuple[dict[str, float], int]:
         """Return the means over the pairs of all ranks, by name, and the scored tokens of all ranks.
 
         The means of no pairs at all are NaN.
         """
-        totals = np.concatenate([self.sums, [self.pairs, self.tokens]])
+        totals = np.concatenate([self.sums, [self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]])
         if mx.distributed.init().size() > 1:
             totals = np.array(mx.distributed.all_sum(mx.array(totals, mx.float32), stream=mx.cpu), np.float64)
-        pairs, tokens = totals[-2], int(totals[-1])
-        means = totals[:-2] / pairs if pairs else np.full(len(PAIR_METRICS), np.nan)
-        return dict(zip(PAIR_METRICS, means.tolist(), strict=True)), tokens
+        chosen_nll, chosen_tokens, pairs, tokens = totals[-4:].tolist()
+        if not pairs:
+            return dict.fromkeys((*PAIR_METRICS, "nll_loss"), np.nan), 0
+        means = dict(zip(PAIR_METRICS, (totals[:-4] / pairs).tolist(), strict=True))
+        means["nll_loss"] = chosen_nll / chosen_tokens
+        if self.objective.cpo_alpha:
+            means["loss"] += self.objective.cpo_alpha * means["nll_loss"]
+        return means, int(tokens)
 
 
 def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.alarms import check_first_update, check_gradient, check_losses
+from mlx_cpo_plugin.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.gradients import Gradient, GradientMethod, added
 from mlx_cpo_plugin.parameters import by_name
@@ -23,8 +24,8 @@ from mlx_cpo_plugin.scoring import AnswerScores
 class OptimizerStep:
     """Adds up the gradient of a step micro-batch by micro-batch, then applies it.
 
-    The loss of a step is the mean over all its pairs, so each micro-batch weighs by the pairs it holds, and nothing has
-    to be rescaled at the end.
+    The loss of a step is a mean over all its pairs, and with ``cpo_alpha`` one over the tokens of all their chosen
+    answers, so each micro-batch weighs by what it holds of them, and nothing has to be rescaled at the end.
 
     Args:
         gradients: computes gradients.
@@ -66,11 +67,15 @@ class OptimizerStep:
         self._update = update
 
     def add(
-        self, pairs: Sequence[PreferencePair], step_pairs: int, quantised: bool = False
+        self, pairs: Sequence[PreferencePair], totals: StepTotals, quantised: bool = False
     ) -> tuple[mx.array, AnswerScores]:
-        """Add the gradient of ``sum(losses) / step_pairs`` over ``pairs``; return losses [B] and scores."""
+        """Add the gradient of what ``pairs`` add to the loss of the step; return preference losses [B] and scores.
+
+        Args:
+            totals: of the whole step.
+        """
         long = max(pair.length for pair in pairs) > self.long_above
-        result = (self.long_gradients if long else self.gradients)(pairs, step_pairs, quantised)
+        result = (self.long_gradients if long else self.gradients)(pairs, totals, quantised)
         self.total = added(self.total, result.gradient)
         mx.eval(result.losses, result.scores, self.total)
         check_losses(result.losses, pairs, self.number)

@@ -79,7 +79,7 @@ def _warn_skipped(plugin: str, distribution: str, error: BaseException) -> None:
 
 
 def _distribution_of(plugin_name: str) -> str:
-    """Return the distribution that a plugin came from, with its version, e.g. ``simpo-loss 1.0``."""
+    """Return the distribution that a plugin came from, with its version, e.g. ``rank-loss 1.0``."""
     if plugin_name == BUILT_IN:
         from mlx_cpo_plugin._version import __version__
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.metrics import MetricsFile, PairMeans, host_report
+from mlx_cpo_plugin.objective import Objective
 from mlx_cpo_plugin.scoring import AnswerScores
 from mlx_cpo_plugin.trackers import TrackerCallback
 
@@ -25,8 +26,8 @@ class ProgressReporter:
     Lines and callback keys have the names and shapes that the host gives them, since tools read them.
     """
 
-    def __init__(self, beta: float, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
-        self.beta = beta
+    def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
+        self.objective = objective
         self.callback = callback
         self.metrics_file = metrics_file
         self.speaks = mx.distributed.init().rank() == 0
@@ -35,7 +36,7 @@ class ProgressReporter:
         self._begin()
 
     def _begin(self) -> None:
-        self.means = PairMeans(self.beta)
+        self.means = PairMeans(self.objective)
         self.gradient_norms: list[float] = []
         self.iterations = 0
         self.started = time.perf_counter()
@@ -54,7 +55,7 @@ class ProgressReporter:
         self.started += time.perf_counter() - paused
 
     def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
-        """Take note of a micro-batch: losses and scores of its B pairs, and its scored tokens."""
+        """Take note of a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
         self.means.add(losses, scores, tokens)
 
     def add_step(self, gradient_norm: float) -> None:

@@ -21,12 +21,14 @@ class AnswerScores(NamedTuple):
     Attributes:
         chosen_logps, rejected_logps: summed log-probs of the scored tokens, or their means if length-normalised.
         chosen_logits, rejected_logits: mean raw logit of the scored tokens.
+        chosen_tokens: how many tokens of the chosen answer are scored.
     """
 
     chosen_logps: mx.array
     rejected_logps: mx.array
     chosen_logits: mx.array
     rejected_logits: mx.array
+    chosen_tokens: mx.array
 
 
 def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = False) -> AnswerScores:
@@ -39,7 +41,7 @@ def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = Fals
         logps = logps / batch.token_counts
     logits = logits / batch.token_counts
     pairs = len(batch.token_counts) // 2
-    return AnswerScores(logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:])
+    return AnswerScores(logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:], batch.token_counts[:pairs])
 
 
 def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -98,10 +98,11 @@ def score_batch(
     sums = [sums_of_rows(values, batch.rows, 3 * pairs) for values in (logps, logits)]
     chosen, rejected = slice(0, pairs), slice(pairs, 2 * pairs)
     in_both = [values[2 * pairs :] for values in sums]
-    totals = AnswerScores(
-        *(values[side] + both for values, both in zip(sums, in_both, strict=True) for side in (chosen, rejected))
+    totals = [values[side] + both for values, both in zip(sums, in_both, strict=True) for side in (chosen, rejected)]
+    columns = (*totals, batch.token_counts[chosen])
+    return normalised(
+        AnswerScores(*columns), batch.token_counts[chosen], batch.token_counts[rejected], length_normalised
     )
-    return normalised(totals, batch.token_counts[chosen], batch.token_counts[rejected], length_normalised)
 
 
 def score_together(

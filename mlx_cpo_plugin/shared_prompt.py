@@ -52,6 +52,11 @@ class SharedPair:
     chosen: Segment
     rejected: Segment
 
+    @property
+    def chosen_tokens(self) -> int:
+        """Scored tokens of the chosen answer, the shared ones included."""
+        return len(self.chosen.targets) + (0 if self.shared is None else len(self.shared.targets))
+
 
 def share(pair: PreferencePair) -> SharedPair:
     """Cut a pair after its prompt and whatever its answers have in common, down to their last token each."""
@@ -96,7 +101,7 @@ def fit_together(chosen: Segment, rejected: Segment) -> bool:
 
 def normalised_pair(sums: AnswerScores, pair: PreferencePair, length_normalised: bool) -> AnswerScores:
     """Divide the sums of one pair by its scored tokens; see :func:`normalised`."""
-    return normalised(sums, int(pair.chosen_scored.sum()), int(pair.rejected_scored.sum()), length_normalised)
+    return normalised(sums, pair.chosen_tokens, int(pair.rejected_scored.sum()), length_normalised)
 
 
 def normalised(
@@ -111,6 +116,7 @@ def normalised(
         sums.rejected_logps / by_rejected,
         sums.chosen_logits / chosen,
         sums.rejected_logits / rejected,
+        sums.chosen_tokens,
     )
 
 
@@ -141,7 +147,8 @@ class SharedPromptScorer:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
         (chosen_logps, chosen_logits), (rejected_logps, rejected_logits) = sums
         totals = (logps + chosen_logps, logps + rejected_logps, logits + chosen_logits, logits + rejected_logits)
-        return AnswerScores(*(total.reshape(1) for total in totals))
+        columns = (*totals, mx.array(float(pair.chosen_tokens)))
+        return AnswerScores(*(column.reshape(1) for column in columns))
 
     def _sums_together(
         self, sides: Sequence[Segment], caches: list[Any], differentiate: bool

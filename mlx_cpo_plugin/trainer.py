@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin.activations import lean_activations
 from mlx_cpo_plugin.alarms import DisplacementAlarm, last_good_weights_kept
-from mlx_cpo_plugin.batches import BatchSize, collate, scored_tokens, training_plan
+from mlx_cpo_plugin.batches import BatchSize, MicroBatch, collate, scored_tokens, training_plan
 from mlx_cpo_plugin.best import BEST_ADAPTER_NAME, BestSoFar, PlateauAdvice
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.checkpoints import save_adapter, save_adapter_config, save_checkpoint, verify_adapter
@@ -38,9 +39,9 @@ from mlx_cpo_plugin.quantised_layers import unpacked_products
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
-from mlx_cpo_plugin.stopping import StoppedError, only_run_in, stop_requests
+from mlx_cpo_plugin.stopping import StoppedError, StopRequest, only_run_in, stop_requests
 from mlx_cpo_plugin.training_args import CPOTrainingArgs, check_training_args
-from mlx_cpo_plugin.training_state import RunCheckpoints, TrainingState, identity
+from mlx_cpo_plugin.training_state import RunCheckpoints, Stateful, TrainingState, identity
 
 
 def train_cpo(
@@ -57,7 +58,8 @@ def train_cpo(
     Args:
         model: an mlx_lm model whose trainable parameters are the adapter (or everything).
         train_dataset, val_dataset: pairs, or the host's tokenised preference rows.
-        loss_fn: replaces the loss that ``args.loss_type`` names; same signature as a registered loss.
+        loss_fn: replaces the loss that ``args.loss_type`` names; it is called like this loss, with those of its options
+            that it takes.
         training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``.
 
     Raises:
@@ -69,107 +71,154 @@ def train_cpo(
     """
     args = args or CPOTrainingArgs()
     check_training_args(args)
-    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn)
+    objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
     pairs = as_pairs(train_dataset, args.max_seq_length)
     val_pairs = as_pairs(val_dataset or [], args.max_seq_length)
     if not pairs:
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
 
-    world = mx.distributed.init()
-    adapter_file = Path(args.adapter_file)
-    metrics_file = MetricsFile(adapter_file.parent / "metrics.jsonl" if world.rank() == 0 else None)
-    reporter = ProgressReporter(objective.beta, training_callback, metrics_file)
-    best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
-    plateau, displacement = PlateauAdvice(args.loss_type, args.iters), DisplacementAlarm(args.loss_type)
-    plan = training_plan(
-        [pair.tokens for pair in pairs],
-        BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
-        iters=args.iters,
-        seed=args.seed,
-        rank=world.rank(),
-        world_size=world.size(),
-    )
-
-    def validate(iteration: int) -> dict[str, float]:
-        started = time.perf_counter()
-        quantisation.active = False  # whatever step it follows: validations are comparable, and with the final test
-        means, _ = evaluate_pairs(
-            model, val_pairs, objective, batch_size=args.batch_size, num_batches=args.val_batches, scorer=scorer
-        )
-        reporter.report_validation(iteration, means, time.perf_counter() - started)
-        return means
-
-    def save_weights() -> None:
-        if world.rank() == 0:
-            save_adapter(model, adapter_file)
-
     with (
-        only_run_in(adapter_file.parent),
+        only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
         training_environment(model, args) as quantisation,
-        last_good_weights_kept(save_weights),
+        last_good_weights_kept(partial(save_weights, model, Path(args.adapter_file))),
     ):
-        scorer = choose_scorer(model, pairs, args.scoring, reporter.say)
-        step = OptimizerStep(
-            model, optimizer, *gradient_methods(model, objective, scorer, pairs, args), args.max_grad_norm
-        )
-        state = TrainingState(
-            model, step, {"reporter": reporter, "best": best, "plateau": plateau, "displacement": displacement}
-        )
-        checkpoints = RunCheckpoints(
-            adapter_file.parent, args.keep_checkpoints, identity(args, model, optimizer, pairs)
-        )
-        for line in memory_report(model, optimizer, pairs, scorer, args):
-            reporter.say(line)
-        if args.resume is not None:
-            checkpoints.resume(args.resume, state, reporter.say)
-        reporter.start_trackers()
-        if state.iteration == 0:
-            checkpoints.begin(state)
-        if world.rank() == 0:
-            save_adapter_config(model, adapter_file)
-        if val_pairs and state.iteration == 0:
-            with reporter.pause():
-                validate(iteration=1)
+        run = _Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
+        run.begin()
+        run.train(stop)
+        run.finish()
 
-        for iteration, micro_batch in reporter.iterations_of(plan, args.iters, done=state.iteration):
-            quantisation.active = args.qat_enable and quantisation.applies_to(step.number)
-            batch_pairs = [pairs[index] for index in micro_batch.indices]
-            if batch_pairs:
-                losses, scores = step.add(batch_pairs, micro_batch.window_pairs, quantisation.active)
-                reporter.add(losses, scores, scored_tokens(batch_pairs))
-                reporter.warn(displacement.warning(iteration, scores))
+
+class _Run:
+    """A training run inside its environment: its parts, and what is done with them before, during and after."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optimizers.Optimizer,
+        objective: Objective,
+        pairs: Sequence[PreferencePair],
+        val_pairs: Sequence[PreferencePair],
+        args: CPOTrainingArgs,
+        quantisation: FakeQuantisation,
+        training_callback: TrainingCallback | None,
+    ) -> None:
+        self.model, self.objective, self.args, self.quantisation = model, objective, args, quantisation
+        self.pairs, self.val_pairs = pairs, val_pairs
+        self.adapter_file = Path(args.adapter_file)
+        self.is_first_rank = mx.distributed.init().rank() == 0
+        metrics_file = MetricsFile(self.adapter_file.parent / "metrics.jsonl" if self.is_first_rank else None)
+        self.reporter = ProgressReporter(objective, training_callback, metrics_file)
+        self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
+        self.plateau = PlateauAdvice(args.loss_type, args.iters)
+        self.displacement = DisplacementAlarm(args.loss_type)
+        self.scorer = choose_scorer(model, pairs, args.scoring, self.reporter.say)
+        self.step = OptimizerStep(
+            model, optimizer, *gradient_methods(model, objective, self.scorer, pairs, args), args.max_grad_norm
+        )
+        remembering: dict[str, Stateful] = {"reporter": self.reporter, "best": self.best}
+        remembering |= {"plateau": self.plateau, "displacement": self.displacement}
+        self.state = TrainingState(model, self.step, remembering)
+        self.checkpoints = RunCheckpoints(
+            self.adapter_file.parent, args.keep_checkpoints, identity(args, model, optimizer, pairs)
+        )
+
+    def begin(self) -> None:
+        """Go on from a checkpoint if that is wanted; otherwise validate what there is before training."""
+        for line in memory_report(self.model, self.step.optimizer, self.pairs, self.scorer, self.args):
+            self.reporter.say(line)
+        if self.args.resume is not None:
+            self.checkpoints.resume(self.args.resume, self.state, self.reporter.say)
+        self.reporter.start_trackers()
+        if self.is_first_rank:
+            save_adapter_config(self.model, self.adapter_file)
+        if self.state.iteration == 0:
+            self.checkpoints.begin(self.state)
+            if self.val_pairs:
+                self.validate(iteration=1)
+
+    def train(self, stop: StopRequest) -> None:
+        """Work through the plan, from where the state is to its end, or to where the run is to stop."""
+        args, reporter, step = self.args, self.reporter, self.step
+        chosen_tokens = [pair.chosen_tokens for pair in self.pairs]
+        for iteration, micro_batch in reporter.iterations_of(self.plan(), args.iters, done=self.state.iteration):
+            self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
+            pairs = [self.pairs[index] for index in micro_batch.indices]
+            if pairs:
+                losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
+                reporter.add(losses, scores, scored_tokens(pairs))
+                reporter.warn(self.displacement.warning(iteration, scores))
             if micro_batch.closes_window:
                 reporter.add_step(step.apply())
             reporter.count_iteration()
-            state.iteration = iteration
+            self.state.iteration = iteration
 
-            if iteration % args.steps_per_report == 0 or iteration == args.iters:
-                reporter.report_training(iteration, optimizer.learning_rate.item(), micro_batch.epoch)
-            if val_pairs and (iteration % args.steps_per_eval == 0 or iteration == args.iters):
-                with reporter.pause():
-                    means = validate(iteration)
-                if best.improved(iteration, means) and args.save_best is not None and world.rank() == 0:
-                    save_adapter(model, adapter_file.with_name(BEST_ADAPTER_NAME))
-                reporter.warn(plateau.advice(iteration, means))
-            stopping = stop.agreed()
-            if iteration % args.steps_per_save == 0 and world.rank() == 0:
-                numbered = save_checkpoint(model, adapter_file, iteration)
-                reporter.say(f"Iter {iteration}: Saved adapter weights to {adapter_file} and {numbered}.")
-            if iteration % args.steps_per_save == 0 or iteration == args.iters or stopping or best.exhausted:
-                checkpoints.save(state)
+            last = iteration == args.iters
+            if last or iteration % args.steps_per_report == 0:
+                reporter.report_training(iteration, step.optimizer.learning_rate.item(), micro_batch.epoch)
+            if self.val_pairs and (last or iteration % args.steps_per_eval == 0):
+                self.validate_and_compare(iteration)
+            stopping, exhausted = stop.agreed(), self.best.exhausted
+            if iteration % args.steps_per_save == 0:
+                self.save_numbered(iteration)
+            if last or stopping or exhausted or iteration % args.steps_per_save == 0:
+                self.checkpoints.save(self.state)
             if stopping:
-                save_weights()
+                save_weights(self.model, self.adapter_file)
                 raise StoppedError(iteration, stop.signal_number)
-            if best.exhausted:
-                reporter.say(f"Iter {iteration}: stopping, no validation since {best.iteration} was better.")
+            if exhausted:
+                reporter.say(f"Iter {iteration}: stopping, no validation since {self.best.iteration} was better.")
                 break
 
-        quantisation.active = False
-        save_weights()
-        if world.rank() == 0:
-            verify_saved_adapter(model, adapter_file, min(pairs, key=lambda pair: pair.length), scorer)
-            reporter.say(f"Saved final weights to {adapter_file}.")
+    def finish(self) -> None:
+        """Save the adapter, and see that it can be loaded."""
+        self.quantisation.active = False
+        save_weights(self.model, self.adapter_file)
+        if self.is_first_rank:
+            shortest = min(self.pairs, key=lambda pair: pair.length)
+            verify_saved_adapter(self.model, self.adapter_file, shortest, self.scorer)
+            self.reporter.say(f"Saved final weights to {self.adapter_file}.")
+
+    def plan(self) -> Iterator[MicroBatch]:
+        """Return the micro-batches of the whole run, as this rank has them."""
+        args, world = self.args, mx.distributed.init()
+        return training_plan(
+            [pair.tokens for pair in self.pairs],
+            BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
+            iters=args.iters,
+            seed=args.seed,
+            rank=world.rank(),
+            world_size=world.size(),
+        )
+
+    def validate(self, iteration: int) -> dict[str, float]:
+        """Report the means over the validation pairs, and return them."""
+        args, started = self.args, time.perf_counter()
+        self.quantisation.active = False  # whatever step it follows, to be comparable with the others
+        with self.reporter.pause():
+            means, _ = evaluate_pairs(
+                self.model,
+                self.val_pairs,
+                self.objective,
+                batch_size=args.batch_size,
+                num_batches=args.val_batches,
+                scorer=self.scorer,
+            )
+            self.reporter.report_validation(iteration, means, time.perf_counter() - started)
+        return means
+
+    def validate_and_compare(self, iteration: int) -> None:
+        """Validate, and keep the adapter beside the last one where it is the best so far."""
+        means = self.validate(iteration)
+        if self.best.improved(iteration, means) and self.args.save_best is not None and self.is_first_rank:
+            save_adapter(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME))
+        self.reporter.warn(self.plateau.advice(iteration, means))
+
+    def save_numbered(self, iteration: int) -> None:
+        """Save the adapter as it is, and once more under the number of the iteration."""
+        if self.is_first_rank:
+            numbered = save_checkpoint(self.model, self.adapter_file, iteration)
+            self.reporter.say(f"Iter {iteration}: Saved adapter weights to {self.adapter_file} and {numbered}.")
 
 
 def gradient_methods(
@@ -205,13 +254,15 @@ def evaluate_cpo(
     loss_fn: Callable[..., mx.array] | None = None,
     loss_options: Mapping[str, Any] | None = None,
     scoring: str = "auto",
+    cpo_alpha: float = 0.0,
 ) -> tuple[float, list[float], int, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, and the other means over pairs by name.
 
     The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
-    ``scoring`` is ``auto``, ``shared`` or ``plain``. ``num_batches`` -1 means all.
+    ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
+    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all.
     """
-    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn)
+    objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
     with compile_where_it_pays(), unpacked_products(model):
         scorer = choose_scorer(model, pairs, scoring)
@@ -248,6 +299,12 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         stack.callback(model.eval)
         model.train()
         yield quantisation
+
+
+def save_weights(model: nn.Module, adapter_file: Path) -> None:
+    """Save the adapter as it is, on the first rank."""
+    if mx.distributed.init().rank() == 0:
+        save_adapter(model, adapter_file)
 
 
 def verify_saved_adapter(

@@ -22,9 +22,13 @@ class CPOTrainingArgs(SFTTrainingArgs):
     loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss, e.g. sigmoid, hinge, ipo or dpop."})
     beta: float = field(default=0.1, metadata={"help": "Temperature inside the loss."})
     delta: float = field(default=50.0, metadata={"help": "Coefficient of the drift penalty of dpop."})
+    cpo_alpha: float = field(
+        default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen answers."}
+    )
     reference_model_path: str | None = field(default=None, metadata={"help": "Not used: CPO has no reference model."})
     loss_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Options of a registered loss beside beta and delta."}
+        default_factory=dict,
+        metadata={"help": "Options of the loss beside beta and delta, e.g. simpo_gamma or label_smoothing."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the pairs."})
     scoring: str = field(
@@ -55,6 +59,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
             loss_type=settings.dpo_cpo_loss_type,
             beta=settings.beta,
             delta=settings.delta,
+            cpo_alpha=settings.cpo_alpha,
             loss_options=dict(settings.loss_options),
             batch_size=settings.batch_size,
             iters=settings.iters,
@@ -111,6 +116,7 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     ]
     rules.append(("beta", args.beta > 0, "above 0"))
     rules.append(("delta", args.delta >= 0, "at least 0"))
+    rules.append(("cpo_alpha", args.cpo_alpha >= 0, "at least 0"))
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
     rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
     rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))

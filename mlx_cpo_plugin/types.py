@@ -31,6 +31,7 @@ class Option:
         choices: the allowed values; empty means any.
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
+        below: exclusive upper bound of a number.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Option:
     choices: tuple[Any, ...] = ()
     optional: bool = False
     shown_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    below: float | None = None
 
     @property
     def flag(self) -> str:
@@ -62,7 +64,7 @@ class Option:
         words = _TYPES_IN_WORDS.get(self.type, self.type.__name__)
         limits = [
             f"{sign} {limit:g}"
-            for sign, limit in ((">", self.above), (">=", self.minimum), ("<=", self.maximum))
+            for sign, limit in ((">", self.above), (">=", self.minimum), ("<", self.below), ("<=", self.maximum))
             if limit is not None
         ]
         if self.minimum is not None and self.maximum is not None:
@@ -84,6 +86,8 @@ class LossType:
         source: paper and equation.
         options: the options that ``fn`` reads, by keyword.
         length_normalised: whether the log-probs are means over the answer's tokens instead of sums.
+        rewards: ``rewards(logps, **options)``, float32 [B] to [B]: what the metrics report as rewards and their
+            margins; ``None``: ``beta`` times the log-probs.
     """
 
     name: str
@@ -93,6 +97,28 @@ class LossType:
     source: str = ""
     options: tuple[Option, ...] = ()
     length_normalised: bool = False
+    rewards: Callable[..., Any] | None = None
+
+    def reads(self, option: str) -> bool:
+        """Whether ``fn`` takes the option of this name."""
+        return option in {own.name for own in self.options}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of a train mode's options that belong together, under one name.
+
+    Attributes:
+        name: value of the option ``preset``.
+        title: what the values are, in a few words.
+        source: where they come from.
+        values: option's name -> value; what the command line or the YAML file gives wins.
+    """
+
+    name: str
+    title: str
+    source: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,6 +138,7 @@ class TrainMode:
         loss_option: name of the option that picks a loss type; empty when the mode has none.
         needs_reference, needs_judge: whether a second model has to be loaded.
         supports_qat: whether the ``qat_*`` options have an effect.
+        presets: what the mode's option ``preset`` can name, if it has one.
     """
 
     name: str
@@ -125,3 +152,4 @@ class TrainMode:
     needs_reference: bool = False
     needs_judge: bool = False
     supports_qat: bool = False
+    presets: tuple[Preset, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS, TRACKERS
-from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.types import LossType, Option
 from mlx_cpo_plugin.wording import named, shown
 
 Place = Callable[[str], str]
@@ -88,6 +88,20 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
     return ConfigError(f"Unknown {kind} {inside}{name} {where}; {advice}")
 
 
+def not_read(option: str, value: object, where: str, loss: LossType, losses: Iterable[LossType]) -> ConfigError:
+    """Return the error for an option that must not be set with a loss that does not read it.
+
+    Args:
+        where: where it was given, in words.
+        losses: all that there are.
+    """
+    readers = ", ".join(other.name for other in losses if other.reads(option))
+    return ConfigError(
+        f"{option} is {shown(value)} {where}, but the loss {loss.name} does not read it; "
+        f"remove it, or use one of {readers}."
+    )
+
+
 def _convert(kind: type, value: Any) -> Any:
     """Return the value as ``kind``, or None when it is something else."""
     if kind is bool:
@@ -143,6 +157,8 @@ def _within(option: Option, value: Any) -> bool:
     if option.above is not None and not value > option.above:
         return False
     if option.minimum is not None and value < option.minimum:
+        return False
+    if option.below is not None and not value < option.below:
         return False
     return option.maximum is None or value <= option.maximum
 

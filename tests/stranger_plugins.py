@@ -10,14 +10,14 @@ from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 
-class SimpoPlugin:
+class RankPlugin:
     """A loss with an option of its own, and with its own default and range for one that others have."""
 
     @hookimpl
     def register_loss_types(self) -> list[LossType]:
         beta = Option("beta", float, 2.0, "Temperature.", above=0, maximum=10)
-        gamma = Option("simpo_gamma", float, 0.5, "Target margin of SimPO.", minimum=0)
-        return [LossType("simpo", "SimPO", lambda chosen, rejected: chosen, "", options=(beta, gamma))]
+        margin = Option("rank_margin", float, 0.5, "Margin of the ranking.", minimum=0)
+        return [LossType("rank", "Ranking", lambda chosen, rejected: chosen, "", options=(beta, margin))]
 
 
 class PlainPlugin:

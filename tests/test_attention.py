@@ -24,6 +24,7 @@ SIZES = [(7, 7), (20, 20), (20, 33), (17, 40)]
 @pytest.fixture(autouse=True)
 def blocks_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 0)
 
 
 def arrays(count: int, total: int) -> list[Array]:
@@ -134,3 +135,14 @@ def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
         lean = peak()
 
     assert plain - lean > 0.8 * layers * heads * tokens * tokens * 4
+
+
+def test_few_scores_are_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 2 * 6 * 7 * 7 + 1)
+    monkeypatch.setattr(attention, "_blocks", lambda *given: pytest.fail("blocks were made"))
+    wide = arrays(7, 7)
+
+    values = computed([mx.array(array.astype(np.float32)) for array in wide], "causal")
+
+    for value, expected in zip(values, reference(*wide, MASKS["causal"](7, 7)[1]), strict=True):
+        np.testing.assert_allclose(np.array(value), expected, rtol=1e-4, atol=1e-5)

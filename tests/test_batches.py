@@ -61,7 +61,7 @@ def test_each_step_counts_exactly_the_pairs_that_it_holds(
     for batch in micro_batches:
         held += len(batch.indices)
         if batch.closes_window:
-            assert held == batch.window_pairs
+            assert held == len(batch.window)
             held = 0
 
 
@@ -89,7 +89,7 @@ def test_ranks_share_each_micro_batch_without_overlap(rows: int, batch_size: int
     for number, whole in enumerate(alone):
         shares = [shard[number] for shard in together]
         assert sorted(index for share in shares for index in share.indices) == sorted(whole.indices)
-        assert {share.window_pairs for share in shares} == {whole.window_pairs}
+        assert {share.window for share in shares} == {whole.window}
 
 
 lengths_of_pairs = st.lists(st.integers(1, 50), min_size=1, max_size=40)

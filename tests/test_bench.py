@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -108,7 +111,8 @@ class TestMeasuring:
         self, settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         config, figures = tmp_path / "my.yaml", tmp_path / "figures.json"
-        config.write_text(yaml.safe_dump(settings | {"gradient_accumulation_steps": 4, "test": True}))
+        plugin_only = {"cpo_alpha": 0.5, "label_smoothing": 0.1}
+        config.write_text(yaml.safe_dump(settings | plugin_only | {"gradient_accumulation_steps": 4, "test": True}))
         words = ["--config", str(config), "--rows", "6", "--iters", "2", "--repeats", "2", "--json", str(figures)]
 
         assert cli.main(["bench", *words]) == 0
@@ -131,7 +135,7 @@ class TestMeasuring:
         assert case["host"]["backbone_tokens"] == case["host"]["head_positions"] == expected
         assert 0 < case["plugin"]["backbone_tokens"] <= expected + 2 * len(batch) * 32
         assert f"{case['speed_ratio']:.2f} x as fast" in printed.out
-        assert "dropout, gradient accumulation and fake quantisation are off" in printed.out
+        assert "dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off" in printed.out
 
     def test_a_shape_has_the_work_that_arithmetic_gives(self) -> None:
         comparison = measured(TINY)
@@ -181,6 +185,21 @@ class TestMeasuring:
 
         with pytest.raises(MeasurementError, match="ended by signal 9, most likely for want of memory"):
             run_worker(tmp_path, {}, quiet)
+
+
+def test_sigterm_ends_the_process_that_is_being_measured_too() -> None:
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "bench", "--shape", "P512,C256,R256,B4", "--iters", "50"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as bench:
+        assert bench.stderr is not None
+        assert "mlx-lm-lora, count" in bench.stderr.readline()
+        while subprocess.run(["pgrep", "-P", str(bench.pid)], stdout=subprocess.DEVNULL, check=False).returncode:
+            assert bench.poll() is None
+        bench.terminate()
+        returncode = bench.wait(timeout=60)
+
+    assert returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.killpg(bench.pid, 0)
 
 
 def mean_loss(model: nn.Module, pairs: Sequence[PreferencePair], loss_type: str, options: dict[str, float]) -> float:

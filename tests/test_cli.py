@@ -15,6 +15,7 @@ from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.data import check as data_check
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import doctor
+from mlx_cpo_plugin.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,8 @@ def test_losses_lists_every_registered_loss(capsys: pytest.CaptureFixture[str]) 
     for loss in plugins.loss_types().values():
         assert all(text in printed for text in (loss.name, loss.title, loss.formula, loss.source))
     assert "delta: a number >= 0, default 50.0" in printed
+    assert "With each of them: cpo_alpha, a number >= 0, default 0.0" in printed
+    assert "preset: cpo-paper sets beta 0.1, cpo_alpha 1.0; Xu et al. 2024" in printed
 
 
 def test_losses_as_json_hold_the_options_with_their_ranges(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +99,9 @@ def test_losses_as_json_hold_the_options_with_their_ranges(capsys: pytest.Captur
     beta, delta = losses["dpop"]["options"]
     assert (beta["name"], beta["default"], beta["allowed"]) == ("beta", 0.1, "a number > 0")
     assert (delta["name"], delta["default"], delta["allowed"]) == ("delta", 50.0, "a number >= 0")
+    presets = {preset["name"]: preset["values"] for loss in losses.values() for preset in loss["presets"]}
+    assert presets == {preset.name: preset.values for preset in PRESETS}
+    assert [preset["name"] for preset in losses["simpo"]["presets"]] == ["simpo", "cpo-simpo"]
 
 
 @pytest.mark.parametrize(("words", "as_json"), [(["doctor"], False), (["doctor", "--json"], True)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from mlx_lm_lora.train import build_parser as build_host_parser
-from stranger_plugins import CompetingPlugin, JudgedPlugin, SimpoPlugin, registered
+from stranger_plugins import CompetingPlugin, JudgedPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import config, plugins
 from mlx_cpo_plugin.errors import PluginError
@@ -24,8 +24,8 @@ def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
 
 
 @pytest.fixture
-def simpo() -> Iterator[None]:
-    with registered(SimpoPlugin()):
+def rank() -> Iterator[None]:
+    with registered(RankPlugin()):
         yield
 
 
@@ -166,22 +166,22 @@ def test_command_line_accepts_all_flags_of_mlx_lm_lora() -> None:
     assert flags <= set(config.build_parser(build_host_parser())._option_string_actions)
 
 
-@pytest.mark.usefixtures("simpo", "judged")
+@pytest.mark.usefixtures("rank", "judged")
 def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         config.explicit(["--help"])
 
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "{sigmoid,hinge,ipo,dpop,simpo}" in shown
-    assert "Target margin of SimPO. (default: 0.5)" in shown
+    assert "{sigmoid,hinge,ipo,dpop,simpo,alphapo,rank}" in shown
+    assert "Margin of the ranking. (default: 0.5)" in shown
     assert "How strict the judge is, 1 being 100 %." in " ".join(shown.split())
     assert "--no-fuse" in shown
 
 
-@pytest.mark.usefixtures("judged", "simpo")
+@pytest.mark.usefixtures("judged", "rank")
 def test_parser_of_one_mode_lacks_the_options_of_the_others() -> None:
     flags = config.build_parser(build_host_parser(), plugins.train_modes()["judged"])._option_string_actions
 
     assert "--temper" in flags
-    assert "--simpo-gamma" not in flags
+    assert "--rank-margin" not in flags

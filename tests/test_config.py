@@ -13,13 +13,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
-from stranger_plugins import JudgedPlugin, PlainPlugin, SimpoPlugin, registered
+from stranger_plugins import JudgedPlugin, PlainPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import config, plugins
-from mlx_cpo_plugin.cpo import BETA, DELTA
+from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import PRECISIONS, SUBSTRATE_OPTIONS
-from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.presets import PRESETS
+from mlx_cpo_plugin.types import Option, Preset
+from mlx_cpo_plugin.validation import check
 
 SCHEDULES = [{"name": "cosine_decay", "arguments": [1e-5, 100]}, {"name": "step_decay", "arguments": [1e-4, 0.5, 10]}]
 
@@ -80,6 +82,11 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "qat_interval": (2, 3),
     "beta": (0.05, 0.02),
     "delta": (5.0, 6.0),
+    "cpo_alpha": (0.5, 1.0),
+    "label_smoothing": (0.1, 0.2),
+    "simpo_gamma": (0.3, 0.7),
+    "alphapo_alpha": (0.1, -0.5),
+    "preset": ("simpo", "dpop"),
     "dpo_cpo_loss_type": ("dpop", "ipo"),
     "reference_model_path": ("yaml-reference", "call-reference"),
     "scoring": ("plain", "shared"),
@@ -130,8 +137,8 @@ def notes(**values: Any) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def simpo() -> Iterator[None]:
-    with registered(SimpoPlugin()):
+def rank() -> Iterator[None]:
+    with registered(RankPlugin()):
         yield
 
 
@@ -259,7 +266,9 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
     return VALID[option.type.__name__]
 
 
-CHECKED = [option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA) if option.name not in ("train", *PRECISIONS)]
+CHECKED = [
+    option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in ("train", *PRECISIONS)
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,36 +286,38 @@ def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("loss", "read"),
     [
-        ("sigmoid", {"beta": 0.05}),
+        ("sigmoid", {"beta": 0.05, "label_smoothing": 0.0}),
         ("hinge", {"beta": 0.05}),
         ("ipo", {"beta": 0.05}),
         ("dpop", {"beta": 0.05, "delta": 7.0}),
+        ("simpo", {"beta": 0.05, "simpo_gamma": 0.5, "label_smoothing": 0.0}),
+        ("alphapo", {"beta": 0.05, "simpo_gamma": 0.5, "alphapo_alpha": 0.25, "label_smoothing": 0.0}),
     ],
 )
 def test_chosen_loss_gets_exactly_its_options(loss: str, read: dict[str, float]) -> None:
     assert from_call(dpo_cpo_loss_type=loss, beta=0.05, delta=7).loss_options == read
 
 
-@pytest.mark.usefixtures("simpo")
+@pytest.mark.usefixtures("rank")
 def test_loss_from_elsewhere_brings_its_options(tmp_path: Path) -> None:
-    file = write(tmp_path, "train_mode: cpo\ntrain: true\nsimpo_gamma: 1.5\n")
+    file = write(tmp_path, "train_mode: cpo\ntrain: true\nrank_margin: 1.5\n")
 
-    resolved = from_words("-c", str(file), "--dpo-cpo-loss-type", "simpo")
+    resolved = from_words("-c", str(file), "--dpo-cpo-loss-type", "rank")
 
-    assert resolved.loss_options == {"beta": 2.0, "simpo_gamma": 1.5}
-    assert from_words("-c", str(file), "--simpo-gamma", "2").simpo_gamma == 2.0
+    assert resolved.loss_options == {"beta": 2.0, "rank_margin": 1.5}
+    assert from_words("-c", str(file), "--rank-margin", "2").rank_margin == 2.0
 
 
-@pytest.mark.usefixtures("simpo")
+@pytest.mark.usefixtures("rank")
 def test_loss_from_elsewhere_sets_the_range_of_its_options() -> None:
     assert from_call(dpo_cpo_loss_type="sigmoid", beta=11).beta == 11
     with pytest.raises(ConfigError, match=r"^beta is 11 in the call, but must be "):
-        from_call(dpo_cpo_loss_type="simpo", beta=11)
+        from_call(dpo_cpo_loss_type="rank", beta=11)
 
 
-@pytest.mark.usefixtures("simpo")
+@pytest.mark.usefixtures("rank")
 def test_flag_from_elsewhere_makes_no_abbreviation_ambiguous() -> None:
-    assert from_words("--train-m", "cpo", "--train", "--val", "3", "--simpo", "1").val_batches == 3
+    assert from_words("--train-m", "cpo", "--train", "--val", "3", "--rank-m", "1").val_batches == 3
 
 
 @pytest.mark.usefixtures("judged")
@@ -324,9 +335,62 @@ def test_note_on_a_large_beta() -> None:
     assert notes(beta=0.2) == ("beta is 0.2: without a reference model a large beta overshoots; start with 0.05.",)
 
 
-@pytest.mark.usefixtures("simpo")
-def test_no_note_on_the_beta_that_a_loss_asks_for() -> None:
+def test_no_note_on_the_beta_of_a_loss_of_means() -> None:
     assert notes(dpo_cpo_loss_type="simpo", beta=2.0) == ()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_a_preset_fills_what_nobody_sets(preset: Preset, tmp_path: Path) -> None:
+    file = write(tmp_path, f"train_mode: cpo\ntrain: true\npreset: {preset.name}\n")
+
+    resolved = from_words("-c", str(file))
+
+    assert {key: getattr(resolved, key) for key in preset.values} == preset.values
+    of_loss = {key: value for key, value in preset.values.items() if key not in ("dpo_cpo_loss_type", "cpo_alpha")}
+    assert resolved.loss_options.items() >= of_loss.items()
+
+
+def test_command_line_and_yaml_win_over_a_preset(tmp_path: Path) -> None:
+    file = write(tmp_path, "train_mode: cpo\ntrain: true\npreset: cpo-simpo\nbeta: 4\ncpo_alpha: 0\n")
+
+    resolved = config.resolve(config.explicit(["-c", str(file), "--beta", "3", "--simpo-gamma", "1.5"]))
+
+    settings = resolved.settings
+    assert (settings.dpo_cpo_loss_type, settings.beta, settings.cpo_alpha) == ("simpo", 3.0, 0.0)
+    assert settings.loss_options == {"beta": 3.0, "simpo_gamma": 1.5, "label_smoothing": 0.0}
+    assert resolved.notes == ("preset cpo-simpo sets dpo_cpo_loss_type: simpo.",)
+
+
+def test_note_on_what_a_preset_sets() -> None:
+    assert notes(preset="simpo") == (
+        "preset simpo sets dpo_cpo_loss_type: simpo, beta: 2.0, simpo_gamma: 1.0, cpo_alpha: 0.0.",
+    )
+    assert notes(preset="dpop", **dict.fromkeys(("beta", "delta", "cpo_alpha"), 0.05), dpo_cpo_loss_type="dpop") == (
+        "preset dpop has no effect: all that it sets is set besides.",
+    )
+
+
+def test_notes_on_a_preset_whose_loss_is_not_the_one_that_is_trained() -> None:
+    assert notes(preset="simpo", dpo_cpo_loss_type="sigmoid") == (
+        "preset simpo sets beta: 2.0, simpo_gamma: 1.0, cpo_alpha: 0.0.",
+        "beta is 2: without a reference model a large beta overshoots; start with 0.05.",
+        "simpo_gamma has no effect with dpo_cpo_loss_type sigmoid; it belongs to simpo, alphapo.",
+    )
+
+
+def test_values_of_presets_are_within_the_range_of_their_options() -> None:
+    options = {option.name: option for option in plugins.train_modes()["cpo"].options}
+
+    for preset in PRESETS:
+        for key, value in preset.values.items():
+            assert check(options[key], value, lambda key: "in a preset") == value
+            assert type(value) is options[key].type
+        assert preset.source
+
+
+@pytest.mark.usefixtures("rank")
+def test_no_note_on_the_beta_that_a_loss_asks_for() -> None:
+    assert notes(dpo_cpo_loss_type="rank", beta=2.0) == ()
 
 
 def test_note_on_an_option_of_another_loss() -> None:
@@ -337,7 +401,7 @@ def test_note_on_an_option_of_another_loss() -> None:
 def test_note_on_beta_when_the_loss_does_not_read_it() -> None:
     with registered(PlainPlugin()):
         assert notes(beta=0.2, dpo_cpo_loss_type="plain") == (
-            "beta has no effect with dpo_cpo_loss_type plain; it belongs to sigmoid, hinge, ipo, dpop.",
+            "beta has no effect with dpo_cpo_loss_type plain; it belongs to sigmoid, hinge, ipo, dpop, simpo, alphapo.",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stranger_plugins import SimpoPlugin, registered
+from stranger_plugins import RankPlugin, registered
 
 from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError
@@ -42,8 +42,8 @@ def message_for_yaml(folder: Path, content: str) -> str:
 
 
 @pytest.fixture
-def simpo() -> Iterator[None]:
-    with registered(SimpoPlugin()):
+def rank() -> Iterator[None]:
+    with registered(RankPlugin()):
         yield
 
 
@@ -70,7 +70,21 @@ def simpo() -> Iterator[None]:
         ("optimizer: sgd", "optimizer is 'sgd' in my.yaml, line 3, but must be one of adam, adamw, muon."),
         (
             "dpo_cpo_loss_type: sigmod",
-            "dpo_cpo_loss_type is 'sigmod' in my.yaml, line 3, but must be one of sigmoid, hinge, ipo, dpop.",
+            "dpo_cpo_loss_type is 'sigmod' in my.yaml, line 3, but must be one of "
+            "sigmoid, hinge, ipo, dpop, simpo, alphapo.",
+        ),
+        ("cpo_alpha: -1", "cpo_alpha is -1 in my.yaml, line 3, but must be a number >= 0."),
+        ("label_smoothing: 0.5", "label_smoothing is 0.5 in my.yaml, line 3, but must be a number >= 0 and < 0.5."),
+        ("simpo_gamma: -1", "simpo_gamma is -1 in my.yaml, line 3, but must be a number >= 0."),
+        ("alphapo_alpha: steep", "alphapo_alpha is 'steep' in my.yaml, line 3, but must be a number."),
+        (
+            "preset: dpo",
+            "preset is 'dpo' in my.yaml, line 3, but must be one of cpo-paper, simpo, cpo-simpo, dpop.",
+        ),
+        (
+            "dpo_cpo_loss_type: hinge\nlabel_smoothing: 0.1",
+            "label_smoothing is 0.1 in my.yaml, line 4, but the loss hinge does not read it; "
+            "remove it, or use one of sigmoid, simpo, alphapo.",
         ),
         ("lora_parameters: 8", "lora_parameters is 8 in my.yaml, line 3, but must be a mapping."),
         (

@@ -40,7 +40,7 @@ train_cpo(
     build_pairs({rows}),
     build_pairs(5, seed=1),
     CPOTrainingArgs(
-        iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3,
+        iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3, cpo_alpha=0.5,
         steps_per_report=1, steps_per_save=1, resume="auto", adapter_file=folder + "/adapters.safetensors",
     ),
 )

@@ -6,22 +6,38 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cpo_plugin.exponential import exponential, sigmoid, softmax
+from mlx_cpo_plugin import exponential as module
+from mlx_cpo_plugin.exponential import exponential, power_of_two, sigmoid
 
 EVERY_SIZE = np.concatenate([np.linspace(-87, 88, 100_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
 
 
-def test_it_is_exp_to_the_last_digits_of_float32() -> None:
+@pytest.fixture(autouse=True)
+def no_array_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEWEST", 0)
+
+
+def test_powers_of_two_are_right_to_the_last_digits_of_float32() -> None:
+    exponents = np.linspace(-126, 127, 200_001).astype(np.float32)
+
+    powers = np.array(power_of_two(mx.array(exponents)), np.float64)
+
+    np.testing.assert_allclose(powers, np.exp2(exponents.astype(np.float64)), rtol=2e-7)
+    assert power_of_two(mx.array([0.0])).item() == 1
+
+
+def test_exponentials_are_right_but_for_the_rounding_of_what_they_are_taken_of() -> None:
     values = np.array(exponential(mx.array(EVERY_SIZE)), np.float64)
 
-    np.testing.assert_allclose(values, np.exp(EVERY_SIZE.astype(np.float64)), rtol=2e-7)
+    wide = EVERY_SIZE.astype(np.float64)
+    assert (np.abs(values / np.exp(wide) - 1) <= 2e-7 + 8e-8 * np.abs(wide)).all()
 
 
 def test_numbers_beyond_float32_are_held_at_its_ends() -> None:
-    values = np.array(exponential(mx.array([-np.inf, -1e30, -90.0, 90.0, 1e30, np.inf])))
+    values = np.array(exponential(mx.array([-np.inf, -1e30, -90.0, 90.0, 1e30, np.inf])), np.float64)
 
-    np.testing.assert_allclose(values[:3], np.exp(-87.0), rtol=1e-6)
-    np.testing.assert_allclose(values[3:], np.exp(88.0), rtol=1e-6)
+    np.testing.assert_allclose(values[:3], 2.0**-126, rtol=1e-6)
+    np.testing.assert_allclose(values[3:], 2.0**127, rtol=1e-6)
 
 
 def test_what_is_no_number_stays_none() -> None:
@@ -37,6 +53,15 @@ def test_it_is_its_own_derivative() -> None:
     np.testing.assert_allclose(np.array(slopes), np.exp(wide) * (1 + wide), rtol=1e-5)
 
 
+def test_small_arrays_have_the_exponentials_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEWEST", 4)
+    monkeypatch.setattr(module, "power_of_two", lambda x: mx.zeros_like(x))
+
+    assert exponential(mx.zeros(3)).tolist() == [1, 1, 1]
+    assert sigmoid(mx.zeros(3)).tolist() == [0.5, 0.5, 0.5]
+    assert exponential(mx.zeros(4)).tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_sigmoid_equals_the_float64_formula(dtype: mx.Dtype) -> None:
     x = mx.array(EVERY_SIZE[::100]).astype(dtype)
@@ -45,20 +70,5 @@ def test_sigmoid_equals_the_float64_formula(dtype: mx.Dtype) -> None:
 
     expected = 1 / (1 + np.exp(-np.array(x.astype(mx.float32), np.float64)))
     assert values.dtype == dtype
-    tolerance = 1e-6 if dtype == mx.float32 else 1e-2
+    tolerance = 1e-5 if dtype == mx.float32 else 1e-2
     np.testing.assert_allclose(np.array(values.astype(mx.float32)), expected, rtol=tolerance, atol=1e-30)
-
-
-@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
-def test_softmax_equals_the_float64_formula_for_scores_of_any_size(shift: float) -> None:
-    scores = np.random.default_rng(0).normal(shift, 5, (4, 300)).astype(np.float32)
-    scores[0, 5:] = np.finfo(np.float32).min
-
-    values = np.array(softmax(mx.array(scores)))
-
-    wide = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
-    np.testing.assert_allclose(values, wide / wide.sum(-1, keepdims=True), rtol=1e-5, atol=1e-30)
-
-
-def test_softmax_keeps_half_precision() -> None:
-    assert softmax(mx.ones((2, 3), mx.float16)).dtype == mx.float16

@@ -7,14 +7,16 @@ import math
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.metrics import MetricsFile, PairMeans
+from mlx_cpo_plugin.objective import objective_for
 from mlx_cpo_plugin.reporting import ProgressReporter
 from mlx_cpo_plugin.scoring import AnswerScores
 
-EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0)))
+EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0, 2.0)))
 
 
 def refuse(constant: str) -> float:
@@ -22,15 +24,31 @@ def refuse(constant: str) -> float:
 
 
 def test_a_pair_whose_answers_are_equally_probable_is_not_right() -> None:
-    means = PairMeans(beta=0.1)
+    means = PairMeans(objective_for("sigmoid", {}))
 
     means.add(mx.array([0.7]), EQUAL, tokens=4)
 
     assert means.over_ranks()[0]["accuracies"] == 0
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
+def test_the_likelihood_is_a_mean_over_tokens_and_has_its_share_in_the_loss(loss_type: str) -> None:
+    means = PairMeans(objective_for(loss_type, {}, cpo_alpha=0.5))
+    per_token, tokens = np.array([1.0, 4.0, 2.0]), np.array([10.0, 2.0, 4.0])
+    chosen = -per_token if loss_type == "simpo" else -per_token * tokens
+
+    for part in (slice(0, 1), slice(1, 3)):
+        arrays = [mx.array(values[part].astype(np.float32)) for values in (chosen, chosen, chosen, chosen, tokens)]
+        means.add(mx.array([0.7, 0.1, 0.4])[part], AnswerScores(*arrays), tokens=99)
+
+    reported, _ = means.over_ranks()
+    nll = (1.0 * 10 + 4.0 * 2 + 2.0 * 4) / 16
+    assert reported["nll_loss"] == pytest.approx(nll)
+    assert reported["loss"] == pytest.approx((0.7 + 0.1 + 0.4) / 3 + 0.5 * nll)
+
+
 def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from_the_start(tmp_path: Path) -> None:
-    reporter = ProgressReporter(0.1, None, MetricsFile(tmp_path / "metrics.jsonl"))
+    reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "metrics.jsonl"))
 
     for (number, _), norms in zip(reporter.iterations_of([None, None], 2), ([1.0, 3.0], [5.0]), strict=True):
         reporter.add(mx.array([0.5 * number]), EQUAL, tokens=4)

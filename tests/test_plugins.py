@@ -12,27 +12,26 @@ from types import ModuleType
 import pytest
 import yaml
 from fresh_environment import FreshEnvironment, build_distribution, built_wheel
-from stranger_plugins import CompetingPlugin, SimpoPlugin, registered
+from stranger_plugins import CompetingPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import hookspecs, plugins
 from mlx_cpo_plugin.errors import PluginError
 
-SIMPO = """
+RANK = """
 import mlx.core as mx
 from mlx_cpo_plugin import LossType, Option, hookimpl
 
 
-def simpo(chosen_logps, rejected_logps, beta, simpo_gamma):
-    logits = beta * (chosen_logps - rejected_logps) - simpo_gamma
-    return mx.logaddexp(-logits, mx.zeros_like(logits))
+def rank(chosen_logps, rejected_logps, beta, rank_margin):
+    return mx.maximum(rank_margin - beta * (chosen_logps - rejected_logps), 0)
 
 
 @hookimpl
 def register_loss_types():
     beta = Option("beta", float, 2.0, "Temperature.", above=0)
-    gamma = Option("simpo_gamma", float, 0.5, "Target margin.", minimum=0, shown_when={"dpo_cpo_loss_type": ("simpo",)})
+    margin = Option("rank_margin", float, 0.5, "Margin.", minimum=0, shown_when={"dpo_cpo_loss_type": ("rank",)})
     return [
-        LossType("simpo", "SimPO", simpo, "-log sigmoid(beta * logits - simpo_gamma)", options=(beta, gamma),
+        LossType("rank", "RRHF", rank, "max(0, rank_margin - beta * logits)", options=(beta, margin),
                  length_normalised=True)
     ]
 """
@@ -56,8 +55,8 @@ def add_plugin(environment: FreshEnvironment, folder: Path, name: str, code: str
 
 
 @pytest.fixture
-def simpo_config(settings: dict) -> dict:
-    return {**settings, "dpo_cpo_loss_type": "simpo", "simpo_gamma": 0.3, "beta": 1.5}
+def rank_config(settings: dict) -> dict:
+    return {**settings, "dpo_cpo_loss_type": "rank", "rank_margin": 0.3, "beta": 1.5}
 
 
 def write(tmp_path: Path, config: dict) -> Path:
@@ -67,29 +66,29 @@ def write(tmp_path: Path, config: dict) -> Path:
 
 
 def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
-    environment: FreshEnvironment, simpo_config: dict, tmp_path: Path
+    environment: FreshEnvironment, rank_config: dict, tmp_path: Path
 ) -> None:
-    add_plugin(environment, tmp_path, "simpo-loss", SIMPO)
-    config = write(tmp_path, simpo_config)
+    add_plugin(environment, tmp_path, "rank-loss", RANK)
+    config = write(tmp_path, rank_config)
 
     listed = json.loads(environment.run_python("-m", "mlx_cpo_plugin", "losses", "--json"))
     from_yaml = environment.run(environment.host_script, "--config", config)
     from_flags = environment.run(
-        environment.host_script, "--config", config, "--dpo-cpo-loss-type", "simpo", "--simpo-gamma", "9"
+        environment.host_script, "--config", config, "--dpo-cpo-loss-type", "rank", "--rank-margin", "9"
     )
-    refused = environment.run(environment.host_script, "--config", config, "--simpo-gamma", "-1")
-    write(tmp_path, {**simpo_config, "simpo_gamma": -1})
+    refused = environment.run(environment.host_script, "--config", config, "--rank-margin", "-1")
+    write(tmp_path, {**rank_config, "rank_margin": -1})
     refused_with_line = environment.run(environment.host_script, "--config", config)
 
-    (entry,) = [entry for entry in listed if entry["name"] == "simpo"]
-    assert [option["name"] for option in entry["options"]] == ["beta", "simpo_gamma"]
+    (entry,) = [entry for entry in listed if entry["name"] == "rank"]
+    assert [option["name"] for option in entry["options"]] == ["beta", "rank_margin"]
     assert from_yaml.returncode == 0, from_yaml.stderr
     assert from_flags.returncode == 0, from_flags.stderr
     first, second = (float(re.search(r"Iter 1: loss ([\d.]+)", run.stdout).group(1)) for run in (from_yaml, from_flags))
     assert second - first > 5  # the margin that the flag asks for is wider by 8.7
     assert refused.returncode == refused_with_line.returncode == 2
-    assert "simpo_gamma" in refused.stderr
-    assert f"simpo_gamma is -1 in {config}, line " in refused_with_line.stderr
+    assert "rank_margin" in refused.stderr
+    assert f"rank_margin is -1 in {config}, line " in refused_with_line.stderr
     assert "but must be a number >= 0" in refused_with_line.stderr
 
 
@@ -106,17 +105,17 @@ def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, set
 def test_two_plugins_with_one_name_are_an_error_that_names_both(
     environment: FreshEnvironment, settings: dict, tmp_path: Path
 ) -> None:
-    add_plugin(environment, tmp_path, "simpo-loss", SIMPO)
-    add_plugin(environment, tmp_path, "other-simpo", SIMPO)
+    add_plugin(environment, tmp_path, "rank-loss", RANK)
+    add_plugin(environment, tmp_path, "other-rank", RANK)
     config = write(tmp_path, settings)
 
     ended = environment.run(environment.host_script, "--config", config)
-    blocked = environment.run(environment.host_script, "--config", config, MLX_CPO_PLUGIN_BLOCK="other_simpo")
+    blocked = environment.run(environment.host_script, "--config", config, MLX_CPO_PLUGIN_BLOCK="other_rank")
 
     assert ended.returncode == 2
-    assert "'simpo' is registered twice" in ended.stderr
-    assert "simpo-loss 1.0" in ended.stderr
-    assert "other-simpo 1.0" in ended.stderr
+    assert "'rank' is registered twice" in ended.stderr
+    assert "rank-loss 1.0" in ended.stderr
+    assert "other-rank 1.0" in ended.stderr
     assert blocked.returncode == 0, blocked.stderr
 
 
@@ -134,8 +133,8 @@ def test_the_built_in_mode_and_losses_come_through_the_hooks() -> None:
     (built_in,) = [row for row in plugins.registered_distributions() if row["plugin"] == plugins.BUILT_IN]
 
     assert {mode.name for modes in manager.hook.register_train_modes() for mode in modes} == {"cpo"}
-    assert built_in["loss_types"] == ["sigmoid", "hinge", "ipo", "dpop"]
-    assert list(plugins.loss_types())[:4] == built_in["loss_types"]
+    assert built_in["loss_types"] == ["sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo"]
+    assert list(plugins.loss_types())[:6] == built_in["loss_types"]
 
 
 def test_a_mode_that_another_plugin_has_is_an_error() -> None:
@@ -144,13 +143,13 @@ def test_a_mode_that_another_plugin_has_is_an_error() -> None:
 
 
 def test_a_hook_that_returns_something_else_is_named_and_skipped() -> None:
-    class Wrong(SimpoPlugin):
+    class Wrong(RankPlugin):
         @hookspecs.hookimpl
         def register_loss_types(self) -> list:
-            return ["simpo"]
+            return ["rank"]
 
     with registered(Wrong()), pytest.warns(RuntimeWarning, match="must return LossType objects, not str"):
-        assert "simpo" not in plugins.loss_types()
+        assert "rank" not in plugins.loss_types()
 
 
 @pytest.mark.parametrize("hook", hooks())

@@ -62,7 +62,13 @@ def train(
         "steps_per_report": 1,
         "steps_per_save": 2,
     }
-    settings |= {"adapter_file": str(folder / "adapters.safetensors"), "loss_type": "ipo", "beta": 0.5, **arguments}
+    settings |= {
+        "adapter_file": str(folder / "adapters.safetensors"),
+        "loss_type": "ipo",
+        "beta": 0.5,
+        "cpo_alpha": 0.5,
+    }
+    settings |= arguments
     train_cpo(
         model,
         optimizer or optimizers.AdamW(learning_rate=1e-2),

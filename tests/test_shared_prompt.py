@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin import parity, shared_prompt
-from mlx_cpo_plugin.batches import collate
+from mlx_cpo_plugin.batches import StepTotals, collate
 from mlx_cpo_plugin.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -50,8 +50,8 @@ def mixed_pairs() -> list[PreferencePair]:
     return pairs
 
 
-def objective(loss_type: str = "ipo") -> Objective:
-    return objective_for(loss_type, {"beta": 0.3})
+def objective(loss_type: str = "ipo", cpo_alpha: float = 0.0) -> Objective:
+    return objective_for(loss_type, {"beta": 0.3}, cpo_alpha=cpo_alpha)
 
 
 def segments(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
@@ -65,10 +65,10 @@ def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPr
 def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
     gradients = SharedPromptGradients(model, objective, scorer, pytest.fail, PAIR_BY_PAIR)
 
-    def compute(pairs: list[PreferencePair], step_pairs: int) -> PairGradients:
+    def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_prompt, "PADDING_ALLOWED", 1.0)
-            return gradients(pairs, step_pairs)
+            return gradients(pairs, step)
 
     return compute
 
@@ -78,10 +78,10 @@ def in_one_pass(model: nn.Module, objective: Objective, scorer: SharedPromptScor
         pytest.skip("what this model remembers cannot be padded")
     gradients = PaddedGradients(model, objective, scorer)
 
-    def compute(pairs: list[PreferencePair], step_pairs: int) -> PairGradients:
+    def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
         cuts = [share(pair) for pair in pairs]
         room = Grouping(0, 0).room([PairSize.of(cut) for cut in cuts])
-        return gradients(cuts, replace(room, shared=room.shared + 3, answer=room.answer + 2), step_pairs)
+        return gradients(cuts, replace(room, shared=room.shared + 3, answer=room.answer + 2), step)
 
     return compute
 
@@ -105,12 +105,15 @@ def assert_same_gradients(ours: PairGradients, plain: PairGradients, tolerance: 
         assert np.linalg.norm(trees[0][name].astype(np.float64) - value) <= tolerance * scale, name
 
 
-def compare(model: nn.Module, way: str, loss_type: str = "ipo", tolerance: float = 1e-4) -> None:
+def compare(
+    model: nn.Module, way: str, loss_type: str = "ipo", tolerance: float = 1e-4, cpo_alpha: float = 0.0
+) -> None:
     model.train()
-    pairs, goal = mixed_pairs(), objective(loss_type)
-    plain = BatchGradients(model, goal)(pairs, len(pairs))
+    pairs, goal = mixed_pairs(), objective(loss_type, cpo_alpha)
+    step = StepTotals.of([*pairs, *build_pairs(2)])  # as a micro-batch of a larger step
+    plain = BatchGradients(model, goal)(pairs, step)
     mx.eval(plain)
-    ours = WAYS[way](model, goal, SharedPromptScorer(model))(pairs, len(pairs))
+    ours = WAYS[way](model, goal, SharedPromptScorer(model))(pairs, step)
     assert_same_gradients(ours, plain, tolerance)
 
 
@@ -121,9 +124,10 @@ def test_every_architecture_has_the_plain_gradient(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dpop"])
-def test_every_loss_has_the_plain_gradient(loss_type: str, way: str) -> None:
-    compare(add_adapter(build_model()), way, loss_type)
+@pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo"])
+def test_every_loss_has_the_plain_gradient(loss_type: str, cpo_alpha: float, way: str) -> None:
+    compare(add_adapter(build_model()), way, loss_type, cpo_alpha=cpo_alpha)
 
 
 def lora(**arguments: Any) -> nn.Module:

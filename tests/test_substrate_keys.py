@@ -84,6 +84,11 @@ def differs(left: Outcome, right: Outcome) -> bool:
         {"beta": 0.01},
         {"dpo_cpo_loss_type": "dpop"},
         {"dpo_cpo_loss_type": "dpop", "delta": 1.0},
+        {"cpo_alpha": 1.0},
+        {"label_smoothing": 0.2},
+        {"dpo_cpo_loss_type": "simpo", "simpo_gamma": 2.0},
+        {"dpo_cpo_loss_type": "alphapo", "alphapo_alpha": -1.0},
+        {"preset": "cpo-paper"},
         {"qat_enable": True, "qat_bits": 2},
         {"qat_enable": True, "qat_bits": 2, "qat_group_size": 0},
         {"qat_enable": True, "qat_bits": 2, "qat_start_step": 2},
@@ -105,6 +110,15 @@ def test_the_same_call_twice_gives_the_same_adapter_to_the_bit(run: Callable[...
     np.random.seed(4711)
 
     assert not differs(run(), first)
+
+
+def test_the_final_test_holds_the_likelihood_as_validations_do(run: Callable[..., Outcome]) -> None:
+    trained = str(run().folder)
+    for cpo_alpha in (0.0, 0.5):
+        tested = run(train=False, test=True, adapter_path=trained, cpo_alpha=cpo_alpha)
+    without, with_nll = tested.metrics("test")
+
+    assert with_nll["test_loss"] == pytest.approx(without["test_loss"] + 0.5 * without["test_nll_loss"])
 
 
 def test_lora_parameters_set_the_rank(run: Callable[..., Outcome]) -> None:
@@ -342,7 +356,7 @@ def test_wandb_receives_every_report(run: Callable[..., Outcome], monkeypatch: p
             self.project = project
 
         def log(self, info: dict[str, Any], step: int) -> None:
-            self.logged.append((step, *(key for key in info if key.endswith("_loss"))))
+            self.logged.append((step, *(key for key in info if key in ("train_loss", "val_loss"))))
 
     fake = FakeWandb()
     monkeypatch.setattr(callbacks, "wandb", fake)

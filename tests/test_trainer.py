@@ -106,32 +106,33 @@ def test_a_step_follows_the_float64_gradient_of_the_mean_loss(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 6), (2, 3), (4, 2)])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize(("loss_type", "cpo_alpha"), [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 1.0), ("simpo", 1.0)])
 def test_accumulation_equals_one_large_batch(
-    tmp_path: Path, batch_size: int, accumulation: int, loss_type: str
+    tmp_path: Path, batch_size: int, accumulation: int, loss_type: str, cpo_alpha: float
 ) -> None:
     pairs = build_pairs(15)
     large, micro = batch_size * accumulation, -(-15 // batch_size)
+    goal = {"loss_type": loss_type, "beta": 0.5, "cpo_alpha": cpo_alpha}
 
-    whole = train(tmp_path, pairs, batch_size=large, iters=-(-15 // large), loss_type=loss_type, beta=0.5)
+    whole = train(tmp_path, pairs, batch_size=large, iters=-(-15 // large), **goal)
     parts = train(
         tmp_path,
         pairs,
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         iters=micro,
-        loss_type=loss_type,
-        beta=0.5,
+        **goal,
     )
 
     assert_same(parts, whole, tolerance=1e-4)
 
 
-def test_a_last_partial_window_is_applied_with_its_own_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
+def test_a_last_partial_window_is_applied_with_its_own_scale(tmp_path: Path, cpo_alpha: float) -> None:
     pairs = build_pairs(3)
 
-    cut_short = train(tmp_path, pairs, batch_size=1, gradient_accumulation_steps=8, iters=3)
-    whole = train(tmp_path, pairs, batch_size=3, iters=1)
+    cut_short = train(tmp_path, pairs, batch_size=1, gradient_accumulation_steps=8, iters=3, cpo_alpha=cpo_alpha)
+    whole = train(tmp_path, pairs, batch_size=3, iters=1, cpo_alpha=cpo_alpha)
 
     assert_same(cut_short, whole, tolerance=1e-4)
 
@@ -239,7 +240,14 @@ def test_gradient_checkpointing_is_undone_even_when_training_fails(tmp_path: Pat
     sys.platform == "linux" and shutil.which("g++") is None, reason="compilation on a Linux CPU needs g++"
 )
 @pytest.mark.parametrize(
-    "arguments", [{"scoring": "shared"}, {"scoring": "plain"}, {"scoring": "plain", "seq_step_size": 4}]
+    "arguments",
+    [
+        {"scoring": "shared"},
+        {"scoring": "shared", "loss_type": "simpo", "cpo_alpha": 0.5},
+        {"scoring": "plain"},
+        {"scoring": "plain", "loss_type": "alphapo", "cpo_alpha": 0.5},
+        {"scoring": "plain", "seq_step_size": 4},
+    ],
 )
 def test_a_compiled_step_trains_the_same_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
@@ -344,13 +352,13 @@ def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys:
     assert set(callback.train[0]) >= {
         "iteration", "train_loss", "train_chosen_reward", "train_rejected_reward", "train_accuracies", "train_margins",
         "train_policy_rejected_logps", "train_policy_chosen_logps", "train_rejected_logits_mean",
-        "train_chosen_logits_mean", "learning_rate", "iterations_per_second", "tokens_per_second", "trained_tokens",
-        "peak_memory", "train_gradient_norm",
+        "train_chosen_logits_mean", "train_nll_loss", "learning_rate", "iterations_per_second", "tokens_per_second",
+        "trained_tokens", "peak_memory", "train_gradient_norm",
     }  # fmt: skip
     assert set(callback.valid[0]) >= {
         "iteration", "val_loss", "val_chosen_reward", "val_rejected_reward", "val_accuracies", "val_margins",
         "val_policy_rejected_logps", "val_policy_chosen_logps", "val_chosen_logits_mean", "val_rejected_logits_mean",
-        "val_time",
+        "val_nll_loss", "val_time",
     }  # fmt: skip
     assert [info["iteration"] for info in callback.train] == [2, 4]
     assert [info["iteration"] for info in callback.valid] == [1, 3, 4]
@@ -358,6 +366,36 @@ def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys:
     assert "Iter 1: Val loss " in lines
     assert "Iter 4: loss " in lines
     assert f"Saved final weights to {tmp_path / 'adapters.safetensors'}." in lines
+
+
+def test_the_loss_that_is_reported_holds_the_likelihood(tmp_path: Path) -> None:
+    def report(cpo_alpha: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        callback = Recorder()
+        train(tmp_path, build_pairs(6), None, build_pairs(3), callback, iters=1, cpo_alpha=cpo_alpha)
+        return callback.train[0], callback.valid[0]
+
+    for kind, without, with_nll in zip(("train", "val"), report(0.0), report(0.5), strict=True):
+        assert with_nll[f"{kind}_nll_loss"] == pytest.approx(without[f"{kind}_nll_loss"])
+        expected = without[f"{kind}_loss"] + 0.5 * with_nll[f"{kind}_nll_loss"]
+        assert with_nll[f"{kind}_loss"] == pytest.approx(expected)
+
+
+def test_the_likelihood_term_makes_the_chosen_answers_more_likely(tmp_path: Path) -> None:
+    def chosen_nll(cpo_alpha: float) -> float:
+        callback = Recorder()
+        train(
+            tmp_path,
+            build_pairs(8),
+            callback=callback,
+            iters=20,
+            batch_size=8,
+            steps_per_report=1,
+            cpo_alpha=cpo_alpha,
+            optimizer=optimizers.Adam(1e-2),
+        )
+        return callback.train[-1]["train_nll_loss"] - callback.train[0]["train_nll_loss"]
+
+    assert chosen_nll(5.0) < min(0, chosen_nll(0.0))
 
 
 def test_every_report_is_appended_to_the_metrics_file(tmp_path: Path) -> None:
@@ -401,6 +439,8 @@ def test_a_loss_function_can_be_given_directly(tmp_path: Path) -> None:
     [
         ({"beta": 0.0}, "beta is 0.0, but must be above 0."),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1."),
+        ({"cpo_alpha": -0.1}, "cpo_alpha is -0.1, but must be at least 0."),
+        ({"loss_type": "ipo", "loss_options": {"label_smoothing": 0.1}}, "the loss ipo does not read it"),
         ({"qat_bits": 1}, "qat_bits is 1, but must be from 2 to 16."),
         ({"loss_type": "kto"}, "The loss 'kto' is not known"),
     ],

@@ -110,6 +110,8 @@ def _resolved(settings: Mapping[str, Any]) -> SimpleNamespace:
     resolved.test = resolved.fuse = resolved.qat_enable = False
     resolved.epochs = resolved.wandb = resolved.resume_adapter_file = None
     resolved.gradient_accumulation_steps = 1
+    resolved.cpo_alpha = 0.0  # mlx-lm-lora has neither this nor smoothed labels
+    resolved.loss_options = {name: value for name, value in resolved.loss_options.items() if name != "label_smoothing"}
     resolved.steps_per_report = 1
     resolved.lora_parameters = {**resolved.lora_parameters, "dropout": 0.0}
     if resolved.dpo_cpo_loss_type not in HOST_LOSSES:
@@ -127,7 +129,7 @@ def _case_of_data(name: str, settings: Mapping[str, Any], rows: int | None) -> C
     usable = [pair for pair in pairs if pair.chosen_scored.all() and pair.rejected_scored.all()]
     if not usable:
         raise DataError(f"{name}: there is no training pair that both trainers can score alike; check the data.")
-    notes = ["dropout, gradient accumulation and fake quantisation are off"]
+    notes = ["dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off"]
     if len(usable) < len(pairs):
         notes.append(
             f"{len(pairs) - len(usable)} pairs left out: mlx-lm-lora would score tokens of their answers "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from mlx_cpo_plugin.errors import ConfigError
 
@@ -81,6 +83,7 @@ def run_bench(chosen: argparse.Namespace) -> int:
         raise ConfigError("--model and --data belong to --suite; a configuration file names its own.")
     if chosen.json not in (None, STANDARD_OUTPUT) and not Path(chosen.json).parent.is_dir():
         raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
+    signal.signal(signal.SIGTERM, _end)
     progress = Progress()
     if chosen.growth is not None:
         run_growth(chosen.growth, SMALL_SHAPE, chosen.repeats, progress.say)
@@ -88,6 +91,11 @@ def run_bench(chosen: argparse.Namespace) -> int:
         print(f"Wrote {chosen.growth} and {chosen.growth.with_suffix('.json')}.")
         return 0
     return _compare_all(chosen, progress)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave by an exception, which ends the process that is being measured, too."""
+    raise SystemExit(128 + number)
 
 
 def _compare_all(chosen: argparse.Namespace, progress: Progress) -> int:

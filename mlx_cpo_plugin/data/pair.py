@@ -32,6 +32,11 @@ class PreferencePair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
     @property
+    def chosen_tokens(self) -> int:
+        """Scored tokens of the chosen answer."""
+        return int(self.chosen_scored.sum())
+
+    @property
     def tokens(self) -> int:
         """Tokens of prompt and both answers."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
