@@ -372,6 +372,18 @@ def test_a_run_that_began_without_a_tracker_can_be_resumed_with_one(tmp_path: Pa
     assert [step for step, name in tracker.told if name == "loss"] == [4, 5, 6, 7, 8]
 
 
+def test_a_tracker_that_could_not_start_is_told_nothing(tmp_path: Path) -> None:
+    class Broken(Recorder):
+        def start(self, run: RunDescription, run_id: str | None) -> str:
+            raise ConnectionError
+
+    tracker = Broken()
+
+    train(tmp_path, tracker)
+
+    assert tracker.told == []
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The scalars in the event files of a folder by name, as (step, value)."""
     from tensorboardX.proto.event_pb2 import Event

@@ -1,4 +1,4 @@
-"""The names that TRL gives to the metrics, so that runs of both stand in the same charts."""
+"""The names that TRL's logs give to the metrics, for people and charts that know them."""
 
 from __future__ import annotations
 
