@@ -108,13 +108,19 @@ def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, strea
             print(f"  {name + ':':<9} {_marked(ids, scored, tokenizer, stream.isatty())}", file=stream)
 
 
+def scored_runs(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer) -> list[tuple[str, bool]]:
+    """Return the text of each run of tokens that are all scored, or none of them, and whether they are."""
+    turns = np.flatnonzero(np.diff(scored)) + 1
+    runs = zip(np.split(ids, turns), np.split(scored, turns), strict=True)
+    return [(tokenizer.decode(run), bool(mark[0])) for run, mark in runs]
+
+
 def _marked(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer, colour: bool) -> str:
     """The decoded text in one line, each run of scored tokens in brackets."""
-    turns = np.flatnonzero(np.diff(scored)) + 1
     parts = []
-    for run, mark in zip(np.split(ids, turns), np.split(scored, turns), strict=True):
-        text = _one_line(tokenizer.decode(run))
-        if mark[0]:
+    for decoded, is_scored in scored_runs(ids, scored, tokenizer):
+        text = _one_line(decoded)
+        if is_scored:
             text = f"⟦{_SCORED_COLOUR}{text}{_PLAIN}⟧" if colour else f"⟦{text}⟧"
         parts.append(text)
     return "".join(parts)

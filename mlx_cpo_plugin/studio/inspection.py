@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_cpo_plugin.config import resolve
-from mlx_cpo_plugin.data.check import run_check
+from mlx_cpo_plugin.data.check import run_check, scored_runs
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -59,16 +57,11 @@ def _split(dataset: PreferenceDataset, tokenizer: ChatTokenizer) -> dict[str, An
 
 
 def _example(pair: PreferencePair, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    def pieces(ids: Any, scored: Any) -> list[tuple[str, bool]]:
-        turns = np.flatnonzero(np.diff(scored)) + 1
-        runs = zip(np.split(ids, turns), np.split(scored, turns), strict=True)
-        return [(tokenizer.decode(run), bool(mark[0])) for run, mark in runs]
-
     return {
         "source": pair.source,
         "prompt": tokenizer.decode(pair.prompt),
-        "chosen": pieces(pair.chosen, pair.chosen_scored),
-        "rejected": pieces(pair.rejected, pair.rejected_scored),
+        "chosen": scored_runs(pair.chosen, pair.chosen_scored, tokenizer),
+        "rejected": scored_runs(pair.rejected, pair.rejected_scored, tokenizer),
     }
 
 
