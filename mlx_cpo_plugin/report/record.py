@@ -59,7 +59,7 @@ class RunRecord:
             ReportError: there are no metrics, or a file cannot be read.
         """
         folder = Path(folder)
-        rows = _rows_of_last_run(_read_metrics(folder / METRICS_FILE))
+        rows = rows_of_last_run(folder)
         settings, versions = _read_settings(folder)
 
         def of_kind(kind: str) -> tuple[Row, ...]:
@@ -184,8 +184,13 @@ def _row(line: str) -> Row | None:
     return row if isinstance(row, dict) and "kind" in row else None
 
 
-def _rows_of_last_run(rows: list[Row]) -> list[Row]:
-    """Return the rows since the iterations last began anew: a run that is not resumed appends to an earlier one's."""
+def rows_of_last_run(folder: Path) -> list[Row]:
+    """Return the rows since the iterations last began anew: a run that is not resumed appends to an earlier one's.
+
+    Raises:
+        ReportError: there are no metrics, or they cannot be read.
+    """
+    rows = _read_metrics(folder / METRICS_FILE)
     first, before, trained = 0, 0.0, 0.0
     for place, row in enumerate(rows):
         iteration = number(row, "iteration")

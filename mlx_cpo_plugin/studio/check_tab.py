@@ -13,6 +13,7 @@ import pandas as pd
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.messages import fault_html, note_html
 
 BINS = 24
 SHOWN_AT_ONCE = 3
@@ -50,7 +51,7 @@ def build_check_tab(root: Path, yaml: gr.Code) -> None:
                 report = json_of(["mlx_cpo_plugin.studio.inspection", config.name], root)
         except UserError as error:
             hidden = [gr.update(visible=False)] * len(PARTS)
-            return [f'<p class="fault" role="alert">{escape(str(error))}</p>', "", *hidden, ""]
+            return [fault_html(error), "", *hidden, ""]
         return [
             "",
             summary_html(report),
@@ -92,7 +93,7 @@ def summary_html(report: dict[str, Any]) -> str:
             "<h3>Skipped rows</h3><div class='wide'><table><thead><tr><th>Split</th><th>Reason</th><th>Rows</th>"
             f"<th>Where</th></tr></thead><tbody>{skipped}</tbody></table></div>"
         )
-    notes = "".join(f"<p class='note'>{escape(note)}</p>" for split in report["splits"] for note in split["notes"])
+    notes = "".join(note_html(note) for split in report["splits"] for note in split["notes"])
     return f"{table}{notes}<details><summary>The report in full</summary><pre>{escape(report['text'])}</pre></details>"
 
 

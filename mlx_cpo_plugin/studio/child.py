@@ -39,6 +39,4 @@ def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:
             lines = [line for line in finished.stderr.splitlines() if line.strip()]
             raise ChildError(lines[-1].removeprefix("error: ") if lines else f"exit code {finished.returncode}")
         result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    if "error" in result:
-        raise ChildError(result["error"])
     return result

@@ -10,7 +10,8 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio.child import json_of
-from mlx_cpo_plugin.studio.runs_tab import run_folder, run_names
+from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 
 MOST_ROWS = 16
 ANSWER_TOKENS = 128
@@ -29,13 +30,13 @@ def build_compare_tab(root: Path) -> gr.Dropdown:
 
     def compare(name: str | None, prompt: str, rows: int) -> tuple[str, str]:
         try:
-            folder = run_folder(root, name)
-            words = ["mlx_cpo_plugin", "compare", str(folder), "--rows", str(int(rows))]
+            (record,) = chosen_runs(root, [name] if name else [])
+            words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
             words += ["--max-tokens", str(ANSWER_TOKENS)]
             words += [f"--prompt={prompt}"] if prompt.strip() else []
             comparison = json_of([*words, "--json"], root)
         except UserError as error:
-            return f'<p class="fault" role="alert">{escape(str(error))}</p>', ""
+            return fault_html(error), ""
         return "", preference_html(comparison) + answers_html(comparison)
 
     button.click(compare, [run, prompt, rows], [said, answers], show_progress="minimal", show_progress_on=said)
@@ -45,7 +46,7 @@ def build_compare_tab(root: Path) -> gr.Dropdown:
 def preference_html(comparison: dict[str, Any]) -> str:
     """Return accuracy and margin before and after, of all held-out pairs and by their length."""
     if not comparison["preference"]:
-        return "<p class='note'>There are no held-out rows to measure the preference on.</p>"
+        return note_html("There are no held-out rows to measure the preference on.")
     rows = "".join(
         f"<tr><th scope='row'>{escape(group['name'])}</th><td>{group['pairs']}</td>"
         f"<td>{group['shortest']} to {group['longest']}</td>"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
 from mlx_cpo_plugin.command_line import known_options
+from mlx_cpo_plugin.cpo import LOSS_OPTION
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.options import (
     DATA_OPTIONS,
@@ -19,11 +20,11 @@ from mlx_cpo_plugin.options import (
     TRAINING_OPTIONS,
 )
 from mlx_cpo_plugin.plugins import loss_types, train_modes
-from mlx_cpo_plugin.types import Option, TrainMode
+from mlx_cpo_plugin.types import Option
 from mlx_cpo_plugin.validation import check
 from mlx_cpo_plugin.yaml_settings import parse_value
 
-MODE = "cpo"
+MODE, LOSS_KEY = "cpo", LOSS_OPTION
 PREFERENCE = "Preference And Judge"
 MODEL_AND_DATA, FINE_TUNE, TRAINING = "Model & Data", "Fine-tune", "Training Settings"
 COLUMNS, OUTPUT, QAT = "Dataset Columns", "Output", "QAT"
@@ -45,11 +46,13 @@ class Field:
         key: the setting; those inside a mapping are joined by a dot, as in ``lora_parameters.rank``.
         option: what it may be.
         block: the part of the form that it stands in.
+        read_by: the losses that read it, of an option of losses.
     """
 
     key: str
     option: Option
     block: str
+    read_by: tuple[str, ...] = ()
 
     @property
     def help(self) -> str:
@@ -63,7 +66,7 @@ class Field:
     @property
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, value) of each choice; where nothing may be chosen, too, that comes first."""
-        losses = loss_types() if self.key == train_mode().loss_option else {}
+        losses = loss_types() if self.key == LOSS_KEY else {}
         named = [
             (losses[choice].title if choice in losses else CHOICE_TITLES.get(choice, str(choice)), str(choice))
             for choice in self.option.choices
@@ -109,16 +112,9 @@ class Field:
         return ""
 
 
-def train_mode() -> TrainMode:
-    """Return the mode that the form is for."""
-    return train_modes()[MODE]
-
-
 def form_fields() -> list[Field]:
     """Return every field, block by block; a registered option that nobody placed stands with the training settings."""
-    mode = train_mode()
     losses = loss_types()
-    of_losses = {option.name for loss in losses.values() for option in loss.options} | {mode.loss_option}
     blocks: dict[str, str] = {}
     for title, options in (
         (FINE_TUNE, MODEL_OPTIONS),
@@ -132,37 +128,26 @@ def form_fields() -> list[Field]:
     blocks |= {option.name: COLUMNS for option in DATA_OPTIONS if option.name.endswith("_feature")}
 
     fields = []
-    for name, option in known_options([mode], losses.values()).items():
-        block = PREFERENCE if name in of_losses else blocks.get(name, TRAINING)
+    for name, option in known_options([train_modes()[MODE]], losses.values()).items():
+        readers = tuple(loss.name for loss in losses.values() if loss.reads(name))
+        block = PREFERENCE if readers or name == LOSS_KEY else blocks.get(name, TRAINING)
         if name == "lora_parameters":
-            fields += [Field(f"{name}.{part.name}", _inside(part, option), block) for part in LORA_PARAMETERS]
+            parts = [replace(part, shown_when=option.shown_when) for part in LORA_PARAMETERS]
+            fields += [Field(f"{name}.{part.name}", part, block) for part in parts]
         elif name not in NO_FIELD:
-            fields.append(Field(name, option, block))
-    return sorted(fields, key=lambda field: (BLOCKS.index(field.block), _rank(field.key, mode)))
+            fields.append(Field(name, option, block, readers))
+    return sorted(fields, key=lambda field: (BLOCKS.index(field.block), _rank(field.key)))
 
 
-def _rank(key: str, mode: TrainMode) -> int:
+def _rank(key: str) -> int:
     """Put beta and the loss, which everybody looks for, before what some losses read besides."""
-    return {"beta": 0, mode.loss_option: 1}.get(key, 2)
-
-
-def _inside(part: Option, whole: Option) -> Option:
-    return Option(
-        part.name,
-        part.type,
-        part.default,
-        part.help,
-        minimum=part.minimum,
-        above=part.above,
-        shown_when=whole.shown_when,
-    )
+    return {"beta": 0, LOSS_KEY: 1}.get(key, 2)
 
 
 def has_effect(field: Field, contents: Mapping[str, Content], fields: Mapping[str, Field]) -> bool:
     """Whether the field's setting does something beside what the others hold."""
-    if field.block == PREFERENCE and field.key != train_mode().loss_option:
-        loss = loss_types().get(str(contents[train_mode().loss_option]))
-        return loss is not None and field.key in {option.name for option in loss.options}
+    if field.read_by:
+        return contents[LOSS_KEY] in field.read_by
     for name, values in field.option.shown_when.items():
         if name in contents and (fields[name].value_of(contents[name]) or fields[name].option.default) not in values:
             return False

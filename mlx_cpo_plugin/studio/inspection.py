@@ -66,12 +66,13 @@ def _example(pair: PreferencePair, tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the report, or what is wrong, into the file that the command line names."""
+    """Write the report into the file that the command line names; what is wrong goes to standard error."""
     config, output = Path(sys.argv[1]), Path(sys.argv[2])
     try:
         report = inspect(config)
     except UserError as error:
-        report = {"error": str(error)}
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     output.write_text(json.dumps(report), encoding="utf-8")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document, run_process
+from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.run_view import (
     CURVES,
     Curve,
+    amounts_written,
     console_html,
     curve_frame,
-    metrics_size,
     read_metrics,
     status_html,
 )
@@ -25,6 +25,9 @@ from mlx_cpo_plugin.studio.run_view import (
 # Blue and orange, which people who see no red or green can tell apart.
 COLOURS = ("#2f81f7", "#e3820b")
 SECONDS_BETWEEN_LOOKS = 1.0
+
+# A folder, the bytes of metrics and of console in it, and how its run stood.
+Seen = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class RunTab:
 
 def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
     """Lay out the tab; runs are of the configuration that ``yaml`` holds."""
-    watched, seen = gr.State(""), gr.State(("", -1, ""))
+    watched, seen = gr.State(""), gr.State(("", -1, -1, ""))
     with gr.Row():
         start_button = gr.Button("Start", size="md", variant="primary", elem_id="start")
         stop_button = gr.Button("Stop (saves)", size="md", variant="stop", elem_id="stop")
@@ -57,34 +60,33 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
     console = gr.HTML("", elem_id="console")
     parts = [status, console, *plots]
 
-    def look(folder: str, before: tuple[str, int, str]) -> list[Any]:
+    def look(folder: str, before: Seen) -> list[Any]:
         """Return what is new: nothing, the words, or the curves, too."""
         if not folder:
             return [*[gr.skip()] * len(parts), before]
         path = Path(folder)
-        rows = read_metrics(path)
-        words = [status_html(path, rows), console_html(path)]
-        now = (folder, metrics_size(path), "".join(words))
+        now = (folder, *amounts_written(path), run_process.state(path).status)
         if now == tuple(before):
             return [*[gr.skip()] * len(parts), before]
+        rows = read_metrics(path)
         drawn = [gr.skip()] * len(CURVES)
         if now[:2] != tuple(before)[:2]:
             drawn = [_drawn(curve, rows) for curve in CURVES]
-        return [*words, *drawn, now]
+        return [status_html(path, rows), console_html(path), *drawn, now]
 
     def begin(text: str, resume: bool) -> tuple[str, str]:
         try:
             folder = document.adapter_folder(text, root)
             run_process.start(folder, text, root, resume)
         except (UserError, OSError) as error:
-            return f'<p class="fault" role="alert">{escape(str(error))}</p>', ""
-        return f'<p class="note">Started in {escape(str(folder))}.</p>', str(folder)
+            return fault_html(error), ""
+        return note_html(f"Started in {folder}."), str(folder)
 
     def end(folder: str) -> str:
         if not folder or not run_process.state(Path(folder)).running:
-            return '<p class="note">Nothing is running.</p>'
+            return note_html("Nothing is running.")
         run_process.stop(Path(folder))
-        return '<p class="note">Stopping after this micro-batch; once more to stop without saving.</p>'
+        return note_html("Stopping after this micro-batch; once more to stop without saving.")
 
     def began(folder: str, present: str) -> str:
         return folder or present
@@ -109,7 +111,7 @@ def folder_to_watch(root: Path, text: str) -> str:
         folder = document.adapter_folder(text, root)
     except UserError:
         return ""
-    return str(folder) if metrics_size(folder) or run_process.read_record(folder) else ""
+    return str(folder) if any(amounts_written(folder)) or run_process.read_record(folder) else ""
 
 
 def _drawn(curve: Curve, rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from mlx_cpo_plugin.studio.run_process import RunState, console_tail, state
-
-METRICS_NAME = "metrics.jsonl"
+from mlx_cpo_plugin.report.record import METRICS_FILE, ReportError, rows_of_last_run
+from mlx_cpo_plugin.studio.run_process import CONSOLE_NAME, RunState, console_tail, state
 
 
 @dataclass(frozen=True)
@@ -64,38 +62,24 @@ _COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that a run has written whole."""
-    rows = []
+    """Return the rows that the last run in a folder has written whole; none where there are none."""
     try:
-        text = (folder / METRICS_NAME).read_text(encoding="utf-8")
-    except OSError:
+        return rows_of_last_run(folder)
+    except ReportError:
         return []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line, which is being written
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
-def metrics_size(folder: Path) -> int:
-    """Return how much a run has written; 0 where there is nothing."""
-    try:
-        return (folder / METRICS_NAME).stat().st_size
-    except OSError:
-        return 0
+def amounts_written(folder: Path) -> tuple[int, int]:
+    """Return the bytes of metrics and of console that runs have written; 0 where there is nothing."""
+    files = (folder / name for name in (METRICS_FILE, CONSOLE_NAME))
+    metrics, console = (file.stat().st_size if file.is_file() else 0 for file in files)
+    return metrics, console
 
 
-def curve_frame(rows: Sequence[Mapping[str, Any]], curve: Curve, run: str = "") -> pd.DataFrame:
-    """Return the columns ``iteration``, ``value`` and ``line`` of a plot.
-
-    Args:
-        run: put before the name of each line, where there are several runs.
-    """
+def curve_frame(rows: Sequence[Mapping[str, Any]], curve: Curve) -> pd.DataFrame:
+    """Return the columns ``iteration``, ``value`` and ``line`` of a plot."""
     points = [
-        (row["iteration"], row[key], f"{run}: {name}" if run else name)
+        (row["iteration"], row[key], name)
         for name, key in curve.lines.items()
         for row in rows
         if "iteration" in row and row.get(key) is not None

@@ -14,24 +14,34 @@ from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.report.command import write_report
 from mlx_cpo_plugin.report.plots import as_svg
 from mlx_cpo_plugin.report.record import RunRecord, differing_settings, find_runs
+from mlx_cpo_plugin.studio.messages import fault_html
 
 SHOWN_AT_FIRST = 3
 
 
+def runs_below(root: Path) -> dict[str, RunRecord]:
+    """Return the runs that wrote into folders below ``root``, the newest first, by their folder relative to it."""
+    return {str(record.folder.relative_to(root)): record for record in find_runs(root)}
+
+
 def run_names(root: Path) -> list[str]:
-    """Return the adapter folders below ``root`` that a run has written to, the newest first, relative to it."""
-    return [str(record.folder.relative_to(root)) for record in find_runs(root)]
+    """Return the names of :func:`runs_below`."""
+    return list(runs_below(root))
 
 
-def run_folder(root: Path, name: str | None) -> Path:
-    """Return the adapter folder of this name.
+def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
+    """Return the runs of these names.
 
     Raises:
-        ConfigError: there is none below ``root``.
+        ConfigError: none is named, or there is no such run below ``root``.
     """
-    if name not in run_names(root):
-        raise ConfigError(f"There is no run {name!r} below {root}; pick one of the list." if name else "Pick a run.")
-    return root / name
+    if not names:
+        raise ConfigError("Pick a run.")
+    runs = runs_below(root)
+    missing = next((name for name in names if name not in runs), None)
+    if missing is not None:
+        raise ConfigError(f"There is no run {missing!r} below {root}; pick one of the list.")
+    return [runs[name] for name in names]
 
 
 def build_runs_tab(root: Path) -> gr.CheckboxGroup:
@@ -48,19 +58,19 @@ def build_runs_tab(root: Path) -> gr.CheckboxGroup:
 
     def compare(chosen: Sequence[str]) -> tuple[str, str, str]:
         try:
-            records = _records(root, chosen)
+            records = chosen_runs(root, chosen)
             return "", table_html(records), f'<div class="paper">{as_svg(records)}</div>'
         except UserError as error:
-            return f'<p class="fault" role="alert">{escape(str(error))}</p>', "", ""
+            return fault_html(error), "", ""
 
     def write(chosen: Sequence[str]) -> tuple[str, Any]:
         try:
-            folders = [record.folder for record in _records(root, chosen)]
+            folders = [record.folder for record in chosen_runs(root, chosen)]
             # What the browser may fetch lies in a folder that holds nothing else.
             output = Path(tempfile.mkdtemp(prefix="mlx-cpo-report-")) / "report.html"
             write_report(folders, output)
         except UserError as error:
-            return f'<p class="fault" role="alert">{escape(str(error))}</p>', gr.update(visible=False)
+            return fault_html(error), gr.update(visible=False)
         return "", gr.update(value=str(output), visible=True)
 
     show.click(compare, runs, [said, table, curves], show_progress="minimal")
@@ -96,12 +106,6 @@ def table_html(records: Sequence[RunRecord]) -> str:
     return (
         f"<div class='wide'><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>{warnings}"
     )
-
-
-def _records(root: Path, chosen: Sequence[str]) -> list[RunRecord]:
-    if not chosen:
-        raise ConfigError("Tick a run to show.")
-    return [RunRecord.read(run_folder(root, name)) for name in chosen]
 
 
 def _figure(value: Any) -> str:

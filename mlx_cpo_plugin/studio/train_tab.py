@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.form import BLOCKS, PREFERENCE, Content, Field, form_fields, has_effect, train_mode
+from mlx_cpo_plugin.studio.form import BLOCKS, LOSS_KEY, PREFERENCE, Content, Field, form_fields, has_effect
+from mlx_cpo_plugin.studio.messages import fault_html, note_html
 
 # Blocks that stand open; the others are what most people leave as it is.
 OPEN_BLOCKS = (PREFERENCE, "Model & Data", "Fine-tune")
@@ -47,7 +47,7 @@ def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
                                 controls[field.key] = _control(field, contents[field.key], works)
                                 fault = field.error_of(contents[field.key])
                                 errors[field.key] = gr.HTML(
-                                    _fault(fault), elem_id=f"error-{_id(field)}", visible=bool(fault)
+                                    fault_html(fault), elem_id=f"error-{_id(field)}", visible=bool(fault)
                                 )
         with gr.Column(scale=2, min_width=320, elem_classes="side"):
             file = gr.Dropdown(
@@ -77,7 +77,7 @@ def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
             works, fault = has_effect(field, contents, fields), field.error_of(contents[key])
             now[key] = (fault, works)
             if known.get(key) != now[key]:
-                updates[errors[key]] = gr.update(value=_fault(fault), visible=bool(fault))
+                updates[errors[key]] = gr.update(value=fault_html(fault), visible=bool(fault))
                 if known.get(key, ("", True))[1] != works:
                     updates[controls[key]] = gr.update(interactive=works)
         return updates | {shown: now}
@@ -97,17 +97,17 @@ def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
     def open_file(name: str | None) -> Updates:
         try:
             text = document.read_document(document.path_in(root, name or ""))
-            return filled(text, name or "") | {said: _note(f"Opened {name}.")}
+            return filled(text, name or "") | {said: note_html(f"Opened {name}.")}
         except (UserError, ValueError) as error:
-            return {said: _fault(str(error))}
+            return {said: fault_html(error)}
 
     def save_file(name: str | None, text: str) -> Updates:
         try:
             path = document.path_in(root, name or "")
             document.save_document(text, path)
         except UserError as error:
-            return {said: _fault(str(error))}
-        return {said: _note(f"Saved {name}."), file: gr.update(choices=_configurations(root))}
+            return {said: fault_html(error)}
+        return {said: note_html(f"Saved {name}."), file: gr.update(choices=_configurations(root))}
 
     judged_parts = [*controls.values(), *errors.values(), yaml, verdict, shown]
     for control in controls.values():
@@ -132,7 +132,7 @@ def _control(field: Field, content: Content, works: bool) -> Any:
     }
     if field.option.type is bool:
         return gr.Checkbox(bool(content), **common)
-    if field.key == train_mode().loss_option:
+    if field.key == LOSS_KEY:
         return gr.Radio(field.choices, value=str(content), **common)
     if field.option.choices:
         return gr.Dropdown(field.choices, value=str(content), **common)
@@ -159,13 +159,5 @@ def _verdict(text: str) -> str:
     try:
         notes = document.resolved(text).notes
     except ConfigError as error:
-        return _fault(str(error))
-    return _note("Ready to train.") + "".join(_note(note) for note in notes)
-
-
-def _fault(text: str) -> str:
-    return f'<p class="fault" role="alert">{escape(text)}</p>' if text else ""
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+        return fault_html(error)
+    return note_html("Ready to train.") + "".join(note_html(note) for note in notes)
