@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -99,16 +99,25 @@ def _version(distribution: str) -> str:
         return "of unknown version"
 
 
-def _plain(value: Any) -> Any:
-    """Return a value with YAML's own types only, without secrets and without what is not set."""
+def plain_values(value: Any, is_left_out: Callable[[str, Any], bool] = lambda key, item: False) -> Any:
+    """Return a value with the types of YAML and JSON only, without access tokens.
+
+    Args:
+        is_left_out: ``is_left_out(key, item)``, whether an item of a mapping is left out, too.
+    """
     if isinstance(value, Mapping):
         return {
-            str(key): _plain(item)
+            str(key): plain_values(item, is_left_out)
             for key, item in value.items()
-            if item is not None and key not in _SECRETS | _LEFT_OUT
+            if key not in _SECRETS and not is_left_out(key, item)
         }
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item, is_left_out) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return :func:`plain_values` without what is not set, and what is no part of the run."""
+    return plain_values(value, lambda key, item: item is None or key in _LEFT_OUT)

@@ -20,8 +20,8 @@ from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import run as host_run
 from mlx_cpo_plugin.options import TRACKERS
+from mlx_cpo_plugin.run_settings import plain_values
 from mlx_cpo_plugin.trackers import CLIENTS, TrackerCallback
-from mlx_cpo_plugin.trackers.callback import plain_settings
 from mlx_cpo_plugin.trackers.clients import RunDescription, TensorboardTracker
 from mlx_cpo_plugin.trackers.names import trl_names
 from mlx_cpo_plugin.trainer import train_cpo
@@ -281,7 +281,7 @@ def test_settings_are_sent_as_plain_values_without_tokens() -> None:
         "iters": None,
     }
 
-    assert plain_settings(settings) == {
+    assert plain_values(settings) == {
         "hf_dataset": [{"path": "rows", "config": {"name": "en"}}],
         "adapter_path": "adapters",
         "betas": [0.9, 0.999],

@@ -11,8 +11,10 @@ from mlx_cpo_plugin.convert.model_and_data import (
     Adapter,
     DataEntry,
     are_entries,
+    bits_of,
     convert_adapter,
     convert_data,
+    convert_model,
     convert_precision,
     convert_valid_share,
     put_loss,
@@ -111,11 +113,7 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
-    model = source.text("base_model")
-    if model is None:
-        conversion.tell("The file names no model: set model.")
-    else:
-        conversion.settings["model"] = model
+    convert_model(source, "base_model", conversion)
     adapter = source.raw("adapter")
     if is_off(adapter):
         conversion.put("train_type", "full", given=False)
@@ -132,7 +130,7 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
             Adapter(rank, alpha, dropout, targets, source.flag(dora), source.flag(stabilised), False, given=True),
             conversion,
         )
-    convert_precision(4 if source.flag("load_in_4bit") else 8 if source.flag("load_in_8bit") else None, conversion)
+    convert_precision(bits_of(source), conversion)
 
 
 def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:

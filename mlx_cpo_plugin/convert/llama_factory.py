@@ -12,20 +12,15 @@ from mlx_cpo_plugin.convert.model_and_data import (
     DataEntry,
     convert_adapter,
     convert_data,
+    convert_model,
     convert_precision,
     convert_valid_share,
     put_loss,
     require_no_reference,
 )
 from mlx_cpo_plugin.convert.training_arguments import (
-    convert_checkpoints,
-    convert_intervals,
-    convert_length,
-    convert_optimizer,
-    convert_rest,
-    convert_schedule,
     convert_tracking,
-    schedule_of,
+    convert_training_arguments,
 )
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.wording import named
@@ -51,16 +46,17 @@ def convert_llama_factory(source: Source, rows: int | None, drop_reference: bool
     _convert_model(source, conversion)
     _convert_data(source, conversion, rows)
     conversion.put("max_seq_length", source.count("cutoff_len", 2048), source.gives("cutoff_len"))
-    length = convert_length(source, conversion, rows)
-    rate = source.number("learning_rate", 5e-5)
-    conversion.put("learning_rate", rate, source.gives("learning_rate"))
-    convert_schedule(schedule_of(source, rate), conversion, length)
-    muon = source.flag("use_muon")
-    convert_optimizer(source, conversion, "optim", "muon" if muon else str(source.raw("optim", "adamw_torch_fused")))
     checkpointing = "disable_gradient_checkpointing"
-    convert_rest(source, conversion, not source.flag(checkpointing), source.gives(checkpointing))
-    convert_intervals(source, conversion, length, logging_steps=500)
-    convert_checkpoints(source, conversion)
+    convert_training_arguments(
+        source,
+        conversion,
+        rows,
+        learning_rate=5e-5,
+        logging_steps=500,
+        optimizer="muon" if source.flag("use_muon") else None,
+        grad_checkpoint=not source.flag(checkpointing),
+        gives_checkpointing=source.gives(checkpointing),
+    )
     if source.count("early_stopping_steps") is not None:
         conversion.put("early_stopping_patience", source.count("early_stopping_steps"), given=True)
     _convert_tracking(source, conversion)
@@ -92,11 +88,7 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
-    model = source.text("model_name_or_path")
-    if model is None:
-        conversion.tell("The file names no model: set model.")
-    else:
-        conversion.settings["model"] = model
+    convert_model(source, "model_name_or_path", conversion)
     kind = source.raw("finetuning_type", "lora")
     if kind == "lora":
         rank = source.count("lora_rank", 8)

@@ -60,6 +60,16 @@ class DataEntry:
         return looks_local and not self.options
 
 
+def convert_model(source: Source, key: str, conversion: Conversion) -> bool:
+    """Write ``model``, or say that the file names none under ``key``; return whether it does."""
+    model = source.text(key)
+    if model is None:
+        conversion.tell("The file names no model: set model.")
+        return False
+    conversion.settings["model"] = model
+    return True
+
+
 def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
     """Write ``train_type`` and ``lora_parameters``: our scale is alpha over the rank, or over its square root.
 
@@ -82,6 +92,11 @@ def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
     if adapter.targets not in ALL_LINEAR:
         which = "those that PEFT picks" if adapter.targets is None else str(adapter.targets)
         conversion.tell(f"The adapted modules, {which}, have no counterpart: every linear layer is adapted.")
+
+
+def bits_of(source: Source) -> int | None:
+    """Return the bits that transformers' keys ask the base model to be loaded in."""
+    return 4 if source.flag("load_in_4bit") else 8 if source.flag("load_in_8bit") else None
 
 
 def convert_precision(bits: int | None, conversion: Conversion) -> None:

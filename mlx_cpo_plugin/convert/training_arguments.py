@@ -253,6 +253,35 @@ def convert_rest(source: Source, conversion: Conversion, grad_checkpoint: bool, 
     conversion.put("fuse", False, given=False)
 
 
+def convert_training_arguments(
+    source: Source,
+    conversion: Conversion,
+    rows: int | None,
+    *,
+    learning_rate: float,
+    logging_steps: float,
+    grad_checkpoint: bool,
+    gives_checkpointing: bool,
+    optimizer: str | None = None,
+) -> None:
+    """Convert what TRL and LLaMA-Factory name alike, from the length of the run to its checkpoints.
+
+    Args:
+        rows: of the training set, if known.
+        learning_rate, logging_steps: the program's defaults.
+        grad_checkpoint, gives_checkpointing: as in :func:`convert_rest`.
+        optimizer: in place of what ``optim`` says.
+    """
+    length = convert_length(source, conversion, rows)
+    rate = source.number("learning_rate", learning_rate)
+    conversion.put("learning_rate", rate, source.gives("learning_rate"))
+    convert_schedule(schedule_of(source, rate), conversion, length)
+    convert_optimizer(source, conversion, "optim", optimizer or str(source.raw("optim", "adamw_torch_fused")))
+    convert_rest(source, conversion, grad_checkpoint, gives_checkpointing)
+    convert_intervals(source, conversion, length, logging_steps)
+    convert_checkpoints(source, conversion)
+
+
 def schedule_of(source: Source, peak: float) -> ScheduleRequest:
     """Read the schedule from the keys that transformers has for it."""
     name = str(source.raw("lr_scheduler_type", "linear"))

@@ -9,22 +9,18 @@ from mlx_cpo_plugin.convert.model_and_data import (
     Adapter,
     DataEntry,
     are_entries,
+    bits_of,
     convert_adapter,
     convert_data,
+    convert_model,
     convert_precision,
     convert_valid_share,
     put_loss,
     require_no_reference,
 )
 from mlx_cpo_plugin.convert.training_arguments import (
-    convert_checkpoints,
-    convert_intervals,
-    convert_length,
-    convert_optimizer,
-    convert_rest,
-    convert_schedule,
     convert_tracking,
-    schedule_of,
+    convert_training_arguments,
 )
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.wording import named
@@ -90,15 +86,16 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
     _convert_data(source, conversion, rows)
     _convert_loss(source, conversion, drop_reference)
     conversion.put("max_seq_length", source.count("max_length", 1024), source.gives("max_length"))
-    length = convert_length(source, conversion, rows)
-    rate = source.number("learning_rate", 1e-6)
-    conversion.put("learning_rate", rate, source.gives("learning_rate"))
-    convert_schedule(schedule_of(source, rate), conversion, length)
-    convert_optimizer(source, conversion, "optim", str(source.raw("optim", "adamw_torch_fused")))
     checkpointing = "gradient_checkpointing"
-    convert_rest(source, conversion, source.flag(checkpointing, True), source.gives(checkpointing))
-    convert_intervals(source, conversion, length, logging_steps=10)
-    convert_checkpoints(source, conversion)
+    convert_training_arguments(
+        source,
+        conversion,
+        rows,
+        learning_rate=1e-6,
+        logging_steps=10,
+        grad_checkpoint=source.flag(checkpointing, True),
+        gives_checkpointing=source.gives(checkpointing),
+    )
     convert_tracking(source, conversion)
     if source.text("output_dir") is not None:
         conversion.settings["adapter_path"] = source.text("output_dir")
@@ -108,7 +105,6 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
-    model = source.text("model_name_or_path")
     dropout_works = not source.flag("disable_dropout", True)
     adapter = Adapter(
         rank=source.count("lora_r", 16),
@@ -120,15 +116,12 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
         dropout_works=dropout_works,
         given=bool(given_keys(source, _ADAPTER_KEYS)),
     )
-    bits = 4 if source.flag("load_in_4bit") else 8 if source.flag("load_in_8bit") else None
+    bits = bits_of(source)
     uses_adapter = source.flag("use_peft")
-    if model is None:
-        conversion.tell("The file names no model: set model.")
-    else:
-        conversion.settings["model"] = model
+    names_model = convert_model(source, "model_name_or_path", conversion)
     if uses_adapter:
         convert_adapter(adapter, conversion)
-    elif model is not None:
+    elif names_model:
         conversion.put("train_type", "full", given=False)
         ignored = given_keys(source, (*_ADAPTER_KEYS, *_TARGET_KEYS))
         if ignored:

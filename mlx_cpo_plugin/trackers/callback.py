@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from mlx_cpo_plugin.errors import first_line
 from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
 from mlx_cpo_plugin.trackers.names import trl_names
 
 Told = Collection[tuple[str, int]]
 """Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
-
-SECRETS = ("token",)
 
 
 class TrackerCallback(TrainingCallback):
@@ -130,7 +129,7 @@ def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> 
         project=settings.project or settings.wandb or DEFAULT_PROJECT,
         name=settings.run_name or folder.resolve().name,
         folder=folder,
-        settings=plain_settings(vars(settings)),
+        settings=plain_values(vars(settings)),
     )
     callback = TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, wrapped)
     try:
@@ -139,12 +138,3 @@ def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> 
         callback.finish(failed=True)
         raise
     callback.finish(failed=False)
-
-
-def plain_settings(value: Any) -> Any:
-    """Return settings as values that JSON can hold, without access tokens."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_settings(inner) for key, inner in value.items() if key not in SECRETS}
-    if isinstance(value, list | tuple):
-        return [plain_settings(inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

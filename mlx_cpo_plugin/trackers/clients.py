@@ -48,7 +48,16 @@ class Tracker(Protocol):
         """End the run, and wait until what was sent has arrived."""
 
 
-class WandbTracker:
+class _RunOfClient:
+    """What clients have in common whose run is an object that takes metrics."""
+
+    run: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+
+class WandbTracker(_RunOfClient):
     """Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
@@ -61,9 +70,6 @@ class WandbTracker:
             resume="allow" if run_id else None,
         )
         return str(self.run.id)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -91,7 +97,7 @@ class TensorboardTracker:
         self.writer.close()
 
 
-class TrackioTracker:
+class TrackioTracker(_RunOfClient):
     """Trackio, which keeps runs in a database on this machine unless its own settings say otherwise."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
@@ -104,14 +110,11 @@ class TrackioTracker:
         )
         return str(self.run.name)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
     def finish(self, failed: bool) -> None:
         self.run.finish()
 
 
-class SwanlabTracker:
+class SwanlabTracker(_RunOfClient):
     """SwanLab; ``SWANLAB_MODE=offline`` keeps it on this machine."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
@@ -124,9 +127,6 @@ class SwanlabTracker:
             resume="allow" if run_id else None,
         )
         return str(self.run.id)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
         self.run.finish(state="crashed" if failed else "success")
