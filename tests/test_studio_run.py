@@ -51,6 +51,7 @@ def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
 
     assert run_process.state(folder).status == "stopped"
     assert "stopped after iteration" in run_process.console_tail(folder)[-1]
+    assert 'class="alarm"' not in status_html(folder, [])
     done = read_metrics(folder)[-1]["iteration"]
 
     short = yaml.safe_dump(yaml.safe_load(config) | {"iters": 4000})

@@ -25,6 +25,7 @@ from mlx_cpo_plugin.studio.run_view import (
 # Blue and orange, which people who see no red or green can tell apart.
 COLOURS = ("#2f81f7", "#e3820b")
 SECONDS_BETWEEN_LOOKS = 1.0
+FEWEST_POINTS = 2
 
 # A folder, the bytes of metrics and of console in it, and how its run stood.
 Seen = tuple[str, int, int, str]
@@ -115,9 +116,9 @@ def folder_to_watch(root: Path, text: str) -> str:
 
 
 def _drawn(curve: Curve, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Show a plot once its first line has points: it takes its lines from the first table that it is given."""
+    """Show a plot once there is a line to see, the first one: it takes its lines from the first table it is given."""
     frame = curve_frame(rows, curve)
-    if next(iter(curve.lines)) not in set(frame["line"]):
+    if (frame["line"] == next(iter(curve.lines))).sum() < FEWEST_POINTS:
         return gr.update(visible=False)
     return gr.update(value=frame, visible=True)
 

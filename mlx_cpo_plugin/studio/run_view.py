@@ -57,7 +57,8 @@ STATUS_WORDS = {
 }
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
 _PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")
-_ALARM = re.compile(r"^(?:Warning: |error: |\[?ERROR|\S*Error: )")
+# A stop was asked for: that it took place is no alarm.
+_ALARM = re.compile(r"^(?:Warning: |error: (?!stopped after iteration)|\[?ERROR|\S*Error: )")
 _COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
