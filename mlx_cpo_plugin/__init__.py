@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from mlx_cpo_plugin.hookspecs import hookimpl
     from mlx_cpo_plugin.host.finder import install as activate
-    from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+    from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
     from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 _HOMES = {
-    "CPOTrainingArgs": "mlx_cpo_plugin.trainer",
+    "CPOTrainingArgs": "mlx_cpo_plugin.training.trainer",
     "LossType": "mlx_cpo_plugin.types",
     "Option": "mlx_cpo_plugin.types",
     "TrainMode": "mlx_cpo_plugin.types",
     "activate": "mlx_cpo_plugin.host.finder",
-    "evaluate_cpo": "mlx_cpo_plugin.trainer",
+    "evaluate_cpo": "mlx_cpo_plugin.training.trainer",
     "hookimpl": "mlx_cpo_plugin.hookspecs",
-    "train_cpo": "mlx_cpo_plugin.trainer",
+    "train_cpo": "mlx_cpo_plugin.training.trainer",
 }
 
 __all__ = [

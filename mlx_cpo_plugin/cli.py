@@ -105,8 +105,8 @@ def _train(words: Sequence[str]) -> int:
 
 def _check(words: Sequence[str]) -> int:
     _activate()
-    from mlx_cpo_plugin import config
     from mlx_cpo_plugin.data.check import run_check
+    from mlx_cpo_plugin.settings import config
 
     sys.argv = ["mlx-cpo check", *words]
     mode = config.requested_mode(words)
@@ -145,7 +145,7 @@ def _doctor(as_json: bool) -> int:
 def _losses(as_json: bool) -> int:
     from mlx_cpo_plugin.cpo import CPO_ALPHA, LOSS_OPTION
     from mlx_cpo_plugin.plugins import loss_types
-    from mlx_cpo_plugin.presets import PRESETS
+    from mlx_cpo_plugin.settings.presets import PRESETS
 
     rows = [
         {

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_cpo_plugin.best import MEASURES
 from mlx_cpo_plugin.hookspecs import hookimpl
-from mlx_cpo_plugin.presets import PRESETS
+from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.training.best import MEASURES
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 if TYPE_CHECKING:
@@ -250,9 +250,9 @@ def train(
     adapter_file: Path,
     training_callback: Any = None,
 ) -> None:
-    """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.trainer.train_cpo`."""
-    from mlx_cpo_plugin.run_settings import recorded_settings
-    from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+    """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.training.trainer.train_cpo`."""
+    from mlx_cpo_plugin.settings.run_settings import recorded_settings
+    from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
     training_args = CPOTrainingArgs.from_settings(args, adapter_file)
     training_args.run_settings = recorded_settings(args)
@@ -268,7 +268,7 @@ def train(
 
 def evaluate(model: Any, dataset: Sequence[Any], args: Any) -> Mapping[str, float]:
     """Return loss, accuracies, margins and the other means over the pairs of ``dataset``."""
-    from mlx_cpo_plugin.trainer import evaluate_cpo
+    from mlx_cpo_plugin.training.trainer import evaluate_cpo
 
     loss, rewards, _, means = evaluate_cpo(
         model=model,

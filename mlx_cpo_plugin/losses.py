@@ -5,7 +5,7 @@ Each takes the log-probs of the chosen and of the rejected answers (float32, [B]
 is held against an absolute target. Reference: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417.
 
 The paper's second term, the negative log-likelihood of the chosen answers, is no part of a loss: ``cpo_alpha`` adds it
-to any of them, see :class:`mlx_cpo_plugin.objective.Objective`.
+to any of them, see :class:`mlx_cpo_plugin.training.objective.Objective`.
 """
 
 from __future__ import annotations

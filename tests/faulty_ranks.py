@@ -105,12 +105,12 @@ def main() -> None:
     import mlx.optimizers as optimizers
     from conftest import add_adapter, build_model, build_pairs
 
-    from mlx_cpo_plugin import ranks
     from mlx_cpo_plugin.errors import UserError
     from mlx_cpo_plugin.host.patches import exit_with
     from mlx_cpo_plugin.losses import sigmoid_loss
-    from mlx_cpo_plugin.optimizer_step import OptimizerStep
-    from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+    from mlx_cpo_plugin.training import ranks
+    from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
+    from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
     wanted = json.loads(sys.argv[1])
     rank = mx.distributed.init().rank()

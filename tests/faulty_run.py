@@ -15,7 +15,7 @@ from typing import Any
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 from mlx_cpo_plugin.cli import main as command
-from mlx_cpo_plugin.reporting import ProgressReporter
+from mlx_cpo_plugin.training.reporting import ProgressReporter
 
 # Bytes that still can be had after memory has run out: less than the longest row needs.
 LEFT = 16 * 2**20

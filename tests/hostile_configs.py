@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from mlx_cpo_plugin import config
-from mlx_cpo_plugin.command_line import known_options
-from mlx_cpo_plugin.options import UNCHECKED_KEYS
 from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.options import UNCHECKED_KEYS
 from mlx_cpo_plugin.types import Option
 
 Case = dict[str, Any]

@@ -25,8 +25,8 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from conftest import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin.trainer import train_cpo
-from mlx_cpo_plugin.training_args import CPOTrainingArgs
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,

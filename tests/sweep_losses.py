@@ -24,16 +24,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import batch_generate
 
-from mlx_cpo_plugin.config import resolve
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.evaluation import evaluate_pairs
 from mlx_cpo_plugin.host.run import load_model, train_mode
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
-from mlx_cpo_plugin.objective import objective_for
-from mlx_cpo_plugin.parity import choose_scorer
 from mlx_cpo_plugin.plugins import train_modes
-from mlx_cpo_plugin.scoring import compile_where_it_pays
+from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.training.evaluation import evaluate_pairs
+from mlx_cpo_plugin.training.objective import objective_for
 
 # Losses of summed log-probs want small betas; those of means over tokens want large ones. For ipo, 1 / (2 * beta) is
 # the margin that it aims at, in nats a token. The outer betas come first, for a sweep that is to try two of each.

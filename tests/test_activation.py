@@ -36,7 +36,7 @@ IMPORT_LIKE_STUDIO = """
 from mlx_lm_lora.trainer.cpo_trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 from mlx_lm_lora.train import CONFIG_DEFAULTS
 import mlx_lm_lora.train as host
-import mlx_cpo_plugin.trainer as own
+import mlx_cpo_plugin.training.trainer as own
 assert train_cpo is own.train_cpo is host.train_cpo
 assert evaluate_cpo is own.evaluate_cpo is host.evaluate_cpo
 assert CPOTrainingArgs is own.CPOTrainingArgs is host.CPOTrainingArgs
@@ -207,7 +207,11 @@ def test_a_reloaded_host_is_hooked_again(wheel_environment: FreshEnvironment) ->
 
     printed = wheel_environment.run_python("-c", script)
 
-    assert printed.split() == ["mlx_cpo_plugin.trainer", "mlx_cpo_plugin.trainer", "mlx_lm_lora.train"]
+    assert printed.split() == [
+        "mlx_cpo_plugin.training.trainer",
+        "mlx_cpo_plugin.training.trainer",
+        "mlx_lm_lora.train",
+    ]
 
 
 def test_processes_that_are_spawned_are_hooked(wheel_environment: FreshEnvironment, tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_processes_that_are_spawned_are_hooked(wheel_environment: FreshEnvironme
         "        print(pool.map(module_of_train_cpo, [0])[0])\n"
     )
 
-    assert wheel_environment.run_python(tmp_path / "spawning.py").strip() == "mlx_cpo_plugin.trainer"
+    assert wheel_environment.run_python(tmp_path / "spawning.py").strip() == "mlx_cpo_plugin.training.trainer"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,7 +276,7 @@ for name, entry in entries.items():
     except Exception as error:
         print(f"{name}|{type(error).__name__}|{error}")
 """
-BREAKABLE = ["mlx_cpo_plugin.host.patches", "mlx_cpo_plugin.trainer", "mlx_cpo_plugin.config"]
+BREAKABLE = ["mlx_cpo_plugin.host.patches", "mlx_cpo_plugin.training.trainer", "mlx_cpo_plugin.settings.config"]
 
 
 @pytest.mark.parametrize("module", BREAKABLE)

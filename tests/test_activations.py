@@ -8,7 +8,7 @@ import pytest
 from conftest import build_model
 from mlx_lm.models import activations, llama
 
-from mlx_cpo_plugin.activations import lean_activations, lean_swiglu
+from mlx_cpo_plugin.layers.activations import lean_activations, lean_swiglu
 
 
 def test_values_and_gradients_equal_the_float64_formula() -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from conftest import add_adapter, assert_same, build_model, build_pairs, parameters
 
-from mlx_cpo_plugin import optimizer_step
-from mlx_cpo_plugin.alarms import WINDOW, DisplacementAlarm, TrainingError
-from mlx_cpo_plugin.best import BestSoFar, PlateauAdvice
-from mlx_cpo_plugin.scoring import AnswerScores
-from mlx_cpo_plugin.trainer import train_cpo
-from mlx_cpo_plugin.training_args import CPOTrainingArgs
+from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.training import optimizer_step
+from mlx_cpo_plugin.training.alarms import WINDOW, DisplacementAlarm, TrainingError
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.best import BestSoFar, PlateauAdvice
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 
 def train(folder: Path, model: nn.Module, *, rate: float | Callable[[mx.array], mx.array] = 0.1, **more: Any) -> None:

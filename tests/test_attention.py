@@ -11,9 +11,9 @@ from conftest import add_adapter, build_model
 from mlx_lm.models import base, llama
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin import attention
-from mlx_cpo_plugin.activations import lean_activations
-from mlx_cpo_plugin.attention import Mask, lean_attention
+from mlx_cpo_plugin.layers import attention
+from mlx_cpo_plugin.layers.activations import lean_activations
+from mlx_cpo_plugin.layers.attention import Mask, lean_attention
 
 Array = NDArray[np.float64]
 SCALE = 0.3
@@ -109,7 +109,7 @@ def test_models_use_it_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) 
         used.append(queries.shape[2])
         return lean_attention(queries, *rest)
 
-    monkeypatch.setattr("mlx_cpo_plugin.activations.lean_attention", record)
+    monkeypatch.setattr("mlx_cpo_plugin.layers.activations.lean_attention", record)
     model = build_model()
     with lean_activations():
         mx.eval(model(mx.zeros((1, 20), mx.int32)))

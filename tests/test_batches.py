@@ -10,7 +10,7 @@ from conftest import build_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin.batches import (
+from mlx_cpo_plugin.data.batches import (
     BatchSize,
     MicroBatch,
     collate,

@@ -30,8 +30,8 @@ from mlx_cpo_plugin.bench.reference import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
-from mlx_cpo_plugin.objective import objective_for
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.training.objective import objective_for
 
 TINY = Shape(prompt=20, chosen=9, rejected=6, batch=2, vocabulary=80, hidden=64, layers=2)
 LONG = Shape(prompt=560, chosen=8, rejected=6, batch=1, vocabulary=80, hidden=64, layers=1, long=True)

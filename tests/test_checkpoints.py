@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import generate
 from mlx_lm.utils import load
 
-from mlx_cpo_plugin import checkpoints
-from mlx_cpo_plugin.batches import collate
-from mlx_cpo_plugin.checkpoints import CheckpointError
-from mlx_cpo_plugin.scoring import score_answers
+from mlx_cpo_plugin.checkpoints import adapter as checkpoints
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
+from mlx_cpo_plugin.data.batches import collate
+from mlx_cpo_plugin.scoring.answers import score_answers
 
 
 def saved(model: nn.Module, folder: Path) -> Path:

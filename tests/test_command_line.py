@@ -13,8 +13,9 @@ import yaml
 from mlx_lm_lora.train import build_parser as build_host_parser
 from stranger_plugins import CompetingPlugin, JudgedPlugin, RankPlugin, registered
 
-from mlx_cpo_plugin import config, plugins
+from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import PluginError
+from mlx_cpo_plugin.settings import config
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:

@@ -18,11 +18,11 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.batches import collate
 from mlx_cpo_plugin.comparison import measure
 from mlx_cpo_plugin.comparison.measure import Comparison, compare
 from mlx_cpo_plugin.comparison.preference import length_groups, preferences
-from mlx_cpo_plugin.objective import objective_for
+from mlx_cpo_plugin.data.batches import collate
+from mlx_cpo_plugin.training.objective import objective_for
 
 Settings = dict[str, Any]
 RunMain = Callable[..., None]

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
 from stranger_plugins import JudgedPlugin, PlainPlugin, RankPlugin, registered
 
-from mlx_cpo_plugin import config, plugins
+from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.options import PRECISIONS, SUBSTRATE_OPTIONS
-from mlx_cpo_plugin.presets import PRESETS
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option, Preset
-from mlx_cpo_plugin.validation import check
 
 SCHEDULES = [{"name": "cosine_decay", "arguments": [1e-5, 100]}, {"name": "step_decay", "arguments": [1e-4, 0.5, 10]}]
 

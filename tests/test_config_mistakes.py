@@ -11,8 +11,8 @@ import pytest
 import yaml
 from stranger_plugins import RankPlugin, registered
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings import config
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:

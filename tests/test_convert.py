@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
-from mlx_cpo_plugin import cli, config, plugins
-from mlx_cpo_plugin.command_line import known_options
+from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.convert.command import SOURCES, recognised
 from mlx_cpo_plugin.convert.conversion import Conversion, Source
 from mlx_cpo_plugin.convert.writing import as_yaml
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.yaml_settings import YamlSettings
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
 
 TRL: dict[str, Any] = {
     "model_name_or_path": "some/model",

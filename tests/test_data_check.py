@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 from data_tokenizers import tokenizer_named
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.data import check
 from mlx_cpo_plugin.data.check import run_check
 from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.settings import config
 
 
 @pytest.fixture

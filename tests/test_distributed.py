@@ -23,14 +23,14 @@ import os, sys
 sys.path.insert(0, {tests!r})
 import mlx.core as mx, mlx.optimizers as optimizers
 from conftest import add_adapter, build_model, build_pairs
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 # A folder of its own for each rank, so that it shows who writes.
 folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank()
 dies = {dies!r}
 if mx.distributed.init().rank() in dies:
     from itertools import count
-    from mlx_cpo_plugin import trainer
+    from mlx_cpo_plugin.training import trainer
 
     real, calls = trainer.scored_tokens, count(1)
     trainer.scored_tokens = lambda pairs: os._exit(9) if next(calls) == dies["at"] else real(pairs)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cpo_plugin import exponential as module
-from mlx_cpo_plugin.exponential import exponential, power_of_two, sigmoid
+from mlx_cpo_plugin.layers import exponential as module
+from mlx_cpo_plugin.layers.exponential import exponential, power_of_two, sigmoid
 
 EVERY_SIZE = np.concatenate([np.linspace(-87, 88, 100_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
 

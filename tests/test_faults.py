@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import preference_rows
 
-from mlx_cpo_plugin.batches import BatchSize, training_plan
-from mlx_cpo_plugin.checkpoint_folder import read_checkpoint
+from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
+from mlx_cpo_plugin.data.batches import BatchSize, training_plan
 
 Settings = dict[str, Any]
 RunMain = Callable[..., None]

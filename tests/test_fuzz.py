@@ -19,7 +19,6 @@ import pytest
 from data_tokenizers import tokenizer_named
 from pyarrow import parquet
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.dataset import DataReport
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
@@ -27,6 +26,7 @@ from mlx_cpo_plugin.data.formats import Columns, UnusableRow, parse_row
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.run import load_model
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.wording import named, shown
 
 HEAD = "train_mode: cpo\ntrain: true\n"

@@ -10,8 +10,8 @@ from conftest import build_model, build_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin import memory
-from mlx_cpo_plugin.grouping import (
+from mlx_cpo_plugin.scoring import memory
+from mlx_cpo_plugin.scoring.grouping import (
     GROUP_SIZES,
     MOST_SHAPES,
     PAIR_BY_PAIR,
@@ -20,8 +20,8 @@ from mlx_cpo_plugin.grouping import (
     grouping_for,
     padding_rooms,
 )
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.shared_prompt import share
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.scoring.shared_prompt import share
 
 SIZES = st.builds(PairSize, st.integers(1, 300), st.integers(2, 200), st.integers(1, 400), st.booleans())
 
@@ -133,7 +133,7 @@ def test_models_whose_memory_is_no_list_of_tokens_are_computed_pair_by_pair(name
 
 
 def test_a_model_that_miscounts_padding_is_computed_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_cpo_plugin.caches import PaddedCache
+    from mlx_cpo_plugin.layers.caches import PaddedCache
 
     monkeypatch.setattr(PaddedCache, "offset", property(lambda self: self.padded))
     scorer = choose_scorer(build_model(), build_pairs(4), "auto", pytest.fail)

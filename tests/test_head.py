@@ -14,11 +14,11 @@ from architectures import COMMON, build_architecture
 from conftest import add_adapter, build_model
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin import head
-from mlx_cpo_plugin.backbone import SplitModel
-from mlx_cpo_plugin.head import target_scores
-from mlx_cpo_plugin.qat import fake_quantised
-from mlx_cpo_plugin.quantised_layers import unpacked_products
+from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.scoring import head
+from mlx_cpo_plugin.scoring.backbone import SplitModel
+from mlx_cpo_plugin.scoring.head import target_scores
+from mlx_cpo_plugin.training.qat import fake_quantised
 
 Array = NDArray[np.float64]
 TOKENS = 11

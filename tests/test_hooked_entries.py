@@ -13,10 +13,10 @@ import pytest
 from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, dsla_trainer
 
 import mlx_cpo_plugin
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError, DataError, PluginError
 from mlx_cpo_plugin.host import finder, patches
 from mlx_cpo_plugin.host import run as host_run
+from mlx_cpo_plugin.settings import config
 
 mlx_cpo_plugin.activate()
 

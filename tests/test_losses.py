@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.losses import smoothed
-from mlx_cpo_plugin.objective import objective_for
 from mlx_cpo_plugin.plugins import loss_types
-from mlx_cpo_plugin.scoring import AnswerScores
+from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.training.objective import objective_for
 
 LOSSES = ("sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo")
 SMOOTHED = ("sigmoid", "simpo", "alphapo")

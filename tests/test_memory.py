@@ -16,20 +16,22 @@ import pytest
 from architectures import ARCHITECTURES, build_architecture
 from conftest import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin import config, memory, memory_estimate
-from mlx_cpo_plugin.batches import BatchSize
+from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, grouping_for
 from mlx_cpo_plugin.host.lazy_model import unevaluated_model
-from mlx_cpo_plugin.memory_estimate import (
+from mlx_cpo_plugin.scoring import memory
+from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, grouping_for
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.training import memory_estimate
+from mlx_cpo_plugin.training.memory_estimate import (
     MemoryEstimate,
     Way,
     estimated_memory,
     expected_grouping,
     memory_report,
 )
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 VOCABULARY = 2000
 TOLERANCE = 0.25

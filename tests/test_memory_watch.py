@@ -9,11 +9,11 @@ import mlx.core as mx
 import pytest
 from conftest import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin import memory_watch
-from mlx_cpo_plugin.alarms import TrainingError, last_good_weights_kept
-from mlx_cpo_plugin.batches import BatchSize
-from mlx_cpo_plugin.memory_estimate import ModelSizes, Way, bytes_for
-from mlx_cpo_plugin.memory_watch import MemoryWatch, free_memory
+from mlx_cpo_plugin.data.batches import BatchSize
+from mlx_cpo_plugin.training import memory_watch
+from mlx_cpo_plugin.training.alarms import TrainingError, last_good_weights_kept
+from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
+from mlx_cpo_plugin.training.memory_watch import MemoryWatch, free_memory
 
 GIGABYTE = 2**30
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.metrics import MetricsFile, PairMeans
-from mlx_cpo_plugin.objective import objective_for
-from mlx_cpo_plugin.reporting import ProgressReporter
-from mlx_cpo_plugin.scoring import AnswerScores
+from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
+from mlx_cpo_plugin.training.objective import objective_for
+from mlx_cpo_plugin.training.reporting import ProgressReporter
 
 EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0, 2.0)))
 

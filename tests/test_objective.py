@@ -11,13 +11,13 @@ import pytest
 from conftest import add_adapter, assert_same, build_model, build_pairs, parameters
 from mlx.utils import tree_flatten
 
-from mlx_cpo_plugin.batches import StepTotals
+from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.gradients import AnswerGradients, BatchGradients, GradientMethod
-from mlx_cpo_plugin.objective import Objective, objective_for
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, gradient_methods
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod
+from mlx_cpo_plugin.training.objective import Objective, objective_for
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, gradient_methods
 
 BETA, GAMMA, ALPHA, DELTA = 0.3, 0.7, 0.25, 3.0
 OPTIONS = {"beta": BETA, "simpo_gamma": GAMMA, "alphapo_alpha": ALPHA, "delta": DELTA}

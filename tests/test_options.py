@@ -8,9 +8,15 @@ import pytest
 from mlx_lm_lora.train import CONFIG_DEFAULTS
 from mlx_lm_lora.train import build_parser as build_host_parser
 
-from mlx_cpo_plugin.options import FURTHER_LIMITS, LORA_PARAMETERS, PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
+from mlx_cpo_plugin.settings.options import (
+    FURTHER_LIMITS,
+    LORA_PARAMETERS,
+    PRECISIONS,
+    SUBSTRATE_OPTIONS,
+    UNCHECKED_KEYS,
+)
+from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option
-from mlx_cpo_plugin.validation import check
 
 OPTIONS = {option.name: option for option in SUBSTRATE_OPTIONS}
 

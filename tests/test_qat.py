@@ -18,11 +18,11 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_cpo_plugin.config import resolve
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.demo.run import DEMO_DIR
-from mlx_cpo_plugin.qat import FakeQuantisation, fake_quantised
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 
 
 def quantise(weight: np.ndarray, bits: int, group_size: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_cpo_plugin.quantised_layers import unpacked_products
+from mlx_cpo_plugin.layers.quantised import unpacked_products
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="on a GPU packed weights are multiplied as they are"

@@ -15,10 +15,10 @@ import mlx.core as mx
 import pytest
 from faulty_ranks import ended, start, start_training, train
 
-from mlx_cpo_plugin import ranks, stopping
-from mlx_cpo_plugin.checkpoint_folder import read_checkpoint
-from mlx_cpo_plugin.stopping import StopRequest
-from mlx_cpo_plugin.training_state import RunCheckpoints
+from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
+from mlx_cpo_plugin.checkpoints.training_state import RunCheckpoints
+from mlx_cpo_plugin.training import ranks, stopping
+from mlx_cpo_plugin.training.stopping import StopRequest
 
 LOST = "error: rank {} was killed or ended with an error of its own, so rank {} stops, too; the checkpoints so far are"
 

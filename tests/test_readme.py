@@ -16,8 +16,8 @@ import yaml
 from mlx_lm.utils import load_tokenizer
 
 from mlx_cpo_plugin import cli, cpo, data, plugins
-from mlx_cpo_plugin.options import SUBSTRATE_OPTIONS
-from mlx_cpo_plugin.presets import PRESETS
+from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.presets import PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -62,7 +62,7 @@ def test_every_row_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
     (rows,) = blocks("json")
     (tmp_path / "rows.jsonl").write_text(rows)
     tokenizer = load_tokenizer(settings["model"])
-    from mlx_cpo_plugin.config import resolve
+    from mlx_cpo_plugin.settings.config import resolve
 
     resolved = resolve({**settings, "data": str(tmp_path / "rows.jsonl")}).settings
 

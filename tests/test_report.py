@@ -18,16 +18,17 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin import cli, config
-from mlx_cpo_plugin.metrics import MetricsFile
-from mlx_cpo_plugin.objective import objective_for
+from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.report import plots
 from mlx_cpo_plugin.report.page import as_html
 from mlx_cpo_plugin.report.plots import as_png, as_svg, panels_with_points
 from mlx_cpo_plugin.report.record import ReportError, RunRecord, differing_settings, find_runs, number
-from mlx_cpo_plugin.reporting import ProgressReporter
-from mlx_cpo_plugin.run_settings import recorded_settings
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.run_settings import recorded_settings
+from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.training.objective import objective_for
+from mlx_cpo_plugin.training.reporting import ProgressReporter
 
 BEGIN = 1_700_000_000.0
 
@@ -460,7 +461,7 @@ def test_a_caller_of_the_trainer_has_its_arguments_written_down(tmp_path: Path) 
     import mlx.optimizers as optimizers
     from conftest import add_adapter, build_model, build_pairs
 
-    from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+    from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
     adapter_file = tmp_path / "adapters" / "adapters.safetensors"
     args = CPOTrainingArgs(iters=1, batch_size=2, loss_type="hinge", beta=0.3, adapter_file=str(adapter_file))

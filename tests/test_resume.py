@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from conftest import add_adapter, assert_same, build_model, build_pairs
 
-from mlx_cpo_plugin.checkpoint_folder import CheckpointFolder, read_checkpoint
+from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
+from mlx_cpo_plugin.checkpoints.training_state import random_seed
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.stopping import StoppedError, only_run_in
-from mlx_cpo_plugin.trainer import train_cpo
-from mlx_cpo_plugin.training_args import CPOTrainingArgs
-from mlx_cpo_plugin.training_state import random_seed
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.stopping import StoppedError, only_run_in
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 KILLS = 50
 
@@ -305,7 +305,7 @@ def test_what_a_killed_run_had_not_finished_is_swept_away(tmp_path: Path) -> Non
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from mlx_cpo_plugin.stopping import only_run_in\n"
+        "import sys; from pathlib import Path; from mlx_cpo_plugin.training.stopping import only_run_in\n"
         "with only_run_in(Path(sys.argv[1])):\n"
         "    print('in', flush=True); sys.stdin.read()\n"
     )

@@ -10,9 +10,9 @@ from conftest import add_adapter, assert_same, build_model, build_pairs
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere2, gemma3_text, mamba, qwen3_moe
 
-from mlx_cpo_plugin.batches import collate
+from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.scoring import compile_where_it_pays, score_answers
+from mlx_cpo_plugin.scoring.answers import compile_where_it_pays, score_answers
 
 
 def reference_logps(model: nn.Module, prompt: np.ndarray, answer: np.ndarray, scored: np.ndarray) -> np.ndarray:

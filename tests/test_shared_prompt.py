@@ -17,27 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_cpo_plugin import parity, shared_prompt
-from mlx_cpo_plugin.batches import StepTotals, collate
-from mlx_cpo_plugin.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.checkpointing import checkpointed_layers
+from mlx_cpo_plugin.data.batches import StepTotals, collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.gradients import (
+from mlx_cpo_plugin.host.substrate import protect_recurrences
+from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
+from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
+from mlx_cpo_plugin.scoring import parity, shared_prompt
+from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
+from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping, PairSize
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.training.gradients import (
     BatchGradients,
     GradientMethod,
     PaddedGradients,
     PairGradients,
     SharedPromptGradients,
 )
-from mlx_cpo_plugin.grouping import PAIR_BY_PAIR, Grouping, PairSize
-from mlx_cpo_plugin.host.substrate import protect_recurrences
-from mlx_cpo_plugin.long_context import SegmentGradients
-from mlx_cpo_plugin.objective import Objective, objective_for
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.qat import fake_quantised
-from mlx_cpo_plugin.scoring import AnswerScores, score_answers
-from mlx_cpo_plugin.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.training.long_context import SegmentGradients
+from mlx_cpo_plugin.training.objective import Objective, objective_for
+from mlx_cpo_plugin.training.qat import fake_quantised
 
 
 def mixed_pairs() -> list[PreferencePair]:
@@ -247,7 +247,7 @@ def test_log_probs_that_are_no_numbers_are_not_the_same(monkeypatch: pytest.Monk
 
 
 def test_a_model_that_drops_what_its_caches_hold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_cpo_plugin.caches import SegmentCache
+    from mlx_cpo_plugin.layers.caches import SegmentCache
 
     monkeypatch.setattr(SegmentCache, "update_and_fetch", lambda self, keys, values: (keys, values))
     said: list[str] = []

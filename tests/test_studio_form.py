@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_cpo_plugin import LossType, Option, hookimpl
-from mlx_cpo_plugin.config import resolve
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import get_plugin_manager
-from mlx_cpo_plugin.yaml_settings import parse_settings
+from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.settings.yaml_settings import parse_settings
 
 pytest.importorskip("gradio", reason="needs the extra 'studio'")
 

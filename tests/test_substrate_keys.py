@@ -14,10 +14,11 @@ import pytest
 from conftest import assert_same, preference_rows
 from mlx_lm.utils import load
 
-from mlx_cpo_plugin import checkpointing, long_context
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import substrate
-from mlx_cpo_plugin.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.layers import checkpointing
+from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.training import long_context
 
 
 @dataclass

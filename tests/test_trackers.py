@@ -16,16 +16,16 @@ import mlx.optimizers as optimizers
 import pytest
 from conftest import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import run as host_run
-from mlx_cpo_plugin.options import TRACKERS
-from mlx_cpo_plugin.run_settings import plain_values
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.options import TRACKERS
+from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers import CLIENTS, TrackerCallback
 from mlx_cpo_plugin.trackers.clients import RunDescription, TensorboardTracker
 from mlx_cpo_plugin.trackers.names import trl_names
-from mlx_cpo_plugin.trainer import train_cpo
-from mlx_cpo_plugin.training_args import CPOTrainingArgs
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 RunMain = Callable[..., None]
 Settings = dict[str, Any]

@@ -19,7 +19,7 @@ from mlx_lm.models import mamba
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 
 
 class Recorder:

@@ -16,13 +16,13 @@ import pytest
 from conftest import assert_same
 from mlx_lm.models import llama
 
-from mlx_cpo_plugin.batches import StepTotals
+from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.gradients import BatchGradients
-from mlx_cpo_plugin.metrics import PairMeans
-from mlx_cpo_plugin.objective import Objective, objective_for
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, gradient_methods
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.training.gradients import BatchGradients
+from mlx_cpo_plugin.training.metrics import PairMeans
+from mlx_cpo_plugin.training.objective import Objective, objective_for
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, gradient_methods
 
 ARRAYS, METADATA = mx.load(str(Path(__file__).with_name("trl_reference.safetensors")), return_metadata=True)
 CASES: list[dict[str, Any]] = json.loads(METADATA["cases"])

@@ -18,13 +18,13 @@ import pytest
 from conftest import VOCABULARY, add_adapter, build_model, build_pairs
 from mlx.utils import tree_flatten
 
-from mlx_cpo_plugin import parity
 from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.shapes import Shape
-from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.grouping import PAIR_BY_PAIR
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
+from mlx_cpo_plugin.scoring import parity
+from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 # Two pairs of 40 + 20 + 18 tokens: in one pass, the prompts without their last tokens, then all answers from there.
 ALIKE = Shape(prompt=40, chosen=20, rejected=18, batch=2, vocabulary=VOCABULARY)

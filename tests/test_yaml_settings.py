@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.yaml_settings import SettingsLoader, parse_value
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.yaml_settings import SettingsLoader, parse_value
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:

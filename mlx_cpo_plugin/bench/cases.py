@@ -8,13 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_cpo_plugin import config
-from mlx_cpo_plugin.batches import BatchSize, training_plan
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.data.batches import BatchSize, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.settings import config
 
 HOST_LOSSES = ("sigmoid", "hinge", "ipo", "dpop")
 

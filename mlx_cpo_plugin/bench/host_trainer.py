@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.trainer import CPOTrainingArgs
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs
 
 LIMIT_KEY = "max_recommended_working_set_size"
 

@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cpo_plugin.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.parameters import by_name
 
 

@@ -29,7 +29,7 @@ from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measur
 from mlx_cpo_plugin.bench.reference import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.host.run import build_optimizer, load_model
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 ADAPTER_SCALE = 0.01
 

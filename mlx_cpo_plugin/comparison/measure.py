@@ -14,8 +14,6 @@ from mlx_lm import stream_generate
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
-from mlx_cpo_plugin import config
-from mlx_cpo_plugin.command_line import Given
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
@@ -25,9 +23,11 @@ from mlx_cpo_plugin.data.tokenization import prompt_tokens
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line
 from mlx_cpo_plugin.host.run import QUANTISED_LOADS
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
-from mlx_cpo_plugin.objective import objective_for
-from mlx_cpo_plugin.run_settings import FILE_NAME
-from mlx_cpo_plugin.scoring import compile_where_it_pays
+from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.command_line import Given
+from mlx_cpo_plugin.settings.run_settings import FILE_NAME
+from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.wording import named, shown
 
 ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")

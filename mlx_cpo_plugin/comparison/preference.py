@@ -10,14 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cpo_plugin.batches import scored_tokens
+from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.evaluation import scored_batches
-from mlx_cpo_plugin.metrics import PairMeans
-from mlx_cpo_plugin.objective import Objective
-from mlx_cpo_plugin.parity import choose_scorer
-from mlx_cpo_plugin.quantised_layers import unpacked_products
-from mlx_cpo_plugin.scoring import AnswerScores, compile_where_it_pays
+from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.scoring.answers import AnswerScores, compile_where_it_pays
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.training.evaluation import scored_batches
+from mlx_cpo_plugin.training.metrics import PairMeans
+from mlx_cpo_plugin.training.objective import Objective
 
 LENGTH_GROUPS = 3
 
@@ -54,7 +54,7 @@ def length_groups(pairs: Sequence[PreferencePair]) -> list[LengthGroup]:
 def preferences(
     model: nn.Module, groups: Sequence[LengthGroup], objective: Objective, *, batch_size: int, scoring: str
 ) -> list[dict[str, float]]:
-    """Return the means of every group, by the names of :data:`mlx_cpo_plugin.metrics.PAIR_METRICS`.
+    """Return the means of every group, by the names of :data:`mlx_cpo_plugin.training.metrics.PAIR_METRICS`.
 
     Pairs are scored once, in the batches of a run's final test: the means over all of them are the test's.
 

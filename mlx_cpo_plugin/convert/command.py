@@ -13,8 +13,8 @@ from mlx_cpo_plugin.convert import axolotl, llama_factory, trl
 from mlx_cpo_plugin.convert.conversion import Conversion, Source
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
 from mlx_cpo_plugin.wording import named
-from mlx_cpo_plugin.yaml_settings import YamlSettings, read_bytes, read_yaml
 
 Converter = Callable[[Source, int | None, bool], Conversion]
 SOURCES: dict[str, tuple[ModuleType, Converter]] = {
@@ -107,6 +107,6 @@ def check_result(conversion: Conversion, file: str) -> None:
     Raises:
         ConfigError: a value is not allowed.
     """
-    from mlx_cpo_plugin import config
+    from mlx_cpo_plugin.settings import config
 
     config.resolve(config.Given(conversion.settings, f"converted from {named(file)}"))

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.options import SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.validation import check
+from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
 from mlx_cpo_plugin.types import Option
-from mlx_cpo_plugin.validation import check
 from mlx_cpo_plugin.wording import shown
-from mlx_cpo_plugin.yaml_settings import YamlSettings
 
 _DEFAULTS = {option.name: option.default for option in SUBSTRATE_OPTIONS}
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.batches import BatchSize, micro_batches_of
+from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -17,9 +17,9 @@ from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host.lazy_model import unevaluated_model
 from mlx_cpo_plugin.host.run import adapter_file, build_optimizer
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
-from mlx_cpo_plugin.memory import device_memory
-from mlx_cpo_plugin.memory_estimate import Way, estimated_memory, expected_grouping
-from mlx_cpo_plugin.training_args import CPOTrainingArgs
+from mlx_cpo_plugin.scoring.memory import device_memory
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 from mlx_lm import generate, load
 
-from mlx_cpo_plugin import config
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.scoring import compile_where_it_pays
-from mlx_cpo_plugin.trainer import evaluate_cpo
+from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.training.trainer import evaluate_cpo
 
 DEMO_DIR = Path(__file__).parent
 MAX_ANSWER_TOKENS = 64

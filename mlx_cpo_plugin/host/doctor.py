@@ -60,7 +60,7 @@ except ConfigError as error:
 """
 IMPORT_PROBE = """\
 from mlx_lm_lora.trainer.cpo_trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
-import mlx_cpo_plugin.trainer as own
+import mlx_cpo_plugin.training.trainer as own
 if (train_cpo, evaluate_cpo, CPOTrainingArgs) == (own.train_cpo, own.evaluate_cpo, own.CPOTrainingArgs):
     print("the imported names are the plugin's")
 """

@@ -40,7 +40,7 @@ def apply(module: ModuleType) -> None:
 
 def _replace_trainer(module: ModuleType) -> None:
     _require(module, TRAINER_NAMES)
-    trainer = import_module("mlx_cpo_plugin.trainer")
+    trainer = import_module("mlx_cpo_plugin.training.trainer")
     for name, replacement in [(name, getattr(trainer, name)) for name in TRAINER_NAMES]:
         original = getattr(module, name)
         setattr(module, f"_host_{name}", original)
@@ -54,7 +54,7 @@ def _replace_trainer(module: ModuleType) -> None:
 
 def _wrap_entries(module: ModuleType) -> None:
     _require(module, ("main", "run", *TRAINER_NAMES))
-    import_module("mlx_cpo_plugin.config")  # now, so that a fault in it is known before anything runs
+    import_module("mlx_cpo_plugin.settings.config")  # now, so that a fault in it is known before anything runs
     for name, wrap in (("main", wrapped_main), ("run", wrapped_run)):
         original = getattr(module, name)
         setattr(module, f"_host_{name}", original)
@@ -136,7 +136,7 @@ def _mode_of(call: Any) -> TrainMode | None:
     Raises:
         PluginError: CPO is asked for, but not everything is hooked.
     """
-    from mlx_cpo_plugin import config
+    from mlx_cpo_plugin.settings import config
 
     try:
         mode = config.requested_mode(call)
@@ -162,7 +162,7 @@ def _names_cpo(call: Any) -> bool:
 
 def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
     """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
-    from mlx_cpo_plugin import config
+    from mlx_cpo_plugin.settings import config
 
     resolved = config.resolve(config.explicit(call, mode))
     for note in resolved.notes:

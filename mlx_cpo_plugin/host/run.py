@@ -28,13 +28,13 @@ from mlx_lm_lora.utils import (
 )
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
-from mlx_cpo_plugin.batches import BatchSize, micro_batches_of
-from mlx_cpo_plugin.checkpoints import load_adapter
+from mlx_cpo_plugin.checkpoints.adapter import load_adapter
+from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
-from mlx_cpo_plugin.metrics import MetricsFile
-from mlx_cpo_plugin.ranks import ranks_end_together
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
+from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}

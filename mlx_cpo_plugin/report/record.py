@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line
-from mlx_cpo_plugin.run_settings import FILE_NAME as SETTINGS_FILE
-from mlx_cpo_plugin.run_settings import read_run_settings
+from mlx_cpo_plugin.settings.run_settings import FILE_NAME as SETTINGS_FILE
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.wording import named
 
 METRICS_FILE = "metrics.jsonl"

@@ -10,11 +10,11 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from mlx_cpo_plugin.checkpoints import write_atomically
-from mlx_cpo_plugin.config import Resolved, resolve
+from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.config import Resolved, resolve
+from mlx_cpo_plugin.settings.yaml_settings import parse_settings, read_yaml
 from mlx_cpo_plugin.studio.form import MODE, Content, Field
-from mlx_cpo_plugin.yaml_settings import parse_settings, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 UNSAVED = "the form"

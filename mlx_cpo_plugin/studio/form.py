@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from mlx_cpo_plugin.command_line import known_options
 from mlx_cpo_plugin.cpo import LOSS_OPTION
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.options import (
+from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.options import (
     DATA_OPTIONS,
     LORA_PARAMETERS,
     MODEL_OPTIONS,
@@ -19,10 +20,9 @@ from mlx_cpo_plugin.options import (
     QAT_OPTIONS,
     TRAINING_OPTIONS,
 )
-from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.settings.validation import check
+from mlx_cpo_plugin.settings.yaml_settings import parse_value
 from mlx_cpo_plugin.types import Option
-from mlx_cpo_plugin.validation import check
-from mlx_cpo_plugin.yaml_settings import parse_value
 
 MODE, LOSS_KEY = "cpo", LOSS_OPTION
 PREFERENCE = "Preference And Judge"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_cpo_plugin.checkpoints import write_atomically
+from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.errors import ConfigError
 
 CONFIG_NAME = "studio.yaml"

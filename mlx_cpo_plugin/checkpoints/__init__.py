@@ -1,0 +1,1 @@
+"""Adapters and training states on disk, whole or absent."""

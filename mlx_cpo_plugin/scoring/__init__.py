@@ -1,0 +1,1 @@
+"""Model and pairs -> log-probs of the answers."""

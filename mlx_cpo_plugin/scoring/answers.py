@@ -1,0 +1,94 @@
+"""Model and batch -> log-probs of the answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cpo_plugin.data.batches import Batch
+
+NORMALISER_PART = 512
+
+
+class AnswerScores(NamedTuple):
+    """What the policy makes of the answers in a batch of B pairs; every array is float32 [B].
+
+    Attributes:
+        chosen_logps, rejected_logps: summed log-probs of the scored tokens, or their means if length-normalised.
+        chosen_logits, rejected_logits: mean raw logit of the scored tokens.
+        chosen_tokens: how many tokens of the chosen answer are scored.
+    """
+
+    chosen_logps: mx.array
+    rejected_logps: mx.array
+    chosen_logits: mx.array
+    rejected_logits: mx.array
+    chosen_tokens: mx.array
+
+
+def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = False) -> AnswerScores:
+    """Return the log-probs that ``model`` gives the scored tokens of a batch of pairs.
+
+    Whatever the model's dtype, log-probs are computed and summed in float32.
+    """
+    logps, logits = score_rows(model, batch)
+    if length_normalised:
+        logps = logps / batch.token_counts
+    logits = logits / batch.token_counts
+    pairs = len(batch.token_counts) // 2
+    return AnswerScores(logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:], batch.token_counts[:pairs])
+
+
+def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Return the summed log-probs and summed raw logits of the scored tokens of each row, both float32 [rows]."""
+    logits = model(batch.tokens[:, :-1])
+    scored = logits.reshape(-1, logits.shape[-1])[batch.scored_positions].astype(mx.float32)
+    target_logits = mx.take_along_axis(scored, batch.targets[:, None], axis=-1).squeeze(-1)
+    logps = target_logits - log_normaliser(scored)
+    rows = len(batch.token_counts)
+    return sums_of_rows(logps, batch.target_rows, rows), sums_of_rows(target_logits, batch.target_rows, rows)
+
+
+def log_normaliser(logits: mx.array) -> mx.array:
+    """Return log(sum(exp(logits))) over the vocabulary, float32 [N], of logits float32 [N, V].
+
+    It is summed part by part: on a CPU MLX adds up one number after the other, which for the 49,152 words of SmolLM2
+    shifts each log-prob by 4e-5.
+    """
+    missing = -logits.shape[-1] % NORMALISER_PART
+    padded = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else logits
+    return mx.logsumexp(mx.logsumexp(padded.reshape(len(logits), -1, NORMALISER_PART), axis=-1), axis=-1)
+
+
+def sums_of_rows(values: mx.array, rows: mx.array, count: int) -> mx.array:
+    """Add up values float32 [N] by their rows, int32 [N]; return [count], without row ``count``, which is padding."""
+    return mx.zeros(count + 1, mx.float32).at[rows].add(values)[:count]
+
+
+def compilation_pays(wanted: bool | None = None) -> bool:
+    """Whether steps are to be compiled: as is ``wanted``, or where there is a GPU."""
+    return wanted if wanted is not None else mx.default_device().type == mx.DeviceType.gpu
+
+
+@contextmanager
+def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
+    """Switch ``mx.compile`` off while on the CPU, where it needs a C++ compiler and many seconds for every shape.
+
+    Args:
+        wanted: force it on or off; ``None`` decides by the device.
+    """
+    off = not compilation_pays(wanted)
+    # A user who switched compilation off for the whole process keeps it off afterwards.
+    if not off or "MLX_DISABLE_COMPILE" in os.environ:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()

@@ -1,0 +1,109 @@
+"""Whether a model can share prompts: it is tried on two pairs before a run, against the plain way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_cpo_plugin.data.batches import collate
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
+from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
+from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping, grouping_for
+from mlx_cpo_plugin.scoring.shared_batch import score_together
+from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+
+# Relative, of an answer's log-prob; half precision rounds differently for other shapes.
+FLOAT32_TOLERANCE = 1e-4
+HALF_TOLERANCE = 3e-2
+
+
+def choose_scorer(
+    model: nn.Module, pairs: Sequence[PreferencePair], wanted: str, say: Callable[[str], None] = print
+) -> SharedPromptScorer | None:
+    """Return the scorer that shares prompts, or ``None`` where every answer is to be scored by itself.
+
+    Args:
+        wanted: ``auto`` checks whether the model allows it, and falls back with a note; ``shared`` insists on it;
+            ``plain`` is ``None``.
+
+    Raises:
+        ConfigError: ``shared`` is wanted, but the model does not allow it.
+    """
+    if wanted == "plain" or not pairs:
+        return None
+    try:
+        scorer = SharedPromptScorer(model)
+        difference = _largest_difference(model, partial(_scores_one_by_one, scorer), _sample(pairs))
+        fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(model) else ""
+    except Exception as error:  # an architecture may fail in any way where it does not expect our caches
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not fault:
+        scorer.grouping = _grouping(model, scorer, pairs)
+        return scorer
+    if wanted == "shared":
+        raise ConfigError(f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.")
+    say(f"This model cannot share the prompt between two answers ({fault}); each is scored by itself.")
+    return None
+
+
+def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Grouping:
+    """Return which pairs are scored together: one at a time where several at once would have other scores."""
+    if not can_be_padded(fresh_caches(model)):
+        return PAIR_BY_PAIR
+    try:
+        difference = _largest_difference(
+            model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), _sample(pairs)
+        )
+    except Exception:  # as above; what fails here works pair by pair
+        return PAIR_BY_PAIR
+    return grouping_for(model) if difference <= _tolerance(model) else PAIR_BY_PAIR
+
+
+def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
+    return _joined([scorer.score(share(pair)) for pair in pairs])
+
+
+def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
+    return AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True)))
+
+
+def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return two pairs with prompts of two lengths, cut short, since plain scoring holds the logits of all tokens."""
+    return [_shortened(pairs[0], prompt=20, answer=12), _shortened(pairs[-1], prompt=11, answer=16)]
+
+
+def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair:
+    chosen, rejected = pair.chosen[:answer], pair.rejected[:answer]
+    all_chosen, all_rejected = np.ones(len(chosen), bool), np.ones(len(rejected), bool)
+    return PreferencePair(pair.prompt[-prompt:], chosen, rejected, all_chosen, all_rejected)
+
+
+def _largest_difference(
+    model: nn.Module, score: Callable[[Sequence[PreferencePair]], AnswerScores], pairs: Sequence[PreferencePair]
+) -> float:
+    """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
+    was_training = model.training
+    model.eval()
+    try:
+        plain, shared = _joined([score_answers(model, collate([pair])) for pair in pairs]), score(pairs)
+        mx.eval(plain, shared)
+    finally:
+        model.train(was_training)
+    differences = []
+    for side in ("chosen_logps", "rejected_logps"):
+        reference, values = np.array(getattr(plain, side)), np.array(getattr(shared, side))
+        differences.append(np.abs(values - reference) / np.maximum(np.abs(reference), 1.0))
+    largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
+    return largest if np.isfinite(largest) else float("inf")
+
+
+def _tolerance(model: nn.Module) -> float:
+    half = any(value.dtype in (mx.float16, mx.bfloat16) for value in by_name(model.parameters()).values())
+    return HALF_TOLERANCE if half else FLOAT32_TOLERANCE

@@ -1,0 +1,1 @@
+"""What a run is configured with: command line, YAML and defaults, checked before anything is loaded."""

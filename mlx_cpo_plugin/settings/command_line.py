@@ -1,0 +1,233 @@
+"""The command line of a registered train mode, and what a call really gave."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from mlx_cpo_plugin.errors import ConfigError, PluginError
+from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.validation import unknown
+from mlx_cpo_plugin.settings.yaml_settings import parse_value, read_bytes, read_yaml
+from mlx_cpo_plugin.types import LossType, Option, TrainMode
+from mlx_cpo_plugin.wording import named
+
+HOST_DEFAULT_MODE = "sft"
+
+Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace | SimpleNamespace
+
+
+class Given(dict[str, Any]):
+    """The settings that a call really gave, by name.
+
+    Attributes:
+        source: where they were given, in words.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        super().__init__(values)
+        self.source = source
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """A parser that raises ``ConfigError`` and reads abbreviations as mlx-lm-lora does."""
+
+    host_flags: frozenset[str] = frozenset()
+
+    def error(self, message: str) -> NoReturn:
+        message = named(" ".join(message.split()))
+        raise ConfigError(f"Command line: {message}; --help lists what is allowed.")
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Let a flag that only the plugin has not make an abbreviation of one of mlx-lm-lora's flags ambiguous."""
+        matches = super()._get_option_tuples(option_string)
+        of_the_host = [match for match in matches if match[1] in self.host_flags]
+        return of_the_host or matches
+
+
+def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = None) -> CommandLineParser:
+    """Return the command line of ``mode``: mlx-lm-lora's flags, and one for every registered option.
+
+    The parsed namespace holds only what was given. Values of the plugin's own options that do not fit their type are
+    kept as text, for :func:`mlx_cpo_plugin.settings.config.resolve` to refuse.
+
+    Args:
+        host_parser: a fresh parser of mlx-lm-lora, whose actions are taken over and changed.
+        mode: the train mode; every registered one when it is None.
+    """
+    modes = train_modes()
+    losses = loss_types()
+    options = known_options([mode] if mode else modes.values(), losses.values())
+    parser = CommandLineParser(prog=host_parser.prog, description=host_parser.description, add_help=False)
+    parser.host_flags = frozenset(flag for action in host_parser._actions for flag in action.option_strings)
+    for action in host_parser._actions:
+        option = options.pop(action.dest, None)
+        if option is not None:
+            _add(parser, option, action.option_strings)
+            continue
+        action.default = argparse.SUPPRESS
+        if action.dest == "train_mode":
+            action.choices = list(dict.fromkeys([*(action.choices or ()), *modes]))
+        parser._add_action(action)
+    group = parser.add_argument_group("options of mlx-cpo-plugin")
+    for option in options.values():
+        _add(group, option, [option.flag])
+    return parser
+
+
+def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dict[str, Option]:
+    """Return the options of the modes, of the losses they can use, and those that all modes share, by name."""
+    modes, losses = list(modes), list(losses)
+    options: dict[str, Option] = {}
+    if any(mode.loss_option for mode in modes):
+        options |= {option.name: option for loss in reversed(losses) for option in reversed(loss.options)}
+    for mode in modes:
+        options |= {option.name: option for option in mode.options}
+        if mode.loss_option in options:
+            names = tuple(loss.name for loss in losses)
+            options[mode.loss_option] = replace(options[mode.loss_option], choices=names)
+    return options | {option.name: option for option in SUBSTRATE_OPTIONS}
+
+
+def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str]) -> None:
+    words = option.help if option.default is None else f"{option.help} (default: {option.default})"
+    arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
+    if option.type is bool:
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
+        return
+    arguments["metavar"] = option.name.upper()
+    if option.choices:
+        arguments["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
+    parser.add_argument(*flags, type=_reader(option.type), **arguments)
+
+
+def _reader(kind: type) -> Callable[[str], Any]:
+    """Return the function that turns a command-line word into a value, or leaves it text when it does not fit."""
+    if kind is str:
+        return str
+    if kind not in (int, float):
+        return parse_value
+
+    def number(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return number
+
+
+def host_parser() -> argparse.ArgumentParser:
+    """Return a fresh parser of mlx-lm-lora."""
+    from mlx_lm_lora.train import build_parser as build_host_parser
+
+    parser: argparse.ArgumentParser = build_host_parser()
+    return parser
+
+
+def host_defaults() -> dict[str, Any]:
+    """Return every setting that mlx-lm-lora knows with the value that it has when nothing is given."""
+    from mlx_lm_lora.train import CONFIG_DEFAULTS
+
+    parsed = vars(host_parser().parse_args([]))
+    return {**parsed, **CONFIG_DEFAULTS, **{key: value for key, value in parsed.items() if value is not None}}
+
+
+def explicit(call: Call, mode: TrainMode | None = None) -> Given:
+    """Return what a call gave, without any default.
+
+    Args:
+        call: the words of a command line; the mapping of ``main({...})``, where None means not given; or the
+            namespace of ``run(namespace)``, where an attribute at the default of mlx-lm-lora's parser is not given.
+        mode: the train mode whose options the command line has; every registered one when it is None.
+
+    Raises:
+        ConfigError: the command line holds an unknown option or one without its value.
+        PluginError: two plugins claim one name.
+    """
+    if isinstance(call, Mapping):
+        return Given({key: value for key, value in call.items() if value is not None}, "in the call")
+    if isinstance(call, argparse.Namespace | SimpleNamespace):
+        defaults = vars(host_parser().parse_args([]))
+        given = {key: value for key, value in vars(call).items() if value is not None and value != defaults.get(key)}
+        return Given(given, "in the call")
+    parser = build_parser(host_parser(), mode)
+    values, rest = parser.parse_known_args(list(call))
+    if rest:
+        raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, "on the command line")
+    return Given(vars(values), "on the command line")
+
+
+def requested_mode(call: Call) -> TrainMode | None:
+    """Return the registered train mode that a call asks for, or None when mlx-lm-lora is to act on its own.
+
+    The call's own ``train_mode`` comes before that of its YAML file. Nothing is printed or raised: what cannot be
+    understood is None, and mlx-lm-lora then says what is wrong. While two plugins claim one mode, CPO is still the
+    built-in mode here, so that :func:`mlx_cpo_plugin.settings.config.resolve` can tell of it.
+    """
+    try:
+        name = _requested_name(call)
+    except ConfigError:
+        return None
+    try:
+        return train_modes().get(name)
+    except PluginError:
+        from mlx_cpo_plugin.cpo import register_train_modes
+
+        return next((mode for mode in register_train_modes() if mode.name == name), None)
+
+
+def _requested_name(call: Call) -> str:
+    if isinstance(call, Mapping):
+        values = dict(call)
+    elif isinstance(call, argparse.Namespace | SimpleNamespace):
+        values = vars(call)
+    else:
+        values = vars(_lenient_parser(host_parser()).parse_known_args(list(call))[0])
+    mode = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
+    return mode if isinstance(mode, str) else ""
+
+
+def _lenient_parser(host: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return a parser with every flag that takes any value, prints no help and checks nothing."""
+    try:
+        parser = build_parser(host)
+    except PluginError:  # the flags of mlx-lm-lora are enough to find the train mode
+        parser = CommandLineParser(add_help=False)
+        for action in host._actions:
+            parser._add_action(action)
+    for action in parser._actions:
+        action.type = action.choices = None
+    return _without_help(parser)
+
+
+def _without_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            ignored = argparse._StoreTrueAction(action.option_strings, "help")
+            for flag in action.option_strings:
+                parser._option_string_actions[flag] = ignored
+    return parser
+
+
+def _mode_in_yaml(file: Any) -> str | None:
+    """Return the ``train_mode`` of a YAML file, even of one with a mistake elsewhere."""
+    if not isinstance(file, str | Path) or not file:
+        return None
+    try:
+        mode = read_yaml(file).values.get("train_mode")
+        return mode if isinstance(mode, str) else None
+    except ConfigError:
+        pass
+    try:
+        text = read_bytes(file).decode("utf-8", errors="replace")
+    except ConfigError:
+        return None
+    found = re.search(r"""^train_mode\s*:\s*["']?([\w-]+)""", text, re.MULTILINE)
+    return found.group(1) if found else None

@@ -1,0 +1,123 @@
+"""``run_settings.yaml``: what a run was configured with, as a configuration file that repeats it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_cpo_plugin.settings.yaml_settings import read_yaml
+
+FILE_NAME = "run_settings.yaml"
+
+_DISTRIBUTIONS = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
+_LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file")
+# `resume` says how a run went on, not what it is.
+_LEFT_OUT = frozenset({"resume"})
+_SECRETS = frozenset({"token"})
+_YAML_NAMES = {"loss_type": "dpo_cpo_loss_type", "steps_per_save": "save_every"}
+_ONLY_ARGUMENTS = frozenset({"adapter_file", "loss_options", "run_settings", "compile"})
+
+
+def recorded_settings(settings: Any) -> dict[str, Any]:
+    """Return the settings that have a part in the run, by YAML key, as plain values without secrets.
+
+    Args:
+        settings: resolved settings, see :func:`mlx_cpo_plugin.settings.config.resolve`. Local paths become absolute.
+    """
+    from mlx_cpo_plugin.plugins import loss_types, train_modes
+    from mlx_cpo_plugin.settings.command_line import known_options
+
+    mode = train_modes()[settings.train_mode]
+    losses = [loss_types()[getattr(settings, mode.loss_option)]] if mode.loss_option else []
+    values = {name: getattr(settings, name, None) for name in known_options([mode], losses)}
+    for key in _LOCAL_PATHS:
+        path = values.get(key)
+        if isinstance(path, str) and (key == "adapter_path" or os.path.exists(path)):
+            values[key] = os.path.abspath(path)
+    return _plain({"train_mode": mode.name, **values})
+
+
+def recorded_arguments(args: Any, optimizer: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same for a caller of :func:`mlx_cpo_plugin.train_cpo`, as far as the trainer knows it.
+
+    Args:
+        args: the ``CPOTrainingArgs``.
+        adapter: see :func:`mlx_cpo_plugin.checkpoints.adapter.describe_adapter`.
+    """
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in _ONLY_ARGUMENTS}
+    return _plain(
+        {
+            "train_mode": "cpo",
+            "train_type": adapter["fine_tune_type"],
+            "num_layers": adapter["num_layers"],
+            "lora_parameters": adapter["lora_parameters"],
+            "optimizer": type(optimizer).__name__.lower(),
+            "learning_rate": float(optimizer.learning_rate),
+            **{_YAML_NAMES.get(name, name): value for name, value in values.items()},
+            "efficient_long_context": args.seq_step_size is not None,
+            **args.loss_options,
+            "adapter_path": os.path.abspath(Path(args.adapter_file).parent),
+        }
+    )
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return the text of the record; its first line is a comment that names versions and device."""
+    import mlx.core as mx
+
+    versions = ", ".join(f"{name} {_version(name)}" for name in _DISTRIBUTIONS)
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    body = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return f"# {versions}, {system}, {mx.default_device()}\n{body}"
+
+
+def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the settings and the line of versions that a run left in its adapter folder; both empty without a record.
+
+    Raises:
+        ConfigError: there is a record, but it cannot be read.
+    """
+    file = folder / FILE_NAME
+    if not file.exists():
+        return {}, ""
+    values = read_yaml(file).values
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return values, first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def plain_values(value: Any, is_left_out: Callable[[str, Any], bool] = lambda key, item: False) -> Any:
+    """Return a value with the types of YAML and JSON only, without access tokens.
+
+    Args:
+        is_left_out: ``is_left_out(key, item)``, whether an item of a mapping is left out, too.
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(key): plain_values(item, is_left_out)
+            for key, item in value.items()
+            if key not in _SECRETS and not is_left_out(key, item)
+        }
+    if isinstance(value, list | tuple):
+        return [plain_values(item, is_left_out) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return :func:`plain_values` without what is not set, and what is no part of the run."""
+    return plain_values(value, lambda key, item: item is None or key in _LEFT_OUT)

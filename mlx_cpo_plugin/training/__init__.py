@@ -1,0 +1,1 @@
+"""A training run, from its pairs to its last adapter."""

@@ -1,0 +1,119 @@
+"""What a run minimises: a registered loss bound to the values of its options, and the likelihood term beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.cpo import CPO_ALPHA, LABEL_SMOOTHING
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.plugins import loss_types
+from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.settings.validation import check, not_read
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Scores of B pairs -> their losses, and what they add to the loss of an optimizer step.
+
+    The loss of a step is the mean of ``fn`` over its pairs, plus ``cpo_alpha`` times the negative log-likelihood of
+    their chosen answers, which is a mean over the tokens of all these answers together: each token weighs the same,
+    whatever micro-batch, rank or answer it is in. Source: Xu et al. 2024, arXiv 2401.08417, section 3.
+
+    Attributes:
+        fn: ``fn(chosen_logps, rejected_logps, **options)``, float32 [B] to [B].
+        options: the keyword arguments of ``fn``.
+        length_normalised: whether ``fn`` wants log-probs averaged over the answer's tokens.
+        beta: what turns log-probs into rewards in the metrics, unless the loss has rewards of its own.
+        cpo_alpha: weight of the negative log-likelihood.
+        reward_fn: ``reward_fn(logps, **options)``, the rewards of the loss itself, float32 [B] to [B].
+    """
+
+    fn: Callable[..., mx.array]
+    options: Mapping[str, Any]
+    length_normalised: bool
+    beta: float
+    cpo_alpha: float = 0.0
+    reward_fn: Callable[..., mx.array] | None = None
+
+    def losses(self, scores: AnswerScores) -> mx.array:
+        """Return the preference loss of each pair, float32 [B], without the likelihood term."""
+        return self.fn(scores.chosen_logps, scores.rejected_logps, **self.options).astype(mx.float32)
+
+    def chosen_nll(self, scores: AnswerScores) -> mx.array:
+        """Return the negative log-likelihood of each chosen answer in nats, summed over its tokens, float32 [B]."""
+        return -scores.chosen_logps * scores.chosen_tokens if self.length_normalised else -scores.chosen_logps
+
+    def part_of_step(
+        self, scores: AnswerScores, pairs: int | mx.array, chosen_tokens: int | mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return what B pairs add to the loss of an optimizer step, float32 [], and their preference losses [B].
+
+        Args:
+            pairs, chosen_tokens: of the whole step, as in :class:`mlx_cpo_plugin.data.batches.StepTotals`.
+        """
+        losses = self.losses(scores)
+        part = losses.sum() / pairs
+        if self.cpo_alpha:
+            part = part + self.cpo_alpha * self.chosen_nll(scores).sum() / chosen_tokens
+        return part, losses
+
+    def rewards(self, logps: mx.array) -> NDArray[np.float64]:
+        """Return what the metrics report as rewards of answers, float64 [B], from their log-probs, float32 [B]."""
+        if self.reward_fn is None:
+            return self.beta * np.array(logps, np.float64)
+        return np.array(self.reward_fn(logps, **self.options), np.float64)
+
+
+def objective_for(
+    loss_type: str,
+    settings: Mapping[str, Any],
+    loss_fn: Callable[..., mx.array] | None = None,
+    cpo_alpha: float = 0.0,
+) -> Objective:
+    """Return the objective that ``loss_type`` names.
+
+    Args:
+        settings: values of options by name; what the loss reads and this lacks takes the option's default.
+        loss_fn: a function to use in place of the registered one; it gets those of the loss's options that it takes.
+        cpo_alpha: weight of the negative log-likelihood of the chosen answers.
+
+    Raises:
+        ConfigError: no such loss is registered, a value is out of its option's range, or labels are to be smoothed for
+            a loss that does not do it.
+    """
+    known = loss_types()
+    if loss_type not in known:
+        raise ConfigError(f"The loss {loss_type!r} is not known; use one of {', '.join(known)}.")
+    loss = known[loss_type]
+    values = {option.name: settings.get(option.name, option.default) for option in loss.options}
+    options = {option.name: check(option, values[option.name], _in_the_call) for option in loss.options}
+    smoothing = settings.get(LABEL_SMOOTHING.name)
+    if smoothing and not loss.reads(LABEL_SMOOTHING.name):
+        raise not_read(LABEL_SMOOTHING.name, smoothing, _in_the_call(""), loss, known.values())
+    beta = float(options.get("beta", settings.get("beta", 0.1)))
+    if loss_fn is not None:
+        options = {name: value for name, value in options.items() if _takes(loss_fn, name)}
+    return Objective(
+        fn=loss_fn or loss.fn,
+        options=options,
+        length_normalised=loss.length_normalised,
+        beta=beta,
+        cpo_alpha=check(CPO_ALPHA, cpo_alpha, _in_the_call),
+        reward_fn=loss.rewards if loss_fn is None else None,
+    )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = signature(function).parameters
+    return name in parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _in_the_call(key: str) -> str:
+    return "in the call"

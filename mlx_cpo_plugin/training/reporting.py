@@ -1,0 +1,150 @@
+"""What a run says while it trains: progress bar, console lines, callback, metrics file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.trackers import TrackerCallback
+from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans, host_report
+from mlx_cpo_plugin.training.objective import Objective
+
+Item = TypeVar("Item")
+
+
+class ProgressReporter:
+    """Collects what happens between two reports; tells it on the first rank only.
+
+    Lines and callback keys have the names and shapes that the host gives them, since tools read them.
+    """
+
+    def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
+        self.objective = objective
+        self.callback = callback
+        self.metrics_file = metrics_file
+        self.speaks = mx.distributed.init().rank() == 0
+        self.trained_tokens = 0
+        self.bar: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.means = PairMeans(self.objective)
+        self.gradient_norms: list[float] = []
+        self.iterations = 0
+        self.started = time.perf_counter()
+
+    def iterations_of(self, plan: Iterable[Item], total: int, done: int = 0) -> Iterator[tuple[int, Item]]:
+        """Number the plan's items from 1, without those that are done, while a progress bar goes along."""
+        rest = islice(plan, done, None)
+        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.speaks)
+        yield from enumerate(self.bar, done + 1)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time spent inside out of the iterations per second."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
+        """Take note of a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
+        self.means.add(losses, scores, tokens)
+
+    def add_step(self, gradient_norm: float) -> None:
+        """Take note of an optimizer step."""
+        self.gradient_norms.append(gradient_norm)
+
+    def count_iteration(self) -> None:
+        """Take note that an iteration is complete, whether or not this rank had pairs in it."""
+        self.iterations += 1
+
+    def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
+        """Tell the means since the last report, and begin anew."""
+        seconds = time.perf_counter() - self.started
+        means, tokens = self.means.over_ranks()
+        self.trained_tokens += tokens
+        norms = self.gradient_norms
+        info = {
+            "iteration": iteration,
+            **host_report("train", means),
+            **({"train_gradient_norm": sum(norms) / len(norms)} if norms else {}),
+            "learning_rate": learning_rate,
+            "iterations_per_second": self.iterations / seconds,
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens": self.trained_tokens,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+            "epoch": epoch,
+        }
+        if self.speaks:
+            self.bar.set_postfix(
+                loss=f"{means['loss']:.3f}", acc=f"{means['accuracies']:.3f}", margin=f"{means['margins']:.3f}"
+            )
+            norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
+            tqdm.write(
+                f"\nIter {iteration}: loss {means['loss']:.3f}, chosen_r {means['chosen_reward']:.3f}, "
+                f"rejected_r {means['rejected_reward']:.3f}, acc {means['accuracies']:.3f}, "
+                f"margin {means['margins']:.3f}, lr {learning_rate:.3e}, it/s {info['iterations_per_second']:.3f}, "
+                f"tok/s {info['tokens_per_second']:.3f}, peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
+            )
+            self.metrics_file.append("train", info)
+            if self.callback is not None:
+                self.callback.on_train_loss_report(info)
+        self._begin()
+
+    def report_validation(self, iteration: int, means: Mapping[str, float], seconds: float) -> None:
+        """Tell the means over the validation pairs."""
+        if not self.speaks:
+            return
+        info = {"iteration": iteration, **host_report("val", means), "val_time": seconds}
+        tqdm.write(
+            f"Iter {iteration}: Val loss {means['loss']:.3f}, Val chosen reward {means['chosen_reward']:.3f}, "
+            f"Val rejected reward {means['rejected_reward']:.3f}, Val accuracy {means['accuracies']:.3f}, "
+            f"Val margin {means['margins']:.3f}, Val took {seconds:.3f}s"
+        )
+        self.metrics_file.append("valid", info)
+        if self.callback is not None:
+            self.callback.on_val_loss_report(info)
+
+    def start_trackers(self) -> None:
+        """Let the trackers begin their run, or go on with it after :meth:`restore`."""
+        if isinstance(self.callback, TrackerCallback):
+            self.callback.start()
+
+    def state(self) -> dict[str, Any]:
+        """Return what was collected since the last report, and how far the metrics file goes."""
+        return {
+            "means": self.means.state(),
+            "gradient_norms": self.gradient_norms,
+            "iterations": self.iterations,
+            "trained_tokens": self.trained_tokens,
+            "metrics_bytes": self.metrics_file.size(),
+            "trackers": self.callback.state() if isinstance(self.callback, TrackerCallback) else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned, and cut the metrics file where it was then."""
+        self.means.restore(state["means"])
+        self.gradient_norms, self.iterations = list(state["gradient_norms"]), state["iterations"]
+        self.trained_tokens = state["trained_tokens"]
+        told = self.metrics_file.cut(state["metrics_bytes"])
+        if isinstance(self.callback, TrackerCallback) and state.get("trackers") is not None:
+            self.callback.resume(state["trackers"], told)
+
+    def warn(self, line: str | None) -> None:
+        """Print a warning, if there is one, and note it among the metrics."""
+        if line is not None and self.speaks:
+            self.say(f"Warning: {line}")
+            self.metrics_file.append_warning(line)
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the progress bar."""
+        if self.speaks:
+            tqdm.write(line)
