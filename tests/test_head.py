@@ -133,6 +133,23 @@ def test_values_and_gradients_equal_the_float64_formula(kind: str, way: str) -> 
         np.testing.assert_allclose(np.array(value), np.array(same), rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_vocabulary_costs_no_digits() -> None:
+    model = build_model(vocab_size=2**16)
+    model.freeze()
+    split = SplitModel(model)
+    hidden = mx.random.normal((TOKENS, 32), scale=2.0, key=mx.random.key(2))
+    targets = mx.arange(TOKENS)
+
+    logps, _ = target_scores(split, hidden, targets, differentiate=True)
+    without, _ = target_scores(split, hidden, targets, differentiate=False)
+
+    values = np.array(hidden, np.float64) @ weight_and_bias(model)[0].T
+    expected = values[np.arange(TOKENS), np.arange(TOKENS)] - np.log(np.exp(values).sum(-1))
+    # Log-probs of about 11 have steps of 1e-6 in float32; one addition after the other would be off by 1e-5.
+    np.testing.assert_allclose(np.array(logps), expected, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(np.array(without), expected, rtol=0, atol=3e-6)
+
+
 def test_logits_of_any_size_have_finite_scores(way: str) -> None:
     model = build_model()
     model.freeze()

@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import Batch
 
-NORMALISER_PART = 512
+# On a CPU MLX adds up one number after the other, and thousands of them in float32 lose digits.
+SUM_PART = 128
 
 
 class AnswerScores(NamedTuple):
@@ -57,12 +58,20 @@ def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
 def log_normaliser(logits: mx.array) -> mx.array:
     """Return log(sum(exp(logits))) over the vocabulary, float32 [N], of logits float32 [N, V].
 
-    It is summed part by part: on a CPU MLX adds up one number after the other, which for the 49,152 words of SmolLM2
-    shifts each log-prob by 4e-5.
+    Summed one after the other, the 49,152 words of SmolLM2 would shift each log-prob by 4e-5.
     """
-    missing = -logits.shape[-1] % NORMALISER_PART
-    padded = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else logits
-    return mx.logsumexp(mx.logsumexp(padded.reshape(len(logits), -1, NORMALISER_PART), axis=-1), axis=-1)
+    return mx.logsumexp(mx.logsumexp(_in_parts(logits, -mx.inf), axis=-1), axis=-1)
+
+
+def sums_over_words(values: mx.array) -> mx.array:
+    """Add up float32 [N, V] over the vocabulary, to [N]."""
+    return _in_parts(values, 0).sum(axis=-1).sum(axis=-1)
+
+
+def _in_parts(values: mx.array, filling: float) -> mx.array:
+    missing = -values.shape[-1] % SUM_PART
+    padded = mx.pad(values, [(0, 0), (0, missing)], constant_values=filling) if missing else values
+    return padded.reshape(len(values), -1, SUM_PART)
 
 
 def sums_of_rows(values: mx.array, rows: mx.array, count: int) -> mx.array:

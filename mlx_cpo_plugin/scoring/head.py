@@ -15,13 +15,11 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.layers.exponential import exponential
-from mlx_cpo_plugin.scoring.answers import log_normaliser
+from mlx_cpo_plugin.scoring.answers import SUM_PART, log_normaliser, sums_over_words
 from mlx_cpo_plugin.scoring.backbone import SplitModel
 
 # Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
 BLOCK_ELEMENTS = 2**18
-# On a CPU MLX adds up numbers one after the other, and thousands of them in float32 lose digits.
-BLOCK_WORDS = 1024
 BLOCK_ROWS = 256
 # Logits of a block of rows. Each of these reads the whole head, so it should hold enough rows to be worth that.
 ROWS_ELEMENTS = 2**20
@@ -153,7 +151,8 @@ def _scores_by_vocabulary(split: SplitModel, hidden: mx.array, targets: mx.array
 
 
 def _blocks_of_words(split: SplitModel, hidden: mx.array) -> list[slice]:
-    size = min(BLOCK_WORDS, BLOCK_ELEMENTS // len(hidden))
+    size = BLOCK_ELEMENTS // len(hidden)
+    size = size // SUM_PART * SUM_PART or size  # whole parts are summed without padding
     return [slice(start, start + size) for start in range(0, split.vocabulary, size)]
 
 
@@ -162,7 +161,7 @@ def _summed_exponentials(split: SplitModel, hidden: mx.array) -> tuple[mx.array,
     logits = split.logits(hidden).astype(mx.float32)
     highest = mx.stop_gradient(logits.max(axis=-1))
     exponentials: Any = exponential(logits - highest[:, None])
-    return exponentials.sum(axis=-1), highest
+    return sums_over_words(exponentials), highest
 
 
 def _own_logits(split: SplitModel, hidden: mx.array) -> mx.array:
