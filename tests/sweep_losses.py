@@ -216,30 +216,47 @@ def change(result: dict[str, Any], before: dict[str, Any], name: str) -> tuple[f
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of runs on the same rows, the untrained model first."""
-    before, *trained = results
-    trained.sort(key=lambda result: (label(result), result["beta"]))
-    lines = [
-        "| loss | beta | accuracy | margin | its change | chosen, a token | its change | answer |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for result in [before, *trained]:
-        of_run = figures(result)
-        name, margin, chosen = "before training | ", "", ""
-        if result is not before:
-            name = f"{label(result)} | {result['beta']:g}"
-            changes = (change(result, before, what) for what in ("margin", "chosen"))
-            margin, chosen = (f"{mean:+.2f} ± {error:.2f}" for mean, error in changes)
-        lines.append(
-            f"| {name} | {100 * of_run['accuracy']:.0f} % | {of_run['margin']:+.2f} | {margin} | "
-            f"{of_run['chosen']:.2f} | {chosen} | {of_run['length']:.1f} |"
-        )
+    """Return a Markdown table with a line for each setting, the untrained model first, and columns for each file.
+
+    Of the untrained model it holds margin and chosen log-prob, of the others how these changed.
+    """
+    files = list(dict.fromkeys(result["rows"] for result in results))
+    titles = " | ".join(f"{name}: accuracy | margin | chosen | answer" for name in files)
+    lines = [f"| loss | beta | {titles} |", "| --- | --- |" + " --- |" * 4 * len(files)]
+    for setting in sorted({place(result) for result in results}):
+        loss, cpo_alpha, beta = setting
+        name = f"`{loss}`" if loss else "before training"
+        cells = [name + (f", `cpo_alpha` {cpo_alpha:g}" if cpo_alpha else ""), f"{beta:g}" if loss else ""]
+        for file in files:
+            on_file = {place(result): result for result in results if result["rows"] == file}
+            cells += _cells(on_file[setting], on_file[UNTRAINED]) if setting in on_file else [""] * 4
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+UNTRAINED = ("", 0.0, 0.0)
+
+
+def place(result: dict[str, Any]) -> tuple[str, float, float]:
+    """Return loss, ``cpo_alpha`` and beta of a run: its line in the table."""
+    return (result["loss"], result["cpo_alpha"], result["beta"]) if result["loss"] else UNTRAINED
+
+
+def _cells(result: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    of_run = figures(result)
+    margin, chosen = f"{of_run['margin']:+.1f}", f"{of_run['chosen']:.2f}"
+    if result is not before:
+        margin = "{:+.1f} ± {:.1f}".format(*change(result, before, "margin"))
+        chosen = "{:+.2f} ± {:.2f}".format(*change(result, before, "chosen"))
+    return [f"{100 * of_run['accuracy']:.0f} %", margin, chosen, f"{of_run['length']:.0f}"]
 
 
 def label(result: dict[str, Any]) -> str:
     """Return the name of the curve that a run is a point of."""
     return Setting(result["loss"], result["beta"], result["cpo_alpha"]).label
+
+
+MARKERS = "osD^vP*"  # some curves lie on one another
 
 
 def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
@@ -256,12 +273,13 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
     for panel, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
         panel.axhline(figures(before)[name], color="tab:gray", linestyle="--", label="before training")
-        for curve in dict.fromkeys(map(label, trained)):
+        for curve, marker in zip(dict.fromkeys(map(label, trained)), MARKERS, strict=False):
             points = [result for result in trained if label(result) == curve]
             panel.plot(
                 [result["beta"] for result in points],
                 [figures(result)[name] for result in points],
-                marker="o",
+                marker=marker,
+                fillstyle="none",
                 label=curve,
             )
         panel.set_xscale("log")
@@ -283,14 +301,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=BETAS, default=list(BETAS))
     parser.add_argument("--betas", type=int, choices=(1, 2, 3), default=3, help="how many betas of each loss")
     parser.add_argument("--longest", type=int, default=110, help="tokens of prompt and both answers")
-    parser.add_argument("--train-rows", type=int, default=16)
-    parser.add_argument("--valid-rows", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--train-rows", type=int, default=64)
+    parser.add_argument("--valid-rows", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--num-layers", type=int, default=8, help="layers with an adapter, counted from the last")
-    parser.add_argument("--answers", type=int, default=4, help="held-out prompts to answer")
-    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--answers", type=int, default=12, help="held-out prompts to answer")
+    parser.add_argument("--answer-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-more-runs", action="store_true", help="only draw what is finished")
     return parser.parse_args(given)
@@ -304,7 +322,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if not on_rows:
             raise SystemExit(f"There is no run on {rows.stem} yet; leave --no-more-runs out.")
         draw(on_rows, args.output / f"losses-{rows.stem}.svg")
-        print(f"\n{rows.stem}\n\n{table(on_rows)}")
+    print(table(results))
 
 
 if __name__ == "__main__":

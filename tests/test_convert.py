@@ -539,6 +539,29 @@ def test_what_is_told_is_on_the_console_and_in_the_file(
     assert "bf16" in printed
 
 
+@pytest.mark.parametrize("name", ["trl", "axolotl"])
+def test_what_is_written_trains(
+    name: str,
+    convert: Callable[..., tuple[int, Path]],
+    model_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    run_main: Callable[..., None],
+) -> None:
+    model, data, output = str(model_folder), str(data_folder), str(tmp_path / "adapters")
+    changes = {
+        "trl": {"model_name_or_path": model, "dataset_name": data, "gradient_accumulation_steps": 1},
+        "axolotl": {"base_model": model, "datasets": [{"path": data, "type": "chatml.argilla"}]},
+    }
+    _, ours = convert(EXAMPLES[name] | changes[name] | {"output_dir": output, "max_steps": 2})
+
+    run_main({"config": str(ours), "fuse": False})
+
+    lines = [json.loads(line) for line in (tmp_path / "adapters" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["iteration"] for line in lines) == 2
+    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+
 def test_without_an_output_file_the_result_is_printed(
     tmp_path: Path, whole_family: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,7 @@ def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_
     assert all(len(run["chosen"]) == len(run["rejected"]) == 3 for run in runs(folder))
     assert all(max(run["answer_lengths"]) <= 4 and len(run["answer_lengths"]) == 2 for run in runs(folder))
     assert before["chosen"] != trained[0]["chosen"]
-    assert "| hinge | 0.05 |" in capsys.readouterr().out
+    assert "| `hinge` | 0.05 |" in capsys.readouterr().out
 
     plot = (folder / "losses-rows.svg").read_bytes()
     (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs(folder)[:2]))
