@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
     pytest.mark.xdist_group("studio page"),
 ]
-PATIENCE = 30_000
+PATIENCE = 120_000
 expect = playwright.expect
 
 
@@ -44,11 +44,11 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         "train": True,
         "train_mode": "cpo",
         "adapter_path": "adapters",
-        "iters": 400,
+        "iters": 200,
         "batch_size": 2,
         "learning_rate": 0.001,
         "steps_per_report": 5,
-        "steps_per_eval": 100,
+        "steps_per_eval": 50,
         "fuse": False,
         "top_p": 0.5,
     }
