@@ -220,15 +220,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
     Of the untrained model it holds margin and chosen log-prob, of the others how these changed.
     """
-    files = list(dict.fromkeys(result["rows"] for result in results))
+    files: dict[str, dict[tuple[str, float, float], dict[str, Any]]] = {}
+    for result in results:
+        files.setdefault(result["rows"], {})[place(result)] = result
     titles = " | ".join(f"{name}: accuracy | margin | chosen | answer" for name in files)
     lines = [f"| loss | beta | {titles} |", "| --- | --- |" + " --- |" * 4 * len(files)]
     for setting in sorted({place(result) for result in results}):
         loss, cpo_alpha, beta = setting
         name = f"`{loss}`" if loss else "before training"
         cells = [name + (f", `cpo_alpha` {cpo_alpha:g}" if cpo_alpha else ""), f"{beta:g}" if loss else ""]
-        for file in files:
-            on_file = {place(result): result for result in results if result["rows"] == file}
+        for on_file in files.values():
             cells += _cells(on_file[setting], on_file[UNTRAINED]) if setting in on_file else [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -63,6 +63,7 @@ LLAMA_FACTORY: dict[str, Any] = {
     "output_dir": "saves",
 }
 EXAMPLES = {"trl": TRL, "axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY}
+LOSS_KEYS = {"beta", "cpo_alpha", "simpo_gamma", "learning_rate", "batch_size", "iters"}
 with_each_source = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -559,7 +560,13 @@ def test_what_is_written_trains(
 
     lines = [json.loads(line) for line in (tmp_path / "adapters" / "metrics.jsonl").read_text().splitlines()]
     assert max(line["iteration"] for line in lines) == 2
-    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
+    recorded = yaml.safe_load((tmp_path / "adapters" / "run_settings.yaml").read_text())
+    asked_for = yaml.safe_load(ours.read_text())
+    assert recorded["dpo_cpo_loss_type"] == "simpo"
+    for key in LOSS_KEYS & asked_for.keys():
+        assert recorded[key] == asked_for[key], key
+    adapter = mx.load(str(tmp_path / "adapters" / "adapters.safetensors"))
+    assert all(mx.abs(value).max() > 0 for value in adapter.values())  # those of B began at zero
 
 
 def test_without_an_output_file_the_result_is_printed(
