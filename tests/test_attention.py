@@ -137,12 +137,44 @@ def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     assert plain - lean > 0.8 * layers * heads * tokens * tokens * 4
 
 
-def test_few_scores_are_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_SCORES", 2 * 6 * 7 * 7 + 1)
-    monkeypatch.setattr(attention, "_blocks", lambda *given: pytest.fail("blocks were made"))
-    wide = arrays(7, 7)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("count", "total"), SIZES)
+def test_few_scores_are_kept(count: int, total: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 2 * 6 * count * total + 1)
+    monkeypatch.setattr(mx, "custom_function", lambda function: pytest.fail("scores are computed again"))
+    wide = arrays(count, total)
+    ours, added = MASKS[mask](count, total)
+
+    values = computed([mx.array(array.astype(np.float32)) for array in wide], ours)
+
+    for value, expected in zip(values, reference(*wide, added), strict=True):
+        np.testing.assert_allclose(np.array(value), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_scores_far_apart_are_right() -> None:
+    wide = arrays(20, 20)
+    wide[0] *= 100
 
     values = computed([mx.array(array.astype(np.float32)) for array in wide], "causal")
 
-    for value, expected in zip(values, reference(*wide, MASKS["causal"](7, 7)[1]), strict=True):
-        np.testing.assert_allclose(np.array(value), expected, rtol=1e-4, atol=1e-5)
+    for value, expected in zip(values, reference(*wide, MASKS["causal"](20, 20)[1]), strict=True):
+        assert np.linalg.norm(np.array(value) - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("fewest", [0, 10**9])
+def test_a_gpu_has_its_own_kernel_whatever_the_size(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEWEST_SCORES", fewest)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(attention, "power_of_two", lambda x: pytest.fail("an exponential of ours was taken"))
+    used: list[str] = []
+    kernel = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda *args, **named: used.append("") or kernel(*args, **named)
+    )
+    wide = arrays(20, 20)
+
+    output = lean_attention(*(mx.array(array.astype(np.float32)) for array in wide[:3]), SCALE, "causal")
+
+    expected = reference(*wide, MASKS["causal"](20, 20)[1])[0]
+    np.testing.assert_allclose(np.array(output), expected, rtol=1e-4, atol=1e-5)
+    assert used == [""]

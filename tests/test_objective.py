@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.scoring.parity import choose_scorer
 from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod
 from mlx_cpo_plugin.training.objective import Objective, objective_for
@@ -178,3 +179,17 @@ def test_every_parameter_of_the_reference_is_compared() -> None:
     names = {name for name, _ in tree_flatten(add_adapter(build_model()).trainable_parameters())}
 
     assert float64_gradient(some_pairs()[:1], "sigmoid", 0.0, 0.0)[1].keys() == names
+
+
+def test_a_pair_that_is_learned_long_since_has_no_gradient_and_the_others_have_theirs() -> None:
+    goal = objective_for("sigmoid", {"beta": 1.0})
+    margins = mx.array([60.0, 3.0, -60.0])
+
+    def part(chosen_logps: mx.array) -> mx.array:
+        rest = mx.zeros(3)
+        return goal.part_of_step(AnswerScores(chosen_logps, rest, rest, rest, rest), 3, 1)[0]
+
+    slopes = mx.grad(part)(margins)
+
+    assert slopes[0].item() == 0
+    np.testing.assert_allclose(np.array(slopes[1:]), [-1 / (1 + np.exp(3.0)) / 3, -1 / 3], rtol=1e-5)

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cpo_plugin.layers.exponential import LOG_2, PER_LOG_2, power_of_two
+from mlx_cpo_plugin.layers.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
 
 QUERY_BLOCK = 128
 # Scores of fewer than these are kept: starting the operations that compute them again would cost more.
@@ -33,12 +33,15 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
         mask: ``causal`` lines the last query up with the last key; an array is boolean (true is seen) or is added to
             the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
     """
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
     if queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < FEWEST_SCORES:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        if on_gpu:
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return _attention_that_keeps_scores(queries, keys, values, scale, mask)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if mx.default_device().type == mx.DeviceType.gpu:  # one kernel, which keeps no scores either
+        if on_gpu:  # one kernel, which keeps no scores either
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask), mx.zeros(0)
         queries = queries * (scale * PER_LOG_2)
         outputs, logs = [], []
@@ -76,6 +79,17 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
     return result[0]
 
 
+def _attention_that_keeps_scores(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
+) -> mx.array:
+    """Return attention as MLX itself defines it, but that weights which count for nothing are zero."""
+    (whole,) = _blocks(queries, keys, mask, queries.shape[2])
+    scores = whole.scores(queries * (scale * PER_LOG_2), keys)
+    lowest = mx.stop_gradient(scores.max(axis=-1, keepdims=True)) + LOWEST
+    weights = mx.softmax(mx.where(scores < lowest, -mx.inf, scores) * LOG_2, axis=-1)
+    return whole.by_head(weights.astype(values.dtype) @ values)
+
+
 @dataclass(frozen=True)
 class _Block:
     """Consecutive queries, with the heads that share keys stacked into the rows of one product: [B, H / G, G * n, D].
@@ -110,12 +124,14 @@ class _Block:
         return scores
 
 
-def _blocks(queries: mx.array, keys: mx.array, mask: Mask) -> list[_Block]:
+def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = None) -> list[_Block]:
+    """Cut the queries into blocks of ``size``, by default :data:`QUERY_BLOCK`."""
+    size = size or QUERY_BLOCK
     count, total = queries.shape[2], keys.shape[2]
     offset = total - count
     blocks = []
-    for start in range(0, count, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         seen, part = total, None
         if isinstance(mask, str):
             seen = offset + stop

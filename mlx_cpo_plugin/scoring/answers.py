@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import Batch
+from mlx_cpo_plugin.layers.exponential import exponential
 
 # On a CPU MLX adds up one number after the other, and thousands of them in float32 lose digits.
 SUM_PART = 128
@@ -60,7 +61,19 @@ def log_normaliser(logits: mx.array) -> mx.array:
 
     Summed one after the other, the 49,152 words of SmolLM2 would shift each log-prob by 4e-5.
     """
+    normaliser: Any = _log_normaliser(logits)
+    return normaliser
+
+
+@mx.custom_function
+def _log_normaliser(logits: mx.array) -> mx.array:
     return mx.logsumexp(mx.logsumexp(_in_parts(logits, -mx.inf), axis=-1), axis=-1)
+
+
+@_log_normaliser.vjp
+def _log_normaliser_vjp(logits: mx.array, cotangent: mx.array, normaliser: mx.array) -> mx.array:
+    probabilities: Any = exponential(logits - normaliser[:, None])
+    return cotangent[:, None] * probabilities
 
 
 def sums_over_words(values: mx.array) -> mx.array:

@@ -127,7 +127,8 @@ def _slopes_by_vocabulary(
         with split.some_words(words):
             (_, block_total, block_highest), block_slopes = total_and_slopes(hidden)
         before, highest = highest, mx.maximum(highest, block_highest)
-        kept, new = mx.exp(before - highest), mx.exp(block_highest - highest)
+        kept: Any = exponential(before - highest)
+        new: Any = exponential(block_highest - highest)
         total = total * kept + block_total * new
         slopes = slopes * kept[:, None] + block_slopes * new[:, None]
     with split.some_words(targets):

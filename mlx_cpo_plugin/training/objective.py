@@ -17,6 +17,10 @@ from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.settings.validation import check, not_read
 
+# A loss that falls by less than this for each nat is done with its pair: no update shows what it adds to the gradient,
+# and the layers would make subnormal numbers of it, which cost a processor up to a hundred cycles each.
+LEAST_SLOPE = 2.0**-50
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -58,6 +62,9 @@ class Objective:
         Args:
             pairs, chosen_tokens: of the whole step, as in :class:`mlx_cpo_plugin.data.batches.StepTotals`.
         """
+        chosen_logps: Any = _without_least_slopes(scores.chosen_logps)
+        rejected_logps: Any = _without_least_slopes(scores.rejected_logps)
+        scores = scores._replace(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
         losses = self.losses(scores)
         part = losses.sum() / pairs
         if self.cpo_alpha:
@@ -69,6 +76,17 @@ class Objective:
         if self.reward_fn is None:
             return self.beta * np.array(logps, np.float64)
         return np.array(self.reward_fn(logps, **self.options), np.float64)
+
+
+@mx.custom_function
+def _without_least_slopes(logps: mx.array) -> Any:
+    """Return ``logps``; a slope by them that is less than :data:`LEAST_SLOPE` is zero."""
+    return logps
+
+
+@_without_least_slopes.vjp
+def _without_least_slopes_vjp(logps: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return mx.where(mx.abs(cotangent) < LEAST_SLOPE, 0, cotangent)
 
 
 def objective_for(
