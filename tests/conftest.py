@@ -19,7 +19,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.data.pair import PreferencePair
+
+use_fast_blas()
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 96

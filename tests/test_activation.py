@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from fresh_environment import KINDS, PROJECT, FreshEnvironment, built_wheel, installed_environment
 
+from mlx_cpo_plugin import blas
+
 # The plugin refuses this value and mlx-lm-lora does not, so the refusal proves whose code ran.
 REFUSED = ["--train", "--train-mode", "cpo", "--beta=-1", "--model", "no-such-model"]
 REFUSAL = "beta is -1.0"
@@ -111,7 +113,10 @@ def test_a_run_from_the_console_trains_and_says_what_is_hooked(
     assert ended.returncode == 0, ended.stderr
     announcements = [line for line in ended.stdout.splitlines() if line.startswith("mlx-cpo-plugin ")]
     assert len(announcements) == 1
-    assert announcements[0].endswith("hooks active: train_cpo, evaluate_cpo, CPOTrainingArgs, main, run")
+    line, *products = announcements[0].split("; BLAS: ")
+    assert line.endswith("hooks active: train_cpo, evaluate_cpo, CPOTrainingArgs, main, run")
+    assert all(named.endswith(" GFLOP/s") for named in products)
+    assert bool(products) == blas.is_used_here()
     assert "Training Mode:" in ended.stdout
     assert (tmp_path / "adapters" / "adapters.safetensors").is_file()
 

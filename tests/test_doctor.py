@@ -80,36 +80,6 @@ def test_a_missing_start_up_file_is_a_failure_with_a_remedy(tmp_path: Path, pres
     assert "pip install" in finding.remedy
 
 
-@pytest.mark.parametrize(
-    "library",
-    [
-        "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so",
-        "/opt/intel/mkl/lib/libmkl_rt.so.2",
-        "/usr/lib/aarch64-linux-gnu/libblis.so.4",
-    ],
-)
-def test_a_fast_blas_is_recognised(library: str) -> None:
-    finding = doctor.check_blas(["/usr/lib/libc.so.6", library])
-
-    assert (finding.status, finding.detail) == ("ok", library)
-
-
-@pytest.mark.parametrize(
-    "library",
-    [
-        "/env/lib/python3.11/site-packages/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0",
-        "/env/lib/python3.11/site-packages/numpy.libs/libscipy_openblas64_-1.so",
-    ],
-    ids=["reference", "numpy's own"],
-)
-def test_a_slow_blas_is_a_warning_that_says_what_to_preload(library: str) -> None:
-    finding = doctor.check_blas([library])
-
-    assert finding.status == "warning"
-    assert "LD_PRELOAD=" in finding.remedy
-    assert "libopenblas.so.0" in finding.remedy
-
-
 @pytest.mark.parametrize("version", ["5.8.6", "5.9.0", "5.10.0", "5.10.2"])
 def test_tested_hosts_are_fine(version: str) -> None:
     assert patches.untested_host_warning(version) == ""

@@ -13,6 +13,7 @@ import pytest
 from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, dsla_trainer
 
 import mlx_cpo_plugin
+from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.errors import ConfigError, DataError, PluginError
 from mlx_cpo_plugin.host import finder, patches
 from mlx_cpo_plugin.host import run as host_run
@@ -118,17 +119,36 @@ def test_run_of_an_object_that_only_has_attributes_is_the_plugins(host_function:
     assert (settings.beta, callback) == (0.02, "callback")
 
 
+@pytest.mark.parametrize(
+    ("products", "named"), [("OpenBLAS 1.2, 34 GFLOP/s", "; BLAS: OpenBLAS 1.2, 34 GFLOP/s"), ("", "")]
+)
 def test_a_run_is_announced_in_one_line(
-    runs: Recorder, hook_state: finder.HookState, capsys: pytest.CaptureFixture[str]
+    runs: Recorder,
+    hook_state: finder.HookState,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    products: str,
+    named: str,
 ) -> None:
     hook_state.active += ["train_cpo", "run"]
+    monkeypatch.setattr(blas, "description", lambda: products)
 
     patches.wrapped_run(Recorder())(SimpleNamespace(**CPO))
 
     assert capsys.readouterr().out == (
         f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs cpo in mlx-lm-lora {patches.host_version()}; "
-        "hooks active: train_cpo, run\n"
+        f"hooks active: train_cpo, run{named}\n"
     )
+
+
+def test_a_run_with_a_slow_blas_says_what_to_install(
+    runs: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blas, "advice", lambda: "pip install a-fast-one")
+
+    patches.wrapped_run(Recorder())(SimpleNamespace(**CPO))
+
+    assert "pip install a-fast-one" in capsys.readouterr().out
 
 
 def test_an_untested_host_is_warned_of_once(

@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import site
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin import blas
 from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import finder
 
 START_UP_FILES = ("mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start")
 DISTRIBUTIONS = ("mlx-lm-lora", "mlx", "mlx-lm", "pluggy")
-
-# Names of libraries that multiply matrices fast; numpy's own copy has other symbols, so MLX cannot use it.
-FAST_BLAS = re.compile(r"openblas|mkl_rt|libblis|flexiblas|armpl|nvpl_blas")
-NUMPY_OWN_BLAS = re.compile(r"scipy_openblas|numpy\.libs")
 
 # A setting that the plugin refuses and mlx-lm-lora does not: the refusal proves that the plugin read it.
 PROBE = {"train_mode": "cpo", "train": True, "beta": -1.0, "model": "no-such-model"}
@@ -136,7 +133,7 @@ def _held_against_tested_range(finding: Finding) -> Finding:
 
 
 def check_backend() -> list[Finding]:
-    """MLX's default device, and on a Linux CPU which BLAS library multiplies the matrices."""
+    """MLX's default device, and on a Linux CPU which BLAS multiplies the matrices."""
     try:
         import mlx.core as mx
     except ImportError as error:
@@ -146,29 +143,22 @@ def check_backend() -> list[Finding]:
     accelerator = "Metal" if mx.metal.is_available() else "CUDA"
     backend = accelerator if device.type == mx.DeviceType.gpu else "CPU"
     name = mx.device_info().get("device_name", platform.machine())
-    findings = [Finding("backend", "ok", f"{backend}, {name}")]
-    if backend == "CPU" and sys.platform == "linux":
-        findings.append(check_blas(_loaded_libraries()))
-    return findings
+    return [Finding("backend", "ok", f"{backend}, {name}"), *check_blas()]
 
 
-def _loaded_libraries() -> list[str]:
-    """Files mapped into this process, MLX being imported."""
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    return sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/") and len(line.split(maxsplit=5)) == 6})
-
-
-def check_blas(libraries: Iterable[str]) -> Finding:
-    """Whether one of the loaded ``libraries`` (paths) is a fast BLAS; MLX's Linux wheels carry the slow reference."""
-    fast = [path for path in libraries if FAST_BLAS.search(path) and not NUMPY_OWN_BLAS.search(path)]
-    if fast:
-        return Finding("blas", "ok", fast[0])
-    installed = sorted(Path("/usr/lib").glob("*/libopenblas.so.0"))
-    folder = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH') or 'x86_64-linux-gnu'}"
-    library = installed[0] if installed else f"{folder}/libopenblas.so.0"
-    install = "" if installed else "apt-get install libopenblas0-pthread, then "
-    remedy = f"{install}export LD_PRELOAD={library} (matrix products 10 to 25 times faster, same results)"
-    return Finding("blas", "warning", "the reference BLAS of MLX's wheel, which is slow", remedy)
+def check_blas() -> list[Finding]:
+    """The BLAS that a run uses and its speed; nothing where MLX calls none that could be exchanged."""
+    try:
+        blas.use_fast_blas()
+    except ConfigError as error:
+        return [Finding("blas", "failed", str(error), f"correct or unset {blas.VARIABLE}")]
+    used = blas.in_use()
+    if used is None:
+        return []
+    detail = f"{blas.description()} ({used.file})"
+    if not used.is_reference:
+        return [Finding("blas", "ok", detail)]
+    return [Finding("blas", "warning", detail, blas.advice() or f"unset {blas.VARIABLE}")]
 
 
 def check_switch() -> list[Finding]:

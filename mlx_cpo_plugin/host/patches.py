@@ -11,12 +11,14 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import mlx_cpo_plugin
-from mlx_cpo_plugin.errors import PluginError, UserError
+from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.host import finder
 from mlx_cpo_plugin.types import TrainMode
 
@@ -32,6 +34,8 @@ def apply(module: ModuleType) -> None:
         PluginError: the module lacks a function that has to be replaced.
         Exception: whatever importing the rest of the plugin raises.
     """
+    with suppress(ConfigError):  # a run of a registered mode tells it, the host's own modes go on
+        blas.use_fast_blas()
     if module.__name__ == finder.CPO_MODULE:
         _replace_trainer(module)
     else:
@@ -188,11 +192,19 @@ def host_version() -> str:
 
 
 def announce(mode: TrainMode) -> None:
-    """Print one line: which versions meet, and which hooks are active; warn once if the host is untested."""
+    """Print one line: versions, active hooks and, on a Linux CPU, the BLAS; warn once if the host is untested.
+
+    Raises:
+        ConfigError: the environment names a BLAS that cannot be used.
+    """
+    blas.use_fast_blas()
+    products = blas.description()
     print(
         f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs {mode.name} in mlx-lm-lora {host_version()}; "
-        f"hooks active: {', '.join(finder.state.active)}"
+        f"hooks active: {', '.join(finder.state.active)}{products and f'; BLAS: {products}'}"
     )
+    if advice := blas.advice():
+        print(f"note: matrix products are slow here: {advice}.")
     warning = untested_host_warning(host_version())
     if warning:
         _warn_once(warning)

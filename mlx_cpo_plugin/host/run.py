@@ -28,6 +28,7 @@ from mlx_lm_lora.utils import (
 )
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
+from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.errors import ConfigError, first_line
@@ -160,6 +161,7 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: the model cannot be loaded or quantised as asked.
     """
+    use_fast_blas()
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
     precision = next((key for key in QUANTISED_LOADS if getattr(settings, key)), None)

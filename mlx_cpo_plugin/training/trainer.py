@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import (
     describe_adapter,
     save_adapter,
@@ -82,6 +83,7 @@ def train_cpo(
     """
     args = args or CPOTrainingArgs()
     check_training_args(args)
+    use_fast_blas()
     objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
     pairs = as_pairs(train_dataset, args.max_seq_length)
     val_pairs = as_pairs(val_dataset or [], args.max_seq_length)
@@ -287,6 +289,7 @@ def evaluate_cpo(
     ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
     answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all.
     """
+    use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
     with compile_where_it_pays(), unpacked_products(model):

@@ -1,0 +1,196 @@
+"""A fast BLAS for MLX on a Linux CPU.
+
+MLX's Linux wheels carry the reference BLAS, which uses neither wide vectors nor a second core. MLX calls three
+functions of it, the products of matrices; they are pointed at OpenBLAS instead. It works whether or not ``mlx.core``
+is imported already, and no other library of the process is concerned: nothing is loaded into the global namespace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlx_cpo_plugin import linkage
+from mlx_cpo_plugin.errors import ConfigError
+
+VARIABLE = "MLX_CPO_PLUGIN_BLAS"
+AUTO, NONE = "auto", "none"
+DISTRIBUTION = "scipy-openblas32"
+SYSTEM_LIBRARY = "libopenblas.so.0"
+
+FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+# SciPy's builds of OpenBLAS prefix every name, so that several of them can live in one process.
+PREFIXES = ("", "scipy_")
+_REFERENCE = re.compile(r"lib(ref|c)?blas\b")
+_FAST = re.compile(r"openblas|mkl|blis|flexiblas|armpl|nvpl|atlas")
+
+# The speed of the reference BLAS does not grow with the matrices, the time for a product of 1024 rows would.
+_ROWS_FOR_REFERENCE = 256
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The library that multiplies MLX's matrices.
+
+    Attributes:
+        file: its path.
+        name: what it is called, with its version where it tells it.
+        is_reference: whether it is the slow one of MLX's wheels.
+    """
+
+    file: str
+    name: str
+    is_reference: bool
+
+
+def use_fast_blas() -> None:
+    """Point MLX's products at a fast BLAS, unless they go to one already or ``MLX_CPO_PLUGIN_BLAS`` is ``none``.
+
+    On macOS, on a GPU and where MLX has its BLAS built in, nothing happens. Calling it again changes nothing.
+
+    Raises:
+        ConfigError: ``MLX_CPO_PLUGIN_BLAS`` names a library that cannot be used.
+    """
+    wanted = os.environ.get(VARIABLE, "").strip() or AUTO
+    if not is_used_here() or wanted.lower() == NONE:
+        return
+    if wanted.lower() == AUTO and _is_reference(_file_in_use()):
+        with suppress(OSError):  # a kernel that does not let us costs speed, nothing else
+            _bind(next(_functions_found(), {}))
+    elif wanted.lower() != AUTO:
+        _bind_to_named(wanted)
+
+
+def is_used_here() -> bool:
+    """Whether MLX computes on a Linux CPU and calls a BLAS that can be exchanged."""
+    if sys.platform != "linux":
+        return False
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.cpu and bool(_slots())
+
+
+def in_use() -> Blas | None:
+    """The BLAS that MLX calls; None where :func:`is_used_here` says no."""
+    if not is_used_here():
+        return None
+    file = _file_in_use()
+    is_reference = _is_reference(file)
+    return Blas(file, "the reference BLAS of MLX's wheel" if is_reference else _name(file), is_reference)
+
+
+def gigaflops(rows: int = 1024, seconds: float = 0.05) -> float:
+    """Return the best of the float32 products of square matrices that fit into a time, in 1e9 operations a second."""
+    import mlx.core as mx
+
+    matrix = mx.ones((rows, rows))
+    mx.eval(matrix @ matrix)  # the library starts its threads
+    times = [float("inf")]
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        times.append(time.perf_counter() - started)
+    return 2 * rows**3 / min(times) / 1e9
+
+
+def description() -> str:
+    """Name and speed of the BLAS that MLX calls; empty where :func:`is_used_here` says no."""
+    blas = in_use()
+    if blas is None:
+        return ""
+    rate = gigaflops(_ROWS_FOR_REFERENCE) if blas.is_reference else gigaflops()
+    return f"{blas.name}, {rate:.0f} GFLOP/s"
+
+
+def advice() -> str:
+    """What to do about a slow BLAS; empty where it is not slow, or was asked for."""
+    blas = in_use()
+    if blas is None or not blas.is_reference or os.environ.get(VARIABLE, "").strip().lower() == NONE:
+        return ""
+    return f"pip install {DISTRIBUTION}, or set {VARIABLE} to the path of an OpenBLAS, which is many times faster"
+
+
+@cache
+def _slots() -> Mapping[str, int]:
+    """The slots through which MLX calls :data:`FUNCTIONS`; none where it calls them otherwise."""
+    slots = linkage.call_slots("libmlx.so", FUNCTIONS)
+    return slots if slots.keys() == set(FUNCTIONS) else {}
+
+
+def _file_in_use() -> str:
+    file = linkage.file_of(linkage.target(_slots()[FUNCTIONS[0]]))
+    return os.path.realpath(file) if file else ""
+
+
+def _is_reference(file: str) -> bool:
+    return bool(_REFERENCE.match(os.path.basename(file))) and not _FAST.search(file)
+
+
+def _name(file: str) -> str:
+    library = ctypes.CDLL(file)
+    for prefix in PREFIXES:
+        if hasattr(library, f"{prefix}openblas_get_config"):
+            return " ".join(_openblas_config(library, prefix).split()[:2])
+    return os.path.basename(file)
+
+
+def _openblas_config(library: ctypes.CDLL, prefix: str) -> str:
+    get_config = library[f"{prefix}openblas_get_config"]
+    get_config.restype = ctypes.c_char_p
+    return os.fsdecode(get_config())
+
+
+def _functions_found() -> Iterator[dict[str, int]]:
+    """Functions of the libraries that can be loaded: that of the Python environment, then that of the system."""
+    package = find_spec(DISTRIBUTION.replace("-", "_"))
+    folders = package.submodule_search_locations if package else None
+    libraries = [str(file) for folder in folders or [] for file in sorted(Path(folder, "lib").glob("lib*.so"))]
+    for library in (*libraries, SYSTEM_LIBRARY):
+        try:
+            yield _functions_of(ctypes.CDLL(library))
+        except (OSError, ValueError):  # another processor's, damaged, or not there
+            continue
+
+
+def _bind_to_named(wanted: str) -> None:
+    file = Path(wanted).expanduser()
+    try:
+        _bind(_functions_of(ctypes.CDLL(str(file.absolute()) if file.exists() else wanted)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{VARIABLE} is {wanted}, which cannot be used ({error}); "
+            f"set it to the path of a BLAS library for this machine, to {AUTO} or to {NONE}."
+        ) from error
+
+
+def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
+    """Addresses of :data:`FUNCTIONS` in a library.
+
+    Raises:
+        ValueError: it lacks them, or takes integers of 64 bits where MLX passes 32.
+    """
+    for prefix in PREFIXES:
+        if all(hasattr(library, prefix + name) for name in FUNCTIONS):
+            break
+    else:
+        raise ValueError(f"it has no function {FUNCTIONS[0]}")
+    if hasattr(library, f"{prefix}openblas_get_config") and "USE64BITINT" in _openblas_config(library, prefix):
+        raise ValueError("its integers have 64 bits, MLX's 32")
+    return {name: ctypes.cast(library[prefix + name], ctypes.c_void_p).value or 0 for name in FUNCTIONS}
+
+
+def _bind(functions: Mapping[str, int]) -> None:
+    for name, address in functions.items():
+        slot = _slots()[name]
+        if linkage.target(slot) != address:
+            linkage.redirect(slot, address)
