@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_cpo_plugin._version import __version__
@@ -98,17 +99,32 @@ def _train(words: Sequence[str]) -> int:
     _activate()
     import mlx_lm_lora.train as host_train
 
-    sys.argv = ["mlx-cpo train", *words]
-    host_train.main()
+    with _command_line("mlx-cpo train", words):
+        host_train.main()
     return 0
+
+
+@contextmanager
+def _command_line(program: str, words: Sequence[str]) -> Iterator[None]:
+    """Let the host's parser read ``words`` as the process's own command line until the context ends."""
+    arguments = sys.argv
+    sys.argv = [program, *words]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _check(words: Sequence[str]) -> int:
     _activate()
+    with _command_line("mlx-cpo check", words):
+        return _check_run(words)
+
+
+def _check_run(words: Sequence[str]) -> int:
     from mlx_cpo_plugin.data.check import run_check
     from mlx_cpo_plugin.settings import config
 
-    sys.argv = ["mlx-cpo check", *words]
     mode = config.requested_mode(words)
     if mode is None:
         file = config.explicit(words).get("config")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """Something that the user gave is wrong.
@@ -23,6 +25,28 @@ class DataError(UserError):
 
 class PluginError(UserError):
     """Two plugins claim one name, or the plugin is only partly hooked into mlx-lm-lora."""
+
+
+# How the allocators of Metal, CUDA, CPUs and C++ begin, or what they say, when memory ends.
+_OUT_OF_MEMORY = ("[malloc", "[metal::malloc]", "insufficient memory", "out of memory", "alloc_failed", "bad_alloc")
+# How MLX's messages begin where a device or its compiler failed, and not what it was to compute.
+_DEVICE_FAULTS = ("[metal", "[compile", "[cuda", "cuda", "cublas", "cudnn")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that memory is at an end: Python's, MLX's or the system's."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error tells of the machine, its memory included, and nothing of the model that was computed."""
+    text = str(error).lower()
+    return (isinstance(error, RuntimeError) and text.startswith(_DEVICE_FAULTS)) or is_out_of_memory(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,19 +1,30 @@
-"""A micro-batch for which there is no memory is not begun."""
+"""Memory that may not suffice is warned of, and memory that has ended is never taken for anything else."""
 
 from __future__ import annotations
 
+import errno
+import json
+import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optimizers
 import pytest
 from conftest import add_adapter, build_model, build_pairs
+from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.data.batches import BatchSize
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import is_device_fault, is_out_of_memory
+from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.training import memory_watch
 from mlx_cpo_plugin.training.alarms import TrainingError, last_good_weights_kept
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
 from mlx_cpo_plugin.training.memory_watch import MemoryWatch, free_memory
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 GIGABYTE = 2**30
 
@@ -54,24 +65,108 @@ def test_where_nothing_is_known_or_a_gpu_computes_nothing_is_stopped(
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert free_memory(machine) is None
 
-    watch_of(None, monkeypatch).check(build_pairs(2), step=1)
+    assert watch_of(None, monkeypatch).risk(build_pairs(2), step=1) is None
 
 
 def watch_of(free: int | None, monkeypatch: pytest.MonkeyPatch) -> MemoryWatch:
     monkeypatch.setattr(memory_watch, "free_memory", lambda: free)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
     return MemoryWatch(add_adapter(build_model()), Way(BatchSize(2), grouping=None))
 
 
-def test_a_micro_batch_is_stopped_only_if_it_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = build_pairs(2)
+def estimate(pairs: list[PreferencePair]) -> int:
     way = Way(BatchSize(2), grouping=None)
-    least = memory_watch.CERTAIN_SHARE * bytes_for(ModelSizes(add_adapter(build_model()), way), pairs, way)
+    return bytes_for(ModelSizes(add_adapter(build_model()), way), pairs, way)
 
-    watch_of(round(least) + 1, monkeypatch).check(pairs, step=3)
-    with pytest.raises(
-        TrainingError, match=r"^Step 3: the micro-batch with row [01] needs about .* GB are free; lower"
-    ):
-        watch_of(round(least) - 1, monkeypatch).check(pairs, step=3)
+
+def test_an_estimate_above_what_is_free_is_a_warning_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = build_pairs(2)
+
+    assert watch_of(estimate(pairs), monkeypatch).risk(pairs, step=3) is None
+    line = watch_of(estimate(pairs) - 1, monkeypatch).risk(pairs, step=3)
+    assert re.match(r"Step 3: the micro-batch with row [01] may need about .* GB are free; if the process", line or "")
+
+
+def test_what_was_computed_once_is_no_risk_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = build_pairs(2, longest=4), build_pairs(2, longest=40)
+    watch = watch_of(estimate(short) - 1, monkeypatch)
+
+    risks = [watch.risk(pairs, step=1) is not None for pairs in (short, short, long, short, long)]
+
+    assert risks == [True, False, True, False, False]
+
+
+def test_a_gradient_for_which_there_is_no_memory_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = sum(value.nbytes for _, value in tree_flatten(add_adapter(build_model()).trainable_parameters()))
+
+    watch_of(sizes, monkeypatch).risk(build_pairs(2), step=3)
+    with pytest.raises(TrainingError, match=r"^Step 3: the gradient alone needs .* GB are free; train fewer"):
+        watch_of(sizes - 1, monkeypatch).risk(build_pairs(2), step=3)
+
+
+def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_pairs = build_pairs(6)
+    monkeypatch.setattr(memory_watch, "free_memory", lambda: 2**40 if not risky else 2**20)
+    monkeypatch.setattr(memory_watch, "bytes_for", lambda *_: 2**30)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    risky: list[int] = []
+    saved_at: list[list[str]] = []
+
+    class Callback(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            saved_at.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("0*")))
+            if train_info["iteration"] == 2:
+                risky.append(1)
+
+    train_cpo(
+        add_adapter(build_model()),
+        optimizers.Adam(learning_rate=1e-3),
+        run_pairs,
+        args=CPOTrainingArgs(
+            adapter_file=str(tmp_path / "adapters.safetensors"), batch_size=1, iters=5, steps_per_report=1
+        ),
+        training_callback=Callback(),
+    )
+
+    assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002"]]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("warning") == 1
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("[malloc] Unable to allocate 9 bytes."),
+    RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes."),
+    RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+    RuntimeError("[metal::malloc] Resource limit (499000) exceeded."),
+    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU)"),
+    RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_known_on_every_device_and_behind_other_errors(error: Exception) -> None:
+    wrapped = ValueError("the layer failed")
+    wrapped.__cause__ = error
+
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_device"),
+    [
+        (RuntimeError("[matmul] Last dimension of first input with shape (1,2) must match"), False),
+        (ValueError("out of memory of the cache"), False),
+        (RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error"), True),
+        (RuntimeError("[Compile::eval_cpu] Failed to compile function"), True),
+    ],
+)
+def test_other_errors_are_not_out_of_memory(error: Exception, of_the_device: bool) -> None:
+    assert not is_out_of_memory(error)
+    assert is_device_fault(error) == of_the_device
 
 
 @pytest.mark.parametrize(

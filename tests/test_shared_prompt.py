@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_cpo_plugin.data.batches import StepTotals, collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.host.substrate import protect_recurrences
+from mlx_cpo_plugin.host.substrate import memory_safe_recurrences
 from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.scoring import parity, shared_prompt
@@ -174,9 +174,8 @@ def test_checkpointed_layers_pass_gradients_through_every_kind_of_cache(name: st
 @pytest.mark.parametrize("way", WAYS)
 def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, way: str) -> None:
     model = add_adapter(build_architecture(name), scale=1.0)
-    protect_recurrences(model, chunk_size=4)
-
-    compare(model, way, tolerance=5e-4)
+    with memory_safe_recurrences(model, chunk_size=4):
+        compare(model, way, tolerance=5e-4)
 
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.formats import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenization import prompt_tokens
-from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line
+from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
 from mlx_cpo_plugin.host.run import QUANTISED_LOADS
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
@@ -134,6 +134,8 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
     try:
         load_adapters(model, str(adapter_path))  # over the layers as they are, of full training over the weights
     except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        if is_device_fault(error):
+            raise
         raise ConfigError(
             f"The adapter in {named(str(adapter_path))} does not go onto model {settings.model!r} "
             f"({first_line(error)}); give the model that it was trained from."
@@ -240,6 +242,8 @@ def load_base(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     except UserError:
         raise
     except Exception as error:  # the hub client and the architectures raise many kinds
+        if is_device_fault(error):
+            raise
         raise ConfigError(
             f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or give --model."
         ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.data.formats import Columns
-from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory
 from mlx_cpo_plugin.wording import named, printable, shown
 
 SPLIT_NAMES = {
@@ -211,32 +212,44 @@ def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
-    _forget_partial_torch()
     try:
-        return datasets.load_dataset(name, **options)
+        with _without_partial_torch():
+            return datasets.load_dataset(name, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
             f"no dataset {shown(name)} was found, neither as a local path nor on the Hugging Face hub: check data or "
             "hf_dataset."
         ) from error
     except Exception as error:  # The library raises whatever its builders and the network raise.
+        if is_out_of_memory(error):
+            raise
         reason = printable(first_line(error))
         raise DataError(f"the dataset {shown(name)} cannot be loaded ({reason}): check its settings.") from error
 
 
 def _hub_rows(name: str, rows: Any, where: str) -> list[Row]:
     try:
-        return _numbered(rows, where)
+        with _without_partial_torch():
+            return _numbered(rows, where)
     except Exception as error:  # Images and the like are decoded only now, by whatever library is there.
+        if is_out_of_memory(error):
+            raise
         reason = printable(first_line(error))
         raise DataError(f"a row of the dataset {shown(name)} cannot be read ({reason}): check its columns.") from error
 
 
-def _forget_partial_torch() -> None:
-    """Drop a ``torch`` that is only an empty namespace folder, which ``datasets`` would take for PyTorch."""
+@contextmanager
+def _without_partial_torch() -> Iterator[None]:
+    """Hide a ``torch`` that is no PyTorch, but which ``datasets`` would take for it, until the context ends."""
     torch = sys.modules.get("torch")
-    if torch is not None and not hasattr(torch, "Tensor"):
-        del sys.modules["torch"]
+    if torch is None or hasattr(torch, "Tensor"):
+        yield
+        return
+    del sys.modules["torch"]
+    try:
+        yield
+    finally:
+        sys.modules.setdefault("torch", torch)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -31,7 +31,7 @@ from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
-from mlx_cpo_plugin.errors import ConfigError, first_line
+from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.training.metrics import MetricsFile
@@ -174,6 +174,8 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
             quantized_load=dict(QUANTISED_LOADS[precision]) if precision else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if is_device_fault(error):
+            raise
         if precision and "[quantize]" in str(error):
             raise ConfigError(
                 f"{precision} needs layers whose width divides by {QUANTISED_LOADS[precision]['group_size']}, which "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,6 +96,21 @@ def compilation_pays(wanted: bool | None = None) -> bool:
     return wanted if wanted is not None else mx.default_device().type == mx.DeviceType.gpu
 
 
+def _compilation_is_on() -> bool:
+    """Whether ``mx.compile`` compiles: MLX does not say, but a function that it has traced is not called again."""
+    calls = 0
+
+    def identity(x: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        return x
+
+    compiled, argument = mx.compile(identity), mx.array(0.0)
+    for _ in range(3):  # the very first of a process may be traced twice
+        compiled(argument)
+    return calls < 3
+
+
 @contextmanager
 def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
     """Switch ``mx.compile`` off while on the CPU, where it needs a C++ compiler and many seconds for every shape.
@@ -104,9 +118,8 @@ def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
     Args:
         wanted: force it on or off; ``None`` decides by the device.
     """
-    off = not compilation_pays(wanted)
-    # A user who switched compilation off for the whole process keeps it off afterwards.
-    if not off or "MLX_DISABLE_COMPILE" in os.environ:
+    # Who switched compilation off for the whole process keeps it off afterwards.
+    if compilation_pays(wanted) or not _compilation_is_on():
         yield
         return
     mx.disable_compile()

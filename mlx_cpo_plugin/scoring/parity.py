@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, is_device_fault
 from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
@@ -22,6 +22,17 @@ from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
 # Relative, of an answer's log-prob; half precision rounds differently for other shapes.
 FLOAT32_TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2
+# What an architecture raises where it does not expect our caches.
+ARCHITECTURE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def choose_scorer(
@@ -35,6 +46,7 @@ def choose_scorer(
 
     Raises:
         ConfigError: ``shared`` is wanted, but the model does not allow it.
+        RuntimeError, MemoryError: memory ended or the device failed, which says nothing of the model.
     """
     if wanted == "plain" or not pairs:
         return None
@@ -42,7 +54,9 @@ def choose_scorer(
         scorer = SharedPromptScorer(model)
         difference = _largest_difference(model, partial(_scores_one_by_one, scorer), _sample(pairs))
         fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(model) else ""
-    except Exception as error:  # an architecture may fail in any way where it does not expect our caches
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not fault:
         scorer.grouping = _grouping(model, scorer, pairs)
@@ -61,8 +75,10 @@ def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[Pref
         difference = _largest_difference(
             model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), _sample(pairs)
         )
-    except Exception:  # as above; what fails here works pair by pair
-        return PAIR_BY_PAIR
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
+        return PAIR_BY_PAIR  # which has just worked
     return grouping_for(model) if difference <= _tolerance(model) else PAIR_BY_PAIR
 
 

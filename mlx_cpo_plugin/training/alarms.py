@@ -11,26 +11,21 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.errors import UserError, is_out_of_memory
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 
 WINDOW = 20
 # How many standard errors two halves of the window have to be apart.
 CERTAIN = 3.0
 _NAMED = 3
-# How MLX's allocators begin what they have to say.
-_MEMORY_WORDS = ("[malloc", "[metal::malloc]", "Insufficient Memory", "cudaMalloc", "out of memory")
 
 
 class TrainingError(UserError):
     """Training cannot go on; the last good adapter is kept."""
 
 
-LOWER_THESE = (
-    "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context. The "
-    "checkpoints so far are whole; go on from their weights with resume_adapter_file."
-)
-OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}"
+LOWER_THESE = "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context"
+OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}."
 
 
 @contextmanager
@@ -45,8 +40,8 @@ def last_good_weights_kept(save: Callable[[], object]) -> Iterator[None]:
     except TrainingError:
         save()
         raise
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(word in str(error) for word in _MEMORY_WORDS):
+    except Exception as error:
+        if is_out_of_memory(error):
             raise TrainingError(OUT_OF_MEMORY) from error
         raise
 

@@ -17,12 +17,14 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import LENGTH_MULTIPLE, BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import is_device_fault
 from mlx_cpo_plugin.layers.attention import QUERY_BLOCK
 from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.scoring.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
 from mlx_cpo_plugin.scoring.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
+from mlx_cpo_plugin.scoring.parity import ARCHITECTURE_ERRORS
 from mlx_cpo_plugin.scoring.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
 
 if TYPE_CHECKING:
@@ -162,8 +164,10 @@ def expected_grouping(model: nn.Module) -> Grouping | None:
     """Return which pairs will share a pass, as far as that shows without computing; ``None``: none of them."""
     try:
         caches = fresh_caches(model)
-    except Exception:  # whatever an architecture raises, training will score its answers plainly
-        return None
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
+        return None  # training will score its answers plainly
     return grouping_for(model) if can_be_padded(caches) else PAIR_BY_PAIR
 
 

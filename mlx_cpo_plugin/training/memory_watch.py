@@ -1,4 +1,4 @@
-"""Stops a run before a micro-batch for which there is no memory: on a CPU, the process would end without a word."""
+"""Warns before a micro-batch for which memory may not suffice: on a CPU, the process would end without a word."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.training.alarms import LOWER_THESE, TrainingError
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
 
-# Share of an estimate that a micro-batch takes at least, as estimates go: what has less than that cannot be computed.
-CERTAIN_SHARE = 0.7
-
 
 class MemoryWatch:
     """Compares micro-batches with the memory that is free."""
@@ -24,23 +21,32 @@ class MemoryWatch:
     def __init__(self, model: nn.Module, way: Way) -> None:
         self.sizes = ModelSizes(model, way)
         self.way = way
+        self._most_tried = 0
 
-    def check(self, pairs: Sequence[PreferencePair], step: int) -> None:
-        """Stop before a micro-batch that cannot be computed.
+    def risk(self, pairs: Sequence[PreferencePair], step: int) -> str | None:
+        """Return what to say before a micro-batch that may need more than is free, and more than any one before it.
 
         Raises:
-            TrainingError: says what is needed, what is free, and which settings to lower.
+            TrainingError: the gradient alone, which is there as a whole in the end, needs more than is free.
         """
         free = free_memory()
         if free is None:
-            return
-        needed = bytes_for(self.sizes, pairs, self.way)
-        if CERTAIN_SHARE * needed > free:
-            longest = max(pairs, key=lambda pair: pair.tokens)
+            return None
+        free += mx.get_cache_memory()  # what MLX has kept of arrays that are gone
+        longest = max(pairs, key=lambda pair: pair.tokens).source or "a row without a source"
+        if self.sizes.gradient > free:
             raise TrainingError(
-                f"Step {step}: the micro-batch with {longest.source or 'a row without a source'} needs about "
-                f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {LOWER_THESE}"
+                f"Step {step}: the gradient alone needs {self.sizes.gradient / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
+                "are free; train fewer parameters (train_type: lora, lower num_layers or rank) or free memory."
             )
+        needed = bytes_for(self.sizes, pairs, self.way)
+        if needed <= max(free, self._most_tried):
+            return None
+        self._most_tried = needed
+        return (
+            f"Step {step}: the micro-batch with {longest} may need about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} "
+            f"GB are free; if the process ends here without a word, {LOWER_THESE}."
+        )
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

@@ -5,7 +5,7 @@ Source of the straight-through gradient: Bengio et al. 2013, arXiv 1308.3432.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from mlx_cpo_plugin.host.substrate import fake_quantize
+from mlx_cpo_plugin.host.substrate import fake_quantizer
 from mlx_cpo_plugin.layers.overrides import Call, overridden_calls
 from mlx_cpo_plugin.layers.quantised import unpacked_weight
 
@@ -56,10 +56,17 @@ def fake_quantised(
     Args:
         bits: 2 to 16.
         group_size: weights that share a scale along the input dimension; 0 or less: one scale for the whole tensor.
+
+    Raises:
+        ConfigError: this version of the host has no quantiser.
     """
     schedule = FakeQuantisation(start_step, interval)
+    quantizer = fake_quantizer()
     replacements: list[tuple[nn.Module, Call]] = [
-        (module, _fake_quantised_call(type(module).__call__, schedule, bits, group_size))
+        (
+            module,
+            _fake_quantised_call(type(module).__call__, schedule, lambda weight: quantizer(weight, bits, group_size)),
+        )
         for module in _linear_layers(model)
     ]
     with overridden_calls(replacements):
@@ -73,14 +80,16 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 
 
-def _fake_quantised_call(original: Call, schedule: FakeQuantisation, bits: int, group_size: int) -> Call:
+def _fake_quantised_call(
+    original: Call, schedule: FakeQuantisation, fake_quantize: Callable[[mx.array], mx.array]
+) -> Call:
     def call(module: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         y = original(module, x, *args, **kwargs)
         if not schedule.active:
             return y
         # Adding the rounding error as a constant leaves the layer's own gradient, dropout included, untouched.
         merged = mx.stop_gradient(deployed_weight(module))
-        error = (fake_quantize(merged, bits, group_size) - merged).astype(x.dtype)
+        error = (fake_quantize(merged) - merged).astype(x.dtype)
         if isinstance(module, LoRASwitchLinear):
             indices = args[0] if args else kwargs["indices"]
             return y + mx.gather_mm(x, error.swapaxes(-1, -2), rhs_indices=indices)

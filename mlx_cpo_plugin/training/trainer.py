@@ -28,7 +28,7 @@ from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError
-from mlx_cpo_plugin.host.substrate import TrainingCallback, protect_recurrences
+from mlx_cpo_plugin.host.substrate import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.layers.quantised import unpacked_products
@@ -171,7 +171,7 @@ class _Run:
             self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
             pairs = [self.pairs[index] for index in micro_batch.indices]
             if pairs:
-                self.memory.check(pairs, step.number)
+                self.prepare_for_risk(pairs)
                 losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
                 reporter.add(losses, scores, scored_tokens(pairs))
                 reporter.warn(self.displacement.warning(iteration, scores))
@@ -196,6 +196,16 @@ class _Run:
             if exhausted:
                 reporter.say(f"Iter {iteration}: stopping, no validation since {self.best.iteration} was better.")
                 break
+
+    def prepare_for_risk(self, pairs: Sequence[PreferencePair]) -> None:
+        """Warn, and save what is done, before a micro-batch for which memory may not suffice."""
+        risk = self.memory.risk(pairs, self.step.number)
+        if risk is None:
+            return
+        self.reporter.warn(risk)
+        # Ranks save together: a checkpoint of one alone is none to go on from.
+        if self.state.iteration and mx.distributed.init().size() == 1:
+            self.checkpoints.save(self.state)
 
     def finish(self) -> None:
         """Save the adapter, and see that it can be loaded."""
@@ -304,9 +314,9 @@ def evaluate_cpo(
 @contextmanager
 def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[FakeQuantisation]:
     """Put model and device into the state that training wants; undo it however training ends."""
-    protect_recurrences(model, args.recurrence_chunk_size)
     limit = device_memory_limit()
     with ExitStack() as stack:
+        stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
         stack.enter_context(compile_where_it_pays(args.compile))
         stack.enter_context(lean_activations())
         stack.enter_context(unpacked_products(model))
