@@ -77,7 +77,7 @@ class TrainingState:
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """Return the arrays by file and name."""
         return {
-            "adapters": by_name(self.model.trainable_parameters()),
+            "adapters": self.step.masters.weights(),
             "optimizer": by_name(self.step.optimizer.state),
             "gradient": dict(self.step.total or {}),
         }
@@ -95,7 +95,7 @@ class TrainingState:
         """Take over everything from a checkpoint of a run that has the same parameters and parts."""
         values = checkpoint.values
         self.iteration, self.step.number = values["iteration"], values["optimizer_step"]
-        self.model.update(tree_unflatten(list(checkpoint.arrays("adapters").items())))
+        self.step.masters.set(checkpoint.arrays("adapters"))
         _update_in_place(self.step.optimizer.state, tree_unflatten(list(checkpoint.arrays("optimizer").items())))
         self.step.total = checkpoint.arrays("gradient") or None
         for name, part in self.parts.items():

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.host.run import adapter_file, build_optimizer
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.scoring.memory import device_memory
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.master_weights import in_float32
 from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -90,7 +91,7 @@ def _memory_lines(pairs: PreferenceDataset, settings: Any) -> list[str]:
     except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
         return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
     optimizer = build_optimizer(settings)
-    optimizer.init(model.trainable_parameters())
+    optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
     way = Way.of(args, expected_grouping(model) if settings.scoring != "plain" else None)
     return estimated_memory(model, optimizer, pairs, way).lines(device_memory())

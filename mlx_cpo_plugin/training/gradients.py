@@ -189,8 +189,8 @@ class PaddedGradients:
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:
-    """Return the sum of two gradients; ``None`` is zero."""
-    return right if left is None else {name: left[name] + value for name, value in right.items()}
+    """Return the sum of two gradients, in float32: in half precision small ones would vanish. ``None`` is zero."""
+    return right if left is None else {name: left[name].astype(mx.float32) + value for name, value in right.items()}
 
 
 def weighted_sum(left_weight: mx.array, left: Gradient, right_weight: mx.array, right: Gradient) -> Gradient:

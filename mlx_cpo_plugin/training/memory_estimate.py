@@ -26,6 +26,7 @@ from mlx_cpo_plugin.scoring.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMEN
 from mlx_cpo_plugin.scoring.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
 from mlx_cpo_plugin.scoring.parity import ARCHITECTURE_ERRORS
 from mlx_cpo_plugin.scoring.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
+from mlx_cpo_plugin.training.master_weights import bytes_of_copies
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
@@ -50,7 +51,7 @@ class MemoryEstimate:
     """Bytes at the peak of a run.
 
     Attributes:
-        weights: the model's, those of the adapter included.
+        weights: the model's, those of the adapter included, and the float32 copies of trained ones of half precision.
         optimizer: the optimizer's state.
         computing: gradients, and the activations that are kept and worked with.
         largest: what takes most, in words.
@@ -146,9 +147,10 @@ def estimated_memory(
     sizes = ModelSizes(model, way)
     computing, largest = max(_passes(sizes, pairs, way), key=lambda taken: taken[0])
     # While the first step is taken, the parameters from before it are kept for comparison.
-    updating = 2 * sizes.gradient + UPDATES_AT_ONCE * sizes.largest_parameter
+    kept = sum(4 * array.size for array in by_name(model.trainable_parameters()).values())
+    updating = kept + sizes.gradient + UPDATES_AT_ONCE * sizes.largest_parameter
     return MemoryEstimate(
-        weights=sum(array.nbytes for array in by_name(model.parameters()).values()),
+        weights=sum(array.nbytes for array in by_name(model.parameters()).values()) + bytes_of_copies(model),
         optimizer=sum(array.nbytes for array in by_name(optimizer.state).values()),
         computing=round(max(computing, updating)),
         largest=largest,

@@ -20,6 +20,7 @@ from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.training.alarms import check_first_update, check_gradient, check_losses
 from mlx_cpo_plugin.training.exchange import of_all_ranks
 from mlx_cpo_plugin.training.gradients import Gradient, GradientMethod, added
+from mlx_cpo_plugin.training.master_weights import MasterWeights, in_float32
 
 
 class OptimizerStep:
@@ -36,6 +37,7 @@ class OptimizerStep:
     Attributes:
         number: of the step that is added up, from 1.
         total: its gradient so far; ``None`` while there is none.
+        masters: the weights that are updated, part of what a resumed run needs.
     """
 
     def __init__(
@@ -57,13 +59,17 @@ class OptimizerStep:
         self.total: Gradient | None = None
         self._pairs: list[PreferencePair] = []
         self._all_satisfied = True
+        self.masters = MasterWeights(model)
         # Without this the first two steps would be traced as two different ones.
-        optimizer.init(model.trainable_parameters())
+        optimizer.init(in_float32(model.trainable_parameters()))
+        changed = [model.state, optimizer.state, self.masters.copies]
 
-        @partial(mx.compile, inputs=[model.state, optimizer.state], outputs=[model.state, optimizer.state])
+        @partial(mx.compile, inputs=changed, outputs=changed)
         def update(gradient: Gradient, scale: mx.array) -> None:
-            scaled = [(name, (scale * value).astype(value.dtype)) for name, value in gradient.items()]
-            optimizer.update(model, tree_unflatten(scaled))
+            weights = self.masters.weights()
+            scaled = {name: (scale * value).astype(weights[name].dtype) for name, value in gradient.items()}
+            updated = optimizer.apply_gradients(_tree(scaled), _tree(weights))
+            self.masters.set(by_name(updated))
 
         self._update = update
 
@@ -92,23 +98,28 @@ class OptimizerStep:
             LostRankError: the gradient is not that of all ranks; nothing was updated.
         """
         world_size = mx.distributed.init().size()
-        trainable = by_name(self.model.trainable_parameters())
+        weights = self.masters.weights()
         # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.
-        total = {name: self.total[name] if self.total else mx.zeros_like(value) for name, value in trainable.items()}
-        if world_size > 1:
+        total = {name: self.total[name] if self.total else mx.zeros_like(value) for name, value in weights.items()}
+        if world_size > 1:  # ranks have to exchange the same dtypes, too
+            total = {name: value.astype(weights[name].dtype) for name, value in total.items()}
             total = {name: value * world_size for name, value in by_name(average_gradients(total)).items()}
         norm = gradient_norm(total)
         of_all_ranks(None)  # before the gradient is judged and used
         check_gradient(norm, self._pairs, self.number)
-        before = trainable if self.number == 1 else {}
+        before = weights if self.number == 1 else {}
         self._update(total, mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30))))
-        mx.eval(self.model.state, self.optimizer.state)
+        mx.eval(self.model.state, self.optimizer.state, self.masters.copies)
         if before:
-            after, rate = by_name(self.model.trainable_parameters()), float(self.optimizer.learning_rate.item())
+            after, rate = self.masters.weights(), float(self.optimizer.learning_rate.item())
             check_first_update(before, after, rate, self._all_satisfied)
         self.total, self._pairs = None, []
         self.number += 1
         return norm
+
+
+def _tree(arrays: dict[str, mx.array]) -> Any:
+    return tree_unflatten(list(arrays.items()))
 
 
 def gradient_norm(gradient: Gradient) -> float:
