@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cpo_plugin import LossType, Option, hookimpl
@@ -152,6 +154,7 @@ class TestDocument:
 
         assert set(keys) == {"train", "train_mode"}
 
+    @settings(deadline=None)
     @given(
         beta=st.floats(1e-6, 10).map(str),
         rank=st.integers(1, 64).map(str),
@@ -173,11 +176,11 @@ class TestDocument:
             model=name,
         )
 
-        settings = resolve({}, parse_settings(text, "x.yaml")).settings
-        assert settings.beta == float(beta)
-        assert settings.lora_parameters["rank"] == int(rank)
-        assert (settings.batch_size, settings.dpo_cpo_loss_type) == (int(batch_size), loss)
-        assert (settings.qat_enable, settings.model) == (qat, name)
+        run = resolve({}, parse_settings(text, "x.yaml")).settings
+        assert run.beta == float(beta)
+        assert run.lora_parameters["rank"] == int(rank)
+        assert (run.batch_size, run.dpo_cpo_loss_type) == (int(batch_size), loss)
+        assert (run.qat_enable, run.model) == (qat, name)
         assert document.contents_of(text, form_fields())["model"] == name
 
     def test_a_file_for_another_train_mode_is_refused(self, tmp_path: Path) -> None:
@@ -186,6 +189,20 @@ class TestDocument:
 
         with pytest.raises(ConfigError, match=r"train_mode is 'sft' in .*line 1; this page is for cpo"):
             document.read_document(file)
+
+    def test_a_saved_file_keeps_its_permissions_and_a_new_one_is_its_owners(self, tmp_path: Path) -> None:
+        (tmp_path / "old.yaml").write_text("")
+        (tmp_path / "old.yaml").chmod(0o640)
+
+        before = os.umask(0o077)
+        try:
+            for name in ("old.yaml", "new.yaml"):
+                document.save_document(FILE, tmp_path / name)
+        finally:
+            os.umask(before)
+
+        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("old.yaml", "new.yaml")]
+        assert modes == [0o640, 0o600]
 
     @pytest.mark.parametrize("name", ["../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "x.txt", "", "\0.yaml"])
     def test_files_elsewhere_and_of_other_kinds_are_refused(self, name: str, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ pytest.importorskip("gradio", reason="needs the extra 'studio'")
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.studio import run_process
 from mlx_cpo_plugin.studio.run_view import CURVES, curve_frame, progress_of, read_metrics, status_html
-from mlx_cpo_plugin.studio.server import OwnPageOnly, free_port
 
 
 def wait_until(reached: Callable[[], bool], folder: Path) -> None:
@@ -60,6 +61,164 @@ def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
     run_process.stop(folder)
     wait_until(lambda: not run_process.state(folder).running, folder)
     assert any("Resuming after iteration" in line for line in run_process.console_tail(folder, 400))
+
+
+def test_a_stop_right_after_the_start_stops(config: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+
+    run_process.start(folder, config, tmp_path, resume=False)
+    run_process.stop(folder)
+    wait_until(lambda: not run_process.state(folder).running, folder)
+
+    assert run_process.state(folder).status in ("ended", "stopped")
+    assert len(read_metrics(folder)) < 100
+    assert not (folder / run_process.STOP_NAME).exists()
+
+
+class TestWatch:
+    """The process that watches over the training, with another command in the place of the training."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return tmp_path
+
+    @pytest.fixture
+    def lock(self, folder: Path) -> Iterator[int]:
+        """The lock of a run that has been started."""
+        with (folder / run_process.LOCK_NAME).open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            (folder / run_process.RECORD_NAME).write_text(json.dumps({"console_start": 0}))
+            yield stream.fileno()
+
+    def watcher(self, folder: Path, lock: int, code: str) -> subprocess.Popen[bytes]:
+        words = ["-m", "mlx_cpo_plugin.studio.run_process", str(folder), str(lock), "-c", code]
+        return subprocess.Popen([sys.executable, *words], pass_fds=[lock], start_new_session=True)
+
+    def test_a_stop_before_the_training_has_begun_is_kept_and_delivered(self, folder: Path, lock: int) -> None:
+        run_process.stop(folder)
+        run_process.stop(folder)
+
+        with self.watcher(folder, lock, f"open({str(folder / 'began')!r}, 'w')") as watcher:
+            assert watcher.wait(60) == 128 + signal.SIGTERM
+
+        assert not (folder / "began").exists()
+        assert not (folder / run_process.STOP_NAME).exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert run_process.state(folder) == run_process.RunState("ended", -signal.SIGTERM)
+
+    def test_a_stop_while_the_training_is_being_written_down_is_delivered_once(
+        self, folder: Path, lock: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        code = (
+            "import signal, time\nsignal.signal(15, lambda *_: exit(143))\nprint('ready', flush=True)\nsignal.pause()"
+        )
+        read, records = run_process.read_record, []
+
+        def late(of: Path) -> run_process.RunRecord | None:
+            """What is read the first time is from before the training began."""
+            records.append(read(of))
+            if len(records) == 1:
+                watchers.append(self.watcher(folder, lock, code))
+                wait_until(lambda: (record := read(of)) is not None and record.training_pid is not None, folder)
+            return records[-1]
+
+        watchers: list[subprocess.Popen[bytes]] = []
+        monkeypatch.setattr(run_process, "read_record", late)
+        run_process.stop(folder)
+
+        assert watchers[0].wait(60) == 128 + signal.SIGTERM
+        assert not (folder / run_process.STOP_NAME).exists()
+
+    def test_a_process_that_got_the_number_of_an_ended_training_is_left_alone(self, folder: Path, lock: int) -> None:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+            record = {"pid": os.getsid(0) + 1, "training_pid": stranger.pid}
+            (folder / run_process.RECORD_NAME).write_text(json.dumps(record))
+            run_process.stop(folder)
+            stranger.communicate(b"\n")
+
+        assert stranger.returncode == 0
+
+    def test_a_run_that_cannot_be_written_down_does_not_begin(self, folder: Path, lock: int) -> None:
+        (folder / run_process.RECORD_NAME).unlink()
+        (folder / run_process.RECORD_NAME / "x").mkdir(parents=True)
+
+        with self.watcher(folder, lock, f"open({str(folder / 'began')!r}, 'w')") as watcher:
+            assert watcher.wait(60) == 2
+
+        assert not (folder / "began").exists()
+
+
+def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stopped(config: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    run_process.start(folder, config, tmp_path, resume=False)
+    wait_until(lambda: len(read_metrics(folder)) > 1, folder)
+    record = run_process.read_record(folder)
+    assert record is not None
+    assert record.pid is not None
+
+    os.kill(record.pid, signal.SIGKILL)
+    os.waitpid(record.pid, 0)
+
+    assert run_process.running_folders(tmp_path) == [folder]
+    assert "Running" in status_html(folder, read_metrics(folder))
+    printed = (folder / run_process.CONSOLE_NAME).read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="A run is writing to"):
+            run_process.start(folder, config, tmp_path, resume=resume)
+    assert (folder / run_process.CONSOLE_NAME).read_bytes().startswith(printed)
+    run_process.stop(folder)
+    wait_until(lambda: not run_process.state(folder).running, folder)
+
+    assert "stopped after iteration" in run_process.console_tail(folder)[-1]
+    assert run_process.state(folder).status == "lost"
+
+
+def test_what_earlier_runs_printed_stays_in_the_file_and_is_not_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / run_process.CONSOLE_NAME).write_text("Warning: of an earlier run\n")
+
+    run_process.start(folder, "train: true\ntrain_mode: cpo\nbeta: -1\n", tmp_path, resume=False)
+    wait_until(lambda: not run_process.state(folder).running, folder)
+
+    assert "earlier run" not in status_html(folder, [])
+    assert "beta is -1" in status_html(folder, [])
+    assert (folder / run_process.CONSOLE_NAME).read_text().startswith("Warning: of an earlier run\n")
+
+
+@pytest.mark.parametrize("name", [run_process.CONSOLE_NAME, run_process.LOCK_NAME])
+def test_a_link_is_not_written_through(name: str, tmp_path: Path) -> None:
+    foreign, folder = tmp_path / "foreign", tmp_path / "adapters"
+    foreign.write_text("mine\n")
+    folder.mkdir()
+    (folder / name).symlink_to(foreign)
+
+    with pytest.raises(ConfigError, match=f"{name} is a link or no file, and is not written to; remove it"):
+        run_process.start(folder, "", tmp_path, resume=False)
+
+    assert foreign.read_text() == "mine\n"
+    assert not run_process.state(folder).running
+
+
+def test_a_link_in_the_place_of_a_record_is_replaced(tmp_path: Path) -> None:
+    foreign, folder = tmp_path / "foreign", tmp_path / "adapters"
+    foreign.write_text("mine\n")
+    folder.mkdir()
+    for name in (run_process.CONFIG_NAME, run_process.RECORD_NAME):
+        (folder / name).symlink_to(foreign)
+
+    run_process.start(folder, "train_mode: cpo\nbeta: -1\n", tmp_path, resume=False)
+    wait_until(lambda: not run_process.state(folder).running, folder)
+
+    assert run_process.state(folder).status == "failed"
+    assert foreign.read_text() == "mine\n"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match=r"file/adapters cannot be written to .*; give another adapter_path"):
+        run_process.start(tmp_path / "file" / "adapters", "", tmp_path, resume=False)
 
 
 def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
@@ -112,30 +271,3 @@ def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> N
     (tmp_path / run_process.CONSOLE_NAME).write_text("Warning: <script>alert(1)</script>\n")
 
     assert "<script>" not in status_html(tmp_path, [])
-
-
-class TestOwnPageOnly:
-    @pytest.mark.parametrize(
-        ("headers", "own"),
-        [
-            ({"host": "127.0.0.1:7870"}, True),
-            ({"host": "localhost:7870", "origin": "http://localhost:7870"}, True),
-            ({"host": "127.0.0.1:7870", "sec-fetch-site": "same-origin"}, True),
-            ({"host": "evil.example:7870"}, False),
-            ({"host": "127.0.0.1:7870", "origin": "http://evil.example"}, False),
-            ({"host": "127.0.0.1:7870", "origin": "null"}, False),
-            ({"host": "127.0.0.1:7870", "sec-fetch-site": "cross-site"}, False),
-            ({}, False),
-        ],
-    )
-    def test_only_the_page_itself_is_answered(self, headers: dict[str, str], own: bool) -> None:
-        async def app(*_: Any) -> None: ...
-
-        scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
-
-        assert OwnPageOnly(app, 7870).is_own(scope) is own
-
-
-def test_a_port_that_is_taken_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Port 99999 is taken; give another one with --port"):
-        free_port(99999)

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.studio import document
 from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 
 BINS = 24
@@ -24,6 +26,7 @@ def build_check_tab(root: Path, yaml: gr.Code) -> None:
     """Lay out the tab; the configuration that ``yaml`` holds is looked at."""
     button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
     said = gr.HTML("", elem_id="check-said")
+    confirmation = build_confirmation(root, "check")
     summary = gr.HTML("", elem_id="check-summary")
     with gr.Row(elem_classes="curves"):
         histograms = [
@@ -43,23 +46,34 @@ def build_check_tab(root: Path, yaml: gr.Code) -> None:
         ]
     pairs = gr.HTML("", elem_id="check-pairs")
 
-    def check(text: str) -> list[Any]:
+    def check(text: str, ticked: bool, asked: list[str]) -> list[Any]:
+        hidden = [gr.update(visible=False)] * len(PARTS)
+        answer = confirmation.unchanged
         try:
+            question, answer = confirmation.ask(vars(document.resolved(text).settings), ticked, asked)
+            if question:
+                return [question, "", *hidden, "", *answer]
             with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
                 config.write(text)
                 config.flush()
                 report = json_of(["mlx_cpo_plugin.studio.inspection", config.name], root)
         except UserError as error:
-            hidden = [gr.update(visible=False)] * len(PARTS)
-            return [fault_html(error), "", *hidden, ""]
+            return [fault_html(error), "", *hidden, "", *answer]
         return [
             "",
             summary_html(report),
             *(gr.update(value=histogram(report, part), visible=True) for part in PARTS),
             pairs_html(report),
+            *answer,
         ]
 
-    button.click(check, yaml, [said, summary, *histograms, pairs], show_progress="minimal", show_progress_on=said)
+    button.click(
+        check,
+        [yaml, *confirmation.parts],
+        [said, summary, *histograms, pairs, *confirmation.parts],
+        show_progress="minimal",
+        show_progress_on=said,
+    )
 
 
 def histogram(report: dict[str, Any], part: str) -> pd.DataFrame:

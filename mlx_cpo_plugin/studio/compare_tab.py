@@ -10,6 +10,7 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 
@@ -26,20 +27,32 @@ def build_compare_tab(root: Path) -> gr.Dropdown:
     rows = gr.Slider(0, MOST_ROWS, value=2, step=1, label="Held-out rows to answer", elem_id="compare-rows")
     button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
     said = gr.HTML("", elem_id="compare-said")
+    confirmation = build_confirmation(root, "compare")
     answers = gr.HTML("", elem_id="compare-answers")
 
-    def compare(name: str | None, prompt: str, rows: int) -> tuple[str, str]:
+    def compare(name: str | None, prompt: str, rows: int, ticked: bool, asked: list[str]) -> list[Any]:
+        answer = confirmation.unchanged
         try:
             (record,) = chosen_runs(root, [name] if name else [])
+            settings = record.settings | {"adapter_path": str(record.folder)}
+            question, answer = confirmation.ask(settings, ticked, asked)
+            if question:
+                return [question, "", *answer]
             words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
             words += ["--max-tokens", str(ANSWER_TOKENS)]
             words += [f"--prompt={prompt}"] if prompt.strip() else []
             comparison = json_of([*words, "--json"], root)
         except UserError as error:
-            return fault_html(error), ""
-        return "", preference_html(comparison) + answers_html(comparison)
+            return [fault_html(error), "", *answer]
+        return ["", preference_html(comparison) + answers_html(comparison), *answer]
 
-    button.click(compare, [run, prompt, rows], [said, answers], show_progress="minimal", show_progress_on=said)
+    button.click(
+        compare,
+        [run, prompt, rows, *confirmation.parts],
+        [said, answers, *confirmation.parts],
+        show_progress="minimal",
+        show_progress_on=said,
+    )
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def adapter_folder(text: str, root: Path) -> Path:
     Args:
         root: what paths in the file are relative to.
     """
-    return root / resolved(text).settings.adapter_path
+    return root / Path(resolved(text).settings.adapter_path).expanduser()
 
 
 def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
@@ -103,10 +104,18 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
 def save_document(text: str, path: Path) -> None:
     """Write a configuration file, whole or not at all, with a line break at its end.
 
+    A new file has the permissions that the process gives; one that was there keeps its own.
+
     Raises:
         CheckpointError: it cannot be written.
     """
-    write_atomically(path, lambda partial: partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8"))
+
+    def write(partial: Path) -> None:
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, partial)
+
+    write_atomically(path, write)
 
 
 def _editor() -> YAML:

@@ -6,20 +6,28 @@ import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mlx_cpo_plugin.checkpoints.adapter import write_atomically
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import ConfigError
 
 CONFIG_NAME = "studio.yaml"
 CONSOLE_NAME = "console.log"
 RECORD_NAME = "studio_run.json"
 LOCK_NAME = ".studio.lock"
+STOP_NAME = ".studio.stop"
 CONSOLE_TAIL = 64 * 1024
+OWNER_ONLY = 0o077
+# Whoever looks whether a run is at work holds its lock for a moment.
+_LOCK_ATTEMPTS = 5
+_SECONDS_BETWEEN_ATTEMPTS = 0.02
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,17 @@ class RunRecord:
     """What is written down of a run that the page started.
 
     Attributes:
-        pid: the process that watches over the training.
-        training_pid: the training itself.
-        exit_code: of the training; ``None`` while it runs, or where nobody was left to see its end.
+        pid: the process that watches over the training, whose session both are in; ``None`` until the training begins.
+        training_pid: the training itself; ``None`` until it begins.
+        exit_code: of the training, negative where a signal ended it; ``None`` while it runs, or where nobody was left
+            to see its end.
+        console_start: the bytes that earlier runs in the folder had printed.
     """
 
-    pid: int
-    training_pid: int
+    pid: int | None = None
+    training_pid: int | None = None
     exit_code: int | None = None
+    console_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ class RunState:
     """How a run stands.
 
     Attributes:
-        status: ``none`` (never started from the page), ``running``, ``finished``, ``stopped``, ``failed`` or ``lost``
-            (ended without anybody seeing how, as when the machine goes down).
+        status: ``none`` (never started from the page), ``running``, ``finished``, ``stopped`` (and saved), ``ended``
+            (by a signal, at once), ``failed`` or ``lost`` (nobody saw how it ended).
         exit_code: of the training, where it is known.
     """
 
@@ -59,48 +70,69 @@ class RunState:
 def start(folder: Path, config_text: str, root: Path, resume: bool) -> None:
     """Start the host's own command on a configuration, and come back at once.
 
+    What the run writes can be read by its owner alone.
+
     Args:
         folder: the adapter folder; configuration, console and record are written into it.
         root: the folder in which the command runs, which paths in the configuration are relative to.
         resume: go on from the last checkpoint.
 
     Raises:
-        ConfigError: a run is in that folder already.
-        CheckpointError: it cannot be written to.
+        ConfigError: a run is in that folder already, or it cannot be written to.
     """
-    config = folder / CONFIG_NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+b") as lock:
-        if not _locked(lock):
-            raise ConfigError(f"A run is writing to {folder} already; stop it or give another adapter_path.")
-        write_atomically(config, lambda partial: partial.write_text(config_text, encoding="utf-8"))
-        (folder / RECORD_NAME).unlink(missing_ok=True)
-        words = [
-            "-m",
-            "mlx_lm_lora.train",
-            "--config",
-            str(config.resolve()),
-            *(["--resume", "auto"] if resume else []),
-        ]
-        watcher = [sys.executable, "-m", "mlx_cpo_plugin.studio.run_process", str(folder.resolve()), *words]
-        with (folder / CONSOLE_NAME).open("ab" if resume else "wb") as console:
-            # The lock belongs to the open file: the watcher has it for as long as it lives, whatever becomes of us.
-            subprocess.Popen(
-                watcher,
-                cwd=root,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _open_own(folder / LOCK_NAME, os.O_RDWR)
+        try:
+            _start_locked(folder.resolve(), config_text, root, resume, lock)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder} cannot be written to ({error.strerror}); give another adapter_path."
+        ) from error
+
+
+def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock: int) -> None:
+    if not _lock_for_a_run(lock):
+        raise ConfigError(f"A run is writing to {folder} already; stop it or give another adapter_path.")
+    console = _open_own(folder / CONSOLE_NAME, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.fchmod(console, stat.S_IRUSR | stat.S_IWUSR)  # an earlier version may have made it
+        replace_whole(folder / CONFIG_NAME, lambda partial: partial.write_text(config_text, encoding="utf-8"))
+        (folder / STOP_NAME).unlink(missing_ok=True)
+        _write(folder, RunRecord(console_start=os.fstat(console).st_size))
+        watcher = [sys.executable, "-m", "mlx_cpo_plugin.studio.run_process", str(folder), str(lock)]
+        command = ["-m", "mlx_lm_lora.train", "--config", str(folder / CONFIG_NAME)]
+        # The lock belongs to the open file: watcher and training have it for as long as either lives.
+        subprocess.Popen(
+            [*watcher, *command, *(["--resume", "auto"] if resume else [])],
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock],
+            umask=OWNER_ONLY,
+        )
+    finally:
+        os.close(console)
 
 
 def stop(folder: Path) -> None:
-    """Ask a run to save and stop; asked again, it ends at once."""
+    """Ask a run to save and stop; asked again, it ends at once.
+
+    A request that comes before the training has begun is kept in a file. Whoever takes the file away delivers it.
+    """
+    if not state(folder).running:
+        return
+    if _has_begun(read_record(folder)):
+        _ask_to_stop(read_record(folder))
+        return
+    os.close(_open_own(folder / STOP_NAME, os.O_WRONLY))
     record = read_record(folder)
-    if record is not None and state(folder).running:
-        os.kill(record.pid, signal.SIGTERM)
+    if _has_begun(record) and _take_request(folder):
+        _ask_to_stop(record)
 
 
 def state(folder: Path) -> RunState:
@@ -112,7 +144,9 @@ def state(folder: Path) -> RunState:
         return RunState("none")
     if record.exit_code is None:
         return RunState("lost")
-    names = {0: "finished", 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
+    names = {0: "finished"}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        names |= {128 + number: "stopped", -number: "ended"}
     return RunState(names.get(record.exit_code, "failed"), record.exit_code)
 
 
@@ -126,10 +160,13 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def console_tail(folder: Path, lines: int = 40) -> list[str]:
-    """Return the last lines of what a run printed; of a line that was written over, what it says last."""
+    """Return the last lines of what the last run printed; of a line that was written over, what it says last."""
+    record = read_record(folder) or RunRecord()
     try:
         with (folder / CONSOLE_NAME).open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - CONSOLE_TAIL))
+            size = stream.seek(0, os.SEEK_END)
+            began = record.console_start if record.console_start <= size else 0
+            stream.seek(max(began, size - CONSOLE_TAIL))
             text = stream.read().decode("utf-8", errors="replace")
     except OSError:
         return []
@@ -144,25 +181,82 @@ def running_folders(root: Path, depth: int = 3) -> list[Path]:
     return sorted(folder for folder in found if state(folder).running)
 
 
-def watch(folder: Path, words: list[str]) -> int:
-    """Run a Python command to its end, pass requests to stop on to it, and write down how it ended."""
-    with subprocess.Popen([sys.executable, *words]) as training:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, frame: training.send_signal(received))
-        _write(folder, RunRecord(os.getpid(), training.pid))
-        code = training.wait()
-    exit_code = code if code >= 0 else 128 - code
-    _write(folder, RunRecord(os.getpid(), training.pid, exit_code))
-    return exit_code
+def watch(folder: Path, lock: int, words: list[str]) -> int:
+    """Run a Python command to its end, pass requests to stop on to it, and write down how it ended.
+
+    Args:
+        lock: the open file whose lock says that a run is at work; the command inherits it.
+    """
+    record = read_record(folder) or RunRecord()
+
+    def begin() -> None:
+        """Between fork and exec, so that there is no moment in which the training runs and cannot be found."""
+        _write(folder, replace(record, pid=os.getsid(0), training_pid=os.getpid()))
+        if _take_request(folder):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with subprocess.Popen([sys.executable, *words], pass_fds=[lock], preexec_fn=begin) as training:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda received, frame: training.send_signal(received))
+            code = training.wait()
+    except subprocess.SubprocessError:
+        print(f"error: {folder / RECORD_NAME} cannot be written; free space or change adapter_path.", flush=True)
+        return ConfigError.exit_code
+    _write(folder, replace(read_record(folder) or record, exit_code=code))
+    return code if code >= 0 else 128 - code
 
 
 def _write(folder: Path, record: RunRecord) -> None:
-    write_atomically(folder / RECORD_NAME, lambda partial: partial.write_text(json.dumps(asdict(record))))
+    replace_whole(folder / RECORD_NAME, lambda partial: partial.write_text(json.dumps(asdict(record))))
 
 
-def _locked(stream: IO[bytes]) -> bool:
+def _has_begun(record: RunRecord | None) -> bool:
+    return record is not None and record.training_pid is not None
+
+
+def _take_request(folder: Path) -> bool:
+    """Take the request to stop away; whether there was one that nobody else took."""
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / STOP_NAME).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _ask_to_stop(record: RunRecord | None) -> None:
+    if record is None or record.training_pid is None or record.exit_code is not None:
+        return
+    with suppress(ProcessLookupError):
+        # Numbers of processes are used again, but never in the session of another.
+        if os.getsid(record.training_pid) == record.pid:
+            os.kill(record.training_pid, signal.SIGTERM)
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file of the page, made anew if need be, which nobody else can read.
+
+    Raises:
+        ConfigError: there is a link in its place, or something that is no file.
+        OSError: it cannot be opened.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ConfigError(f"{path} is a link or no file, and is not written to; remove it.")
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, stat.S_IRUSR | stat.S_IWUSR)
+
+
+def _lock_for_a_run(lock: int) -> bool:
+    for attempt in range(_LOCK_ATTEMPTS):
+        if _locked(lock, fcntl.LOCK_EX):
+            return True
+        time.sleep(_SECONDS_BETWEEN_ATTEMPTS * (attempt + 1 < _LOCK_ATTEMPTS))
+    return False
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -170,11 +264,14 @@ def _locked(stream: IO[bytes]) -> bool:
 
 def _is_locked(folder: Path) -> bool:
     try:
-        with (folder / LOCK_NAME).open("rb") as stream:
-            return not _locked(stream)
+        lock = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
+    try:
+        return not _locked(lock, fcntl.LOCK_SH)  # shared: two that look do not take each other for a run
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
-    sys.exit(watch(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(watch(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

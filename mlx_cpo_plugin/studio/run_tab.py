@@ -11,6 +11,7 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document, run_process
+from mlx_cpo_plugin.studio.confirmation import build_confirmation, outside_paths
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.run_view import (
     CURVES,
@@ -55,6 +56,7 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
         stop_button = gr.Button("Stop (saves)", size="md", variant="stop", elem_id="stop")
         resume_button = gr.Button("Resume", size="md", elem_id="resume")
     said = gr.HTML("", elem_id="run-said")
+    confirmation = build_confirmation(root, "run")
     status = gr.HTML("", elem_id="status")
     with gr.Row(elem_classes="curves"):
         plots = [_plot(curve) for curve in CURVES]
@@ -75,18 +77,28 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
             drawn = [_drawn(curve, rows) for curve in CURVES]
         return [status_html(path, rows), console_html(path), *drawn, now]
 
-    def begin(text: str, resume: bool) -> tuple[str, str]:
+    def begin(text: str, resume: bool, ticked: bool, asked: list[str]) -> list[Any]:
+        """Start a run, and return what there is to say and the folder to watch; that of a run already in it, too."""
+        answer, folder = confirmation.unchanged, None
         try:
+            settings = document.resolved(text).settings
+            question, answer = confirmation.ask(vars(settings), ticked, asked)
+            if question:
+                return [question, "", *answer]
             folder = document.adapter_folder(text, root)
             run_process.start(folder, text, root, resume)
-        except (UserError, OSError) as error:
-            return fault_html(error), ""
-        return note_html(f"Started in {folder}."), str(folder)
+        except UserError as error:
+            found = folder is not None and run_process.state(folder).running
+            return [fault_html(error), str(folder) if found else "", *answer]
+        return [note_html(f"Started in {folder}."), str(folder), *answer]
 
     def end(folder: str) -> str:
         if not folder or not run_process.state(Path(folder)).running:
             return note_html("Nothing is running.")
-        run_process.stop(Path(folder))
+        try:
+            run_process.stop(Path(folder))
+        except (UserError, OSError) as error:
+            return fault_html(error)
         return note_html("Stopping after this micro-batch; once more to stop without saving.")
 
     def began(folder: str, present: str) -> str:
@@ -94,9 +106,11 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
 
     for button, resume in ((start_button, False), (resume_button, True)):
         started = gr.State("")
-        button.click(lambda text, resume=resume: begin(text, resume), yaml, [said, started]).then(
-            began, [started, watched], watched
-        ).then(look, [watched, seen], [*parts, seen], show_progress="hidden")
+        button.click(
+            lambda text, ticked, asked, resume=resume: begin(text, resume, ticked, asked),
+            [yaml, *confirmation.parts],
+            [said, started, *confirmation.parts],
+        ).then(began, [started, watched], watched).then(look, [watched, seen], [*parts, seen], show_progress="hidden")
     stop_button.click(end, watched, said)
     timer = gr.Timer(SECONDS_BETWEEN_LOOKS)
     timer.tick(look, [watched, seen], [*parts, seen], show_progress="hidden", queue=False)
@@ -104,12 +118,17 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
 
 
 def folder_to_watch(root: Path, text: str) -> str:
-    """Return the folder of a run that is at work, or else that of the configuration, if anything ran in it."""
+    """Return the folder of a run that is at work, or else that of the configuration, if anything ran in it.
+
+    Folders outside ``root`` are not looked into.
+    """
     running = run_process.running_folders(root)
     if running:
         return str(running[0])
     try:
         folder = document.adapter_folder(text, root)
+        if outside_paths({"adapter_path": str(folder)}, root):
+            return ""  # it is looked at once a run in it was asked for, and confirmed
     except UserError:
         return ""
     return str(folder) if any(amounts_written(folder)) or run_process.read_record(folder) else ""

@@ -52,8 +52,9 @@ STATUS_WORDS = {
     "running": "Running",
     "finished": "Finished",
     "stopped": "Stopped and saved",
+    "ended": "Stopped at once",
     "failed": "Failed",
-    "lost": "Ended without a word",
+    "lost": "Ended, nobody saw how",
 }
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
 _PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")

@@ -1,52 +1,103 @@
-"""Serves the page to this machine alone."""
+"""Serves the page to this machine alone, and there to whoever has the token that is printed."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import tempfile
 import threading
 import webbrowser
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_cpo_plugin.errors import ConfigError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 7870
+TOKEN = "token"
+OTHER_SITE = "This page answers to itself only."
+NO_TOKEN = "This page belongs to whoever started it; open the address with the token that mlx-cpo studio printed."
 _PORTS_TRIED = 50
 
 
 class OwnPageOnly:
-    """Refuses requests that do not come from the page itself.
+    """Refuses requests that do not come from the page itself, or not from whoever started it.
 
     A page of another origin could send requests to this machine through the browser. They tell their origin, and where
-    a name was made to point here, the name that they were sent to.
+    a name was made to point here, the name that they were sent to. Other accounts of this machine can send any request,
+    but do not know the token. The first visit brings it in the address, as ``?token=``, and gets a cookie for all that
+    follows; programs may send it as ``Authorization: Bearer``.
+
+    Args:
+        app: what is asked where nothing is amiss.
+        port: where the page is served.
+        token: what has to be known.
     """
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
+    def __init__(self, app: ASGIApp, port: int, token: str) -> None:
         self.app = app
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
+        self.token = token
+        self.cookie = f"mlx-cpo-studio-{port}"  # cookies know no ports
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and not self.is_own(scope):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"This page answers to itself only."})
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        request = HTTPConnection(scope)
+        in_address = self.is_token(request.query_params.get(TOKEN))
+        # Whoever follows the address comes from a file or a terminal: another site, that knows the token.
+        if not self.is_own(request.headers, any_site=in_address):
+            answer: ASGIApp = PlainTextResponse(OTHER_SITE, 403)
+        elif in_address and scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/":
+            answer = self.first_visit(request)
+        elif in_address or self.is_token(request.cookies.get(self.cookie)) or self.is_token(_bearer(request.headers)):
+            answer = self.app
+        else:
+            answer = PlainTextResponse(NO_TOKEN, 403)
+        if scope["type"] == "websocket" and answer is not self.app:
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the browser gets a 403
+            return
+        await answer(scope, receive, send)
 
-    def is_own(self, scope: Scope) -> bool:
-        """Whether host, and where they are told origin and referring site, are those of the page."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    def is_own(self, headers: Mapping[str, str], any_site: bool = False) -> bool:
+        """Whether host, and where they are told origin and, unless ``any_site``, referring site, are the page's."""
         if headers.get("host") not in self.hosts:
             return False
         if "origin" in headers and urlsplit(headers["origin"]).netloc not in self.hosts:
             return False
-        return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+        return any_site or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+
+    def is_token(self, given: str | None) -> bool:
+        """Whether this is the token, in a time that tells nothing of it."""
+        return given is not None and secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+    def first_visit(self, request: HTTPConnection) -> HTMLResponse:
+        """Return a page that sets the cookie and goes on to the address without the token.
+
+        An HTTP redirect would not do: to a browser, where it began would still be another site, which gets no cookie.
+        """
+        rest = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != TOKEN])
+        address = f"/?{rest}" if rest else "/"
+        response = HTMLResponse(_page_leading_to(address), headers={"Cache-Control": "no-store"})
+        response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
+        return response
+
+
+def _bearer(headers: Mapping[str, str]) -> str | None:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else None
 
 
 def free_port(wanted: int | None) -> int:
@@ -69,12 +120,44 @@ def free_port(wanted: int | None) -> int:
 
 def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
+    token = secrets.token_urlsafe(32)
+    app = build_app(page, port, appearance, token)
+    address = f"http://{HOST}:{port}/?{TOKEN}={token}"
+    print(f"The page is at\n    {address}\nCtrl-C ends it, and lets a run that it started go on.", flush=True)
+    if open_browser:
+        threading.Timer(1, webbrowser.open, [opening_file(address).as_uri()]).start()
+    uvicorn.run(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)
+
+
+def build_app(page: gr.Blocks, port: int, appearance: dict[str, Any], token: str) -> OwnPageOnly:
+    """Return the page as it is served, with nothing in front of it or beside it that does without the token."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None), page, "", server_name=HOST, server_port=port, footer_links=[], **appearance
+        FastAPI(openapi_url=None),
+        page,
+        "",
+        server_name=HOST,
+        server_port=port,
+        footer_links=[],
+        ssr_mode=False,  # it would be served by another process, at another port
+        **appearance,
     )
-    address = f"http://{HOST}:{port}"
-    print(f"The page is at {address}; Ctrl-C ends it, and lets a run that it started go on.", flush=True)
-    if open_browser:
-        threading.Timer(1, webbrowser.open, [address]).start()
-    uvicorn.run(OwnPageOnly(app, port), host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    return OwnPageOnly(app, port, token)
+
+
+def opening_file(address: str) -> Path:
+    """Write a file that leads to the address, for the browser: every account sees the words a browser is started with.
+
+    It is in the page's own folder for temporary files, which goes with the page.
+    """
+    file = Path(tempfile.mkdtemp()) / "open.html"
+    file.write_text(_page_leading_to(address), encoding="utf-8")
+    return file
+
+
+def _page_leading_to(address: str) -> str:
+    link = escape(address)
+    return (
+        '<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
+        f'<meta http-equiv="refresh" content="0; url={link}"><a href="{link}">CPO training</a>'
+    )
