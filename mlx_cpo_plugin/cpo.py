@@ -137,6 +137,31 @@ MAX_GRAD_NORM = Option(
     optional=True,
 )
 
+OVERLONG = Option(
+    "overlong",
+    str,
+    "cut",
+    "What becomes of rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
+    title="Overlong rows",
+    choices=("cut", "drop", "error"),
+)
+CHAT_TEMPLATE = Option(
+    "chat_template",
+    str,
+    None,
+    "Chat template in place of the tokenizer's own: Jinja text, or a file that holds it.",
+    title="Chat template",
+    optional=True,
+)
+CHAT_TEMPLATE_KWARGS = Option(
+    "chat_template_kwargs",
+    dict,
+    None,
+    "Arguments of the chat template, such as enable_thinking; a row's own go before them.",
+    title="Chat template arguments",
+    optional=True,
+)
+
 
 @hookimpl
 def register_train_modes() -> list[TrainMode]:
@@ -158,6 +183,9 @@ def register_train_modes() -> list[TrainMode]:
                 ALPHAPO_ALPHA,
                 PRESET,
                 REFERENCE,
+                OVERLONG,
+                CHAT_TEMPLATE,
+                CHAT_TEMPLATE_KWARGS,
                 SCORING,
                 BATCH_TOKENS,
                 MAX_GRAD_NORM,

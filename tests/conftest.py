@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -23,6 +24,10 @@ from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.data.pair import PreferencePair
 
 use_fast_blas()
+
+# How long an example takes says how busy the machine is.
+hypothesis_settings.register_profile("without deadline", deadline=None)
+hypothesis_settings.load_profile("without deadline")
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 96

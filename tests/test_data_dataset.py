@@ -99,9 +99,11 @@ def test_the_report_counts_what_was_cut_and_how_long_the_parts_are(tmp_path):
 
     report = load(write(tmp_path / "train.jsonl", items), max_seq_length=32)[0].report
 
-    assert (report.prompts_cut, report.answers_cut) == (2, 1)
-    assert report.summary() == "Train: 4 rows, 4 pairs, prompt cut in 2, answer cut in 1."
-    assert report.lengths["chosen"][3] == 31
+    assert (report.prompts_cut, report.answers_cut) == (1, 1)
+    assert report.summary() == "Train: 4 rows, 4 pairs, prompt cut in 1, answer cut in 1."
+    assert report.lengths["prompt"][3] + report.lengths["chosen"][3] == 32
+    assert report.whole_lengths["chosen"][3] > 32
+    assert report.whole_lengths["prompt"][2] > report.lengths["prompt"][2]
     assert report.lengths["prompt"][2] + report.lengths["chosen"][2] <= 32
 
 

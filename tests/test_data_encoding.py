@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import NewlineTokenizer
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import UnusableRow
+from mlx_cpo_plugin.data.messages import UnusableRow
 
 
 @pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "no offsets"])

@@ -7,7 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import Columns, PlainText, UnusableRow, parse_row
+from mlx_cpo_plugin.data.formats import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.tokenization import tokenize
 
 CLOSING_KINDS = ["chatml", "headers", "thinking", "open_thinking", "either_thinking", "no_system", "two_ends"]

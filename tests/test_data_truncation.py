@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin.data.formats import UnusableRow
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.tokenization import truncate
+from mlx_cpo_plugin.data.truncation import PROMPT_SHARE, truncate
 from mlx_cpo_plugin.errors import DataError
 
 BOS = 1
@@ -78,19 +78,20 @@ IDS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 def test_whatever_is_cut_fits_and_keeps_answers_before_prompt(prompt, chosen, rejected, length, unscored):
     assume(chosen != rejected and unscored < min(len(chosen), len(rejected)))
     pair = make_pair(prompt, chosen, rejected, unscored)
+    least = min(len(prompt), max(length // PROMPT_SHARE, 1))
     try:
         result = truncate(pair, length, BOS)
     except UnusableRow:
-        kept = chosen[: length - 1], rejected[: length - 1]
-        assert kept[0] == kept[1] or unscored >= length - 1
+        kept = chosen[: length - least], rejected[: length - least]
+        assert kept[0] == kept[1] or unscored >= length - least
         return
     cut = result.pair
 
     assert cut.length <= length
-    assert len(cut.prompt) >= 1
+    assert len(cut.prompt) >= least
     for side, whole in (("chosen", chosen), ("rejected", rejected)):
         ids, scored = getattr(cut, side).tolist(), getattr(cut, f"{side}_scored")
-        assert ids == whole[: length - 1]
+        assert ids == whole[: length - least]
         assert len(scored) == len(ids)
         assert scored.any()
     kept = cut.prompt.tolist()

@@ -22,7 +22,8 @@ from pyarrow import parquet
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.dataset import DataReport
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import Columns, UnusableRow, parse_row
+from mlx_cpo_plugin.data.formats import Columns, parse_row
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.run import load_model
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer

@@ -17,7 +17,7 @@ from mlx_lm.utils import load
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import UnusableRow
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenization import prompt_tokens
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
@@ -114,7 +114,7 @@ def compare(
     settings = run_settings(adapter_path, model, data)
     tokenizer = load_chat_tokenizer(settings.model)
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
-    chat_tokenizer = ChatTokenizer(tokenizer)
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     questions = [own_question(prompt, chat_tokenizer) for prompt in prompts]
     questions += [question_of(pair, chat_tokenizer) for pair in uncut(held_out[:rows], settings, tokenizer)]
     comparison = Comparison(settings, questions, length_groups(held_out) if held_out else [], split)

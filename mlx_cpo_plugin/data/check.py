@@ -52,7 +52,11 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
         _print_steps(splits[0], settings, stream)
         for line in _memory_lines(splits[0], settings):
             print(line, file=stream)
-    _print_examples(next(dataset for dataset in splits if dataset)[:examples], ChatTokenizer(tokenizer), stream)
+    _print_examples(
+        next(dataset for dataset in splits if dataset)[:examples],
+        ChatTokenizer.from_settings(tokenizer, settings),
+        stream,
+    )
     require_splits(settings, splits)
 
 

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, as_ids, common_prefix
-from mlx_cpo_plugin.data.formats import UnusableRow, parse_row
+from mlx_cpo_plugin.data.formats import parse_row
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
-from mlx_cpo_plugin.data.tokenization import Side, TruncatedPair, split_pair, tokenize, truncate
+from mlx_cpo_plugin.data.tokenization import Side, split_pair
+from mlx_cpo_plugin.data.truncation import CUT, Lengths, OverlongRow, TruncatedPair, fit, truncate
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.wording import named
 
@@ -33,6 +35,7 @@ class DataReport:
         skipped: reason -> where the rows left out for it stand, e.g. ``train.jsonl:12``.
         prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
         lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
+        whole_lengths: the same before anything was cut.
         notes: what the user should know beside that, one sentence each.
     """
 
@@ -43,6 +46,7 @@ class DataReport:
     prompts_cut: int = 0
     answers_cut: int = 0
     lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    whole_lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
@@ -83,10 +87,8 @@ class PreferenceDataset(Sequence[PreferencePair]):
             skipped=skipped,
             prompts_cut=sum(truncated.prompt_cut for truncated in self._pairs),
             answers_cut=sum(truncated.answer_cut for truncated in self._pairs),
-            lengths={
-                part: np.array([len(getattr(truncated.pair, part)) for truncated in self._pairs], dtype=np.int64)
-                for part in ("prompt", "chosen", "rejected")
-            },
+            lengths=_by_part([Lengths.of(truncated.pair) for truncated in self._pairs]),
+            whole_lengths=_by_part([truncated.whole for truncated in self._pairs]),
             notes=notes,
         )
 
@@ -124,6 +126,13 @@ class PreferenceDataset(Sequence[PreferencePair]):
         )
 
 
+def _by_part(lengths: Sequence[Lengths]) -> dict[str, NDArray[np.int64]]:
+    return {
+        part: np.array([getattr(of_pair, part) for of_pair in lengths], dtype=np.int64)
+        for part in ("prompt", "chosen", "rejected")
+    }
+
+
 def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
     """Read, tokenise and cut the splits that ``args.train`` and ``args.test`` ask for; the others are empty.
 
@@ -153,9 +162,10 @@ def load_splits(
     args: Any, tokenizer: Any, wanted: Sequence[str]
 ) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
     """As :func:`load_dataset`, for the ``wanted`` splits; those that the data lacks are empty."""
-    chat_tokenizer = ChatTokenizer(tokenizer)
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, args)
+    overlong = getattr(args, "overlong", CUT)
     splits = {
-        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length)
+        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, overlong)
         for split, groups in read_splits(args, wanted).items()
     }
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
@@ -191,7 +201,11 @@ def as_pairs(dataset: Any, max_seq_length: int | None = None, bos_token_id: int 
 
     def convert(item: tuple[int, Any]) -> TruncatedPair:
         pair = item[1] if isinstance(item[1], PreferencePair) else _pair_of_item(item[1], f"item {item[0]}")
-        return TruncatedPair(pair) if max_seq_length is None else truncate(pair, max_seq_length, bos_token_id)
+        return (
+            TruncatedPair(pair, Lengths.of(pair))
+            if max_seq_length is None
+            else truncate(pair, max_seq_length, bos_token_id)
+        )
 
     items = [(i, dataset[i]) for i in range(len(dataset))]
     split = dataset.report.split if isinstance(dataset, PreferenceDataset) else "train"
@@ -213,16 +227,17 @@ def _pair_of_item(item: Any, source: str) -> PreferencePair:
     return split_pair(chosen, rejected, source)
 
 
-def _make_pairs(groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int) -> PreferenceDataset:
+def _make_pairs(
+    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int, overlong: str
+) -> PreferenceDataset:
     rows = [(row, group.columns) for group in groups for row in group.rows]
 
     def convert(item: Any) -> TruncatedPair:
         row, columns = item
         try:
-            pair = tokenize(parse_row(row.value, columns), tokenizer, row.source)
+            return fit(parse_row(row.value, columns), tokenizer, row.source, max_length, overlong)
         except RecursionError:
             raise UnusableRow("the row is nested too deeply") from None
-        return truncate(pair, max_length, tokenizer.bos_id)
 
     notes = tuple(group.note for group in groups if group.note)
     return _collect(
@@ -238,19 +253,24 @@ def _collect(
     name: str,
     notes: tuple[str, ...] = (),
 ) -> PreferenceDataset:
-    """Convert every item, set the unusable ones aside, and refuse data of which they are more than half."""
+    """Convert every item, set the unusable ones aside, and refuse data of which they are more than half.
+
+    Those that the settings want left out for their length do not count among them.
+    """
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
+    overlong = 0
     for item in items:
         try:
             pairs.append(convert(item))
         except UnusableRow as error:
             skipped.setdefault(str(error), []).append(source_of(item))
-    unusable = sum(map(len, skipped.values()))
+            overlong += isinstance(error, OverlongRow)
+    unusable = sum(map(len, skipped.values())) - overlong
     if unusable > len(pairs):
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
         raise DataError(
-            f"{unusable} of {unusable + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
+            f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
             f"({_places(places)}): correct or remove them."
         )
     return PreferenceDataset(pairs, split, {reason: tuple(places) for reason, places in skipped.items()}, notes)

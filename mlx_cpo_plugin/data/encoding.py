@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.formats import Message, UnusableRow
-from mlx_cpo_plugin.wording import printable
+from mlx_cpo_plugin.data.messages import Message, UnusableRow
+from mlx_cpo_plugin.data.template_inputs import inputs_held_at
+from mlx_cpo_plugin.errors import ConfigError, first_line
+from mlx_cpo_plugin.wording import printable, shown
 
 TokenIds = NDArray[np.int32]
 
@@ -52,14 +59,25 @@ class EncodedText:
 class ChatTokenizer:
     """What turns conversations into tokens: mlx-lm's tokenizer wrapper, or the tokenizer inside it.
 
+    Args:
+        tokenizer: either of the two.
+        chat_template: Jinja text to use in place of the tokenizer's own template.
+        template_kwargs: arguments of the template, such as ``enable_thinking``.
+        now: the time that a template is told; by default that of the first tokenizer of this process.
+
     Attributes:
         bos_id, eos_id: the tokenizer's own; None where it has none.
         end_ids: the tokens that end generation.
         special_ids: the tokens that can close a turn: ``end_ids`` and every other special one but BOS and unknown.
-        template_variants: template arguments to try; thinking templates need to be told when an answer has no thoughts.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         wrapped = hasattr(type(tokenizer), "eos_token_ids")
         self._inner = tokenizer._tokenizer if wrapped else tokenizer
@@ -73,11 +91,50 @@ class ChatTokenizer:
         self.special_ids: frozenset[int] = frozenset(special) | self.end_ids
         self._end_texts = [str(self._inner.convert_ids_to_tokens(token_id)) for token_id in sorted(self.end_ids)]
         self._end_id_of = dict(zip(self._end_texts, sorted(self.end_ids), strict=True))
-        template = getattr(self._inner, "chat_template", None)
-        self.has_chat_template = bool(getattr(tokenizer, "has_chat_template", False) or template)
-        thinking = getattr(tokenizer, "has_thinking", False) or "enable_thinking" in str(template)
-        self.template_variants: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}) if thinking else ({},)
         self._has_offsets = self._can_give_offsets()
+        self._prepare_template(chat_template, template_kwargs or {}, now or process_start())
+
+    def _prepare_template(self, chat_template: str | None, kwargs: Mapping[str, Any], now: datetime) -> None:
+        own = getattr(self._inner, "chat_template", None)
+        self.has_chat_template = bool(getattr(self._tokenizer, "has_chat_template", False) or own or chat_template)
+        self._thinks = bool(getattr(self._tokenizer, "has_thinking", False)) or "enable_thinking" in str(
+            chat_template or own
+        )
+        self._thinking_keys = {"enable_thinking", getattr(self._tokenizer, "_thinking_kwarg", "enable_thinking")}
+        self._template_kwargs = dict(kwargs)
+        self._now = now
+        # A template of Python code in the wrapper would go before the one that is given.
+        by_code = chat_template and getattr(self._tokenizer, "_chat_template", None) is not None
+        self._renders = self._inner if by_code else self._tokenizer
+        self._given_template = {"chat_template": chat_template} if chat_template else {}
+        # mlx-lm puts the tokenizer's BOS before the prompts of a model without a template.
+        self._puts_bos = not chat_template and _is_fallback(own) and self._begins_with_bos()
+        self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
+
+    @classmethod
+    def from_settings(cls, tokenizer: Any, settings: Any) -> ChatTokenizer:
+        """The tokenizer under ``chat_template`` and ``chat_template_kwargs`` of a run, at the time when it began.
+
+        Raises:
+            ConfigError: ``chat_template`` names a file that cannot be read.
+        """
+        return cls(
+            tokenizer,
+            read_template(getattr(settings, "chat_template", None)),
+            getattr(settings, "chat_template_kwargs", None),
+            getattr(settings, "begun", None),
+        )
+
+    def template_variants(self, row_kwargs: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any], ...]:
+        """Template arguments to try: thinking templates need to be told when an answer has no thoughts.
+
+        Args:
+            row_kwargs: a row's own arguments, which go before those of the run.
+        """
+        kwargs = {**self._template_kwargs, **(row_kwargs or {})}
+        if not self._thinks or self._thinking_keys & set(kwargs):
+            return (kwargs,)
+        return kwargs, {**kwargs, "enable_thinking": False}
 
     def render(
         self,
@@ -85,23 +142,30 @@ class ChatTokenizer:
         tools: list[Any] | None,
         add_generation_prompt: bool = False,
         variant: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        """The text of ``messages`` under the chat template.
+        """The text of ``messages`` under the chat template; with ``continue_final_message`` the last one stays open.
 
         Raises:
             UnusableRow: the template refuses the messages.
         """
         if not self.has_chat_template:
             raise UnusableRow("the tokenizer has no chat template")
+        kwargs = {**self._given_template, **(variant or {})}
+        if continue_final_message:
+            kwargs["continue_final_message"] = True
         try:
             # Templates are code from elsewhere: they may change what they are given, and raise anything.
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(variant or {}),
-            )
+            with inputs_held_at(self._now):
+                return str(
+                    self._renders.apply_chat_template(
+                        [dict(message) for message in messages],
+                        tools=tools,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        **kwargs,
+                    )
+                )
         except Exception as error:
             words = printable(" ".join(str(error).split())) or type(error).__name__
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
@@ -117,8 +181,28 @@ class ChatTokenizer:
             encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ends = np.fromiter((end for _, end in encoding["offset_mapping"]), dtype=np.int64)
             # Tokens of one character's bytes share its end; a token without text gets that of the one before.
-            return EncodedText(text, as_ids(encoding["input_ids"]), np.maximum.accumulate(ends), self)
-        return EncodedText(text, as_ids(self._inner.encode(text, add_special_tokens=False)), None, self)
+            ids = as_ids(encoding["input_ids"])
+            if self._lacks_bos(ids):
+                ids, ends = as_ids([self.bos_id, *ids]), np.append(0, ends)
+            return EncodedText(text, ids, np.maximum.accumulate(ends), self)
+        ids = as_ids(self._inner.encode(text, add_special_tokens=False))
+        return EncodedText(text, as_ids([self.bos_id, *ids]) if self._lacks_bos(ids) else ids, None, self)
+
+    def reads_alike(self, first: str, second: str) -> bool:
+        """Whether two texts are the same tokens, as they may be in different Unicode forms."""
+        if first == second or unicodedata.normalize("NFC", first) != unicodedata.normalize("NFC", second):
+            return first == second
+        return np.array_equal(self.encode(first).ids, self.encode(second).ids)
+
+    def without_first_tokens(self, text: str, count: int) -> str:
+        """``text`` without its first ``count`` tokens, one character at least."""
+        encoded = self.encode(text)
+        count = min(count, len(encoded.ids))
+        if encoded.ends is not None and count:
+            start = int(encoded.ends[count - 1])
+        else:
+            start = math.ceil(len(text) * count / max(1, len(encoded.ids)))
+        return text[max(start, 1) :]
 
     def encode_plain(self, text: str) -> TokenIds:
         """Tokens of text that has no template: the tokenizer's BOS once in front, no end token.
@@ -154,12 +238,63 @@ class ChatTokenizer:
         """Text of ``ids``, special tokens included."""
         return str(self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
 
+    def _lacks_bos(self, ids: TokenIds) -> bool:
+        return self._puts_bos and (not len(ids) or int(ids[0]) != self.bos_id)
+
+    def _begins_with_bos(self) -> bool:
+        return self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
+
+    def _always_opens_answer(self) -> bool:
+        """Whether the template ends with the header of the next answer even where none is asked for."""
+        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+        try:
+            kwargs = self.template_variants()[0]
+            asked = self.render([question], None, True, kwargs)
+            texts = [self.render(messages, None, False, kwargs) for messages in ([question], [question, answer])]
+        except UnusableRow:
+            return False
+        ending = common_start([text[::-1] for text in texts])
+        return asked == texts[0] and bool(texts[0][len(texts[0]) - ending :].strip())
+
     def _can_give_offsets(self) -> bool:
         if not getattr(self._inner, "is_fast", False):
             return False
         return self._inner(_PROBE, add_special_tokens=False)["input_ids"] == self._inner.encode(
             _PROBE, add_special_tokens=False
         )
+
+
+def read_template(given: str | None) -> str | None:
+    """The Jinja text that ``chat_template`` means: itself, or what the file of that name holds.
+
+    Raises:
+        ConfigError: it is neither Jinja nor a file that can be read.
+    """
+    if not given or "{{" in given or "{%" in given:
+        return given or None
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(
+            f"chat_template is {shown(given)}, which is neither Jinja nor a file that can be read "
+            f"({printable(reason)}): give a template's text or its file."
+        ) from error
+
+
+def _is_fallback(template: Any) -> bool:
+    """Whether a chat template is the one that mlx-lm-lora gives to tokenizers which have none."""
+    try:
+        from mlx_lm_lora.chat_template import DEFAULT_CHAT_TEMPLATE
+    except ImportError:  # 5.8.6 has no fallback template
+        return False
+    return bool(template == DEFAULT_CHAT_TEMPLATE)
+
+
+@cache
+def process_start() -> datetime:
+    """The time at which this was asked for first: templates are told the same one as long as the process lives."""
+    return datetime.now()
 
 
 def _check_unicode(text: str) -> None:
@@ -180,3 +315,9 @@ def common_prefix(first: TokenIds, second: TokenIds, limit: int | None = None) -
     size = min(len(first), len(second)) if limit is None else min(len(first), len(second), limit)
     different = np.flatnonzero(first[:size] != second[:size])
     return int(different[0]) if len(different) else size
+
+
+def common_start(texts: Sequence[str]) -> int:
+    """How many leading characters all ``texts`` have in common."""
+    first, last = min(texts), max(texts)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

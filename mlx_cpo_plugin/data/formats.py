@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_cpo_plugin.data.messages import (
+    Message,
+    UnusableRow,
+    as_json,
+    decode_messages,
+    is_null,
+    parse_dialogue,
+    parse_json,
+    parse_messages,
+    same_message,
+    shared_messages,
+    split_system,
+)
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.wording import named, shown
-
-Message = dict[str, Any]
 
 AUTO = "auto"
 # Column names under which the parts of a preference are published, the commonest first.
@@ -38,36 +47,20 @@ ALIASES = {
     "prompt": ("prompt", "conversations", "conversation", "messages", "instruction", "question", "query", "input"),
     "system": ("system", "system_prompt"),
 }
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-
 IDENTICAL = "both answers are the same"
 EMPTY_ANSWER = "an answer is empty"
 EMPTY_PROMPT = "the prompt is empty"
 NO_PROMPT = "there is no prompt before the answers"
 NOT_FROM_ASSISTANT = "an answer does not end with an assistant message"
 
+TWO_QUESTIONS = "the answers begin with a question that is not the prompt's"
+TWO_ANSWERS = "the prompt ends with an answer that is neither of the two"
+
+# Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
+_TASKS = ("instruction", "question", "query")
+_CONVERSATIONS = ("conversations", "conversation", "messages")
+_SPEAKERS = ("user", "assistant")
 _COLUMNS_SHOWN = 12
-_DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class UnusableRow(Exception):
-    """One row cannot become a pair; the message is the reason under which it is counted."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +94,26 @@ class Columns:
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
                 raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
 
-    def value(self, row: Mapping[str, Any], part: str) -> Any:
-        """The row's value for ``part``, None where it has none."""
+    def find(self, row: Mapping[str, Any], part: str) -> tuple[str, Any]:
+        """The column that the row has for ``part``, and its value; None where it has none.
+
+        Of several columns that may be the prompt, one that says something goes first.
+        """
         name = getattr(self, part)
         if name != AUTO:
-            return row.get(name)
-        return next((row[alias] for alias in ALIASES[part] if row.get(alias) is not None), None)
+            return name, row.get(name)
+        there = [alias for alias in ALIASES[part] if not is_null(row.get(alias))]
+        telling = [alias for alias in there if part in ("prompt", "system") and not _is_blank(row[alias])]
+        column = next(iter(telling or there), "")
+        return column, row.get(column)
+
+    def value(self, row: Mapping[str, Any], part: str) -> Any:
+        """The row's value for ``part``, None where it has none."""
+        return self.find(row, part)[1]
+
+    def holds_prompts(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row's prompt is surely that, and no whole conversation."""
+        return self.prompt != AUTO or self.find(row, "prompt")[0] not in _CONVERSATIONS
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,19 @@ class Conversation:
     """Both sides as whole conversations, whose first ``shared`` messages are the same.
 
     What follows the shared messages is the answer; it ends with an assistant message on either side.
+
+    Attributes:
+        tools: what the model may call.
+        template_kwargs: the row's own arguments of the chat template.
+        partial: how the first answer of both sides begins where the prompt already says that much of it.
     """
 
     chosen: list[Message]
     rejected: list[Message]
     shared: int
     tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    partial: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,94 +152,89 @@ def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
     """
     if not isinstance(row, Mapping):
         raise UnusableRow("the row is not a JSON object")
-    chosen, rejected = (columns.value(row, part) for part in ("chosen", "rejected"))
+    chosen, rejected = (decode_messages(as_json(columns.value(row, part))) for part in ("chosen", "rejected"))
     for part, value in (("chosen", chosen), ("rejected", rejected)):
-        if value is None:
+        if is_null(value):
             raise UnusableRow(f"the {part} answer is missing")
         if isinstance(value, str) and not value.strip():
             raise UnusableRow(EMPTY_ANSWER)
     prompt, tools = _prompt_and_tools(row, columns)
     system = _system_messages(columns.value(row, "system"))
+    template_kwargs = _template_kwargs(row)
 
     if isinstance(chosen, str) and isinstance(rejected, str):
         dialogues = parse_dialogue(chosen), parse_dialogue(rejected)
-        repeats_prompt = prompt is None or (isinstance(prompt, str) and prompt.strip() in chosen)
-        if dialogues[0] and dialogues[1] and repeats_prompt:
-            return _conversation(system + dialogues[0], system + dialogues[1], tools)
-        if prompt is None:
+        if dialogues[0] and dialogues[1] and _repeats(prompt, chosen, dialogues[0]):
+            chosen, rejected = dialogues
+        elif prompt is None:
             if system:
                 raise UnusableRow(NO_PROMPT)
             if chosen == rejected:
                 raise UnusableRow(IDENTICAL)
             return PlainText(chosen, rejected)
-    if isinstance(prompt, str) and not prompt.strip() and all(_is_answer_only(side) for side in (chosen, rejected)):
+    answers = _answer_messages(chosen), _answer_messages(rejected)
+    if isinstance(prompt, str) and not prompt.strip() and not any(_has_user(answer) for answer in answers):
         raise UnusableRow(EMPTY_PROMPT)
-    before = _prompt_messages(prompt)
-    sides = [_with_system(system, _join(before, _answer_messages(side))) for side in (chosen, rejected)]
-    return _conversation(sides[0], sides[1], tools)
+    before, sides, partial = _continue(_prompt_messages(prompt), answers, columns.holds_prompts(row))
+    sides = [_union(system, _join(before, side)) for side in sides]
+    return _conversation(sides[0], sides[1], Conversation([], [], 0, tools, template_kwargs, partial))
 
 
-def parse_dialogue(text: str) -> list[Message] | None:
-    r"""Messages of a dialogue that is written "\n\nHuman: … \n\nAssistant: …", None for other text.
-
-    The last message may be an assistant turn with no text yet, as in a prompt.
-    """
-    opening, *turns = _DIALOGUE_TURN.split("\n\n" + text.lstrip())
-    if opening or "Assistant" not in turns[::2] or turns[0] != "Human":
-        return None
-    messages: list[Message] = []
-    for speaker, words in zip(turns[::2], turns[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + words.strip()
-        else:
-            messages.append({"role": role, "content": words.strip()})
-    return messages
-
-
-def shared_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """How many leading messages both sides have in common, at least the last of either left out."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-
-
-def _conversation(chosen: list[Message], rejected: list[Message], tools: list[Any] | None) -> Conversation:
-    """Check both sides and split off what they share."""
+def _conversation(chosen: list[Message], rejected: list[Message], row: Conversation) -> Conversation:
+    """``row`` with both sides, checked, and split from what they share."""
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant":
             raise UnusableRow(NOT_FROM_ASSISTANT)
     if chosen == rejected:
         raise UnusableRow(IDENTICAL)
-    shared = shared_messages(chosen, rejected)
+    limit = min(len(chosen), len(rejected)) - 1
+    alike = next((i for i in range(limit) if not same_message(chosen[i], rejected[i])), limit)
     for side in (chosen, rejected):
-        if side[0]["role"] == "assistant" and not shared:
+        if side[0]["role"] == "assistant" and not alike:
             raise UnusableRow(NO_PROMPT)
-        for message in side[shared:]:
+        for message in side[alike:]:
             if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
                 raise UnusableRow(EMPTY_ANSWER)
-    return Conversation(chosen, rejected, shared, tools)
+    return replace(row, chosen=chosen, rejected=rejected, shared=shared_messages(chosen, rejected))
 
 
 def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, list[Any] | None]:
     """The prompt as the row gives it, and the tools that the model may call."""
-    prompt, tools = columns.value(row, "prompt"), row.get("tools")
+    column, prompt = columns.find(row, "prompt")
+    prompt, tools = decode_messages(as_json(prompt)), as_json(row.get("tools"))
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
-        prompt = prompt["messages"]
-    # Rows in Alpaca's style hold the task in one column and its material in another.
-    if columns.prompt == AUTO and isinstance(prompt, str) and prompt == row.get("instruction"):
-        material = row.get("input")
-        if isinstance(material, str) and material.strip():
-            prompt = f"{prompt}\n{material}"
+        prompt = decode_messages(prompt["messages"])
+    if columns.prompt == AUTO and column in _TASKS and isinstance(prompt, str):
+        prompt = _with_material(prompt, row)
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise UnusableRow("the tools are not valid JSON") from None
+        tools = parse_json(tools)
+        if isinstance(tools, str):
+            raise UnusableRow("the tools are not valid JSON")
     if tools and not isinstance(tools, list):
         raise UnusableRow("the tools are not a list")
-    # Columnar files fill every field of the widest tool with null.
-    return prompt, [_without_nulls(tool) for tool in tools] if tools else None
+    return prompt, [parse_json(tool) for tool in tools] if tools else None
+
+
+def _with_material(task: str, row: Mapping[str, Any]) -> Any:
+    """A task in Alpaca's style with what it is about, and with the turns before it."""
+    material, history = row.get("input"), as_json(row.get("history")) or []
+    if isinstance(material, str) and material.strip() and material.strip() not in task:
+        task = f"{task}\n{material}"
+    if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
+        raise UnusableRow("the history is not a list of questions with their answers")
+    before = [{"role": role, "content": text} for turns in history for role, text in zip(_SPEAKERS, turns, strict=True)]
+    return [*before, {"role": "user", "content": task}] if before else task
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    given = row.get("chat_template_kwargs")
+    values = parse_json(as_json(given))
+    if is_null(given) or values == "":
+        return {}
+    if not isinstance(values, dict):
+        raise UnusableRow("the chat_template_kwargs are not an object")
+    return values
 
 
 def _prompt_messages(prompt: Any) -> list[Message]:
@@ -233,142 +242,106 @@ def _prompt_messages(prompt: Any) -> list[Message]:
         return []
     if isinstance(prompt, str):
         dialogue = parse_dialogue(prompt)
-        if dialogue and dialogue[-1] == {"role": "assistant", "content": ""}:
-            return dialogue[:-1]
-        return [{"role": "user", "content": prompt}]
-    return _messages(prompt)
+        if dialogue is None:
+            return [{"role": "user", "content": prompt}]
+        return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue
+    return parse_messages(prompt)
 
 
 def _answer_messages(answer: Any) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     if isinstance(answer, Mapping) and "messages" in answer:
-        return _messages(answer["messages"])
+        return parse_messages(decode_messages(answer["messages"]))
     if isinstance(answer, Mapping) and "role" not in answer and "from" not in answer:
-        return [_message({"role": "assistant", **answer})]
-    return _messages(answer)
+        return parse_messages({"role": "assistant", **answer})
+    return parse_messages(answer)
 
 
 def _system_messages(system: Any) -> list[Message]:
-    if system is None or (isinstance(system, str) and not system.strip()):
+    system = decode_messages(as_json(system))
+    if is_null(system) or (isinstance(system, str) and not system.strip()):
         return []
-    if isinstance(system, Mapping):
-        return [_message(system)]
+    if isinstance(system, Mapping | list):
+        return parse_messages(system)
     if not isinstance(system, str):
         raise UnusableRow("the system message is not text")
     return [{"role": "system", "content": system}]
 
 
-def _is_answer_only(answer: Any) -> bool:
-    return isinstance(answer, str) or all(message["role"] != "user" for message in _answer_messages(answer))
+def _has_user(messages: list[Message]) -> bool:
+    return any(message["role"] == "user" for message in messages)
 
 
-def _with_system(system: list[Message], messages: list[Message]) -> list[Message]:
-    """The system column in front, where the conversation brings no system message of its own."""
-    return messages if messages and messages[0]["role"] == "system" else system + messages
+def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:
+    """Whether a dialogue holds the prompt, so that it is no answer that happens to be written like one."""
+    if isinstance(prompt, str) and prompt.strip() in text:
+        return True
+    return any(same_message(message, turn) for message in _prompt_messages(prompt) for turn in dialogue) or not prompt
+
+
+def _continue(
+    prompt: list[Message], answers: Sequence[list[Message]], holds_prompts: bool
+) -> tuple[list[Message], list[list[Message]], str]:
+    """Prompt and answers where both have the assistant's turn: an answer's own, or the beginning of both.
+
+    Returns the messages before the answers, the answers, and how both begin.
+    """
+    sides = [list(answer) for answer in answers]
+    speaking = [side for side in sides if side and side[0]["role"] == "assistant"]
+    if not prompt or prompt[-1]["role"] != "assistant" or not speaking:
+        return prompt, sides, ""
+    before, last = prompt[:-1], prompt[-1]
+    if any(same_message(last, side[0]) for side in speaking):
+        return before, sides, ""
+    if not holds_prompts or "tool_calls" in last or len(speaking) < len(sides):
+        raise UnusableRow(TWO_ANSWERS)
+    partial = last["content"]
+    for side in sides:
+        said = side[0]["content"]
+        if not said.strip() and "tool_calls" not in side[0]:
+            raise UnusableRow(EMPTY_ANSWER)
+        repeated = bool(partial.strip()) and said.startswith(partial.rstrip())
+        side[0] = {**side[0], "content": said if repeated else partial + said}
+    if sides[0][0] == sides[1][0]:
+        return before, sides, ""
+    begins = all(side[0]["content"].startswith(partial) for side in sides)
+    return before, sides, partial if begins else partial.rstrip()
+
+
+def _union(system: list[Message], messages: list[Message]) -> list[Message]:
+    """System messages in front of a conversation, without those that it brings itself."""
+    own, _ = split_system(messages)
+    return [message for message in system if not any(same_message(message, other) for other in own)] + messages
 
 
 def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """Prompt and answer as one conversation, without repeating turns that the answer's list already holds."""
-    prompt_system, prompt_turns = _split_system(prompt)
-    side_system, side_turns = _split_system(side)
-    system = side_system or prompt_system
+    """Prompt and answer as one conversation, without the turns that the answer's list holds already.
+
+    Raises:
+        UnusableRow: the answer begins with a question that is not the prompt's.
+    """
+    prompt_system, prompt_turns = split_system(prompt)
+    side_system, side_turns = split_system(side)
+    system = _union(prompt_system, side_system)
     for size in range(min(len(prompt_turns), len(side_turns)), 0, -1):
-        if prompt_turns[-size:] == side_turns[:size]:
+        if all(map(same_message, prompt_turns[-size:], side_turns[:size])):
             return system + prompt_turns[:-size] + side_turns
-    users = [message for message in prompt_turns if message["role"] == "user"]
-    if side_turns and side_turns[0]["role"] == "user" and any(message in users for message in side_turns):
-        return system + side_turns
+    if side_turns and prompt_turns and side_turns[0]["role"] == "user":
+        asked = [message for message in prompt_turns if message["role"] == "user"]
+        if any(same_message(message, question) for message in side_turns for question in asked):
+            return system + side_turns
+        if prompt_turns[-1]["role"] == "user":
+            if len(prompt_turns) == 1 and _is_part(prompt_turns[0], side_turns):
+                return system + side_turns
+            raise UnusableRow(TWO_QUESTIONS)
     return system + prompt_turns + side_turns
 
 
-def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    size = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    return messages[:size], messages[size:]
+def _is_part(question: Message, messages: list[Message]) -> bool:
+    """Whether a user message says the question and something beside it."""
+    return any(message["role"] == "user" and question["content"].strip() in message["content"] for message in messages)
 
 
-def _messages(value: Any) -> list[Message]:
-    if isinstance(value, Mapping):
-        return [_message(value)]
-    if not isinstance(value, list):
-        raise UnusableRow(f"messages are expected, not {_kind(value)}")
-    return [_message(message) for message in value]
-
-
-def _message(value: Any) -> Message:
-    """One message as chat templates read it: OpenAI's keys, roles by their usual names, text content."""
-    if not isinstance(value, Mapping):
-        raise UnusableRow(f"a message is not an object with role and content but {_kind(value)}")
-    fields = {name: field for name, field in value.items() if field is not None}
-    if "from" in fields and "role" not in fields:
-        fields = {"role": fields["from"], "content": fields.get("value", "")}
-    role = fields.get("role", "")
-    speaker = role.lower() if isinstance(role, str) else None
-    if speaker not in ROLES:
-        raise UnusableRow("a message has no role" if role == "" else f"a message has the unknown role {shown(role)}")
-    message: Message = {**fields, "role": ROLES[speaker], "content": _text(fields.get("content"))}
-    calls = _tool_calls(fields, speaker, message["content"])
-    message.pop("tool_calls", None)
-    if calls:
-        message["tool_calls"] = calls
-        if speaker == "function_call":
-            message["content"] = ""
-    return message
-
-
-def _tool_calls(fields: Mapping[str, Any], speaker: str, content: str) -> list[Any]:
-    """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise."""
-    calls = fields.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise UnusableRow("the tool calls are not a list")
-    if speaker == "function_call":
-        parsed = _parse_json(content)
-        calls = [{"type": "function", "function": call} for call in (parsed if isinstance(parsed, list) else [parsed])]
-    result = []
-    for call in calls:
-        if not isinstance(call, Mapping):
-            raise UnusableRow("a tool call is not an object")
-        function = call.get("function", call)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableRow("a tool call does not name its function")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _parse_json(arguments)
-        names = {name: call[name] for name in ("id", "type") if call.get(name) is not None}
-        result.append({"type": "function", **names, "function": {**function, "arguments": arguments or {}}})
-    return result
-
-
-def _text(content: Any) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
-        return "".join(str(part["text"]) for part in content)
-    raise UnusableRow(f"a message's content is not text but {_kind(content)}")
-
-
-def _parse_json(text: str) -> Any:
-    """The JSON value in ``text``, or the text itself where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _is_blank(value: Any) -> bool:
+    return (isinstance(value, str) and not value.strip()) or value == []

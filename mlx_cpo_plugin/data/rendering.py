@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import EMPTY_ANSWER, Conversation, Message, UnusableRow, shared_messages
+from mlx_cpo_plugin.data.encoding import ChatTokenizer, common_start
+from mlx_cpo_plugin.data.formats import EMPTY_ANSWER, Conversation
+from mlx_cpo_plugin.data.messages import Message, UnusableRow, shared_messages, split_system
 
 # A private-use character, which no template knows: it shows where the content of a message is rendered.
 _STAND_IN = "\ue000"
@@ -21,12 +22,13 @@ class Span:
     """Characters ``start`` to ``end`` of a text, which hold one answer.
 
     ``start`` is where generation would start, ``end`` the end of the turn, or of its content where
-    ``holds_turn_end`` is false.
+    ``holds_turn_end`` is false. Of a last answer ``said_until`` is the end of all that it says itself.
     """
 
     start: int
     end: int
     holds_turn_end: bool = True
+    said_until: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,22 @@ class _Start:
 
 
 def render(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
-    """Chosen and rejected side of ``row``; a system message joins the user's where the template has no such role.
+    """Chosen and rejected side of ``row``; system messages join the user's where the template has no such role.
 
     Raises:
-        UnusableRow: the template refuses the messages, or an answer is empty or cannot be found in the text.
+        UnusableRow: the template refuses or leaves out messages, or an answer is empty or not found in the text.
     """
     row = replace(row, chosen=_clean(row.chosen, tokenizer), rejected=_clean(row.rejected, tokenizer))
-    try:
-        return _render_best(row, tokenizer)
-    except UnusableRow:
-        folded = _fold_system(row)
-        if folded is None:
-            raise
-        return _render_best(folded, tokenizer)
+    failure: UnusableRow | None = None
+    for form in _system_forms(row):
+        try:
+            form = share_what_renders_alike(form, tokenizer)
+            sides = _render_best(form, tokenizer)
+            _check_shown(form, sides, tokenizer)
+            return sides
+        except UnusableRow as error:
+            failure = failure or error
+    raise failure or UnusableRow(NOT_LOCATED)
 
 
 def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
@@ -83,27 +88,88 @@ def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
     return cleaned
 
 
-def _fold_system(row: Conversation) -> Conversation | None:
-    """The row with its system message at the beginning of the first user message; None where it has none."""
+def _system_forms(row: Conversation) -> Iterator[Conversation]:
+    """The row itself, with one system message at most, and with none: all in order at the next user message."""
+    yield row
+    if any(message["role"] == "system" for message in (*row.chosen, *row.rejected)):
+        for keep_first in (True, False):
+            chosen, rejected = _fold_system(row.chosen, keep_first), _fold_system(row.rejected, keep_first)
+            shared = shared_messages(chosen, rejected)
+            if (chosen, rejected) != (row.chosen, row.rejected):
+                yield replace(row, chosen=chosen, rejected=rejected, shared=shared)
 
-    def fold(messages: list[Message]) -> list[Message]:
-        user = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
-        if messages[0]["role"] != "system" or user is None:
-            return messages
-        content = f"{messages[0]['content']}\n\n{messages[user]['content']}"
-        return [*messages[1:user], {**messages[user], "content": content}, *messages[user + 1 :]]
 
-    chosen, rejected = fold(row.chosen), fold(row.rejected)
-    if chosen is row.chosen and rejected is row.rejected:
-        return None
-    return replace(row, chosen=chosen, rejected=rejected, shared=shared_messages(chosen, rejected))
+def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
+    """Messages whose system texts stand in front of the next user's, or behind the last one's where none follows.
+
+    With ``keep_first`` those at the beginning are one system message instead.
+    """
+    leading, rest = split_system(messages)
+    folded: list[Message] = []
+    waiting = [message["content"] for message in leading]
+    if keep_first and waiting:
+        folded.append({**leading[0], "content": "\n\n".join(waiting)})
+        waiting = []
+    for message in rest:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+            continue
+        if message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
+            waiting = []
+        elif waiting and any(earlier["role"] == "user" for earlier in folded):
+            last = max(i for i, earlier in enumerate(folded) if earlier["role"] == "user")
+            folded[last] = {**folded[last], "content": "\n\n".join([folded[last]["content"], *waiting])}
+            waiting = []
+        folded.append(message)
+    return folded if not waiting else messages
+
+
+def share_what_renders_alike(row: Conversation, tokenizer: ChatTokenizer) -> Conversation:
+    """The row with those messages shared, too, that differ only in what the template does not show."""
+    variant = tokenizer.template_variants(row.template_kwargs)[0]
+    chosen, rejected, shared = row.chosen, row.rejected, row.shared
+
+    def alike(messages: list[Message], other: Message) -> bool:
+        replaced = [*messages[:shared], other, *messages[shared + 1 :]]
+        try:
+            texts = [tokenizer.render(side, row.tools, False, variant) for side in (messages, replaced)]
+        except UnusableRow:
+            return False
+        return tokenizer.reads_alike(*texts)
+
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared]["role"] == rejected[shared]["role"]:
+        if not alike(rejected, chosen[shared]) or not alike(chosen, rejected[shared]):
+            break
+        rejected = [*rejected[:shared], chosen[shared], *rejected[shared + 1 :]]
+        shared = shared_messages(chosen, rejected)
+    if shared == row.shared:
+        return row
+    return replace(row, rejected=rejected, shared=shared, partial="")
+
+
+def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenizer: ChatTokenizer) -> None:
+    """Refuse what the template drops without a word: a role or a further system message that it does not know."""
+    variant = tokenizer.template_variants(row.template_kwargs)[0]
+    for messages, side in zip((row.chosen, row.rejected), sides, strict=True):
+        for i, message in enumerate(messages):
+            said = message["content"].strip()
+            if message["role"] == "assistant" or not said or said in side.text:
+                continue
+            marked = [*messages[:i], {**message, "content": _STAND_IN}, *messages[i + 1 :]]
+            try:
+                shown = _STAND_IN in tokenizer.render(marked, row.tools, False, variant)
+            except UnusableRow:
+                continue  # it is read, or it could not be refused
+            if not shown:
+                raise UnusableRow(f"the chat template leaves out a message of the role {message['role']}")
 
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
     """Both sides under the template variant whose generation prompt fits and leaves least to the answers."""
     best: tuple[Rendering, Rendering] | None = None
     failure = UnusableRow(NOT_LOCATED)
-    for variant in tokenizer.template_variants:
+    for variant in tokenizer.template_variants(row.template_kwargs):
         try:
             sides = _Renderer(row, tokenizer, variant).sides()
         except UnusableRow as error:
@@ -133,7 +199,7 @@ class _Renderer:
         first = None
         if all(messages[row.shared]["role"] == "assistant" for messages, _ in sides):
             # One prompt for both: the two answers are compared given the same context.
-            first = self._start(row.shared, *sides)
+            first = self._partial_start(*sides) if row.partial else self._start(row.shared, *sides)
         return self._side(*sides[0], first), self._side(*sides[1], first)
 
     def _side(self, messages: list[Message], text: str, first: _Start | None) -> Rendering:
@@ -164,7 +230,7 @@ class _Renderer:
             return _Start(max(fitting), True)
         contents = [self._content(messages, i, text)[0] for messages, text in sides]
         known = [start for start in contents if start is not None]
-        parting = max((_shared_start([prompt, *texts]) for prompt in prompts), default=0)
+        parting = max((common_start([prompt, *texts]) for prompt in prompts), default=0)
         turns = self._text(messages) if prompts else ""
         if turns and parting >= len(turns) and all(text.startswith(turns) for text in texts):
             return _Start(min([parting, *known]), False)
@@ -172,12 +238,31 @@ class _Renderer:
             raise UnusableRow(NOT_LOCATED)
         return _Start(min(known), False)
 
+    def _partial_start(self, *sides: tuple[list[Message], str]) -> _Start:
+        """Where generation goes on behind the beginning of an answer that the prompt holds."""
+        row, texts = self._row, [text for _, text in sides]
+        begun = [*row.chosen[: row.shared], {"role": "assistant", "content": row.partial}]
+        try:
+            prompt = self._tokenizer.render(begun, row.tools, False, self._variant, continue_final_message=True)
+        except UnusableRow:
+            prompt = ""
+        if prompt and all(text.startswith(prompt) for text in texts):
+            return _Start(len(prompt), True)
+        starts = set()
+        for messages, text in sides:
+            content = self._content(messages, row.shared, text)[0]
+            begins = row.partial.strip()
+            if content is None or not text[content:].lstrip().startswith(begins):
+                raise UnusableRow(NOT_LOCATED)
+            starts.add(text.index(begins, content) + len(begins))
+        return _Start(min(starts), False)
+
     def _generation_prompts(self, messages: list[Message]) -> list[str]:
         """The generation prompt after ``messages`` under each variant; none where the template refuses them alone."""
         try:
             return [
                 self._tokenizer.render(messages, self._row.tools, True, variant)
-                for variant in self._tokenizer.template_variants
+                for variant in self._tokenizer.template_variants(self._row.template_kwargs)
             ]
         except UnusableRow:
             return []
@@ -185,7 +270,7 @@ class _Renderer:
     def _answer(self, messages: list[Message], i: int, text: str, start: int) -> Span:
         """Where answer ``i`` stands, whose generation starts at ``start``."""
         if i == len(messages) - 1:
-            return Span(start, len(text))
+            return Span(start, len(text), said_until=self._said_until(messages, i, text, start))
         turns = self._text(messages[: i + 1])
         # A thinking template drops the thoughts of earlier answers, so the turns alone may read otherwise.
         if len(turns) > start and text.startswith(turns):
@@ -194,6 +279,14 @@ class _Renderer:
         if end is None or end <= start:
             raise UnusableRow(NOT_LOCATED)
         return Span(start, end, holds_turn_end=False)
+
+    def _said_until(self, messages: list[Message], i: int, text: str, start: int) -> int:
+        """The character behind all that answer ``i`` says, as far as it can be told."""
+        ends = [start, self._content(messages, i, text)[1] or start]
+        for call in messages[i].get("tool_calls", ()):
+            words = (call["function"]["name"], *_leaves(call["function"]["arguments"]))
+            ends.extend(text.rfind(said, start) + len(said) for said in words if said in text[start:])
+        return max(ends)
 
     def _content(self, messages: list[Message], i: int, text: str) -> tuple[int | None, int | None]:
         """Start and end of message ``i``'s content: what changes when another content takes its place.
@@ -216,7 +309,10 @@ class _Renderer:
         return self._tokenizer.render(messages, self._row.tools, False, self._variant)
 
 
-def _shared_start(texts: list[str]) -> int:
-    """How many leading characters all ``texts`` have in common."""
-    first, last = min(texts), max(texts)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+def _leaves(value: Any) -> list[str]:
+    """The texts and numbers inside of a value, as they are written."""
+    if isinstance(value, Mapping):
+        return [leaf for field in value.values() for leaf in _leaves(field)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [str(value)] if isinstance(value, str | int | float) else []

@@ -1,8 +1,8 @@
-"""Rows to token pairs: what is prompt, what is answer, which tokens are scored, and the cut to length."""
+"""Rows to token pairs: what is prompt, what is answer, and which tokens are scored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,11 @@ from mlx_cpo_plugin.data.formats import (
     Columns,
     Conversation,
     PlainText,
-    UnusableRow,
     parse_row,
 )
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.rendering import Rendering, render
-from mlx_cpo_plugin.errors import DataError
 
 NOTHING_BEFORE = "nothing stands before the answers, and the tokenizer has neither a BOS nor an EOS token"
 NOTHING_SCORED = "no token of an answer is left to score"
@@ -36,15 +35,6 @@ class Side:
 
     ids: TokenIds
     scored: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class TruncatedPair:
-    """A pair that fits, and which of its parts were cut for that."""
-
-    pair: PreferencePair
-    prompt_cut: bool = False
-    answer_cut: bool = False
 
 
 def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair:
@@ -107,43 +97,6 @@ def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair
     )
 
 
-def truncate(pair: PreferencePair, max_seq_length: int, bos_id: int | None = None) -> TruncatedPair:
-    """Fit both sides into ``max_seq_length`` tokens.
-
-    The prompt is cut from its left (a leading BOS stays first); an answer is cut at its end only where it does not
-    fit behind a single prompt token. Both sides keep the same prompt.
-
-    Raises:
-        DataError: ``max_seq_length`` is below 2.
-        UnusableRow: what is left is the same on both sides, or holds no scored token.
-    """
-    if max_seq_length < 2:
-        raise DataError(
-            f"max_seq_length is {max_seq_length}, but a prompt token and an answer token need 2: raise max_seq_length."
-        )
-    if pair.length <= max_seq_length:
-        return TruncatedPair(pair)
-    room = max_seq_length - 1
-    cut = replace(
-        pair,
-        chosen=pair.chosen[:room],
-        rejected=pair.rejected[:room],
-        chosen_scored=pair.chosen_scored[:room],
-        rejected_scored=pair.rejected_scored[:room],
-    )
-    if not cut.chosen_scored.any() or not cut.rejected_scored.any():
-        raise UnusableRow(f"{NOTHING_SCORED} within max_seq_length {max_seq_length}")
-    if np.array_equal(cut.chosen, cut.rejected):
-        raise UnusableRow(f"{IDENTICAL} within max_seq_length {max_seq_length}")
-    keep = max_seq_length - max(len(cut.chosen), len(cut.rejected))
-    prompt_cut = keep < len(pair.prompt)
-    if prompt_cut:
-        head = 1 if pair.prompt[0] == bos_id else 0
-        prompt = np.concatenate([pair.prompt[:head], pair.prompt[len(pair.prompt) - (keep - head) :]])
-        cut = replace(cut, prompt=prompt)
-    return TruncatedPair(cut, prompt_cut, answer_cut=max(len(pair.chosen), len(pair.rejected)) > room)
-
-
 def _tokenize_texts(row: PlainText, tokenizer: ChatTokenizer) -> tuple[Side, Side]:
     """Both texts as they stand; what they share as tokens is the prompt."""
     sides = []
@@ -162,12 +115,13 @@ def _tokenize_texts(row: PlainText, tokenizer: ChatTokenizer) -> tuple[Side, Sid
 def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
     """The tokens up to the end of the last answer, and which of them are scored."""
     encoded = tokenizer.encode(side.text)
-    first = encoded.tokens_before(side.answers[-1].start)
-    stop = _turn_end(encoded, first, len(encoded.ids), tokenizer)
+    last = side.answers[-1]
+    first = encoded.tokens_before(last.start)
+    stop = _last_turn_end(encoded, encoded.tokens_covering(max(last.said_until, last.start)), tokenizer)
     if stop is not None:
         ids = encoded.ids[:stop]
     else:
-        text = _without_template_space(side)
+        text = side.text[: last.said_until] if tokenizer.always_opens_answer else _without_template_space(side)
         ids = encoded.ids if text == side.text else tokenizer.encode(text).ids
         if tokenizer.eos_id is not None:
             ids = np.append(ids, as_ids([tokenizer.eos_id]))
@@ -182,6 +136,25 @@ def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
             end = stop + 1 if int(encoded.ids[stop]) in closing else stop
         scored[start:end] = True
     return Side(ids, scored)
+
+
+def _last_turn_end(encoded: EncodedText, said: int, tokenizer: ChatTokenizer) -> int | None:
+    """Where the last turn ends, all of which is said in the first ``said`` tokens: behind the first end token.
+
+    A template may go on behind it, with the header of a next answer. Where no token ends generation, the turn ends
+    with the special ones right behind it, or with the first of them if something is written behind those.
+    """
+    kinds = [int(token_id) for token_id in encoded.ids[said:]]
+    ending = [i for i, token_id in enumerate(kinds) if token_id in tokenizer.end_ids]
+    if ending:
+        return said + ending[0] + 1
+    special = [i for i, token_id in enumerate(kinds) if token_id in tokenizer.special_ids]
+    if not special:
+        return None
+    written = any(
+        token_id not in tokenizer.special_ids and not tokenizer.is_blank(token_id) for token_id in kinds[special[0] :]
+    )
+    return said + special[0 if written or tokenizer.always_opens_answer else -1] + 1
 
 
 def _turn_end(encoded: EncodedText, start: int, stop: int, tokenizer: ChatTokenizer) -> int | None:

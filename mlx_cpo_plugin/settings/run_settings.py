@@ -17,7 +17,7 @@ from mlx_cpo_plugin.settings.yaml_settings import read_yaml
 FILE_NAME = "run_settings.yaml"
 
 _DISTRIBUTIONS = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
-_LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file")
+_LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
 # `resume` says how a run went on, not what it is.
 _LEFT_OUT = frozenset({"resume"})
 _SECRETS = frozenset({"token"})

@@ -34,10 +34,11 @@ def inspect(config: Path) -> dict[str, Any]:
     run_check(settings, printed, examples=0)
     tokenizer = load_chat_tokenizer(settings.model)
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     return {
         "text": printed.getvalue(),
         "max_seq_length": settings.max_seq_length,
-        "splits": [_split(dataset, ChatTokenizer(tokenizer)) for dataset in splits if dataset.report.rows],
+        "splits": [_split(dataset, chat_tokenizer) for dataset in splits if dataset.report.rows],
     }
 
 

@@ -1,0 +1,250 @@
+"""One message as chat templates read it, whatever shape a row gives it in."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_cpo_plugin.wording import shown
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+UNDECODABLE = "text that looks like a list of messages cannot be decoded"
+
+_COLUMNS = (("role", "content"), ("from", "value"))
+_DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
+# A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
+_WRITTEN_ROLE = re.compile(r"""(?:(['"])(?:role|from)\1\s*:|\brole=)\s*['"](\w+)['"]""")
+_WRITTEN_LIST = re.compile(r"\s*(?:array\()?\[\s*(?:\{|\w+\()")
+
+
+class UnusableRow(Exception):
+    """One row cannot become a pair; the message is the reason under which it is counted."""
+
+
+def parse_messages(value: Any) -> list[Message]:
+    """Messages of a list of objects, of one object, or of an object of lists, which is how `datasets` may store them.
+
+    Raises:
+        UnusableRow: it is something else, or one of them is not a message of text.
+    """
+    if isinstance(value, Mapping):
+        if not any(isinstance(value.get(role), list) and isinstance(value.get(text), list) for role, text in _COLUMNS):
+            return [parse_message(value)]
+        value = _rows_of(value)
+    if not isinstance(value, list):
+        raise UnusableRow(f"messages are expected, not {kind_of(value)}")
+    return [parse_message(decode_messages(message)) for message in value]
+
+
+def _rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lists = {name: values for name, values in columns.items() if isinstance(values, list)}
+    if len({len(values) for values in lists.values()}) != 1:
+        raise UnusableRow("the messages have columns of different lengths")
+    rows = (dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True))
+    return [as_json(row) for row in rows]
+
+
+def parse_message(value: Any) -> Message:
+    """One message with OpenAI's keys, a usual role and text as content; keys of other kinds stay.
+
+    Raises:
+        UnusableRow: it is no object, its role is unknown or missing, or its content is not text.
+    """
+    if not isinstance(value, Mapping):
+        raise UnusableRow(f"a message is not an object with role and content but {kind_of(value)}")
+    fields = dict(value)
+    if "from" in fields and "role" not in fields:
+        fields = {"role": fields["from"], "content": fields.get("value", "")}
+    role = fields.get("role", "")
+    speaker = role.lower() if isinstance(role, str) else None
+    if speaker not in ROLES:
+        raise UnusableRow("a message has no role" if role == "" else f"a message has the unknown role {shown(role)}")
+    message: Message = {**fields, "role": ROLES[speaker], "content": _text(fields.get("content"))}
+    calls = _tool_calls(fields, speaker, message["content"])
+    message.pop("tool_calls", None)
+    message.pop("function_call", None)
+    if calls:
+        message["tool_calls"] = calls
+        if speaker == "function_call":
+            message["content"] = ""
+    return message
+
+
+def _tool_calls(fields: Mapping[str, Any], speaker: str, content: str) -> list[Any]:
+    """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise."""
+    calls = fields.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise UnusableRow("the tool calls are not a list")
+    if speaker == "function_call":
+        parsed = parse_json(content)
+        calls = [{"type": "function", "function": call} for call in (parsed if isinstance(parsed, list) else [parsed])]
+    elif not calls and fields.get("function_call"):
+        calls = [{"function": fields["function_call"]}]
+    result = []
+    for call in map(parse_json, calls):
+        if _is_hollow(call):  # what a schema makes of a message without calls
+            continue
+        if not isinstance(call, Mapping):
+            raise UnusableRow("a tool call is not an object")
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UnusableRow("a tool call does not name its function")
+        names = {name: call[name] for name in ("id", "type") if call.get(name) is not None}
+        arguments = parse_json(function.get("arguments")) or {}
+        result.append({"type": "function", **names, "function": {**function, "arguments": arguments}})
+    return result
+
+
+def _text(content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
+        return "".join(str(part["text"]) for part in content)
+    raise UnusableRow(f"a message's content is not text but {kind_of(content)}")
+
+
+def parse_dialogue(text: str) -> list[Message] | None:
+    r"""Messages of a dialogue that is written "\n\nHuman: … \n\nAssistant: …", None for other text.
+
+    The last message may be an assistant turn with no text yet, as in a prompt.
+    """
+    opening, *turns = _DIALOGUE_TURN.split("\n\n" + text.lstrip())
+    if opening or "Assistant" not in turns[::2] or turns[0] != "Human":
+        return None
+    messages: list[Message] = []
+    for speaker, words in zip(turns[::2], turns[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + words.strip()
+        else:
+            messages.append({"role": role, "content": words.strip()})
+    return messages
+
+
+def decode_messages(value: Any) -> Any:
+    """What ``value`` holds where it is messages written as JSON or as Python; any other text, and value, as it is.
+
+    Raises:
+        UnusableRow: it is a list of messages, but neither JSON nor Python.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array([")):
+        return value
+    role = _WRITTEN_ROLE.search(value)
+    if role is None or role[2].lower() not in ROLES:
+        return value
+    parsed = parse_json(value)
+    if parsed is value:
+        try:
+            parsed = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            if _WRITTEN_LIST.match(value) and not _goes_on_behind_json(value):
+                raise UnusableRow(UNDECODABLE) from None
+            return value
+    return as_json(parsed) if _are_messages(parsed) else value
+
+
+def _are_messages(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("messages"), list):
+            return _are_messages(value["messages"])
+        role = value.get("role", value.get("from"))
+        return isinstance(role, str) and role.lower() in ROLES
+    return isinstance(value, list) and bool(value) and all(map(_are_messages, value))
+
+
+def _goes_on_behind_json(text: str) -> bool:
+    """Whether text begins with a JSON value, but says more behind it, as prose about messages does."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def same_message(first: Message, second: Message) -> bool:
+    """Whether two messages say the same: role, calls and text, whatever Unicode form and white space at its ends."""
+    return _said(first) == _said(second)
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return message["role"], unicodedata.normalize("NFC", message["content"]).strip(), calls
+
+
+def shared_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """How many leading messages both sides have in common, at least the last of either left out."""
+    limit = min(len(chosen), len(rejected)) - 1
+    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+
+
+def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system messages at the beginning, and what follows them."""
+    size = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return messages[:size], messages[size:]
+
+
+def parse_json(value: Any) -> Any:
+    """The JSON value in a text; the text itself where it is none, and any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def as_json(value: Any) -> Any:
+    """``value`` in the types of JSON, without the nulls that columnar files put into objects for other rows' fields."""
+    if isinstance(value, Mapping):
+        return {name: as_json(field) for name, field in value.items() if not is_null(field)}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy's arrays and scalars
+        return as_json(value.tolist())
+    return value
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is null, or the not-a-number that tables write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_hollow(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(map(_is_hollow, value.values())))
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "null"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
