@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mlx_cpo_plugin.data.reading import read_file, read_splits
+from mlx_cpo_plugin.data.files import ACCEPTED
+from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import DataError
 
 ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(10)]
@@ -26,84 +27,6 @@ def write(path, rows=ROWS):
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-def test_each_kind_of_file_gives_its_rows_and_their_numbers(tmp_path, suffix):
-    rows = read_file(write(tmp_path / f"train.{suffix}"))
-
-    assert [row.value for row in rows] == ROWS
-    assert [row.source for row in rows[:2]] == [f"train.{suffix}:1", f"train.{suffix}:2"]
-
-
-def test_blank_lines_are_skipped_and_still_counted(tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": "\xe2\x80\xa8"}')
-
-    assert [(row.value, row.source) for row in read_file(path)] == [
-        ({"a": 1}, "train.jsonl:1"),
-        ({"a": "\u2028"}, "train.jsonl:4"),
-    ]
-
-
-def test_a_json_file_may_hold_its_rows_under_data(tmp_path):
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps({"data": ROWS}), encoding="utf-8")
-
-    assert len(read_file(path)) == len(ROWS)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"a": 1}\n{"a": }\n',
-            "a.jsonl:2 is not valid JSON (Expecting value, column 7): correct that line.",
-        ),
-        (
-            "a.json",
-            b'[\n{"a" 1}]',
-            "a.json:2 is not valid JSON (Expecting ':' delimiter, column 6): correct that line.",
-        ),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2 is not valid UTF-8: save the file as UTF-8."),
-        ("a.json", b'[{"a":\n"\xff"}]', "a.json:2 is not valid UTF-8: save the file as UTF-8."),
-        (
-            "a.json",
-            b'{"a": 1}',
-            'a.json holds no rows: write a list of rows, or an object with that list under "data".',
-        ),
-        (
-            "a.jsonl",
-            b'{"a": 1}\n' + b"[" * 100_000,
-            "a.jsonl:2 holds JSON that cannot be read (maximum recursion depth exceeded while decoding a JSON array "
-            "from a unicode string): correct it.",
-        ),
-        (
-            "a.json",
-            b"9" * 5000,
-            "a.json:1 holds JSON that cannot be read (Exceeds the limit (4300 digits) for integer string conversion: "
-            "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit): correct it.",
-        ),
-        ("a.csv", b"a,b", "a.csv is not a data file that can be read: use one of .jsonl, .json, .parquet."),
-    ],
-)
-def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-
-    with pytest.raises(DataError) as caught:
-        read_file(path)
-
-    assert str(caught.value) == f"{tmp_path}/{message}"
-
-
-def test_a_broken_parquet_file_is_an_error_of_one_line(tmp_path):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"no parquet")
-
-    with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file that can be read \(.*\): check it\.$"):
-        read_file(path)
 
 
 @pytest.mark.parametrize("valid", ["valid", "validation", "val", "dev", "eval"])
@@ -143,7 +66,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path):
         read_splits(settings(tmp_path), ("train", "valid"))
 
     assert str(caught.value) == (
-        f"{tmp_path} holds no train.jsonl or valid.jsonl (also .json, .parquet; found: notes.txt): put the rows there."
+        f"{tmp_path} holds no train.jsonl or valid.jsonl (found: notes.txt): put the rows there, as {ACCEPTED}."
     )
 
 
@@ -155,6 +78,29 @@ def test_a_path_that_does_not_exist_is_not_looked_up_elsewhere(data, monkeypatch
         read_splits(settings(data), ("train",))
 
     assert str(caught.value) == f"data names {data}, which does not exist: give a folder, a file or a hub name."
+
+
+@pytest.mark.parametrize(
+    ("data", "meant"),
+    [("data/trian", "data/train"), ("rowz", "rows"), ("dta/train", "data/train"), ("./rowz/", "rows")],
+)
+def test_a_misspelt_path_is_told_with_the_one_that_is_there(data, meant, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "rows").mkdir()
+
+    with pytest.raises(DataError) as caught:
+        read_splits(settings(data), ("train",))
+
+    assert str(caught.value) == f"data names {data}, which does not exist: did you mean {meant}?"
+
+
+def test_a_name_below_a_folder_that_is_there_is_no_hub_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+
+    with pytest.raises(DataError, match="data names data/xyz, which does not exist"):
+        read_splits(settings("data/xyz"), ("train",))
 
 
 def test_a_missing_column_is_an_error_that_names_the_file(tmp_path):
@@ -188,13 +134,17 @@ def test_a_dataset_entry_is_read_by_its_splits(tmp_path, offline_datasets):
     assert splits["test"][0].rows[0].source == "json train[7:]:1"
 
 
-def test_a_dataset_entry_has_the_default_splits(tmp_path, offline_datasets):
-    path = write(tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("rows", [1, 4, 5, 10, 15, 25])
+def test_a_dataset_entry_without_splits_trains_on_nine_tenths_and_validates_on_the_rest(
+    rows, tmp_path, offline_datasets
+):
+    many = [{**ROWS[0], "number": number} for number in range(rows)]
+    path = write(tmp_path / "rows.jsonl", many)
 
     splits = read_splits(settings(hf_dataset=entry(path)), ("train", "valid", "test"))
 
-    assert [row.value for row in splits["train"][0].rows] == ROWS[:8]
-    assert [row.value for row in splits["valid"][0].rows] == ROWS[9:]
+    assert [row.value for split in ("train", "valid") for row in splits[split][0].rows] == many
+    assert "nine tenths of its rows, the rest is validated on" in splits["train"][0].note
     assert splits["test"] == []
 
 
@@ -203,7 +153,7 @@ def test_a_named_training_split_warns_of_a_default_validation_split_that_may_ove
 
     splits = read_splits(settings(hf_dataset=entry(path, train_split="train")), ("train", "valid"))
 
-    assert splits["valid"][0].note == ("json train[-10%:] may share rows with train_split train: set valid_split.")
+    assert splits["valid"][0].note == ("json train[90%:] may share rows with train_split train: set valid_split.")
 
 
 def test_valid_fraction_replaces_the_default_validation_split(tmp_path, offline_datasets):
@@ -212,6 +162,24 @@ def test_valid_fraction_replaces_the_default_validation_split(tmp_path, offline_
     splits = read_splits(settings(hf_dataset=entry(path), valid_fraction=0.2), ("train", "valid"))
 
     assert splits["valid"] == []
+    assert [row.value for row in splits["train"][0].rows] == ROWS  # of which the fraction is taken
+
+
+def test_entries_of_one_path_have_sources_of_their_own(tmp_path, offline_datasets):
+    files = [write(tmp_path / f"{name}.jsonl") for name in "ab"]
+    (tmp_path / "set").mkdir()
+    card = "configs:\n- {config_name: en, data_files: en.jsonl}\n- {config_name: de, data_files: de.jsonl}\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
+    for name in ("en", "de"):
+        write(tmp_path / "set" / f"{name}.jsonl", ROWS[:2])
+    configured = [{"path": str(tmp_path / "set"), "config": name, "train_split": "train"} for name in ("en", "de")]
+    entries = [*(entry(file, train_split="train") for file in files), *configured]
+
+    groups = read_splits(settings(hf_dataset=entries), ("train",))["train"]
+
+    sources = [row.source for group in groups for row in group.rows]
+    assert len(set(sources)) == len(sources) == 24
+    assert groups[2].name.endswith("en train")
 
 
 def test_several_entries_follow_each_other_each_with_its_own_columns(tmp_path, offline_datasets):
@@ -263,6 +231,29 @@ def test_a_hub_name_is_read_by_the_names_of_its_splits(monkeypatch, tmp_path):
     assert splits["train"][0].rows[2].source == "me/prefs train:3"
     assert len(splits["valid"][0].rows) == 2
     assert splits["test"] == []
+
+
+def test_the_splits_of_pairs_are_taken_among_those_of_other_rows(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = {"train_sft": [], "train_prefs": ROWS, "test_sft": [], "test_prefs": ROWS[:2], "train_gen": []}
+    monkeypatch.setitem(sys.modules, "datasets", StandInHub({"me/prefs": found}))
+
+    splits = read_splits(settings("me/prefs"), ("train", "valid", "test"))
+
+    assert [group.name for groups in splits.values() for group in groups] == [
+        "me/prefs train_prefs",
+        "me/prefs test_prefs",
+    ]
+
+
+def test_a_dataset_whose_splits_have_other_names_is_an_error_that_lists_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", StandInHub({"me/prefs": {"en": ROWS, "de": ROWS}}))
+
+    with pytest.raises(
+        DataError, match=r"^me/prefs has the splits en, de, none of them called train: write hf_dataset"
+    ):
+        read_splits(settings("me/prefs"), ("train",))
 
 
 def test_a_hub_name_that_is_not_found_is_an_error_of_one_sentence(monkeypatch, tmp_path):

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
+from mlx_cpo_plugin.data.folders import is_saved_dataset, pick_splits, split_files
 from mlx_cpo_plugin.data.formats import Columns
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory
 from mlx_cpo_plugin.wording import named, printable, shown
 
-SPLIT_NAMES = {
-    "train": ("train",),
-    "valid": ("valid", "validation", "val", "dev", "eval"),
-    "test": ("test",),
-}
-SUFFIXES = (".jsonl", ".json", ".parquet")
-# What mlx-lm-lora reads where an hf_dataset entry names no split.
-DEFAULT_TRAIN_SPLIT = "train[:80%]"
-DEFAULT_VALID_SPLIT = "train[-10%:]"
-
-
-class Row(NamedTuple):
-    """A raw row and where it stands, e.g. ``train.jsonl:12``."""
-
-    value: Any
-    source: str
+# Where an hf_dataset entry names no split: the two have no row in common and leave none out.
+DEFAULT_TRAIN_SPLIT = "train[:90%]"
+DEFAULT_VALID_SPLIT = "train[90%:]"
 
 
 @dataclass(frozen=True)
@@ -77,126 +67,133 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> dict[str
             return {"train": [RowGroup(named(path.name), read_file(path), columns)]} if "train" in wanted else {}
         if path.is_dir():
             return _read_folder(path, columns, wanted)
+        near = _nearest(path)
     except OSError as error:
         raise DataError(
             f"data names {named(data)}, which cannot be read ({error.strerror}): check the path."
         ) from error
     except RuntimeError as error:  # ~somebody, who is not known here
         raise DataError(f"data names {named(data)}, whose home folder is not known: give the whole path.") from error
-    if _looks_like_path(data):
-        raise DataError(f"data names {named(data)}, which does not exist: give a folder, a file or a hub name.")
+    if near is not None or _looks_like_path(data):
+        advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
+        raise DataError(f"data names {named(data)}, which does not exist: {advice}")
     return _read_hub(data, columns, wanted)
 
 
-def read_file(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl``, ``.json`` or ``.parquet`` file.
-
-    A ``.json`` file holds a list of rows, or an object with that list under ``data``.
-
-    Raises:
-        DataError: the file is of another kind, or not readable as what its name says.
-    """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{named(str(path))} is not a data file that can be read: use one of {', '.join(SUFFIXES)}.")
-    try:
-        return reader(path)
-    except OSError as error:
-        words = error.strerror or first_line(error)
-        raise DataError(f"{named(str(path))} cannot be read ({printable(words)}): check the file.") from error
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows, name = [], named(path.name)
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, path, number).strip()
-        if not text:
-            continue
-        rows.append(Row(_parse_json(text, path, number), f"{name}:{number}"))
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    text = "\n".join(_decode(line, path, number) for number, line in enumerate(lines, start=1))
-    content = _parse_json(text, path, 1)
-    rows = content.get("data") if isinstance(content, Mapping) else content
-    if not isinstance(rows, list):
-        file = named(str(path))
-        raise DataError(f'{file} holds no rows: write a list of rows, or an object with that list under "data".')
-    return _numbered(rows, named(path.name))
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return _numbered(parquet.read_table(path).to_pylist(), named(path.name))
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter for text, dates and the like
-        reason = printable(first_line(error))
-        raise DataError(f"{named(str(path))} is not a Parquet file that can be read ({reason}): check it.") from error
-
-
 def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    if is_saved_dataset(folder):
+        return _read_saved(folder, columns, wanted)
+    files = split_files(folder)
     splits = {}
     for split in wanted:
-        candidates = (folder / f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in SUFFIXES)
-        file = next((path for path in candidates if path.is_file()), None)
-        if file is not None:
-            splits[split] = [RowGroup(file.name, read_file(file), columns)]
+        names = {file: file.relative_to(folder).as_posix() for file in files.get(split, ())}
+        if names:
+            splits[split] = [RowGroup(named(name), read_file(file, name), columns) for file, name in names.items()]
     if not splits:
-        names = ", ".join(shown(name)[1:-1] for name in sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        names_there = sorted(path.name for path in folder.iterdir())[:8]
+        found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"
         needed = " or ".join(f"{split}.jsonl" for split in wanted)
-        raise DataError(
-            f"{named(str(folder))} holds no {needed} (also .json, .parquet; found: {names}): put the rows there."
-        )
+        raise DataError(f"{named(str(folder))} holds no {needed} (found: {found}): put the rows there, as {ACCEPTED}.")
     return splits
 
 
+def _read_saved(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+    """Read what ``save_to_disk`` of the ``datasets`` library wrote: one data set, or one for each split."""
+    import datasets
+
+    try:
+        with _without_partial_torch():
+            found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # The library raises whatever its files make it raise.
+        if is_out_of_memory(error):
+            raise
+        reason = printable(first_line(error))
+        raise DataError(f"{named(str(folder))} cannot be loaded ({reason}): save the data set again.") from error
+    by_split = found if isinstance(found, Mapping) else {"train": found}
+    return _of_library(named(folder.name, 100), str(folder), by_split, columns, wanted)
+
+
 def _read_hub(name: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
-    found = _load_from_hub(name, {})
+    return _of_library(named(name, 100), name, _load_from_hub(name, {}), columns, wanted)
+
+
+def _of_library(
+    label: str, name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]
+) -> dict[str, list[RowGroup]]:
+    """Rows of the ``datasets`` library; ``name`` is what the user calls the data set, ``label`` what rows do."""
+    picked = pick_splits(by_split)
+    if not picked:
+        raise DataError(
+            f"{named(name)} has the splits {named(', '.join(by_split))}, none of them called train: write hf_dataset "
+            "with path: and train_split:."
+        )
     splits = {}
-    for split in wanted:
-        there = next((alias for alias in SPLIT_NAMES[split] if alias in found), None)
-        if there is not None:
-            where = f"{named(name, 100)} {there}"
-            splits[split] = [RowGroup(where, _hub_rows(name, found[there], where), columns)]
+    for split in set(wanted) & set(picked):
+        where = f"{label} {named(picked[split], 100)}"
+        splits[split] = [RowGroup(where, _library_rows(name, by_split[picked[split]], where), columns)]
     return splits
 
 
 def _read_entries(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
     entries = settings.hf_dataset
+    carve = bool(getattr(settings, "valid_fraction", 0))
     splits: dict[str, list[RowGroup]] = {split: [] for split in wanted}
     for entry in [entries] if isinstance(entries, Mapping) else entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
         options = _options_of(entry)
         columns = Columns.from_settings(settings, entry)
-        carve = bool(getattr(settings, "valid_fraction", 0))
-        names = {
-            "train": entry.get("train_split", DEFAULT_TRAIN_SPLIT),
-            "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
-            "test": entry.get("test_split"),
-        }
+        names = _splits_of(entry, carve)
+        label = " ".join([entry["path"], *([options["name"]] if isinstance(options.get("name"), str) else [])])
         for split in splits:
             if names[split] is None:
                 continue
-            if not isinstance(names[split], str):
-                given = f"{split}_split {shown(names[split])}"
-                raise DataError(
-                    f"hf_dataset has an entry with {given}: write the name of a split, such as train[:80%]."
-                )
-            where = named(f"{entry['path']} {names[split]}", 100)
-            found = _load_from_hub(entry["path"], {**options, "split": names[split]})
-            rows = _hub_rows(entry["path"], found, where)
-            shares_rows = split == "valid" and "train_split" in entry and "valid_split" not in entry
-            overlap = f"{where} may share rows with train_split {named(names['train'], 100)}: set valid_split."
-            note = overlap if shares_rows else ""
-            splits[split].append(RowGroup(where, rows, columns, note))
+            where = _unlike(named(f"{label} {names[split]}", 100), (group.name for group in splits[split]))
+            found = _load_split(entry["path"], options, str(names[split]))
+            rows = _library_rows(entry["path"], found, where)
+            splits[split].append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
     return splits
+
+
+def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
+    if split not in (DEFAULT_TRAIN_SPLIT, DEFAULT_VALID_SPLIT):
+        return _load_from_hub(name, {**options, "split": split})
+    rows = _load_from_hub(name, {**options, "split": "train"})  # the library refuses a part without rows
+    cut = round(0.9 * len(rows))
+    part = range(cut) if split == DEFAULT_TRAIN_SPLIT else range(cut, len(rows))
+    return rows.select(part) if part else []
+
+
+def _splits_of(entry: Mapping[str, Any], carve: bool) -> dict[str, str | None]:
+    """What an ``hf_dataset`` entry reads for each split; all training rows where ``carve`` will take some of them."""
+    names = {
+        "train": entry.get("train_split", "train" if carve else DEFAULT_TRAIN_SPLIT),
+        "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
+        "test": entry.get("test_split"),
+    }
+    for split, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise DataError(
+                f"hf_dataset has an entry with {split}_split {shown(name)}: write the name of a split, such as "
+                "train[:80%]."
+            )
+    return names
+
+
+def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, str | None], where: str) -> str:
+    if split == "train" and names["train"] == DEFAULT_TRAIN_SPLIT and "train_split" not in entry:
+        rest = "the rest is validated on" if names["valid"] == DEFAULT_VALID_SPLIT else "the rest is not used"
+        return f"{where} is nine tenths of its rows, {rest}: set train_split and valid_split for others."
+    if split == "valid" and names["valid"] == DEFAULT_VALID_SPLIT and "train_split" in entry:
+        return f"{where} may share rows with train_split {named(names['train'], 100)}: set valid_split."
+    return ""
+
+
+def _unlike(name: str, others: Iterable[str]) -> str:
+    """Return ``name``, numbered where another group of rows has it already."""
+    others = set(others)
+    return next(new for new in (name, *(f"{name} ({number})" for number in range(2, 10**6))) if new not in others)
 
 
 def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,10 +224,10 @@ def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
         raise DataError(f"the dataset {shown(name)} cannot be loaded ({reason}): check its settings.") from error
 
 
-def _hub_rows(name: str, rows: Any, where: str) -> list[Row]:
+def _library_rows(name: str, rows: Any, where: str) -> list[Row]:
     try:
         with _without_partial_torch():
-            return _numbered(rows, where)
+            return numbered(rows, where)
     except Exception as error:  # Images and the like are decoded only now, by whatever library is there.
         if is_out_of_memory(error):
             raise
@@ -253,27 +250,20 @@ def _without_partial_torch() -> Iterator[None]:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
+    marked = name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
+    return marked or ("/" in name and os.path.isdir(name.partition("/")[0]))
 
 
-def _numbered(rows: Any, name: str) -> list[Row]:
-    return [Row(value, f"{name}:{number}") for number, value in enumerate(rows, start=1)]
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
+def _nearest(path: Path) -> str | None:
+    """Return the path that is there and was probably meant by one that is not."""
+    parent, missing = path.parent, path.name
+    while parent != parent.parent and not parent.is_dir():
+        parent, missing = parent.parent, parent.name
     try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{named(str(path))}:{number} is not valid UTF-8: save the file as UTF-8.") from error
-
-
-def _parse_json(text: str, path: Path, line: int) -> Any:
-    """The value of JSON ``text`` that begins on ``line``."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
-        raise DataError(f"{named(str(path))}:{place} is not valid JSON ({reason}): correct that line.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
-        reason = first_line(error)
-        raise DataError(f"{named(str(path))}:{line} holds JSON that cannot be read ({reason}): correct it.") from error
+        there = [name for name in os.listdir(parent) if (parent / name).is_dir() or kind_of(name) in SUFFIXES]
+    except OSError:
+        return None
+    for name in get_close_matches(missing, there, n=1, cutoff=0.7):
+        meant = parent / name / path.relative_to(parent / missing)
+        return str(meant) if meant.exists() else None
+    return None

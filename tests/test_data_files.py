@@ -1,0 +1,234 @@
+"""A data file is read by what is in it, whatever it is called, and its rows know where they stand."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import ipc, parquet
+
+from mlx_cpo_plugin.data.files import ACCEPTED, read_file
+from mlx_cpo_plugin.errors import DataError
+
+ROWS = [{"prompt": f"What is {i},\n\u2028 {i}?", "chosen": f'It is "{i}".', "rejected": "No."} for i in range(12)]
+SUFFIXES = ["jsonl", "json", "parquet", "csv", "ndjson", "txt"]
+
+
+def lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(rows: list[Any], delimiter: str = ",") -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, rows[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def parquet_of(rows: list[Any]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+def arrow_of(rows: list[Any], new: Callable[..., Any]) -> bytes:
+    stream, data = io.BytesIO(), pyarrow.Table.from_pylist(rows)
+    with new(stream, data.schema) as writer:
+        writer.write_table(data)
+    return stream.getvalue()
+
+
+def zstandard(content: bytes) -> bytes:
+    packed: bytes = pyarrow.compress(content, codec="zstd", asbytes=True)
+    return packed
+
+
+FORMS: dict[str, Callable[[list[Any]], bytes]] = {
+    "lines": lines,
+    "lines with a byte order mark": lambda rows: b"\xef\xbb\xbf" + lines(rows),
+    "lines of Windows": lambda rows: lines(rows).replace(b"\n", b"\r\n"),
+    "lines in UTF-16": lambda rows: lines(rows).decode().encode("utf-16"),
+    "lines in UTF-16 without a mark": lambda rows: lines(rows).decode().encode("utf-16-be"),
+    "objects over several lines": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows).encode(),
+    "objects without a gap": lambda rows: lines(rows).replace(b"\n", b""),
+    "a list": lambda rows: json.dumps(rows).encode(),
+    "a list over several lines": lambda rows: json.dumps(rows, indent=2, ensure_ascii=False).encode(),
+    "a list with a row on each line": lambda rows: b"[\n" + lines(rows).strip().replace(b"\n", b",\n") + b"\n]\n",
+    "a list under data": lambda rows: json.dumps({"version": 1, "data": rows}).encode(),
+    "parquet": parquet_of,
+    "an arrow stream": lambda rows: arrow_of(rows, ipc.new_stream),
+    "an arrow file": lambda rows: arrow_of(rows, ipc.new_file),
+    "commas": table,
+    "semicolons": lambda rows: table(rows, ";"),
+    "tabs": lambda rows: table(rows, "\t"),
+    "gzip": lambda rows: gzip.compress(lines(rows)),
+    "gzip of a list": lambda rows: gzip.compress(json.dumps(rows).encode()),
+    "bzip2": lambda rows: bz2.compress(lines(rows)),
+    "xz": lambda rows: lzma.compress(lines(rows)),
+    "zstandard": lambda rows: zstandard(lines(rows)),
+}
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "ndjson", "txt", "jsonl.gz"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_is_read_by_what_is_in_it(form: str, suffix: str, tmp_path: Path) -> None:
+    rows = read_file(write(tmp_path / f"rows.{suffix}", FORMS[form](ROWS)))
+
+    assert [row.value for row in rows] == ROWS
+    assert len({row.source for row in rows}) == len(ROWS)
+
+
+@pytest.mark.parametrize("form", ["lines", "a list", "a list over several lines", "objects over several lines", "gzip"])
+def test_a_single_row_is_read_as_several_are(form: str, tmp_path: Path) -> None:
+    assert [row.value for row in read_file(write(tmp_path / "rows.json", FORMS[form](ROWS[:1])))] == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "sources"),
+    [
+        ("rows.jsonl", "lines", ["rows.jsonl:1", "rows.jsonl:2"]),
+        ("rows.json", "lines", ["rows.json:1", "rows.json:2"]),
+        ("rows.json", "a list over several lines", ["rows.json:1", "rows.json:2"]),
+        ("rows.jsonl", "a list over several lines", ["rows.jsonl row 1", "rows.jsonl row 2"]),
+        ("rows.jsonl", "objects over several lines", ["rows.jsonl:1", "rows.jsonl:6"]),
+        ("rows.parquet", "parquet", ["rows.parquet:1", "rows.parquet:2"]),
+        ("rows.csv", "commas", ["rows.csv:2", "rows.csv:4"]),  # the prompts hold a line break
+    ],
+)
+def test_rows_know_their_line_or_their_number(name: str, form: str, sources: list[str], tmp_path: Path) -> None:
+    rows = read_file(write(tmp_path / name, FORMS[form](ROWS)))
+
+    assert [row.source for row in rows[:2]] == sources
+
+
+def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": "\xe2\x80\xa8"}'
+
+    assert [(row.value, row.source) for row in read_file(write(tmp_path / "train.jsonl", content))] == [
+        ({"a": 1}, "train.jsonl:1"),
+        ({"a": "\u2028"}, "train.jsonl:4"),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf", b"[]", b"prompt,chosen,rejected\n"])
+def test_a_file_without_rows_has_none(content: bytes, tmp_path: Path) -> None:
+    assert read_file(write(tmp_path / "rows.jsonl", content)) == []
+
+
+def test_a_long_cell_and_an_index_column_are_no_obstacle(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "a" * (limit + 1)
+
+    rows = read_file(write(tmp_path / "rows.csv", f",prompt,chosen\n0,{long},b\n".encode()))
+
+    assert rows[0].value == {"prompt": long, "chosen": "b"}
+    assert csv.field_size_limit() == limit
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(
+    st.lists(st.dictionaries(st.text().filter(lambda key: key != "data"), VALUES, min_size=1), min_size=1, max_size=4)
+)
+def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, rows: list[Any]) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    forms = [
+        lines(rows),
+        json.dumps(rows, indent=1).encode(),
+        "\n\n".join(json.dumps(row, indent=1, ensure_ascii=True) for row in rows).encode(),
+    ]
+
+    for number, content in enumerate(forms):
+        assert [row.value for row in read_file(write(folder / f"{number}.json", content))] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": }\n',
+            "a.jsonl:2 is not valid JSON (Expecting value, column 7): correct that line.",
+        ),
+        (
+            "a.jsonl",
+            b'{"a": 1\n{"a": 2}\n{"a": 3}',
+            "a.jsonl:1 is not valid JSON (Expecting ',' delimiter, column 8): correct that line.",
+        ),
+        (
+            "a.jsonl",
+            b'[\n{"a" 1}]',
+            "a.jsonl:2 is not valid JSON (Expecting ':' delimiter, column 6): correct that line.",
+        ),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2 is not valid UTF-8: save the file as UTF-8."),
+        ("a.json", b'[{"a":\n"\xff"}]', "a.json:2 is not valid UTF-8: save the file as UTF-8."),
+        ("a.json", b"3", 'a.json holds no rows: write a list of rows, or an object with that list under "data".'),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n' + b"[" * 100_000,
+            "a.jsonl:2 holds JSON that cannot be read (maximum recursion depth exceeded while decoding a JSON array "
+            "from a unicode string): correct it.",
+        ),
+        (
+            "a.json",
+            b"9" * 5000,
+            "a.json:1 holds JSON that cannot be read (Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit): correct it.",
+        ),
+        ("a.jsonl", b"Once upon a time", f"a.jsonl is not a data file that can be read: use {ACCEPTED}."),
+        ("a.jsonl", b"\x89\x50\x00\x01\x02", f"a.jsonl is not a data file that can be read: use {ACCEPTED}."),
+        ("a.csv", b'a,b\n"1,2\n', "a.csv:2 is not valid CSV (unexpected end of data): correct it."),
+        (
+            "a.csv",
+            b"a,b\n1,2\n1,2,3\n",
+            "a.csv:3 has 3 values for 2 columns: put values that hold a separator into quotes.",
+        ),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv has two columns called a: rename one of them."),
+        ("a.jsonl", b"PK\x03\x04...", "a.jsonl is a ZIP archive or a spreadsheet: unpack it, or export it as CSV."),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n",
+            "a.parquet is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.",
+        ),
+        ("a.json", b"\n<!DOCTYPE html><html>", "a.json is a web page and not a data file: download the file itself."),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where_and_why(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_file(write(tmp_path / name, content))
+
+    assert str(caught.value) == f"{tmp_path}/{message}"
+
+
+@pytest.mark.parametrize("form", ["parquet", "an arrow stream", "an arrow file", "gzip", "bzip2", "xz", "zstandard"])
+@pytest.mark.parametrize("part", [0.3, 0.6])
+def test_a_file_that_was_cut_is_one_sentence(form: str, part: float, tmp_path: Path) -> None:
+    whole = FORMS[form](ROWS)
+    path = write(tmp_path / "a.jsonl", whole[: int(part * len(whole))])
+
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,218 @@
+"""Folders are read as the tools left them that wrote them: by shards, cards, names of splits, and ``save_to_disk``."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mlx_cpo_plugin.data.folders import split_files
+from mlx_cpo_plugin.data.reading import read_splits
+from mlx_cpo_plugin.errors import DataError
+
+ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(10)]
+ALL = ("train", "valid", "test")
+
+
+def write(path: Path, rows: list[Any] = ROWS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if ".parquet" in path.name:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(text) if path.name.endswith(".gz") else text)
+
+
+def read(folder: Path) -> Mapping[str, list[Any]]:
+    splits = read_splits(SimpleNamespace(data=str(folder), hf_dataset=None, valid_fraction=0.0), ALL)
+    return {split: [row.value for group in groups for row in group.rows] for split, groups in splits.items()}
+
+
+def found(folder: Path) -> dict[str, list[str]]:
+    return {
+        split: [file.relative_to(folder).as_posix() for file in files] for split, files in split_files(folder).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ],
+            {
+                "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+                "test": ["data/test-00000-of-00001.parquet"],
+            },
+        ),
+        (
+            ["default/train/0000.parquet", "default/validation/0000.parquet"],
+            {"train": ["default/train/0000.parquet"], "valid": ["default/validation/0000.parquet"]},
+        ),
+        (
+            [f"data/{split}_{kind}-00000-of-00001.parquet" for split in ("train", "test") for kind in ("prefs", "sft")],
+            {
+                "train": ["data/train_prefs-00000-of-00001.parquet"],
+                "test": ["data/test_prefs-00000-of-00001.parquet"],
+            },
+        ),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], {"train": ["train_prefs.jsonl"], "test": ["test_prefs.jsonl"]}),
+        (["train.jsonl.gz", "eval.csv"], {"train": ["train.jsonl.gz"], "valid": ["eval.csv"]}),
+        (
+            ["train-2.jsonl", "train-10.jsonl", "train-1.json"],
+            {"train": ["train-1.json", "train-2.jsonl", "train-10.jsonl"]},
+        ),
+        (
+            ["train/b.jsonl", "train/a.parquet", "dev.jsonl"],
+            {"train": ["train/a.parquet", "train/b.jsonl"], "valid": ["dev.jsonl"]},
+        ),
+        (
+            ["ultrafeedback_train.jsonl", "ultrafeedback_val.jsonl"],
+            {"train": ["ultrafeedback_train.jsonl"], "valid": ["ultrafeedback_val.jsonl"]},
+        ),
+        # One set in two forms, and one beside its shards, is read once.
+        (["train.jsonl", "train.parquet", "train.jsonl.gz"], {"train": ["train.jsonl"]}),
+        (["train.jsonl", "train/0.jsonl", "train-1.jsonl"], {"train": ["train.jsonl"]}),
+        (["valid.jsonl", "dev.jsonl"], {"valid": ["valid.jsonl"]}),
+        # Without the name of a split all of it is the training set.
+        (["preferences.jsonl", "README.md", "dataset_info.json"], {"train": ["preferences.jsonl"]}),
+        (["data/part-0.parquet", "data/part-1.parquet"], {"train": ["data/part-0.parquet", "data/part-1.parquet"]}),
+        (["a.jsonl", "b.jsonl"], {}),
+        ([".train.jsonl", "train.txt", "trainer_state.json", "test_results.json"], {}),
+    ],
+)
+def test_files_belong_to_the_split_that_they_are_named_after(
+    files: list[str], splits: dict[str, list[str]], tmp_path: Path
+) -> None:
+    for name in files:
+        write(tmp_path / name)
+
+    assert found(tmp_path) == splits
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: rows/a*
+  - split: test_prefs
+    path: [rows/b1.jsonl, rows/b2.jsonl]
+- config_name: other
+  data_files: other.jsonl
+---
+# My rows
+"""
+
+
+def test_the_card_of_a_hub_repository_says_which_files_are_which(tmp_path: Path) -> None:
+    for name in ("rows/a1.jsonl", "rows/a2.parquet", "rows/b1.jsonl", "rows/b2.jsonl", "other.jsonl", "train.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "README.md").write_text(CARD)
+
+    assert found(tmp_path) == {
+        "train": ["rows/a1.jsonl", "rows/a2.parquet"],
+        "test": ["rows/b1.jsonl", "rows/b2.jsonl"],
+    }
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "# no front matter",
+        "---\nconfigs: [\n---\n",
+        "---\nconfigs: 3\n---\n",
+        "---\nconfigs:\n- data_files: ../outside.jsonl\n---\n",
+        "---\nconfigs:\n- data_files: /etc/*\n---\n",
+        "---\nconfigs:\n- data_files: hf://datasets/x\n---\n",
+        "---\nconfigs:\n- config_name: a\n---\n",
+    ],
+)
+def test_a_card_that_names_no_files_here_leaves_the_names_to_decide(card: str, tmp_path: Path) -> None:
+    write(tmp_path / "outside.jsonl")
+    write(tmp_path / "set" / "train.jsonl")
+    (tmp_path / "set" / "README.md").write_text(card)
+
+    assert found(tmp_path / "set") == {"train": ["train.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "card", "message"),
+    [
+        (["en/train.jsonl", "de/train.jsonl"], "", "holds several data sets (de, en): let data name one of them."),
+        (
+            ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"],
+            "",
+            "lacks 1 of the 3 files of train, first of all train-00001-of-00003: fetch the data set again.",
+        ),
+        (
+            ["a.jsonl", "b.jsonl"],
+            "---\nconfigs:\n- {config_name: en, data_files: a.jsonl}\n- {config_name: de, data_files: b.jsonl}\n---\n",
+            "has the configurations en, de: write hf_dataset with that folder as path: and one of them as config:.",
+        ),
+    ],
+)
+def test_a_folder_that_does_not_tell_what_to_read_is_one_sentence(
+    files: list[str], card: str, message: str, tmp_path: Path
+) -> None:
+    for name in files:
+        write(tmp_path / name)
+    (tmp_path / "README.md").write_text(card)
+
+    with pytest.raises(DataError) as caught:
+        split_files(tmp_path)
+
+    assert str(caught.value) == f"{tmp_path} {message}"
+
+
+def test_two_sets_with_an_equal_claim_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train_dpo.jsonl", "train_prefs.jsonl"):
+        write(tmp_path / name)
+
+    with pytest.raises(DataError, match=r"^train_dpo\.jsonl, train_prefs\.jsonl may each be the train split: keep one"):
+        split_files(tmp_path)
+
+
+def test_what_save_to_disk_wrote_has_the_same_rows_as_the_lines_it_came_from(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, validation=rows.select([1, 3])).save_to_disk(
+        str(tmp_path / "both"), num_shards={"train": 2, "validation": 1}
+    )
+    rows.shuffle(seed=1).save_to_disk(str(tmp_path / "one"))
+
+    assert read(tmp_path / "both") == {"train": ROWS, "valid": [ROWS[1], ROWS[3]], "test": []}
+    assert read(tmp_path / "both" / "validation")["train"] == [ROWS[1], ROWS[3]]
+    assert sorted(row["prompt"] for row in read(tmp_path / "one")["train"]) == [row["prompt"] for row in ROWS]
+
+
+def test_a_saved_data_set_that_is_damaged_is_one_sentence(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path))
+    next(tmp_path.glob("*.arrow")).unlink()
+
+    with pytest.raises(DataError, match=rf"^{tmp_path} cannot be loaded \(.*\): save the data set again\.$"):
+        read(tmp_path)
+
+
+def test_rows_of_shards_know_their_file(tmp_path: Path) -> None:
+    for name in ("train/0000.parquet", "test/0000.parquet"):
+        write(tmp_path / name, ROWS[:2])
+
+    splits = read_splits(SimpleNamespace(data=str(tmp_path), hf_dataset=None, valid_fraction=0.0), ("train", "test"))
+
+    sources = [row.source for groups in splits.values() for group in groups for row in group.rows]
+    assert sources == ["train/0000.parquet:1", "train/0000.parquet:2", "test/0000.parquet:1", "test/0000.parquet:2"]
