@@ -17,13 +17,34 @@ from mlx_cpo_plugin import LossType, Option, hookimpl
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import get_plugin_manager
 from mlx_cpo_plugin.settings.config import resolve
-from mlx_cpo_plugin.settings.yaml_settings import parse_settings
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, parse_value
 
 pytest.importorskip("gradio", reason="needs the extra 'studio'")
 
 from mlx_cpo_plugin.studio import document
 from mlx_cpo_plugin.studio.form import PREFERENCE, Content, Field, form_fields, has_effect
 
+LIKE_NUMBERS = [
+    *(
+        "no",
+        "On",
+        "yes",
+        "null",
+        "~",
+        "12:30",
+        "1e-5",
+        "0o17",
+        "08",
+        "010",
+        "1_000",
+        "2026-11-26",
+        "=",
+        "<<",
+        "!x",
+        "&a",
+    ),
+    *("*a", "a: b", "a #b", "- a", "? a", "'", '"', "[a", "{a", "%a", "@a", "`a", "...", "---", "a\nb", "\t", "0x1f"),
+]
 FILE = """\
 # what I begin with
 model: my-model
@@ -182,6 +203,37 @@ class TestDocument:
         assert (run.batch_size, run.dpo_cpo_loss_type) == (int(batch_size), loss)
         assert (run.qat_enable, run.model) == (qat, name)
         assert document.contents_of(text, form_fields())["model"] == name
+
+    @settings(deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(LIKE_NUMBERS))
+    def test_text_of_a_control_is_the_same_text_in_a_run(self, text: str) -> None:
+        data = [{"path": text, "train_split": text}]
+        contents = {"run_name": text, "hf_dataset": dump_settings(data, flow=True)}
+
+        written = document.with_contents(document.new_document(), contents, form_fields())
+
+        for read in (parse_settings(written, "x.yaml").values, yaml.safe_load(written)):
+            assert read.get("run_name") == (text.strip() or None)
+            assert read["hf_dataset"] == data
+
+    @pytest.mark.parametrize("content", ["5e-6", "1_000.5", "+.5", "1e2", "1_0e1_0", "12:30", "08.5"])
+    def test_a_number_of_a_control_is_the_same_number_in_a_run(self, content: str) -> None:
+        written = changed(document.new_document(), learning_rate=content)
+
+        assert parse_settings(written, "x.yaml").values["learning_rate"] == parse_value(content)
+
+    @pytest.mark.parametrize("value", ["no", "yes", "12:30", "010", "0o17", "1_000"])
+    def test_what_the_file_leaves_unquoted_stays_as_it_is(self, value: str) -> None:
+        text = FILE + f"fuse: {value}\n"
+
+        assert changed(text) == text
+
+    def test_what_the_chosen_loss_does_not_read_is_taken_out(self) -> None:
+        text = changed(FILE, dpo_cpo_loss_type="dpop", delta="9")
+
+        assert "delta: 9" in text
+        assert "delta" not in changed(text, dpo_cpo_loss_type="hinge")
+        assert "simpo_gamma: 2" in changed(FILE, preset="simpo", simpo_gamma="2")
 
     def test_a_file_for_another_train_mode_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "sft.yaml"

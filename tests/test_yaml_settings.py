@@ -14,7 +14,25 @@ from hypothesis import strategies as st
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.settings.yaml_settings import SettingsLoader, parse_value
+from mlx_cpo_plugin.settings.yaml_settings import SettingsLoader, dump_settings, parse_settings, parse_value
+
+LIKE_NUMBERS = [
+    "no",
+    "On",
+    "yes",
+    "null",
+    "~",
+    "12:30",
+    "1e-5",
+    "0o17",
+    "08",
+    "010",
+    "1_000",
+    "2026-11-26",
+    "=",
+    "0x1f",
+]
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(LIKE_NUMBERS)
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
@@ -51,6 +69,36 @@ def test_every_float_as_python_or_json_writes_it_is_read_back(number: float) -> 
 
     assert parse_value(text) == number
     assert isinstance(parse_value(text), float)
+
+
+@pytest.mark.parametrize("value", ["12:30", "1:30.5", "010", "-0777", "08", "0o17", "2026-11-26", "0b", "0x"])
+def test_what_yaml_1_1_makes_another_number_of_is_text(value: str, tmp_path: Path) -> None:
+    file = write(tmp_path, f"train_mode: cpo\ntrain: true\niters: {value}\n")
+
+    assert config.read_yaml(file).values["iters"] == value
+    with pytest.raises(ConfigError, match=rf"^iters is '{value}' in {file}, line 3, but must be a whole number >= 1"):
+        from_words("-c", str(file))
+
+
+@pytest.mark.parametrize(("value", "number"), [("0", 0), ("-12", -12), ("1_000", 1000), ("0x1f", 31), ("0b101", 5)])
+def test_whole_numbers(value: str, number: int) -> None:
+    assert parse_value(value) == number
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=3), st.booleans())
+@settings(deadline=None)
+def test_what_is_written_is_read_back_here_and_by_every_user_of_pyyaml(values: dict[str, Any], flow: bool) -> None:
+    text = dump_settings(values, flow=flow)
+
+    assert parse_settings(text, "x.yaml").values == values
+    assert yaml.safe_load(text) == values
 
 
 def test_other_users_of_pyyaml_see_no_change() -> None:
@@ -98,7 +146,7 @@ def test_anchors_and_merges_are_followed(tmp_path: Path) -> None:
         ("beta: 1\ndelta: 2: 3\n", "my.yaml, line 2 is not valid YAML: mapping values are not allowed here."),
         ("a: 1\n---\nb: 2\n", "my.yaml, line 2 is not valid YAML: but found another document."),
         ("a: 1\nb: \x07\n", "my.yaml, line 2 is not valid YAML: special characters are not allowed."),
-        ("a: 2024-99-99\n", "my.yaml is not valid YAML: month must be in 1..12."),
+        ("a: !!timestamp 2024-99-99\n", "my.yaml is not valid YAML: month must be in 1..12."),
         (
             "a: 1\nb: !!python/object/apply:os.getcwd []\n",
             "my.yaml, line 2 is not valid YAML: could not determine a constructor for the tag "

@@ -5,10 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-import yaml
-
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, split_unread
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.wording import named, printable
 
 WIDTH = 110
@@ -56,5 +55,4 @@ def as_yaml(conversion: Conversion, source: Source) -> str:
     """Return the configuration file."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in told_lines(conversion, source))
     ordered = {key: conversion.settings[key] for key in ORDER if key in conversion.settings}
-    body = yaml.safe_dump(ordered | conversion.settings, sort_keys=False, allow_unicode=True, width=WIDTH)
-    return f"{head}\n{body}"
+    return f"{head}\n{dump_settings(ordered | conversion.settings, width=WIDTH)}"

@@ -10,9 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mlx_cpo_plugin.settings.yaml_settings import read_yaml
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
 
 FILE_NAME = "run_settings.yaml"
 
@@ -74,8 +72,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
     versions = ", ".join(f"{name} {_version(name)}" for name in _DISTRIBUTIONS)
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    body = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    return f"# {versions}, {system}, {mx.default_device()}\n{body}"
+    return f"# {versions}, {system}, {mx.default_device()}\n{dump_settings(dict(values))}"
 
 
 def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ import yaml
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.wording import named, printable, shown
 
-FLOAT_TAG = "tag:yaml.org,2002:float"
+FLOAT_TAG, INTEGER_TAG, DATE_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp"))
 # Far above what settings need; below what aliases of aliases, brackets without end, or a wrong file make of them.
 LARGEST_FILE = 256 * 1024
 MOST_VALUES = 100_000
@@ -21,14 +21,27 @@ DEEPEST = 32
 MOST_BITS = 1024
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that ``1e-5`` is a number and not text."""
+_FLOAT = re.compile(
+    r"""[-+]?(?: (?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
+               | [0-9][0-9_]*[eE][-+]?[0-9]+
+               | \.(?:inf|Inf|INF)
+        )$ | \.(?:nan|NaN|NAN)$""",
+    re.VERBOSE,
+)
+_INTEGER = re.compile(r"[-+]?(?:0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)$")
 
-    # The parent's table is copied rather than changed, and its resolver of floats left out.
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it so
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != FLOAT_TAG]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+def _without(resolvers: dict[Any, Any], *tags: str) -> dict[Any, Any]:
+    return {first: [entry for entry in entries if entry[0] not in tags] for first, entries in resolvers.items()}
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, in which ``1e-5`` is a number, and ``12:30``, ``010`` and a date are text.
+
+    YAML 1.1 would read 750, 8 and a date, so that a slip trains with a number that nobody wrote.
+    """
+
+    yaml_implicit_resolvers = _without(yaml.SafeLoader.yaml_implicit_resolvers, FLOAT_TAG, INTEGER_TAG, DATE_TAG)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Build the value of ``node``, and refuse one such as ``!!bool x``, at which PyYAML breaks."""
@@ -43,17 +56,32 @@ class SettingsLoader(yaml.SafeLoader):
         return value
 
 
-SettingsLoader.add_implicit_resolver(
-    FLOAT_TAG,
-    re.compile(
-        r"""[-+]?(?: (?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
-                   | [0-9][0-9_]*[eE][-+]?[0-9]+
-                   | \.(?:inf|Inf|INF)
-            )$ | \.(?:nan|NaN|NAN)$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
+class SettingsDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also quotes the text that :class:`SettingsLoader` would read as a number."""
+
+    yaml_implicit_resolvers = _without(yaml.SafeDumper.yaml_implicit_resolvers)
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Escape every kind of line break: PyYAML writes some of them as they stand, and reads them back as blanks."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+SettingsLoader.add_implicit_resolver(FLOAT_TAG, _FLOAT, list("-+0123456789."))
+SettingsLoader.add_implicit_resolver(INTEGER_TAG, _INTEGER, list("-+0123456789"))
+SettingsDumper.add_representer(str, SettingsDumper.represent_str)
+SettingsDumper.add_implicit_resolver(FLOAT_TAG, _FLOAT, list("-+0123456789."))
+
+
+def dump_settings(values: Any, *, flow: bool = False, width: float = 80) -> str:
+    """Return YAML that this plugin, mlx-lm-lora and any program with PyYAML read back as the same values.
+
+    Args:
+        flow: on one line, as a value behind its key.
+    """
+    text: str = yaml.dump(
+        values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=flow
+    )
+    return text
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import Resolved, resolve
-from mlx_cpo_plugin.settings.yaml_settings import parse_settings, read_yaml
-from mlx_cpo_plugin.studio.form import MODE, Content, Field
+from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, read_yaml
+from mlx_cpo_plugin.studio.form import LOSS_KEY, MODE, Content, Field
 
 SUFFIXES = (".yaml", ".yml")
 UNSAVED = "the form"
@@ -52,12 +55,20 @@ def with_contents(text: str, contents: Mapping[str, Content], fields: Iterable[F
         text: the file as it was opened, or a new one.
         contents: what each control holds, by key.
     """
+    fields = list(fields)
     editor = _editor()
     document = editor.load(text) or CommentedMap()
     document["train"] = True
     document["train_mode"] = MODE
+    # The editor and a run may read a value differently, such as no: what counts is what a run reads.
+    before = contents_of(text, fields)
     for field in fields:
-        _set(document, field, contents.get(field.key))
+        content = contents.get(field.key)
+        if content != before[field.key]:
+            _set(document, field, content)
+    for field in fields:
+        if _goes_unread(field, document, contents):
+            _set(document, field, None)
     stream = io.StringIO()
     editor.dump(document, stream)
     return stream.getvalue()
@@ -144,7 +155,7 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
     value = field.value_of(content)
     if value is None or (content == field.default and key not in holder):
         holder.pop(key, None)
-    elif key not in holder or not _same(holder[key], value):
+    else:
         holder[key] = _as_typed(content, value)
     if inner and holder and holder is not document.get(name):
         document[name] = holder
@@ -152,13 +163,27 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
         document.pop(name, None)
 
 
-def _same(held: Any, value: Any) -> bool:
-    """Whether the file says this already; 1, 1.0 and true are three things."""
-    return bool(held == value) and isinstance(held, bool | int | str) == isinstance(value, bool | int | str)
+def _goes_unread(field: Field, document: CommentedMap, contents: Mapping[str, Content]) -> bool:
+    """Whether the loss does not read what its hidden control still holds, which a run would refuse."""
+    loss = contents.get(LOSS_KEY)
+    if LOSS_KEY not in document:
+        loss = next((preset.values[LOSS_KEY] for preset in PRESETS if preset.name == contents.get("preset")), loss)
+    unread = bool(field.read_by) and loss not in field.read_by
+    return unread and field.value_of(contents.get(field.key)) not in (None, field.option.default)
 
 
 def _as_typed(content: Content | None, value: Any) -> Any:
-    """Keep a number as it was typed: 5e-6 does not become 5e-06."""
+    """Keep a number as it was typed, so that 5e-6 does not become 5e-06; quote text that would be read as none."""
     if isinstance(value, float) and isinstance(content, str):
-        return YAML(typ="rt").load(content.strip())
-    return value
+        typed = YAML(typ="rt").load(content.strip())
+        return typed if isinstance(typed, float) else value
+    return _quoted(value)
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, str):
+        is_plain = dump_settings([value], flow=True, width=math.inf) == f"[{value}]\n"
+        return value if is_plain else DoubleQuotedScalarString(value)
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(item) for key, item in value.items()}
+    return [_quoted(item) for item in value] if isinstance(value, list) else value

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from mlx_cpo_plugin.cpo import LOSS_OPTION
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
@@ -21,7 +19,7 @@ from mlx_cpo_plugin.settings.options import (
     TRAINING_OPTIONS,
 )
 from mlx_cpo_plugin.settings.validation import check
-from mlx_cpo_plugin.settings.yaml_settings import parse_value
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_value
 from mlx_cpo_plugin.types import Option
 
 MODE, LOSS_KEY = "cpo", LOSS_OPTION
@@ -89,15 +87,15 @@ class Field:
         if isinstance(value, bool):
             return "true" if value else "false"
         if isinstance(value, dict | list):
-            return yaml.safe_dump(value, default_flow_style=True, width=4096).strip()
+            return dump_settings(value, flow=True, width=4096).strip()
         return str(value)
 
     def value_of(self, content: Content | None) -> Any:
         """Return the value for a file; ``None`` where the setting is left at its default."""
-        if content is None or content == "":
-            return None
-        if isinstance(content, bool):
+        if content is None or isinstance(content, bool):
             return content
+        if not content.strip():
+            return None
         return content.strip() if self.option.type is str else parse_value(content)
 
     def error_of(self, content: Content | None) -> str:
