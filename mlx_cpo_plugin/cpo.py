@@ -67,7 +67,7 @@ PRESET = Option(
     "preset",
     str,
     None,
-    "Fill the loss and its options with published values; what is set besides wins.",
+    "Fill the loss and its options with published values; options set besides win.",
     title="Preset",
     choices=tuple(preset.name for preset in PRESETS),
     optional=True,

@@ -140,7 +140,7 @@ def test_check_resolves_the_config_with_overrides(
     tmp_path: Path, checked: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "my.yaml"
-    config.write_text("train_mode: cpo\nbeta: 0.02\niters: 3\ndelta: 5.0\n")
+    config.write_text("train_mode: cpo\nbeta: 0.02\niters: 3\nepochs: 2\n")
 
     assert cli.main(["check", "--config", str(config), "--iters", "9"]) == 0
 

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
-from stranger_plugins import JudgedPlugin, PlainPlugin, RankPlugin, registered
+from stranger_plugins import JudgedPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA
@@ -111,9 +111,14 @@ def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
     return file
 
 
+LOSS_OF = {"delta": "dpop", "simpo_gamma": "simpo", "alphapo_alpha": "alphapo"}
+"""Option that the default loss does not read -> one that does."""
+
+
 def base(key: str) -> dict[str, Any]:
     """A configuration that is complete, whatever ``key`` is set to."""
-    return {"train_mode": "cpo", "test": True} if key == "train" else {"train_mode": "cpo", "train": True}
+    loss = {"dpo_cpo_loss_type": LOSS_OF[key]} if key in LOSS_OF else {}
+    return {"train_mode": "cpo", "test": True} if key == "train" else {"train_mode": "cpo", "train": True, **loss}
 
 
 def words(values: Mapping[str, Any]) -> list[str]:
@@ -278,7 +283,7 @@ CHECKED = [
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({}, optional={option.name: valid_value(option) for option in CHECKED}))
 def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> None:
-    call = {"train_mode": "cpo", "train": True, **values}
+    call = {"train_mode": "cpo", "train": True, "dpo_cpo_loss_type": "dpop", **values}
 
     by_mapping = config.resolve(config.explicit(call))
     by_words = config.resolve(config.explicit(words(call)))
@@ -293,13 +298,13 @@ def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> Non
         ("sigmoid", {"beta": 0.05, "label_smoothing": 0.0}),
         ("hinge", {"beta": 0.05}),
         ("ipo", {"beta": 0.05}),
-        ("dpop", {"beta": 0.05, "delta": 7.0}),
+        ("dpop", {"beta": 0.05, "delta": 50.0}),
         ("simpo", {"beta": 0.05, "simpo_gamma": 0.5, "label_smoothing": 0.0}),
         ("alphapo", {"beta": 0.05, "simpo_gamma": 0.5, "alphapo_alpha": 0.25, "label_smoothing": 0.0}),
     ],
 )
 def test_chosen_loss_gets_exactly_its_options(loss: str, read: dict[str, float]) -> None:
-    assert from_call(dpo_cpo_loss_type=loss, beta=0.05, delta=7).loss_options == read
+    assert from_call(dpo_cpo_loss_type=loss, beta=0.05).loss_options == read
 
 
 @pytest.mark.usefixtures("rank")
@@ -309,7 +314,7 @@ def test_loss_from_elsewhere_brings_its_options(tmp_path: Path) -> None:
     resolved = from_words("-c", str(file), "--dpo-cpo-loss-type", "rank")
 
     assert resolved.loss_options == {"beta": 2.0, "rank_margin": 1.5}
-    assert from_words("-c", str(file), "--rank-margin", "2").rank_margin == 2.0
+    assert from_words("-c", str(file), "--dpo-cpo-loss-type", "rank", "--rank-margin", "2").rank_margin == 2.0
 
 
 @pytest.mark.usefixtures("rank")
@@ -321,7 +326,9 @@ def test_loss_from_elsewhere_sets_the_range_of_its_options() -> None:
 
 @pytest.mark.usefixtures("rank")
 def test_flag_from_elsewhere_makes_no_abbreviation_ambiguous() -> None:
-    assert from_words("--train-m", "cpo", "--train", "--val", "3", "--rank-m", "1").val_batches == 3
+    words = ("--train-m", "cpo", "--train", "--val", "3", "--dpo-cpo-loss-type", "rank", "--rank-m", "1")
+
+    assert from_words(*words).val_batches == 3
 
 
 @pytest.mark.usefixtures("judged")
@@ -374,12 +381,10 @@ def test_note_on_what_a_preset_sets() -> None:
     )
 
 
-def test_notes_on_a_preset_whose_loss_is_not_the_one_that_is_trained() -> None:
-    assert notes(preset="simpo", dpo_cpo_loss_type="sigmoid") == (
-        "preset simpo sets beta: 2.0, simpo_gamma: 1.0, cpo_alpha: 0.0.",
-        "beta is 2: without a reference model a large beta overshoots; start with 0.05.",
-        "simpo_gamma has no effect with dpo_cpo_loss_type sigmoid; it belongs to simpo, alphapo.",
-    )
+def test_a_preset_beside_its_own_loss_is_no_contradiction(tmp_path: Path) -> None:
+    file = write(tmp_path, "train_mode: cpo\ntrain: true\npreset: simpo\ndpo_cpo_loss_type: simpo\n")
+
+    assert from_words("-c", str(file)).beta == 2.0
 
 
 def test_values_of_presets_are_within_the_range_of_their_options() -> None:
@@ -397,16 +402,12 @@ def test_no_note_on_the_beta_that_a_loss_asks_for() -> None:
     assert notes(dpo_cpo_loss_type="rank", beta=2.0) == ()
 
 
-def test_note_on_an_option_of_another_loss() -> None:
-    assert notes(delta=5.0) == ("delta has no effect with dpo_cpo_loss_type sigmoid; it belongs to dpop.",)
-    assert notes(delta=5.0, dpo_cpo_loss_type="dpop") == ()
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo"])
+def test_what_a_loss_does_not_read_may_be_given_at_its_default(loss: str) -> None:
+    defaults = {option.name: option.default for option in plugins.train_modes()["cpo"].options}
+    given_values = {key: defaults[key] for key in ("delta", "label_smoothing", "simpo_gamma", "alphapo_alpha")}
 
-
-def test_note_on_beta_when_the_loss_does_not_read_it() -> None:
-    with registered(PlainPlugin()):
-        assert notes(beta=0.2, dpo_cpo_loss_type="plain") == (
-            "beta has no effect with dpo_cpo_loss_type plain; it belongs to sigmoid, hinge, ipo, dpop, simpo, alphapo.",
-        )
+    assert notes(dpo_cpo_loss_type=loss, **given_values) == ()
 
 
 def test_note_on_a_reference_model() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stranger_plugins import RankPlugin, registered
+from stranger_plugins import PlainPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
@@ -83,8 +83,23 @@ def rank() -> Iterator[None]:
         ),
         (
             "dpo_cpo_loss_type: hinge\nlabel_smoothing: 0.1",
-            "label_smoothing is 0.1 in my.yaml, line 4, but the loss hinge does not read it; "
-            "remove it, or use one of sigmoid, simpo, alphapo.",
+            "label_smoothing is 0.1 in my.yaml, line 4, but dpo_cpo_loss_type is hinge in my.yaml, line 3, which does "
+            "not read it; remove it, or use one of sigmoid, simpo, alphapo.",
+        ),
+        (
+            "delta: 5",
+            "delta is 5.0 in my.yaml, line 3, but dpo_cpo_loss_type is sigmoid by default, which does not read it; "
+            "remove it, or use one of dpop.",
+        ),
+        (
+            "preset: simpo\ndelta: 5",
+            "delta is 5.0 in my.yaml, line 4, but dpo_cpo_loss_type is simpo by the preset in my.yaml, line 3, which "
+            "does not read it; remove it, or use one of dpop.",
+        ),
+        (
+            "preset: simpo\ndpo_cpo_loss_type: sigmoid",
+            "preset is simpo in my.yaml, line 3, whose loss is simpo, but dpo_cpo_loss_type is sigmoid in my.yaml, "
+            "line 4; remove one of the two.",
         ),
         ("lora_parameters: 8", "lora_parameters is 8 in my.yaml, line 3, but must be a mapping."),
         (
@@ -176,6 +191,52 @@ def test_wrong_value_is_told_with_key_value_file_line_and_what_is_allowed(
 )
 def test_wrong_value_on_the_command_line(flag: str, sentence: str) -> None:
     assert message(["--train-mode=cpo", "--train", flag]) == sentence
+
+
+@pytest.mark.parametrize(
+    ("in_file", "words", "sentence"),
+    [
+        (
+            "preset: simpo",
+            ["--dpo-cpo-loss-type", "sigmoid"],
+            "preset is simpo in {file}, line 3, whose loss is simpo, but dpo_cpo_loss_type is sigmoid on the command "
+            "line; remove one of the two.",
+        ),
+        (
+            "dpo_cpo_loss_type: sigmoid",
+            ["--preset", "simpo"],
+            "preset is simpo on the command line, whose loss is simpo, but dpo_cpo_loss_type is sigmoid in {file}, "
+            "line 3; remove one of the two.",
+        ),
+        (
+            "simpo_gamma: 2",
+            ["--dpo-cpo-loss-type", "hinge"],
+            "simpo_gamma is 2.0 in {file}, line 3, but dpo_cpo_loss_type is hinge on the command line, which does not "
+            "read it; remove it, or use one of simpo, alphapo.",
+        ),
+        (
+            "dpo_cpo_loss_type: hinge",
+            ["--delta", "2"],
+            "delta is 2.0 on the command line, but dpo_cpo_loss_type is hinge in {file}, line 3, which does not read "
+            "it; remove it, or use one of dpop.",
+        ),
+    ],
+)
+def test_the_loss_must_read_what_file_and_command_line_set_together(
+    in_file: str, words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(f"train_mode: cpo\ntrain: true\n{in_file}\n")
+
+    with pytest.raises(ConfigError) as refused:
+        config.resolve(config.explicit(["-c", str(file), *words]))
+
+    assert str(refused.value) == sentence.format(file=file)
+
+
+def test_a_loss_from_elsewhere_that_does_not_read_beta_refuses_it() -> None:
+    with registered(PlainPlugin()), pytest.raises(ConfigError, match=r"^beta is 0\.2 in the call, but .* plain in the"):
+        config.resolve({"train_mode": "cpo", "train": True, "beta": 0.2, "dpo_cpo_loss_type": "plain"})
 
 
 def test_wrong_value_in_a_call() -> None:

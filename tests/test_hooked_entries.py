@@ -164,7 +164,7 @@ def test_an_untested_host_is_warned_of_once(
 
 
 def test_notes_are_printed(runs: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
-    patches.wrapped_run(Recorder())(SimpleNamespace(**CPO, delta=7.0))
+    patches.wrapped_run(Recorder())(SimpleNamespace(**CPO, reference_model_path="base"))
 
     assert capsys.readouterr().out.startswith("note: ")
 

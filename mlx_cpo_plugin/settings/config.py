@@ -38,8 +38,6 @@ __all__ = [
 ]
 
 LARGE_BETA = 0.1
-# What must not be set without an effect, since the rows would count for more than was meant.
-ONLY_WITH_READERS = "label_smoothing"
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,9 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | YamlSetti
     values = _unchecked(sources, defaults)
     values |= {name: _checked(option, sources) for name, option in options.items()}
     _refuse_contradictions(values, sources)
-    _refuse_unread(loss, losses, values, sources)
+    if loss:
+        _refuse_overridden(preset, mode.loss_option, loss, sources)
+        _refuse_unread(mode.loss_option, loss, losses, options, values, sources)
     values |= {
         "train_mode": mode.name,
         "config": None,
@@ -134,7 +134,7 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | YamlSetti
         "loss_options": {option.name: values[option.name] for option in loss.options} if loss else {},
         "plugin_resolved": True,
     }
-    notes = [*_preset_notes(preset, sources), *_notes(mode, loss, losses, options, values, sources)]
+    notes = [*_preset_notes(preset, sources), *_notes(mode, loss, options, values, sources)]
     return Resolved(SimpleNamespace(**values), tuple(notes))
 
 
@@ -197,12 +197,32 @@ def _refuse_contradictions(values: Mapping[str, Any], sources: _Sources) -> None
         raise ConfigError("Neither train nor test is true; set 'train: true' in the YAML file or give --train.")
 
 
+def _refuse_overridden(preset: Preset | None, loss_option: str, loss: LossType, sources: _Sources) -> None:
+    """Refuse another loss than the preset's: its other values, such as beta, belong to that one."""
+    meant = preset.values.get(loss_option, loss.name) if preset else loss.name
+    if preset and meant != loss.name:
+        raise ConfigError(
+            f"preset is {preset.name} {sources.place('preset')}, whose loss is {meant}, but {loss_option} is "
+            f"{loss.name} {sources.place(loss_option)}; remove one of the two."
+        )
+
+
 def _refuse_unread(
-    loss: LossType | None, losses: Mapping[str, LossType], values: Mapping[str, Any], sources: _Sources
+    loss_option: str,
+    loss: LossType,
+    losses: Mapping[str, LossType],
+    options: Mapping[str, Option],
+    values: Mapping[str, Any],
+    sources: _Sources,
 ) -> None:
-    value = values.get(ONLY_WITH_READERS)
-    if loss and value and not loss.reads(ONLY_WITH_READERS):
-        raise not_read(ONLY_WITH_READERS, value, sources.place(ONLY_WITH_READERS), loss, losses.values())
+    """Refuse a setting that only other losses read, unless it is at its default and so means nothing."""
+    where = sources.place(loss_option)
+    if not sources.gives(loss_option) and loss_option in sources.preset:
+        where = f"by the preset {sources.place('preset')}"
+    for name in {option.name: None for other in losses.values() for option in other.options}:
+        if sources.gives(name) and not loss.reads(name) and values[name] != options[name].default:
+            chosen = f"{loss_option} is {loss.name} {where}, which"
+            raise not_read(name, values[name], sources.place(name), loss, losses.values(), chosen)
 
 
 def _preset_notes(preset: Preset | None, sources: _Sources) -> list[str]:
@@ -217,7 +237,6 @@ def _preset_notes(preset: Preset | None, sources: _Sources) -> list[str]:
 def _notes(
     mode: TrainMode,
     loss: LossType | None,
-    losses: Mapping[str, LossType],
     options: Mapping[str, Option],
     values: Mapping[str, Any],
     sources: _Sources,
@@ -230,10 +249,6 @@ def _notes(
     takes_sums = loss is not None and not loss.length_normalised
     if takes_sums and "beta" in changed & read_by_loss and values["beta"] > LARGE_BETA and not mode.needs_reference:
         notes.append(f"beta is {values['beta']:g}: without a reference model a large beta overshoots; start with 0.05.")
-    readers = {option.name for other in losses.values() for option in other.options} if loss else set()
-    for name in sorted(changed & (readers - read_by_loss)):
-        names = ", ".join(other.name for other in losses.values() if name in {option.name for option in other.options})
-        notes.append(f"{name} has no effect with {mode.loss_option} {values[mode.loss_option]}; it belongs to {names}.")
     if "reference_model_path" in changed and not mode.needs_reference:
         notes.append(f"reference_model_path has no effect: {mode.name} uses no reference model.")
     if values["iters"] is not None and values["epochs"] is not None:

@@ -88,16 +88,19 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
     return ConfigError(f"Unknown {kind} {inside}{name} {where}; {advice}")
 
 
-def not_read(option: str, value: object, where: str, loss: LossType, losses: Iterable[LossType]) -> ConfigError:
+def not_read(
+    option: str, value: object, where: str, loss: LossType, losses: Iterable[LossType], chosen: str = ""
+) -> ConfigError:
     """Return the error for an option that must not be set with a loss that does not read it.
 
     Args:
         where: where it was given, in words.
         losses: all that there are.
+        chosen: what the loss is and where that was given, with ", which" at its end; "the loss ..." when it is empty.
     """
     readers = ", ".join(other.name for other in losses if other.reads(option))
     return ConfigError(
-        f"{option} is {shown(value)} {where}, but the loss {loss.name} does not read it; "
+        f"{option} is {shown(value)} {where}, but {chosen or f'the loss {loss.name}'} does not read it; "
         f"remove it, or use one of {readers}."
     )
 
