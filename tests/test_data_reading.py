@@ -217,6 +217,7 @@ class StandInHub(ModuleType):
         self._found = found
 
     def load_dataset(self, name, **options):
+        self.saw_torch = "torch" in sys.modules
         if name not in self._found:
             raise FileNotFoundError(name)
         return self._found[name]
@@ -271,9 +272,11 @@ def test_a_hub_name_that_is_not_found_is_an_error_of_one_sentence(monkeypatch, t
 
 def test_a_torch_folder_without_pytorch_does_not_reach_the_dataset_library(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
-    monkeypatch.setitem(sys.modules, "datasets", StandInHub({"me/prefs": {"train": ROWS}}))
+    folder, hub = ModuleType("torch"), StandInHub({"me/prefs": {"train": ROWS}})
+    monkeypatch.setitem(sys.modules, "torch", folder)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
 
     read_splits(settings("me/prefs"), ("train",))
 
-    assert "torch" not in sys.modules
+    assert not hub.saw_torch
+    assert sys.modules["torch"] is folder
