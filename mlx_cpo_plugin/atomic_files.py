@@ -1,28 +1,98 @@
-"""Files that are whole or as they were before."""
+"""Files that are whole or as they were before, and the sweeping of what a killed process had not finished."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# ".<machine>-<process>-<what for>-<name>": beside the file, so that it can be renamed to it.
+_PARTIAL = re.compile(
+    r"\.(?:(?P<machine>\w+)-)?(?P<process>\d+)-(?:(?:partial|replaced|removed)-)?(?P<name>.+)", re.DOTALL
+)
+_MACHINE = re.sub(r"\W", "_", socket.gethostname())
+
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have ``write`` fill a file beside ``path``, flush it to the disk, then rename it to ``path``.
+
+    A link in its place is replaced, not followed.
 
     Raises:
         OSError: the folder cannot be made, or the file not be written.
         Exception: whatever ``write`` raises.
     """
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         partial.replace(path)
+        flush(path.parent)
     finally:
         with suppress(OSError):  # the folder may be what is wrong; the error raised says more
             partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path, purpose: str = "partial") -> Path:
+    """Return the name beside ``path`` under which this process keeps what is not yet, or no more, that file or folder.
+
+    Args:
+        purpose: ``partial``, ``replaced`` or ``removed``.
+    """
+    return path.with_name(f".{_MACHINE}-{os.getpid()}-{purpose}-{path.name}")
+
+
+def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove what processes that are dead had not finished in a folder.
+
+    Args:
+        owned: whether only the caller may write the file of this name, so that any partial one is left by the dead;
+            that of another name is removed where its process is known to be.
+    """
+    if not os.path.isdir(folder):
+        return
+    for path in list(folder.iterdir()):
+        match = _PARTIAL.fullmatch(path.name)
+        if match and (owned(match["name"]) or (match["machine"] == _MACHINE and not _is_alive(int(match["process"])))):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, or a link but not what it leads to; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder.
+
+    Raises:
+        OSError: it cannot be opened, or the file not be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -105,6 +105,11 @@ def parameters(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in tree_flatten(model.trainable_parameters())}
 
 
+def saved_arrays(file: Path) -> dict[str, bytes]:
+    """What a file of arrays holds, to the bit, whatever it says of itself."""
+    return {name: np.array(value).tobytes() for name, value in mx.load(str(file)).items()}
+
+
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray], tolerance: float = 0.0) -> None:
     """Both hold the same arrays, up to a relative error of the whole array; 0 means to the bit."""
     assert left.keys() == right.keys()

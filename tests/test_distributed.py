@@ -124,5 +124,5 @@ def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path)
         printed = train_on(2, tmp_path / name, **HALF_FILLED)
 
         assert "Resuming after iteration 4" in printed
-        adapters = [(tmp_path / run / "adapters.safetensors").read_bytes() for run in ("whole", name)]
-        assert adapters[0] == adapters[1]
+        adapters = [mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("whole", name)]
+        assert_same(*({key: np.array(value) for key, value in adapter.items()} for adapter in adapters))

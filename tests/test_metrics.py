@@ -48,7 +48,7 @@ def test_the_likelihood_is_a_mean_over_tokens_and_has_its_share_in_the_loss(loss
 
 
 def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from_the_start(tmp_path: Path) -> None:
-    reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "metrics.jsonl"))
+    reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "metrics.jsonl", "run"))
 
     for (number, _), norms in zip(reporter.iterations_of([None, None], 2), ([1.0, 3.0], [5.0]), strict=True):
         reporter.add(mx.array([0.5 * number]), EQUAL, tokens=4)
@@ -64,7 +64,7 @@ def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from
 
 
 def test_every_report_is_a_line_of_valid_json(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "adapters" / "metrics.jsonl")
+    file = MetricsFile(tmp_path / "adapters" / "metrics.jsonl", "run")
 
     file.append("train", {"iteration": 10, "train_loss": 0.5})
     file.append("train", {"iteration": 20, "train_loss": math.nan, "train_margins": -math.inf})
@@ -81,4 +81,4 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^.*metrics\.jsonl cannot be written \(.*\); free space or change adapter_path"
     ):
-        MetricsFile(tmp_path / "metrics.jsonl").append("test", {"test_loss": 0.5})
+        MetricsFile(tmp_path / "metrics.jsonl", "run").append("test", {"test_loss": 0.5})

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from conftest import saved_arrays
 from faulty_ranks import ended, start, start_training, train
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
@@ -23,12 +24,12 @@ from mlx_cpo_plugin.training.stopping import StopRequest
 LOST = "error: rank {} was killed or ended with an error of its own, so rank {} stops, too; the checkpoints so far are"
 
 
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapters.safetensors").read_bytes()
+def adapter(folder: Path) -> dict[str, bytes]:
+    return saved_arrays(folder / "adapters.safetensors")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The adapter of a run to which nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert [rank.code for rank in train(folder)] == [0, 0]
@@ -37,7 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_other_and_both_go_on_to_the_bit(
-    tmp_path: Path, victim: int, undisturbed: bytes
+    tmp_path: Path, victim: int, undisturbed: dict[str, bytes]
 ) -> None:
     survivor = 1 - victim
 

@@ -477,7 +477,9 @@ def test_a_caller_of_the_trainer_has_its_arguments_written_down(tmp_path: Path) 
 
 def test_what_a_run_warns_of_stands_among_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run")
-    reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "run" / "metrics.jsonl"))
+    reporter = ProgressReporter(
+        objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "run" / "metrics.jsonl", "run")
+    )
 
     reporter.warn("Iter 20: look here.")
     reporter.warn(None)

@@ -20,11 +20,13 @@ import pytest
 from conftest import add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
+from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.checkpoints.training_state import random_seed
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.stopping import StoppedError, only_run_in
+from mlx_cpo_plugin.training.stopping import StoppedError
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 KILLS = 50
@@ -85,7 +87,7 @@ def adapter_in(folder: Path) -> dict[str, np.ndarray]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """What the metrics file says, without what a clock says."""
-    clocks = ("time", "iterations_per_second", "tokens_per_second", "val_time", "peak_memory")
+    clocks = ("run", "time", "iterations_per_second", "tokens_per_second", "val_time", "peak_memory")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
 
@@ -257,8 +259,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     train(tmp_path / "two")
     train(tmp_path / "three", keep_checkpoints=3)
 
-    assert checkpoints(tmp_path / "two") == ["0000008", "0000010"]
-    assert checkpoints(tmp_path / "three") == ["0000006", "0000008", "0000010"]
+    # The ninth is the one before the last optimizer step.
+    assert checkpoints(tmp_path / "two") == ["0000009", "0000010"]
+    assert checkpoints(tmp_path / "three") == ["0000008", "0000009", "0000010"]
 
 
 ON_A_FULL_DISK = """
@@ -294,18 +297,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_pa
 
 
 def test_what_a_killed_run_had_not_finished_is_swept_away(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, keep=2)
-    leftover = tmp_path / ".123-0000001"
-    leftover.mkdir()
+    run = RunIdentity.new()
+    folder = CheckpointFolder(tmp_path, run.id, keep=2)
+    for name in (".machine-123-partial-0000001", ".123-0000001"):
+        (tmp_path / name).mkdir()
 
-    folder.save(2, {"adapters": {"a": mx.ones(3)}}, {"iteration": 2})
+    folder.save(2, {"adapters": {"a": mx.ones(3)}}, {"iteration": 2, "run": run.plain()})
 
     assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from mlx_cpo_plugin.training.stopping import only_run_in\n"
+        "import sys; from pathlib import Path; from mlx_cpo_plugin.checkpoints.run_folder import only_run_in\n"
         "with only_run_in(Path(sys.argv[1])):\n"
         "    print('in', flush=True); sys.stdin.read()\n"
     )

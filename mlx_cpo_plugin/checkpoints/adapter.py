@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,26 @@ class CheckpointError(UserError):
     """An adapter cannot be written, or what was written is not what was trained."""
 
 
-def save_adapter(model: nn.Module, adapter_file: Path) -> None:
+def save_adapter(model: nn.Module, adapter_file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the trainable parameters to ``adapter_file`` (safetensors), whole or not at all.
+
+    Args:
+        metadata: what the file says of itself.
 
     Raises:
         CheckpointError: the file cannot be written; an older one is left as it was.
     """
     weights = by_name(model.trainable_parameters())
-    write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights))
+    write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights, dict(metadata or {})))
 
 
-def save_checkpoint(model: nn.Module, adapter_file: Path, iteration: int) -> Path:
+def save_checkpoint(
+    model: nn.Module, adapter_file: Path, iteration: int, metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write ``adapter_file`` and, beside it, ``0000100_adapters.safetensors``; return the latter."""
-    save_adapter(model, adapter_file)
+    save_adapter(model, adapter_file, metadata)
     checkpoint = adapter_file.parent / f"{iteration:07d}_adapters.safetensors"
-    save_adapter(model, checkpoint)
+    save_adapter(model, checkpoint, metadata)
     return checkpoint
 
 

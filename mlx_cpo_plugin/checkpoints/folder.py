@@ -1,6 +1,7 @@
 """Checkpoints on disk, each a folder that is whole or absent: written beside, flushed, renamed, and checked when read.
 
-A checkpoint holds files of arrays, a file of plain values, and a manifest with the size and hash of each of these.
+A checkpoint holds files of arrays, a file of plain values, and a manifest with the size and hash of each of these. Its
+values name the run that wrote it and the iteration after which it did; the name of the folder is for people alone.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 VALUES = "values.json"
 _DIGITS = 7
@@ -31,13 +34,21 @@ class Checkpoint:
     """A checkpoint that was found whole.
 
     Attributes:
-        iteration: after which it was written.
         values: plain values by name.
     """
 
     folder: Path
-    iteration: int
     values: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """The iteration after which it was written."""
+        return int(self.values["iteration"])
+
+    @property
+    def run(self) -> RunIdentity:
+        """The run that wrote it."""
+        return RunIdentity.from_plain(self.values["run"])
 
     def arrays(self, name: str) -> dict[str, mx.array]:
         """Return the arrays that were saved under ``name``; none if there were none."""
@@ -49,98 +60,147 @@ class CheckpointFolder:
     """The checkpoints of a run, of which the newest are kept.
 
     Args:
+        run_id: of the run that writes them; no other's are ever removed.
         keep: how many; at least 1.
+        keep_also: the iteration of one that is kept besides, as long as it is in the way of none.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, run_id: str, keep: int, keep_also: int | None = None) -> None:
         self.folder = folder
+        self.run_id = run_id
         self.keep = keep
+        self.keep_also = keep_also
 
-    def save(self, iteration: int, arrays: Mapping[str, Arrays], values: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, then remove those that are too old.
+    def save(
+        self,
+        iteration: int,
+        arrays: Mapping[str, Arrays],
+        values: Mapping[str, Any],
+        files: Mapping[str, Path] | None = None,
+    ) -> Path:
+        """Write a checkpoint, then remove those of the same run that are too old, or beyond this one.
 
         Args:
             arrays: files of arrays by name; one without arrays is left out.
+            values: with ``run`` and ``iteration``, by which the checkpoint is told from others.
+            files: existing files to hold by name; they are linked, so nobody may write into them afterwards.
 
         Raises:
             CheckpointError: it cannot be written; the older ones are left as they were.
         """
-        target = self._target(iteration)
-        partial = self.folder / f".{os.getpid()}-{target.name}"
+        target = self.folder / f"{iteration:0{_DIGITS}d}"
+        partial = partial_of(target)
         try:
-            self._remove_leftovers()
-            partial.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(self.folder)
+            partial.mkdir()
             for name, content in arrays.items():
                 if content:
                     _save_arrays(partial / f"{name}.safetensors", content)
+            for name, file in (files or {}).items():
+                _link(file, partial / name)
             (partial / VALUES).write_text(json.dumps(values), encoding="utf-8")
             manifest = {file.name: _describe(file) for file in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
-                _flush(path)
-            if target.exists():  # left by a run that was resumed from an older one
-                shutil.rmtree(target)
+                flush(path)
+            if os.path.lexists(target):  # torn, or from beyond the one that the run was resumed from
+                target.rename(partial_of(target, "replaced"))
             partial.rename(target)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{target} cannot be written ({error}); free space or change adapter_path. The checkpoints before it "
-                "are whole; continue with resume: auto."
+                f"{target} cannot be written ({error}); free space or change adapter_path.{self._left()}"
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        for old in self._targets()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(partial)
+        remove(partial_of(target, "replaced"))
+        self._prune(iteration)
         return target
 
-    def newest(self, say: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole, of an iteration up to ``at_most``; say which are not."""
-        for target in self._targets():
-            if at_most is not None and int(target.name) > at_most:
-                continue
-            try:
-                return read_checkpoint(target)
-            except CheckpointError as error:
-                say(f"{error} The one before it is used.")
-        return None
+    def whole(self, hashed: bool = True) -> list[Checkpoint]:
+        """Return this run's checkpoints that are whole, the newest first."""
+        found = [checkpoint for folder in checkpoints_in(self.folder) if (checkpoint := _read(folder, hashed))]
+        mine = [checkpoint for checkpoint in found if checkpoint.run.id == self.run_id]
+        return sorted(mine, key=lambda checkpoint: checkpoint.iteration, reverse=True)
 
-    def _target(self, iteration: int) -> Path:
-        return self.folder / f"{iteration:0{_DIGITS}d}"
+    def _prune(self, newest: int) -> None:
+        """Remove what is too old, and what is beyond the newest: the run was resumed from an older one."""
+        whole = self.whole(hashed=False)
+        beyond = [checkpoint for checkpoint in whole if checkpoint.iteration > newest]
+        counted = [checkpoint for checkpoint in whole if checkpoint.iteration <= newest]
+        kept = [checkpoint for checkpoint in counted if checkpoint.iteration == self.keep_also]
+        for checkpoint in counted:
+            if len(kept) < max(self.keep, 1) or checkpoint.iteration == newest:
+                kept += [] if checkpoint in kept else [checkpoint]
+        for checkpoint in (*beyond, *counted):
+            if checkpoint not in kept:
+                # The name goes first: what is half removed is no checkpoint.
+                aside = partial_of(checkpoint.folder, "removed")
+                checkpoint.folder.rename(aside)
+                remove(aside)
 
-    def _targets(self) -> list[Path]:
-        """Return the folders that look like checkpoints, the newest first."""
-        if not os.path.isdir(self.folder):  # which unlike Path.is_dir is false for names that no file can have
-            return []
-        found = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a run that was killed had not finished; only one run writes here at a time."""
-        if self.folder.is_dir():
-            for path in self.folder.glob(".*-*"):
-                shutil.rmtree(path, ignore_errors=True)
+    def _left(self) -> str:
+        whole = self.whole()
+        return f" The checkpoint before it, {whole[0].folder}, is whole; continue with resume: auto." if whole else ""
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def folder_of_rank(adapter_folder: Path, rank: int | None = None) -> Path:
+    """Return where a rank, by default this one, has its checkpoints below an adapter folder."""
+    rank = mx.distributed.init().rank() if rank is None else rank
+    return adapter_folder / (CHECKPOINTS if rank == 0 else f"{CHECKPOINTS}-rank-{rank}")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the folders that look like checkpoints, those of the highest numbers first."""
+    if not os.path.isdir(folder):  # which unlike Path.is_dir is false for names that no file can have
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
     """Return the checkpoint in ``folder``.
+
+    Args:
+        hashed: read every file; otherwise their sizes have to do.
 
     Raises:
         CheckpointError: it is not whole, or is something else; says what is wrong with which file.
     """
+    fault: str | None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        fault = next((fault for name in manifest if (fault := _fault(folder / name, manifest[name]))), None)
-        if fault is None and VALUES in manifest and folder.name.isdecimal():
-            return Checkpoint(folder, int(folder.name), json.loads((folder / VALUES).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        fault = next((fault for name in manifest if (fault := _fault(folder / name, manifest[name], hashed))), None)
+        if fault is None and VALUES in manifest:
+            values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+            if "run" not in values:
+                raise CheckpointError(
+                    f"The checkpoint {folder} was written by an earlier version; go on from its adapter with "
+                    "resume_adapter_file."
+                )
+            checkpoint = Checkpoint(folder, values)
+            if checkpoint.iteration >= 0 and checkpoint.run:
+                return checkpoint
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
     raise CheckpointError(f"The checkpoint {folder} is not whole ({fault or 'it is something else'}).")
 
 
-def _fault(file: Path, described: Mapping[str, Any]) -> str | None:
-    if file.stat().st_size != described["bytes"]:
-        return f"{file.name} has {file.stat().st_size} bytes instead of {described['bytes']}"
-    if _hash(file) != described["sha256"]:
+def _read(folder: Path, hashed: bool) -> Checkpoint | None:
+    try:
+        return read_checkpoint(folder, hashed)
+    except CheckpointError:
+        return None
+
+
+def _fault(file: Path, described: Mapping[str, Any], hashed: bool) -> str | None:
+    size = file.stat().st_size
+    if size != described["bytes"]:
+        return f"{file.name} has {size} bytes instead of {described['bytes']}"
+    if hashed and _hash(file) != described["sha256"]:
         return f"{file.name} has another content than was written"
     return None
 
@@ -164,11 +224,9 @@ def _save_arrays(file: Path, arrays: Arrays) -> None:
         raise OSError(f"{file.name} has {file.stat().st_size} bytes instead of {expected}")
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _link(file: Path, target: Path) -> None:
+    """Have a file under a second name, or a copy of it where the file system has no links."""
     try:
-        with suppress(OSError):  # some file systems cannot flush a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.link(file, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copyfile(file, target)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,17 +14,13 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_cpo_plugin.checkpoints.adapter import describe_adapter, write_atomically
-from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, read_checkpoint
+from mlx_cpo_plugin.checkpoints.adapter import describe_adapter
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.exchange import of_all_ranks
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
-
-AUTO = "auto"
-CHECKPOINTS = "checkpoints"
-STARTED = "started.json"
 
 # What a resumed run may change: none of these has a part in the weights that come out.
 FREE_TO_CHANGE = frozenset(
@@ -44,6 +39,7 @@ FREE_TO_CHANGE = frozenset(
         "save_best",
         "early_stopping_patience",
         "run_settings",
+        "run_identity",
     }
 )
 # Steps at which a schedule of learning rates is looked at.
@@ -101,90 +97,48 @@ class TrainingState:
         for name, part in self.parts.items():
             part.restore(values[name])
         mx.random.seed(values["random_seed"])
+        # The files may be put aside before anything is computed with them.
+        mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})
 
 
 class RunCheckpoints:
-    """Saves a run's state into its adapter folder, and finds the one to go on from.
+    """Saves a run's state below its adapter folder.
 
     Each rank has a folder of its own, since gradient, sums and random numbers differ.
 
     Args:
         adapter_folder: where the run leaves its adapter.
+        run: which run it is.
         keep: checkpoints to keep; of several ranks, two at least.
-        identity: see :func:`identity`.
+        last_step_start: the iteration before the run's last optimizer step; the checkpoint after it is kept besides.
+        constants: what every checkpoint holds besides the state, by key.
     """
 
-    def __init__(self, adapter_folder: Path, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, adapter_folder: Path, run: RunIdentity, keep: int, last_step_start: int, constants: Mapping[str, Any]
+    ) -> None:
         # A rank may die before it has written what the others have: the one before is what all of them have.
         keep = max(keep, 2) if mx.distributed.init().size() > 1 else keep
-        self.folder = CheckpointFolder(_folder_of_rank(adapter_folder), keep)
-        self.identity = identity
+        self.folder = CheckpointFolder(folder_of_rank(adapter_folder), run.id, keep, last_step_start)
+        self.constants = {"run": run.plain(), "last_step_start": last_step_start, **constants}
 
-    def begin(self, state: TrainingState) -> None:
-        """Write down how things were before the first micro-batch, for a run that ends before its first checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        parts = json.dumps({name: part.state() for name, part in state.parts.items()})
-        write_atomically(self.folder.folder / STARTED, lambda partial: partial.write_text(parts, encoding="utf-8"))
-
-    def save(self, state: TrainingState) -> Path:
+    def save(self, state: TrainingState, files: Mapping[str, Path] | None = None) -> Path:
         """Write everything; see :meth:`CheckpointFolder.save`."""
-        return self.folder.save(state.iteration, state.arrays(), {"identity": self.identity, **state.values()})
-
-    def resume(self, wanted: str, state: TrainingState, say: Callable[[str], None]) -> None:
-        """Restore ``state`` from the newest whole checkpoint, if there is one.
-
-        Args:
-            wanted: ``auto``, or another run's adapter folder, or one of its checkpoints.
-
-        Raises:
-            ConfigError: the folder has no checkpoint, or that of a run with other settings.
-        """
-        checkpoint = self._wanted_checkpoint(wanted, say)
-        if checkpoint is None:
-            if wanted == AUTO:
-                self._forget(state)
-                say(f"There is no checkpoint in {self.folder.folder} to resume; training from the beginning.")
-                return
-            raise ConfigError(f"resume is {wanted!r}, but there is no whole checkpoint in it; give another, or auto.")
-        check_identity(checkpoint.values.get("identity", {}), self.identity, checkpoint)
-        state.restore(checkpoint)
-        say(f"Resuming after iteration {state.iteration} from {checkpoint.folder}.")
-
-    def _forget(self, state: TrainingState) -> None:
-        """Take back what a run has told that ended before its first checkpoint."""
-        try:
-            started = json.loads((self.folder.folder / STARTED).read_text(encoding="utf-8"))
-            for name, part in state.parts.items():
-                part.restore(started[name])
-        except (OSError, ValueError, TypeError, KeyError):
-            return  # there was none, or it ended while it wrote this: it had told nothing yet
-
-    def _wanted_checkpoint(self, wanted: str, say: Callable[[str], None]) -> Checkpoint | None:
-        if wanted != AUTO and Path(wanted).name.isdecimal():
-            return read_checkpoint(Path(wanted))
-        folder = self.folder if wanted == AUTO else CheckpointFolder(_folder_of_rank(Path(wanted)), keep=1)
-        return _newest_of_all_ranks(folder, say)
+        return self.folder.save(state.iteration, state.arrays(), {**self.constants, **state.values()}, files)
 
 
-def _folder_of_rank(adapter_folder: Path) -> Path:
-    rank = mx.distributed.init().rank()
-    return adapter_folder / (CHECKPOINTS if rank == 0 else f"{CHECKPOINTS}-rank-{rank}")
+def can_go_on(values: Mapping[str, Any], iters: int, last_step_start: int) -> bool:
+    """Return whether a run of ``iters`` iterations can go on from a checkpoint, given its values.
 
-
-def _newest_of_all_ranks(folder: CheckpointFolder, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that every rank has whole."""
-    at_most: int | None = None
-    while True:
-        checkpoint = folder.newest(say, at_most)
-        iterations = of_all_ranks(-1 if checkpoint is None else checkpoint.iteration)
-        at_most = min(iterations)
-        if at_most < 0:
-            return None
-        if at_most == max(iterations):
-            return checkpoint
+    The last optimizer step of a run may hold fewer micro-batches than the others, and their gradients weigh more from
+    its beginning. With other ``iters`` it is another step, so the run goes on from before it; or it is over already.
+    """
+    same_plan: bool = values["iters"] == iters
+    return (
+        same_plan
+        or values["iteration"] <= min(values["last_step_start"], last_step_start)
+        or (bool(values["iteration"] >= iters))
+    )
 
 
 def random_seed() -> int:
@@ -215,7 +169,7 @@ def identity(
         "train_type": adapter["fine_tune_type"],
         "lora_parameters": repr(adapter["lora_parameters"]),
         "model": _model_digest(model),
-        "data": _data_digest(pairs),
+        "data": data_digest(pairs),
         "optimizer": _optimizer_description(optimizer),
         "ranks": mx.distributed.init().size(),
     }
@@ -252,7 +206,8 @@ def _model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _data_digest(pairs: Iterable[PreferencePair]) -> str:
+def data_digest(pairs: Iterable[PreferencePair]) -> str:
+    """Return what tells pairs from others, by their tokens and masks."""
     digest = hashlib.sha256()
     for pair in pairs:
         for part in (pair.prompt, pair.chosen, pair.rejected, pair.chosen_scored, pair.rejected_scored):

@@ -196,6 +196,17 @@ def training_plan(
                 return
 
 
+def last_step_start(lengths: Sequence[int], size: BatchSize, *, iters: int, seed: int) -> int:
+    """Return how many of the first ``iters`` micro-batches of :func:`training_plan` come before its last step."""
+    done = 0
+    for epoch in count():
+        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
+            if done + len(window) >= iters:
+                return done
+            done += len(window)
+    raise AssertionError("epochs have no end")
+
+
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     """Return the order in which an epoch sees the pairs; it depends on nothing else."""
     order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()

@@ -30,11 +30,14 @@ from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
+from mlx_cpo_plugin.checkpoints.resuming import planned_run
+from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
+from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
-from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
-from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.trackers import HostWandb, TrackerCallback, described_settings, require_clients, tracked_run
+from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile
 from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.types import TrainMode
 
@@ -56,6 +59,7 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
     """
     is_main = mx.distributed.init().rank() == 0
     check_destinations(settings)
+    settings.run_identity = run_identity(settings)
 
     print_info("Loading datasets")
     train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
@@ -64,22 +68,53 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
             print_info(report.summary())
     model, tokenizer = load_model(settings)
 
+    with only_run_in(Path(settings.adapter_path)) if settings.adapter_path else nullcontext():
+        carry_out(settings, mode, model, tokenizer, (train_set, valid_set, test_set), training_callback)
+
+
+def carry_out(
+    settings: SimpleNamespace,
+    mode: TrainMode,
+    model: nn.Module,
+    tokenizer: Any,
+    sets: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
+    training_callback: TrainingCallback | None,
+) -> None:
+    """Train, test and fuse, as far as this is wanted and not done yet."""
+    is_main = mx.distributed.init().rank() == 0
+    train_set, valid_set, test_set = sets
+    folder, run = Path(settings.adapter_path or ""), settings.run_identity
     if settings.train:
         print_section("Training")
         # Only the first rank has a callback.
         with tracked_run(settings, with_wandb(settings, training_callback)) if is_main else nullcontext() as callback:
             train_mode(settings, mode, model, train_set, valid_set, callback)
-            if settings.test:
+            if settings.test and not is_done(folder, TESTED, run):
                 report_on_test_set(settings, mode, model, test_set, callback)
+                record_done(folder, TESTED, run)
     else:
         if settings.adapter_path:
             load_adapter(model, adapter_file(settings))
         report_on_test_set(settings, mode, model, test_set)
 
     mx.clear_cache()
-    if settings.fuse and settings.train and is_main:
+    if settings.fuse and settings.train and is_main and not is_done(folder, FUSED, run):
         print_section("Fusing Model")
-        fuse(settings, model, tokenizer)
+        with written_files_recorded(folder):
+            fuse(settings, model, tokenizer)
+        record_done(folder, FUSED, run)
+
+
+def run_identity(settings: SimpleNamespace) -> RunIdentity:
+    """Return which run this is going to be, or whose adapter is tested.
+
+    Raises:
+        ConfigError: it is to be resumed, and there is nothing to go on from.
+    """
+    folder = Path(settings.adapter_path or "")
+    if settings.train:
+        return planned_run(folder, getattr(settings, "resume", None))
+    return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
 
 
 def wanted_splits(settings: SimpleNamespace) -> tuple[str, ...]:
@@ -146,13 +181,17 @@ def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> 
     """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project and ``report_to`` leaves W&B to it."""
     if settings.wandb is None or "wandb" in (settings.report_to or ()):
         return callback
-    Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
-    return callbacks.WandBCallback(
-        project_name=settings.wandb,
-        log_dir=settings.adapter_path,
-        config=vars(settings),
-        wrapped_callback=callback,
-    )
+
+    def begin() -> TrainingCallback:
+        Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
+        return callbacks.WandBCallback(
+            project_name=settings.wandb,
+            log_dir=settings.adapter_path,
+            config=described_settings(settings),
+            wrapped_callback=callback,
+        )
+
+    return HostWandb(begin)
 
 
 def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
@@ -282,7 +321,8 @@ def report_test(
             print(f"  {Colors.WHITE}{name}:{Colors.RESET} {value:.3f}")
     named = {f"test_{name}": value for name, value in metrics.items()}
     if settings.adapter_path:
-        MetricsFile(Path(settings.adapter_path) / "metrics.jsonl").append("test", named)
+        file = MetricsFile(Path(settings.adapter_path) / METRICS_NAME, settings.run_identity.id)
+        file.append("test", named)
     if isinstance(callback, TrackerCallback):
         callback.on_test_report(named)
 

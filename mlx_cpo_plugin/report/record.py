@@ -113,7 +113,7 @@ class RunRecord:
         """The newest value of every metric, by its name in ``metrics.jsonl``."""
         values: Row = {}
         for row in (*self.train, *self.valid, *self.test):
-            values |= {key: value for key, value in row.items() if key not in ("kind", "time", "iteration")}
+            values |= {key: value for key, value in row.items() if key not in ("kind", "run", "time", "iteration")}
         return values
 
     def _times(self) -> list[float]:
@@ -185,12 +185,17 @@ def _row(line: str) -> Row | None:
 
 
 def rows_of_last_run(folder: Path) -> list[Row]:
-    """Return the rows since the iterations last began anew: a run that is not resumed appends to an earlier one's.
+    """Return the rows of the run that wrote last.
+
+    Rows that do not say which run they are of, as earlier versions wrote them, are taken since their iterations last
+    began anew.
 
     Raises:
         ReportError: there are no metrics, or they cannot be read.
     """
     rows = _read_metrics(folder / METRICS_FILE)
+    if rows and "run" in rows[-1]:
+        return [row for row in rows if row.get("run") == rows[-1]["run"]]
     first, before, trained = 0, 0.0, 0.0
     for place, row in enumerate(rows):
         iteration = number(row, "iteration")

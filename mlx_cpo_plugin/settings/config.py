@@ -21,6 +21,7 @@ from mlx_cpo_plugin.settings.command_line import (
     requested_mode,
 )
 from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
+from mlx_cpo_plugin.settings.paths import PATHS, expanded
 from mlx_cpo_plugin.settings.validation import check, not_read, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, Preset, TrainMode
@@ -123,6 +124,7 @@ def resolve(command_line: Mapping[str, Any], config_file: str | Path | YamlSetti
     options = _with_options_of(loss, options)
     values = _unchecked(sources, defaults)
     values |= {name: _checked(option, sources) for name, option in options.items()}
+    values |= {name: expanded(path) for name in PATHS if isinstance(path := values.get(name), str)}
     _refuse_contradictions(values, sources)
     if loss:
         _refuse_overridden(preset, mode.loss_option, loss, sources)

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
 
 FILE_NAME = "run_settings.yaml"
@@ -20,7 +21,7 @@ _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_te
 _LEFT_OUT = frozenset({"resume"})
 _SECRETS = frozenset({"token"})
 _YAML_NAMES = {"loss_type": "dpo_cpo_loss_type", "steps_per_save": "save_every"}
-_ONLY_ARGUMENTS = frozenset({"adapter_file", "loss_options", "run_settings", "compile"})
+_ONLY_ARGUMENTS = frozenset({"adapter_file", "loss_options", "run_settings", "run_identity", "compile"})
 
 
 def recorded_settings(settings: Any) -> dict[str, Any]:
@@ -66,13 +67,16 @@ def recorded_arguments(args: Any, optimizer: Any, adapter: Mapping[str, Any]) ->
     )
 
 
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Return the text of the record; its first line is a comment that names versions and device."""
+def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
+    """Return the text of the record; its first line is a comment that names versions and device, the second the run."""
     import mlx.core as mx
 
     versions = ", ".join(f"{name} {_version(name)}" for name in _DISTRIBUTIONS)
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    return f"# {versions}, {system}, {mx.default_device()}\n{dump_settings(dict(values))}"
+    began = f"# run {run.run.id}, begun {run.run.begun.isoformat()}"
+    if run.origin is not None:
+        began += f", from run {run.origin.run_id} after iteration {run.origin.iteration}"
+    return f"# {versions}, {system}, {mx.default_device()}\n{began}\n{dump_settings(dict(values))}"
 
 
 def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:

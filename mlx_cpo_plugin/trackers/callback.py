@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mlx_lm.tuner import callbacks
 from tqdm import tqdm
 
 from mlx_cpo_plugin.errors import first_line
@@ -15,6 +16,7 @@ from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
 from mlx_cpo_plugin.trackers.names import trl_names
+from mlx_cpo_plugin.training.stopping import StoppedError
 
 Told = Collection[tuple[str, int]]
 """Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
@@ -81,6 +83,8 @@ class TrackerCallback(TrainingCallback):
         if self._started:
             for name, tracker in self.trackers.items():
                 self._guarded(name, "finished", tracker.finish, failed)
+        if isinstance(self.wrapped, HostWandb):
+            self.wrapped.finish(failed)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""
@@ -115,26 +119,65 @@ class TrackerCallback(TrainingCallback):
             return None
 
 
+class HostWandb(TrainingCallback):
+    """mlx-lm's own W&B callback, which begins its run when it is made: here at the first report, and ends it.
+
+    Args:
+        make: makes it.
+    """
+
+    def __init__(self, make: Callable[[], TrainingCallback]) -> None:
+        self._make = make
+        self._made: TrainingCallback | None = None
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Pass on a report of the training loss."""
+        self._callback().on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Pass on a report of a validation."""
+        self._callback().on_val_loss_report(val_info)
+
+    def finish(self, failed: bool) -> None:
+        """End the run; without this W&B takes any exit code but 0 for a crash."""
+        run = None if self._made is None else getattr(callbacks.wandb, "run", None)
+        if run is not None:
+            run.finish(exit_code=int(failed))
+
+    def _callback(self) -> TrainingCallback:
+        self._made = self._made or self._make()
+        return self._made
+
+
+def described_settings(settings: SimpleNamespace) -> dict[str, Any]:
+    """Return what trackers are told of the settings: plain values, and which run it is."""
+    values = {key: value for key, value in vars(settings).items() if key != "run_identity"}
+    return {"run_id": settings.run_identity.id, **plain_values(values)}
+
+
 @contextmanager
 def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
     """Wrap a callback in that of the trackers which ``report_to`` names, and finish them however the run ends.
 
-    Without any tracker the callback is given back as it is.
+    A run that was stopped on purpose has not failed. Without any tracker the callback is given back as it is.
     """
-    if not settings.report_to:
-        yield wrapped
-        return
-    folder = Path(settings.adapter_path)
-    run = RunDescription(
-        project=settings.project or settings.wandb or DEFAULT_PROJECT,
-        name=settings.run_name or folder.resolve().name,
-        folder=folder,
-        settings=plain_values(vars(settings)),
-    )
-    callback = TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, wrapped)
+    callback = wrapped
+    if settings.report_to:
+        folder = Path(settings.adapter_path)
+        run = RunDescription(
+            project=settings.project or settings.wandb or DEFAULT_PROJECT,
+            name=settings.run_name or folder.resolve().name,
+            folder=folder,
+            settings=described_settings(settings),
+        )
+        callback = TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, wrapped)
+    failed = True
     try:
         yield callback
-    except BaseException:
-        callback.finish(failed=True)
+        failed = False
+    except (StoppedError, KeyboardInterrupt):
+        failed = False
         raise
-    callback.finish(failed=False)
+    finally:
+        if isinstance(callback, TrackerCallback | HostWandb):
+            callback.finish(failed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs
@@ -52,6 +53,9 @@ class CPOTrainingArgs(SFTTrainingArgs):
     run_settings: dict[str, Any] | None = field(
         default=None, metadata={"help": "What is written to run_settings.yaml; by default these arguments."}
     )
+    run_identity: RunIdentity | None = field(
+        default=None, metadata={"help": "Which run this is, where it was decided before; by default here."}
+    )
     compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
 
     @classmethod
@@ -90,6 +94,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
             keep_checkpoints=settings.keep_checkpoints,
             save_best=settings.save_best,
             early_stopping_patience=settings.early_stopping_patience,
+            run_identity=getattr(settings, "run_identity", None),
         )
 
     def loss_settings(self) -> Mapping[str, Any]:

@@ -20,6 +20,8 @@ class BestSoFar:
     Args:
         measure: a key of :data:`MEASURES`.
         patience: validations in a row without an improvement before the run stops; ``None``: it never does.
+        pairs: what tells the validation pairs from others; values over other pairs are not compared.
+        saves: whether the adapter of the best validation is saved.
 
     Attributes:
         value: of the best validation; ``None`` before the first.
@@ -27,8 +29,10 @@ class BestSoFar:
         waited: validations since then.
     """
 
-    def __init__(self, measure: str, patience: int | None = None) -> None:
+    def __init__(self, measure: str, patience: int | None = None, pairs: str = "", saves: bool = False) -> None:
         self.name, self.sign = MEASURES[measure]
+        self.pairs = pairs
+        self.saves = saves
         self.patience = patience
         self.value: float | None = None
         self.iteration = 0
@@ -50,18 +54,25 @@ class BestSoFar:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""
-        return {"value": self.value, "iteration": self.iteration, "waited": self.waited}
+        measured = {"measure": self.name, "pairs": self.pairs, "saved": self.saves}
+        return {**measured, "value": self.value, "iteration": self.iteration, "waited": self.waited}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
-        self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
+        """Take over what :meth:`state` returned, unless it was measured otherwise: then the search begins anew."""
+        if self.goes_on_from(state):
+            self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
+
+    def goes_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Return whether ``state`` is the same measure of the same pairs, and the adapter was saved if it is to be."""
+        same = (state["measure"], state["pairs"]) == (self.name, self.pairs)
+        return same and (state["saved"] or not self.saves)
 
 
 class PlateauAdvice:
     """Tells once that the validation margin stopped rising early, and that ``dpop`` may help."""
 
-    def __init__(self, loss_type: str, iters: int) -> None:
-        self.margins = BestSoFar("margin")
+    def __init__(self, loss_type: str, iters: int, pairs: str = "") -> None:
+        self.margins = BestSoFar("margin", pairs=pairs)
         self.loss_type = loss_type
         self.iters = iters
         self.told = False

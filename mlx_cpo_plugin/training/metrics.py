@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.training.exchange import of_all_ranks
 from mlx_cpo_plugin.training.objective import Objective
+
+METRICS_NAME = "metrics.jsonl"
 
 PAIR_METRICS = (
     "loss",
@@ -113,24 +118,56 @@ def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends one JSON object a line to ``metrics.jsonl``; does nothing where ``path`` is ``None``."""
+    """Appends one JSON object a line to ``metrics.jsonl``, each with the run that wrote it.
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: ``None``: nothing is written.
+        run_id: the run's identity.
+
+    Attributes:
+        rows: lines of the run so far.
+    """
+
+    def __init__(self, path: Path | None, run_id: str) -> None:
         self.path = path
+        self.run_id = run_id
+        self.rows = 0
 
-    def size(self) -> int:
-        """Return the bytes written so far."""
-        return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
+    def go_on(
+        self, lines: Sequence[bytes], run_id: str, rows: int, iteration: int
+    ) -> tuple[set[tuple[str, int]], str | None]:
+        """Let the file hold what a run had reported when it wrote a checkpoint, and nothing else.
 
-    def cut(self, size: int) -> set[tuple[str, int]]:
-        """Forget what was written after the first ``size`` bytes; return kind and iteration of each such line."""
-        if self.path is None or self.size() <= size:
-            return set()
-        with self.path.open("rb") as file:
-            file.seek(size)
-            lines = file.read().splitlines()
-        os.truncate(self.path, size)
-        return {told for told in map(_kind_and_iteration, lines) if told is not None}
+        Args:
+            lines: those of the file of the run that is gone on with, or from; see :func:`lines_of`.
+            run_id: the identity of that run.
+            rows: how many lines it had written, by ``iteration``.
+
+        Returns:
+            Kind and iteration of what it reported afterwards, and what there is to tell, if rows are missing.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if self.path is None:
+            return set(), None
+        found = [(line, row) for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
+        kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= iteration]
+        told = {
+            (row["kind"], row["iteration"]) for _, row in found[len(kept) :] if "kind" in row and "iteration" in row
+        }
+        if run_id == self.run_id:
+            text = b"".join(line + b"\n" for line, _ in kept)
+        else:
+            text = "".join(json.dumps({**row, "run": self.run_id}) + "\n" for _, row in kept).encode()
+        self.rows = len(kept)
+        if text != (self.path.read_bytes() if self.path.is_file() and not self.path.is_symlink() else b""):
+            with _told_which(self.path):
+                replace_whole(self.path, lambda partial: partial.write_bytes(text))
+        if len(kept) == rows:
+            return told, None
+        missing = rows - len(kept)
+        return told, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
     def append(self, kind: str, values: Mapping[str, float]) -> None:
         """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. JSON has no NaN and no infinity: they are null.
@@ -151,18 +188,44 @@ class MetricsFile:
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
-        try:
+        line = json.dumps({"kind": kind, "run": self.run_id, "time": round(time.time(), 3), **values}) + "\n"
+        with _told_which(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}); free space or change adapter_path.") from error
+            _append(self.path, line.encode())
+        self.rows += 1
 
 
-def _kind_and_iteration(line: bytes) -> tuple[str, int] | None:
+def lines_of(path: Path) -> list[bytes]:
+    """Return the lines of a metrics file; none where it cannot be read."""
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+
+
+@contextmanager
+def _told_which(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line, after one that was torn, too; a link is not followed."""
+    with os.fdopen(
+        os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0
+    ) as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        line = b"\n" + line if torn else line
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
-        return values["kind"], values["iteration"]
-    except (ValueError, TypeError, KeyError):  # half a line, or the final test's
+    except ValueError:  # half a line
         return None
+    return values if isinstance(values, dict) and isinstance(values.get("iteration", 0), int) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.trackers import TrackerCallback
@@ -32,6 +33,8 @@ class ProgressReporter:
         self.metrics_file = metrics_file
         self.speaks = mx.distributed.init().rank() == 0
         self.trained_tokens = 0
+        self.elapsed = 0.0
+        self.loop_began = 0.0
         self.bar: Any = None
         self._begin()
 
@@ -39,12 +42,20 @@ class ProgressReporter:
         self.means = PairMeans(self.objective)
         self.gradient_norms: list[float] = []
         self.iterations = 0
-        self.started = time.perf_counter()
+        self.seconds = 0.0
+        self.resumed = time.perf_counter()
+
+    def _seconds(self) -> float:
+        """Return the seconds of training since the last report, those before a run was resumed included."""
+        return self.seconds + time.perf_counter() - self.resumed
 
     def iterations_of(self, plan: Iterable[Item], total: int, done: int = 0) -> Iterator[tuple[int, Item]]:
         """Number the plan's items from 1, without those that are done, while a progress bar goes along."""
         rest = islice(plan, done, None)
         self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.speaks)
+        if self.elapsed and not self.bar.disable:  # as if it had never been interrupted
+            self.bar.initial, self.bar.start_t = 0, self.bar.start_t - self.elapsed
+        self.loop_began = self.resumed = time.perf_counter()  # set-up and checks are no training
         yield from enumerate(self.bar, done + 1)
 
     @contextmanager
@@ -52,7 +63,7 @@ class ProgressReporter:
         """Leave the time spent inside out of the iterations per second."""
         paused = time.perf_counter()
         yield
-        self.started += time.perf_counter() - paused
+        self.resumed += time.perf_counter() - paused
 
     def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
         """Take note of a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
@@ -68,7 +79,7 @@ class ProgressReporter:
 
     def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
         """Tell the means since the last report, and begin anew."""
-        seconds = time.perf_counter() - self.started
+        seconds = self._seconds()
         means, tokens = self.means.over_ranks()
         self.trained_tokens += tokens
         norms = self.gradient_norms
@@ -119,23 +130,40 @@ class ProgressReporter:
             self.callback.start()
 
     def state(self) -> dict[str, Any]:
-        """Return what was collected since the last report, and how far the metrics file goes."""
+        """Return what was collected since the last report, what the run has taken so far, and what it has reported."""
         return {
             "means": self.means.state(),
             "gradient_norms": self.gradient_norms,
             "iterations": self.iterations,
             "trained_tokens": self.trained_tokens,
-            "metrics_bytes": self.metrics_file.size(),
+            "seconds": self._seconds(),
+            "elapsed": self.elapsed + (time.perf_counter() - self.loop_began if self.bar is not None else 0.0),
+            "metrics_rows": self.metrics_file.rows,
             "trackers": self.callback.state() if isinstance(self.callback, TrackerCallback) else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned, and cut the metrics file where it was then."""
+        """Take over what :meth:`state` returned."""
         self.means.restore(state["means"])
         self.gradient_norms, self.iterations = list(state["gradient_norms"]), state["iterations"]
         self.trained_tokens = state["trained_tokens"]
-        told = self.metrics_file.cut(state["metrics_bytes"])
-        if isinstance(self.callback, TrackerCallback) and state.get("trackers") is not None:
+        self.seconds, self.elapsed = state["seconds"], state["elapsed"]
+        self.resumed = time.perf_counter()
+
+    def go_on(self, lines: Sequence[bytes], checkpoint: Checkpoint) -> None:
+        """Go on after the reports that had been made by a checkpoint.
+
+        They stay in the metrics file, and trackers go on with their run if it is of the same run.
+
+        Args:
+            lines: of the metrics file of the run that wrote the checkpoint.
+        """
+        state, run_id = checkpoint.values["reporter"], checkpoint.run.id
+        told, missing = self.metrics_file.go_on(lines, run_id, state["metrics_rows"], checkpoint.iteration)
+        if missing is not None:
+            self.say(missing)
+        same_run = run_id == self.metrics_file.run_id
+        if same_run and isinstance(self.callback, TrackerCallback) and state.get("trackers") is not None:
             self.callback.resume(state["trackers"], told)
 
     def warn(self, line: str | None) -> None:

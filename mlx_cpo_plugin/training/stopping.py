@@ -1,24 +1,19 @@
-"""Stopping a run: at a request after the micro-batch at hand, at a second one now; and never two runs in one folder."""
+"""Stopping a run: at a request after the micro-batch at hand, at a second one now."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.training.exchange import of_all_ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOCK_NAME = ".lock"
 
 
 class StoppedError(UserError):
@@ -84,35 +79,3 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of an adapter folder until the context ends, or this process does.
-
-    All ranks of a run are one run.
-
-    Raises:
-        ConfigError: another run is in it, or it cannot be written to.
-    """
-    if mx.distributed.init().rank() > 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / LOCK_NAME).open("a+", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"adapter_path {folder} cannot be written to ({error}); give another folder.") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise ConfigError(
-                f"Another run, process {stream.read().strip() or 'unknown'}, is writing to {folder}; wait for its end "
-                "or give another adapter_path."
-            ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield  # the file stays: a lock on one that is removed and made anew would keep nobody out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,20 +25,39 @@ from mlx_cpo_plugin.checkpoints.adapter import (
     verify_adapter,
     write_atomically,
 )
-from mlx_cpo_plugin.checkpoints.training_state import RunCheckpoints, Stateful, TrainingState, identity
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint
+from mlx_cpo_plugin.checkpoints.resuming import find_start, once_put_aside
+from mlx_cpo_plugin.checkpoints.run_folder import (
+    begin_run,
+    goes_on,
+    only_run_in,
+    record_done,
+    written_files_recorded,
+)
+from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
+from mlx_cpo_plugin.checkpoints.training_state import (
+    RunCheckpoints,
+    Stateful,
+    TrainingState,
+    can_go_on,
+    check_identity,
+    data_digest,
+    identity,
+)
 from mlx_cpo_plugin.data import as_pairs
-from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, scored_tokens, training_plan
+from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.substrate import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.layers.quantised import unpacked_products
 from mlx_cpo_plugin.scoring.answers import compilation_pays, compile_where_it_pays, score_answers
-from mlx_cpo_plugin.scoring.grouping import PairSize, padding_rooms
+from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize, padding_rooms
 from mlx_cpo_plugin.scoring.memory import device_memory_limit
 from mlx_cpo_plugin.scoring.parity import choose_scorer
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.settings.paths import expanded
 from mlx_cpo_plugin.settings.run_settings import FILE_NAME as RUN_SETTINGS
 from mlx_cpo_plugin.settings.run_settings import as_yaml, recorded_arguments
 from mlx_cpo_plugin.training.alarms import DisplacementAlarm, last_good_weights_kept
@@ -47,13 +68,13 @@ from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, G
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.memory_estimate import Way, memory_report
 from mlx_cpo_plugin.training.memory_watch import MemoryWatch
-from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile, lines_of
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.training.reporting import ProgressReporter
-from mlx_cpo_plugin.training.stopping import StoppedError, StopRequest, only_run_in, stop_requests
+from mlx_cpo_plugin.training.stopping import StoppedError, StopRequest, stop_requests
 
 
 def train_cpo(
@@ -81,7 +102,7 @@ def train_cpo(
         TrainingError: losses or gradients are no numbers, nothing is trained, or memory is at an end.
         StoppedError: Ctrl-C or SIGTERM; what was done is saved.
     """
-    args = args or CPOTrainingArgs()
+    args = with_paths(args or CPOTrainingArgs())
     check_training_args(args)
     use_fast_blas()
     objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
@@ -98,9 +119,9 @@ def train_cpo(
         last_good_weights_kept(partial(save_weights, model, Path(args.adapter_file))),
     ):
         run = _Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
-        run.begin()
-        run.train(stop)
-        run.finish()
+        if run.begin():
+            run.train(stop)
+            run.finish()
 
 
 class _Run:
@@ -120,13 +141,26 @@ class _Run:
         self.model, self.objective, self.args, self.quantisation = model, objective, args, quantisation
         self.pairs, self.val_pairs = pairs, val_pairs
         self.adapter_file = Path(args.adapter_file)
+        self.folder = self.adapter_file.parent
         self.is_first_rank = mx.distributed.init().rank() == 0
-        metrics_file = MetricsFile(self.adapter_file.parent / "metrics.jsonl" if self.is_first_rank else None)
+        self.last_step_start = last_step_start(
+            [pair.tokens for pair in pairs], batch_size_of(args), iters=args.iters, seed=args.seed
+        )
+        usable = partial(can_go_on, iters=args.iters, last_step_start=self.last_step_start)
+        self.start = find_start(self.folder, args.resume, args.run_identity, usable)
+        run = self.start.record.run
+        if args.run_identity not in (None, run):
+            raise ConfigError(f"Another run has used {self.folder} since this one was started; start it again.")
+        # What adapters say of themselves.
+        self.metadata = {"run": run.id}
+        metrics_file = MetricsFile(self.folder / METRICS_NAME if self.is_first_rank else None, run.id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
-        self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience)
-        self.plateau = PlateauAdvice(args.loss_type, args.iters)
+        validated = data_digest(pairs_to_validate(val_pairs, args))
+        saves_best = args.save_best is not None
+        self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience, validated, saves_best)
+        self.plateau = PlateauAdvice(args.loss_type, args.iters, validated)
         self.displacement = DisplacementAlarm(args.loss_type)
-        self.scorer = choose_scorer(model, pairs, args.scoring, self.reporter.say)
+        self.scorer = self.choose_scorer()
         self.memory = MemoryWatch(model, Way.of(args, None if self.scorer is None else self.scorer.grouping))
         self.step = OptimizerStep(
             model, optimizer, *gradient_methods(model, objective, self.scorer, pairs, args), args.max_grad_norm
@@ -134,31 +168,114 @@ class _Run:
         remembering: dict[str, Stateful] = {"reporter": self.reporter, "best": self.best}
         remembering |= {"plateau": self.plateau, "displacement": self.displacement}
         self.state = TrainingState(model, self.step, remembering)
-        self.checkpoints = RunCheckpoints(
-            self.adapter_file.parent, args.keep_checkpoints, identity(args, model, optimizer, pairs)
-        )
+        self.identity = identity(args, model, optimizer, pairs)
+        constants = {"identity": self.identity, "iters": args.iters, "scorer": scorer_values(self.scorer)}
+        self.checkpoints = RunCheckpoints(self.folder, run, args.keep_checkpoints, self.last_step_start, constants)
 
-    def begin(self) -> None:
-        """Go on from a checkpoint if that is wanted; otherwise validate what there is before training."""
+    def choose_scorer(self) -> SharedPromptScorer | None:
+        """Return the scorer of the run that is gone on with, or that which the model allows."""
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None and checkpoint.values["identity"].get("scoring") == self.args.scoring:
+            return scorer_of(self.model, checkpoint.values["scorer"])
+        return choose_scorer(self.model, self.pairs, self.args.scoring, self.reporter.say)
+
+    def begin(self) -> bool:
+        """Go on from a checkpoint, or begin anew; return whether there is anything to do."""
+        checkpoint, say = self.start.checkpoint, self.reporter.say
+        if checkpoint is not None:
+            check_identity(checkpoint.values["identity"], self.identity, checkpoint)
+            self.state.restore(checkpoint)
+            for note in self.start.notes:
+                say(note)
+            if not self.is_to_go_on():
+                return False
         for line in memory_report(self.model, self.step.optimizer, self.pairs, self.scorer, self.args):
-            self.reporter.say(line)
-        if self.args.resume is not None:
-            self.checkpoints.resume(self.args.resume, self.state, self.reporter.say)
-        self.reporter.start_trackers()
+            say(line)
+        self.take_folder()
+        with written_files_recorded(self.folder):
+            self.reporter.start_trackers()
         if self.is_first_rank:
             save_adapter_config(self.model, self.adapter_file)
             self.save_settings()
-        if self.state.iteration == 0:
-            self.checkpoints.begin(self.state)
+        if checkpoint is None:
             if self.val_pairs:
                 self.validate(iteration=1)
+            if self.last_step_start == 0:
+                self.save_checkpoint()
+        return True
+
+    def is_to_go_on(self) -> bool:
+        """Return whether a restored run has anything left to do; say so where it has not.
+
+        Raises:
+            ConfigError: a new run would have nothing to do.
+        """
+        record, done, iters = self.start.record, self.state.iteration, self.args.iters
+        other_iters = self.start.checkpoint is not None and self.start.checkpoint.values["iters"] != iters
+        if done >= iters and other_iters:
+            done_already = f"The run in {self.start.folder} has done {done} iterations, and iters is {iters}"
+            if not self.start.continues:
+                raise ConfigError(f"{done_already}; raise iters to go on from it.")
+            self.reporter.say(f"{done_already}: nothing was changed; raise iters to go on.")
+            return False
+        if self.start.continues and TRAINED in record.done and (done >= iters or self.best.exhausted):
+            self.reporter.say(
+                f"The run in {self.folder} finished at iteration {done}: nothing was changed; raise iters to go on."
+            )
+            return False
+        return True
+
+    def take_folder(self) -> None:
+        """Make the adapter folder that of this run, with what it goes on from."""
+        checkpoint, continues, say = self.start.checkpoint, self.start.continues, self.reporter.say
+        lines = lines_of(self.start.folder / METRICS_NAME) if checkpoint is not None else []
+        settings = self.args.run_settings or {}
+        in_use = [Path(path) for key in ("model", "data") if isinstance(path := settings.get(key), str)]
+        if not continues:
+            for note in self.start.notes if checkpoint is None else ():
+                say(note)
+        if continues:
+            goes_on(self.folder, self.start.record)
+        else:
+            begin_run(self.folder, self.start.record, say, in_use)
+        if checkpoint is None:
+            return
+        self.reporter.go_on(lines, checkpoint)
+        self.restore_best(checkpoint)
+        if not continues:
+            self.save_checkpoint()
+        say(f"Resuming after iteration {self.state.iteration} from {checkpoint.folder}.")
+
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """Have beside the adapter the best one so far, as it was when a checkpoint was written."""
+        before = checkpoint.values["best"]
+        if before["value"] is None:
+            return
+        best_file = self.adapter_file.with_name(BEST_ADAPTER_NAME)
+        if not self.best.goes_on_from(before):
+            self.reporter.say(
+                f"The best validation so far, by {before['measure']} at iteration {before['iteration']}, cannot be "
+                "compared with what save_best and the validation pairs are now: the search begins anew."
+            )
+            if self.is_first_rank and best_file.exists():
+                best_file.rename(best_file.with_stem(f"{best_file.stem}-{before['measure']}-{before['iteration']:07d}"))
+        elif self.best.saves and self.is_first_rank:
+            there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, self.folder)
+            saved = there / BEST_ADAPTER_NAME
+            write_atomically(best_file, lambda partial: shutil.copyfile(saved, partial))
+
+    def save_checkpoint(self) -> None:
+        """Save what resuming needs, with the best adapter so far."""
+        best_file = self.adapter_file.with_name(BEST_ADAPTER_NAME)
+        holds_best = self.is_first_rank and self.best.saves and self.best.value is not None
+        self.checkpoints.save(self.state, {BEST_ADAPTER_NAME: best_file} if holds_best else {})
 
     def save_settings(self) -> None:
         """Write down what the run was configured with."""
         values = self.args.run_settings
         if values is None:
             values = recorded_arguments(self.args, self.step.optimizer, describe_adapter(self.model))
-        text = as_yaml(values)
+        text = as_yaml(values, self.start.record)
         write_atomically(
             self.adapter_file.with_name(RUN_SETTINGS), lambda partial: partial.write_text(text, encoding="utf-8")
         )
@@ -188,10 +305,11 @@ class _Run:
             stopping, exhausted = stop.agreed(), self.best.exhausted
             if iteration % args.steps_per_save == 0:
                 self.save_numbered(iteration)
-            if last or stopping or exhausted or iteration % args.steps_per_save == 0:
-                self.checkpoints.save(self.state)
+            before_last_step = iteration == self.last_step_start
+            if last or stopping or exhausted or before_last_step or iteration % args.steps_per_save == 0:
+                self.save_checkpoint()
             if stopping:
-                save_weights(self.model, self.adapter_file)
+                save_weights(self.model, self.adapter_file, self.metadata)
                 raise StoppedError(iteration, stop.signal_number)
             if exhausted:
                 reporter.say(f"Iter {iteration}: stopping, no validation since {self.best.iteration} was better.")
@@ -210,10 +328,11 @@ class _Run:
     def finish(self) -> None:
         """Save the adapter, and see that it can be loaded."""
         self.quantisation.active = False
-        save_weights(self.model, self.adapter_file)
+        save_weights(self.model, self.adapter_file, self.metadata)
         if self.is_first_rank:
             shortest = min(self.pairs, key=lambda pair: pair.length)
             verify_saved_adapter(self.model, self.adapter_file, shortest, self.scorer)
+            record_done(self.folder, TRAINED)
             self.reporter.say(f"Saved final weights to {self.adapter_file}.")
 
     def plan(self) -> Iterator[MicroBatch]:
@@ -221,7 +340,7 @@ class _Run:
         args, world = self.args, mx.distributed.init()
         return training_plan(
             [pair.tokens for pair in self.pairs],
-            BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps),
+            batch_size_of(args),
             iters=args.iters,
             seed=args.seed,
             rank=world.rank(),
@@ -248,13 +367,14 @@ class _Run:
         """Validate, and keep the adapter beside the last one where it is the best so far."""
         means = self.validate(iteration)
         if self.best.improved(iteration, means) and self.args.save_best is not None and self.is_first_rank:
-            save_adapter(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME))
+            best = {**self.metadata, "iteration": str(iteration)}
+            save_adapter(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME), best)
         self.reporter.warn(self.plateau.advice(iteration, means))
 
     def save_numbered(self, iteration: int) -> None:
         """Save the adapter as it is, and once more under the number of the iteration."""
         if self.is_first_rank:
-            numbered = save_checkpoint(self.model, self.adapter_file, iteration)
+            numbered = save_checkpoint(self.model, self.adapter_file, iteration, self.metadata)
             self.reporter.say(f"Iter {iteration}: Saved adapter weights to {self.adapter_file} and {numbered}.")
 
 
@@ -339,10 +459,42 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         yield quantisation
 
 
-def save_weights(model: nn.Module, adapter_file: Path) -> None:
+def save_weights(model: nn.Module, adapter_file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Save the adapter as it is, on the first rank."""
     if mx.distributed.init().rank() == 0:
-        save_adapter(model, adapter_file)
+        save_adapter(model, adapter_file, metadata)
+
+
+def with_paths(args: CPOTrainingArgs) -> CPOTrainingArgs:
+    """Return the arguments with ``~`` in their paths as the home folder that it stands for."""
+    args = copy(args)
+    args.adapter_file = expanded(args.adapter_file)
+    args.resume = None if args.resume is None else expanded(args.resume)
+    return args
+
+
+def batch_size_of(args: CPOTrainingArgs) -> BatchSize:
+    """Return how much goes into a micro-batch and a step."""
+    return BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps)
+
+
+def pairs_to_validate(pairs: Sequence[PreferencePair], args: CPOTrainingArgs) -> Sequence[PreferencePair]:
+    """Return the pairs that a validation takes."""
+    return pairs if args.val_batches < 0 else pairs[: args.val_batches * args.batch_size]
+
+
+def scorer_values(scorer: SharedPromptScorer | None) -> dict[str, float] | None:
+    """Return how pairs are scored, as plain values: what a probe has found out holds for the whole run."""
+    return None if scorer is None else {"overhead": scorer.grouping.overhead, "budget": scorer.grouping.budget}
+
+
+def scorer_of(model: nn.Module, values: Mapping[str, float] | None) -> SharedPromptScorer | None:
+    """Return the scorer that :func:`scorer_values` described."""
+    if values is None:
+        return None
+    scorer = SharedPromptScorer(model)
+    scorer.grouping = Grouping(values["overhead"], values["budget"])
+    return scorer
 
 
 def verify_saved_adapter(

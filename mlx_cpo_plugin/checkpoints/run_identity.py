@@ -1,0 +1,152 @@
+"""Which run is which: an identity made when a run begins anew, and ``run.json``, which says whose a folder's files are.
+
+A run is told from others by its identity alone, never by an iteration, a file name or a size.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RECORD = "run.json"
+# Folder of what earlier runs have left, by their identities.
+PREVIOUS = "previous"
+TRAINED, TESTED, FUSED = "trained", "tested", "fused"
+# What every run leaves that ever trained into a folder, and what says when the last one did.
+_DATED_FILES = ("metrics.jsonl", "adapters.safetensors", "run_settings.yaml", "checkpoints")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """A run.
+
+    Attributes:
+        id: readable and unique, the same on all ranks, e.g. ``20261126T140301Z-5f0c1a9e``.
+        begun: when it began, in UTC, to the second; of a run that goes on from another one, when that began, so that
+            a template that prints the date renders the same rows to the same tokens.
+    """
+
+    id: str
+    begun: datetime
+
+    @classmethod
+    def new(cls, begun: datetime | None = None) -> RunIdentity:
+        """Return the identity of a run that begins now; ``begun`` is that of the run that it goes on from, if any."""
+        now = datetime.now(UTC).replace(microsecond=0)
+        return cls(f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}", begun or now)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> RunIdentity:
+        """Return the identity that :meth:`plain` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        run_id = values["id"]
+        if not isinstance(run_id, str) or not run_id or Path(run_id).name != run_id:
+            raise ValueError(f"{run_id!r} is no identity of a run")
+        return cls(run_id, datetime.fromisoformat(values["begun"]))
+
+    def plain(self) -> dict[str, str]:
+        """Return it as values for JSON."""
+        return {"id": self.id, "begun": self.begun.isoformat()}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run went on from when it began.
+
+    Attributes:
+        run_id: of the run that wrote it.
+        iteration: after which it was written.
+        checkpoint: its folder, that of the first rank.
+    """
+
+    run_id: str
+    iteration: int
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What ``run.json`` in an adapter folder says of the run whose files lie there.
+
+    Attributes:
+        run: its identity.
+        origin: where it went on from; ``None`` where it began with a fresh adapter.
+        done: what it has brought to an end: ``trained``, ``tested``, ``fused``.
+        files: what it wrote into the folder beside what every run does: its fused model, its trackers' folders.
+        successor: a new run that is about to begin here, as its own record: what is left is being put aside for it.
+    """
+
+    run: RunIdentity
+    origin: Origin | None = None
+    done: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    successor: RunRecord | None = None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> RunRecord:
+        """Return the record that :meth:`plain` returned."""
+        origin, successor = values.get("origin"), values.get("successor")
+        return cls(
+            RunIdentity.from_plain(values),
+            None if origin is None else Origin(**origin),
+            tuple(map(str, values.get("done", ()))),
+            tuple(map(_inside, values.get("files", ()))),
+            None if successor is None else cls.from_plain(successor),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as values for JSON."""
+        return {
+            **self.run.plain(),
+            "origin": None if self.origin is None else vars(self.origin),
+            "done": list(self.done),
+            "files": list(self.files),
+            "successor": None if self.successor is None else self.successor.plain(),
+        }
+
+    def text(self) -> str:
+        """Return it as the text of ``run.json``."""
+        return json.dumps(self.plain(), indent=1) + "\n"
+
+
+def _inside(name: str) -> str:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} is not inside the run's folder")
+    return name
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Return what ``run.json`` in an adapter folder says; ``None`` where there is none that can be read."""
+    try:
+        return RunRecord.from_plain(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def run_in(folder: Path) -> RunIdentity | None:
+    """Return the run whose files lie in an adapter folder, whatever becomes of them; ``None`` where there are none.
+
+    That of a folder without ``run.json``, as earlier versions and mlx-lm-lora left it, is derived from the time at
+    which the oldest of its files was written.
+    """
+    record = read_record(folder)
+    if record is not None:
+        return record.run
+    times = []
+    for name in _DATED_FILES:
+        try:
+            times.append((folder / name).lstat().st_mtime)
+        except OSError:
+            continue
+    if not times:
+        return None
+    begun = datetime.fromtimestamp(int(min(times)), UTC)
+    return RunIdentity(f"{begun:%Y%m%dT%H%M%SZ}-undated", begun)
