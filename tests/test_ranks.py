@@ -17,6 +17,7 @@ from conftest import saved_arrays
 from faulty_ranks import ended, start, start_training, train
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.checkpoints.training_state import RunCheckpoints
 from mlx_cpo_plugin.training import ranks, stopping
 from mlx_cpo_plugin.training.stopping import StopRequest
@@ -125,7 +126,7 @@ def test_several_ranks_keep_the_checkpoint_that_all_of_them_have(
     world = SimpleNamespace(rank=lambda: 0, size=lambda: size)
     monkeypatch.setattr(mx.distributed, "init", lambda: world)
 
-    assert RunCheckpoints(tmp_path, keep, {}).folder.keep == kept
+    assert RunCheckpoints(tmp_path, RunIdentity.new(), keep, 0, {}).folder.keep == kept
 
 
 def test_ranks_that_cannot_meet_say_so_and_train(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
     is_main = mx.distributed.init().rank() == 0
     check_destinations(settings)
     settings.run_identity = run_identity(settings)
+    settings.begun = settings.run_identity.begun
 
     print_info("Loading datasets")
     train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))

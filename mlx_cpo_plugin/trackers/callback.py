@@ -151,7 +151,7 @@ class HostWandb(TrainingCallback):
 
 def described_settings(settings: SimpleNamespace) -> dict[str, Any]:
     """Return what trackers are told of the settings: plain values, and which run it is."""
-    values = {key: value for key, value in vars(settings).items() if key != "run_identity"}
+    values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
     return {"run_id": settings.run_identity.id, **plain_values(values)}
 
 
