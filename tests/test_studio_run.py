@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def wait_until(reached: Callable[[], bool], folder: Path) -> None:
             return
         subprocess.run([sys.executable, "-c", "pass"], check=True)
     pytest.fail("\n".join(run_process.console_tail(folder)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running(tmp_path: Path) -> Iterator[None]:
+    """End what a test that fails has left at work."""
+    yield
+    for file in tmp_path.rglob(run_process.RECORD_NAME):
+        record = run_process.read_record(file.parent)
+        if record is not None and record.training_pid is not None and record.exit_code is None:
+            with suppress(ProcessLookupError, PermissionError):
+                if os.getsid(record.training_pid) == record.pid != os.getsid(0):
+                    os.killpg(record.pid, signal.SIGKILL)
 
 
 @pytest.fixture
