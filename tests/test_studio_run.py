@@ -18,6 +18,7 @@ import yaml
 
 pytest.importorskip("gradio", reason="needs the extra 'studio'")
 
+from mlx_cpo_plugin.checkpoints import run_folder
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.studio import run_process
 from mlx_cpo_plugin.studio.run_view import CURVES, curve_frame, progress_of, read_metrics, status_html
@@ -284,3 +285,12 @@ def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> N
     (tmp_path / run_process.CONSOLE_NAME).write_text("Warning: <script>alert(1)</script>\n")
 
     assert "<script>" not in status_html(tmp_path, [])
+
+
+def test_what_the_page_writes_during_a_run_is_not_put_aside_with_it(tmp_path: Path) -> None:
+    names = [run_process.CONSOLE_NAME, run_process.CONFIG_NAME, run_process.RECORD_NAME]
+    before = run_folder._entries(tmp_path)
+    for name in [*names, "model.safetensors"]:
+        (tmp_path / name).write_text("")
+
+    assert run_folder._entries(tmp_path).keys() - before.keys() == {"model.safetensors"}

@@ -25,6 +25,8 @@ from mlx_cpo_plugin.training.exchange import of_all_ranks
 LOCK_NAME = ".lock"
 ADAPTER_CONFIG = "adapter_config.json"
 LOG_FOLDER = "runs"
+# It writes them while a run is at work, and the next run goes on with them.
+_OF_THE_PAGE = ("console.log", "studio.yaml", "studio_run.json")
 
 # The checkpoints go first: what has none left is no run to go on with.
 _LEFT_BY_EVERY_RUN = re.compile(
@@ -199,7 +201,7 @@ def _entries(folder: Path) -> dict[str, object]:
     entries: dict[str, object] = {}
     for path in (*folder.glob("*"), *(folder / LOG_FOLDER).glob("*")) if folder.is_dir() else ():
         name, status = path.relative_to(folder).as_posix(), path.lstat()
-        if not name.startswith(".") and name != LOG_FOLDER and not _is_of_runs(name):
+        if not name.startswith(".") and name not in (LOG_FOLDER, *_OF_THE_PAGE) and not _is_of_runs(name):
             entries[name] = None if path.is_dir() else (status.st_ino, status.st_mtime_ns)
     return entries
 
