@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.command == "demo":
             return _demo()
         if chosen.command == "doctor":
-            return _doctor(chosen.json)
+            return _doctor(chosen)
         if chosen.command in RUNNERS:
             return RUNNERS[chosen.command](chosen)
         return _losses(chosen.json)
@@ -77,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert_arguments(commands.add_parser("convert", help=convert, description=convert))
     commands.add_parser("demo", help="train a tiny model and show what changed")
     doctor = commands.add_parser("doctor", help="test whether everything is in place")
+    doctor.add_argument("--selftest", action="store_true", help="compute on this device and compare with float64")
+    doctor.add_argument(
+        "--config", metavar="FILE", help="self-test the model and first rows of this configuration, too"
+    )
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")
     for command in (doctor, losses):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -152,10 +156,10 @@ def _demo() -> int:
     return run_demo()
 
 
-def _doctor(as_json: bool) -> int:
+def _doctor(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.host.doctor import run_doctor
 
-    return run_doctor(as_json)
+    return run_doctor(chosen.json, chosen.selftest or chosen.config is not None, chosen.config)
 
 
 def _losses(as_json: bool) -> int:

@@ -82,8 +82,12 @@ def reference_gradient(
         total: dict[str, mx.array] = {}
         with checkpointed_layers(model):
             for number, pair in enumerate(pairs, 1):
-                chosen, by_chosen = answer_gradient(model, pair.prompt, pair.chosen, pair.chosen_scored, loss)
-                rejected, by_rejected = answer_gradient(model, pair.prompt, pair.rejected, pair.rejected_scored, loss)
+                chosen, by_chosen = answer_gradient(
+                    model, pair.prompt, pair.chosen, pair.chosen_scored, loss.takes_means
+                )
+                rejected, by_rejected = answer_gradient(
+                    model, pair.prompt, pair.rejected, pair.rejected_scored, loss.takes_means
+                )
                 weight = loss.slope(chosen - rejected) / len(pairs)
                 for name, value in by_chosen.items():
                     total[name] = total.get(name, 0) + weight * (value - by_rejected[name])
@@ -113,9 +117,12 @@ def physical_memory() -> int:
 
 
 def answer_gradient(
-    model: nn.Module, prompt: np.ndarray, answer: np.ndarray, scored: np.ndarray, loss: ReferenceLoss
+    model: nn.Module, prompt: np.ndarray, answer: np.ndarray, scored: np.ndarray, mean: bool
 ) -> tuple[float, dict[str, mx.array]]:
-    """Return the log-prob of one answer as ``loss`` takes it, and its gradient by parameter name, float64.
+    """Return the log-prob of one answer and its gradient by parameter name, float64.
+
+    Args:
+        mean: average over the scored tokens in place of their sum.
 
     Raises:
         ValueError: the model's logits are not float64.
@@ -129,7 +136,7 @@ def answer_gradient(
             raise ValueError(f"the model turns float64 into {logits.dtype} on the way to its logits")
         logps = mx.take_along_axis(logits, targets, axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
         total = mx.where(counts, logps, 0).sum()
-        return total / int(scored.sum()) if loss.takes_means else total
+        return total / int(scored.sum()) if mean else total
 
     logp, gradient = nn.value_and_grad(model, answer_logp)(model)
     mx.eval(logp, gradient)

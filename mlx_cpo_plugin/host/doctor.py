@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -24,7 +25,8 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import finder
 
 START_UP_FILES = ("mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start")
-DISTRIBUTIONS = ("mlx-lm-lora", "mlx", "mlx-lm", "pluggy")
+# Distribution -> the module of it that tells its version.
+MODULES = {"mlx-lm-lora": "mlx_lm_lora", "mlx": "mlx.core", "mlx-lm": "mlx_lm", "pluggy": "pluggy"}
 
 # A setting that the plugin refuses and mlx-lm-lora does not: the refusal proves that the plugin read it.
 PROBE = {"train_mode": "cpo", "train": True, "beta": -1.0, "model": "no-such-model"}
@@ -82,19 +84,40 @@ class Finding:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_doctor(as_json: bool = False) -> int:
-    """Print what was found; return 0 if CPO can run and 1 if something has failed."""
+def run_doctor(as_json: bool = False, selftest: bool = False, config_file: str | None = None) -> int:
+    """Print what was found; return 0 if CPO can run and 1 if something has failed.
+
+    Args:
+        selftest: compute on this device, too, and compare with float64.
+        config_file: a configuration whose model and first rows the self-test takes, too.
+
+    Raises:
+        UserError: the configuration is at fault.
+    """
     findings = diagnose()
     healthy = all(finding.status != "failed" for finding in findings)
+    if not as_json:
+        _print_findings(findings)
+    checks: list[dict[str, Any]] = []
+    if selftest and healthy:
+        from mlx_cpo_plugin.selftest.command import as_plain, run_selftest
+
+        # JSON has standard output for itself.
+        checks = as_plain(run_selftest(config_file, sys.stderr if as_json else sys.stdout))
+        healthy = all(check["status"] != "failed" for check in checks)
     if as_json:
-        print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        found = {"ok": healthy, "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps({**found, "selftest": checks} if selftest else found, indent=2))
     else:
-        for finding in findings:
-            print(f"{finding.status:8} {finding.name}: {finding.detail}")
-            if finding.remedy:
-                print(f"{'':8} -> {finding.remedy}")
         print("CPO is ready." if healthy else "CPO is not ready: see what failed above.")
     return 0 if healthy else 1
+
+
+def _print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"{finding.status:8} {finding.name}: {finding.detail}")
+        if finding.remedy:
+            print(f"{'':8} -> {finding.remedy}")
 
 
 def diagnose() -> list[Finding]:
@@ -110,26 +133,42 @@ def diagnose() -> list[Finding]:
 
 
 def check_versions() -> list[Finding]:
-    """Versions of Python, the plugin and what it stands on; the host is also held against the tested range."""
-    findings = [
+    """Versions of Python, the plugin and what it stands on, as this interpreter imports them."""
+    return [
         Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Finding("mlx-cpo-plugin", "ok", __version__),
+        *(check_version(distribution, module) for distribution, module in MODULES.items()),
     ]
-    for distribution in DISTRIBUTIONS:
-        try:
-            findings.append(Finding(distribution, "ok", metadata.version(distribution)))
-        except metadata.PackageNotFoundError:
-            findings.append(Finding(distribution, "failed", "not installed", f"pip install {distribution}"))
-    return [_held_against_tested_range(finding) for finding in findings]
 
 
-def _held_against_tested_range(finding: Finding) -> Finding:
-    from mlx_cpo_plugin.host.patches import untested_host_warning
+def check_version(distribution: str, module_name: str) -> Finding:
+    """The version of the module that is imported, whatever is installed; the host's has to be a tested one."""
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        return Finding(distribution, "failed", f"cannot be imported: {error}", f"pip install {distribution}")
+    version = str(getattr(module, "__version__", "of unknown version"))
+    installed = _installed_version(distribution)
+    detail = version
+    if version != installed:
+        detail += f", imported from {Path(str(module.__file__)).parent}; installed is {installed or 'none'}"
+    if distribution != "mlx-lm-lora":
+        return Finding(distribution, "ok", detail)
+    from mlx_cpo_plugin.host.patches import too_old, untested_host_warning
 
-    if finding.name != "mlx-lm-lora" or finding.status != "ok":
-        return finding
-    warning = untested_host_warning(finding.detail)
-    return Finding(finding.name, "warning", finding.detail, warning) if warning else finding
+    if too_old(version):
+        return Finding(
+            distribution, "failed", detail, f"{too_old(version)}; take its folder off the import path, if any"
+        )
+    warning = untested_host_warning(version)
+    return Finding(distribution, "warning" if warning else "ok", detail, warning)
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_backend() -> list[Finding]:

@@ -78,10 +78,9 @@ def install() -> None:
 def hook(module: ModuleType) -> None:
     """Hook an imported module of the host; a fault is remembered and bars the way to CPO, and to nothing else."""
     try:
-        if not state.faults:
-            from mlx_cpo_plugin.host import patches
+        from mlx_cpo_plugin.host import patches
 
-            patches.apply(module)
+        patches.apply(module)
     # Whatever is wrong with the plugin, other train modes must go on.
     except Exception as fault:
         state.faults[module.__name__] = f"{type(fault).__name__}: {fault}"

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -43,6 +44,9 @@ def apply(module: ModuleType) -> None:
 
 
 def _replace_trainer(module: ModuleType) -> None:
+    fault = too_old(host_version())
+    if fault:
+        raise PluginError(f"{fault}; the imported one is in {Path(str(module.__file__)).parents[1]}")
     _require(module, TRAINER_NAMES)
     trainer = import_module("mlx_cpo_plugin.training.trainer")
     for name, replacement in [(name, getattr(trainer, name)) for name in TRAINER_NAMES]:
@@ -215,10 +219,25 @@ def _warn_once(warning: str) -> None:
     print(f"warning: {warning}", file=sys.stderr)
 
 
+def too_old(version: str) -> str:
+    """Return what to do about a host older than the tested range; empty for any other."""
+    if not _numbers(version) or _numbers(version) >= OLDEST_TESTED_HOST:
+        return ""
+    oldest = _in_words(OLDEST_TESTED_HOST)
+    return f"mlx-lm-lora {version} is too old for mlx-cpo-plugin: pip install 'mlx-lm-lora>={oldest}'"
+
+
 def untested_host_warning(version: str) -> str:
     """Return what to say about a host outside the tested range; empty inside it."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if OLDEST_TESTED_HOST <= numbers <= NEWEST_TESTED_HOST:
+    if OLDEST_TESTED_HOST <= _numbers(version) <= NEWEST_TESTED_HOST:
         return ""
-    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_TESTED_HOST, NEWEST_TESTED_HOST))
+    oldest, newest = _in_words(OLDEST_TESTED_HOST), _in_words(NEWEST_TESTED_HOST)
     return f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {oldest} to {newest}."
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _in_words(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
