@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -257,6 +257,8 @@ def check_route(name: str, command: Sequence[str]) -> Finding:
             return Finding(route, "failed", f"the probe did not end: {error}")
     lines = (probe.stderr + probe.stdout).strip().splitlines()
     remedy = f"unset {finder.DISABLE_VARIABLE}" if finder.disabled() else REINSTALL
+    if any("mlx-cpo-plugin is only partly hooked" in line for line in lines):
+        remedy = ""  # it reached the plugin, which says itself what is wrong
     if any(line.startswith(REACHED) for line in lines):
         return Finding(route, "ok", "hooked")
     return Finding(route, "failed", f"not hooked: {lines[-1] if lines else 'the probe printed nothing'}", remedy)
