@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mlx_lm.tuner.utils import build_schedule
 
 from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.convert.command import SOURCES, recognised
-from mlx_cpo_plugin.convert.conversion import Conversion, Source
-from mlx_cpo_plugin.convert.writing import as_yaml
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, account
+from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import known_options
@@ -62,8 +62,30 @@ LLAMA_FACTORY: dict[str, Any] = {
     "learning_rate": 5e-6,
     "output_dir": "saves",
 }
-EXAMPLES = {"trl": TRL, "axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY}
+SIMPO: dict[str, Any] = {
+    "model_name_or_path": "some/model",
+    "dataset_mixer": {"some/pairs": 1.0},
+    "dataset_splits": ["train_prefs", "test_prefs"],
+    "beta": 2.5,
+    "gamma_beta_ratio": 0.55,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "cosine",
+    "max_length": 2048,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "output_dir": "out",
+}
+EXAMPLES = {"trl": TRL, "axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY, "simpo": SIMPO}
 LOSS_KEYS = {"beta", "cpo_alpha", "simpo_gamma", "learning_rate", "batch_size", "iters"}
+FURTHER_KEYS = re.findall(
+    r"\w+",
+    """
+    num_train_epochs num_epochs warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs eval_strategy
+    eval_steps save_steps val_size val_set_size report_to run_name use_peft lora_rank lora_target_modules
+    test_datasets trl optim optimizer resume_from_checkpoint
+    """,
+)
+KEYS = sorted({*FURTHER_KEYS, *(key for example in EXAMPLES.values() for key in example)})
 with_each_source = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -73,6 +95,20 @@ def converted(
     """The conversion of an example in which some keys are others; None removes one."""
     values = {key: value for key, value in (EXAMPLES[name] | (changes or {})).items() if value is not None}
     return SOURCES[name][1](Source(YamlSettings("their.yaml", values, {})), rows, drop_reference)
+
+
+def written(name: str, values: dict[str, Any], rows: int | None = None, file: str = "their.yaml") -> tuple[str, str]:
+    """The file that a conversion makes: its head, in one line, and its settings."""
+    source = Source(YamlSettings(file, values, {}))
+
+    def convert(source: Source) -> Conversion:
+        return SOURCES[name][1](source, rows, True)
+
+    conversion = convert(source)
+    text = as_yaml(conversion, told_lines(conversion, source, account(source, conversion, convert)))
+    head, _, body = text.partition("\n\n")
+    assert all(line.startswith("#") for line in head.splitlines())
+    return " ".join(head.replace("#", " ").split()), body
 
 
 def told(conversion: Conversion) -> str:
@@ -181,6 +217,60 @@ def test_smoothing_that_trl_ignores_is_ignored_here_too() -> None:
 
     assert "label_smoothing" not in conversion.settings
     assert "label_smoothing 0.1 had no effect with hinge" in told(conversion)
+
+
+def test_the_margin_of_the_simpo_authors_stands_inside_beta() -> None:
+    ours = converted("simpo").settings
+
+    assert (ours["dpo_cpo_loss_type"], ours["beta"], ours["simpo_gamma"]) == ("simpo", 2.5, pytest.approx(1.375))
+    assert "cpo_alpha" not in ours
+    assert converted("simpo", {"sft_weight": 0.2, "beta": None}).settings["cpo_alpha"] == 0.2
+    defaults = converted("simpo", {"beta": None, "gamma_beta_ratio": None}).settings
+    assert (defaults["beta"], defaults["simpo_gamma"]) == (2.0, 0.5)
+    with pytest.raises(ConfigError, match=r"loss_type is 'hinge' in their\.yaml, but only sigmoid"):
+        converted("simpo", {"loss_type": "hinge"})
+
+
+def test_data_sets_of_the_alignment_handbook() -> None:
+    mixed = {"dataset_mixer": {"a/b": 1.0, "c/d": 0.25}, "evaluation_strategy": "steps"}
+
+    assert converted("simpo", mixed).settings["hf_dataset"] == [
+        {"path": "a/b", "train_split": "train_prefs", "valid_split": "test_prefs"},
+        {"path": "c/d", "train_split": "train_prefs[:25%]", "valid_split": "test_prefs"},
+    ]
+    mixture = {"datasets": [{"id": "a/b", "config": "en", "split": "train_prefs"}], "test_split_size": 0.1}
+    ours = converted("trl", {"dataset_name": None, "dataset_mixture": mixture}).settings
+    assert ours["hf_dataset"] == [{"path": "a/b", "config": "en", "train_split": "train_prefs"}]
+    assert ours["valid_fraction"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"beta": 0.1, "output_dir": "out", "learning_rate": 1e-6},
+        {"loss_type": "sigmoid", "beta": 0.1, "num_train_epochs": 1},
+        {"dataset_mixer": {"a/b": 1.0}, "beta": 0.05, "max_prompt_length": 512},  # alignment-handbook, DPO or ORPO
+    ],
+)
+def test_a_file_that_may_be_of_another_trainer_is_refused_unless_it_is_said_to_be_none(
+    values: dict[str, Any], convert: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(values)[0] == 2
+    assert "none of the keys that only a CPOConfig has" in capsys.readouterr().err
+
+    assert convert(values, "--from", "trl")[0] == 0
+    as_cpo = yaml.safe_load(convert(values, "--from", "trl", "--force")[1].read_text())
+    as_dpo = yaml.safe_load(convert(values, "--drop-reference", "--force")[1].read_text())
+    assert (as_cpo["cpo_alpha"], as_dpo.get("cpo_alpha")) == (1.0, None)
+
+
+def test_a_file_of_ms_swift_is_refused(
+    convert: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = convert({"rlhf_type": "simpo", "model": "some/model", "output_dir": "out", "beta": 2.0})
+
+    assert code == 2
+    assert "rlhf_type is 'simpo' in" in capsys.readouterr().err
 
 
 def test_axolotl_simpo_has_the_likelihood_term_of_trl_unless_it_says_otherwise() -> None:
@@ -455,7 +545,7 @@ def test_columns_and_files_of_axolotl_data_sets() -> None:
         {"path": "json", "config": {"data_files": "rows.jsonl"}, "train_split": "train", "valid_split": None},
         {"path": "some/pairs", "config": "en", "train_split": "train_prefs", "valid_split": None},
     ]
-    assert "datasets: shards of some/pairs has no counterpart" in told(both)
+    assert "datasets.1.shards" in written("axolotl", AXOLOTL | {"datasets": several})[0]
 
 
 def test_llama_factory_data_sets_are_read_from_their_description(tmp_path: Path) -> None:
@@ -467,11 +557,51 @@ def test_llama_factory_data_sets_are_read_from_their_description(tmp_path: Path)
 
     local = converted("llama-factory", {"dataset": "local", "dataset_dir": str(tmp_path)}).settings
     assert (local["data"], local["chosen_feature"]) == (str(tmp_path / "rows.json"), "better")
-    assert local["prompt_feature"] == "instruction"
+    assert "prompt_feature" not in local
     hub = converted("llama-factory", {"dataset": ["hub"], "dataset_dir": str(tmp_path)}).settings
     assert hub["hf_dataset"] == [{"path": "some/pairs", "config": "en", "train_split": "prefs", "valid_split": None}]
     with pytest.raises(ConfigError, match="dataset other is not described in"):
         converted("llama-factory", {"dataset": "other", "dataset_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"prompt": "instruction", "query": "input"}, "instruction+input"),
+        ({"prompt": "question", "query": "context"}, "question+context"),
+        ({"prompt": "question"}, "question"),
+        ({"prompt": "instruction", "query": "input", "history": "history"}, None),
+    ],
+)
+def test_the_query_of_a_llama_factory_data_set_joins_its_prompt(
+    columns: dict[str, str], prompt: str | None, tmp_path: Path
+) -> None:
+    info = {"my": {"file_name": "rows.json", "ranking": True, "columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+
+    ours = converted("llama-factory", {"dataset": "my", "dataset_dir": str(tmp_path)}).settings
+
+    assert ours.get("prompt_feature") == prompt
+
+
+def test_messages_that_the_reader_does_not_know_are_told_of(tmp_path: Path) -> None:
+    tags = {"role_tag": "speaker", "content_tag": "text", "user_tag": "klant", "assistant_tag": "gpt"}
+    info = {"my": {"file_name": "a.json", "ranking": True, "formatting": "sharegpt", "tags": tags}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    mapped = {
+        "message_property_mappings": {"role": "speaker", "content": "text"},
+        "roles": {"user": ["klant", "human"]},
+    }
+
+    for conversion in (
+        converted("llama-factory", {"dataset": "my", "dataset_dir": str(tmp_path)}),
+        converted("axolotl", {"datasets": [{"path": "my", "field_messages": "talk", **mapped}]}),
+    ):
+        assert "Messages of my have the keys speaker, text" in told(conversion)
+        assert "Messages of my call the role user klant" in told(conversion)
+        assert "gpt" not in told(conversion)
+        assert "human" not in told(conversion)
+    assert conversion.settings["hf_dataset"][0]["prompt_feature"] == "talk"
 
 
 def test_a_data_set_whose_description_is_elsewhere_is_told_of(tmp_path: Path) -> None:
@@ -508,16 +638,109 @@ def test_the_best_checkpoint_is_kept_by_the_same_measure() -> None:
 
 @with_each_source
 def test_every_key_without_a_counterpart_is_named_in_the_head(name: str) -> None:
-    values = EXAMPLES[name] | {"deepspeed": "zero3.json", "no_such\nkey": 1, "torch_compile": False}
-    source = Source(YamlSettings("their.yaml", values, {}))
-    text = as_yaml(SOURCES[name][1](source, None, False), source)
+    head, body = written(name, EXAMPLES[name] | {"deepspeed": "zero3.json", "no_such\nkey": 1, "torch_compile": False})
 
-    head = text.partition("\n\n")[0]
-    assert all(line.startswith("#") for line in head.splitlines())
     left_out, off = head.partition("Without a counterpart, and left out:")[2].split("Empty or switched off")
     assert "deepspeed, no_such\\nkey" in left_out
     assert "torch_compile" in off
-    assert yaml.safe_load(text)["train_mode"] == "cpo"
+    assert yaml.safe_load(body)["train_mode"] == "cpo"
+
+
+@with_each_source
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_every_key_at_every_depth_is_carried_over_or_named(name: str, data: st.DataObject) -> None:
+    before = with_everything(name)
+    holder: Any = data.draw(st.sampled_from(list(mappings_in(before))))
+    key = data.draw(st.sampled_from(KEYS) | st.text("abc_", min_size=3, max_size=8))
+    value = data.draw(
+        st.integers(2, 9) | st.just(True) | st.floats(0.1, 0.9) | st.sampled_from(["linear", "zz", "steps"])
+    )
+    kept = dict(holder)
+    holder.pop(key, None)
+    outcomes = []
+    for change in ({}, {key: value}):
+        holder.update(change)
+        with suppress(ConfigError):  # which names the key
+            outcomes.append(written(name, before, 1000))
+    holder.clear()
+    holder.update(kept)
+
+    if len(outcomes) == 2:
+        (_, without), (head, body) = outcomes
+        assert re.search(rf"(?<!\w){re.escape(key)}(?!\w)", head) or without != body, (key, value)
+
+
+def with_everything(name: str) -> dict[str, Any]:
+    """An example that has mappings inside it wherever they are read."""
+    inside: dict[str, dict[str, Any]] = {
+        "trl": {
+            "datasets": [{"path": "more/pairs"}],
+            "dataset_mixer": {"other/pairs": 0.5},
+            "dataset_mixture": {"datasets": [{"id": "mixed/pairs"}]},
+            "lr_scheduler_kwargs": {"min_lr": 1e-8},
+        },
+        "axolotl": {
+            "trl": {"beta": 2.0},
+            "datasets": [
+                {"path": "some/pairs", "type": {"field_chosen": "best"}, "message_property_mappings": {"role": "role"}},
+                {"path": "other/pairs", "roles": {"user": ["human"]}},
+            ],
+            "test_datasets": [{"path": "some/pairs"}],
+        },
+        "llama-factory": {"lr_scheduler_kwargs": {"min_lr": 1e-8}},
+        "simpo": {},
+    }
+    return json.loads(json.dumps(EXAMPLES[name] | inside[name]))  # type: ignore[no-any-return]
+
+
+def mappings_in(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from mappings_in(item)
+
+
+INFO = {
+    "file_name": "rows.json",
+    "ranking": True,
+    "columns": {"chosen": "chosen", "rejected": "rejected"},
+    "tags": {"role_tag": "from"},
+}
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_every_key_of_a_data_set_description_is_carried_over_or_named(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("info")
+    known = [
+        "history",
+        "messages",
+        "query",
+        "prompt",
+        "system",
+        "tools",
+        "images",
+        "kto_tag",
+        "user_tag",
+        "content_tag",
+    ]
+    key = data.draw(st.sampled_from([*known, "subset", "folder", "split", "num_samples", "formatting", "zz"]))
+    value = data.draw(st.sampled_from(["sharegpt", "zz", "other"]))
+    place = data.draw(st.sampled_from([(), ("columns",), ("tags",)]))
+    values = LLAMA_FACTORY | {"dataset": "my", "dataset_dir": str(folder)}
+    outcomes = []
+    for change in ({}, {key: value}):
+        info = json.loads(json.dumps(INFO))
+        (info[place[0]] if place else info).update(change)
+        (folder / "dataset_info.json").write_text(json.dumps({"my": info}))
+        with suppress(ConfigError):
+            outcomes.append(written("llama-factory", values))
+
+    if len(outcomes) == 2 and outcomes[0] == outcomes[1]:
+        assert (place, key, value) == ((), "formatting", "sharegpt")  # rows are told apart by their keys
 
 
 @with_each_source
@@ -599,7 +822,7 @@ def test_an_output_file_is_not_overwritten_without_force(
         ("their.yaml", "a: [1", "{file}, line 1 is not valid YAML"),
         ("their.json", '{"a": ', "{file} is not valid JSON; correct it."),
         ("their.json", "[1]", "{file} holds no JSON object"),
-        ("their.yaml", "a: 1", "{file} has no key by which TRL's, Axolotl's or LLaMA-Factory's"),
+        ("their.yaml", "a: 1", "{file} has no key by which TRL's, Axolotl's, LLaMA-Factory's or SimPO's"),
         ("their.yaml", "train_mode: cpo", "{file} has train_mode and so is one of mlx-lm-lora already"),
     ],
 )
@@ -628,15 +851,6 @@ def test_a_value_that_training_would_refuse_is_refused_with_the_file_it_comes_fr
     assert not output.exists()
 
 
-FURTHER_KEYS = re.findall(
-    r"\w+",
-    """
-    num_train_epochs num_epochs warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs eval_strategy
-    eval_steps save_steps val_size val_set_size report_to run_name use_peft lora_rank lora_target_modules
-    test_datasets trl optim optimizer resume_from_checkpoint
-    """,
-)
-KEYS = sorted({*FURTHER_KEYS, *(key for example in EXAMPLES.values() for key in example)})
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["path", "beta", "min_lr"]), inner),
@@ -651,9 +865,8 @@ ANYTHING = st.recursive(
     st.none() | st.integers(1, 1000),
 )
 def test_any_values_are_converted_or_refused(name: str, changes: dict[str, Any], rows: int | None) -> None:
-    source = Source(YamlSettings("their.yaml", EXAMPLES[name] | changes, {}))
     text = "train_mode: cpo"
     with suppress(ConfigError):
-        text = as_yaml(SOURCES[name][1](source, rows, True), source)
+        text = written(name, EXAMPLES[name] | changes, rows)[1]
 
     assert yaml.safe_load(text)["train_mode"] == "cpo"

@@ -187,6 +187,17 @@ def test_a_system_message_comes_first_and_once(row):
     assert parse_row(row, Columns()).chosen == [system("Be brief."), QUESTION, GOOD]
 
 
+def test_the_prompt_may_be_several_columns():
+    columns = Columns(prompt="task + text")
+    row = {"task": "Translate.", "text": "Katze", "chosen": "cat", "rejected": "dog"}
+
+    assert parse_row(row, columns).chosen[0] == user("Translate.\nKatze")
+    assert parse_row(row | {"text": None}, columns).chosen[0] == user("Translate.")
+    assert parse_row(row | {"task + text": "Hi"}, columns).chosen[0] == user("Hi")
+    with pytest.raises(DataError, match=r"^a\.json has no column 'text', which prompt_feature names"):
+        columns.check([{"task": "Hi", "chosen": "", "rejected": ""}], "a.json")
+
+
 def test_an_instruction_and_its_input_are_one_prompt():
     row = {"instruction": "Translate.", "input": "Katze", "chosen": "cat", "rejected": "dog"}
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, is_off
 from mlx_cpo_plugin.convert.model_and_data import (
     Adapter,
     DataEntry,
-    are_entries,
     bits_of,
     convert_adapter,
     convert_data,
@@ -19,6 +18,7 @@ from mlx_cpo_plugin.convert.model_and_data import (
     convert_valid_share,
     put_loss,
     require_no_reference,
+    tell_of_messages,
 )
 from mlx_cpo_plugin.convert.training_arguments import (
     Length,
@@ -37,6 +37,7 @@ from mlx_cpo_plugin.wording import named
 
 MARKS = ("base_model", "rl", "micro_batch_size", "sequence_len")
 CUSTOM_COLUMNS = {
+    "field_messages": "prompt_feature",
     "field_prompt": "prompt_feature",
     "field_chosen": "chosen_feature",
     "field_rejected": "rejected_feature",
@@ -87,14 +88,8 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
         )
     if rl not in ("simpo", "dpo", "ipo"):
         raise source.refuse("rl", "only simpo can be converted, or dpo and ipo with --drop-reference")
-    trl = source.raw("trl", {})
-    if not isinstance(trl, Mapping) or not isinstance(trl.get("beta", 0.0), int | float | None):
-        raise source.refuse("trl", "it must be a mapping, with a number as beta")
-    for key in trl:
-        if key != "beta" and not is_off(trl[key]):
-            conversion.tell(f"trl: {named(key, 60)} has no counterpart.")
-    in_trl = trl.get("beta")
-    beta = source.number("rl_beta", 0.1) if in_trl is None else float(in_trl)
+    in_trl = source.inside("trl").number("beta")
+    beta = source.number("rl_beta", 0.1) if in_trl is None else in_trl
     given = ["dpo_cpo_loss_type", *(["beta"] if source.gives("rl_beta") or in_trl is not None else [])]
     if rl == "simpo":
         given += [key for key in ("cpo_alpha", "simpo_gamma") if source.gives(key)]
@@ -134,43 +129,39 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
 
 
 def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
-    train, tests = (
-        [_entry(entry, conversion) for entry in _entries(source, key)] for key in ("datasets", "test_datasets")
-    )
+    train = [_entry(entry, conversion) for entry in source.entries("datasets")]
+    tests = [(str(entry.text("path")), str(entry.raw("split", "train"))) for entry in source.entries("test_datasets")]
     entries = list(train)
-    if tests and len(train) == 1 and [test.path for test in tests] == [train[0].path]:
-        only = train[0]
-        entries = [DataEntry(only.path, only.options, only.train_split, tests[0].train_split, only.columns)]
+    if tests and len(train) == 1 and [path for path, _ in tests] == [train[0].path]:
+        entries = [replace(train[0], valid_split=tests[0][1])]
     elif tests:
         conversion.tell("test_datasets are other data sets than datasets and have no counterpart: set valid_split.")
     convert_data(entries, conversion)
     convert_valid_share(source.number("val_set_size", 0.0), "val_set_size", conversion, rows)
 
 
-def _entries(source: Source, key: str) -> list[Mapping[str, Any]]:
-    entries = source.raw(key, [])
-    if not are_entries(entries):
-        raise source.refuse(key, "it must be a list of mappings, each with a path")
-    return list(entries)
-
-
-def _entry(entry: Mapping[str, Any], conversion: Conversion) -> DataEntry:
-    path, kind = entry["path"], entry.get("type")
-    columns = {ours: entry[theirs] for theirs, ours in CUSTOM_COLUMNS.items() if isinstance(entry.get(theirs), str)}
-    if isinstance(kind, Mapping):
-        columns |= {ours: kind[theirs] for theirs, ours in CUSTOM_COLUMNS.items() if isinstance(kind.get(theirs), str)}
-        formats = [key for key in kind if key not in CUSTOM_COLUMNS and kind[key] is not None]
-    else:
-        formats = []
-    options = {key: entry[key] for key in ("name", "data_files", "revision") if entry.get(key) is not None}
+def _entry(entry: Source, conversion: Conversion) -> DataEntry:
+    path, kind = str(entry.text("path")), entry.raw("type")
+    columns: dict[str, str] = {}
+    for place in (entry, entry.inside("type")) if isinstance(kind, Mapping) else (entry,):
+        columns |= {ours: place.text(theirs) for theirs, ours in CUSTOM_COLUMNS.items() if place.gives(theirs)}
+    options = {key: entry.raw(key) for key in ("name", "data_files", "revision") if entry.gives(key)}
+    entry.raw("ds_type")
     if isinstance(kind, str):
         conversion.tell(
             f"datasets: type {named(kind, 60)} of {named(path, 60)} is not needed: rows are told apart by their keys."
         )
-    known = {"path", "type", "split", "ds_type", *options, *CUSTOM_COLUMNS}
-    for key in [*formats, *(key for key in entry if key not in known and not is_off(entry[key]))]:
-        conversion.tell(f"datasets: {named(key, 60)} of {named(path, 60)} has no counterpart.")
-    return DataEntry(path, options, str(entry.get("split") or "train"), None, columns)
+    _check_messages(entry, path, conversion)
+    return DataEntry(path, options, str(entry.raw("split", "train")), None, columns)
+
+
+def _check_messages(entry: Source, path: str, conversion: Conversion) -> None:
+    """Say where messages have keys or roles that are not read: their rows would be left out."""
+    keys = entry.inside("message_property_mappings")
+    role = keys.text("role") or entry.text("message_field_role", "role")
+    content = keys.text("content") or entry.text("message_field_content", "content")
+    roles = entry.inside("roles")
+    tell_of_messages(path, (role, content), {target: roles.raw(target) for target in roles.values}, conversion)
 
 
 def _schedule(source: Source, peak: float, length: Length) -> ScheduleRequest:

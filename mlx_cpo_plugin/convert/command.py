@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from mlx_cpo_plugin.convert import axolotl, llama_factory, trl
-from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert import axolotl, llama_factory, simpo, trl
+from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.wording import named, shown
 
-Converter = Callable[[Source, int | None, bool], Conversion]
 SOURCES: dict[str, tuple[ModuleType, Converter]] = {
     "axolotl": (axolotl, axolotl.convert_axolotl),
     "llama-factory": (llama_factory, llama_factory.convert_llama_factory),
+    "simpo": (simpo, simpo.convert_simpo),
     "trl": (trl, trl.convert_trl),
 }
 """Value of ``--from`` -> its module and converter; in this order a file is tried, since TRL's keys are everywhere."""
@@ -27,7 +26,9 @@ SOURCES: dict[str, tuple[ModuleType, Converter]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
-    parser.add_argument("file", metavar="FILE", help="configuration of TRL, Axolotl or LLaMA-Factory, YAML or JSON")
+    parser.add_argument(
+        "file", metavar="FILE", help="configuration of TRL, Axolotl, LLaMA-Factory or SimPO, YAML or JSON"
+    )
     parser.add_argument("--output", metavar="OUT.yaml", help="file to write; the result is printed without it")
     parser.add_argument("--from", dest="source", choices=sorted(SOURCES), help="where FILE is from; told by its keys")
     parser.add_argument("--rows", type=int, help="number of training rows, for schedules and intervals of epochs")
@@ -49,10 +50,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--rows is {arguments.rows}, but must be at least 1.")
     settings = read_settings(arguments.file)
     source = Source(settings)
-    _, convert = SOURCES[arguments.source or recognised(settings)]
-    conversion = convert(source, arguments.rows, arguments.drop_reference)
+    _, converter = SOURCES[arguments.source or recognised(settings, arguments.drop_reference)]
+
+    def convert(source: Source) -> Conversion:
+        return converter(source, arguments.rows, arguments.drop_reference)
+
+    conversion = convert(source)
     check_result(conversion, settings.file)
-    text = as_yaml(conversion, source)
+    told = told_lines(conversion, source, account(source, conversion, convert))
+    text = as_yaml(conversion, told)
     if output is None:
         sys.stdout.write(text)
         return 0
@@ -62,7 +68,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"{named(str(output))} cannot be written ({error.strerror}); give another --output."
         ) from error
-    print("\n".join(told_lines(conversion, source)))
+    print("\n".join(told))
     print(f"\nWritten to {named(str(output))}; look at its rows with `mlx-cpo check --config {named(str(output))}`.")
     return 0
 
@@ -84,21 +90,36 @@ def read_settings(file: str) -> YamlSettings:
     return YamlSettings(file, values, {})
 
 
-def recognised(settings: YamlSettings) -> str:
+def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
     """Return which program a configuration is from, by its keys.
 
+    Args:
+        drop_reference: whether it may be one of TRL's DPO, too.
+
     Raises:
-        ConfigError: none of them has such keys.
+        ConfigError: none of them has such keys, or several of TRL's trainers may have.
     """
-    if "train_mode" in settings.values:
-        raise ConfigError(f"{named(settings.file)} has train_mode and so is one of mlx-lm-lora already; train with it.")
-    for name, (module, _) in SOURCES.items():
-        if any(mark in settings.values for mark in module.MARKS):
-            return name
-    raise ConfigError(
-        f"{named(settings.file)} has no key by which TRL's, Axolotl's or LLaMA-Factory's configurations are known; say "
-        "with --from which it is."
-    )
+    file, values = named(settings.file), settings.values
+    if "train_mode" in values:
+        raise ConfigError(f"{file} has train_mode and so is one of mlx-lm-lora already; train with it.")
+    if "rlhf_type" in values:
+        raise ConfigError(
+            f"rlhf_type is {shown(values['rlhf_type'])} {settings.place('rlhf_type')}, so the file is one of ms-swift, "
+            "whose defaults are others than TRL's; write its values as a CPOConfig, loss_type and cpo_alpha included."
+        )
+    name = next((name for name, (module, _) in SOURCES.items() if any(mark in values for mark in module.MARKS)), None)
+    if name is None:
+        raise ConfigError(
+            f"{file} has no key by which TRL's, Axolotl's, LLaMA-Factory's or SimPO's configurations are known; say "
+            "with --from which it is."
+        )
+    if name == "trl" and not (drop_reference or trl.is_surely_cpo(values) or trl.names_another_trainer(values)):
+        raise ConfigError(
+            f"{file} has none of the keys that only a CPOConfig has (cpo_alpha, simpo_gamma, loss_type: simpo), so it "
+            "may be one of DPO, ORPO or another trainer; say --from trl if it is a CPOConfig, or --drop-reference if "
+            "it is one of DPO."
+        )
+    return name
 
 
 def check_result(conversion: Conversion, file: str) -> None:

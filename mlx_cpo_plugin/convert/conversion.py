@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,24 @@ from mlx_cpo_plugin.wording import shown
 
 _DEFAULTS = {option.name: option.default for option in SUBSTRATE_OPTIONS}
 
+KeyPath = tuple[str | int, ...]
+"""A key inside mappings and lists, e.g. ``("datasets", 0, "path")``."""
+
 
 class Source:
-    """A configuration of another program; keeps account of the keys that were read.
+    """A configuration of another program; keeps account of the keys that were read, inside mappings, too.
 
     Args:
         settings: the file as read.
+        path: where these values stand in the file.
     """
 
-    def __init__(self, settings: YamlSettings) -> None:
+    def __init__(self, settings: YamlSettings, path: KeyPath = ()) -> None:
         self.settings = settings
         self.values = settings.values
+        self._path = path
         self._read: set[str] = set()
+        self._inside: dict[str, list[Source]] = {}
 
     def gives(self, key: str) -> bool:
         """Whether a key has a value; null is none."""
@@ -75,21 +82,82 @@ class Source:
         Raises:
             ConfigError: it is something else.
         """
-        values = self._checked(key, dict, {})
-        return Source(YamlSettings(self.settings.file, values, {}))
+        return self._children(key, [((), self._checked(key, dict, {}))])[0]
+
+    def entries(self, key: str, marks: tuple[str, ...] = ("path",)) -> list[Source]:
+        """Return the mappings of the list that a key holds as sources of their own.
+
+        Args:
+            marks: keys of which each mapping must have one, with text.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        entries = self.raw(key, [])
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, Mapping) and any(isinstance(entry.get(mark), str) for mark in marks) for entry in entries
+        ):
+            raise self.refuse(key, f"it must be a list of mappings, each with a {' or '.join(marks)}")
+        return self._children(key, [((number,), dict(entry)) for number, entry in enumerate(entries)])
 
     def refuse(self, key: str, allowed: str, default: Any = None) -> ConfigError:
         """Return the error for a value that has no counterpart: where it stands, and what would have."""
         value, place = (self.values[key], self.settings.place(key)) if self.gives(key) else (default, "by default")
-        return ConfigError(f"{key} is {shown(value)} {place}, but {allowed}.")
+        return ConfigError(f"{in_words((*self._path, key))} is {shown(value)} {place}, but {allowed}.")
 
-    def unread(self) -> list[str]:
-        """Return the keys that nobody asked for, in the order of the file."""
-        return [key for key in self.values if key not in self._read]
+    def unread(self) -> list[KeyPath]:
+        """Return the keys that nobody asked for, in the order of the file, inside mappings that were read, too."""
+        return [path for path, was_read in self._keys() if not was_read]
+
+    def read(self) -> list[KeyPath]:
+        """Return the keys that were asked for, each mapping by the keys inside it."""
+        return [path for path, was_read in self._keys() if was_read]
+
+    def value_at(self, path: KeyPath) -> Any:
+        """Return what a key of :meth:`unread` or :meth:`read` holds."""
+        value: Any = self.values
+        for part in path:
+            value = value[part]
+        return value
+
+    def without(self, path: KeyPath) -> Source:
+        """Return the same configuration without one key, as nobody has read it yet."""
+        values = deepcopy(self.values)
+        holder: Any = values
+        for part in path[:-1]:
+            holder = holder[part]
+        del holder[path[-1]]
+        return Source(YamlSettings(self.settings.file, values, self.settings.lines))
+
+    def _keys(self) -> Iterator[tuple[KeyPath, bool]]:
+        for key in self.values:
+            children = self._inside.get(key, [])
+            if not any(child.values for child in children):
+                yield (*self._path, key), key in self._read
+            for child in children:
+                yield from child._keys()
+
+    def _children(self, key: str, parts: Iterable[tuple[KeyPath, dict[str, Any]]]) -> list[Source]:
+        if key not in self._inside:
+            self._inside[key] = []
+            for path, values in parts:
+                start = ".".join(map(str, (key, *path))) + "."
+                lines = {name.removeprefix(start): line for name, line in self.settings.lines.items()}
+                settings = YamlSettings(self.settings.file, values, lines)
+                self._inside[key].append(Source(settings, (*self._path, key, *path)))
+        return self._inside[key]
 
     def _checked(self, key: str, kind: type, default: Any) -> Any:
         value = self.raw(key, default)
-        return None if value is None else check(Option(key, kind, default, ""), value, self.settings.place)
+        if value is None:
+            return None
+        name = in_words((*self._path, key))
+        return check(Option(name, kind, default, ""), value, lambda _: self.settings.place(key))
+
+
+def in_words(path: KeyPath) -> str:
+    """Return a key inside mappings and lists as one name, e.g. ``datasets.0.path``."""
+    return ".".join(map(str, path))
 
 
 @dataclass
@@ -101,12 +169,14 @@ class Conversion:
         settings: the keys and values to write, in order.
         changed: sentences on what changes its meaning.
         defaulted: keys that the file does not give, written since the defaults of the two programs differ.
+        left_out: keys of other files that it refers to which have no counterpart.
     """
 
     source_name: str
     settings: dict[str, Any] = field(default_factory=lambda: {"train_mode": "cpo", "train": True})
     changed: list[str] = field(default_factory=list)
     defaulted: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, given: bool) -> None:
         """Set a key, unless it is left out in the file and both programs have the same default."""
@@ -121,6 +191,47 @@ class Conversion:
         self.changed.append(sentence)
 
 
+Converter = Callable[[Source, int | None, bool], Conversion]
+"""``(source, rows, drop_reference)`` to the conversion; see :data:`mlx_cpo_plugin.convert.command.SOURCES`."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of the keys that do not stand in the result, so that each key of the file is accounted for.
+
+    Attributes:
+        dropped: keys without a counterpart.
+        ineffective: keys that were read, and without which the result would be the same.
+        off: keys without a counterpart that are empty or switched off.
+    """
+
+    dropped: list[str]
+    ineffective: list[str]
+    off: list[str]
+
+
+def account(source: Source, conversion: Conversion, convert: Callable[[Source], Conversion]) -> Account:
+    """Find out by trial which keys count: the file is converted again without each of them.
+
+    Args:
+        source: the file, after its conversion.
+        convert: what converted it.
+    """
+    unread = {path: is_off(source.value_at(path)) for path in source.unread()}
+
+    def counts(path: KeyPath) -> bool:
+        try:
+            return convert(source.without(path)) != conversion
+        except ConfigError:
+            return True
+
+    return Account(
+        [*(in_words(path) for path, off in unread.items() if not off), *conversion.left_out],
+        [in_words(path) for path in source.read() if not is_off(source.value_at(path)) and not counts(path)],
+        [in_words(path) for path, off in unread.items() if off],
+    )
+
+
 def is_off(value: Any) -> bool:
     """Whether a value asks for nothing, so that leaving its key out loses nothing."""
     return value is None or value is False or value in ("", "no", "none", "off") or value in ([], {})
@@ -129,13 +240,6 @@ def is_off(value: Any) -> bool:
 def given_keys(source: Source, keys: Iterable[str]) -> list[str]:
     """Return those of ``keys`` that the file gives and does not switch off."""
     return [key for key in keys if not is_off(source.values.get(key))]
-
-
-def split_unread(source: Source) -> tuple[list[str], list[str]]:
-    """Return the keys without a counterpart: those that ask for something, and those that are empty or off."""
-    unread = source.unread()
-    off = [key for key in unread if is_off(source.values[key])]
-    return [key for key in unread if key not in off], off
 
 
 def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, in_words, is_off, merged
 from mlx_cpo_plugin.convert.model_and_data import (
     Adapter,
     DataEntry,
@@ -17,16 +17,27 @@ from mlx_cpo_plugin.convert.model_and_data import (
     convert_valid_share,
     put_loss,
     require_no_reference,
+    tell_of_messages,
 )
 from mlx_cpo_plugin.convert.training_arguments import (
     convert_tracking,
     convert_training_arguments,
 )
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
+from mlx_cpo_plugin.wording import named, shown
 
 MARKS = ("stage", "finetuning_type", "pref_loss", "pref_beta", "cutoff_len", "dataset_dir")
 INFO_FILE = "dataset_info.json"
+TAGGED_ROLES = {
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "observation",
+    "function_call": "function",
+    "system": "system",
+}
+"""Role as it is read -> what stands before ``_tag`` in dataset_info.json."""
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
 WITH_REFERENCE = ("sigmoid", "hinge", "ipo")
 COLUMNS = {"chosen": "chosen_feature", "rejected": "rejected_feature", "system": "system_feature"}
 
@@ -144,7 +155,7 @@ def _described(source: Source, folder: str, names: list[str], conversion: Conver
             continue
         except ValueError as error:
             raise ConfigError(f"{named(str(place / INFO_FILE))} is not valid JSON; correct it.") from error
-        return [_entry(name, described, place) for name in names]
+        return [_entry(name, described, place, conversion) for name in names]
     if names:
         conversion.tell(
             f"dataset {', '.join(names)} is described in {INFO_FILE} of dataset_dir {named(folder, 60)}, which is not "
@@ -153,22 +164,58 @@ def _described(source: Source, folder: str, names: list[str], conversion: Conver
     return []
 
 
-def _entry(name: str, described: Any, place: Path) -> DataEntry:
+def _entry(name: str, described: Any, place: Path, conversion: Conversion) -> DataEntry:
+    file = str(place / INFO_FILE)
     info = described.get(name) if isinstance(described, dict) else None
     if not isinstance(info, dict):
+        raise ConfigError(f"dataset {named(name)} is not described in {named(file)}; correct the name.")
+    entry = Source(YamlSettings(file, info, {}))
+    if not entry.flag("ranking"):
+        conversion.tell(f"dataset {named(name, 60)} has no ranking: true in {INFO_FILE}: are its rows pairs?")
+    formatting = entry.raw("formatting", "alpaca")
+    if formatting not in FORMATTINGS:
         raise ConfigError(
-            f"dataset {named(name)} is not described in {named(str(place / INFO_FILE))}; correct the name."
+            f"dataset {named(name)} has the formatting {shown(formatting)} in {named(file)}, but only "
+            f"{', '.join(FORMATTINGS)} can be converted."
         )
-    columns = info.get("columns")
-    columns = columns if isinstance(columns, dict) else {}
-    features = {ours: str(columns[theirs]) for theirs, ours in COLUMNS.items() if theirs in columns}
-    if info.get("formatting", "alpaca") == "alpaca":
-        features["prompt_feature"] = str(columns.get("prompt", "instruction"))
-    split = str(info.get("split", "train"))
-    if "hf_hub_url" in info:
-        options = {"name": info["subset"]} if info.get("subset") else {}
-        return DataEntry(str(info["hf_hub_url"]), options, split, None, features)
-    return DataEntry(str(place / str(info.get("file_name", name))), {}, split, None, features)
+    alpaca = formatting == "alpaca"
+    features = _columns(entry.inside("columns"), alpaca, conversion)
+    if not alpaca or entry.gives("tags"):
+        _check_tags(name, entry, conversion)
+    hub, local = entry.text("hf_hub_url"), entry.text("file_name")
+    split, options = "train", {}
+    if hub is not None:
+        split = str(entry.raw("split", "train"))
+        options = merged({"name": entry.raw("subset"), "data_dir": entry.raw("folder")})
+    elif local is None:
+        raise ConfigError(f"dataset {named(name)} has neither file_name nor hf_hub_url in {named(file)}; give one.")
+    left_out = [path for path in entry.unread() if not is_off(entry.value_at(path))]
+    conversion.left_out += [f"{INFO_FILE}: {in_words((name, *path))}" for path in left_out]
+    return DataEntry(hub or str(place / local), options, split, None, features)
+
+
+def _columns(columns: Source, alpaca: bool, conversion: Conversion) -> dict[str, str]:
+    """Return our column settings; a ``query`` joins the prompt, which the reader does, too."""
+    features = {ours: columns.text(theirs) for theirs, ours in COLUMNS.items() if columns.gives(theirs)}
+    prompts = ("prompt", "query") if alpaca else ("messages",)
+    names = [columns.text(key) for key in prompts if columns.gives(key)]
+    if names == ["instruction", "input"] and columns.values.get("history") == "history":
+        conversion.tell(f"The columns instruction, input and {columns.raw('history')} are found by their names.")
+    elif names:
+        features["prompt_feature"] = "+".join(names)
+    if columns.values.get("tools") == "tools":  # as the reader calls them
+        columns.raw("tools")
+    return features
+
+
+def _check_tags(name: str, entry: Source, conversion: Conversion) -> None:
+    """Say where messages have keys or roles that are not read; those of ShareGPT and OpenAI are."""
+    tags = entry.inside("tags")
+    openai = entry.raw("formatting") == "openai"
+    role = tags.text("role_tag", "role" if openai else "from")
+    content = tags.text("content_tag", "content" if openai else "value")
+    roles = {our: tags.text(f"{their}_tag") for our, their in TAGGED_ROLES.items()}
+    tell_of_messages(name, (role, content), roles, conversion)
 
 
 def _convert_tracking(source: Source, conversion: Conversion) -> None:

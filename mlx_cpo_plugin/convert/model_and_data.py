@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
+from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
+from mlx_cpo_plugin.data.messages import ROLES
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.wording import named
 
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 ALL_LINEAR = ("all", "all-linear", ["all"], ["all-linear"])
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class DataEntry:
     @property
     def is_local(self) -> bool:
         """Whether the path is a file or folder on this machine and needs nothing else to be read."""
-        looks_local = self.path.startswith((".", "/", "~")) or self.path.endswith(("/", *LOCAL_SUFFIXES))
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.endswith("/") or kind_of(self.path) in SUFFIXES
         return looks_local and not self.options
 
 
@@ -110,13 +113,6 @@ def convert_precision(bits: int | None, conversion: Conversion) -> None:
     )
 
 
-def are_entries(value: Any) -> bool:
-    """Whether a value is a list of data sets, each a mapping with a path."""
-    return isinstance(value, list) and all(
-        isinstance(entry, Mapping) and isinstance(entry.get("path"), str) for entry in value
-    )
-
-
 def convert_data(entries: Sequence[DataEntry], conversion: Conversion) -> None:
     """Write ``data`` for one local set, or ``hf_dataset``."""
     if not entries:
@@ -132,9 +128,9 @@ def convert_data(entries: Sequence[DataEntry], conversion: Conversion) -> None:
 
 def _entry(entry: DataEntry) -> dict[str, Any]:
     path, options = entry.path, entry.options
-    suffix = next((suffix for suffix in LOCAL_SUFFIXES if path.endswith(suffix)), None)
-    if suffix is not None and not options:
-        path, options = "parquet" if suffix == ".parquet" else "json", {"data_files": path}
+    if kind_of(path) in SUFFIXES and not options:
+        builder = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}.get(kind_of(path), "json")
+        path, options = builder, {"data_files": path}
     names_config = set(options) == {"name"}
     settings = merged(
         {"path": path, "config": options["name"] if names_config else options or None},
@@ -143,6 +139,27 @@ def _entry(entry: DataEntry) -> dict[str, Any]:
     )
     # Null, and not left out: otherwise a part of the training rows would be validated on.
     return {**settings, "valid_split": entry.valid_split}
+
+
+def tell_of_messages(path: str, keys: tuple[str, str], roles: Mapping[str, Any], conversion: Conversion) -> None:
+    """Say where messages of a data set have keys or roles that are not read, and so their rows would be left out.
+
+    Args:
+        keys: of the role and of the content.
+        roles: role -> the name, or names, that messages have for it.
+    """
+    if keys not in MESSAGE_KEYS:
+        conversion.tell(
+            f"Messages of {named(path, 60)} have the keys {named(', '.join(keys), 60)}, and rows with them are left "
+            "out: rename them to role and content."
+        )
+    for role, names in roles.items():
+        for name in names if isinstance(names, list) else [names]:
+            if name is not None and ROLES.get(str(name).lower()) != ROLES.get(role, role):
+                conversion.tell(
+                    f"Messages of {named(path, 60)} call the role {named(role, 60)} {named(str(name), 60)}, and rows "
+                    "with it are left out or misread: rename it."
+                )
 
 
 def convert_valid_share(size: float, key: str, conversion: Conversion, rows: int | None) -> None:

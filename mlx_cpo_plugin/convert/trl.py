@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from mlx_cpo_plugin.convert.conversion import Conversion, Source, given_keys
+from mlx_cpo_plugin.convert.conversion import Conversion, Source, given_keys, is_off
 from mlx_cpo_plugin.convert.model_and_data import (
     Adapter,
     DataEntry,
-    are_entries,
     bits_of,
     convert_adapter,
     convert_data,
@@ -25,6 +25,8 @@ from mlx_cpo_plugin.convert.training_arguments import (
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.wording import named
 
+ONLY_CPO = ("cpo_alpha", "simpo_gamma")
+ONLY_CPO_LOSSES = ("simpo", "alphapo")
 MARKS = (
     "cpo_alpha",
     "simpo_gamma",
@@ -33,6 +35,8 @@ MARKS = (
     "num_train_epochs",
     "max_prompt_length",
     "output_dir",
+    "dataset_mixer",
+    "dataset_mixture",
 )
 REFERENCE_KEYS = (
     "precompute_ref_log_probs",
@@ -69,6 +73,18 @@ _ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout")
 _TARGET_KEYS = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
 
 
+def is_surely_cpo(values: Mapping[str, Any]) -> bool:
+    """Whether the keys are those of a CPOConfig and of no other trainer's."""
+    loss = values.get("loss_type")
+    loss = loss[0] if isinstance(loss, list) and loss else loss
+    return any(key in values for key in ONLY_CPO) or loss in ONLY_CPO_LOSSES
+
+
+def names_another_trainer(values: Mapping[str, Any]) -> bool:
+    """Whether the keys are those of a trainer without pairs, or with a reference model, which is told of by name."""
+    return any(values.get(key) is not None for key in (*OTHER_TRAINERS, *REFERENCE_KEYS))
+
+
 def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
     """Convert a CPOConfig.
 
@@ -82,8 +98,7 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
                 f"{key} {source.settings.place(key)} belongs to TRL's {trainer}, which trains on no pairs of chosen "
                 "and rejected answers; give a CPOConfig."
             )
-    _convert_model(source, conversion)
-    _convert_data(source, conversion, rows)
+    convert_scripts(source, conversion, rows)
     _convert_loss(source, conversion, drop_reference)
     conversion.put("max_seq_length", source.count("max_length", 1024), source.gives("max_length"))
     checkpointing = "gradient_checkpointing"
@@ -96,12 +111,23 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
         grad_checkpoint=source.flag(checkpointing, True),
         gives_checkpointing=source.gives(checkpointing),
     )
+    convert_output(source, conversion)
+    return conversion
+
+
+def convert_output(source: Source, conversion: Conversion) -> None:
+    """Convert where the run writes to and reports."""
     convert_tracking(source, conversion)
     if source.text("output_dir") is not None:
         conversion.settings["adapter_path"] = source.text("output_dir")
     for key in ("do_train", "do_eval", "do_predict"):
         source.raw(key)
-    return conversion
+
+
+def convert_scripts(source: Source, conversion: Conversion, rows: int | None) -> None:
+    """Convert what TRL's scripts, and those built like them, take beside the training arguments: model and data."""
+    _convert_model(source, conversion)
+    _convert_data(source, conversion, rows)
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
@@ -132,7 +158,7 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
 
 
 def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
-    validates = str(source.values.get("eval_strategy", source.values.get("evaluation_strategy", "no"))) != "no"
+    validates = not is_off(source.values.get("eval_strategy", source.values.get("evaluation_strategy")))
     share = source.number("test_split_size", 0.0)
     valid = str(source.raw("dataset_test_split", "test")) if validates and not share else None
     train = str(source.raw("dataset_train_split", "train"))
@@ -140,21 +166,38 @@ def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> N
     name, config = source.text("dataset_name"), source.text("dataset_config")
     if name is not None:
         entries.append(DataEntry(name, {"name": config} if config else {}, train, valid))
-    mixture = source.raw("datasets", [])
-    if not are_entries(mixture):
-        raise source.refuse("datasets", "it must be a list of mappings, each with a path")
-    entries += [_mixture_entry(entry, conversion) for entry in mixture]
+    entries += [_mixture_entry(entry) for entry in source.entries("datasets")]
+    entries += _handbook_mixer(source, conversion, validates)
+    mixture = source.inside("dataset_mixture")
+    entries += [_mixture_entry(entry) for entry in mixture.entries("datasets", ("id", "path"))]
     convert_data(entries, conversion)
-    convert_valid_share(share, "test_split_size", conversion, rows)
+    convert_valid_share(share or mixture.number("test_split_size", 0.0), "test_split_size", conversion, rows)
 
 
-def _mixture_entry(entry: dict[str, Any], conversion: Conversion) -> DataEntry:
-    known = ("name", "data_dir", "data_files")
-    for key in entry:
-        if key not in (*known, "path", "split") and entry[key] is not None:
-            conversion.tell(f"datasets: {named(key)} of {named(entry['path'], 60)} has no counterpart.")
-    options = {key: entry[key] for key in known if entry.get(key) is not None}
-    return DataEntry(entry["path"], options, str(entry.get("split") or "train"))
+def _mixture_entry(entry: Source) -> DataEntry:
+    options = {key: entry.raw(key) for key in ("name", "data_dir", "data_files") if entry.gives(key)}
+    if entry.text("config") is not None:
+        options["name"] = entry.text("config")
+    return DataEntry(entry.text("path") or entry.text("id"), options, str(entry.raw("split", "train")))
+
+
+def _handbook_mixer(source: Source, conversion: Conversion, validates: bool) -> list[DataEntry]:
+    """Read alignment-handbook's ``dataset_mixer``: hub name -> share of its training rows."""
+    mixer = source.inside("dataset_mixer")
+    splits = source.raw("dataset_splits", ["train", "test"])
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise source.refuse("dataset_splits", "it must be a list of names")
+    valid = next((split for split in splits if "test" in split), None) if validates else None
+    entries = []
+    for name in mixer.values:
+        share = mixer.number(name, 1.0)
+        part = "" if share == 1 else f"[:{round(100 * share)}%]"
+        if part:
+            conversion.tell(
+                f"dataset_mixer takes {share:g} of {named(name, 60)}, here its first {round(100 * share)} %."
+            )
+        entries += [DataEntry(name, {}, split + part, valid) for split in splits if "train" in split]
+    return entries
 
 
 def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) -> None:
@@ -164,7 +207,8 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if not isinstance(loss, str) or loss not in LOSSES:
         raise source.refuse("loss_type", f"CPO has {', '.join(LOSSES)}")
     reference = given_keys(source, REFERENCE_KEYS)
-    if reference and not source.flag("reference_free"):
+    if (reference and not source.flag("reference_free")) or (drop_reference and not is_surely_cpo(source.values)):
+        reference = reference or ["loss_type"]
         require_no_reference(source, reference, loss, drop_reference, conversion)
     beta, smoothing = source.number("beta", 0.1), source.number("label_smoothing", 0.0)
     # A DPOConfig whose reference is dropped never had TRL's likelihood term.

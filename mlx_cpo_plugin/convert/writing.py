@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 from mlx_cpo_plugin._version import __version__
-from mlx_cpo_plugin.convert.conversion import Conversion, Source, split_unread
+from mlx_cpo_plugin.convert.conversion import Account, Conversion, Source
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.wording import named, printable
 
@@ -31,16 +31,16 @@ ORDER = (
 )
 
 
-def told_lines(conversion: Conversion, source: Source) -> list[str]:
+def told_lines(conversion: Conversion, source: Source, account: Account) -> list[str]:
     """Return what there is to tell of a conversion, in lines that fit a screen."""
-    dropped, off = split_unread(source)
     name = conversion.source_name
     return [
         f"Converted by mlx-cpo-plugin {__version__} from {named(source.settings.file)}, a configuration of {name}.",
         *_section("Changed in meaning, or to be looked at:", conversion.changed),
         *_section(f"Defaults of {name} that are others here, and so written out:", [", ".join(conversion.defaulted)]),
-        *_section("Without a counterpart, and left out:", [", ".join(map(named, dropped))]),
-        *_section("Empty or switched off, and left out:", [", ".join(map(named, off))]),
+        *_section("Without a counterpart, and left out:", [", ".join(map(named, account.dropped))]),
+        *_section("Without which the result would be the same:", [", ".join(map(named, account.ineffective))]),
+        *_section("Empty or switched off, and left out:", [", ".join(map(named, account.off))]),
     ]
 
 
@@ -51,8 +51,8 @@ def _section(title: str, items: Iterable[str]) -> list[str]:
     return ["", title, *lines] if lines else []
 
 
-def as_yaml(conversion: Conversion, source: Source) -> str:
-    """Return the configuration file."""
-    head = "".join(f"# {line}".rstrip() + "\n" for line in told_lines(conversion, source))
+def as_yaml(conversion: Conversion, told: Iterable[str]) -> str:
+    """Return the configuration file, with what :func:`told_lines` returned in its head."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in told)
     ordered = {key: conversion.settings[key] for key in ORDER if key in conversion.settings}
     return f"{head}\n{dump_settings(ordered | conversion.settings, width=WIDTH)}"

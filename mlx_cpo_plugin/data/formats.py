@@ -65,7 +65,10 @@ _COLUMNS_SHOWN = 12
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read; ``auto`` looks through :data:`ALIASES` in each row."""
+    """Names of the columns to read; ``auto`` looks through :data:`ALIASES` in each row.
+
+    ``prompt`` may name several columns of text, such as ``instruction+input``, which are joined by line breaks.
+    """
 
     chosen: str = AUTO
     rejected: str = AUTO
@@ -89,8 +92,9 @@ class Columns:
         listed = f"one of the columns found ({names or 'none'}{more})"
         for part, aliases in ALIASES.items():
             name = getattr(self, part)
-            if name != AUTO and name not in found:
-                raise DataError(f"{where} has no column {shown(name)}, which {part}_feature names: use {listed}.")
+            missing = [column for column in _parts(name, part, found) if column not in found]
+            if name != AUTO and missing:
+                raise DataError(f"{where} has no column {shown(missing[0])}, which {part}_feature names: use {listed}.")
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
                 raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
 
@@ -101,7 +105,9 @@ class Columns:
         """
         name = getattr(self, part)
         if name != AUTO:
-            return name, row.get(name)
+            parts = [row.get(column) for column in _parts(name, part, row)]
+            texts = [text for text in parts if isinstance(text, str) and text.strip()]
+            return name, "\n".join(texts) if len(texts) > 1 else next(iter(texts), parts[0])
         there = [alias for alias in ALIASES[part] if not is_null(row.get(alias))]
         telling = [alias for alias in there if part in ("prompt", "system") and not _is_blank(row[alias])]
         column = next(iter(telling or there), "")
@@ -114,6 +120,12 @@ class Columns:
     def holds_prompts(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's prompt is surely that, and no whole conversation."""
         return self.prompt != AUTO or self.find(row, "prompt")[0] not in _CONVERSATIONS
+
+
+def _parts(name: str, part: str, there: Iterable[str]) -> list[str]:
+    """The columns that ``name`` stands for: itself, unless only its parts around each ``+`` may be there."""
+    joins = part == "prompt" and "+" in name and name not in there
+    return [column.strip() for column in name.split("+")] if joins else [name]
 
 
 @dataclass(frozen=True)

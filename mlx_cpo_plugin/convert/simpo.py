@@ -1,0 +1,53 @@
+"""A configuration of the SimPO authors' own trainer: TRL's keys, but another loss and other defaults."""
+
+from __future__ import annotations
+
+from mlx_cpo_plugin.convert.conversion import Conversion, Source
+from mlx_cpo_plugin.convert.model_and_data import put_loss
+from mlx_cpo_plugin.convert.training_arguments import convert_training_arguments
+from mlx_cpo_plugin.convert.trl import convert_output, convert_scripts
+
+MARKS = ("gamma_beta_ratio", "sft_weight")
+
+
+def convert_simpo(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
+    """Convert a SimPOConfig of the repository princeton-nlp/SimPO.
+
+    Raises:
+        ConfigError: its loss is hinge, for which there is no counterpart.
+    """
+    conversion = Conversion("SimPO")
+    convert_scripts(source, conversion, rows)
+    _convert_loss(source, conversion)
+    conversion.put("max_seq_length", source.count("max_length", 512), source.gives("max_length"))
+    convert_training_arguments(
+        source,
+        conversion,
+        rows,
+        learning_rate=5e-5,
+        logging_steps=500,
+        grad_checkpoint=source.flag("gradient_checkpointing"),
+        gives_checkpointing=source.gives("gradient_checkpointing"),
+    )
+    convert_output(source, conversion)
+    return conversion
+
+
+def _convert_loss(source: Source, conversion: Conversion) -> None:
+    """Write simpo: the margin, which stands inside beta there, and the likelihood term under another name."""
+    if source.raw("loss_type", "sigmoid") != "sigmoid":
+        raise source.refuse("loss_type", "only sigmoid, the loss of the paper, can be converted")
+    beta, ratio = source.number("beta", 2.0), source.number("gamma_beta_ratio", 0.25)
+    theirs = {"beta": "beta", "gamma_beta_ratio": "simpo_gamma", "sft_weight": "cpo_alpha"}
+    given = ["dpo_cpo_loss_type", *(ours for key, ours in theirs.items() if source.gives(key))]
+    given += ["label_smoothing"] if source.gives("label_smoothing") else []
+    put_loss(
+        conversion,
+        "simpo",
+        beta,
+        given,
+        cpo_alpha=source.number("sft_weight", 0.0),
+        simpo_gamma=beta * ratio,
+        label_smoothing=source.number("label_smoothing", 0.0),
+    )
+    conversion.tell(f"gamma_beta_ratio {ratio:g} times beta {beta:g} is simpo_gamma {beta * ratio:g}.")
