@@ -33,6 +33,10 @@ PREFIXES = ("", "scipy_")
 _REFERENCE = re.compile(r"lib(ref|c)?blas\b")
 _FAST = re.compile(r"openblas|mkl|blis|flexiblas|armpl|nvpl|atlas")
 
+# What people set to choose the number of threads themselves.
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
 # The speed of the reference BLAS does not grow with the matrices, the time for a product of 1024 rows would.
 _ROWS_FOR_REFERENCE = 256
 
@@ -174,7 +178,7 @@ def _bind_to_named(wanted: str) -> None:
 
 
 def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
-    """Addresses of :data:`FUNCTIONS` in a library.
+    """Addresses of :data:`FUNCTIONS` in a library that is about to be used.
 
     Raises:
         ValueError: it lacks them, or takes integers of 64 bits where MLX passes 32.
@@ -186,7 +190,29 @@ def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
         raise ValueError(f"it has no function {FUNCTIONS[0]}")
     if hasattr(library, f"{prefix}openblas_get_config") and "USE64BITINT" in _openblas_config(library, prefix):
         raise ValueError("its integers have 64 bits, MLX's 32")
+    _leave_a_core(library, prefix)
     return {name: ctypes.cast(library[prefix + name], ctypes.c_void_p).value or 0 for name in FUNCTIONS}
+
+
+def usable_cores(quota_file: Path = _CPU_QUOTA) -> int:
+    """Cores that this process may use at a time: its affinity, and the quota of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # there is none: "max"
+        return cores
+
+
+def _leave_a_core(library: ctypes.CDLL, prefix: str) -> None:
+    """Give an OpenBLAS one thread less than there are cores, unless the environment says how many.
+
+    Its threads wait for one another in every product. Where another process, or MLX's own thread, has one of their
+    cores, a product takes many times as long as on one thread. The number depends on nothing that changes between runs
+    on a machine, since it decides in which order a sum is taken.
+    """
+    if hasattr(library, f"{prefix}openblas_set_num_threads") and not any(map(os.environ.get, THREAD_VARIABLES)):
+        library[f"{prefix}openblas_set_num_threads"](max(1, usable_cores() - 1))
 
 
 def _bind(functions: Mapping[str, int]) -> None:

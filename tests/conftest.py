@@ -10,6 +10,8 @@ from typing import Any
 
 # Compilation on a CPU costs seconds of a C++ compiler; tests that are about it switch it on for themselves.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+# Tests and their child processes share the cores; OpenBLAS's threads would wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Each worker has a core; the idle threads of more of them would spin on those of the others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -275,6 +275,46 @@ def test_a_blas_that_is_not_the_reference_stays(
     assert [linkage.target(slot) for slot in slots.values()] == before
 
 
+@needs_package
+@pytest.mark.parametrize(
+    ("cores", "variables", "expected"), [(1, {}, 1), (2, {}, 1), (4, {}, 3), (4, {"OMP_NUM_THREADS": "2"}, 7)]
+)
+def test_openblas_leaves_a_core_unless_the_environment_says_how_many(
+    reference_in_use: None, monkeypatch: pytest.MonkeyPatch, cores: int, variables: dict[str, str], expected: int
+) -> None:
+    for name in blas.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(blas, "usable_cores", lambda: cores)
+    blas.use_fast_blas()
+    library = ctypes.CDLL(blas.in_use().file)
+    prefix = next(prefix for prefix in blas.PREFIXES if hasattr(library, f"{prefix}openblas_get_num_threads"))
+    before = library[f"{prefix}openblas_get_num_threads"]()
+    try:
+        library[f"{prefix}openblas_set_num_threads"](7)
+
+        blas._leave_a_core(library, prefix)
+
+        assert library[f"{prefix}openblas_get_num_threads"]() == expected
+    finally:
+        library[f"{prefix}openblas_set_num_threads"](before)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("6400000 100000", 8), (None, 8)],
+)
+def test_a_containers_quota_bounds_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str | None, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+
+    assert blas.usable_cores(tmp_path / "cpu.max") == expected
+
+
 @pytest.mark.parametrize("pretended", ["macOS", "GPU"])
 def test_nothing_happens_on_macos_and_on_a_gpu(
     reference_in_use: None, monkeypatch: pytest.MonkeyPatch, pretended: str
