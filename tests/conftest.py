@@ -12,8 +12,6 @@ from typing import Any
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 # Tests and their child processes share the cores; OpenBLAS's threads would wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Each worker has a core; the idle threads of more of them would spin on those of the others.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import mlx.nn as nn
