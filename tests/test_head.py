@@ -14,7 +14,7 @@ from architectures import COMMON, build_architecture
 from conftest import add_adapter, build_model
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.layers.products import float32_products
 from mlx_cpo_plugin.scoring import head
 from mlx_cpo_plugin.scoring.backbone import SplitModel
 from mlx_cpo_plugin.scoring.head import target_scores
@@ -113,7 +113,7 @@ def test_values_and_gradients_equal_the_float64_formula(kind: str, way: str) -> 
     targets = mx.random.randint(0, 96, (TOKENS,))
     weights = mx.random.normal((TOKENS,))
 
-    with unpacked_products(model):
+    with float32_products(model):
         split = split_for(model, way)
         logps, logits = target_scores(split, hidden, targets, differentiate=True)
         gradient = mx.grad(lambda states: (target_scores(split, states, targets, True)[0] * weights).sum())(hidden)

@@ -27,6 +27,7 @@ from mlx_cpo_plugin.training import memory_estimate
 from mlx_cpo_plugin.training.memory_estimate import (
     MemoryEstimate,
     Way,
+    _widening,
     estimated_memory,
     expected_grouping,
     memory_report,
@@ -94,6 +95,13 @@ CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any
     "checkpointed": (True, {"num_hidden_layers": 8}, pairs_of(300, 40, 36), {"grad_checkpoint": True}),
     "in segments": (True, {}, pairs_of(400, 70, 60), {"seq_step_size": 96}),
     "plain": (True, {}, pairs_of(150, 30, 28), {"batch_size": 2, "scoring": "plain"}),
+    "LoRA over half precision": (True, {"dtype": mx.bfloat16}, pairs_of(300, 40, 36), {}),
+    "half precision, plain": (
+        True,
+        {"dtype": mx.bfloat16},
+        pairs_of(150, 30, 28),
+        {"batch_size": 2, "scoring": "plain"},
+    ),
     "plain, many words": (True, {"vocab_size": 12000}, pairs_of(60, 30, 28), {"batch_size": 2, "scoring": "plain"}),
 }
 
@@ -101,7 +109,8 @@ CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_within_a_quarter_of_what_is_measured(name: str, tmp_path: Path) -> None:
     adapter, sizes, pairs, settings = CASES[name]
-    model = larger_model(**sizes)
+    model = larger_model(**{name: value for name, value in sizes.items() if name != "dtype"})
+    model.set_dtype(sizes.get("dtype", mx.float32))
     if adapter:
         add_adapter(model)
     mx.eval(model.parameters())
@@ -174,12 +183,15 @@ def test_layers_below_the_first_that_is_trained_keep_nothing() -> None:
 
 
 @pytest.mark.parametrize("change", ["half", "dropout", "dora"])
-def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(change: str) -> None:
+def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = memory.kept_bytes_per_token(add_adapter(larger_model()))
     model = larger_model()
     if change == "half":
         model.set_dtype(mx.bfloat16)
         plain //= 2
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     changed = memory.kept_bytes_per_token(
         add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0)
     )
@@ -221,6 +233,25 @@ def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower() -> None
         "Warning: this device has less memory than that; lower max_seq_length, batch_size or batch_tokens, or switch "
         "on grad_checkpoint or efficient_long_context."
     )
+
+
+def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_of(200, 40, 40)
+    half = larger_model()
+    half.set_dtype(mx.bfloat16)
+    half, wide = estimate_of(pairs, add_adapter(half)), estimate_of(pairs)
+
+    assert wide.widening == 0
+    assert half.total + half.widening == pytest.approx(wide.total, rel=0.1)
+    _, note = half.lines(half.total + half.widening)
+    assert note.startswith("note: ")
+    assert f" {(half.total + half.widening) / half.total:.1f} times the memory" in note
+    assert len(half.lines(half.total + half.widening - 1)) == len(wide.lines(10**12)) == 1
+
+    on_gpu = larger_model()
+    on_gpu.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    assert _widening(on_gpu) == 0
 
 
 def test_a_run_reports_what_its_own_settings_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.layers import attention, exponential
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
-from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.layers.products import float32_products
 from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.gradients import (
@@ -86,7 +86,7 @@ def found_in_a_pass(
     model.train()
     with ExitStack() as stack:
         stack.enter_context(lean_activations())
-        stack.enter_context(unpacked_products(model))
+        stack.enter_context(float32_products(model))
         stack.enter_context(checkpointed_layers(model, "checkpointing" in around))
         if "qat" in around:
             stack.enter_context(fake_quantised(model, bits=8, group_size=32)).active = True

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.layers.products import float32_products
 from mlx_cpo_plugin.scoring.answers import AnswerScores, compile_where_it_pays
 from mlx_cpo_plugin.scoring.parity import choose_scorer
 from mlx_cpo_plugin.training.evaluation import scored_batches
@@ -65,7 +65,7 @@ def preferences(
     pairs = groups[0].pairs
     members = [{id(pair) for pair in group.pairs} for group in groups]
     means = [PairMeans(objective) for _ in groups]
-    with compile_where_it_pays(), unpacked_products(model):
+    with compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring, say=lambda line: None)
         for scores, together in scored_batches(
             model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer

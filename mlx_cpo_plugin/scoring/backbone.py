@@ -26,13 +26,19 @@ class SplitModel:
 
     Raises:
         LookupError: the model has no backbone where mlx_lm's architectures have it.
+
+    Attributes:
+        dtype: of the hidden states.
+        vocabulary: how many logits there are.
+        output_layer: the layer whose rows are tokens of the vocabulary, if any does nothing but multiply with them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.backbone = _find_backbone(model)
-        size = self.hidden(mx.zeros((1, 1), mx.int32), fresh_caches(model)).shape[-1]
-        probe = mx.random.normal((2, size), key=mx.random.key(0))
+        state = self.hidden(mx.zeros((1, 1), mx.int32), fresh_caches(model))
+        self.dtype: mx.Dtype = state.dtype
+        probe = mx.random.normal((2, state.shape[-1]), key=mx.random.key(0))
         logits = self.logits(probe)
         self.vocabulary: int = logits.shape[-1]
         self.output_layer = self._find_output_layer(probe, logits)
@@ -58,7 +64,7 @@ class SplitModel:
         whole = {name: layer[name] for name in _WORD_BY_WORD if name in layer}
         try:
             for name, array in whole.items():
-                layer[name] = array[words]
+                layer[name] = _as_multiplied(array[words])
             yield
         finally:
             for name, array in whole.items():
@@ -72,11 +78,11 @@ class SplitModel:
     def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
         """Return the layer whose rows are words, if the logits of some words are those that it has for all of them."""
         for layer in self.model.modules():
-            # What stands in for a class, such as fake quantisation, may look at the whole weight.
             known = type(layer) in (nn.Linear, nn.Embedding) or isinstance(
                 layer, nn.QuantizedLinear | nn.QuantizedEmbedding
             )
-            if not known or len(layer.weight) != self.vocabulary:
+            # What stands in for a class, such as fake quantisation, may look at the whole weight.
+            if not vars(type(layer)).get("row_by_row", known) or len(layer.weight) != self.vocabulary:
                 continue
             self.output_layer = layer
             with self.some_words(slice(0, self.vocabulary // 2)):
@@ -85,6 +91,13 @@ class SplitModel:
             if difference <= 0.01 * mx.abs(logits).max():
                 return layer
         return None
+
+
+def _as_multiplied(part: mx.array) -> mx.array:
+    """Return a part of a weight as products want it: on a CPU in float32, so that forwards and backwards share it."""
+    if mx.default_device().type == mx.DeviceType.cpu and part.dtype in (mx.bfloat16, mx.float16):
+        return part.astype(mx.float32)
+    return part
 
 
 def _find_backbone(model: nn.Module) -> nn.Module:

@@ -81,6 +81,8 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def activation_size(model: nn.Module) -> int:
-    """Return the bytes of a number in the model's activations."""
+    """Return the bytes of a number in the model's activations, which are float32 on a CPU whatever the weights are."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return mx.float32.size
     floats = [array for array in by_name(model.parameters()).values() if mx.issubdtype(array.dtype, mx.floating)]
     return min((array.dtype.size for array in floats), default=4)

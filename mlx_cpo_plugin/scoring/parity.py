@@ -13,7 +13,6 @@ from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
 from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
 from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.scoring.shared_batch import score_together
@@ -53,7 +52,7 @@ def choose_scorer(
     try:
         scorer = SharedPromptScorer(model)
         difference = _largest_difference(model, partial(_scores_one_by_one, scorer), _sample(pairs))
-        fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(model) else ""
+        fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(scorer) else ""
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
@@ -79,7 +78,7 @@ def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[Pref
         if is_device_fault(error):
             raise
         return PAIR_BY_PAIR  # which has just worked
-    return grouping_for(model) if difference <= _tolerance(model) else PAIR_BY_PAIR
+    return grouping_for(model) if difference <= _tolerance(scorer) else PAIR_BY_PAIR
 
 
 def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
@@ -120,6 +119,5 @@ def _largest_difference(
     return largest if np.isfinite(largest) else float("inf")
 
 
-def _tolerance(model: nn.Module) -> float:
-    half = any(value.dtype in (mx.float16, mx.bfloat16) for value in by_name(model.parameters()).values())
-    return HALF_TOLERANCE if half else FLOAT32_TOLERANCE
+def _tolerance(scorer: SharedPromptScorer) -> float:
+    return HALF_TOLERANCE if scorer.split.dtype in (mx.float16, mx.bfloat16) else FLOAT32_TOLERANCE

@@ -12,13 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.host.substrate import fake_quantizer
 from mlx_cpo_plugin.layers.overrides import Call, overridden_calls
-from mlx_cpo_plugin.layers.quantised import unpacked_weight
+from mlx_cpo_plugin.layers.products import stored_weight
 
 _ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear)
 
@@ -102,7 +101,7 @@ def deployed_weight(module: nn.Module) -> mx.array:
     """Return the float32 weight [..., output, input] that a linear layer has once its adapter is fused into it."""
     if isinstance(module, nn.Linear):
         return module.weight.astype(mx.float32)
-    weight = _base_weight(module.linear).astype(mx.float32)
+    weight = stored_weight(module.linear).astype(mx.float32)
     lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
     if isinstance(module, LoRASwitchLinear):
         return weight + module.scale * (lora_b @ lora_a)
@@ -110,9 +109,3 @@ def deployed_weight(module: nn.Module) -> mx.array:
     if isinstance(module, DoRALinear):
         weight = weight * (module.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None]
     return weight
-
-
-def _base_weight(linear: nn.Module) -> mx.array:
-    if isinstance(linear, (nn.QuantizedLinear, QuantizedSwitchLinear)):
-        return unpacked_weight(linear)
-    return linear.weight

@@ -51,7 +51,7 @@ from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.substrate import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
-from mlx_cpo_plugin.layers.quantised import unpacked_products
+from mlx_cpo_plugin.layers.products import float32_products
 from mlx_cpo_plugin.scoring.answers import compilation_pays, compile_where_it_pays, score_answers
 from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize, padding_rooms
 from mlx_cpo_plugin.scoring.memory import device_memory_limit
@@ -422,7 +422,7 @@ def evaluate_cpo(
     use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
-    with compile_where_it_pays(), unpacked_products(model):
+    with compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring)
         means, tokens = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
@@ -439,7 +439,7 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
         stack.enter_context(compile_where_it_pays(args.compile))
         stack.enter_context(lean_activations())
-        stack.enter_context(unpacked_products(model))
+        stack.enter_context(float32_products(model))
         stack.enter_context(checkpointed_layers(model, args.grad_checkpoint))
         quantisation = FakeQuantisation()
         if args.qat_enable:
