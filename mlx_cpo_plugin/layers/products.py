@@ -149,14 +149,17 @@ def _switched(layer: nn.Module, x: mx.array, indices: mx.array, sorted_indices: 
 
 
 def widened_bytes(model: nn.Module) -> int:
-    """Return about what unpacked and widened weights take at a time."""
+    """Return about what unpacked and widened weights of the layers take at a time; a head is taken in small blocks."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return 0
-    packed = [m.weight.size * 32 // m.bits for m in model.modules() if isinstance(m, _PACKED)]
-    half = [m.weight.size for m in model.modules() if is_half(m) and not isinstance(m, SwitchLinear)]
-    experts = [m.weight.size for m in model.modules() if is_half(m) and isinstance(m, SwitchLinear)]
-    parts = [_PARTS_AHEAD * min(size, PART_ELEMENTS) for size in packed + half]
-    return mx.float32.size * max([0, *experts, *parts])
+    sizes = [0]
+    for module in (module for layer in model.layers for module in layer.modules()):
+        if isinstance(module, _PACKED):
+            sizes.append(_PARTS_AHEAD * min(module.weight.size * 32 // module.bits, PART_ELEMENTS))
+        elif is_half(module):
+            size = module.weight.size
+            sizes.append(size if isinstance(module, SwitchLinear) else _PARTS_AHEAD * min(size, PART_ELEMENTS))
+    return mx.float32.size * max(sizes)
 
 
 def stored_weight(layer: nn.Module, rows: slice | mx.array = slice(None)) -> mx.array:
