@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.layers.quantised import unpacked_weight
+from mlx_cpo_plugin.layers.products import stored_weight
 
 VOCABULARY = 512
 _COMMON: dict[str, Any] = {
@@ -80,7 +80,7 @@ def unquantised(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             continue
-        weight = unpacked_weight(module)
+        weight = stored_weight(module)
         layer: nn.Module = (
             nn.Embedding(1, 1) if isinstance(module, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias="bias" in module)
         )
