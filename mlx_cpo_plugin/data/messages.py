@@ -77,7 +77,7 @@ def parse_message(value: Any) -> Message:
         raise UnusableRow(f"a message is not an object with role and content but {kind_of(value)}")
     fields = dict(value)
     if "from" in fields and "role" not in fields:
-        fields = {"role": fields["from"], "content": fields.get("value", "")}
+        fields = {"role": fields.pop("from"), "content": fields.pop("value", ""), **fields}
     role = fields.get("role", "")
     speaker = role.lower() if isinstance(role, str) else None
     if speaker not in ROLES:
@@ -114,7 +114,9 @@ def _tool_calls(fields: Mapping[str, Any], speaker: str, content: str) -> list[A
             raise UnusableRow("a tool call does not name its function")
         names = {name: call[name] for name in ("id", "type") if call.get(name) is not None}
         arguments = parse_json(function.get("arguments")) or {}
-        result.append({"type": "function", **names, "function": {**function, "arguments": arguments}})
+        # Templates write what they are given in its order, which columnar files may change.
+        ordered = {"name": function["name"], "arguments": arguments}
+        result.append({"type": "function", **names, "function": ordered | {**function, **ordered}})
     return result
 
 
