@@ -213,7 +213,7 @@ def _conversation(chosen: list[Message], rejected: list[Message], row: Conversat
 def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, list[Any] | None]:
     """The prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
-    prompt, tools = decode_messages(as_json(prompt)), as_json(row.get("tools"))
+    prompt, tools = decode_messages(as_json(prompt)), as_json({"tools": row.get("tools")}).get("tools")
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
         prompt = decode_messages(prompt["messages"])
@@ -230,7 +230,7 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, li
 
 def _with_material(task: str, row: Mapping[str, Any]) -> Any:
     """A task in Alpaca's style with what it is about, and with the turns before it."""
-    material, history = row.get("input"), as_json(row.get("history")) or []
+    material, history = row.get("input"), as_json({"history": row.get("history")}).get("history") or []
     if isinstance(material, str) and material.strip() and material.strip() not in task:
         task = f"{task}\n{material}"
     if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
@@ -240,9 +240,8 @@ def _with_material(task: str, row: Mapping[str, Any]) -> Any:
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    given = row.get("chat_template_kwargs")
-    values = parse_json(as_json(given))
-    if is_null(given) or values == "":
+    values = parse_json(as_json(row.get("chat_template_kwargs")))
+    if is_null(values) or values == "":
         return {}
     if not isinstance(values, dict):
         raise UnusableRow("the chat_template_kwargs are not an object")
