@@ -170,6 +170,7 @@ def identity(
         "lora_parameters": repr(adapter["lora_parameters"]),
         "model": _model_digest(model),
         "data": data_digest(pairs),
+        "tokenizer": getattr(pairs, "tokenizer", ""),
         "optimizer": _optimizer_description(optimizer),
         "ranks": mx.distributed.init().size(),
     }
@@ -182,12 +183,13 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any], checkpo
         ConfigError: names the keys that differ.
     """
     differing = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
+    # What counts is the tokens; if they differ, the tokenizer may be why.
+    if "tokenizer" in differing and ("data" not in differing or not saved.get("tokenizer")):
+        differing.remove("tokenizer")
     if not differing:
         return
-    told = ", ".join(
-        f"{key} (was {saved.get(key)}, is {present.get(key)})" if key not in ("model", "data", "optimizer") else key
-        for key in differing
-    )
+    in_words = {"model": "model", "data": "data", "optimizer": "optimizer", "tokenizer": "tokenizer or chat template"}
+    told = ", ".join(in_words.get(key, f"{key} (was {saved.get(key)}, is {present.get(key)})") for key in differing)
     raise ConfigError(
         f"The run in {checkpoint.folder} cannot be resumed with other settings: {told}; set them back, or start anew "
         "with another adapter_path, from its weights with resume_adapter_file."

@@ -14,6 +14,7 @@ from mlx_lm import stream_generate
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
+from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
@@ -112,6 +113,8 @@ def compare(
             f"There is no {missing} in {named(str(adapter_path))}; give the adapter_path of a run that was saved."
         )
     settings = run_settings(adapter_path, model, data)
+    run = run_in(adapter_path)
+    settings.begun = run.begun if run else None  # which templates tell that print the date
     tokenizer = load_chat_tokenizer(settings.model)
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)

@@ -69,7 +69,14 @@ class DataReport:
 
 
 class PreferenceDataset(Sequence[PreferencePair]):
-    """The usable pairs of one split, in the order of their rows, with a :class:`DataReport` in ``report``."""
+    """The usable pairs of one split, in the order of their rows.
+
+    Attributes:
+        report: what became of the rows.
+        tokenizer: what tells the tokenizer that read them from another one; empty where that is not known.
+    """
+
+    tokenizer = ""
 
     def __init__(
         self,
@@ -120,10 +127,9 @@ class PreferenceDataset(Sequence[PreferencePair]):
         kept = [pair for i, pair in enumerate(self._pairs) if i not in drawn]
         carved = [pair for i, pair in enumerate(self._pairs) if i in drawn]
         note = f"Drawn from the training set (valid_fraction {fraction:g}, seed {seed})."
-        return (
-            PreferenceDataset(kept, self.report.split, self.report.skipped, self.report.notes),
-            PreferenceDataset(carved, "valid", notes=(note,)),
-        )
+        training = PreferenceDataset(kept, self.report.split, self.report.skipped, self.report.notes)
+        training.tokenizer = self.tokenizer
+        return training, PreferenceDataset(carved, "valid", notes=(note,))
 
 
 def _by_part(lengths: Sequence[Lengths]) -> dict[str, NDArray[np.int64]]:
@@ -168,6 +174,8 @@ def load_splits(
         split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, overlong)
         for split, groups in read_splits(args, wanted).items()
     }
+    for pairs in splits.values():
+        pairs.tokenizer = chat_tokenizer.digest()
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
     if "valid" in wanted and train and not valid:
         fraction = getattr(args, "valid_fraction", 0) or 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from mlx_cpo_plugin.wording import printable, shown
 
 TokenIds = NDArray[np.int32]
 
+# Text of many kinds, which two versions of a tokenizer hardly encode alike.
+_SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, 敏捷的棕色狐狸 🦊\n\tdef f(x):\n"
 # Text that a tokenizer which rewrites its input would encode differently when asked for offsets.
 _PROBE = "a b\n<n>\n\nc"
 
@@ -170,6 +173,18 @@ class ChatTokenizer:
             words = printable(" ".join(str(error).split())) or type(error).__name__
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
 
+    def digest(self) -> str:
+        """What tells this tokenizer, its template included, from another one or from another version of it."""
+        parts = (
+            type(self._inner).__name__,
+            len(self._inner),
+            self._inner.special_tokens_map,
+            self._given_template or getattr(self._inner, "chat_template", None),
+            self._template_kwargs,
+            self._inner.encode(_SAMPLE),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def encode(self, text: str) -> EncodedText:
         """Tokens of rendered text; the template has put the special tokens in, so none are added.
 
@@ -294,7 +309,7 @@ def _is_fallback(template: Any) -> bool:
 @cache
 def process_start() -> datetime:
     """The time at which this was asked for first: templates are told the same one as long as the process lives."""
-    return datetime.now()
+    return datetime.now(UTC)
 
 
 def _check_unicode(text: str) -> None:
