@@ -54,6 +54,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
     token = _held.set(_held.get() | {name})
     try:
         remove_partials(folder, _is_of_runs)
+        for checkpoints in folder.glob(f"{CHECKPOINTS}*"):
+            remove_partials(checkpoints)
         yield
     finally:
         _held.reset(token)
@@ -151,6 +153,7 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
     if previous.is_symlink():
         raise ConfigError(f"{previous} is a link; earlier runs are put aside there: remove it or give another folder.")
     aside = previous / record.run.id
+    remove_partials(aside)
     _write(aside, replace(record, successor=None))
     config = adapter_folder / ADAPTER_CONFIG
     if config.is_file():  # it stays, too: whoever started the run may have written what is not in the model

@@ -228,7 +228,6 @@ class _Run:
     def take_folder(self) -> None:
         """Make the adapter folder that of this run, with what it goes on from."""
         checkpoint, continues, say = self.start.checkpoint, self.start.continues, self.reporter.say
-        lines = lines_of(self.start.folder / METRICS_NAME) if checkpoint is not None else []
         settings = self.args.run_settings or {}
         in_use = [Path(path) for key in ("model", "data") if isinstance(path := settings.get(key), str)]
         if not continues:
@@ -240,14 +239,15 @@ class _Run:
             begin_run(self.folder, self.start.record, say, in_use)
         if checkpoint is None:
             return
-        self.reporter.go_on(lines, checkpoint)
-        self.restore_best(checkpoint)
+        there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, self.folder)
+        self.reporter.go_on(lines_of(there.parent.parent / METRICS_NAME), checkpoint)
+        self.restore_best(checkpoint, there / BEST_ADAPTER_NAME)
         if not continues:
             self.save_checkpoint()
         say(f"Resuming after iteration {self.state.iteration} from {checkpoint.folder}.")
 
-    def restore_best(self, checkpoint: Checkpoint) -> None:
-        """Have beside the adapter the best one so far, as it was when a checkpoint was written."""
+    def restore_best(self, checkpoint: Checkpoint, saved: Path) -> None:
+        """Have beside the adapter the best one so far, which a checkpoint holds as ``saved``."""
         before = checkpoint.values["best"]
         if before["value"] is None:
             return
@@ -260,8 +260,6 @@ class _Run:
             if self.is_first_rank and best_file.exists():
                 best_file.rename(best_file.with_stem(f"{best_file.stem}-{before['measure']}-{before['iteration']:07d}"))
         elif self.best.saves and self.is_first_rank:
-            there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, self.folder)
-            saved = there / BEST_ADAPTER_NAME
             write_atomically(best_file, lambda partial: shutil.copyfile(saved, partial))
 
     def save_checkpoint(self) -> None:
