@@ -152,7 +152,8 @@ class MetricsFile:
         if self.path is None:
             return set(), None
         found = [(line, row) for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
-        kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= iteration]
+        last = max(iteration, 1)  # what was there before training is reported as of the first iteration
+        kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= last]
         told = {
             (row["kind"], row["iteration"]) for _, row in found[len(kept) :] if "kind" in row and "iteration" in row
         }
