@@ -65,7 +65,7 @@ def test_both_start_up_files_beside_each_other_are_fine(tmp_path: Path) -> None:
     for name in START_UP_FILES:
         (tmp_path / name).touch()
 
-    assert doctor.check_start_up_files([tmp_path / "other", tmp_path]).status == "ok"
+    assert doctor.check_start_up_files([tmp_path / "other", tmp_path], are_read=True).status == "ok"
 
 
 @pytest.mark.parametrize("present", [[], START_UP_FILES[:1], START_UP_FILES[1:]], ids=["none", "pth", "start"])
@@ -73,11 +73,25 @@ def test_a_missing_start_up_file_is_a_failure_with_a_remedy(tmp_path: Path, pres
     for name in present:
         (tmp_path / name).touch()
 
-    finding = doctor.check_start_up_files([tmp_path])
+    finding = doctor.check_start_up_files([tmp_path], are_read=False)
 
     assert finding.status == "failed"
     assert all(name in finding.detail for name in present)
     assert "pip install" in finding.remedy
+
+
+def test_start_up_files_that_python_does_not_read_are_a_failure(tmp_path: Path) -> None:
+    for name in START_UP_FILES:
+        (tmp_path / name).touch()
+
+    finding = doctor.check_start_up_files([tmp_path], are_read=False)
+
+    assert finding.status == "failed"
+    assert str(tmp_path) in finding.detail
+
+
+def test_the_hosts_script_is_where_its_distribution_was_installed() -> None:
+    assert Path(doctor.routes()["mlx_lm_lora.train"][1]).is_file()
 
 
 @pytest.mark.parametrize("version", ["5.8.6", "5.9.0", "5.10.0", "5.10.2"])

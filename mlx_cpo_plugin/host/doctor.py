@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import platform
-import site
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -126,7 +126,7 @@ def diagnose() -> list[Finding]:
         *check_versions(),
         *check_backend(),
         *check_switch(),
-        check_start_up_files(site_folders()),
+        check_start_up_files([Path(folder) for folder in sys.path], start_up_files_are_read()),
         *check_routes(),
         *check_plugins(),
     ]
@@ -208,20 +208,23 @@ def check_switch() -> list[Finding]:
     return [Finding("switch", "failed", f"{variable} turns the plugin off", f"unset {variable}")]
 
 
-def site_folders() -> list[Path]:
-    """Folders whose start-up files this interpreter reads."""
-    folders = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]
-    return [Path(folder) for folder in dict.fromkeys(folders)]
-
-
-def check_start_up_files(folders: Sequence[Path]) -> Finding:
-    """Whether both start-up files lie beside each other in one of ``folders``."""
+def check_start_up_files(folders: Sequence[Path], are_read: bool) -> Finding:
+    """Whether both start-up files lie beside each other in one of ``folders``, and a new interpreter reads them."""
     found = {folder: [name for name in START_UP_FILES if (folder / name).is_file()] for folder in folders}
     for folder, names in found.items():
         if len(names) == len(START_UP_FILES):
-            return Finding("start-up files", "ok", f"{' and '.join(names)} in {folder}")
+            detail = f"{' and '.join(names)} in {folder}"
+            if are_read:
+                return Finding("start-up files", "ok", detail)
+            return Finding("start-up files", "failed", f"{detail}, where this Python does not read them", REINSTALL)
     detail = "; ".join(f"only {names[0]} in {folder}" for folder, names in found.items() if names)
-    return Finding("start-up files", "failed", detail or "none in the site folders of this interpreter", REINSTALL)
+    return Finding("start-up files", "failed", detail or "none on the import path of this interpreter", REINSTALL)
+
+
+def start_up_files_are_read() -> bool:
+    """Whether a new interpreter has the finder before anything is imported."""
+    script = f"import sys; sys.exit({finder.__name__!r} not in sys.modules)"
+    return subprocess.run([sys.executable, "-c", script], check=False, timeout=PROBE_SECONDS).returncode == 0
 
 
 def check_routes() -> list[Finding]:
@@ -233,7 +236,7 @@ def check_routes() -> list[Finding]:
 def routes() -> dict[str, list[str]]:
     """Every way into mlx-lm-lora -> a command that goes it with a setting that the plugin refuses."""
     python = sys.executable
-    script = Path(sysconfig.get_path("scripts")) / "mlx_lm_lora.train"
+    script = _script("mlx-lm-lora", "mlx_lm_lora.train")
     return {
         "mlx_lm_lora.train": [python, str(script), *PROBE_ARGUMENTS],
         "python -m mlx_lm_lora train": [python, "-m", "mlx_lm_lora", "train", *PROBE_ARGUMENTS],
@@ -242,6 +245,15 @@ def routes() -> dict[str, list[str]]:
         "mlx_lm_lora.train.run(namespace)": [python, "-c", RUN_PROBE.format(probe=PROBE)],
         "mlx_lm_lora.trainer.cpo_trainer": [python, "-c", IMPORT_PROBE],
     }
+
+
+def _script(distribution: str, name: str) -> Path:
+    """Where a distribution's script was installed, which is not beside the interpreter under ``pip install --user``."""
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files(distribution) or ():
+            if file.name == name:
+                return Path(str(file.locate()))
+    return Path(sysconfig.get_path("scripts")) / name
 
 
 def check_route(name: str, command: Sequence[str]) -> Finding:
