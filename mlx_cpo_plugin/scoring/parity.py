@@ -51,7 +51,7 @@ def choose_scorer(
         return None
     try:
         scorer = SharedPromptScorer(model)
-        difference = _largest_difference(model, partial(_scores_one_by_one, scorer), _sample(pairs))
+        difference = _largest_difference(model, partial(_scores_one_by_one, scorer), sample(pairs))
         fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(scorer) else ""
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
@@ -72,7 +72,7 @@ def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[Pref
         return PAIR_BY_PAIR
     try:
         difference = _largest_difference(
-            model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), _sample(pairs)
+            model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), sample(pairs)
         )
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
@@ -89,7 +89,7 @@ def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
     return AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True)))
 
 
-def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Return two pairs with prompts of two lengths, cut short, since plain scoring holds the logits of all tokens."""
     return [_shortened(pairs[0], prompt=20, answer=12), _shortened(pairs[-1], prompt=11, answer=16)]
 

@@ -25,7 +25,7 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.scoring.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.scoring.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
 from mlx_cpo_plugin.scoring.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
-from mlx_cpo_plugin.scoring.parity import ARCHITECTURE_ERRORS
+from mlx_cpo_plugin.scoring.parity import ARCHITECTURE_ERRORS, sample
 from mlx_cpo_plugin.scoring.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
 from mlx_cpo_plugin.training.master_weights import bytes_of_copies
 
@@ -155,7 +155,10 @@ def estimated_memory(
         pairs: at least one.
     """
     sizes = ModelSizes(model, way)
-    computing, largest = max(_passes(sizes, pairs, way), key=lambda taken: taken[0])
+    passes = _passes(sizes, pairs, way)
+    if way.grouping is not None:  # whether prompts can be shared was tried against plain scores
+        passes += [(sizes.plain(pair, rows=2), "the check for shared prompts") for pair in sample(pairs)]
+    computing, largest = max(passes, key=lambda taken: taken[0])
     # While the first step is taken, the parameters from before it are kept for comparison.
     kept = sum(4 * array.size for array in by_name(model.trainable_parameters()).values())
     updating = kept + sizes.gradient + UPDATES_AT_ONCE * sizes.largest_parameter
