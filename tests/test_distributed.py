@@ -25,8 +25,8 @@ import mlx.core as mx, mlx.optimizers as optimizers
 from conftest import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
-# A folder of its own for each rank, so that it shows who writes.
-folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank()
+# A folder of its own for each rank, so that it shows who writes; or one that they share.
+folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank() * {apart}
 dies = {dies!r}
 if mx.distributed.init().rank() in dies:
     from itertools import count
@@ -41,7 +41,7 @@ train_cpo(
     build_pairs(5, seed=1),
     CPOTrainingArgs(
         iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3, cpo_alpha=0.5,
-        steps_per_report=1, steps_per_save=1, resume="auto", adapter_file=folder + "/adapters.safetensors",
+        steps_per_report=1, steps_per_save=1, resume={resume!r}, adapter_file=folder + "/adapters.safetensors",
     ),
 )
 """
@@ -60,10 +60,16 @@ def free_port() -> int:
             return port
 
 
-def launch(ranks: int, folder: Path, dies: dict[Any, int] | None = None, **arguments: int) -> Ended:
+def launch(
+    ranks: int, folder: Path, dies: dict[Any, int] | None = None, resume: str | None = "auto", **arguments: int
+) -> Ended:
     """Train in one process a rank, some of which may die at an iteration."""
     script = folder.with_suffix(".py")
-    script.write_text(CHILD.format(tests=str(TESTS), folder=str(folder), dies=dies or {}, **arguments))
+    script.write_text(
+        CHILD.format(
+            tests=str(TESTS), folder=str(folder), dies=dies or {}, resume=resume, apart=resume == "auto", **arguments
+        )
+    )
     command = [sys.executable, str(script)]
     if ranks > 1:
         launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
@@ -72,9 +78,9 @@ def launch(ranks: int, folder: Path, dies: dict[Any, int] | None = None, **argum
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
 
 
-def train_on(ranks: int, folder: Path, **arguments: int) -> str:
+def train_on(ranks: int, folder: Path, resume: str | None = "auto", **arguments: int) -> str:
     """Train to the end and return what the ranks print."""
-    ended = launch(ranks, folder, **arguments)
+    ended = launch(ranks, folder, resume=resume, **arguments)
     assert ended.returncode == 0, ended.stderr
     # The launcher ends well even where a rank did not.
     assert "Traceback" not in ended.stderr, ended.stderr
@@ -126,3 +132,15 @@ def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path)
         assert "Resuming after iteration 4" in printed
         adapters = [mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("whole", name)]
         assert_same(*({key: np.array(value) for key, value in adapter.items()} for adapter in adapters))
+
+
+def test_a_numbered_checkpoint_gives_each_rank_its_own_part(tmp_path: Path) -> None:
+    settings = {**HALF_FILLED, "iters": 6}
+    train_on(2, tmp_path / "whole", resume=None, **settings)
+    launch(2, tmp_path / "stopped", {0: 1, 1: 1, "at": 5}, resume=None, **settings)
+
+    printed = train_on(2, tmp_path / "run", resume=str(tmp_path / "stopped" / "checkpoints" / "0000004"), **settings)
+
+    assert "Resuming after iteration 4" in printed
+    adapters = [mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("whole", "run")]
+    assert_same(*({key: np.array(value) for key, value in adapter.items()} for adapter in adapters))
