@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.host import finder
 from mlx_cpo_plugin.types import TrainMode
@@ -98,8 +99,9 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
             mode = _mode_of(call)
             if mode is None:
                 return host_main(*positional, **named)
-            # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
-            return host_main(vars(_resolved(call, mode)))
+            with lasting_output(of_process=on_console):
+                # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
+                return host_main(vars(_resolved(call, mode)))
         except UserError as error:
             if on_console:
                 exit_with(error)
@@ -121,12 +123,13 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
         mode = _mode_of(args)
         if mode is None:
             return host_run(*positional, **named)
-        settings = args if getattr(args, "plugin_resolved", False) else _resolved(args, mode)
-        announce(mode)
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
-        from mlx_cpo_plugin.host.run import run_mode
+        with lasting_output():
+            settings = args if getattr(args, "plugin_resolved", False) else _resolved(args, mode)
+            announce(mode)
+            from mlx_cpo_plugin.host.run import run_mode
 
-        return run_mode(settings, mode, callback)
+            return run_mode(settings, mode, callback)
 
     return run
 
@@ -180,13 +183,15 @@ def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
 
 def exit_with(error: UserError) -> NoReturn:
     """End the command with the error's exit code and its one sentence on standard error."""
-    print(f"error: {error}", file=sys.stderr)
+    with lasting_output(of_process=True):
+        print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 
 def exit_interrupted() -> NoReturn:
     """End the command with the exit code of an interrupted one and one sentence on standard error."""
-    print("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", file=sys.stderr)
+    with lasting_output(of_process=True):
+        print("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", file=sys.stderr)
     raise SystemExit(130)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import UserError, is_out_of_memory
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 
 WINDOW = 20
@@ -26,24 +25,6 @@ class TrainingError(UserError):
 
 LOWER_THESE = "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context"
 OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}."
-
-
-@contextmanager
-def last_good_weights_kept(save: Callable[[], object]) -> Iterator[None]:
-    """Call ``save`` where training cannot go on; memory that is at an end becomes a sentence.
-
-    Raises:
-        TrainingError: training cannot go on.
-    """
-    try:
-        yield
-    except TrainingError:
-        save()
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise TrainingError(OUT_OF_MEMORY) from error
-        raise
 
 
 def check_losses(losses: mx.array, pairs: Sequence[PreferencePair], step: int) -> None:

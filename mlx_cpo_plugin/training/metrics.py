@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tqdm import tqdm
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
@@ -120,6 +121,8 @@ def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:
 class MetricsFile:
     """Appends one JSON object a line to ``metrics.jsonl``, each with the run that wrote it.
 
+    Where it cannot be written one warning says so, and the run goes on.
+
     Args:
         path: ``None``: nothing is written.
         run_id: the run's identity.
@@ -132,6 +135,7 @@ class MetricsFile:
         self.path = path
         self.run_id = run_id
         self.rows = 0
+        self._told = False
 
     def go_on(
         self, lines: Sequence[bytes], run_id: str, rows: int, iteration: int
@@ -171,29 +175,27 @@ class MetricsFile:
         return told, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
     def append(self, kind: str, values: Mapping[str, float]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. JSON has no NaN and no infinity: they are null.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. What is no number is null, as JSON wants it."""
         self._write(kind, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def append_warning(self, text: str) -> None:
-        """Write a line of the kind ``warning``, with what was said under ``text``.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a line of the kind ``warning``, with what was said under ``text``."""
         self._write("warning", {"text": text})
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, "run": self.run_id, "time": round(time.time(), 3), **values}) + "\n"
-        with _told_which(self.path):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, line.encode())
-        self.rows += 1
+            self.rows += 1
+        except OSError as error:
+            if not self._told:
+                tqdm.write(
+                    f"Warning: {self.path} cannot be written ({error}); the run goes on without what is missing."
+                )
+            self._told = True
 
 
 def lines_of(path: Path) -> list[bytes]:

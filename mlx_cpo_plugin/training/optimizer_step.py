@@ -38,6 +38,7 @@ class OptimizerStep:
         number: of the step that is added up, from 1.
         total: its gradient so far; ``None`` while there is none.
         masters: the weights that are updated, part of what a resumed run needs.
+        optimizer_is_whole: whether no step has failed that may have changed a part of the optimizer's state.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class OptimizerStep:
         self.max_norm = max_norm
         self.number = 1
         self.total: Gradient | None = None
+        self.optimizer_is_whole = True
         self._pairs: list[PreferencePair] = []
         self._all_satisfied = True
         self.masters = MasterWeights(model)
@@ -83,9 +85,11 @@ class OptimizerStep:
         """
         long = max(pair.length for pair in pairs) > self.long_above
         result = (self.long_gradients if long else self.gradients)(pairs, totals, quantised)
-        self.total = added(self.total, result.gradient)
-        mx.eval(result.losses, result.scores, self.total)
+        mx.eval(result.losses, result.scores, result.gradient)
         check_losses(result.losses, pairs, self.number)
+        total = added(self.total, result.gradient)
+        mx.eval(total)
+        self.total = total  # only now, so that nothing is half done where memory ends
         self._pairs += pairs
         self._all_satisfied &= not np.array(result.losses).any()
         return result.losses, result.scores
@@ -108,11 +112,18 @@ class OptimizerStep:
         of_all_ranks(None)  # before the gradient is judged and used
         check_gradient(norm, self._pairs, self.number)
         before = weights if self.number == 1 else {}
-        self._update(total, mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30))))
-        mx.eval(self.model.state, self.optimizer.state, self.masters.copies)
-        if before:
-            after, rate = self.masters.weights(), float(self.optimizer.learning_rate.item())
-            check_first_update(before, after, rate, self._all_satisfied)
+        scale = mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30)))
+        self.optimizer_is_whole = False
+        try:
+            self._update(total, scale)
+            mx.eval(self.model.state, self.optimizer.state, self.masters.copies)
+            if before:
+                after, rate = self.masters.weights(), float(self.optimizer.learning_rate.item())
+                check_first_update(before, after, rate, self._all_satisfied)
+        except BaseException:
+            self.masters.set(weights)
+            raise
+        self.optimizer_is_whole = True
         self.total, self._pairs = None, []
         self.number += 1
         return norm

@@ -106,9 +106,9 @@ class ProgressReporter:
                 f"tok/s {info['tokens_per_second']:.3f}, peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
             )
             self.metrics_file.append("train", info)
-            if self.callback is not None:
-                self.callback.on_train_loss_report(info)
         self._begin()
+        if self.speaks and self.callback is not None:  # in the end, since it may raise
+            self.callback.on_train_loss_report(info)
 
     def report_validation(self, iteration: int, means: Mapping[str, float], seconds: float) -> None:
         """Tell the means over the validation pairs."""
@@ -133,7 +133,7 @@ class ProgressReporter:
         """Return what was collected since the last report, what the run has taken so far, and what it has reported."""
         return {
             "means": self.means.state(),
-            "gradient_norms": self.gradient_norms,
+            "gradient_norms": list(self.gradient_norms),
             "iterations": self.iterations,
             "trained_tokens": self.trained_tokens,
             "seconds": self._seconds(),

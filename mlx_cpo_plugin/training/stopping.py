@@ -6,14 +6,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.training.exchange import of_all_ranks
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP comes where the terminal goes.
+_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StoppedError(UserError):
@@ -23,11 +24,9 @@ class StoppedError(UserError):
         exit_code: of the process, as shells know it for a process that a signal ended.
     """
 
-    def __init__(self, iteration: int, signal_number: int) -> None:
-        super().__init__(
-            f"stopped after iteration {iteration}, which is saved; run the same command with resume: auto (or "
-            "--resume auto) to go on."
-        )
+    def __init__(self, iteration: int, signal_number: int, how_to_go_on: str) -> None:
+        done = f"stopped after iteration {iteration}, which is saved" if iteration else "stopped before iteration 1"
+        super().__init__(f"{done}; {how_to_go_on}.")
         self.exit_code = 128 + signal_number
 
 
@@ -36,10 +35,12 @@ class StopRequest:
 
     Attributes:
         signal_number: of the request; 0 while there is none.
+        forced: whether there was a second one, which wants nothing saved.
     """
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self.forced = False
 
     def agreed(self) -> bool:
         """Whether any rank was asked to; all of them have to call this at the same point.
@@ -55,7 +56,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Let Ctrl-C and SIGTERM ask for a stop until the context ends; a second one is obeyed at once.
+    """Let Ctrl-C, SIGTERM and SIGHUP ask for a stop until the context ends; a second one is obeyed at once.
 
     In a thread, which gets no signals, nothing changes.
     """
@@ -66,14 +67,20 @@ def stop_requests() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if request.signal_number:
+            request.forced = True
             for each, handler in previous.items():
                 signal.signal(each, handler)
             os.kill(os.getpid(), number)
             return
         request.signal_number = number
-        print("\nStopping after this micro-batch; once more to stop without saving.", flush=True)
+        with suppress(OSError):  # not print, which may be what was interrupted
+            os.write(2, b"\nStopping after this micro-batch; once more to stop without saving.\n")
 
-    previous: dict[signal.Signals, Any] = {each: signal.signal(each, ask) for each in _SIGNALS}
+    previous: dict[signal.Signals, Any] = {
+        each: signal.signal(each, ask)
+        for each in _SIGNALS
+        if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN  # as nohup wants it
+    }
     try:
         yield request
     finally:

@@ -25,7 +25,7 @@ from mlx_cpo_plugin.checkpoints.adapter import (
     verify_adapter,
     write_atomically,
 )
-from mlx_cpo_plugin.checkpoints.folder import Checkpoint
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint, read_checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import find_start, once_put_aside
 from mlx_cpo_plugin.checkpoints.run_folder import (
     begin_run,
@@ -44,6 +44,7 @@ from mlx_cpo_plugin.checkpoints.training_state import (
     data_digest,
     identity,
 )
+from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data import as_pairs
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -60,10 +61,11 @@ from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
 from mlx_cpo_plugin.settings.paths import expanded
 from mlx_cpo_plugin.settings.run_settings import FILE_NAME as RUN_SETTINGS
 from mlx_cpo_plugin.settings.run_settings import as_yaml, recorded_arguments
-from mlx_cpo_plugin.training.alarms import DisplacementAlarm, last_good_weights_kept
+from mlx_cpo_plugin.training.alarms import DisplacementAlarm
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
 from mlx_cpo_plugin.training.best import BEST_ADAPTER_NAME, BestSoFar, PlateauAdvice
 from mlx_cpo_plugin.training.evaluation import evaluate_pairs
+from mlx_cpo_plugin.training.exits import LastWhole, out_of_memory_told, saved_on_the_way_out, saved_sentence
 from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.memory_estimate import Way, memory_report
@@ -100,7 +102,8 @@ def train_cpo(
         DataError: there is no pair to train on.
         CheckpointError: the adapter cannot be written, or does not score the same when loaded back.
         TrainingError: losses or gradients are no numbers, nothing is trained, or memory is at an end.
-        StoppedError: Ctrl-C or SIGTERM; what was done is saved.
+        StoppedError: Ctrl-C, SIGTERM or SIGHUP; what was done is saved.
+        Exception: whatever a callback raises; what was done is saved.
     """
     args = with_paths(args or CPOTrainingArgs())
     check_training_args(args)
@@ -112,16 +115,21 @@ def train_cpo(
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
 
     with (
+        lasting_output(),
         ranks_end_together(),
         only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
+        out_of_memory_told(),
         training_environment(model, args) as quantisation,
-        last_good_weights_kept(partial(save_weights, model, Path(args.adapter_file))),
     ):
         run = _Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
-        if run.begin():
+        if not run.begin():
+            return
+        with saved_on_the_way_out(run.save_on_the_way_out, stop, run.reporter.say):
             run.train(stop)
-            run.finish()
+        run.finish()
+        if stop.agreed():
+            raise run.stopped(stop)
 
 
 class _Run:
@@ -171,6 +179,8 @@ class _Run:
         self.identity = identity(args, model, optimizer, pairs)
         constants = {"identity": self.identity, "iters": args.iters, "scorer": scorer_values(self.scorer)}
         self.checkpoints = RunCheckpoints(self.folder, run, args.keep_checkpoints, self.last_step_start, constants)
+        self.last_whole = LastWhole(self.state)
+        self.last_checkpoint: Path | None = None
 
     def choose_scorer(self) -> SharedPromptScorer | None:
         """Return the scorer of the run that is gone on with, or that which the model allows."""
@@ -262,11 +272,13 @@ class _Run:
         elif self.best.saves and self.is_first_rank:
             write_atomically(best_file, lambda partial: shutil.copyfile(saved, partial))
 
-    def save_checkpoint(self) -> None:
-        """Save what resuming needs, with the best adapter so far."""
+    def save_checkpoint(self) -> Path:
+        """Save what resuming needs, with the best adapter so far; return where."""
         best_file = self.adapter_file.with_name(BEST_ADAPTER_NAME)
         holds_best = self.is_first_rank and self.best.saves and self.best.value is not None
-        self.checkpoints.save(self.state, {BEST_ADAPTER_NAME: best_file} if holds_best else {})
+        files = {BEST_ADAPTER_NAME: best_file} if holds_best else {}
+        self.last_checkpoint = self.checkpoints.save(self.last_whole.state, files)
+        return self.last_checkpoint
 
     def save_settings(self) -> None:
         """Write down what the run was configured with."""
@@ -282,18 +294,21 @@ class _Run:
         """Work through the plan, from where the state is to its end, or to where the run is to stop."""
         args, reporter, step = self.args, self.reporter, self.step
         chosen_tokens = [pair.chosen_tokens for pair in self.pairs]
+        if stop.agreed():
+            raise self.stopped(stop)
         for iteration, micro_batch in reporter.iterations_of(self.plan(), args.iters, done=self.state.iteration):
             self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
             pairs = [self.pairs[index] for index in micro_batch.indices]
-            if pairs:
-                self.prepare_for_risk(pairs)
-                losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
-                reporter.add(losses, scores, scored_tokens(pairs))
-                reporter.warn(self.displacement.warning(iteration, scores))
-            if micro_batch.closes_window:
-                reporter.add_step(step.apply())
-            reporter.count_iteration()
-            self.state.iteration = iteration
+            self.prepare_for_risk(pairs)
+            with self.last_whole.kept():
+                if pairs:
+                    losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
+                    reporter.add(losses, scores, scored_tokens(pairs))
+                    reporter.warn(self.displacement.warning(iteration, scores))
+                if micro_batch.closes_window:
+                    reporter.add_step(step.apply())
+                reporter.count_iteration()
+                self.state.iteration = iteration
 
             last = iteration == args.iters
             if last or iteration % args.steps_per_report == 0:
@@ -308,20 +323,56 @@ class _Run:
                 self.save_checkpoint()
             if stopping:
                 save_weights(self.model, self.adapter_file, self.metadata)
-                raise StoppedError(iteration, stop.signal_number)
+                raise self.stopped(stop)
             if exhausted:
                 reporter.say(f"Iter {iteration}: stopping, no validation since {self.best.iteration} was better.")
                 break
 
     def prepare_for_risk(self, pairs: Sequence[PreferencePair]) -> None:
         """Warn, and save what is done, before a micro-batch for which memory may not suffice."""
-        risk = self.memory.risk(pairs, self.step.number)
+        risk = self.memory.risk(pairs, self.step.number) if pairs else None
         if risk is None:
             return
         self.reporter.warn(risk)
-        # Ranks save together: a checkpoint of one alone is none to go on from.
-        if self.state.iteration and mx.distributed.init().size() == 1:
-            self.checkpoints.save(self.state)
+        if self.state.iteration and self.saves_alone:
+            self.save_checkpoint()
+
+    def stopped(self, stop: StopRequest) -> StoppedError:
+        """Return what ends a run that was asked to stop, once its last checkpoint has been looked at.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole.
+        """
+        if self.last_checkpoint is not None:
+            read_checkpoint(self.last_checkpoint)
+        return StoppedError(self.state.iteration, stop.signal_number, self.how_to_go_on)
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do after a run that has ended early, by the route that it was started by."""
+        if self.args.run_settings is not None:
+            return "run the same command with resume: auto (or --resume auto) to go on"
+        return (
+            "call train_cpo once more with resume='auto' in its arguments to go on, or start another run from "
+            f"{self.adapter_file} with resume_adapter_file"
+        )
+
+    def save_on_the_way_out(self) -> str:
+        """Save what is whole after something has failed; return a sentence on what there is then."""
+        if not self.is_first_rank:
+            return ""
+        return saved_sentence(
+            self.last_whole.state.iteration,
+            self.adapter_file,
+            lambda: save_weights(self.model, self.adapter_file, self.metadata),
+            self.save_checkpoint if self.saves_alone and self.step.optimizer_is_whole else None,
+            f"{self.how_to_go_on}; with other settings, give these weights as resume_adapter_file",
+        )
+
+    @property
+    def saves_alone(self) -> bool:
+        """Whether a checkpoint that no other rank writes is one to go on from."""
+        return mx.distributed.init().size() == 1
 
     def finish(self) -> None:
         """Save the adapter, and see that it can be loaded."""
@@ -420,7 +471,7 @@ def evaluate_cpo(
     use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = as_pairs(dataset, max_seq_length)
-    with compile_where_it_pays(), float32_products(model):
+    with out_of_memory_told(), compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring)
         means, tokens = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer

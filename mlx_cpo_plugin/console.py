@@ -1,0 +1,85 @@
+"""Output that never ends a run: what a stream cannot take is dropped, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+_STREAMS = ("stdout", "stderr")
+
+
+class LastingStream:
+    """Passes text on to another stream, and goes on where its reader has left, its disk is full, or it is closed.
+
+    Attributes:
+        stream: the other one; ``None`` as in a process without a console.
+        failed: whether anything was dropped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written; characters that the encoding lacks become question marks."""
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError as error:
+            self.write(text.encode(error.encoding, "replace").decode(error.encoding))
+        except (OSError, ValueError, AttributeError):
+            self.failed = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError, AttributeError):
+            self.failed = True
+
+    def isatty(self) -> bool:
+        """Whether somebody may be watching."""
+        try:
+            return bool(self.stream.isatty())
+        except (OSError, ValueError, AttributeError):
+            return False
+
+
+@contextmanager
+def lasting_output(of_process: bool = False) -> Iterator[None]:
+    """Let nothing that is printed raise until the context ends; inside another such context nothing more happens.
+
+    Args:
+        of_process: the process ends with the context, and is not to fail over what is left to be written then.
+    """
+    replaced = {}
+    for name in _STREAMS:
+        stream = getattr(sys, name)
+        if not isinstance(stream, LastingStream):
+            replaced[name] = LastingStream(stream)
+            setattr(sys, name, replaced[name])
+    try:
+        yield
+    finally:
+        for name, lasting in replaced.items():
+            lasting.flush()
+            if getattr(sys, name) is lasting:  # and not what somebody else has put over it
+                setattr(sys, name, lasting.stream)
+            if of_process and lasting.failed:
+                _discard(lasting.stream)
+
+
+def _discard(stream: Any) -> None:
+    """Have what a stream still holds go nowhere, since the interpreter will try to write it once more."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

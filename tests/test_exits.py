@@ -1,0 +1,321 @@
+"""Whatever ends a run, at whatever point: what was done is saved, and the run goes on from it to the same bits."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from conftest import add_adapter, build_model, build_pairs
+
+from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
+from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.training import optimizer_step, trainer
+from mlx_cpo_plugin.training.alarms import TrainingError
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.stopping import StoppedError
+from mlx_cpo_plugin.training.trainer import train_cpo
+
+ITERS = 4
+# Where a fault may strike: at the beginning of each call of a function of these modules.
+MODULES = ("trainer", "reporting", "optimizer_step", "stopping", "metrics", "exits", "folder", "adapter", "evaluation")
+Arrays = dict[str, np.ndarray]
+Strike = Callable[..., None]
+
+
+def train(folder: Path, callback: TrainingCallback | None = None, **more: Any) -> None:
+    model = add_adapter(build_model(), dropout=0.2)
+    mx.random.seed(7)
+    settings: dict[str, Any] = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "iters": ITERS,
+        "steps_per_report": 2,
+        "steps_per_eval": 2,
+        "steps_per_save": 3,
+        "scoring": "plain",
+        "resume": "auto",
+        **more,
+    }
+    train_cpo(
+        model,
+        optimizers.Adam(learning_rate=1e-2),
+        build_pairs(7),
+        build_pairs(2, seed=9),
+        CPOTrainingArgs(adapter_file=str(folder / "adapters.safetensors"), **settings),
+        training_callback=callback,
+    )
+
+
+def weights(folder: Path) -> Arrays:
+    return {name: np.array(value) for name, value in mx.load(str(folder / "adapters.safetensors")).items()}
+
+
+def same(left: Arrays, right: Arrays) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(folder)
+    return weights(folder)
+
+
+class Points:
+    """The calls of a run's functions, of which one is struck.
+
+    Attributes:
+        passed: points that were passed, as names of functions.
+        done: micro-batches that were complete when the point was struck.
+    """
+
+    def __init__(self, strike_at: int, strike: Strike) -> None:
+        self.strike_at, self.strike = strike_at, strike
+        self.passed: list[str] = []
+        self.done = 0
+        self.struck = False
+        self.inside = False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        name, module = frame.f_code.co_name, Path(frame.f_code.co_filename)
+        if event != "call" or "mlx_cpo_plugin" not in module.parts or module.stem not in MODULES:
+            return
+        # From the entry into the context of a run to its end; what undoes things is not struck.
+        self.inside |= name == "begin"
+        if not self.inside or self.struck:
+            return
+        if name == "count_iteration":
+            self.done += 1
+        self.passed.append(name)
+        if len(self.passed) == self.strike_at:
+            self.struck = True
+            self.strike()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        sys.setprofile(self)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+
+def raising(error: BaseException) -> Strike:
+    def strike(*_: Any) -> None:
+        raise error
+
+    return strike
+
+
+def points_of_a_run(folder: Path) -> list[str]:
+    points = Points(0, lambda: None)
+    with points.watched():
+        train(folder)
+    return points.passed
+
+
+def each_point(tmp_path: Path, make_strike: Callable[[], Strike], every: int) -> Iterator[tuple[Path, Points]]:
+    """Let every point of a run be struck, or every so many, each in a folder of its own."""
+    total = len(points_of_a_run(tmp_path / "counted"))
+    assert total > 100
+    for strike_at in range(1, total + 1, every):
+        yield tmp_path / str(strike_at), Points(strike_at, make_strike())
+
+
+def named_checkpoints(text: str) -> list[Path]:
+    return [Path(path) for path in re.findall(r"(\S+/checkpoints/\d+)", text)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
+    number: signal.Signals, tmp_path: Path, uninterrupted: Arrays
+) -> None:
+    every = 1 if number == signal.SIGTERM else 17
+    for folder, points in each_point(tmp_path, lambda: lambda: signal.raise_signal(number), every):
+        with points.watched(), pytest.raises(StoppedError) as stopped:
+            train(folder)
+
+        where = f"at {points.passed[-1]}, {len(points.passed)}: {stopped.value}"
+        assert stopped.value.exit_code == 128 + number, where
+        (done,) = re.findall(
+            r"stopped (?:after iteration (\d+), which is saved|before iteration 1);", str(stopped.value)
+        )
+        if done:
+            newest = max(path for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+            assert read_checkpoint(newest).iteration == int(done) >= points.done, where
+            assert (folder / "adapters.safetensors").exists(), where
+        else:
+            assert points.done == 0, where
+        train(folder)
+        assert same(weights(folder), uninterrupted), where
+
+
+@pytest.mark.parametrize(
+    ("error", "every"),
+    [(MemoryError(), 1), (RuntimeError("[metal::malloc] Unable to allocate"), 17), (LookupError("a fault"), 7)],
+)
+def test_an_error_at_any_point_leaves_what_was_done_and_the_run_goes_on_to_the_same_bits(
+    error: Exception, every: int, tmp_path: Path, uninterrupted: Arrays, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, points in each_point(tmp_path, lambda: raising(error), every):
+        with points.watched(), pytest.raises((TrainingError, LookupError)) as ended:
+            train(folder)
+
+        told = capsys.readouterr().out + str(ended.value)
+        where = f"at {points.passed[-1]}, {len(points.passed)}, {points.done} done: {told[-500:]}"
+        if isinstance(error, LookupError):
+            assert ended.value is error, where
+        else:
+            assert str(ended.value).startswith("The device is out of memory; lower max_seq_length"), where
+        for checkpoint in named_checkpoints(told):
+            assert read_checkpoint(checkpoint).iteration >= points.done - 1, where
+        if points.done > 1:
+            assert (folder / "adapters.safetensors").exists(), where
+            assert list((folder / "checkpoints").glob("0*")) or "no checkpoint could be written" in told, where
+        train(folder)
+        assert same(weights(folder), uninterrupted), where
+
+
+class Failing(TrainingCallback):
+    """Raises at a report of a kind and an iteration."""
+
+    def __init__(self, kind: str, iteration: int) -> None:
+        self.kind, self.iteration = kind, iteration
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self._fail("train", train_info)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        self._fail("valid", val_info)
+
+    def _fail(self, kind: str, info: dict[str, Any]) -> None:
+        if (kind, info["iteration"]) == (self.kind, self.iteration):
+            raise KeyError("a callback of the user")
+
+
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_what_a_callback_raises_comes_out_after_everything_is_saved(
+    kind: str, tmp_path: Path, uninterrupted: Arrays, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyError, match="a callback of the user"):
+        train(tmp_path, Failing(kind, 2))
+
+    (checkpoint,) = named_checkpoints(capsys.readouterr().out)
+    assert read_checkpoint(checkpoint).iteration == 2
+    reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [report["iteration"] for report in reports if report["kind"] == "train"] == [2]
+    train(tmp_path)
+    assert same(weights(tmp_path), uninterrupted)
+    reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [report["iteration"] for report in reports if report["kind"] == "train"] == [2, 4]
+
+
+def test_an_update_that_fails_half_way_leaves_the_weights_from_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Arrays
+) -> None:
+    train(tmp_path / "two", iters=2)
+    steps = count(1)
+
+    def update_fails(self: optimizer_step.OptimizerStep) -> float:
+        if next(steps) == 2:
+            update = self._update
+
+            def half(*arguments: Any) -> None:
+                update(*arguments)
+                raise MemoryError
+
+            self._update = half
+        return apply(self)
+
+    apply = optimizer_step.OptimizerStep.apply
+    monkeypatch.setattr(optimizer_step.OptimizerStep, "apply", update_fails)
+    with pytest.raises(TrainingError, match=r"The weights after iteration 3 are saved in .*/adapters.safetensors\.$"):
+        train(tmp_path / "broken")
+    monkeypatch.undo()
+
+    assert same(weights(tmp_path / "broken"), weights(tmp_path / "two"))
+    train(tmp_path / "broken")
+    assert same(weights(tmp_path / "broken"), uninterrupted)
+
+
+def test_where_nothing_can_be_saved_the_sentence_says_so_and_the_error_is_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            monkeypatch.setattr(trainer, "save_adapter", raising(OSError(28, "No space left on device")))
+            monkeypatch.setattr(trainer.RunCheckpoints, "save", raising(OSError(28, "No space left on device")))
+            raise TrainingError("First.")
+
+    with pytest.raises(TrainingError) as ended:
+        train(tmp_path, Full())
+
+    assert re.match(r"First\. The weights after iteration 2 could not be saved \(.*No space left", str(ended.value))
+    assert "no checkpoint could be written" in str(ended.value)
+    assert not (tmp_path / "adapters.safetensors").exists()
+
+
+def test_before_the_first_micro_batch_nothing_is_saved_and_nothing_is_said_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyError):
+        train(tmp_path, Failing("valid", 1))
+
+    assert "saved" not in capsys.readouterr().out
+    assert not (tmp_path / "adapters.safetensors").exists()
+
+
+def test_a_second_signal_ends_the_run_at_once_and_saves_nothing(tmp_path: Path) -> None:
+    class Twice(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Twice())
+
+    assert not (tmp_path / "adapters.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    class HangUp(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(tmp_path, HangUp())  # to the end
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_metrics_that_cannot_be_written_are_told_once_and_the_run_goes_on(
+    tmp_path: Path, uninterrupted: Arrays, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(TrainingCallback):
+        def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+            metrics = tmp_path / "metrics.jsonl"
+            if not metrics.is_symlink():
+                metrics.unlink()
+                metrics.symlink_to("/dev/full")
+
+    train(tmp_path, Full())
+
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl cannot be written" in line]
+    assert "the run goes on" in warning
+    assert same(weights(tmp_path), uninterrupted)
