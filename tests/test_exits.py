@@ -8,9 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -73,6 +74,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
     return weights(folder)
 
 
+@cache
+def _is_point(code: CodeType) -> bool:
+    file = Path(code.co_filename)
+    return code.co_name[0] != "<" and "mlx_cpo_plugin" in file.parts and file.stem in MODULES
+
+
 class Points:
     """The calls of a run's functions, of which one is struck.
 
@@ -89,9 +96,9 @@ class Points:
         self.inside = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        name, module = frame.f_code.co_name, Path(frame.f_code.co_filename)
-        if event != "call" or "mlx_cpo_plugin" not in module.parts or module.stem not in MODULES:
+        if event != "call" or not _is_point(frame.f_code):
             return
+        name = frame.f_code.co_name
         # From the entry into the context of a run to its end; what undoes things is not struck.
         self.inside |= name == "begin"
         if not self.inside or self.struck:
