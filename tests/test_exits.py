@@ -31,6 +31,8 @@ from mlx_cpo_plugin.training.trainer import train_cpo
 ITERS = 4
 # Where a fault may strike: at the beginning of each call of a function of these modules.
 MODULES = ("trainer", "reporting", "optimizer_step", "stopping", "metrics", "exits", "folder", "adapter", "evaluation")
+# They only look something up, many times.
+LOOK_UPS = {"iteration", "run", "state", "_describe", "_fault", "_hash", "_read", "_seconds", "_tree", "checkpoints_in"}
 Arrays = dict[str, np.ndarray]
 Strike = Callable[..., None]
 
@@ -77,7 +79,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
 @cache
 def _is_point(code: CodeType) -> bool:
     file = Path(code.co_filename)
-    return code.co_name[0] != "<" and "mlx_cpo_plugin" in file.parts and file.stem in MODULES
+    return (
+        code.co_name[0] != "<"
+        and code.co_name not in LOOK_UPS
+        and "mlx_cpo_plugin" in file.parts
+        and file.stem in MODULES
+    )
 
 
 class Points:
@@ -187,6 +194,8 @@ def test_an_error_at_any_point_leaves_what_was_done_and_the_run_goes_on_to_the_s
         else:
             assert str(ended.value).startswith("The device is out of memory; lower max_seq_length"), where
         for checkpoint in named_checkpoints(told):
+            if folder not in checkpoint.parents:  # printed when the one before went on
+                continue
             assert read_checkpoint(checkpoint).iteration >= points.done - 1, where
         if points.done > 1:
             assert (folder / "adapters.safetensors").exists(), where

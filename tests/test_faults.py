@@ -26,7 +26,7 @@ ROWS = 10
 AT = 3  # the iteration after which the machine gives out
 SENTENCES = {
     "disk_full_for_a_checkpoint": "cannot be written (",
-    "disk_full_for_a_line": "metrics.jsonl cannot be written (",
+    "disk_full_for_a_line": "adapters.safetensors cannot be written (",  # the line itself ends nothing
     "read_only": "cannot be written (",
 }
 
@@ -75,7 +75,7 @@ def test_memory_that_ends_on_a_cpu_was_warned_of_and_costs_nothing_that_was_done
     done = int(re.findall(r"Step (\d+)", warning)[0]) - 1
     assert read_checkpoint(broken / "checkpoints" / f"{done:07d}").iteration == done > AT
     run_main(settings | {"adapter_path": str(broken), "resume": "auto"})
-    assert (broken / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+    assert saved_arrays(broken / "adapters.safetensors") == saved_arrays(whole / "adapters.safetensors")
 
 
 @pytest.mark.parametrize("fault", list(SENTENCES))

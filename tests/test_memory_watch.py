@@ -129,7 +129,7 @@ def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkey
         training_callback=Callback(),
     )
 
-    assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002"]]
+    assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002", "0000004"]]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("warning") == 1
 

@@ -351,10 +351,13 @@ class _Run:
     def how_to_go_on(self) -> str:
         """What to do after a run that has ended early, by the route that it was started by."""
         if self.args.run_settings is not None:
-            return "run the same command with resume: auto (or --resume auto) to go on"
+            return (
+                "run the same command with resume: auto (or --resume auto) to go on, or with other settings and these "
+                "weights as resume_adapter_file"
+            )
         return (
-            "call train_cpo once more with resume='auto' in its arguments to go on, or start another run from "
-            f"{self.adapter_file} with resume_adapter_file"
+            "call train_cpo once more with resume='auto' in its arguments to go on, or start another run with these "
+            "weights as resume_adapter_file"
         )
 
     def save_on_the_way_out(self) -> str:
@@ -366,7 +369,7 @@ class _Run:
             self.adapter_file,
             lambda: save_weights(self.model, self.adapter_file, self.metadata),
             self.save_checkpoint if self.saves_alone and self.step.optimizer_is_whole else None,
-            f"{self.how_to_go_on}; with other settings, give these weights as resume_adapter_file",
+            self.how_to_go_on,
         )
 
     @property
