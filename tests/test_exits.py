@@ -33,6 +33,8 @@ ITERS = 4
 MODULES = ("trainer", "reporting", "optimizer_step", "stopping", "metrics", "exits", "folder", "adapter", "evaluation")
 # They only look something up, many times.
 LOOK_UPS = {"iteration", "run", "state", "_describe", "_fault", "_hash", "_read", "_seconds", "_tree", "checkpoints_in"}
+# They are called once more when a run is over, to undo things.
+ENDS = {"saved_on_the_way_out", "out_of_memory_told", "training_environment", "stop_requests"}
 Arrays = dict[str, np.ndarray]
 Strike = Callable[..., None]
 
@@ -78,13 +80,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
 
 @cache
 def _is_point(code: CodeType) -> bool:
-    file = Path(code.co_filename)
-    return (
-        code.co_name[0] != "<"
-        and code.co_name not in LOOK_UPS
-        and "mlx_cpo_plugin" in file.parts
-        and file.stem in MODULES
-    )
+    file, name = Path(code.co_filename), code.co_name
+    return "mlx_cpo_plugin" in file.parts and file.stem in MODULES and name[0] != "<" and name not in LOOK_UPS | ENDS
 
 
 class Points:

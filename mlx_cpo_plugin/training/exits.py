@@ -52,7 +52,8 @@ class LastWhole:
     @property
     def state(self) -> TrainingState:
         """The state that can be saved."""
-        return self._kept or self._present
+        kept = self._kept
+        return kept if kept is not None and kept.iteration == self._present.iteration else self._present
 
 
 @contextmanager

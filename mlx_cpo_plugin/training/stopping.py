@@ -86,3 +86,5 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+    if request.signal_number:  # it came too late to be looked at: others may still want to know
+        signal.raise_signal(request.signal_number)

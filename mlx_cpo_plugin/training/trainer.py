@@ -305,10 +305,11 @@ class _Run:
                     losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), self.quantisation.active)
                     reporter.add(losses, scores, scored_tokens(pairs))
                     reporter.warn(self.displacement.warning(iteration, scores))
-                if micro_batch.closes_window:
-                    reporter.add_step(step.apply())
-                reporter.count_iteration()
+                norm = step.apply() if micro_batch.closes_window else None
                 self.state.iteration = iteration
+            if norm is not None:
+                reporter.add_step(norm)
+            reporter.count_iteration()
 
             last = iteration == args.iters
             if last or iteration % args.steps_per_report == 0:
