@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_named
 from mlx_lm_lora.chat_template import ensure_chat_template
+from tokenizers import normalizers
 
 from mlx_cpo_plugin.checkpoints.training_state import check_identity
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, read_template
@@ -189,3 +190,30 @@ def test_a_refused_resume_says_that_the_tokenizer_has_changed():
     with pytest.raises(ConfigError, match="other settings: data;"):
         check_identity(old, {**new, "tokenizer": old["tokenizer"]}, checkpoint)
     check_identity(old, {**new, "data": "a"}, checkpoint)
+
+
+def test_a_tokenizer_that_composes_characters_ends_answers_once():
+    composing = make_tokenizer(CHATML)
+    composing._tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer = ChatTokenizer(composing)
+
+    prompt, chosen, rejected = parts({"prompt": "Cafe\u0301", "chosen": "e\u0301", "rejected": "No e\u0301"}, tokenizer)
+
+    assert prompt == "<|im_start|>user\nCaf\u00e9<|im_end|>\n<|im_start|>assistant\n"
+    assert (chosen, rejected) == ("\u00e9<|im_end|>", "No \u00e9<|im_end|>")
+
+
+def test_turns_in_two_unicode_forms_are_the_same_where_the_tokenizer_composes_them():
+    composing = make_tokenizer(CHATML)
+    composing._tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    sides = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}, {"role": "user", "content": "Who?"}]
+        for text in ("Cafe\u0301", "Caf\u00e9")
+    ]
+    row = {
+        "chosen": [*sides[0], {"role": "assistant", "content": "Yes."}],
+        "rejected": [*sides[1], {"role": "assistant", "content": "No."}],
+    }
+
+    assert parts(row, ChatTokenizer(composing))[1] == "Yes.<|im_end|>"
+    assert "Caf" in parts(row, ChatTokenizer(make_tokenizer(CHATML)))[1]

@@ -35,11 +35,13 @@ class EncodedText:
     Attributes:
         text: what was encoded.
         ids: int32 [T].
-        ends: int [T], the character after each token; None for tokenizers that cannot tell.
+        starts, ends: int [T], the first character of each token and the one after it; None for tokenizers that cannot
+            tell. Where a tokenizer composes characters, there may be some between two tokens.
     """
 
     text: str
     ids: TokenIds
+    starts: NDArray[np.int64] | None
     ends: NDArray[np.int64] | None
     tokenizer: ChatTokenizer
 
@@ -51,9 +53,8 @@ class EncodedText:
 
     def tokens_covering(self, character: int) -> int:
         """How many tokens it takes to hold the first ``character`` characters."""
-        if self.ends is not None:
-            whole = self.tokens_before(character)
-            return whole if whole and self.ends[whole - 1] >= character else whole + 1
+        if self.starts is not None:
+            return int(np.searchsorted(self.starts, character, side="left"))
         alone = self.tokenizer.encode(self.text[:character]).ids
         whole = common_prefix(self.ids, alone)
         return whole if whole == len(alone) else whole + 1
@@ -194,14 +195,14 @@ class ChatTokenizer:
         _check_unicode(text)
         if self._has_offsets:
             encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ends = np.fromiter((end for _, end in encoding["offset_mapping"]), dtype=np.int64)
-            # Tokens of one character's bytes share its end; a token without text gets that of the one before.
-            ids = as_ids(encoding["input_ids"])
+            ids, offsets = as_ids(encoding["input_ids"]), encoding["offset_mapping"]
             if self._lacks_bos(ids):
-                ids, ends = as_ids([self.bos_id, *ids]), np.append(0, ends)
-            return EncodedText(text, ids, np.maximum.accumulate(ends), self)
+                ids, offsets = as_ids([self.bos_id, *ids]), [(0, 0), *offsets]
+            # Tokens of one character's bytes share its place; a token without text gets that of the one before.
+            starts, ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)).T
+            return EncodedText(text, ids, starts, ends, self)
         ids = as_ids(self._inner.encode(text, add_special_tokens=False))
-        return EncodedText(text, as_ids([self.bos_id, *ids]) if self._lacks_bos(ids) else ids, None, self)
+        return EncodedText(text, as_ids([self.bos_id, *ids]) if self._lacks_bos(ids) else ids, None, None, self)
 
     def reads_alike(self, first: str, second: str) -> bool:
         """Whether two texts are the same tokens, as they may be in different Unicode forms."""
