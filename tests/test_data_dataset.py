@@ -262,3 +262,15 @@ def test_importing_the_data_package_needs_neither_mlx_nor_transformers():
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rows_that_the_settings_leave_out_for_their_length_are_counted_but_not_taken_for_mistakes(tmp_path):
+    file = write(tmp_path / "train.jsonl", [*rows(1), *({**row, "prompt": "cat " * 40} for row in rows(3))])
+
+    report = load(file, max_seq_length=32, overlong="drop")[0].report
+
+    assert report.summary().startswith(
+        "Train: 4 rows, 1 pairs, 3 skipped (longer than max_seq_length 32: train.jsonl:2,"
+    )
+    with pytest.raises(DataError, match=r"^no row of train\.jsonl fits: raise max_seq_length, or set overlong: cut\.$"):
+        load(file, max_seq_length=4, overlong="drop")

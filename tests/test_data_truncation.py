@@ -179,6 +179,19 @@ def test_the_longest_message_is_the_one_that_is_cut():
     assert "Be brief.<|im_end|>" in tokenizer.decode(cut.pair.prompt)
 
 
+def test_long_messages_share_what_room_there_is():
+    long = "The cat is on the mat. " * 12
+
+    cut, tokenizer = fitted(
+        [{"role": "system", "content": long + "Be brief."}, {"role": "user", "content": long * 3 + "What is it?"}], 96
+    )
+
+    system, question = tokenizer.decode(cut.pair.prompt).split("<|im_end|>")[:2]
+    assert system.endswith("Be brief.")
+    assert question.endswith("What is it?")
+    assert abs(system.count("the mat") - question.count("the mat")) <= 1
+
+
 def test_calls_and_their_results_go_with_their_turn():
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "the mat the mat the mat"}}}
     prompt = [

@@ -274,6 +274,8 @@ def _collect(
         except UnusableRow as error:
             skipped.setdefault(str(error), []).append(source_of(item))
             overlong += isinstance(error, OverlongRow)
+    if overlong and not pairs:
+        raise DataError(f"no row of {name} fits: raise max_seq_length, or set overlong: cut.")
     unusable = sum(map(len, skipped.values())) - overlong
     if unusable > len(pairs):
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.formats import IDENTICAL, Conversation, PlainText
-from mlx_cpo_plugin.data.messages import Message, UnusableRow, split_system
+from mlx_cpo_plugin.data.messages import UnusableRow, split_system
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.rendering import share_what_renders_alike
 from mlx_cpo_plugin.data.tokenization import NOTHING_SCORED, tokenize
@@ -53,7 +53,7 @@ def fit(
 ) -> TruncatedPair:
     """Turn one row into a pair of at most ``max_seq_length`` tokens a side.
 
-    The prompt of a conversation loses its oldest turns first, then the beginning of its longest message; its system
+    The prompt of a conversation loses its oldest turns first, then the beginnings of its longest messages; its system
     message and last question stay, and so does all that the template writes. Plain text is cut as
     :func:`truncate` does.
 
@@ -172,7 +172,7 @@ def _shorten_prompt(
         excess = len(pair.prompt) - _prompt_room(pair, max_seq_length, least)
         if excess <= 0:
             return pair
-        row = _without_beginning_of_longest(row, tokenizer, excess, max_seq_length)
+        row = _with_shorter_messages(row, tokenizer, excess, max_seq_length)
 
 
 def _without_oldest_turns(row: Conversation) -> list[Conversation]:
@@ -190,21 +190,28 @@ def _without_oldest_turns(row: Conversation) -> list[Conversation]:
     return shorter
 
 
-def _without_beginning_of_longest(
+def _with_shorter_messages(
     row: Conversation, tokenizer: ChatTokenizer, excess: int, max_seq_length: int
 ) -> Conversation:
-    """The row with ``excess`` tokens fewer at the beginning of the longest shared message that is no answer."""
-    shared = row.chosen[: row.shared]
-    longest = max(
-        (i for i, message in enumerate(shared) if message["role"] != "assistant" and message["content"]),
-        key=lambda i: len(shared[i]["content"]),
-        default=None,
-    )
-    if longest is None:
+    """The row with ``excess`` tokens fewer at the beginnings of its longest shared messages that are no answers.
+
+    They are cut to one length, below which no message is cut.
+    """
+    texts = {i: m["content"] for i, m in enumerate(row.chosen[: row.shared]) if m["role"] != "assistant"}
+    sizes = {i: len(tokenizer.encode(text).ids) for i, text in texts.items() if text}
+    if not sizes:
         raise UnusableRow(f"max_seq_length {max_seq_length} leaves no room beside what the chat template writes")
-    content = tokenizer.without_first_tokens(shared[longest]["content"], excess)
-
-    def with_content(side: list[Message]) -> list[Message]:
-        return [*side[:longest], {**side[longest], "content": content}, *side[longest + 1 :]]
-
-    return replace(row, chosen=with_content(row.chosen), rejected=with_content(row.rejected))
+    left = sum(sizes.values()) - excess
+    longest = (
+        bisect_right(range(max(sizes.values())), left, key=lambda cap: sum(min(n, cap) for n in sizes.values())) - 1
+    )
+    shorter = {
+        i: tokenizer.without_first_tokens(texts[i], size - max(longest, 0))
+        for i, size in sizes.items()
+        if size > longest
+    }
+    chosen, rejected = (
+        [{**message, "content": shorter[i]} if i in shorter else message for i, message in enumerate(side)]
+        for side in (row.chosen, row.rejected)
+    )
+    return replace(row, chosen=chosen, rejected=rejected)

@@ -34,6 +34,7 @@ from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
+from mlx_cpo_plugin.data.encoding import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.trackers import HostWandb, TrackerCallback, described_settings, require_clients, tracked_run
@@ -230,6 +231,9 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
         model.freeze()
         for layer in model.layers[-settings.num_layers :]:
             layer.unfreeze()
+    template = read_template(getattr(settings, "chat_template", None))
+    if template:
+        tokenizer.chat_template = template  # which a fused model takes along
     return model, tokenizer
 
 
