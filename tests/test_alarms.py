@@ -92,7 +92,9 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up(tmp_path: Path, max_
 
 def scores(chosen: float, rejected: float) -> AnswerScores:
     zeros = mx.zeros(2)
-    return AnswerScores(mx.array([chosen, chosen]), mx.array([rejected, rejected]), zeros, zeros, mx.ones(2))
+    return AnswerScores(
+        mx.array([chosen, chosen]), mx.array([rejected, rejected]), zeros, zeros, mx.ones(2), mx.ones(2)
+    )
 
 
 def told(chosen_slope: float, rejected_slope: float, loss_type: str = "sigmoid") -> list[str]:

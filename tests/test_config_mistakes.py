@@ -62,7 +62,7 @@ def rank() -> Iterator[None]:
         ("batch_size: true", "batch_size is true in my.yaml, line 3, but must be a whole number >= 1."),
         ("iters: 0", "iters is 0 in my.yaml, line 3, but must be a whole number >= 1 or null."),
         ("qat_bits: 17", "qat_bits is 17 in my.yaml, line 3, but must be a whole number from 2 to 16."),
-        ("val_batches: 0", "val_batches is 0 in my.yaml, line 3, but must be a whole number >= 1, or -1 for all."),
+        ("val_batches: -2", "val_batches is -2 in my.yaml, line 3, but must be a whole number >= -1."),
         ("valid_fraction: 1", "valid_fraction is 1 in my.yaml, line 3, but must be a number >= 0 and < 1."),
         ("fuse: 1", "fuse is 1 in my.yaml, line 3, but must be true or false."),
         ("model: 7", "model is 7 in my.yaml, line 3, but must be text."),

@@ -228,7 +228,7 @@ def test_tokenised_items_without_a_preference_are_left_out():
     assert (len(pairs), sum(map(len, pairs.report.skipped.values()))) == (2, 2)
 
 
-@pytest.mark.parametrize("item", [{"chosen": "Yes", "rejected": "No"}, {"prompt": [1]}, "text", None])
+@pytest.mark.parametrize("item", ["text", None, 1, ["chosen", "rejected"]])
 def test_items_that_are_not_tokenised_are_an_error(item):
     with pytest.raises(DataError) as caught:
         as_pairs([item])

@@ -89,7 +89,7 @@ def logps_for(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def scores(chosen: Any, rejected: Any) -> AnswerScores:
     arrays = [mx.array(np.atleast_1d(np.asarray(side, np.float32))) for side in (chosen, rejected)]
-    return AnswerScores(*arrays, *arrays, mx.ones(arrays[0].shape))
+    return AnswerScores(*arrays, *arrays, *[mx.ones(arrays[0].shape)] * 2)
 
 
 def losses_and_slopes(name: str, chosen: Any, rejected: Any, options: dict[str, float]) -> tuple[np.ndarray, ...]:

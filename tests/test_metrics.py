@@ -15,7 +15,7 @@ from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.reporting import ProgressReporter
 
-EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0, 2.0)))
+EQUAL = AnswerScores(*(mx.array([value]) for value in (-2.0, -2.0, 1.0, 1.0, 2.0, 2.0)))
 
 
 def refuse(constant: str) -> float:
@@ -37,7 +37,7 @@ def test_the_likelihood_is_a_mean_over_tokens_and_has_its_share_in_the_loss(loss
     chosen = -per_token if loss_type == "simpo" else -per_token * tokens
 
     for part in (slice(0, 1), slice(1, 3)):
-        arrays = [mx.array(values[part].astype(np.float32)) for values in (chosen, chosen, chosen, chosen, tokens)]
+        arrays = [mx.array(values[part].astype(np.float32)) for values in [*[chosen] * 4, tokens, tokens]]
         means.add(mx.array([0.7, 0.1, 0.4])[part], AnswerScores(*arrays), tokens=99)
 
     reported, _ = means.over_ranks()

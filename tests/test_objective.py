@@ -187,7 +187,7 @@ def test_a_pair_that_is_learned_long_since_has_no_gradient_and_the_others_have_t
 
     def part(chosen_logps: mx.array) -> mx.array:
         rest = mx.zeros(3)
-        return goal.part_of_step(AnswerScores(chosen_logps, rest, rest, rest, rest), 3, 1)[0]
+        return goal.part_of_step(AnswerScores(chosen_logps, *[rest] * 5), 3, 1)[0]
 
     slopes = mx.grad(part)(margins)
 

@@ -128,7 +128,7 @@ def test_lora_parameters_default_to_those_of_each_part() -> None:
         ("steps_per_eval", 1, 0),
         ("save_every", 1, 0),
         ("val_batches", -1, -2),
-        ("val_batches", 1, 0),
+        ("val_batches", 0, -3),
         ("test_batches", -1, -2),
         ("test_batches", 1, 0),
         ("seed", 0, -1),

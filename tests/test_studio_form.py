@@ -112,7 +112,7 @@ class TestFields:
             ("beta", "much", "beta is 'much' in the form, but must be a number > 0."),
             ("batch_size", "1.5", "batch_size is 1.5 in the form, but must be a whole number >= 1."),
             ("lora_parameters.rank", "0", "lora_parameters.rank is 0 in the form, but must be a whole number >= 1."),
-            ("val_batches", "0", "val_batches is 0 in the form, but must be a whole number >= 1, or -1 for all."),
+            ("test_batches", "0", "test_batches is 0 in the form, but must be a whole number >= 1, or -1 for all."),
         ],
     )
     def test_a_mistake_is_told_as_on_the_command_line(self, key: str, content: str, complaint: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, as_ids, common_prefix
-from mlx_cpo_plugin.data.formats import parse_row
+from mlx_cpo_plugin.data.files import numbered
+from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
@@ -19,6 +22,9 @@ from mlx_cpo_plugin.data.tokenization import Side, split_pair
 from mlx_cpo_plugin.data.truncation import CUT, Lengths, OverlongRow, TruncatedPair, fit, truncate
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.wording import named
+
+UNCUT = sys.maxsize
+"""The ``max_seq_length`` of pairs that are not cut."""
 
 _LOCATIONS_SHOWN = 3
 _REASONS_SHOWN = 8
@@ -49,6 +55,11 @@ class DataReport:
     whole_lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def all_used(self) -> bool:
+        """Whether every row is a pair, and none was cut."""
+        return not (self.skipped or self.prompts_cut or self.answers_cut)
+
     def summary(self) -> str:
         """One line: ``Train: 1360 rows, 1358 pairs, 2 skipped (an answer is empty: train.jsonl:3, train.jsonl:9)``."""
         if not self.rows:
@@ -74,9 +85,11 @@ class PreferenceDataset(Sequence[PreferencePair]):
     Attributes:
         report: what became of the rows.
         tokenizer: what tells the tokenizer that read them from another one; empty where that is not known.
+        cut_to: makes the same of the rows for a ``max_seq_length``; ``None`` where that was known already.
     """
 
     tokenizer = ""
+    cut_to: Callable[[int], PreferenceDataset] | None = None
 
     def __init__(
         self,
@@ -87,6 +100,7 @@ class PreferenceDataset(Sequence[PreferencePair]):
     ) -> None:
         self._pairs = tuple(pairs)
         skipped = skipped or {}
+        self._told = False
         self.report = DataReport(
             split=split,
             rows=len(self._pairs) + sum(map(len, skipped.values())),
@@ -113,6 +127,31 @@ class PreferenceDataset(Sequence[PreferencePair]):
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return (truncated.pair for truncated in self._pairs)
+
+    def process(self, pair: PreferencePair) -> PreferencePair:
+        """Return the pair: mlx-lm-lora's ``CacheDataset`` asks for it, and there is nothing left to do."""
+        return pair
+
+    def tell(self, say: Callable[[str], object]) -> None:
+        """Say what became of the rows, unless it has been said."""
+        if not self._told:
+            say(self.report.summary())
+        self._told = True
+
+    @classmethod
+    def joined(cls, parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
+        """Return the pairs of several data sets, at least one, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        skipped: dict[str, tuple[str, ...]] = {}
+        for part in parts:
+            for reason, places in part.report.skipped.items():
+                skipped[reason] = (*skipped.get(reason, ()), *places)
+        pairs = [pair for part in parts for pair in part._pairs]
+        notes = tuple(note for part in parts for note in part.report.notes)
+        whole = cls(pairs, parts[0].report.split, skipped, notes)
+        whole.tokenizer = parts[0].tokenizer
+        return whole
 
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
         """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.
@@ -174,8 +213,6 @@ def load_splits(
         split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, overlong)
         for split, groups in read_splits(args, wanted).items()
     }
-    for pairs in splits.values():
-        pairs.tokenizer = chat_tokenizer.digest()
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
     if "valid" in wanted and train and not valid:
         fraction = getattr(args, "valid_fraction", 0) or 0
@@ -187,41 +224,113 @@ def load_splits(
     return train, valid, test
 
 
-def as_pairs(dataset: Any, max_seq_length: int | None = None, bos_token_id: int | None = None) -> PreferenceDataset:
-    """Pairs of any tokenised preference data, cut to ``max_seq_length`` where it is given.
+def pairs_of_rows(rows: Iterable[Any], tokenizer: Any, settings: Any, split: str = "train") -> PreferenceDataset:
+    """Tokenise and cut raw rows of any accepted format, as :func:`load_dataset` does those of a file.
 
     Args:
-        dataset: a PreferenceDataset, a sequence of PreferencePair, or a sequence of mappings with the token ids
-            ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and ``rejected_prompt_length``
-            (without them the prompt is what both sides share); None is an empty one.
-        max_seq_length: tokens that either side may have, prompt included.
-        bos_token_id: the token that stays first where a prompt is cut.
+        rows: mappings, as JSON Lines holds them.
+        settings: with ``max_seq_length`` (``None``: nothing is cut yet), the column names and those on templates.
 
     Raises:
-        DataError: an item is something else, or more than half of them are unusable.
+        DataError: a column is missing, or more than half of the rows are unusable.
+    """
+    columns = Columns.from_settings(settings)
+    group = RowGroup("the data set", numbered(rows, "row", before=" "), columns)
+    if group.rows:
+        columns.check((row.value for row in group.rows), group.name)
+    overlong = getattr(settings, "overlong", CUT)
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
+    return _make_pairs([group], chat_tokenizer, split, settings.max_seq_length, overlong)
+
+
+def as_pairs(
+    dataset: Any,
+    max_seq_length: int | None = None,
+    bos_token_id: int | None = None,
+    tokenizer: Any = None,
+    split: str = "train",
+) -> PreferenceDataset:
+    """Pairs of any preference data, cut to ``max_seq_length`` where it is given.
+
+    Args:
+        dataset: a PreferenceDataset, a sequence of PreferencePair, a sequence of raw rows, or a sequence of mappings
+            with the token ids ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and
+            ``rejected_prompt_length`` (without them the prompt is what both sides share); None is an empty one.
+        max_seq_length: tokens that either side may have, prompt included.
+        bos_token_id: the token that stays first where a prompt is cut; by default that with which all items begin.
+        tokenizer: turns raw rows into tokens.
+        split: which one the report names.
+
+    Raises:
+        DataError: an item is something else, there is no tokenizer for raw rows, or more than half of the items are
+            unusable.
     """
     if dataset is None:
-        return PreferenceDataset()
+        return PreferenceDataset(split=split)
     if isinstance(dataset, PreferenceDataset):
         longest = max((pair.length for pair in dataset), default=0)
         if max_seq_length is None or longest <= max_seq_length:
             return dataset
+        if dataset.cut_to is not None:
+            return dataset.cut_to(max_seq_length)
+        split = dataset.report.split
+    items = [dataset[i] for i in range(len(dataset))]
+    if items and all(_is_row(item) for item in items):
+        if tokenizer is None:
+            raise DataError(
+                "The data set holds rows, not token ids: give their tokenizer as tokenizer=, or the data set that "
+                "create_dataset or load_dataset of mlx-lm-lora makes of them with train_mode 'cpo'."
+            )
+        return pairs_of_rows(items, tokenizer, SimpleNamespace(max_seq_length=max_seq_length), split)
 
-    def convert(item: tuple[int, Any]) -> TruncatedPair:
-        pair = item[1] if isinstance(item[1], PreferencePair) else _pair_of_item(item[1], f"item {item[0]}")
+    sources = [f"item {i}" for i in range(len(items))]
+    pairs = [
+        item if isinstance(item, PreferencePair) else _sides_of_item(item, source)
+        for item, source in zip(items, sources, strict=True)
+    ]
+    if bos_token_id is None:
+        bos_token_id = _shared_first_token(pairs)
+
+    def convert(numbered_pair: tuple[str, Any]) -> TruncatedPair:
+        source, item = numbered_pair
+        pair = item if isinstance(item, PreferencePair) else split_pair(item[0], item[1], source)
         return (
             TruncatedPair(pair, Lengths.of(pair))
             if max_seq_length is None
             else truncate(pair, max_seq_length, bos_token_id)
         )
 
-    items = [(i, dataset[i]) for i in range(len(dataset))]
-    split = dataset.report.split if isinstance(dataset, PreferenceDataset) else "train"
-    return _collect(items, convert, lambda item: f"item {item[0]}", split, "the data set")
+    result = _collect(list(zip(sources, pairs, strict=True)), convert, lambda item: item[0], split, "the data set")
+    result.tokenizer = dataset.tokenizer if isinstance(dataset, PreferenceDataset) else ""
+    return result
 
 
-def _pair_of_item(item: Any, source: str) -> PreferencePair:
-    """One item of mlx-lm-lora's tokenised data sets."""
+def _is_row(item: Any) -> bool:
+    """Whether an item is a raw row: text or messages stand where a tokenised one has its ids."""
+    if not isinstance(item, Mapping):
+        return False
+    sides = [item.get("chosen"), item.get("rejected")]
+    return not all(_are_ids(side) for side in sides)
+
+
+def _are_ids(side: Any) -> bool:
+    if side is None or isinstance(side, str | Mapping):
+        return False
+    try:
+        return all(not isinstance(token, str | Mapping) for token in side)
+    except TypeError:
+        return False
+
+
+def _shared_first_token(pairs: Sequence[PreferencePair | tuple[Side, Side]]) -> int | None:
+    """The token with which all of several pairs begin; ids do not say which one is BOS."""
+    firsts = [pair.prompt[:1] if isinstance(pair, PreferencePair) else pair[0].ids[:1] for pair in pairs]
+    tokens = {int(first[0]) for first in firsts if len(first)}
+    return tokens.pop() if len(pairs) > 1 and len(tokens) == 1 else None
+
+
+def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
+    """Both sides of one item of mlx-lm-lora's tokenised data sets."""
     try:
         sides = {part: as_ids(item[part]) for part in ("chosen", "rejected")}
     except (KeyError, TypeError, ValueError, IndexError):
@@ -232,25 +341,28 @@ def _pair_of_item(item: Any, source: str) -> PreferencePair:
     chosen, rejected = (
         Side(ids, np.arange(len(ids)) >= item.get(f"{part}_prompt_length", size)) for part, ids in sides.items()
     )
-    return split_pair(chosen, rejected, source)
+    return chosen, rejected
 
 
 def _make_pairs(
-    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int, overlong: str
+    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
     rows = [(row, group.columns) for group in groups for row in group.rows]
 
     def convert(item: Any) -> TruncatedPair:
         row, columns = item
         try:
-            return fit(parse_row(row.value, columns), tokenizer, row.source, max_length, overlong)
+            return fit(parse_row(row.value, columns), tokenizer, row.source, max_length or UNCUT, overlong)
         except RecursionError:
             raise UnusableRow("the row is nested too deeply") from None
 
     notes = tuple(group.note for group in groups if group.note)
-    return _collect(
-        rows, convert, lambda item: item[0].source, split, named(" and ".join(group.name for group in groups)), notes
-    )
+    name = named(" and ".join(group.name for group in groups))
+    pairs = _collect(rows, convert, lambda item: item[0].source, split, name, notes)
+    pairs.tokenizer = tokenizer.digest()
+    if max_length is None:
+        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
+    return pairs
 
 
 def _collect(

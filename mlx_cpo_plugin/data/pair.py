@@ -31,6 +31,9 @@ class PreferencePair:
         """Tokens of the longer side, prompt included."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
+    def __len__(self) -> int:
+        return self.length
+
     @property
     def chosen_tokens(self) -> int:
         """Scored tokens of the chosen answer."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DISABLE_VARIABLE = "MLX_CPO_PLUGIN_DISABLE"
 TRAIN_MODULE = "mlx_lm_lora.train"
 CPO_MODULE = "mlx_lm_lora.trainer.cpo_trainer"
-TARGETS = (CPO_MODULE, TRAIN_MODULE)
+DATASETS_MODULE = "mlx_lm_lora.trainer.datasets"
+TARGETS = (DATASETS_MODULE, CPO_MODULE, TRAIN_MODULE)
 
 # What `python -m MODULE` executes: the imported, hooked module instead of a second, unhooked copy of its source.
 _RUN_AS_SCRIPT = """\

@@ -2,6 +2,7 @@
 
 ``mlx_lm_lora.train``: ``main`` and ``run`` answer for the registered train modes and pass every other call on.
 ``mlx_lm_lora.trainer.cpo_trainer``: ``train_cpo``, ``evaluate_cpo`` and ``CPOTrainingArgs`` are the plugin's.
+``mlx_lm_lora.trainer.datasets``: the loaders answer for CPO with the plugin's reader, and pass every other call on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import mlx_cpo_plugin
 from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
-from mlx_cpo_plugin.host import finder
+from mlx_cpo_plugin.host import finder, loaders
 from mlx_cpo_plugin.types import TrainMode
 
 TRAINER_NAMES = ("train_cpo", "evaluate_cpo", "CPOTrainingArgs")
@@ -40,6 +41,8 @@ def apply(module: ModuleType) -> None:
         blas.use_fast_blas()
     if module.__name__ == finder.CPO_MODULE:
         _replace_trainer(module)
+    elif module.__name__ == finder.DATASETS_MODULE:
+        _wrap_loaders(module)
     else:
         _wrap_entries(module)
 
@@ -51,14 +54,25 @@ def _replace_trainer(module: ModuleType) -> None:
     _require(module, TRAINER_NAMES)
     trainer = import_module("mlx_cpo_plugin.training.trainer")
     for name, replacement in [(name, getattr(trainer, name)) for name in TRAINER_NAMES]:
-        original = getattr(module, name)
-        setattr(module, f"_host_{name}", original)
-        setattr(module, name, replacement)
-        # By name and identity: the host's CPOTrainingArgs is its DPOTrainingArgs, which must stay.
-        for other in _host_modules():
-            if vars(other).get(name) is original:
-                setattr(other, name, replacement)
+        _replace_everywhere(module, name, replacement)
         _mark_active(name)
+
+
+def _wrap_loaders(module: ModuleType) -> None:
+    for name in loaders.LOADERS:
+        if hasattr(module, name):  # what a version of the host lacks nobody calls
+            _replace_everywhere(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
+
+
+def _replace_everywhere(module: ModuleType, name: str, replacement: Any) -> None:
+    """Put ``replacement`` in the place of what ``module`` calls ``name``, and of all copies of it in the host."""
+    original = getattr(module, name)
+    setattr(module, f"_host_{name}", original)
+    setattr(module, name, replacement)
+    # By name and identity: the host's CPOTrainingArgs is its DPOTrainingArgs, which must stay.
+    for other in _host_modules():
+        if vars(other).get(name) is original:
+            setattr(other, name, replacement)
 
 
 def _wrap_entries(module: ModuleType) -> None:

@@ -33,6 +33,7 @@ from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
+from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.encoding import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
@@ -65,9 +66,9 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
 
     print_info("Loading datasets")
     train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
-    for report in (getattr(rows, "report", None) for rows in (train_set, valid_set, test_set)):
-        if report is not None and report.split in wanted_splits(settings) and is_main:
-            print_info(report.summary())
+    for rows in (train_set, valid_set, test_set):
+        if isinstance(rows, PreferenceDataset) and rows.report.split in wanted_splits(settings) and is_main:
+            rows.tell(print_info)
     model, tokenizer = load_model(settings)
 
     with only_run_in(Path(settings.adapter_path)) if settings.adapter_path else nullcontext():

@@ -123,12 +123,36 @@ def load_chat_tokenizer(model: str) -> Any:
             f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "
             "give a local folder or the name of a model on the hub."
         ) from error
-    try:
-        from mlx_lm_lora.chat_template import ensure_chat_template
-    except ImportError:  # host 5.8.6 has no fallback template
-        return tokenizer
-    ensure_chat_template(tokenizer)
+    give_chat_template(tokenizer)
     return tokenizer
 
 
-__all__ = ["SFTTrainingArgs", "TrainingCallback", "fake_quantizer", "load_chat_tokenizer", "memory_safe_recurrences"]
+def give_chat_template(tokenizer: Any) -> None:
+    """Give a tokenizer that has no chat template the host's fallback, if this version of the host has one."""
+    try:
+        from mlx_lm_lora.chat_template import ensure_chat_template
+    except ImportError:  # host 5.8.6 has no fallback template
+        return
+    ensure_chat_template(tokenizer)
+
+
+def parts_of(dataset: Any) -> list[Any]:
+    """Return the data sets that the host's wrappers hold; of any other data set itself."""
+    from mlx_lm_lora.trainer.datasets import CacheDataset, ConcatenatedDataset
+
+    if isinstance(dataset, CacheDataset) and hasattr(dataset, "_data"):
+        return parts_of(dataset._data)
+    if isinstance(dataset, ConcatenatedDataset) and hasattr(dataset, "_data"):
+        return [part for inner in dataset._data for part in parts_of(inner)]
+    return [dataset]
+
+
+__all__ = [
+    "SFTTrainingArgs",
+    "TrainingCallback",
+    "fake_quantizer",
+    "give_chat_template",
+    "load_chat_tokenizer",
+    "memory_safe_recurrences",
+    "parts_of",
+]

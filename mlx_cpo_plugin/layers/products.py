@@ -33,9 +33,10 @@ _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 def float32_products(model: nn.Module) -> Iterator[None]:
     """Let ``model`` compute in float32 until the context ends, with its weights as they are stored.
 
-    A weight that is trained gets its gradient in its own dtype. On a GPU nothing changes.
+    A weight that is trained gets its gradient in its own dtype. On a GPU nothing changes, nor in a model that is no
+    ``nn.Module``.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if mx.default_device().type != mx.DeviceType.cpu or not isinstance(model, nn.Module):
         yield
         return
     stored = [module for module in model.modules() if isinstance(module, _PACKED) or is_half(module)]

@@ -22,7 +22,7 @@ class AnswerScores(NamedTuple):
     Attributes:
         chosen_logps, rejected_logps: summed log-probs of the scored tokens, or their means if length-normalised.
         chosen_logits, rejected_logits: mean raw logit of the scored tokens.
-        chosen_tokens: how many tokens of the chosen answer are scored.
+        chosen_tokens, rejected_tokens: how many tokens of the answers are scored.
     """
 
     chosen_logps: mx.array
@@ -30,6 +30,21 @@ class AnswerScores(NamedTuple):
     chosen_logits: mx.array
     rejected_logits: mx.array
     chosen_tokens: mx.array
+    rejected_tokens: mx.array
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode until the context ends; one that knows no modes stays as it is."""
+    was_training = getattr(model, "training", None)
+    if was_training is None:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = False) -> AnswerScores:
@@ -42,7 +57,8 @@ def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = Fals
         logps = logps / batch.token_counts
     logits = logits / batch.token_counts
     pairs = len(batch.token_counts) // 2
-    return AnswerScores(logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:], batch.token_counts[:pairs])
+    columns = (logps, logits, batch.token_counts)
+    return AnswerScores(*(side for column in columns for side in (column[:pairs], column[pairs:])))
 
 
 def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -13,7 +13,7 @@ from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
 from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
+from mlx_cpo_plugin.scoring.answers import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.scoring.shared_batch import score_together
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
@@ -41,13 +41,13 @@ def choose_scorer(
 
     Args:
         wanted: ``auto`` checks whether the model allows it, and falls back with a note; ``shared`` insists on it;
-            ``plain`` is ``None``.
+            ``plain`` is ``None``, and so is everything for a model that is no ``nn.Module``.
 
     Raises:
         ConfigError: ``shared`` is wanted, but the model does not allow it.
         RuntimeError, MemoryError: memory ended or the device failed, which says nothing of the model.
     """
-    if wanted == "plain" or not pairs:
+    if wanted == "plain" or not pairs or not isinstance(model, nn.Module):
         return None
     try:
         scorer = SharedPromptScorer(model)
@@ -104,13 +104,9 @@ def _largest_difference(
     model: nn.Module, score: Callable[[Sequence[PreferencePair]], AnswerScores], pairs: Sequence[PreferencePair]
 ) -> float:
     """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         plain, shared = _joined([score_answers(model, collate([pair])) for pair in pairs]), score(pairs)
         mx.eval(plain, shared)
-    finally:
-        model.train(was_training)
     differences = []
     for side in ("chosen_logps", "rejected_logps"):
         reference, values = np.array(getattr(plain, side)), np.array(getattr(shared, side))

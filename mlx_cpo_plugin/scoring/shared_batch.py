@@ -60,7 +60,7 @@ def collate_shared(cuts: Sequence[SharedPair], room: PairSize) -> SharedBatch:
         for row, side in ((number, cut.chosen), (count + number, cut.rejected)):
             _fill(answers[row], side.inputs[0])
             used = enter(side, before_answers + row * room.answer, row)
-            token_counts[row] = len(side.targets) + (0 if cut.shared is None else len(cut.shared.targets))
+        token_counts[[number, count + number]] = cut.token_counts
         if cut.shared is not None:
             lengths[number] = cut.shared.inputs.shape[1]
             _fill(shared[number], cut.shared.inputs[0])
@@ -99,10 +99,9 @@ def score_batch(
     chosen, rejected = slice(0, pairs), slice(pairs, 2 * pairs)
     in_both = [values[2 * pairs :] for values in sums]
     totals = [values[side] + both for values, both in zip(sums, in_both, strict=True) for side in (chosen, rejected)]
-    columns = (*totals, batch.token_counts[chosen])
-    return normalised(
-        AnswerScores(*columns), batch.token_counts[chosen], batch.token_counts[rejected], length_normalised
-    )
+    counts = (batch.token_counts[chosen], batch.token_counts[rejected])
+    columns = (*totals, *counts)
+    return normalised(AnswerScores(*columns), *counts, length_normalised)
 
 
 def score_together(

@@ -53,9 +53,10 @@ class SharedPair:
     rejected: Segment
 
     @property
-    def chosen_tokens(self) -> int:
-        """Scored tokens of the chosen answer, the shared ones included."""
-        return len(self.chosen.targets) + (0 if self.shared is None else len(self.shared.targets))
+    def token_counts(self) -> tuple[int, int]:
+        """Scored tokens of the chosen and of the rejected answer, the shared ones included."""
+        shared = 0 if self.shared is None else len(self.shared.targets)
+        return shared + len(self.chosen.targets), shared + len(self.rejected.targets)
 
 
 def share(pair: PreferencePair) -> SharedPair:
@@ -117,6 +118,7 @@ def normalised(
         sums.chosen_logits / chosen,
         sums.rejected_logits / rejected,
         sums.chosen_tokens,
+        sums.rejected_tokens,
     )
 
 
@@ -147,7 +149,7 @@ class SharedPromptScorer:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
         (chosen_logps, chosen_logits), (rejected_logps, rejected_logits) = sums
         totals = (logps + chosen_logps, logps + rejected_logps, logits + chosen_logits, logits + rejected_logits)
-        columns = (*totals, mx.array(float(pair.chosen_tokens)))
+        columns = (*totals, *(mx.array(float(count)) for count in pair.token_counts))
         return AnswerScores(*(column.reshape(1) for column in columns))
 
     def _sums_together(

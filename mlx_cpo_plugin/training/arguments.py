@@ -31,7 +31,9 @@ class CPOTrainingArgs(SFTTrainingArgs):
         default_factory=dict,
         metadata={"help": "Options of the loss beside beta and delta, e.g. simpo_gamma or label_smoothing."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the order of the pairs."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the order of the pairs; by default that which the caller has set."}
+    )
     scoring: str = field(
         default="auto", metadata={"help": "Share the prompt of a pair's answers (shared), or not (plain); auto tries."}
     )
@@ -126,7 +128,7 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("delta", args.delta >= 0, "at least 0"))
     rules.append(("cpo_alpha", args.cpo_alpha >= 0, "at least 0"))
     rules.append(("qat_bits", 2 <= args.qat_bits <= 16, "from 2 to 16"))
-    rules.append(("val_batches", args.val_batches >= 1 or args.val_batches == -1, "at least 1, or -1 for all"))
+    rules.append(("val_batches", args.val_batches >= -1, "at least 0, or -1 for all"))
     rules.append(("max_seq_length", args.max_seq_length >= 4, "at least 4"))
     rules.append(("batch_tokens", args.batch_tokens is None or args.batch_tokens >= 1, "at least 1, or None"))
     patience, best = args.early_stopping_patience, args.save_best

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers
+from mlx_cpo_plugin.scoring.answers import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.scoring.grouping import PairSize
 from mlx_cpo_plugin.scoring.shared_batch import score_together
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, normalised_pair, share
@@ -59,17 +59,13 @@ def scored_batches(
     The arguments are those of :func:`evaluate_pairs`; the model is in evaluation mode until the last one is taken.
     """
     world = mx.distributed.init()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch_pairs in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
             for scores, scored_pairs in _scored(model, batch_pairs, length_normalised, scorer):
                 mx.eval(*scores)
                 yield scores, scored_pairs
-    finally:
-        model.train(was_training)
 
 
 def _scored(

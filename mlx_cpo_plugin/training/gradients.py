@@ -55,14 +55,14 @@ class BatchGradients:
         def compute(arrays: Arrays, step: StepArrays, quantised: bool) -> Any:
             (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, arrays, step)
             # On a CPU MLX may fail to compile a function that also returns a part of what it is given.
-            return losses, scores[:-1], gradient
+            return losses, scores[:-2], gradient
 
         self._compute = compute
 
     def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
         batch = collate(pairs)
         losses, scores, gradient = self._compute(batch.arrays, step.arrays, quantised)
-        columns = (*scores, batch.token_counts[: len(pairs)])
+        columns = (*scores, batch.token_counts[: len(pairs)], batch.token_counts[len(pairs) :])
         return PairGradients(losses, AnswerScores(*columns), by_name(gradient))
 
 
@@ -175,7 +175,7 @@ class PaddedGradients:
         def compute(arrays: tuple[mx.array, ...], scores_shared: bool, step: StepArrays, quantised: bool) -> Any:
             batch = SharedBatch(*arrays)
             (_, losses, scores), gradient = nn.value_and_grad(model, loss)(model, batch, scores_shared, step)
-            return losses, scores[:-1], gradient
+            return losses, scores[:-2], gradient
 
         self._compute = compute
 
@@ -184,7 +184,7 @@ class PaddedGradients:
     ) -> PairGradients:
         batch = collate_shared(cuts, room)
         losses, scores, gradient = self._compute(tuple(batch), room.scores_shared, step.arrays, quantised)
-        columns = (*scores, batch.token_counts[: len(cuts)])
+        columns = (*scores, batch.token_counts[: len(cuts)], batch.token_counts[len(cuts) :])
         return PairGradients(losses, AnswerScores(*columns), by_name(gradient))
 
 
@@ -234,7 +234,8 @@ def loss_slopes(
         sums: chosen and rejected log-prob, chosen and rejected raw logits, each float32 [1], summed over scored tokens.
     """
     chosen_logps, rejected_logps, *logits = sums
-    rest = (*logits, mx.array([float(pair.chosen_tokens)]))
+    counts = (pair.chosen_scored.sum(), pair.rejected_scored.sum())
+    rest = (*logits, *(mx.array([float(count)]) for count in counts))
 
     def loss(chosen_logps: mx.array, rejected_logps: mx.array) -> tuple[mx.array, mx.array, AnswerScores]:
         moved = AnswerScores(chosen_logps, rejected_logps, *rest)

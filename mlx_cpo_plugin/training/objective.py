@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.cpo import CPO_ALPHA, LABEL_SMOOTHING
+from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA, LABEL_SMOOTHING
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.settings.validation import check, not_read
+from mlx_cpo_plugin.types import LossType
 
 # A loss that falls by less than this for each nat is done with its pair: no update shows what it adds to the gradient,
 # and the layers would make subnormal numbers of it, which cost a processor up to a hundred cycles each.
@@ -37,6 +38,7 @@ class Objective:
         beta: what turns log-probs into rewards in the metrics, unless the loss has rewards of its own.
         cpo_alpha: weight of the negative log-likelihood.
         reward_fn: ``reward_fn(logps, **options)``, the rewards of the loss itself, float32 [B] to [B].
+        takes_masks: whether ``fn`` is called as the host calls its ``cpo_loss``.
     """
 
     fn: Callable[..., mx.array]
@@ -45,10 +47,24 @@ class Objective:
     beta: float
     cpo_alpha: float = 0.0
     reward_fn: Callable[..., mx.array] | None = None
+    takes_masks: bool = False
 
     def losses(self, scores: AnswerScores) -> mx.array:
-        """Return the preference loss of each pair, float32 [B], without the likelihood term."""
-        return self.fn(scores.chosen_logps, scores.rejected_logps, **self.options).astype(mx.float32)
+        """Return the preference loss of each pair, float32 [B], without the likelihood term.
+
+        Raises:
+            ConfigError: the loss returns something else.
+        """
+        if self.takes_masks:
+            return _losses_by_masks(self.fn, scores, self.options)
+        losses: Any = self.fn(scores.chosen_logps, scores.rejected_logps, **self.options)
+        if not isinstance(losses, mx.array) or losses.shape != scores.chosen_logps.shape:
+            found = f"shape {list(losses.shape)}" if isinstance(losses, mx.array) else type(losses).__name__
+            raise ConfigError(
+                f"The loss {_name_of(self.fn)} returns {found} for {len(scores.chosen_logps)} pairs, where an array of "
+                "shape [B] is expected: return the loss of each pair, not their mean."
+            )
+        return losses.astype(mx.float32)
 
     def chosen_nll(self, scores: AnswerScores) -> mx.array:
         """Return the negative log-likelihood of each chosen answer in nats, summed over its tokens, float32 [B]."""
@@ -100,6 +116,8 @@ def objective_for(
     Args:
         settings: values of options by name; what the loss reads and this lacks takes the option's default.
         loss_fn: a function to use in place of the registered one; it gets those of the loss's options that it takes.
+            One that takes ``policy_chosen_score`` is called as the host calls its ``cpo_loss``, also under a
+            ``loss_type`` that nobody has registered.
         cpo_alpha: weight of the negative log-likelihood of the chosen answers.
 
     Raises:
@@ -107,6 +125,9 @@ def objective_for(
             a loss that does not do it.
     """
     known = loss_types()
+    takes_masks = loss_fn is not None and "policy_chosen_score" in signature(loss_fn).parameters
+    if loss_fn is not None and takes_masks:
+        known = {loss_type: LossType(loss_type, loss_type, loss_fn, "", options=(BETA, DELTA)), **known}
     if loss_type not in known:
         raise ConfigError(f"The loss {loss_type!r} is not known; use one of {', '.join(known)}.")
     loss = known[loss_type]
@@ -116,7 +137,9 @@ def objective_for(
     if smoothing and not loss.reads(LABEL_SMOOTHING.name):
         raise not_read(LABEL_SMOOTHING.name, smoothing, _in_the_call(""), loss, known.values())
     beta = float(options.get("beta", settings.get("beta", 0.1)))
-    if loss_fn is not None:
+    if takes_masks:
+        options = {"beta": beta, "delta": settings.get("delta", DELTA.default), "loss_type": loss_type}
+    elif loss_fn is not None:
         options = {name: value for name, value in options.items() if _takes(loss_fn, name)}
     return Objective(
         fn=loss_fn or loss.fn,
@@ -125,7 +148,32 @@ def objective_for(
         beta=beta,
         cpo_alpha=check(CPO_ALPHA, cpo_alpha, _in_the_call),
         reward_fn=loss.rewards if loss_fn is None else None,
+        takes_masks=takes_masks,
     )
+
+
+def _losses_by_masks(function: Callable[..., Any], scores: AnswerScores, options: Mapping[str, Any]) -> mx.array:
+    """Return the loss of each pair, float32 [B], by a function that returns the mean over a batch, alone or first.
+
+    It is asked pair by pair. Its masks have one entry before the answer, as the host's have, and one that counts for
+    all scored tokens.
+    """
+    losses = []
+    for pair in range(len(scores.chosen_logps)):
+        of_pair = AnswerScores(*(column[pair : pair + 1] for column in scores))
+        result = function(
+            policy_chosen_score=of_pair.chosen_logps,
+            policy_rejected_score=of_pair.rejected_logps,
+            chosen_masks=mx.pad(of_pair.chosen_tokens[:, None], [(0, 0), (1, 0)]),
+            rejected_masks=mx.pad(of_pair.rejected_tokens[:, None], [(0, 0), (1, 0)]),
+            **options,
+        )
+        losses.append(result[0] if isinstance(result, tuple | list) else result)
+    return mx.concatenate([loss.reshape(-1) for loss in losses]).astype(mx.float32)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return repr(getattr(function, "__name__", type(function).__name__))
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ class ProgressReporter:
     def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
         self.objective = objective
         self.callback = callback
+        self.stream = own_stream(callback)
         self.metrics_file = metrics_file
         self.speaks = mx.distributed.init().rank() == 0
         self.trained_tokens = 0
@@ -173,6 +175,30 @@ class ProgressReporter:
             self.metrics_file.append_warning(line)
 
     def say(self, line: str) -> None:
-        """Print a line without tearing the progress bar."""
-        if self.speaks:
-            tqdm.write(line)
+        """Print a line without tearing the progress bar, and where the callback prints if that is elsewhere."""
+        if not self.speaks:
+            return
+        tqdm.write(line)
+        if self.stream is not None and not _ends_in(sys.stdout, self.stream):
+            with suppress(OSError, ValueError):  # as the callback's own lines, it is lost where nobody reads
+                print(line, file=self.stream, flush=True)
+
+
+def own_stream(callback: Any) -> Any:
+    """Return the stream that a callback, or one that it wraps, prints on; ``None`` where there is none.
+
+    MLX LoRA Studio discards all that a trainer prints, and shows its user what its callback's stream gets.
+    """
+    while callback is not None:
+        stream = getattr(callback, "stream", None)
+        if callable(getattr(stream, "write", None)):
+            return stream
+        callback = getattr(callback, "wrapped_callback", None)
+    return None
+
+
+def _ends_in(stream: Any, other: Any) -> bool:
+    """Whether ``stream`` is ``other``, or passes everything on to it."""
+    while stream is not None and stream is not other:
+        stream = getattr(stream, "stream", None)
+    return stream is other

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import (
     describe_adapter,
@@ -45,11 +45,12 @@ from mlx_cpo_plugin.checkpoints.training_state import (
     identity,
 )
 from mlx_cpo_plugin.console import lasting_output
-from mlx_cpo_plugin.data import as_pairs
+from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.host.substrate import TrainingCallback, memory_safe_recurrences
+from mlx_cpo_plugin.host.patches import host_version
+from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.layers.products import float32_products
@@ -58,12 +59,12 @@ from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize, padding_rooms
 from mlx_cpo_plugin.scoring.memory import device_memory_limit
 from mlx_cpo_plugin.scoring.parity import choose_scorer
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
-from mlx_cpo_plugin.settings.paths import expanded
 from mlx_cpo_plugin.settings.run_settings import FILE_NAME as RUN_SETTINGS
 from mlx_cpo_plugin.settings.run_settings import as_yaml, recorded_arguments
 from mlx_cpo_plugin.training.alarms import DisplacementAlarm
-from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.best import BEST_ADAPTER_NAME, BestSoFar, PlateauAdvice
+from mlx_cpo_plugin.training.call import pairs_of, training_arguments
 from mlx_cpo_plugin.training.evaluation import evaluate_pairs
 from mlx_cpo_plugin.training.exits import LastWhole, out_of_memory_told, saved_on_the_way_out, saved_sentence
 from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
@@ -84,18 +85,24 @@ def train_cpo(
     optimizer: optimizers.Optimizer,
     train_dataset: Sequence[Any],
     val_dataset: Sequence[Any] | None = None,
-    args: CPOTrainingArgs | None = None,
-    loss_fn: Callable[..., mx.array] | None = None,
+    args: CPOTrainingArgs | SFTTrainingArgs | None = None,
+    loss_fn: Callable[..., Any] | None = None,
     training_callback: TrainingCallback | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Train ``model`` on preference pairs and leave the adapter in ``args.adapter_file``.
 
     Args:
         model: an mlx_lm model whose trainable parameters are the adapter (or everything).
-        train_dataset, val_dataset: pairs, or the host's tokenised preference rows.
+        train_dataset, val_dataset: pairs, the host's tokenised preference rows, or raw rows; see
+            :func:`mlx_cpo_plugin.training.call.pairs_of`.
+        args: settings, as CPOTrainingArgs or as the host's own; see
+            :func:`mlx_cpo_plugin.training.call.training_arguments`.
         loss_fn: replaces the loss that ``args.loss_type`` names; it is called like this loss, with those of its options
-            that it takes.
-        training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``.
+            that it takes, or like the host's ``cpo_loss`` where it has its parameters.
+        training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``; where it has a
+            ``stream`` that it prints on, what the run says goes there, too.
+        tokenizer: of the model; only raw rows need it.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -105,12 +112,11 @@ def train_cpo(
         StoppedError: Ctrl-C, SIGTERM or SIGHUP; what was done is saved.
         Exception: whatever a callback raises; what was done is saved.
     """
-    args = with_paths(args or CPOTrainingArgs())
-    check_training_args(args)
+    args = training_arguments(args)
     use_fast_blas()
     objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
-    pairs = as_pairs(train_dataset, args.max_seq_length)
-    val_pairs = as_pairs(val_dataset or [], args.max_seq_length)
+    pairs = pairs_of(train_dataset, args.max_seq_length, tokenizer)
+    val_pairs = pairs_of(val_dataset if args.val_batches else None, args.max_seq_length, tokenizer, "valid")
     if not pairs:
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
 
@@ -123,6 +129,7 @@ def train_cpo(
         training_environment(model, args) as quantisation,
     ):
         run = _Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
+        run.introduce()
         if not run.begin():
             return
         with saved_on_the_way_out(run.save_on_the_way_out, stop, run.reporter.say):
@@ -140,8 +147,8 @@ class _Run:
         model: nn.Module,
         optimizer: optimizers.Optimizer,
         objective: Objective,
-        pairs: Sequence[PreferencePair],
-        val_pairs: Sequence[PreferencePair],
+        pairs: PreferenceDataset,
+        val_pairs: PreferenceDataset,
         args: CPOTrainingArgs,
         quantisation: FakeQuantisation,
         training_callback: TrainingCallback | None,
@@ -152,7 +159,7 @@ class _Run:
         self.folder = self.adapter_file.parent
         self.is_first_rank = mx.distributed.init().rank() == 0
         self.last_step_start = last_step_start(
-            [pair.tokens for pair in pairs], batch_size_of(args), iters=args.iters, seed=args.seed
+            [pair.tokens for pair in pairs], batch_size_of(args), iters=args.iters, seed=args.seed or 0
         )
         usable = partial(can_go_on, iters=args.iters, last_step_start=self.last_step_start)
         self.start = find_start(self.folder, args.resume, args.run_identity, usable)
@@ -188,6 +195,13 @@ class _Run:
         if checkpoint is not None and checkpoint.values["identity"].get("scoring") == self.args.scoring:
             return scorer_of(self.model, checkpoint.values["scorer"])
         return choose_scorer(self.model, self.pairs, self.args.scoring, self.reporter.say)
+
+    def introduce(self) -> None:
+        """Say who trains, where the run was started by a call, and what became of the rows."""
+        if self.args.run_settings is None:
+            self.reporter.say(f"mlx-cpo-plugin {__version__} trains CPO in mlx-lm-lora {host_version()}.")
+        for pairs in (self.pairs, self.val_pairs):
+            pairs.tell(self.reporter.say)
 
     def begin(self) -> bool:
         """Go on from a checkpoint, or begin anew; return whether there is anything to do."""
@@ -395,7 +409,7 @@ class _Run:
             [pair.tokens for pair in self.pairs],
             batch_size_of(args),
             iters=args.iters,
-            seed=args.seed,
+            seed=args.seed or 0,
             rank=world.rank(),
             world_size=world.size(),
         )
@@ -461,27 +475,33 @@ def evaluate_cpo(
     delta: float,
     max_seq_length: int,
     loss_type: str,
-    loss_fn: Callable[..., mx.array] | None = None,
+    loss_fn: Callable[..., Any] | None = None,
     loss_options: Mapping[str, Any] | None = None,
     scoring: str = "auto",
     cpo_alpha: float = 0.0,
-) -> tuple[float, list[float], int, dict[str, float]]:
-    """Return loss, [chosen reward, rejected reward], scored tokens, and the other means over pairs by name.
+    tokenizer: Any = None,
+) -> tuple[float, list[float], mx.array, dict[str, float]]:
+    """Return loss, [chosen reward, rejected reward], scored tokens, int32 [], and the other means over pairs by name.
 
     The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
     ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
-    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all.
+    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all. Data sets, ``loss_fn`` and
+    ``tokenizer`` are as in :func:`train_cpo`.
     """
     use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
-    pairs = as_pairs(dataset, max_seq_length)
+    pairs = pairs_of(dataset, max_seq_length, tokenizer, "test")
+    if not pairs:
+        raise DataError("There is no preference pair to evaluate on; check the data with 'mlx-cpo check'.")
+    if not pairs.report.all_used:
+        pairs.tell(print)
     with out_of_memory_told(), compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring)
         means, tokens = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
         )
     rewards = [means.pop("chosen_reward"), means.pop("rejected_reward")]
-    return means.pop("loss"), rewards, tokens, means
+    return means.pop("loss"), rewards, mx.array(tokens), means
 
 
 @contextmanager
@@ -516,14 +536,6 @@ def save_weights(model: nn.Module, adapter_file: Path, metadata: Mapping[str, st
     """Save the adapter as it is, on the first rank."""
     if mx.distributed.init().rank() == 0:
         save_adapter(model, adapter_file, metadata)
-
-
-def with_paths(args: CPOTrainingArgs) -> CPOTrainingArgs:
-    """Return the arguments with ``~`` in their paths as the home folder that it stands for."""
-    args = copy(args)
-    args.adapter_file = expanded(args.adapter_file)
-    args.resume = None if args.resume is None else expanded(args.resume)
-    return args
 
 
 def batch_size_of(args: CPOTrainingArgs) -> BatchSize:

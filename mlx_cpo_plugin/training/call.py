@@ -1,0 +1,75 @@
+"""What callers of :func:`train_cpo` and :func:`evaluate_cpo` give, as the trainer takes it.
+
+Apps and scripts call both as mlx-lm-lora's own: with its arguments, its data sets and its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from mlx_cpo_plugin.checkpoints.training_state import random_seed
+from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
+from mlx_cpo_plugin.host.substrate import parts_of
+from mlx_cpo_plugin.settings.paths import expanded
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
+
+
+def training_arguments(args: Any) -> CPOTrainingArgs:
+    """Return the arguments of a call, complete and checked.
+
+    Args:
+        args: CPOTrainingArgs, the host's own, or another object whose attributes are named as they are; ``None`` stands
+            for the defaults. Without an ``adapter_file`` the default one is written; without a ``seed`` it is the
+            caller's, see :func:`caller_seed`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    if args is None:
+        args = CPOTrainingArgs()
+    elif isinstance(args, CPOTrainingArgs):
+        args = copy(args)
+    else:
+        names = [field.name for field in fields(CPOTrainingArgs) if hasattr(args, field.name)]
+        args = CPOTrainingArgs(**{name: getattr(args, name) for name in names})
+    args.adapter_file = expanded(args.adapter_file or CPOTrainingArgs.adapter_file)
+    args.resume = None if args.resume is None else expanded(args.resume)
+    args.seed = caller_seed() if args.seed is None else args.seed
+    check_training_args(args)
+    return args
+
+
+def caller_seed() -> int:
+    """Return the seed that NumPy or MLX was given last, if nothing has been drawn from it since; otherwise 0.
+
+    The host's trainers take the order of rows from NumPy's global generator, so callers who want to choose it seed
+    this one, and MLX's for adapters and dropout.
+    """
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    seed = int(keys[0])
+    _, seeded, start, *_ = np.random.RandomState(seed).get_state(legacy=True)
+    if position == start and np.array_equal(keys, seeded):
+        return seed
+    # Drawing makes a 64-bit number of the seed, and so does MLX of the time where nobody has seeded it.
+    return random_seed() if random_seed() < 2**32 else 0
+
+
+def pairs_of(dataset: Any, max_seq_length: int, tokenizer: Any = None, split: str = "train") -> PreferenceDataset:
+    """Return the pairs of any data set that a caller may have, cut to ``max_seq_length``.
+
+    Args:
+        dataset: as :func:`mlx_cpo_plugin.data.as_pairs` takes it, also inside the host's ``CacheDataset`` and
+            ``ConcatenatedDataset``; ``None`` is an empty one.
+
+    Raises:
+        DataError: there is no tokenizer for raw rows, or what is there is no preference.
+    """
+    parts: Sequence[Any] = parts_of(dataset) or [None]
+    return PreferenceDataset.joined(
+        [as_pairs(part, max_seq_length, tokenizer=tokenizer, split=split) for part in parts]
+    )
