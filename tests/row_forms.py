@@ -10,8 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import strategies as st
+from mlx_lm_lora.trainer import datasets as host_datasets
 
+import mlx_cpo_plugin
 from mlx_cpo_plugin.data import PreferencePair, load_dataset
+from mlx_cpo_plugin.training.call import pairs_of
+
+mlx_cpo_plugin.activate()
+
+UNLIMITED = 1 << 20
 
 Message = dict[str, Any]
 RawRow = dict[str, Any]
@@ -198,7 +205,7 @@ Route = Callable[[list[RawRow], Path, Any], Sequence[PreferencePair]]
 
 
 def load(data: Path, tokenizer: Any) -> Sequence[PreferencePair]:
-    settings = SimpleNamespace(data=str(data), train=True, test=False, max_seq_length=1 << 20, seed=0)
+    settings = SimpleNamespace(data=str(data), train=True, test=False, max_seq_length=UNLIMITED, seed=0)
     return load_dataset(settings, tokenizer)[0]
 
 
@@ -236,8 +243,37 @@ def with_every_column(rows: list[RawRow]) -> list[RawRow]:
     return [{name: row.get(name) for name in names} for row in rows]
 
 
+# Calls of train_cpo and evaluate_cpo, and the loaders of mlx-lm-lora, which apps and its MCP server call.
+
+
+def rows_in_a_call(rows: list[RawRow], folder: Path, tokenizer: Any) -> Sequence[PreferencePair]:
+    return pairs_of(rows, UNLIMITED, tokenizer)
+
+
+def hosts_wrappers_in_a_call(rows: list[RawRow], folder: Path, tokenizer: Any) -> Sequence[PreferencePair]:
+    parts = [rows[:1], host_datasets.create_dataset(rows[1:], tokenizer, SimpleNamespace(train_mode="cpo"))]
+    return pairs_of(host_datasets.CacheDataset(host_datasets.ConcatenatedDataset(parts)), UNLIMITED, tokenizer)
+
+
+def hosts_create_dataset(rows: list[RawRow], folder: Path, tokenizer: Any) -> Sequence[PreferencePair]:
+    made = host_datasets.create_dataset(rows, tokenizer, SimpleNamespace(train_mode="cpo"))
+    cached = host_datasets.CacheDataset(made)
+    return [cached[number] for number in range(len(cached))]
+
+
+def hosts_load_dataset(rows: list[RawRow], folder: Path, tokenizer: Any) -> Sequence[PreferencePair]:
+    jsonl(rows, folder, tokenizer)
+    (folder / "rows.jsonl").rename(folder / "train.jsonl")
+    args = SimpleNamespace(train_mode="cpo", data=str(folder), train=True, test=False, max_seq_length=UNLIMITED)
+    return pairs_of(host_datasets.CacheDataset(host_datasets.load_dataset(args, tokenizer)[0]), UNLIMITED)
+
+
 # What all of them must agree on; a further route is one more line.
 ROUTES: dict[str, Route] = {
+    "rows in a call": rows_in_a_call,
+    "the host's wrappers in a call": hosts_wrappers_in_a_call,
+    "the host's create_dataset": hosts_create_dataset,
+    "the host's load_dataset": hosts_load_dataset,
     "JSON lines": jsonl,
     "a JSON list": json_list,
     "Parquet": parquet,

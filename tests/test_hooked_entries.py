@@ -96,6 +96,17 @@ def test_main_gives_the_host_resolved_settings_to_print(host_function: Recorder)
     assert settings["plugin_resolved"] is True
 
 
+@pytest.mark.parametrize("wrap", [patches.wrapped_main, patches.wrapped_run])
+def test_arguments_that_the_host_does_not_take_are_an_error_for_cpo_too(wrap: Any, runs: Recorder) -> None:
+    def host_call(args: Any = None) -> None: ...
+
+    with pytest.raises(TypeError):
+        wrap(host_call)(SimpleNamespace(**CPO), "another")
+    with pytest.raises(TypeError):
+        wrap(host_call)(args=SimpleNamespace(**CPO), unknown=1)
+    assert runs.calls == []
+
+
 @pytest.mark.parametrize("kind", [Namespace, SimpleNamespace, type("Settings", (SimpleNamespace,), {})])
 def test_run_of_any_namespace_is_the_plugins(kind: Any, host_function: Recorder, runs: Recorder) -> None:
     callback = object()
@@ -185,7 +196,7 @@ def test_a_mistake_on_the_console_is_one_sentence_and_exit_code_2(
 def test_a_mistake_that_the_run_finds_is_one_sentence_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(settings: Any) -> None:
+    def main(settings: Any = None) -> None:
         raise DataError("train.jsonl, line 3 is no JSON.")
 
     monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--train", "--train-mode", "cpo"])

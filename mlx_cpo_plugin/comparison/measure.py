@@ -27,7 +27,7 @@ from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import Given
-from mlx_cpo_plugin.settings.run_settings import FILE_NAME
+from mlx_cpo_plugin.settings.run_settings import FILE_NAME, read_run_settings
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.wording import named, shown
 
@@ -155,14 +155,23 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Sim
         ConfigError: they are not known, or no longer accepted.
     """
     record = adapter_path / FILE_NAME
+    recorded: dict[str, Any] = {}
     call: dict[str, Any] = {"train_mode": "cpo", "train": True, "model": model, "data": data}
     if record.is_file():
         call["config"] = str(record)
+        recorded, _ = read_run_settings(adapter_path)
+        if model is None and "model" not in recorded:
+            raise ConfigError(
+                f"{FILE_NAME} in {named(str(adapter_path))} names no model, since the run was started by a call that "
+                "was given a loaded one; give --model, and --data for rows."
+            )
     elif model is None:
         raise ConfigError(f"There is no {FILE_NAME} in {named(str(adapter_path))}; give --model, and --data for rows.")
     settings = config.resolve(Given(call, "on the command line")).settings
     if data is not None:
         settings.hf_dataset = None  # which would go before data
+    elif "data" not in recorded:
+        settings.data = ""  # the default is where another run's may be
     return settings
 
 
@@ -186,6 +195,8 @@ def held_out_pairs(
     else:
         wanted = ["valid", "test"]
     try:
+        if not settings.data and not settings.hf_dataset:
+            raise DataError("the run's rows are not recorded; name some with --data, or ask with --prompt alone.")
         train, valid, test = load_splits(settings, tokenizer, wanted)
         held_out = train if is_file else test or valid
         if not held_out:

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -113,6 +114,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
             mode = _mode_of(call)
             if mode is None:
                 return host_main(*positional, **named)
+            signature(host_main).bind(*positional, **named)  # raises what the host would
             with lasting_output(of_process=on_console):
                 # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
                 return host_main(vars(_resolved(call, mode)))
@@ -137,6 +139,7 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
         mode = _mode_of(args)
         if mode is None:
             return host_run(*positional, **named)
+        signature(host_run).bind(*positional, **named)  # raises what the host would
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
         with lasting_output():
             settings = args if getattr(args, "plugin_resolved", False) else _resolved(args, mode)

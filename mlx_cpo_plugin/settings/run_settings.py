@@ -76,6 +76,8 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
     began = f"# run {run.run.id}, begun {run.run.begun.isoformat()}"
     if run.origin is not None:
         began += f", from run {run.origin.run_id} after iteration {run.origin.iteration}"
+    if "model" not in values:
+        began += "\n# started by a call that was given a loaded model and rows: their names are not known"
     return f"# {versions}, {system}, {mx.default_device()}\n{began}\n{dump_settings(dict(values))}"
 
 
