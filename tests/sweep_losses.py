@@ -26,7 +26,8 @@ from mlx_lm.generate import batch_generate
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.host.run import load_model, train_mode
+from mlx_cpo_plugin.host.loading import load_model
+from mlx_cpo_plugin.host.run import train_mode
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.scoring.answers import compile_where_it_pays

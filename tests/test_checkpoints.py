@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +69,7 @@ def test_a_failed_write_leaves_the_older_adapter_as_it_was(tmp_path: Path, monke
     path = saved(add_adapter(build_model()), tmp_path)
     before = path.read_bytes()
 
-    def disk_full(name: str, weights: object) -> None:
+    def disk_full(name: str, *_: object) -> None:
         Path(name).write_bytes(b"torn")
         raise OSError(28, "No space left on device")
 
@@ -143,20 +146,96 @@ def test_a_missing_or_broken_adapter_is_one_sentence(tmp_path: Path, content: by
         checkpoints.load_adapter(add_adapter(build_model()), path)
 
 
-def test_an_adapter_that_scores_differently_when_loaded_back_is_an_error(tmp_path: Path) -> None:
-    model = add_adapter(build_model())
-    path = saved(add_adapter(build_model(5)), tmp_path)
-    batch = collate(build_pairs(2))
+def changed(path: Path) -> None:
+    """Give one number of one parameter another last bit."""
+    weights: dict[str, mx.array] = dict(mx.load(str(path)))
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    bits = np.array(weights[name]).view(np.uint32)
+    bits[0, 0] ^= 1
+    mx.save_safetensors(str(path), weights | {name: mx.array(bits.view(np.float32))})
 
-    with pytest.raises(CheckpointError, match="does not score like the model that was trained"):
-        checkpoints.verify_adapter(model, path, lambda: score_answers(model, batch).chosen_logps)
+
+def gone(path: Path) -> None:
+    path.unlink()
 
 
-def test_an_adapter_that_scores_the_same_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE = pytest.mark.parametrize(
+    ("damage", "message"),
+    [(changed, "holds another 'model.layers.1.mlp.up_proj.lora_b'"), (gone, "cannot be read"), (cut_short, "read")],
+)
+
+
+@DAMAGE
+def test_a_file_that_is_not_what_was_trained_is_told_and_the_model_stays_as_it_is(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     model = add_adapter(build_model())
     before, path = parameters(model), saved(model, tmp_path)
-    batch = collate(build_pairs(2))
+    checkpoints.verify_adapter(model, path)
+    damage(path)
 
-    checkpoints.verify_adapter(model, path, lambda: score_answers(model, batch).chosen_logps)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.verify_adapter(model, path)
 
     assert_same(parameters(model), before)
+
+
+@DAMAGE
+def test_what_happens_to_a_file_once_is_told_and_put_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
+) -> None:
+    model, path, told = add_adapter(build_model()), tmp_path / "adapters.safetensors", []
+    save, times = checkpoints.save_adapter, count()
+
+    def save_and_damage(*arguments: Any) -> None:
+        save(*arguments)
+        if next(times) == 0:
+            damage(path)
+
+    monkeypatch.setattr(checkpoints, "save_adapter", save_and_damage)
+    checkpoints.save_and_verify(model, path, told.append)
+
+    assert len(told) == 1
+    assert message in told[0]
+    checkpoints.verify_adapter(model, path)
+
+
+def test_a_file_that_is_damaged_whenever_it_is_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save = tmp_path / "adapters.safetensors", checkpoints.save_adapter
+    monkeypatch.setattr(checkpoints, "save_adapter", lambda *arguments: (save(*arguments), changed(path)))
+
+    with pytest.raises(CheckpointError, match="holds another"):
+        checkpoints.save_and_verify(add_adapter(build_model()), path, lambda _: None)
+
+
+def test_parameters_of_a_file_are_in_place_for_a_while_only(tmp_path: Path) -> None:
+    model, other = add_adapter(build_model(0)), add_adapter(build_model(1))
+    path, own = saved(other, tmp_path), parameters(model)
+
+    def fail_within() -> None:
+        with checkpoints.adapter_in_place(model, path):
+            assert_same(parameters(model), parameters(other))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_within()
+    assert_same(parameters(model), own)
+    path.unlink()
+    with pytest.raises(CheckpointError), checkpoints.adapter_in_place(model, path):
+        pytest.fail("there is no file")
+    assert_same(parameters(model), own)
+
+
+def test_an_adapter_takes_the_precision_of_the_model_that_it_is_loaded_into(tmp_path: Path) -> None:
+    model, narrow = add_adapter(build_model(0)), add_adapter(build_model(1))
+    narrow.update(tree_map(lambda value: value.astype(mx.bfloat16), narrow.trainable_parameters()))
+
+    checkpoints.load_adapter(model, saved(narrow, tmp_path))
+
+    assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}

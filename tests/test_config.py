@@ -70,6 +70,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "resume_adapter_file": ("yaml.safetensors", "call.safetensors"),
     "save_every": (10, 20),
     "fuse": (False, True),
+    "fuse_bits": (4, 8),
     "lm_studio_name": ("yaml-name", "call-name"),
     "wandb": ("yaml-project", "call-project"),
     "report_to": (["wandb"], ["tensorboard", "trackio"]),
@@ -78,7 +79,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "qat_enable": (True, False),
     "qat_bits": (4, 6),
     "qat_group_size": (32, 0),
-    "qat_mode": ("affine", "affine"),  # there is only one
+    "qat_quantizer": ("host", "mlx"),
+    "qat_mode": ("mxfp4", "affine"),
     "qat_start_step": (5, 6),
     "qat_interval": (2, 3),
     "beta": (0.05, 0.02),

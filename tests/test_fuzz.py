@@ -25,7 +25,7 @@ from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.host.run import load_model
+from mlx_cpo_plugin.host.loading import load_model
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.wording import named, shown

@@ -285,7 +285,7 @@ def settings_for(model_folder: Path, **given: Any) -> SimpleNamespace:
     ids=str,
 )
 def test_a_model_that_is_not_loaded_has_the_shapes_of_one_that_is(model_folder: Path, given: dict[str, Any]) -> None:
-    from mlx_cpo_plugin.host.run import load_model
+    from mlx_cpo_plugin.host.loading import load_model
 
     settings = settings_for(model_folder, **given)
     mx.clear_cache()

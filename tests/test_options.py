@@ -29,6 +29,8 @@ WITHOUT_HOST_DEFAULT = {
     "prompt_feature",
     "system_feature",
     "seq_step_size",
+    "fuse_bits",
+    "qat_quantizer",
     "wandb",
     "report_to",
     "project",

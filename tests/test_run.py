@@ -53,11 +53,6 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
     assert not Path(settings["adapter_path"]).exists()
 
 
-def test_a_precision_that_the_layers_do_not_take_is_named(settings: Settings, run_main: RunMain, shared: Path) -> None:
-    with pytest.raises(UserError, match=r"^load_in_4bits needs layers whose width divides by 128, .* remove load_in_4"):
-        run_main({**settings, "model": str(shared / "models" / "stories260k-chat"), "load_in_4bits": True})
-
-
 @pytest.mark.parametrize("inner", ["", "adapters"])
 def test_a_file_in_the_place_of_the_adapter_folder_is_found_before_anything_is_loaded(
     settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
@@ -166,7 +161,7 @@ def quantised_model(model_folder: Path, tmp_path: Path) -> Path:
 def test_a_quantised_model_that_was_fused_without_quantisation_says_so(
     settings: Settings, run_main: RunMain, quantised_model: Path
 ) -> None:
-    run_main({**settings, "model": str(quantised_model), "fuse": True})
+    run_main({**settings, "model": str(quantised_model), "fuse": True, "fuse_bits": 16})
 
     fused, _, config = load(settings["adapter_path"], return_config=True)
     assert not {"quantization", "quantization_config"} & set(config)
@@ -176,7 +171,9 @@ def test_a_quantised_model_that_was_fused_without_quantisation_says_so(
 def test_an_adapter_over_a_quantised_base_is_fused_without_rounding_it(
     settings: Settings, run_main: RunMain, quantised_model: Path
 ) -> None:
-    run_main({**settings, "model": str(quantised_model), "fuse": True, "iters": 20, "learning_rate": 1e-2})
+    run_main(
+        {**settings, "model": str(quantised_model), "fuse": True, "fuse_bits": 16, "iters": 20, "learning_rate": 1e-2}
+    )
 
     fused, _ = load(settings["adapter_path"])
     adapted, _ = load(str(quantised_model), adapter_path=settings["adapter_path"])

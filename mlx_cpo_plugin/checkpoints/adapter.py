@@ -1,15 +1,16 @@
-"""Adapters on disk: written atomically, loadable by mlx_lm, and proven by loading them back."""
+"""Adapters on disk: written atomically, loadable by mlx_lm, and read back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
@@ -91,14 +92,27 @@ def describe_adapter(model: nn.Module) -> dict[str, Any]:
 def load_adapter(model: nn.Module, adapter_file: Path) -> None:
     """Load trainable parameters saved by :func:`save_adapter` into a model that has the same layers.
 
+    Each takes the dtype that it has in the model.
+
     Raises:
         CheckpointError: the file is missing, unreadable, or holds other names or shapes than the model trains.
     """
+    expected = by_name(model.trainable_parameters())
+    weights = read_adapter(adapter_file, expected)
+    model.update(tree_unflatten([(name, value.astype(expected[name].dtype)) for name, value in weights.items()]))
+
+
+def read_adapter(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the arrays in ``adapter_file`` by name, which are those of ``expected`` in name and shape.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds other names or shapes.
+    """
     try:
         weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
+        mx.eval(weights)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"The adapter {adapter_file} cannot be read ({error}); give another file.") from error
-    expected = by_name(model.trainable_parameters())
     for name, value in expected.items():
         if name not in weights:
             raise CheckpointError(
@@ -112,25 +126,60 @@ def load_adapter(model: nn.Module, adapter_file: Path) -> None:
     unknown = sorted(set(weights) - set(expected))
     if unknown:
         raise CheckpointError(f"The adapter {adapter_file} has {unknown[0]!r}, which the model does not train.")
-    model.update(tree_unflatten(list(weights.items())))
+    return weights
 
 
-def verify_adapter(model: nn.Module, adapter_file: Path, score: Callable[[], mx.array]) -> None:
-    """Load the saved adapter over a blanked model and check that ``score`` still gives the same numbers to the bit.
+def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
+    """See that the file holds the trainable parameters of ``model`` bit for bit; the model is not touched.
 
     Raises:
-        CheckpointError: the saved adapter scores differently.
+        CheckpointError: the file is missing or unreadable, or the first parameter that is something else.
     """
-    before = score()
-    mx.eval(before)
-    model.update(tree_map(mx.zeros_like, model.trainable_parameters()))
-    load_adapter(model, adapter_file)
-    after = score()
-    if not mx.array_equal(before, after, equal_nan=True).item():
-        raise CheckpointError(
-            f"The adapter saved in {adapter_file} does not score like the model that was trained; "
-            "check the disk and train again."
-        )
+    expected = by_name(model.trainable_parameters())
+    saved = read_adapter(adapter_file, expected)
+    for name, value in expected.items():
+        same = saved[name].dtype == value.dtype and mx.array_equal(saved[name], value, equal_nan=True).item()
+        if not same:
+            raise CheckpointError(
+                f"The adapter {adapter_file} holds another {name!r} than was trained; another process or the disk "
+                "changed it."
+            )
+
+
+def save_and_verify(
+    model: nn.Module, adapter_file: Path, say: Callable[[str], None], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Save the adapter and read it back; where something happened to it, tell, and do so once more.
+
+    Args:
+        metadata: what the file says of itself.
+
+    Raises:
+        CheckpointError: it cannot be written, or is something else the second time, too.
+    """
+    save_adapter(model, adapter_file, metadata)
+    try:
+        verify_adapter(model, adapter_file)
+    except CheckpointError as error:
+        say(f"{error} It is written once more.")
+        save_adapter(model, adapter_file, metadata)
+        verify_adapter(model, adapter_file)
+
+
+@contextmanager
+def adapter_in_place(model: nn.Module, adapter_file: Path) -> Iterator[None]:
+    """Let ``model`` have the parameters in ``adapter_file``; its own come back when the context ends, however it ends.
+
+    Raises:
+        CheckpointError: the file does not fit; the model is as it was.
+    """
+    own = by_name(model.trainable_parameters())
+    saved = read_adapter(adapter_file, own)
+    try:
+        model.update(tree_unflatten([(name, value.astype(own[name].dtype)) for name, value in saved.items()]))
+        yield
+    finally:
+        model.update(tree_unflatten(list(own.items())))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

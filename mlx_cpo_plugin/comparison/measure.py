@@ -22,7 +22,7 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenization import prompt_tokens
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
-from mlx_cpo_plugin.host.run import QUANTISED_LOADS
+from mlx_cpo_plugin.host.loading import quantise_base, quantised_load
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
 from mlx_cpo_plugin.settings import config
@@ -250,9 +250,9 @@ def load_base(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     """
     try:
         model, tokenizer = load(settings.model)[:2]
-        for key, precision in QUANTISED_LOADS.items():
-            if getattr(settings, key):
-                nn.quantize(model, **precision)
+        precision = quantised_load(settings)
+        if precision is not None:
+            quantise_base(model, precision)
     except UserError:
         raise
     except Exception as error:  # the hub client and the architectures raise many kinds

@@ -9,7 +9,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from mlx_lm_lora.train import build_lora_config
 
-from mlx_cpo_plugin.host.run import QUANTISED_LOADS, model_folder
+from mlx_cpo_plugin.host.loading import freeze_untrained_layers, model_folder, quantise_base, quantised_load
 
 
 def unevaluated_model(settings: Any) -> nn.Module:
@@ -23,11 +23,8 @@ def unevaluated_model(settings: Any) -> nn.Module:
     if adapter is not None:
         model.freeze()
         linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
-    elif settings.num_layers > 0:
-        model.freeze()
-        for layer in model.layers[-settings.num_layers :]:
-            layer.unfreeze()
-    quantised = next((load for key, load in QUANTISED_LOADS.items() if getattr(settings, key)), None)
-    if quantised is not None:
-        nn.quantize(model, **quantised)
+    freeze_untrained_layers(model, settings)
+    precision = quantised_load(settings)
+    if precision is not None:
+        quantise_base(model, precision)
     return model

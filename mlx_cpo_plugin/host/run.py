@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,42 +13,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-import numpy as np
-from mlx.utils import tree_unflatten
 from mlx_lm.tuner import callbacks
 from mlx_lm.tuner.utils import build_schedule, print_trainable_parameters
-from mlx_lm.utils import hf_repo_to_path, load_config, save_config
-from mlx_lm_lora.train import build_lora_config
-from mlx_lm_lora.utils import (
-    find_lmstudio_models_path,
-    from_pretrained,
-    save_pretrained_merged,
-    save_to_lmstudio_merged,
-)
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
-from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
-from mlx_cpo_plugin.data.encoding import read_template
-from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.host.fusing import Fusing, fused_folder
+from mlx_cpo_plugin.host.loading import load_model
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.trackers import HostWandb, TrackerCallback, described_settings, require_clients, tracked_run
+from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile
 from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
-QUANTISED_LOADS: dict[str, dict[str, Any]] = {
-    "load_in_4bits": {"bits": 4, "group_size": 128},
-    "load_in_6bits": {"bits": 6, "group_size": 128},
-    "load_in_8bits": {"bits": 8, "group_size": 128},
-    "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
-}
 
 
 @ranks_end_together()
@@ -87,6 +71,9 @@ def carry_out(
     is_main = mx.distributed.init().rank() == 0
     train_set, valid_set, test_set = sets
     folder, run = Path(settings.adapter_path or ""), settings.run_identity
+    fusing = None
+    if settings.fuse and settings.train and is_main:
+        fusing = Fusing(settings, model, held_out_rows(valid_set, train_set), print_info)
     if settings.train:
         print_section("Training")
         # Only the first rank has a callback.
@@ -101,11 +88,12 @@ def carry_out(
         report_on_test_set(settings, mode, model, test_set)
 
     mx.clear_cache()
-    if settings.fuse and settings.train and is_main and not is_done(folder, FUSED, run):
+    if fusing is not None and not is_done(folder, FUSED, run):
         print_section("Fusing Model")
         with written_files_recorded(folder):
-            fuse(settings, model, tokenizer)
+            fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
+        print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
 
 
 def run_identity(settings: SimpleNamespace) -> RunIdentity:
@@ -140,12 +128,6 @@ def check_destinations(settings: SimpleNamespace) -> None:
         raise ConfigError(
             f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
         )
-    fused_beside_adapter = settings.fuse and settings.train and settings.lm_studio_name is None
-    if fused_beside_adapter and os.path.realpath(settings.adapter_path) == os.path.realpath(settings.model):
-        raise ConfigError(
-            f"adapter_path is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
-            "give another folder, or set fuse: false."
-        )
     if settings.train and settings.report_to:
         require_clients(settings.report_to)
     if settings.wandb is not None and callbacks.wandb is None:
@@ -155,11 +137,17 @@ def check_destinations(settings: SimpleNamespace) -> None:
         raise ConfigError(
             f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
         )
-    if settings.fuse and settings.train and settings.lm_studio_name is not None:
+    if settings.fuse and settings.train:
         try:
-            find_lmstudio_models_path()
+            fused = fused_folder(settings)
         except FileNotFoundError as error:
             raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
+        if os.path.realpath(fused) == os.path.realpath(settings.model):
+            key = "adapter_path" if settings.lm_studio_name is None else "lm_studio_name"
+            raise ConfigError(
+                f"{key} is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
+                "give another, or set fuse: false."
+            )
 
 
 def check_writable(folder: Path) -> None:
@@ -195,47 +183,6 @@ def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> 
         )
 
     return HostWandb(begin)
-
-
-def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
-    """Load the model with fresh adapters, the same ones for the same seed.
-
-    Raises:
-        ConfigError: the model cannot be loaded or quantised as asked.
-    """
-    use_fast_blas()
-    np.random.seed(settings.seed)
-    mx.random.seed(settings.seed)
-    precision = next((key for key in QUANTISED_LOADS if getattr(settings, key)), None)
-    print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
-    try:
-        model, tokenizer, _ = from_pretrained(
-            model=settings.model,
-            lora_config=build_lora_config(settings),
-            # A copy: the host's loader may keep or change what it is given.
-            quantized_load=dict(QUANTISED_LOADS[precision]) if precision else None,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        if is_device_fault(error):
-            raise
-        if precision and "[quantize]" in str(error):
-            raise ConfigError(
-                f"{precision} needs layers whose width divides by {QUANTISED_LOADS[precision]['group_size']}, which "
-                f"model {settings.model!r} does not have; remove {precision} or take another model."
-            ) from error
-        raise ConfigError(
-            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model."
-        ) from error
-    if precision and "quantization" in load_config(model_folder(settings.model)):
-        raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.")
-    if settings.train_type == "full" and settings.num_layers > 0:
-        model.freeze()
-        for layer in model.layers[-settings.num_layers :]:
-            layer.unfreeze()
-    template = read_template(getattr(settings, "chat_template", None))
-    if template:
-        tokenizer.chat_template = template  # which a fused model takes along
-    return model, tokenizer
 
 
 def train_mode(
@@ -331,48 +278,3 @@ def report_test(
         file.append("test", named)
     if isinstance(callback, TrackerCallback):
         callback.on_test_report(named)
-
-
-def fuse(settings: SimpleNamespace, model: nn.Module, tokenizer: Any) -> None:
-    """Fuse the adapter into the model through the host, into LM Studio or beside the adapter, and complete it."""
-    de_quantize = settings.lm_studio_name is not None or not any(getattr(settings, key) for key in QUANTISED_LOADS)
-    if de_quantize:
-        # Over a quantised base the host would round the merged weights to its bits first.
-        fused = [
-            (name, module.fuse(dequantize=True)) for name, module in model.named_modules() if hasattr(module, "fuse")
-        ]
-        model.update_modules(tree_unflatten(fused))
-    if settings.lm_studio_name is not None:
-        save_to_lmstudio_merged(
-            model=model, tokenizer=tokenizer, new_model_name=settings.lm_studio_name, de_quantize=True
-        )
-        complete_fused_model(find_lmstudio_models_path() / "mlx_lm_lora" / settings.lm_studio_name, settings.model)
-        return
-    save_pretrained_merged(
-        model=model,
-        tokenizer=tokenizer,
-        save_path=settings.adapter_path,
-        de_quantize=de_quantize,
-    )
-    complete_fused_model(Path(settings.adapter_path), settings.model)
-    print_success(f"Model fused and saved to {Colors.CYAN}{settings.adapter_path}{Colors.RESET}")
-
-
-def model_folder(model: str) -> Path:
-    """Return the local folder of a model that has been loaded."""
-    return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
-
-
-def complete_fused_model(folder: Path, base_model: str) -> None:
-    """Give a fused model what the host leaves behind: without its end tokens it would not stop generating.
-
-    These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
-    ``eos_token_id``, its ``generation_config.json``, and code of its own.
-    """
-    base_folder = model_folder(base_model)
-    # Whether the fused model is quantised only the host has written down.
-    base = {key: value for key, value in load_config(base_folder).items() if not key.startswith("quantization")}
-    save_config({**base, **load_config(folder)}, folder / "config.json")
-    for pattern in ("generation_config.json", "*.py"):
-        for file in base_folder.glob(pattern):
-            shutil.copy(file, folder)

@@ -14,7 +14,7 @@ from mlx_cpo_plugin.bench.reference import physical_memory
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError, first_line
-from mlx_cpo_plugin.host.run import load_model
+from mlx_cpo_plugin.host.loading import load_model
 from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import train_modes

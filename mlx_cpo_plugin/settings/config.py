@@ -22,6 +22,7 @@ from mlx_cpo_plugin.settings.command_line import (
 )
 from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
 from mlx_cpo_plugin.settings.paths import PATHS, expanded
+from mlx_cpo_plugin.settings.quantisation import check_quantizer
 from mlx_cpo_plugin.settings.validation import check, not_read, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, Preset, TrainMode
@@ -195,6 +196,8 @@ def _refuse_contradictions(values: Mapping[str, Any], sources: _Sources) -> None
     if len(precisions) > 1:
         given = " and ".join(f"{name} ({sources.place(name)})" for name in precisions)
         raise ConfigError(f"{given} are true together, but a model has one precision; set all but one to false.")
+    if values["qat_enable"]:
+        check_quantizer(*(values[f"qat_{key}"] for key in ("quantizer", "bits", "group_size", "mode")))
     if not values["train"] and not values["test"]:
         raise ConfigError("Neither train nor test is true; set 'train: true' in the YAML file or give --train.")
 

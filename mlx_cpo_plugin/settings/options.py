@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mlx_cpo_plugin.settings.quantisation import AUTO, BITS, HOST, MLX, MODES
 from mlx_cpo_plugin.types import Option
 
 MODEL_OPTIONS: tuple[Option, ...] = (
@@ -119,6 +120,15 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
     Option("save_every", int, 100, "Iterations between two saved adapters.", minimum=1),
     Option("fuse", bool, True, "Merge the adapters into the model after training and save it."),
     Option(
+        "fuse_bits",
+        int,
+        None,
+        "Bits of the fused model; 16: not quantised. By default only a base that is quantised on disk stays so, where "
+        "its bits keep what was learned.",
+        choices=(*BITS, 16),
+        optional=True,
+    ),
+    Option(
         "lm_studio_name", str, None, "Name under which LM Studio gets the model.", title="LM Studio name", optional=True
     ),
     Option(
@@ -172,9 +182,19 @@ QAT_OPTIONS: tuple[Option, ...] = (
         "qat_mode",
         str,
         "affine",
-        "Kind of quantisation.",
+        "Mode of MLX's quantisation; all but affine bring their own bits and group size.",
         title="QAT mode",
-        choices=("affine",),
+        choices=tuple(MODES),
+        shown_when={"qat_enable": (True,)},
+    ),
+    Option(
+        "qat_quantizer",
+        str,
+        AUTO,
+        "Whose quantisation to train for: MLX's (mlx) or mlx-lm-lora's symmetric one (host); auto takes MLX's where it "
+        "has the bits and group size.",
+        title="QAT quantizer",
+        choices=(AUTO, MLX, HOST),
         shown_when={"qat_enable": (True,)},
     ),
     Option(

@@ -11,6 +11,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host.substrate import SFTTrainingArgs
+from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MLX, MODES, check_quantizer
 from mlx_cpo_plugin.training.best import MEASURES
 
 DEFAULT_SEQ_STEP_SIZE = 512
@@ -36,6 +37,9 @@ class CPOTrainingArgs(SFTTrainingArgs):
     )
     scoring: str = field(
         default="auto", metadata={"help": "Share the prompt of a pair's answers (shared), or not (plain); auto tries."}
+    )
+    qat_quantizer: str = field(
+        default=AUTO, metadata={"help": "Quantiser that QAT trains for: mlx's own, the host's, or auto."}
     )
     batch_tokens: int | None = field(
         default=None,
@@ -86,6 +90,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
             qat_bits=settings.qat_bits,
             qat_group_size=settings.qat_group_size,
             qat_mode=settings.qat_mode,
+            qat_quantizer=settings.qat_quantizer,
             qat_start_step=settings.qat_start_step,
             qat_interval=settings.qat_interval,
             seed=settings.seed,
@@ -136,7 +141,10 @@ def check_training_args(args: CPOTrainingArgs) -> None:
     rules.append(("early_stopping_patience", patience is None or patience >= 1, "at least 1, or None"))
     rules.append(("save_best", best is None or best in MEASURES, f"one of {', '.join(MEASURES)}, or None"))
     rules.append(("scoring", args.scoring in SCORING.choices, SCORING.allowed()))
-    rules.append(("qat_mode", args.qat_mode == "affine", "'affine'"))
+    rules.append(("qat_mode", args.qat_mode in MODES, f"one of {', '.join(MODES)}"))
+    rules.append(("qat_quantizer", args.qat_quantizer in (AUTO, MLX, HOST), f"one of {AUTO}, {MLX}, {HOST}"))
     for name, holds, allowed in rules:
         if not holds:
             raise ConfigError(f"{name} is {getattr(args, name)!r}, but must be {allowed}.")
+    if args.qat_enable:
+        check_quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode)

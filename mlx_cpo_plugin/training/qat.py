@@ -12,14 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from mlx_cpo_plugin.host.substrate import fake_quantizer
+from mlx_cpo_plugin.layers.merging import MERGEABLE, dense_dtype, merged_weight
 from mlx_cpo_plugin.layers.overrides import Call, overridden_calls
-from mlx_cpo_plugin.layers.products import stored_weight
+from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MODES, mlx_quantises
 
-_ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear)
+Quantizer = Callable[[mx.array, mx.Dtype], mx.array]
 
 
 @dataclass
@@ -44,7 +44,14 @@ class FakeQuantisation:
 
 @contextmanager
 def fake_quantised(
-    model: nn.Module, *, bits: int, group_size: int, start_step: int = 1, interval: int = 1
+    model: nn.Module,
+    *,
+    bits: int,
+    group_size: int,
+    quantizer: str = AUTO,
+    mode: str = "affine",
+    start_step: int = 1,
+    interval: int = 1,
 ) -> Iterator[FakeQuantisation]:
     """Let the linear layers of ``model`` compute with fake-quantised weights while ``active`` is set.
 
@@ -55,57 +62,60 @@ def fake_quantised(
     Args:
         bits: 2 to 16.
         group_size: weights that share a scale along the input dimension; 0 or less: one scale for the whole tensor.
+        quantizer, mode: see :func:`quantizer_for`.
 
     Raises:
         ConfigError: this version of the host has no quantiser.
     """
     schedule = FakeQuantisation(start_step, interval)
-    quantizer = fake_quantizer()
+    round_trip = quantizer_for(quantizer, bits, group_size, mode)
     replacements: list[tuple[nn.Module, Call]] = [
-        (
-            module,
-            _fake_quantised_call(type(module).__call__, schedule, lambda weight: quantizer(weight, bits, group_size)),
-        )
-        for module in _linear_layers(model)
+        (module, _fake_quantised_call(type(module).__call__, schedule, round_trip)) for module in _linear_layers(model)
     ]
     with overridden_calls(replacements):
         yield schedule
 
 
+def quantizer_for(name: str, bits: int, group_size: int, mode: str = "affine") -> Quantizer:
+    """Return a function from a float32 weight and the dtype it is deployed in to the weight after quantisation.
+
+    Args:
+        name: ``mlx``, which packs as ``mlx_lm.convert`` and ``fuse_bits`` do; ``host``, mlx-lm-lora's symmetric one;
+            ``auto``, the former where it has these bits and this group size.
+        mode: of ``mx.quantize``; all but ``affine`` bring their own bits and group size.
+    """
+    if name == HOST or (name == AUTO and not mlx_quantises(bits, group_size, mode)):
+        host = fake_quantizer()
+        return lambda weight, _: host(weight, bits, group_size)
+    packing: dict[str, Any] = {"group_size": group_size, "bits": bits, **MODES[mode], "mode": mode}
+
+    def round_trip(weight: mx.array, dtype: mx.Dtype) -> mx.array:
+        if weight.shape[-1] % packing["group_size"]:  # such a layer is left as it is when a model is converted
+            return weight
+        packed = mx.quantize(weight.astype(dtype), **packing)
+        return mx.dequantize(*packed, **packing).astype(mx.float32)
+
+    return round_trip
+
+
 def _linear_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers with an adapter, and the linear layers that are not inside one of these."""
-    adapters = [module for module in model.modules() if isinstance(module, _ADAPTERS)]
+    adapters = [module for module in model.modules() if isinstance(module, MERGEABLE)]
     inside = {id(adapter.linear) for adapter in adapters}
     return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 
 
-def _fake_quantised_call(
-    original: Call, schedule: FakeQuantisation, fake_quantize: Callable[[mx.array], mx.array]
-) -> Call:
+def _fake_quantised_call(original: Call, schedule: FakeQuantisation, round_trip: Quantizer) -> Call:
     def call(module: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         y = original(module, x, *args, **kwargs)
         if not schedule.active:
             return y
         # Adding the rounding error as a constant leaves the layer's own gradient, dropout included, untouched.
-        merged = mx.stop_gradient(deployed_weight(module))
-        error = (fake_quantize(merged) - merged).astype(x.dtype)
+        merged = mx.stop_gradient(merged_weight(module))
+        error = (round_trip(merged, dense_dtype(module)) - merged).astype(x.dtype)
         if isinstance(module, LoRASwitchLinear):
             indices = args[0] if args else kwargs["indices"]
             return y + mx.gather_mm(x, error.swapaxes(-1, -2), rhs_indices=indices)
         return y + x @ error.T
 
     return call
-
-
-def deployed_weight(module: nn.Module) -> mx.array:
-    """Return the float32 weight [..., output, input] that a linear layer has once its adapter is fused into it."""
-    if isinstance(module, nn.Linear):
-        return module.weight.astype(mx.float32)
-    weight = stored_weight(module.linear).astype(mx.float32)
-    lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
-    if isinstance(module, LoRASwitchLinear):
-        return weight + module.scale * (lora_b @ lora_a)
-    weight = weight + module.scale * (lora_b.T @ lora_a.T)
-    if isinstance(module, DoRALinear):
-        weight = weight * (module.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None]
-    return weight

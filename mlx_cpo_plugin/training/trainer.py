@@ -18,11 +18,13 @@ import mlx.optimizers as optimizers
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import (
+    CheckpointError,
+    adapter_in_place,
     describe_adapter,
     save_adapter,
     save_adapter_config,
+    save_and_verify,
     save_checkpoint,
-    verify_adapter,
     write_atomically,
 )
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, read_checkpoint
@@ -46,7 +48,7 @@ from mlx_cpo_plugin.checkpoints.training_state import (
 )
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data import PreferenceDataset
-from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, collate, last_step_start, scored_tokens, training_plan
+from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host.patches import host_version
@@ -54,7 +56,7 @@ from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, mem
 from mlx_cpo_plugin.layers.activations import lean_activations
 from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
 from mlx_cpo_plugin.layers.products import float32_products
-from mlx_cpo_plugin.scoring.answers import compilation_pays, compile_where_it_pays, score_answers
+from mlx_cpo_plugin.scoring.answers import compilation_pays, compile_where_it_pays
 from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize, padding_rooms
 from mlx_cpo_plugin.scoring.memory import device_memory_limit
 from mlx_cpo_plugin.scoring.parity import choose_scorer
@@ -68,6 +70,7 @@ from mlx_cpo_plugin.training.call import pairs_of, training_arguments
 from mlx_cpo_plugin.training.evaluation import evaluate_pairs
 from mlx_cpo_plugin.training.exits import LastWhole, out_of_memory_told, saved_on_the_way_out, saved_sentence
 from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
+from mlx_cpo_plugin.training.held_out import held_out_rows, scores_of
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.memory_estimate import Way, memory_report
 from mlx_cpo_plugin.training.memory_watch import MemoryWatch
@@ -395,12 +398,35 @@ class _Run:
     def finish(self) -> None:
         """Save the adapter, and see that it can be loaded."""
         self.quantisation.active = False
-        save_weights(self.model, self.adapter_file, self.metadata)
         if self.is_first_rank:
-            shortest = min(self.pairs, key=lambda pair: pair.length)
-            verify_saved_adapter(self.model, self.adapter_file, shortest, self.scorer)
+            save_and_verify(self.model, self.adapter_file, self.reporter.say, self.metadata)
+            self.score_saved()
             record_done(self.folder, TRAINED)
             self.reporter.say(f"Saved final weights to {self.adapter_file}.")
+
+    def score_saved(self) -> None:
+        """Score what was saved, read back, on held-out rows; a file that is lost or scores otherwise is told."""
+        rows = held_out_rows(self.val_pairs, self.pairs)
+        trained = scores_of(self.model, rows, self.scorer)
+        best = self.adapter_file.with_name(BEST_ADAPTER_NAME)
+        for file in [self.adapter_file] + [best] * (self.args.save_best is not None and self.best.iteration > 0):
+            try:
+                with adapter_in_place(self.model, file):
+                    saved = scores_of(self.model, rows, self.scorer)
+            except CheckpointError as error:
+                self.reporter.warn(str(error))
+                continue
+            if file == best:
+                self.reporter.say(
+                    f"{file.name}, of iteration {self.best.iteration}, gives {len(rows)} held-out rows a margin of "
+                    f"{saved.margin:+.3f} nats; that of the last iteration {trained.margin:+.3f}."
+                )
+            elif not saved.is_like(trained):
+                self.reporter.warn(
+                    f"{file} gives {len(rows)} held-out rows a margin of {saved.margin:+.3f} nats, and the model in "
+                    f"memory, which has the same parameters, {trained.margin:+.3f}: this device does not compute alike "
+                    "twice."
+                )
 
     def plan(self) -> Iterator[MicroBatch]:
         """Return the micro-batches of the whole run, as this rank has them."""
@@ -435,7 +461,7 @@ class _Run:
         means = self.validate(iteration)
         if self.best.improved(iteration, means) and self.args.save_best is not None and self.is_first_rank:
             best = {**self.metadata, "iteration": str(iteration)}
-            save_adapter(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME), best)
+            save_and_verify(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME), self.reporter.say, best)
         self.reporter.warn(self.plateau.advice(iteration, means))
 
     def save_numbered(self, iteration: int) -> None:
@@ -521,6 +547,8 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
                     model,
                     bits=args.qat_bits,
                     group_size=args.qat_group_size,
+                    quantizer=args.qat_quantizer,
+                    mode=args.qat_mode,
                     start_step=args.qat_start_step,
                     interval=args.qat_interval,
                 )
@@ -560,16 +588,3 @@ def scorer_of(model: nn.Module, values: Mapping[str, float] | None) -> SharedPro
     scorer = SharedPromptScorer(model)
     scorer.grouping = Grouping(values["overhead"], values["budget"])
     return scorer
-
-
-def verify_saved_adapter(
-    model: nn.Module, adapter_file: Path, pair: PreferencePair, scorer: SharedPromptScorer | None
-) -> None:
-    """Load the adapter back and check that it gives ``pair`` the same log-probs to the bit."""
-    model.eval()
-
-    def logps() -> mx.array:
-        scores = score_answers(model, collate([pair])) if scorer is None else scorer.score(share(pair))
-        return mx.concatenate([scores.chosen_logps, scores.rejected_logps])
-
-    verify_adapter(model, adapter_file, logps)

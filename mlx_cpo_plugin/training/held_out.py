@@ -1,0 +1,96 @@
+"""A few held-out rows that every artefact of a run is scored on: is what was saved what was trained?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.batches import collate
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.layers.products import float32_products
+from mlx_cpo_plugin.scoring.answers import compile_where_it_pays, score_answers
+from mlx_cpo_plugin.scoring.parity import choose_scorer
+from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+
+# The shortest rows of the first ones: enough to see a difference, and cheap.
+ROWS, AMONG = 8, 64
+# Log-probs of one model differ by that share between two passes: a GPU adds in any order.
+TOLERANCE = 1e-4
+# A change of the margin below this, in nats, is too small for shares of it to mean something.
+SMALL = 0.05
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """The log-probs that a model gives the answers of some pairs.
+
+    Attributes:
+        logps: float64 [2, N], in nats: of the chosen and of the rejected answers.
+    """
+
+    logps: NDArray[np.float64]
+
+    @property
+    def margin(self) -> float:
+        """The mean log-prob of the chosen minus that of the rejected answers."""
+        return float((self.logps[0] - self.logps[1]).mean())
+
+    def is_like(self, other: HeldOutScores) -> bool:
+        """Whether both are scores of one model, up to the order of additions."""
+        return bool(np.allclose(self.logps, other.logps, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
+
+
+def held_out_rows(*splits: Sequence[Any]) -> list[PreferencePair]:
+    """Return a few short pairs of the first split that has any; other rows than pairs do not count."""
+    for rows in splits:
+        pairs = [pair for pair in rows[:AMONG] if isinstance(pair, PreferencePair)]
+        if pairs:
+            return sorted(pairs, key=lambda pair: pair.tokens)[:ROWS]
+    return []
+
+
+def held_out_scores(model: nn.Module, pairs: Sequence[PreferencePair], scoring: str = "auto") -> HeldOutScores:
+    """Score ``pairs`` on this rank alone, one after the other; the model's mode is restored afterwards.
+
+    Args:
+        scoring: the setting of that name.
+    """
+    with compile_where_it_pays(), float32_products(model):
+        return scores_of(model, pairs, choose_scorer(model, pairs, scoring, lambda _: None))
+
+
+def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedPromptScorer | None) -> HeldOutScores:
+    """Score ``pairs`` as :func:`held_out_scores` does, with a scorer that was chosen before."""
+    was_training = model.training
+    model.eval()
+    try:
+        logps = []
+        for pair in pairs:
+            scores = score_answers(model, collate([pair])) if scorer is None else scorer.score(share(pair))
+            mx.eval(scores)
+            logps.append(np.array([scores.chosen_logps, scores.rejected_logps], np.float64).reshape(2))
+        return HeldOutScores(np.stack(logps, axis=1))
+    finally:
+        model.train(was_training)
+
+
+def kept_of_margin(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> float | None:
+    """Return the share of the margin won in training that ``handed_on`` has; ``None`` where hardly any was won."""
+    won = trained.margin - before.margin
+    return (handed_on.margin - before.margin) / won if abs(won) >= SMALL else None
+
+
+def told(name: str, before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
+    """Return one sentence on what rounding cost."""
+    sentence = (
+        f"{name} gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; trained were "
+        f"{trained.margin:+.3f}, from {before.margin:+.3f}"
+    )
+    kept = kept_of_margin(before, trained, handed_on)
+    return f"{sentence}." if kept is None else f"{sentence}: {kept:.0%} of what was learned."
