@@ -277,9 +277,8 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
     return VALID[option.type.__name__]
 
 
-CHECKED = [
-    option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in ("train", *PRECISIONS)
-]
+CONTRADICTING = ("train", "qat_quantizer", *PRECISIONS)
+CHECKED = [option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in CONTRADICTING]
 
 
 @settings(max_examples=60, deadline=None)

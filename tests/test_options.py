@@ -143,7 +143,9 @@ def test_lora_parameters_default_to_those_of_each_part() -> None:
         ("qat_interval", 1, 0),
         ("train_type", "dora", "qlora"),
         ("optimizer", "muon", "sgd"),
-        ("qat_mode", "affine", "mxfp4"),
+        ("qat_mode", "affine", "symmetric"),
+        ("qat_quantizer", "mlx", "torch"),
+        ("fuse_bits", 4, 7),
     ],
 )
 def test_limits(name: str, allowed: object, refused: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +21,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.demo.run import DEMO_DIR
+from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.training.arguments import check_training_args
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 
@@ -75,13 +78,69 @@ def test_the_forward_pass_is_that_of_the_quantised_merged_weight(
     bias = np.array(linear.bias, np.float64)
     model = OneLayer(layer)
 
-    with fake_quantised(model, bits=bits, group_size=group_size) as quantisation:
+    with fake_quantised(model, bits=bits, group_size=group_size, quantizer="host") as quantisation:
         quantisation.active = True
         y = np.array(model(x))
 
     reference = np.array(x, np.float64) @ quantise(weight, bits, group_size).T + bias
     np.testing.assert_allclose(y, reference, rtol=1e-3, atol=2e-4)
     assert not np.allclose(y, np.array(model(x)), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 3, "group_size": 64},
+        {"bits": 8, "group_size": 64},
+        {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+        {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["linear", "lora", "dora", "lora over 4 bits"])
+def test_by_default_the_forward_pass_is_that_of_the_layer_as_mlx_packs_it(
+    kind: str, packing: dict[str, Any], x: mx.array
+) -> None:
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4)
+    layer = linear if kind == "linear" else lora(linear, dora=kind == "dora")
+    deployed = layer if kind == "linear" else layer.fuse(dequantize=True)
+    packed = nn.QuantizedLinear.from_linear(deployed, **packing)
+    model = OneLayer(layer)
+
+    with fake_quantised(model, **packing) as quantisation:
+        quantisation.active = True
+        y = np.array(model(x))
+
+    np.testing.assert_allclose(y, np.array(packed(x)), rtol=1e-3, atol=1e-3)
+    assert not np.allclose(y, np.array(model(x)), atol=1e-3)
+
+
+def test_a_layer_that_mlx_would_not_pack_stays_as_it_is() -> None:
+    mx.random.seed(1)
+    model, x = OneLayer(nn.Linear(40, 8)), mx.random.normal((2, 40))
+
+    with fake_quantised(model, bits=2, group_size=32) as quantisation:
+        quantisation.active = True
+        assert np.array_equal(np.array(model(x)), np.array(x @ model.layer.weight.T + model.layer.bias))
+
+
+def test_bits_that_mlx_does_not_have_are_those_of_the_host_unless_mlx_is_asked_for(x: mx.array) -> None:
+    model = OneLayer(nn.Linear(64, 48))
+
+    def output(**arguments: Any) -> np.ndarray:
+        with fake_quantised(model, **arguments) as quantisation:
+            quantisation.active = True
+            return np.array(model(x))
+
+    assert np.array_equal(output(bits=7, group_size=64), output(bits=7, group_size=64, quantizer="host"))
+    with pytest.raises(ConfigError, match="qat_quantizer is mlx, which takes qat_bits 2, 3, 4, 5, 6 or 8"):
+        check_training_args(CPOTrainingArgs(qat_enable=True, qat_bits=7, qat_quantizer="mlx"))
+    with pytest.raises(ConfigError, match="qat_mode is mxfp4, which qat_quantizer: host does not have"):
+        check_training_args(CPOTrainingArgs(qat_enable=True, qat_mode="mxfp4", qat_quantizer="host"))
+    check_training_args(CPOTrainingArgs(qat_bits=7, qat_quantizer="mlx"))  # QAT is off
 
 
 def test_expert_layers_are_quantised_expert_by_expert() -> None:
@@ -91,7 +150,7 @@ def test_expert_layers_are_quantised_expert_by_expert() -> None:
     model, x, indices = OneLayer(layer), mx.random.normal((6, 1, 1, 32)), mx.array([[0], [1], [2], [2], [0], [1]])
     weight = np.array(layer.linear.weight + layer.scale * (layer.lora_b @ layer.lora_a), np.float64)
 
-    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+    with fake_quantised(model, bits=4, group_size=32, quantizer="host") as quantisation:
         quantisation.active = True
         y = np.array(model(x, indices)).reshape(6, 16)
 
