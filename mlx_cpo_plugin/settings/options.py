@@ -123,8 +123,8 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
         "fuse_bits",
         int,
         None,
-        "Bits of the fused model, 16 for none; by default none, or those of a base that is quantised on disk where they "
-        "keep what was learned.",
+        "Bits of the fused model, 16 for none; by default those of a base that is quantised on disk, where they keep "
+        "what was learned, else none.",
         choices=(*BITS, 16),
         optional=True,
     ),
