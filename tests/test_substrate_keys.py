@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import assert_same, preference_rows
@@ -163,14 +164,22 @@ def test_num_layers_counts_from_the_last(run: Callable[..., Outcome], train_type
 )
 @pytest.mark.parametrize("train_type", ["lora", "dora"])
 def test_quantised_loads_train_and_fuse(
-    run: Callable[..., Outcome], key: str, bits: int, mode: str, train_type: str
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, key: str, bits: int, mode: str, train_type: str
 ) -> None:
+    loaded: list[dict[str, Any]] = []
+    quantise = nn.quantize
+
+    def quantise_and_note(model: nn.Module, **packing: Any) -> None:
+        loaded.append(packing)
+        quantise(model, **packing)
+
+    monkeypatch.setattr(nn, "quantize", quantise_and_note)
     outcome = run(**{key: True}, fuse=True, train_type=train_type)
 
-    quantisation = json.loads((outcome.folder / "config.json").read_text())["quantization"]
-    assert (quantisation["bits"], quantisation["mode"]) == (bits, mode)
+    assert (loaded[0]["bits"], loaded[0].get("mode", "affine")) == (bits, mode)
+    assert "quantization" not in json.loads((outcome.folder / "config.json").read_text())
     fused, _ = load(str(outcome.folder))
-    assert fused.layers[0].self_attn.q_proj.bits == bits
+    assert not hasattr(fused.layers[0].self_attn.q_proj, "bits")
     assert np.abs(outcome.adapter["model.layers.0.self_attn.q_proj.lora_b"]).max() > 0
 
 
