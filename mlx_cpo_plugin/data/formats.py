@@ -81,7 +81,7 @@ class Columns:
         names = {}
         for part in ALIASES:
             key = f"{part}_feature"
-            names[part] = (overrides or {}).get(key) or getattr(settings, key, None) or AUTO
+            names[part] = str((overrides or {}).get(key) or getattr(settings, key, None) or AUTO)
         return cls(**names)
 
     def check(self, rows: Iterable[Any], where: str) -> None:
