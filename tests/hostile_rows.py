@@ -375,13 +375,20 @@ def column(values: list[Any], kind: str | None) -> pyarrow.Array:
         return pyarrow.array([str(value).encode("utf-8", "replace").decode() for value in values])
 
 
+class Rows(list[Any]):
+    """Rows as the library gives them, which can be taken in part."""
+
+    def select(self, indices: range) -> Rows:
+        return Rows(self[i] for i in indices)
+
+
 def hub(case: Case) -> Callable[..., Any]:
     """What stands in for ``datasets.load_dataset``: rows, or an error of many lines."""
 
     def load(path: str, name: str | None = None, split: Any = None, **options: Any) -> Any:
         if not isinstance(split, str | None) or options:
             raise ValueError(f"no such\nsplit: {split!r}")
-        found = case["rows"] if split != "broken" else ({}[row] for row in case["rows"])
+        found = Rows(case["rows"]) if split != "broken" else ({}[row] for row in case["rows"])
         return found if split else {"train": found}
 
     return load
