@@ -139,7 +139,10 @@ def means(value: float) -> dict[str, float]:
 def test_the_best_validation_is_the_first_of_the_highest(measure: str) -> None:
     best = BestSoFar(measure)
 
-    improved = [best.improved(at, means(value)) for at, value in enumerate((1.0, 0.5, 2.0, 2.0, float("nan")))]
+    improved = []
+    for at, value in enumerate((1.0, 0.5, 2.0, 2.0, float("nan"))):
+        improved.append(best.is_best(means(value)))
+        best.take_note(at, means(value))
 
     assert improved == [True, False, True, False, False]
     assert (best.iteration, best.waited, best.exhausted) == (2, 2, False)
@@ -148,10 +151,12 @@ def test_the_best_validation_is_the_first_of_the_highest(measure: str) -> None:
 def test_patience_counts_validations_since_the_best() -> None:
     best = BestSoFar("margin", patience=2)
 
-    exhausted = [best.improved(at, means(value)) or best.exhausted for at, value in enumerate((1.0, 2.0, 0.0, 1.9))]
+    exhausted = []
+    for at, value in enumerate((1.0, 2.0, 0.0, 1.9)):
+        best.take_note(at, means(value))
+        exhausted.append(best.exhausted)
 
-    assert exhausted == [True, True, False, True]
-    assert best.exhausted
+    assert exhausted == [False, False, False, True]
 
 
 def test_a_plateau_in_the_first_half_is_advised_on_once_and_not_with_dpop() -> None:

@@ -22,10 +22,10 @@ from conftest import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
 from mlx_cpo_plugin.host.substrate import TrainingCallback
-from mlx_cpo_plugin.training import optimizer_step, trainer
+from mlx_cpo_plugin.training import optimizer_step, stopping, trainer
 from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.stopping import StoppedError
+from mlx_cpo_plugin.training.stopping import StoppedError, stop_requests
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 ITERS = 4
@@ -39,7 +39,7 @@ Arrays = dict[str, np.ndarray]
 Strike = Callable[..., None]
 
 
-def train(folder: Path, callback: TrainingCallback | None = None, **more: Any) -> None:
+def train(folder: Path, callback: TrainingCallback | None = None, rate: float = 1e-2, **more: Any) -> None:
     model = add_adapter(build_model(), dropout=0.2)
     mx.random.seed(7)
     settings: dict[str, Any] = {
@@ -55,7 +55,7 @@ def train(folder: Path, callback: TrainingCallback | None = None, **more: Any) -
     }
     train_cpo(
         model,
-        optimizers.Adam(learning_rate=1e-2),
+        optimizers.Adam(learning_rate=rate),
         build_pairs(7),
         build_pairs(2, seed=9),
         CPOTrainingArgs(adapter_file=str(folder / "adapters.safetensors"), **settings),
@@ -233,6 +233,68 @@ def test_what_a_callback_raises_comes_out_after_everything_is_saved(
     assert same(weights(tmp_path), uninterrupted)
     reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [report["iteration"] for report in reports if report["kind"] == "train"] == [2, 4]
+
+
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_a_validation_that_a_callback_prevented_or_interrupted_counts_when_the_run_goes_on(
+    kind: str, tmp_path: Path
+) -> None:
+    def validated(folder: Path) -> list[tuple[int, float]]:
+        reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(report["iteration"], report["val_loss"]) for report in reports if report["kind"] == "valid"]
+
+    def best(folder: Path) -> tuple[str, Arrays]:
+        arrays, said = mx.load(str(folder / "best_adapters.safetensors"), return_metadata=True)
+        return said["iteration"], {name: np.array(value) for name, value in arrays.items()}
+
+    # At a rate of zero the first validation is the best.
+    flat = {"save_best": "loss", "rate": 0.0}
+    train(tmp_path / "whole", **flat)
+
+    with pytest.raises(KeyError, match="a callback of the user"):
+        train(tmp_path / "run", Failing(kind, 2), **flat)
+    train(tmp_path / "run", **flat)
+
+    assert validated(tmp_path / "run") == validated(tmp_path / "whole")
+    assert best(tmp_path / "run")[0] == best(tmp_path / "whole")[0] == "2"
+    assert same(best(tmp_path / "run")[1], best(tmp_path / "whole")[1])
+
+
+@pytest.mark.parametrize("stop_at_the_end", [False, True])
+def test_a_run_that_stops_where_patience_ends_trains_no_further(
+    stop_at_the_end: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class StopAtTheEnd(TrainingCallback):
+        def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+            if val_info["iteration"] == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    settings = {"early_stopping_patience": 2, "steps_per_eval": 1, "iters": 9, "rate": 0.0}
+    if stop_at_the_end:
+        with pytest.raises(StoppedError):
+            train(tmp_path, StopAtTheEnd(), **settings)
+    train(tmp_path, **settings)
+
+    assert "Iter 3: stopping, no validation since 1 was better." in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == "0000003"
+    train(tmp_path, **settings | {"iters": 12})
+    assert "finished at iteration 3: nothing was changed; raise early_stopping_patience" in capsys.readouterr().out
+    train(tmp_path, **settings | {"early_stopping_patience": 4})
+    assert "Iter 5: stopping, no validation since 1 was better." in capsys.readouterr().out
+
+
+def test_a_signal_writes_nothing_where_standard_error_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "__stderr__", None)
+    monkeypatch.setattr(stopping.os, "write", lambda *arguments: pytest.fail("it is another file's number"))
+    passed_on = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal_number == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert passed_on == [signal.SIGTERM]
 
 
 def test_an_update_that_fails_half_way_leaves_the_weights_from_before_it(

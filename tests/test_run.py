@@ -15,6 +15,7 @@ from mlx_lm.utils import load
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import run as host_run
+from mlx_cpo_plugin.training import metrics
 
 Settings = dict[str, Any]
 RunMain = Callable[..., None]
@@ -88,6 +89,23 @@ def test_a_test_without_an_adapter_says_so(settings: Settings, run_main: RunMain
         UserError, match=r"^There is no .*adapters\.safetensors to test; train it first, or let adapter"
     ):
         run_main({**settings, "train": False, "test": True})
+
+
+def test_a_test_alone_needs_no_folder_that_can_be_written_to(
+    settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(settings)
+    # Permissions do not bind the superuser, so whatever would write fails here.
+    monkeypatch.setattr(host_run, "only_run_in", lambda folder: pytest.fail("the folder was locked"))
+
+    def refuse(path: Path, line: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(metrics, "_append", refuse)
+
+    run_main({**settings, "train": False, "test": True})
+
+    assert "Test Results" in capsys.readouterr().out
 
 
 def test_a_test_alone_fuses_nothing_and_reads_the_test_rows_only(

@@ -359,6 +359,21 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(tmp_path: Path, capsys: pyt
     assert snapshot(tmp_path) == before
 
 
+def test_an_older_checkpoint_begins_the_run_that_was_planned_where_the_newest_is_no_start(tmp_path: Path) -> None:
+    # Three iterations and windows of two: the last step closes early, and more iterations go on from before it.
+    train(tmp_path, iters=3, gradient_accumulation_steps=2)
+    resumed = str(tmp_path / "checkpoints" / "0000002")
+    older, planned = run_in(tmp_path), planned_run(tmp_path, resumed)
+    assert older is not None
+    assert planned != older
+
+    longer = train(tmp_path, iters=6, gradient_accumulation_steps=2, resume=resumed, run_identity=planned)
+
+    assert run_in(tmp_path) == planned
+    assert checkpoints(tmp_path / "previous" / older.id) == ["0000002", "0000003"]
+    assert_same(longer, train(tmp_path / "whole", iters=6, gradient_accumulation_steps=2))
+
+
 def test_a_loss_is_never_taken_for_a_margin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"val_pairs": build_pairs(3, seed=1), "steps_per_eval": 1}
     stopped(tmp_path, 4, save_best="loss", **arguments)

@@ -73,7 +73,8 @@ def find_start(
       A new run begins from it, unless it is the newest of the folder's own run.
 
     Args:
-        run: the identity that a new run gets; by default one is made.
+        run: the identity that was planned: that of the folder's own run, or the one that a new run gets; by default
+            one is made.
         hashed: read checkpoints completely; otherwise their sizes have to do, which tells the same runs apart.
 
     Raises:
@@ -91,7 +92,8 @@ def find_start(
     found = _Search(usable, hashed)
     checkpoint = found.wanted(Path(resume))
     own = _Search(usable, hashed).newest(adapter_folder)
-    if own is not None and (own.run.id, own.iteration) == (checkpoint.run.id, checkpoint.iteration):
+    newest = own is not None and (own.run.id, own.iteration) == (checkpoint.run.id, checkpoint.iteration)
+    if own is not None and newest and run in (None, own.run):
         record, _ = _record_in(adapter_folder)
         if record is None or record.run.id == own.run.id:
             return Start(record or RunRecord(own.run), own, continues=True, notes=found.notes)

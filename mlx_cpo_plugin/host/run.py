@@ -55,7 +55,7 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
             rows.tell(print_info)
     model, tokenizer = load_model(settings)
 
-    with only_run_in(Path(settings.adapter_path)) if settings.adapter_path else nullcontext():
+    with only_run_in(Path(settings.adapter_path)) if settings.train else nullcontext():
         carry_out(settings, mode, model, tokenizer, (train_set, valid_set, test_set), training_callback)
 
 

@@ -27,6 +27,7 @@ class BestSoFar:
         value: of the best validation; ``None`` before the first.
         iteration: of the best validation.
         waited: validations since then.
+        last: iteration of the last validation, whatever it was compared with.
     """
 
     def __init__(self, measure: str, patience: int | None = None, pairs: str = "", saves: bool = False) -> None:
@@ -37,15 +38,20 @@ class BestSoFar:
         self.value: float | None = None
         self.iteration = 0
         self.waited = 0
+        self.last = 0
 
-    def improved(self, iteration: int, means: Mapping[str, float]) -> bool:
-        """Take note of a validation; return whether it is the best so far."""
+    def take_note(self, iteration: int, means: Mapping[str, float]) -> None:
+        """Take note of a validation."""
+        self.last = iteration
+        if self.is_best(means):
+            self.value, self.iteration, self.waited = means[self.name], iteration, 0
+        else:
+            self.waited += 1
+
+    def is_best(self, means: Mapping[str, float]) -> bool:
+        """Return whether a validation is better than all those that were taken note of."""
         value = means[self.name]
-        if math.isfinite(value) and (self.value is None or self.sign * value > self.sign * self.value):
-            self.value, self.iteration, self.waited = value, iteration, 0
-            return True
-        self.waited += 1
-        return False
+        return math.isfinite(value) and (self.value is None or self.sign * value > self.sign * self.value)
 
     @property
     def exhausted(self) -> bool:
@@ -55,10 +61,11 @@ class BestSoFar:
     def state(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""
         measured = {"measure": self.name, "pairs": self.pairs, "saved": self.saves}
-        return {**measured, "value": self.value, "iteration": self.iteration, "waited": self.waited}
+        return {**measured, "value": self.value, "iteration": self.iteration, "waited": self.waited, "last": self.last}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` returned, unless it was measured otherwise: then the search begins anew."""
+        self.last = state.get("last", 0)
         if self.goes_on_from(state):
             self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
 
@@ -79,7 +86,7 @@ class PlateauAdvice:
 
     def advice(self, iteration: int, means: Mapping[str, float]) -> str | None:
         """Take note of a validation; return what there is to tell after it."""
-        self.margins.improved(iteration, means)
+        self.margins.take_note(iteration, means)
         early = iteration <= EARLY_PART * self.iters
         if self.told or self.loss_type == "dpop" or not early or self.margins.waited < PLATEAU:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,8 @@ def stop_requests() -> Iterator[StopRequest]:
             os.kill(os.getpid(), number)
             return
         request.signal_number = number
+        if sys.__stderr__ is None:  # closed from the start: another file may have its number
+            return
         with suppress(OSError):  # not print, which may be what was interrupted
             os.write(2, b"\nStopping after this micro-batch; once more to stop without saving.\n")
 

@@ -226,7 +226,7 @@ class _Run:
             self.save_settings()
         if checkpoint is None:
             if self.val_pairs:
-                self.validate(iteration=1)
+                self.validate(iteration=1, before_training=True)
             if self.last_step_start == 0:
                 self.save_checkpoint()
         return True
@@ -246,8 +246,10 @@ class _Run:
             self.reporter.say(f"{done_already}: nothing was changed; raise iters to go on.")
             return False
         if self.start.continues and TRAINED in record.done and (done >= iters or self.best.exhausted):
+            ends = ("iters",) * (done >= iters) + ("early_stopping_patience",) * self.best.exhausted
             self.reporter.say(
-                f"The run in {self.folder} finished at iteration {done}: nothing was changed; raise iters to go on."
+                f"The run in {self.folder} finished at iteration {done}: nothing was changed; raise "
+                f"{' and '.join(ends)} to go on."
             )
             return False
         return True
@@ -313,6 +315,10 @@ class _Run:
         chosen_tokens = [pair.chosen_tokens for pair in self.pairs]
         if stop.agreed():
             raise self.stopped(stop)
+        self.make_up_for_validation()
+        if self.best.exhausted:
+            self.say_exhausted()
+            return
         for iteration, micro_batch in reporter.iterations_of(self.plan(), args.iters, done=self.state.iteration):
             self.quantisation.active = args.qat_enable and self.quantisation.applies_to(step.number)
             pairs = [self.pairs[index] for index in micro_batch.indices]
@@ -332,7 +338,7 @@ class _Run:
             if last or iteration % args.steps_per_report == 0:
                 reporter.report_training(iteration, step.optimizer.learning_rate.item(), micro_batch.epoch)
             if self.val_pairs and (last or iteration % args.steps_per_eval == 0):
-                self.validate_and_compare(iteration)
+                self.validate(iteration)
             stopping, exhausted = stop.agreed(), self.best.exhausted
             if iteration % args.steps_per_save == 0:
                 self.save_numbered(iteration)
@@ -343,8 +349,21 @@ class _Run:
                 save_weights(self.model, self.adapter_file, self.metadata)
                 raise self.stopped(stop)
             if exhausted:
-                reporter.say(f"Iter {iteration}: stopping, no validation since {self.best.iteration} was better.")
+                self.say_exhausted()
                 break
+
+    def make_up_for_validation(self) -> None:
+        """Validate where a run goes on from an iteration after which it failed before it had validated."""
+        done, args = self.state.iteration, self.args
+        due = done and (done == args.iters or done % args.steps_per_eval == 0)
+        if self.val_pairs and due and self.best.last != done:
+            self.validate(done)
+            self.save_checkpoint()
+
+    def say_exhausted(self) -> None:
+        """Tell that the run ends early, since validations have not become better."""
+        best = self.best.iteration
+        self.reporter.say(f"Iter {self.state.iteration}: stopping, no validation since {best} was better.")
 
     def prepare_for_risk(self, pairs: Sequence[PreferencePair]) -> None:
         """Warn, and save what is done, before a micro-batch for which memory may not suffice."""
@@ -440,8 +459,8 @@ class _Run:
             world_size=world.size(),
         )
 
-    def validate(self, iteration: int) -> dict[str, float]:
-        """Report the means over the validation pairs, and return them."""
+    def validate(self, iteration: int, before_training: bool = False) -> None:
+        """Report the means over the validation pairs; after training, keep the adapter if it is the best so far."""
         args, started = self.args, time.perf_counter()
         self.quantisation.active = False  # whatever step it follows, to be comparable with the others
         with self.reporter.pause():
@@ -453,16 +472,18 @@ class _Run:
                 num_batches=args.val_batches,
                 scorer=self.scorer,
             )
-            self.reporter.report_validation(iteration, means, time.perf_counter() - started)
-        return means
+            seconds = time.perf_counter() - started
+            advice = None if before_training else self.compare(iteration, means)
+            self.reporter.report_validation(iteration, means, seconds)  # in the end, since a callback may raise
+        self.reporter.warn(advice)
 
-    def validate_and_compare(self, iteration: int) -> None:
-        """Validate, and keep the adapter beside the last one where it is the best so far."""
-        means = self.validate(iteration)
-        if self.best.improved(iteration, means) and self.args.save_best is not None and self.is_first_rank:
+    def compare(self, iteration: int, means: Mapping[str, float]) -> str | None:
+        """Keep the adapter beside the last one where a validation is the best so far; return what there is to tell."""
+        if self.best.saves and self.best.is_best(means) and self.is_first_rank:
             best = {**self.metadata, "iteration": str(iteration)}
             save_and_verify(self.model, self.adapter_file.with_name(BEST_ADAPTER_NAME), self.reporter.say, best)
-        self.reporter.warn(self.plateau.advice(iteration, means))
+        self.best.take_note(iteration, means)  # now that the file is written
+        return self.plateau.advice(iteration, means)
 
     def save_numbered(self, iteration: int) -> None:
         """Save the adapter as it is, and once more under the number of the iteration."""
