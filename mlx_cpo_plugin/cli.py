@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from mlx_cpo_plugin.bench.command import add_arguments as add_bench_arguments
 from mlx_cpo_plugin.bench.command import run_bench
 from mlx_cpo_plugin.comparison.command import add_arguments as add_compare_arguments
 from mlx_cpo_plugin.comparison.command import run_compare
+from mlx_cpo_plugin.console import discard, keep_standard_descriptors
 from mlx_cpo_plugin.convert.command import add_arguments as add_convert_arguments
 from mlx_cpo_plugin.convert.command import run_convert
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
@@ -36,18 +37,12 @@ RUNNERS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand with ``arguments`` (the process's own by default) and return its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    keep_standard_descriptors()
     try:
-        if words and words[0] in TRAINING_COMMANDS:
-            return {"train": _train, "check": _check}[words[0]](words[1:])
-        chosen = build_parser().parse_args(words)
-        if chosen.command == "demo":
-            return _demo()
-        if chosen.command == "doctor":
-            return _doctor(chosen)
-        if chosen.command in RUNNERS:
-            return RUNNERS[chosen.command](chosen)
-        return _losses(chosen.json)
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -55,8 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        discard(sys.stdout)
+        print("error: the disk under the output is full; free space or let it go elsewhere.", file=sys.stderr)
+        return 2
+
+
+def _run(words: Sequence[str]) -> int:
+    if words and words[0] in TRAINING_COMMANDS:
+        return {"train": _train, "check": _check}[words[0]](words[1:])
+    chosen = build_parser().parse_args(words)
+    if chosen.command == "demo":
+        return _demo()
+    if chosen.command == "doctor":
+        return _doctor(chosen)
+    if chosen.command in RUNNERS:
+        return RUNNERS[chosen.command](chosen)
+    return _losses(chosen.json)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -60,6 +60,8 @@ def lasting_output(of_process: bool = False) -> Iterator[None]:
     Args:
         of_process: the process ends with the context, and is not to fail over what is left to be written then.
     """
+    if of_process:
+        keep_standard_descriptors()
     replaced = {}
     for name in _STREAMS:
         stream = getattr(sys, name)
@@ -74,10 +76,22 @@ def lasting_output(of_process: bool = False) -> Iterator[None]:
             if getattr(sys, name) is lasting:  # and not what somebody else has put over it
                 setattr(sys, name, lasting.stream)
             if of_process and lasting.failed:
-                _discard(lasting.stream)
+                discard(lasting.stream)
 
 
-def _discard(stream: Any) -> None:
+def keep_standard_descriptors() -> None:
+    """Open what is closed of standard input, output and error, so that no other file gets its number.
+
+    What is printed to them would end up in that file, and MLX takes the number 0 for a file that was not opened.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+
+
+def discard(stream: Any) -> None:
     """Have what a stream still holds go nowhere, since the interpreter will try to write it once more."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -71,7 +71,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
 def test_an_interrupt_ends_the_command_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(as_json: bool) -> int:
+    def interrupted(*arguments: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "run_doctor", interrupted)
@@ -108,7 +108,7 @@ def test_losses_as_json_hold_the_options_with_their_ranges(capsys: pytest.Captur
 @pytest.mark.parametrize(("words", "as_json"), [(["doctor"], False), (["doctor", "--json"], True)])
 def test_doctor_gives_its_exit_code(words: list[str], as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(doctor, "run_doctor", lambda as_json: calls.append(as_json) or 1)
+    monkeypatch.setattr(doctor, "run_doctor", lambda as_json, *others: calls.append(as_json) or 1)
 
     assert cli.main(words) == 1
     assert calls == [as_json]

@@ -94,7 +94,7 @@ def test_what_somebody_else_has_put_over_it_stays(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "output", ["| head -1 >&2", "> /dev/full", "> /dev/full 2> /dev/full", ">&- 2>&-", "2>&1 | true"]
+    "output", ["| head -1 >&2", "> /dev/full", "> /dev/full 2> /dev/full", "<&-", "<&- >&- 2>&-", "2>&1 | true"]
 )
 def test_the_command_trains_to_the_end_wherever_its_output_goes(
     output: str, settings: dict[str, Any], tmp_path: Path
@@ -110,3 +110,22 @@ def test_the_command_trains_to_the_end_wherever_its_output_goes(
     assert (Path(settings["adapter_path"]) / "adapters.safetensors").exists()
     lines = (Path(settings["adapter_path"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines if json.loads(line)["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.parametrize("output", ["| true", "| head -c 1", ">&-"])
+def test_other_commands_end_well_whoever_reads_them(output: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m mlx_cpo_plugin losses {output}"
+
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=200, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_other_commands_say_in_one_sentence_that_the_disk_under_their_output_is_full() -> None:
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "losses"]
+
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=200, check=False)
+
+    assert ended.returncode == 2
+    assert ended.stderr == "error: the disk under the output is full; free space or let it go elsewhere.\n"
