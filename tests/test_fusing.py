@@ -295,6 +295,26 @@ def test_a_process_killed_while_a_model_is_put_in_place_leaves_none_that_loads_w
     assert (target / "config.json").read_text() == "new"
 
 
+def test_a_fused_model_overwrites_nothing_but_what_its_own_run_wrote(settings: Settings, run_main: RunMain) -> None:
+    folder = Path(settings["adapter_path"])
+    folder.mkdir()
+    # As an earlier version left them, and a note of the user.
+    before = {"config.json": b"{}", "model-00001-of-00002.safetensors": b"older", "README.md": b"mine"}
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+
+    run_main({**settings, "fuse": True})
+
+    (aside,) = (folder / "previous").glob("before-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+    load(str(folder))
+    # Its own are replaced when the run goes on.
+    run_main({**settings, "fuse": True, "resume": "auto", "iters": settings["iters"] + 2})
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert [path.name for path in (folder / "previous").iterdir()] == [aside.name]
+
+
 def test_what_a_killed_process_left_is_removed_and_links_are_replaced_not_followed(
     fuse_settings: Settings, run_main: RunMain, model_folder: Path, tmp_path: Path
 ) -> None:

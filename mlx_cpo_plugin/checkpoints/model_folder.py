@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,11 +34,15 @@ def staging_folder(target: Path) -> Iterator[Path]:
                 target.rmdir()
 
 
-def publish(staging: Path, target: Path) -> None:
+def publish(staging: Path, target: Path, put_aside: Callable[[Sequence[Path]], None] = lambda replaced: None) -> None:
     """Move a whole model from ``staging`` into ``target``, in place of a model that is there.
 
     There is no moment at which the folder holds a ``config.json`` with weights that are not its own: without the former
     it is no model to any program. Links in ``target`` are replaced, not followed.
+
+    Args:
+        put_aside: gets the files in ``target`` that are going to be replaced or removed, those of a model first, and
+            may move them elsewhere.
 
     Raises:
         OSError: a file is cut short, or cannot be moved.
@@ -47,8 +51,10 @@ def publish(staging: Path, target: Path) -> None:
     for file in files:
         check_whole(staging / file)
         flush(staging / file)
-    (target / _CONFIG).unlink(missing_ok=True)
     weights = [*target.glob("model*.safetensors"), target / "model.safetensors.index.json"]
+    replaced = dict.fromkeys((target / _CONFIG, *weights, *(target / file for file in files)))
+    put_aside([path for path in replaced if os.path.lexists(path)])
+    (target / _CONFIG).unlink(missing_ok=True)
     for file in weights:
         if file.relative_to(target) not in files:
             file.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -162,6 +162,20 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
         _move(path, aside)
     _write(adapter_folder, record.successor)
     return aside
+
+
+def put_aside_what_is_not_the_runs(adapter_folder: Path, paths: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Put aside those of some files in an adapter folder that the run whose folder it is has not written itself."""
+    record = read_record(adapter_folder)
+    if record is None:
+        return
+    foreign = [path for path in paths if path.relative_to(adapter_folder).parts[0] not in record.files]
+    if foreign:
+        aside = adapter_folder / PREVIOUS / f"before-{record.run.id}"
+        for path in foreign:
+            _move(path, aside)
+        names = ", ".join(path.name for path in foreign)
+        say(f"{names} in {adapter_folder} would have been overwritten; what was there is put aside in {aside}.")
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:

@@ -16,6 +16,7 @@ from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_mod
 from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
 
 from mlx_cpo_plugin.checkpoints.model_folder import publish, staging_folder
+from mlx_cpo_plugin.checkpoints.run_folder import put_aside_what_is_not_the_runs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
 from mlx_cpo_plugin.host.loading import group_size_for, model_folder
@@ -69,7 +70,7 @@ class Fusing:
                 _save(model, tokenizer, parts, staging)
                 complete_fused_model(staging, base, parts)
                 fused = self._scored_back(staging)
-                publish(staging, target)
+                publish(staging, target, self._put_aside)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error):
                 raise
@@ -83,6 +84,10 @@ class Fusing:
             if kept is not None and kept < ENOUGH:
                 self.say("Warning: rounding took more than a tenth of that away; set fuse_bits to more, or to 16.")
         return target
+
+    def _put_aside(self, replaced: Sequence[Path]) -> None:
+        if self.settings.lm_studio_name is None:
+            put_aside_what_is_not_the_runs(Path(self.settings.adapter_path), replaced, self.say)
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
         return held_out_scores(model, self.pairs, self.scoring) if self.pairs else None
