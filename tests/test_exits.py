@@ -260,6 +260,24 @@ def test_a_validation_that_a_callback_prevented_or_interrupted_counts_when_the_r
     assert same(best(tmp_path / "run")[1], best(tmp_path / "whole")[1])
 
 
+def test_a_best_adapter_that_the_user_moves_elsewhere_ends_no_run(tmp_path: Path) -> None:
+    best_file = tmp_path / "best_adapters.safetensors"
+
+    class MovedAndStopped(TrainingCallback):
+        def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+            if val_info["iteration"] == 2:
+                best_file.rename(tmp_path / "mine.safetensors")
+                signal.raise_signal(signal.SIGTERM)
+
+    settings = {"save_best": "loss", "rate": 0.0}
+    with pytest.raises(StoppedError):
+        train(tmp_path, MovedAndStopped(), **settings)
+    train(tmp_path, **settings)
+
+    assert (tmp_path / "mine.safetensors").exists()
+    assert not best_file.exists()  # there was no better one
+
+
 @pytest.mark.parametrize("stop_at_the_end", [False, True])
 def test_a_run_that_stops_where_patience_ends_trains_no_further(
     stop_at_the_end: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

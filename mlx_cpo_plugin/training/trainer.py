@@ -288,14 +288,15 @@ class _Run:
             )
             if self.is_first_rank and best_file.exists():
                 best_file.rename(best_file.with_stem(f"{best_file.stem}-{before['measure']}-{before['iteration']:07d}"))
-        elif self.best.saves and self.is_first_rank:
+        elif self.best.saves and self.is_first_rank and saved.exists():
             write_atomically(best_file, lambda partial: shutil.copyfile(saved, partial))
 
     def save_checkpoint(self) -> Path:
         """Save what resuming needs, with the best adapter so far; return where."""
         best_file = self.adapter_file.with_name(BEST_ADAPTER_NAME)
         holds_best = self.is_first_rank and self.best.saves and self.best.value is not None
-        files = {BEST_ADAPTER_NAME: best_file} if holds_best else {}
+        # The user may have moved it elsewhere.
+        files = {BEST_ADAPTER_NAME: best_file} if holds_best and best_file.exists() else {}
         self.last_checkpoint = self.checkpoints.save(self.last_whole.state, files)
         return self.last_checkpoint
 
