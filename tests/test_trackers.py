@@ -308,7 +308,7 @@ class Recorder:
 
 
 class EndAt:
-    """A callback of the caller that ends the run at a report, as a kill would."""
+    """A callback of the caller that ends the run at a report, 0 being the validation before training."""
 
     def __init__(self, iteration: int | None) -> None:
         self.iteration = iteration
@@ -318,10 +318,11 @@ class EndAt:
             raise InterruptedError
 
     def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        pass
+        if self.iteration == 0:
+            raise InterruptedError
 
 
-def train(folder: Path, tracker: Any, end_at: int | None = None, **arguments: Any) -> None:
+def train(folder: Path, tracker: Any, end_at: int | None = None, **arguments: Any) -> TrackerCallback:
     callback = TrackerCallback({"recorder": tracker}, RunDescription("p", "n", folder, {}), EndAt(end_at))
     mx.random.seed(7)
     settings = {
@@ -335,6 +336,7 @@ def train(folder: Path, tracker: Any, end_at: int | None = None, **arguments: An
     train_cpo(
         model, adam, build_pairs(8), build_pairs(2, seed=1), CPOTrainingArgs(**settings | arguments), None, callback
     )
+    return callback
 
 
 EVERY_REPORT = sorted([*((step, "loss") for step in range(1, 9)), *((step, "eval_loss") for step in (1, 2, 4, 6, 8))])
@@ -356,7 +358,7 @@ def test_a_resumed_run_goes_on_in_the_tracker_and_tells_nothing_twice(tmp_path: 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_in_the_tracker(tmp_path: Path) -> None:
     tracker, second = Recorder(), Recorder()
     with pytest.raises(InterruptedError):
-        train(tmp_path, tracker, end_at=2)
+        train(tmp_path, tracker, end_at=0)
 
     train(tmp_path, second, resume="auto")
 
@@ -372,6 +374,16 @@ def test_a_run_that_begins_anew_in_the_same_folder_is_another_run_in_the_tracker
 
     assert tracker.started == [None, None]
     assert sorted(tracker.told) == sorted(2 * EVERY_REPORT)
+
+
+def test_a_test_that_a_finished_run_had_not_made_is_told_to_the_run_that_the_tracker_had(tmp_path: Path) -> None:
+    train(tmp_path, Recorder())
+    tracker = Recorder()
+
+    callback = train(tmp_path, tracker, resume="auto")
+    callback.on_test_report({"test_loss": 1.0})
+
+    assert tracker.started == ["id-1"]
 
 
 def test_a_run_that_began_without_a_tracker_can_be_resumed_with_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.host.substrate import TrainingCallback
 from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.trackers import TrackerCallback
+from mlx_cpo_plugin.trackers.callback import Told
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans, host_report
 from mlx_cpo_plugin.training.objective import Objective
 
@@ -164,9 +165,14 @@ class ProgressReporter:
         told, missing = self.metrics_file.go_on(lines, run_id, state["metrics_rows"], checkpoint.iteration)
         if missing is not None:
             self.say(missing)
-        same_run = run_id == self.metrics_file.run_id
-        if same_run and isinstance(self.callback, TrackerCallback) and state.get("trackers") is not None:
-            self.callback.resume(state["trackers"], told)
+        if run_id == self.metrics_file.run_id:
+            self.go_on_in_trackers(checkpoint, told)
+
+    def go_on_in_trackers(self, checkpoint: Checkpoint, told: Told = ()) -> None:
+        """Let the trackers go on with the runs that they had when a checkpoint of the same run was written."""
+        state = checkpoint.values["reporter"].get("trackers")
+        if isinstance(self.callback, TrackerCallback) and state is not None:
+            self.callback.resume(state, told)
 
     def warn(self, line: str | None) -> None:
         """Print a warning, if there is one, and note it among the metrics."""

@@ -215,6 +215,7 @@ class _Run:
             for note in self.start.notes:
                 say(note)
             if not self.is_to_go_on():
+                self.reporter.go_on_in_trackers(checkpoint)  # which a test is still to be told to
                 return False
         for line in memory_report(self.model, self.step.optimizer, self.pairs, self.scorer, self.args):
             say(line)
