@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from conftest import assert_same, preference_rows
 from mlx_lm.utils import load
+from mlx_lm_lora import recurrent_patch
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.host import substrate
 from mlx_cpo_plugin.layers import checkpointing
 from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training import long_context
@@ -347,8 +347,8 @@ def test_recurrence_chunk_size_reaches_the_hosts_recurrences(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(substrate, "model_uses_recurrence", lambda model: True)
-    monkeypatch.setattr(substrate, "enable_memory_safe_recurrences", lambda chunk_size: sizes.append(chunk_size))
+    monkeypatch.setattr(recurrent_patch, "model_uses_recurrence", lambda model: True)
+    monkeypatch.setattr(recurrent_patch, "enable_memory_safe_recurrences", lambda chunk_size: sizes.append(chunk_size))
 
     run(recurrence_chunk_size=17)
 
