@@ -143,14 +143,14 @@ def build_model(job: Job, settings: SimpleNamespace) -> nn.Module:
 
 def keep_first_gradient(optimizer: optimizers.Optimizer, file: Path) -> None:
     """Let ``optimizer`` write the first gradient that it is given, in float32."""
-    update = optimizer.update
+    apply_gradients = optimizer.apply_gradients
 
-    def keeping_update(model: nn.Module, gradients: dict[str, Any]) -> None:
+    def keeping_gradients(gradients: dict[str, Any], parameters: dict[str, Any]) -> Any:
         if not file.exists():
             save_gradient(file, by_name(gradients))
-        update(model, gradients)
+        return apply_gradients(gradients, parameters)
 
-    optimizer.update = keeping_update  # type: ignore[method-assign]  # this one optimizer only
+    optimizer.apply_gradients = keeping_gradients  # type: ignore[method-assign]  # this one optimizer only
 
 
 def save_gradient(file: Path, gradient: Mapping[str, mx.array]) -> None:
