@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.data.pair import PreferencePair
 
 use_fast_blas()
+
+# A shell that runs the tests in the background has them, and all that they start, ignore these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long an example takes says how busy the machine is.
 hypothesis_settings.register_profile("without deadline", deadline=None)

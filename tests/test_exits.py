@@ -149,14 +149,6 @@ def named_checkpoints(text: str) -> list[Path]:
     return [Path(path) for path in re.findall(r"(\S+/checkpoints/\d+)", text)]
 
 
-@pytest.fixture
-def terminal() -> Iterator[None]:
-    """A process that is told where its terminal closes, as one under nohup is not."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("number", "every"),
     [
@@ -166,7 +158,6 @@ def terminal() -> Iterator[None]:
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("terminal")
 def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
     number: signal.Signals, every: int, tmp_path: Path, uninterrupted: Arrays
 ) -> None:

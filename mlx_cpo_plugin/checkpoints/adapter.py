@@ -15,7 +15,7 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.atomic_files import replace_whole
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.errors import UserError, is_out_of_memory
 from mlx_cpo_plugin.parameters import by_name
 
 _LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
@@ -191,4 +191,6 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         replace_whole(path, write)
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error

@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
+from mlx_cpo_plugin.errors import is_out_of_memory
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -109,6 +110,8 @@ class CheckpointFolder:
             partial.rename(target)
             flush(self.folder)
         except (OSError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{target} cannot be written ({error}); free space or change adapter_path.{self._left()}"
             ) from error

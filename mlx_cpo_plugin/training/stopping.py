@@ -70,7 +70,7 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.signal_number:
             request.forced = True
             for each, handler in previous.items():
-                signal.signal(each, handler)
+                signal.signal(each, signal.SIG_DFL if handler == signal.SIG_IGN else handler)
             os.kill(os.getpid(), number)
             return
         request.signal_number = number
