@@ -105,7 +105,7 @@ def test_a_host_without_the_quantiser_costs_only_qat(monkeypatch: pytest.MonkeyP
         pass
     with (
         pytest.raises(ConfigError, match=r"^qat_enable needs .*_symmetric_fake_quantize_tensor, which mlx-lm-lora"),
-        fake_quantised(model, bits=8, group_size=64),
+        fake_quantised(model, bits=8, group_size=64, quantizer="host"),
     ):
         pass
 
