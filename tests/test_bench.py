@@ -106,6 +106,7 @@ def test_pairs_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
             assert getattr(pair, part).dtype == getattr(loaded, part).dtype
 
 
+@pytest.mark.slow
 class TestMeasuring:
     def test_a_config_is_measured_from_end_to_end(
         self, settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]

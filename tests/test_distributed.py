@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import assert_same
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 Ended = subprocess.CompletedProcess[str]
 

@@ -108,6 +108,7 @@ def test_what_is_too_small_for_bfloat16_is_fused_into_it_on_average(
 
 
 @pytest.mark.parametrize(("enough", "bits_stay"), [(-1e9, True), (1e9, False)])
+@pytest.mark.slow
 def test_a_base_that_is_quantised_on_disk_keeps_its_bits_if_they_keep_what_was_learned(
     fuse_settings: Settings,
     run_main: RunMain,

@@ -107,6 +107,7 @@ CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_the_estimate_is_within_a_quarter_of_what_is_measured(name: str, tmp_path: Path) -> None:
     adapter, sizes, pairs, settings = CASES[name]
     model = larger_model(**{name: value for name, value in sizes.items() if name != "dtype"})

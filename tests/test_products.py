@@ -161,7 +161,7 @@ def quantised_dora() -> nn.Module:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("around", ["", "checkpointing", "qat"])
+@pytest.mark.parametrize("around", ["", *(pytest.param(a, marks=pytest.mark.slow) for a in ("checkpointing", "qat"))])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_computes_what_its_float32_copy_does(

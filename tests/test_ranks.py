@@ -22,6 +22,8 @@ from mlx_cpo_plugin.checkpoints.training_state import RunCheckpoints
 from mlx_cpo_plugin.training import ranks, stopping
 from mlx_cpo_plugin.training.stopping import StopRequest
 
+pytestmark = pytest.mark.slow
+
 LOST = "error: rank {} was killed or ended with an error of its own, so rank {} stops, too; the checkpoints so far are"
 
 
