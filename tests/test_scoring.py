@@ -12,6 +12,7 @@ from mlx_lm.models import cohere2, gemma3_text, mamba, qwen3_moe
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.scoring import answers
 from mlx_cpo_plugin.scoring.answers import compile_where_it_pays, score_answers
 
 
@@ -153,7 +154,7 @@ def test_gradients_equal_those_of_a_float64_model_scored_answer_by_answer() -> N
 
 
 def test_compilation_is_off_on_the_cpu_only_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLX_DISABLE_COMPILE")
+    monkeypatch.setattr(answers, "_compilation_is_on", lambda: True)
     calls: list[str] = []
     monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("off"))
     monkeypatch.setattr(mx, "enable_compile", lambda: calls.append("on"))

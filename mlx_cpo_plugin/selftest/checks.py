@@ -48,7 +48,8 @@ from mlx_cpo_plugin.training.trainer import gradient_methods, training_environme
 FLOAT32_ROUNDINGS, HALF_ROUNDINGS = 800, 16
 # On GPUs MLX may multiply float32 as TF32, with 10 bits of fraction, unless MLX_ENABLE_TF32=0 says otherwise.
 TF32_EPSILON = 2.0**-11
-QAT_BITS, QAT_GROUP_SIZE = 8, 32
+# The quantiser of mlx-lm-lora works in float64, too, as MLX's own does not.
+QAT: dict[str, Any] = {"bits": 8, "group_size": 32, "quantizer": "host"}
 SEGMENT = 16
 # A GPU adds up in whatever order its threads end.
 SUMMED_IN_ANY_ORDER = 1e-4
@@ -208,9 +209,8 @@ def check_gradient(
         arguments: of :func:`mlx_cpo_plugin.selftest.models.build_model`.
     """
     objective, pairs, model = tested_objective(), build_pairs(), build_model(**arguments)
-    args = CPOTrainingArgs(
-        grad_checkpoint=grad_checkpoint, qat_enable=qat, qat_bits=QAT_BITS, qat_group_size=QAT_GROUP_SIZE
-    )
+    quantisation_args = {f"qat_{name}": value for name, value in QAT.items()}
+    args = CPOTrainingArgs(grad_checkpoint=grad_checkpoint, qat_enable=qat, **quantisation_args)
     with training_environment(model, args) as quantisation:
         quantisation.active = qat
         result = method_for(model, objective, pairs)(pairs, StepTotals.of(pairs), qat)
@@ -223,7 +223,7 @@ def check_gradient(
 def _reference(arguments: tuple[tuple[str, Any], ...], qat: bool) -> Reference:
     """Return the reference of a tiny model, which the ways to one gradient share."""
     model = build_model(**dict(arguments))
-    with fake_quantised(model, bits=QAT_BITS, group_size=QAT_GROUP_SIZE) as quantisation:
+    with fake_quantised(model, **QAT) as quantisation:
         quantisation.active = qat
         return reference_of(model, build_pairs(), tested_objective())
 
