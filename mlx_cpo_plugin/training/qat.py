@@ -111,7 +111,8 @@ def _fake_quantised_call(original: Call, schedule: FakeQuantisation, round_trip:
         if not schedule.active:
             return y
         # Adding the rounding error as a constant leaves the layer's own gradient, dropout included, untouched.
-        merged = mx.stop_gradient(merged_weight(module))
+        # It waits for x so that each call has its own: MLX cannot compile two equal calls of its quantiser.
+        merged = mx.stop_gradient(mx.depends(merged_weight(module), x))
         error = (round_trip(merged, dense_dtype(module)) - merged).astype(x.dtype)
         if isinstance(module, LoRASwitchLinear):
             indices = args[0] if args else kwargs["indices"]
