@@ -26,8 +26,8 @@ class StoppedError(UserError):
     """
 
     def __init__(self, iteration: int, signal_number: int, how_to_go_on: str) -> None:
-        done = f"stopped after iteration {iteration}, which is saved" if iteration else "stopped before iteration 1"
-        super().__init__(f"{done}; {how_to_go_on}.")
+        after = f"stopped after iteration {iteration}, which is saved; {how_to_go_on}."
+        super().__init__(after if iteration else "stopped before iteration 1; nothing is trained yet: start it again.")
         self.exit_code = 128 + signal_number
 
 
