@@ -79,6 +79,7 @@ def test_memory_that_ends_on_a_cpu_was_warned_of_and_costs_nothing_that_was_done
 
 
 @pytest.mark.parametrize("fault", list(SENTENCES))
+@pytest.mark.slow
 def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
     fault: str, long_run: Settings, run_main: RunMain, tmp_path: Path
 ) -> None:

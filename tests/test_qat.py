@@ -305,6 +305,7 @@ def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.slow
 def test_qat_lowers_the_loss_of_the_really_quantised_model(train_type: str, tmp_path: Path) -> None:
     _, with_qat = held_out_losses(train_type, True, tmp_path / "adapters.safetensors")
     unquantised, without = held_out_losses(train_type, False, tmp_path / "adapters.safetensors")

@@ -106,11 +106,12 @@ def stopped(folder: Path, iteration: int, number: signal.Signals = signal.SIGTER
     "case",
     [
         "in an empty folder",
-        pytest.param("anew in a used folder", marks=pytest.mark.slow),
-        pytest.param("from an earlier checkpoint", marks=pytest.mark.slow),
-        pytest.param("from another folder into a used one", marks=pytest.mark.slow),
+        "anew in a used folder",
+        "from an earlier checkpoint",
+        "from another folder into a used one",
     ],
 )
+@pytest.mark.slow
 def test_a_run_killed_between_any_two_file_operations_loses_nothing_and_ends_like_one_that_was_not(
     tmp_path: Path, case: str
 ) -> None:

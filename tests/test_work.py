@@ -183,6 +183,7 @@ def _kind(value: Any) -> Any:
     return (value.shape, value.dtype) if isinstance(value, mx.array) else value
 
 
+@pytest.mark.slow
 def test_an_epoch_of_mixed_lengths_is_compiled_for_few_shapes(tmp_path: Path, compiled: set[Any]) -> None:
     train(tmp_path, build_pairs(120, longest=200), iterations=60, compile=True)
 
