@@ -39,6 +39,31 @@ hypothesis_settings.load_profile("without deadline")
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 96
 
+# Texts that YAML would read as something else where they are not quoted.
+LIKE_OTHER_YAML = (
+    *("no", "On", "yes", "null", "~", "12:30", "1e-5", "0o17", "08", "010", "1_000", "2026-11-26", "0x1f", "=", "<<"),
+    *(
+        "!x",
+        "&a",
+        "*a",
+        "a: b",
+        "a #b",
+        "- a",
+        "? a",
+        "'",
+        '"',
+        "[a",
+        "{a",
+        "%a",
+        "@a",
+        "`a",
+        "...",
+        "---",
+        "a\nb",
+        "\t",
+    ),
+)
+
 SENTENCES = [
     "The shop opens at nine in the morning.",
     "A blue kite flies over the quiet harbour.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import LIKE_OTHER_YAML
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,23 +17,7 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.yaml_settings import SettingsLoader, dump_settings, parse_settings, parse_value
 
-LIKE_NUMBERS = [
-    "no",
-    "On",
-    "yes",
-    "null",
-    "~",
-    "12:30",
-    "1e-5",
-    "0o17",
-    "08",
-    "010",
-    "1_000",
-    "2026-11-26",
-    "=",
-    "0x1f",
-]
-TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(LIKE_NUMBERS)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(LIKE_OTHER_YAML)
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
