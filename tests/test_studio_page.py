@@ -397,11 +397,18 @@ def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
     again.close()
 
 
-# Comes after the tests that leave files of every kind behind.
-def test_another_account_reads_nothing_asks_nothing_and_sees_no_token(server: Server, root: Path) -> None:
-    written = [root / "mine", *(root / "mine").iterdir()]
-    written += [root / "adapters", *(root / "adapters").rglob("*")]
-    assert {root / "adapters" / name for name in ("studio.yaml", "console.log", "adapters.safetensors")} < set(written)
+def test_another_account_reads_nothing_asks_nothing_and_sees_no_token(page: Any, server: Server, root: Path) -> None:
+    open_changed(page, root, "private.yaml", adapter_path="private", iters=2)
+    page.locator("#file").locator("input").fill("hidden/private.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+    expect(page.locator("#said")).to_contain_text("Saved hidden/private.yaml")
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text("Finished")
+
+    written = [folder for name in ("hidden", "private") for folder in (root / name, *(root / name).rglob("*"))]
+    assert {root / "private" / name for name in ("studio.yaml", "console.log", "adapters.safetensors")} < set(written)
     assert all(mode & 0o077 == 0 for mode in modes(written)), dict(zip(written, modes(written), strict=True))
     if os.geteuid() != 0:
         pytest.skip("needs a superuser to be another account")
