@@ -14,8 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from mlx_cpo_plugin.activation.finder import install as activate
     from mlx_cpo_plugin.hookspecs import hookimpl
-    from mlx_cpo_plugin.host.finder import install as activate
     from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
     from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
@@ -24,7 +24,7 @@ _HOMES = {
     "LossType": "mlx_cpo_plugin.types",
     "Option": "mlx_cpo_plugin.types",
     "TrainMode": "mlx_cpo_plugin.types",
-    "activate": "mlx_cpo_plugin.host.finder",
+    "activate": "mlx_cpo_plugin.activation.finder",
     "evaluate_cpo": "mlx_cpo_plugin.training.trainer",
     "hookimpl": "mlx_cpo_plugin.hookspecs",
     "train_cpo": "mlx_cpo_plugin.training.trainer",

@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _activate() -> None:
-    from mlx_cpo_plugin.host import finder
+    from mlx_cpo_plugin.activation import finder
 
     if finder.disabled():
         raise PluginError(f"{finder.DISABLE_VARIABLE} turns the plugin off; unset it to train with CPO.")
@@ -140,7 +140,7 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _check_run(words: Sequence[str]) -> int:
-    from mlx_cpo_plugin.data.check import run_check
+    from mlx_cpo_plugin.commands.check import run_check
     from mlx_cpo_plugin.settings import config
 
     mode = config.requested_mode(words)
@@ -171,7 +171,7 @@ def _demo() -> int:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from mlx_cpo_plugin.host.doctor import run_doctor
+    from mlx_cpo_plugin.commands.doctor import run_doctor
 
     return run_doctor(chosen.json, chosen.selftest or chosen.config is not None, chosen.config)
 

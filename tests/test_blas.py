@@ -15,11 +15,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from fresh_environment import FreshEnvironment, installed_environment
+from support.fresh_environment import FreshEnvironment, installed_environment
 
 from mlx_cpo_plugin import blas, linkage
+from mlx_cpo_plugin.commands import doctor
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.host import doctor
 
 slots = linkage.call_slots("libmlx.so", blas.FUNCTIONS)
 pytestmark = pytest.mark.skipif(not slots, reason="needs a build of MLX that calls a BLAS in a library of its own")
@@ -46,7 +46,7 @@ OWN_ROUTES = {
     "activate() afterwards": "import mlx_lm_lora.train; import mlx_cpo_plugin; mlx_cpo_plugin.activate()",
     "loading a model": """
 from types import SimpleNamespace
-from mlx_cpo_plugin.host.loading import load_model
+from mlx_cpo_plugin.run.loading import load_model
 try:
     load_model(SimpleNamespace(seed=0, model="/none", load_in_4bits=0, load_in_6bits=0, load_in_8bits=0))
 except Exception:
@@ -160,7 +160,7 @@ def test_a_process_without_the_host_is_left_alone(environment: FreshEnvironment,
 def test_start_up_does_not_import_what_binding_needs(environment: FreshEnvironment) -> None:
     printed = environment.run_python("-c", "import sys; print(*sys.modules)").split()
 
-    assert "mlx_cpo_plugin.host.finder" in printed
+    assert "mlx_cpo_plugin.activation.finder" in printed
     assert not {"ctypes", "mlx_cpo_plugin.blas", "mlx_cpo_plugin.linkage"} & set(printed)
 
 

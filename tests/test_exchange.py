@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cpo_plugin.training import exchange
-from mlx_cpo_plugin.training.exchange import LostRankError, of_all_ranks
+from mlx_cpo_plugin import exchange
+from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks
 
 Gather = Callable[[np.ndarray], np.ndarray]
 

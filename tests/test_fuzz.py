@@ -16,8 +16,8 @@ import datasets
 import fuzz
 import pyarrow
 import pytest
-from data_tokenizers import tokenizer_named
 from pyarrow import parquet
+from support.data_tokenizers import tokenizer_named
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.dataset import DataReport
@@ -25,8 +25,8 @@ from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.host.loading import load_model
-from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.run.loading import load_model
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.wording import named, shown
 

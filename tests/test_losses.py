@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.losses import smoothed
+from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.plugins import loss_types
-from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.training.objective import objective_for
 
 LOSSES = ("sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo")

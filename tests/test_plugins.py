@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 import yaml
-from fresh_environment import FreshEnvironment, build_distribution, built_wheel
-from stranger_plugins import CompetingPlugin, RankPlugin, registered
+from support.fresh_environment import FreshEnvironment, build_distribution, built_wheel
+from support.stranger_plugins import CompetingPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import hookspecs, plugins
 from mlx_cpo_plugin.errors import PluginError
@@ -180,4 +180,4 @@ def test_every_hook_is_documented_in_the_readme_and_called_in_a_test() -> None:
     assert len(hooks()) >= 2
     for hook in hooks():
         assert hook in readme
-        assert any(f"def {hook}" in path.read_text() for path in tests.glob("*.py"))
+        assert any(f"def {hook}" in path.read_text() for path in tests.rglob("*.py"))

@@ -13,7 +13,7 @@ from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.batches import BatchSize, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.settings import config
 
 HOST_LOSSES = ("sigmoid", "hinge", "ipo", "dpop")

@@ -19,10 +19,10 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
+from mlx_cpo_plugin.activation.finder import DISABLE_VARIABLE
 from mlx_cpo_plugin.bench.cases import Case
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, save_pairs
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.host.finder import DISABLE_VARIABLE
 
 COUNTED_ITERATIONS = 2
 REFERENCE_TASK = "gradient of the first batch"

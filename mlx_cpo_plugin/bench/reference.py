@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
+from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.parameters import by_name
 
 

@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
     """Return versions and device."""
     import mlx.core as mx
 
-    from mlx_cpo_plugin.host.doctor import check_backend
+    from mlx_cpo_plugin.commands.doctor import check_backend
 
     versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-cpo-plugin")}
     backend = {finding.name: finding.detail for finding in check_backend()}

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.checkpoints.folder import (
 )
 from mlx_cpo_plugin.checkpoints.run_identity import PREVIOUS, Origin, RunIdentity, RunRecord, read_record
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import of_all_ranks
 
 AUTO = "auto"
 

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import CHECKPOINTS, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import PREVIOUS, RECORD, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import of_all_ranks
 
 LOCK_NAME = ".lock"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -22,11 +22,11 @@ from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import first_line
+from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping
+from mlx_cpo_plugin.model.logps import compile_where_it_pays
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.plugins import loss_types
-from mlx_cpo_plugin.scoring.answers import compile_where_it_pays
-from mlx_cpo_plugin.scoring.grouping import PAIR_BY_PAIR, Grouping
-from mlx_cpo_plugin.scoring.parity import choose_scorer
-from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.selftest.models import build_model, build_pairs
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of
 from mlx_cpo_plugin.selftest.tiny_run import KILLED_AT, run_in_child

@@ -14,10 +14,10 @@ from mlx_cpo_plugin.bench.reference import physical_memory
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError, first_line
-from mlx_cpo_plugin.host.loading import load_model
-from mlx_cpo_plugin.host.substrate import load_chat_tokenizer
+from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import train_modes
+from mlx_cpo_plugin.run.loading import load_model
 from mlx_cpo_plugin.selftest.checks import WAYS, Check, MethodFor, Outcome, compared, plain_batches, tested_objective
 from mlx_cpo_plugin.selftest.models import shortened, unquantised
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of

@@ -12,7 +12,7 @@ from mlx_lm.tuner import callbacks
 from tqdm import tqdm
 
 from mlx_cpo_plugin.errors import first_line
-from mlx_cpo_plugin.host.substrate import TrainingCallback
+from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
 from mlx_cpo_plugin.trackers.names import trl_names

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.model.logps import AnswerScores
 
 WINDOW = 20
 # How many standard errors two halves of the window have to be apart.

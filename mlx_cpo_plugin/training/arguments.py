@@ -10,7 +10,7 @@ from typing import Any
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.host.substrate import SFTTrainingArgs
+from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MLX, MODES, check_quantizer
 from mlx_cpo_plugin.training.best import MEASURES
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cpo_plugin.checkpoints.training_state import random_seed
 from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
-from mlx_cpo_plugin.host.substrate import parts_of
+from mlx_cpo_plugin.host import parts_of
 from mlx_cpo_plugin.settings.paths import expanded
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
+from mlx_cpo_plugin.training.state import random_seed
 
 
 def training_arguments(args: Any) -> CPOTrainingArgs:

@@ -9,10 +9,10 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.scoring.answers import AnswerScores, evaluation_mode, score_answers
-from mlx_cpo_plugin.scoring.grouping import PairSize
-from mlx_cpo_plugin.scoring.shared_batch import score_together
-from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, normalised_pair, share
+from mlx_cpo_plugin.model.grouping import PairSize
+from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
+from mlx_cpo_plugin.model.shared_batch import score_together
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, normalised_pair, share
 from mlx_cpo_plugin.training.metrics import PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 

@@ -11,11 +11,11 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import Arrays, Batch, StepArrays, StepTotals, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.model.grouping import Grouping, PairSize
+from mlx_cpo_plugin.model.logps import AnswerScores, score_answers, score_rows
+from mlx_cpo_plugin.model.shared_batch import SharedBatch, collate_shared, score_batch
+from mlx_cpo_plugin.model.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised_pair, share
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring.answers import AnswerScores, score_answers, score_rows
-from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize
-from mlx_cpo_plugin.scoring.shared_batch import SharedBatch, collate_shared, score_batch
-from mlx_cpo_plugin.scoring.shared_prompt import SharedPair, SharedPromptScorer, fit_together, normalised_pair, share
 from mlx_cpo_plugin.training.objective import Objective
 
 Gradient = dict[str, mx.array]

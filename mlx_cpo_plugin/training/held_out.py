@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.layers.products import float32_products
-from mlx_cpo_plugin.scoring.answers import compile_where_it_pays, score_answers
-from mlx_cpo_plugin.scoring.parity import choose_scorer
-from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.model.logps import compile_where_it_pays, score_answers
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
 
 # The shortest rows of the first ones: enough to see a difference, and cheap.
 ROWS, AMONG = 8, 64

@@ -18,9 +18,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.layers.caches import beginning, cache_arrays, forked, fresh_caches
+from mlx_cpo_plugin.model.caches import beginning, cache_arrays, forked, fresh_caches
+from mlx_cpo_plugin.model.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
 from mlx_cpo_plugin.training.gradients import Gradient, PairGradients, added, loss_slopes, one_by_one, weighted_sum
 from mlx_cpo_plugin.training.objective import Objective
 

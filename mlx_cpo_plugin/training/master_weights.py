@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlx_cpo_plugin.layers.rounding import dithered
+from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 
 _HALVES = (mx.bfloat16, mx.float16)

@@ -18,15 +18,15 @@ import numpy as np
 from mlx_cpo_plugin.data.batches import LENGTH_MULTIPLE, BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import is_device_fault
-from mlx_cpo_plugin.layers.attention import QUERY_BLOCK
-from mlx_cpo_plugin.layers.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.layers.products import is_half, widened_bytes
+from mlx_cpo_plugin.model.attention import QUERY_BLOCK
+from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
+from mlx_cpo_plugin.model.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
+from mlx_cpo_plugin.model.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
+from mlx_cpo_plugin.model.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
+from mlx_cpo_plugin.model.parity import ARCHITECTURE_ERRORS, sample
+from mlx_cpo_plugin.model.products import is_half, widened_bytes
+from mlx_cpo_plugin.model.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
-from mlx_cpo_plugin.scoring.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
-from mlx_cpo_plugin.scoring.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
-from mlx_cpo_plugin.scoring.parity import ARCHITECTURE_ERRORS, sample
-from mlx_cpo_plugin.scoring.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
 from mlx_cpo_plugin.training.master_weights import bytes_of_copies
 
 if TYPE_CHECKING:

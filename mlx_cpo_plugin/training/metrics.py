@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.scoring.answers import AnswerScores
-from mlx_cpo_plugin.training.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.objective import Objective
 
 METRICS_NAME = "metrics.jsonl"

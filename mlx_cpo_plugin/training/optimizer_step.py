@@ -15,10 +15,10 @@ from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.scoring.answers import AnswerScores
 from mlx_cpo_plugin.training.alarms import check_first_update, check_gradient, check_losses
-from mlx_cpo_plugin.training.exchange import of_all_ranks
 from mlx_cpo_plugin.training.gradients import Gradient, GradientMethod, added
 from mlx_cpo_plugin.training.master_weights import MasterWeights, in_float32
 

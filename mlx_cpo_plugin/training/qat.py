@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from mlx_cpo_plugin.host.substrate import fake_quantizer
-from mlx_cpo_plugin.layers.merging import MERGEABLE, dense_dtype, merged_weight
-from mlx_cpo_plugin.layers.overrides import Call, overridden_calls
+from mlx_cpo_plugin.host import fake_quantizer
+from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
+from mlx_cpo_plugin.model.overrides import Call, overridden_calls
 from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MODES, mlx_quantises
 
 Quantizer = Callable[[mx.array, mx.Dtype], mx.array]

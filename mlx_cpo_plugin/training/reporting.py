@@ -13,8 +13,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
-from mlx_cpo_plugin.host.substrate import TrainingCallback
-from mlx_cpo_plugin.scoring.answers import AnswerScores
+from mlx_cpo_plugin.host import TrainingCallback
+from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.trackers import TrackerCallback
 from mlx_cpo_plugin.trackers.callback import Told
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans, host_report

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.training.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import of_all_ranks
 
 # SIGHUP comes where the terminal goes.
 _SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.activation.patches import host_version
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import (
     CheckpointError,
@@ -37,30 +38,20 @@ from mlx_cpo_plugin.checkpoints.run_folder import (
     written_files_recorded,
 )
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
-from mlx_cpo_plugin.checkpoints.training_state import (
-    RunCheckpoints,
-    Stateful,
-    TrainingState,
-    can_go_on,
-    check_identity,
-    data_digest,
-    identity,
-)
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
-from mlx_cpo_plugin.host.patches import host_version
-from mlx_cpo_plugin.host.substrate import SFTTrainingArgs, TrainingCallback, memory_safe_recurrences
-from mlx_cpo_plugin.layers.activations import lean_activations
-from mlx_cpo_plugin.layers.checkpointing import checkpointed_layers
-from mlx_cpo_plugin.layers.products import float32_products
-from mlx_cpo_plugin.scoring.answers import compilation_pays, compile_where_it_pays
-from mlx_cpo_plugin.scoring.grouping import Grouping, PairSize, padding_rooms
-from mlx_cpo_plugin.scoring.memory import device_memory_limit
-from mlx_cpo_plugin.scoring.parity import choose_scorer
-from mlx_cpo_plugin.scoring.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback, memory_safe_recurrences
+from mlx_cpo_plugin.model.activations import lean_activations
+from mlx_cpo_plugin.model.grouping import Grouping, PairSize, padding_rooms
+from mlx_cpo_plugin.model.logps import compilation_pays, compile_where_it_pays
+from mlx_cpo_plugin.model.memory import device_memory_limit
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
 from mlx_cpo_plugin.settings.run_settings import FILE_NAME as RUN_SETTINGS
 from mlx_cpo_plugin.settings.run_settings import as_yaml, recorded_arguments
 from mlx_cpo_plugin.training.alarms import DisplacementAlarm
@@ -80,6 +71,15 @@ from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.training.reporting import ProgressReporter
+from mlx_cpo_plugin.training.state import (
+    RunCheckpoints,
+    Stateful,
+    TrainingState,
+    can_go_on,
+    check_identity,
+    data_digest,
+    identity,
+)
 from mlx_cpo_plugin.training.stopping import StoppedError, StopRequest, stop_requests
 
 

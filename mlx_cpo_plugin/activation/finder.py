@@ -1,0 +1,183 @@
+"""Hooks the plugin into mlx-lm-lora at the moment when mlx-lm-lora is imported.
+
+The start-up files beside this package call :func:`install` in every interpreter, so this module imports nothing but
+what the interpreter has loaded anyway. All else is imported once one of the :data:`TARGETS` has run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from _thread import get_ident
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import CodeType, ModuleType
+    from typing import Any
+
+DISABLE_VARIABLE = "MLX_CPO_PLUGIN_DISABLE"
+TRAIN_MODULE = "mlx_lm_lora.train"
+CPO_MODULE = "mlx_lm_lora.trainer.cpo_trainer"
+DATASETS_MODULE = "mlx_lm_lora.trainer.datasets"
+TARGETS = (DATASETS_MODULE, CPO_MODULE, TRAIN_MODULE)
+
+# What `python -m MODULE` executes: the imported, hooked module instead of a second, unhooked copy of its source.
+_RUN_AS_SCRIPT = """\
+import importlib, sys
+_module = importlib.import_module({name!r})
+globals().update({{key: value for key, value in vars(_module).items() if not key.startswith("__")}})
+if __name__ == "__main__" and hasattr(_module, "main"):
+    sys.exit(_module.main())
+"""
+
+
+class HookState:
+    """Which hooks are in place in this interpreter.
+
+    Attributes:
+        active: names of the host's functions that are the plugin's, in the order in which they were hooked.
+        faults: module of the host -> why it could not be hooked, in words.
+    """
+
+    def __init__(self) -> None:
+        self.active: list[str] = []
+        self.faults: dict[str, str] = {}
+
+    def fault_text(self) -> str:
+        """What is wrong and what to do, in one sentence; empty when there is no fault."""
+        if not self.faults:
+            return ""
+        reasons = "; ".join(f"{module}: {reason}" for module, reason in self.faults.items())
+        return (
+            f"mlx-cpo-plugin is only partly hooked into mlx-lm-lora ({reasons}), so CPO does not run; "
+            f"run `mlx-cpo doctor`, or set {DISABLE_VARIABLE}=1 to use mlx-lm-lora without the plugin."
+        )
+
+
+state = HookState()
+
+
+def disabled() -> bool:
+    """Whether ``MLX_CPO_PLUGIN_DISABLE`` turns the plugin off."""
+    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+
+
+def install() -> None:
+    """Hook into mlx-lm-lora, now if it is imported already, else when it will be; calling it again changes nothing."""
+    if not any(isinstance(finder, HostFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, HostFinder())
+    if disabled():
+        return
+    for name in TARGETS:
+        module = sys.modules.get(name)
+        if module is not None and not _is_hooked(module) and not getattr(module.__spec__, "_initializing", False):
+            hook(module)
+
+
+def hook(module: ModuleType) -> None:
+    """Hook an imported module of the host; a fault is remembered and bars the way to CPO, and to nothing else."""
+    try:
+        from mlx_cpo_plugin.activation import patches
+
+        patches.apply(module)
+    # Whatever is wrong with the plugin, other train modes must go on.
+    except Exception as fault:
+        state.faults[module.__name__] = f"{type(fault).__name__}: {fault}"
+    if state.faults:
+        for name in TARGETS:
+            if name in sys.modules:
+                _bar_cpo(sys.modules[name])
+    module.__dict__["_mlx_cpo_plugin_hooked"] = True
+
+
+def _is_hooked(module: ModuleType) -> bool:
+    return module.__dict__.get("_mlx_cpo_plugin_hooked", False)
+
+
+def _bar_cpo(module: ModuleType) -> None:
+    """Make every entry to CPO in a host module raise :class:`PluginError`; other modes go through untouched."""
+    for name in ("train_cpo", "evaluate_cpo"):
+        if hasattr(module, name):
+            setattr(module, name, _refuse)
+    run = getattr(module, "run", None)
+    if run is not None and not hasattr(run, "_bars_cpo"):
+        setattr(module, "run", _refuse_cpo_mode(run))  # noqa: B010 - mypy knows no such attribute of a module
+
+
+def _refuse(*_args: Any, **_settings: Any) -> Any:
+    from mlx_cpo_plugin.errors import PluginError
+
+    raise PluginError(state.fault_text())
+
+
+def _refuse_cpo_mode(run: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded_run(args: Any, *others: Any, **named: Any) -> Any:
+        if getattr(args, "train_mode", None) == "cpo":
+            _refuse()
+        return run(args, *others, **named)
+
+    guarded_run.__dict__["_bars_cpo"] = True
+    return guarded_run
+
+
+class HostFinder:
+    """A finder for :data:`TARGETS` that asks the other finders and wraps the loader they give."""
+
+    def __init__(self) -> None:
+        self._searches: set[tuple[str, int]] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The other finders' spec with a :class:`HookingLoader`; None for every module but the targets."""
+        if fullname not in TARGETS or disabled():
+            return None
+        search = (fullname, get_ident())
+        if search in self._searches:
+            return None
+        self._searches.add(search)
+        try:
+            spec = _spec_of_others(self, fullname, path, target)
+        finally:
+            self._searches.discard(search)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = HookingLoader(spec.loader)  # type: ignore[assignment]  # duck-typed: importing the ABC is slow
+        return spec
+
+
+def _spec_of_others(
+    own: HostFinder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+) -> ModuleSpec | None:
+    for finder in list(sys.meta_path):
+        find_spec = None if finder is own else getattr(finder, "find_spec", None)
+        spec = find_spec(fullname, path, target) if find_spec else None
+        if spec is not None:
+            return spec
+    return None
+
+
+class HookingLoader:
+    """The host's own loader, after which the module is hooked; in everything else the host's own loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The wrapped loader's module."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module as the host wrote it, then hook it."""
+        self._loader.exec_module(module)
+        hook(module)
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Code for ``python -m``: it imports the hooked module and calls its ``main``."""
+        return compile(_RUN_AS_SCRIPT.format(name=fullname), f"<mlx_cpo_plugin: python -m {fullname}>", "exec")

@@ -1,0 +1,265 @@
+"""What the plugin puts in place of functions of mlx-lm-lora, once they are imported.
+
+``mlx_lm_lora.train``: ``main`` and ``run`` answer for the registered train modes and pass every other call on.
+``mlx_lm_lora.trainer.cpo_trainer``: ``train_cpo``, ``evaluate_cpo`` and ``CPOTrainingArgs`` are the plugin's.
+``mlx_lm_lora.trainer.datasets``: the loaders answer for CPO with the plugin's reader, and pass every other call on.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
+
+import mlx_cpo_plugin
+from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.activation import finder, loaders
+from mlx_cpo_plugin.console import lasting_output
+from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
+from mlx_cpo_plugin.types import TrainMode
+
+TRAINER_NAMES = ("train_cpo", "evaluate_cpo", "CPOTrainingArgs")
+OLDEST_TESTED_HOST = (5, 8, 6)
+NEWEST_TESTED_HOST = (5, 10, 2)
+
+
+def apply(module: ModuleType) -> None:
+    """Hook one of :data:`finder.TARGETS`, which has just been imported.
+
+    Raises:
+        PluginError: the module lacks a function that has to be replaced.
+        Exception: whatever importing the rest of the plugin raises.
+    """
+    with suppress(ConfigError):  # a run of a registered mode tells it, the host's own modes go on
+        blas.use_fast_blas()
+    if module.__name__ == finder.CPO_MODULE:
+        _replace_trainer(module)
+    elif module.__name__ == finder.DATASETS_MODULE:
+        _wrap_loaders(module)
+    else:
+        _wrap_entries(module)
+
+
+def _replace_trainer(module: ModuleType) -> None:
+    fault = too_old(host_version())
+    if fault:
+        raise PluginError(f"{fault}; the imported one is in {Path(str(module.__file__)).parents[1]}")
+    _require(module, TRAINER_NAMES)
+    trainer = import_module("mlx_cpo_plugin.training.trainer")
+    for name, replacement in [(name, getattr(trainer, name)) for name in TRAINER_NAMES]:
+        _replace_everywhere(module, name, replacement)
+        _mark_active(name)
+
+
+def _wrap_loaders(module: ModuleType) -> None:
+    for name in loaders.LOADERS:
+        if hasattr(module, name):  # what a version of the host lacks nobody calls
+            _replace_everywhere(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
+
+
+def _replace_everywhere(module: ModuleType, name: str, replacement: Any) -> None:
+    """Put ``replacement`` in the place of what ``module`` calls ``name``, and of all copies of it in the host."""
+    original = getattr(module, name)
+    setattr(module, f"_host_{name}", original)
+    setattr(module, name, replacement)
+    # By name and identity: the host's CPOTrainingArgs is its DPOTrainingArgs, which must stay.
+    for other in _host_modules():
+        if vars(other).get(name) is original:
+            setattr(other, name, replacement)
+
+
+def _wrap_entries(module: ModuleType) -> None:
+    _require(module, ("main", "run", *TRAINER_NAMES))
+    import_module("mlx_cpo_plugin.settings.config")  # now, so that a fault in it is known before anything runs
+    for name, wrap in (("main", wrapped_main), ("run", wrapped_run)):
+        original = getattr(module, name)
+        setattr(module, f"_host_{name}", original)
+        setattr(module, name, wrap(original))
+        _mark_active(name)
+
+
+def _require(module: ModuleType, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise PluginError(f"{module.__name__} of mlx-lm-lora {host_version()} has no {', '.join(missing)}")
+
+
+def _mark_active(name: str) -> None:
+    if name not in finder.state.active:
+        finder.state.active.append(name)
+
+
+def _host_modules() -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith("mlx_lm_lora.") and module]
+
+
+def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``main`` for the registered train modes; it calls ``host_main`` as it was called for all others."""
+
+    @functools.wraps(host_main)
+    def main(*positional: Any, **named: Any) -> Any:
+        args = positional[0] if positional else named.get("args")
+        on_console = args is None
+        call = sys.argv[1:] if on_console else _as_call(args)
+        mode = None
+        try:
+            mode = _mode_of(call)
+            if mode is None:
+                return host_main(*positional, **named)
+            signature(host_main).bind(*positional, **named)  # raises what the host would
+            with lasting_output(of_process=on_console):
+                # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
+                return host_main(vars(_resolved(call, mode)))
+        except UserError as error:
+            if on_console:
+                exit_with(error)
+            raise
+        except KeyboardInterrupt:
+            if on_console and mode is not None:
+                exit_interrupted()
+            raise
+
+    return main
+
+
+def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` for the registered train modes; it calls ``host_run`` as it was called for all others."""
+
+    @functools.wraps(host_run)
+    def run(*positional: Any, **named: Any) -> Any:
+        args = _as_call(positional[0] if positional else named.get("args"))
+        mode = _mode_of(args)
+        if mode is None:
+            return host_run(*positional, **named)
+        signature(host_run).bind(*positional, **named)  # raises what the host would
+        callback = positional[1] if len(positional) > 1 else named.get("training_callback")
+        with lasting_output():
+            settings = args if getattr(args, "plugin_resolved", False) else _resolved(args, mode)
+            announce(mode)
+            from mlx_cpo_plugin.run.mode import run_mode
+
+            return run_mode(settings, mode, callback)
+
+    return run
+
+
+def _as_call(args: Any) -> Any:
+    """Return the argument of ``main`` or ``run`` as a mapping or namespace; the host takes any object."""
+    if isinstance(args, Mapping | Namespace | SimpleNamespace) or not hasattr(args, "__dict__"):
+        return args
+    return SimpleNamespace(**vars(args))
+
+
+def _mode_of(call: Any) -> TrainMode | None:
+    """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes.
+
+    Raises:
+        PluginError: CPO is asked for, but not everything is hooked.
+    """
+    from mlx_cpo_plugin.settings import config
+
+    try:
+        mode = config.requested_mode(call)
+    # Whatever is wrong with the plugin, other train modes must go on.
+    except Exception as fault:
+        finder.state.faults[__name__] = f"{type(fault).__name__}: {fault}"
+        mode = None
+    asks_for_cpo = mode is not None or _names_cpo(call)
+    if finder.state.faults and asks_for_cpo:
+        raise PluginError(finder.state.fault_text())
+    if mode is None and asks_for_cpo:
+        raise PluginError(
+            "No loaded plugin registers the train mode 'cpo', so it does not run; run `mlx-cpo doctor` to see "
+            f"which plugins are loaded, or set {finder.DISABLE_VARIABLE}=1 to use mlx-lm-lora's own."
+        )
+    return mode
+
+
+def _names_cpo(call: Any) -> bool:
+    values = call if isinstance(call, Mapping) else getattr(call, "__dict__", {})
+    return values.get("train_mode") == "cpo"
+
+
+def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
+    """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
+    from mlx_cpo_plugin.settings import config
+
+    resolved = config.resolve(config.explicit(call, mode))
+    for note in resolved.notes:
+        print(f"note: {note}")
+    return resolved.settings
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """End the command with the error's exit code and its one sentence on standard error."""
+    with lasting_output(of_process=True):
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_code)
+
+
+def exit_interrupted() -> NoReturn:
+    """End the command with the exit code of an interrupted one and one sentence on standard error."""
+    with lasting_output(of_process=True):
+        print("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def host_version() -> str:
+    """The version of the imported mlx-lm-lora."""
+    return str(getattr(sys.modules.get("mlx_lm_lora"), "__version__", "of unknown version"))
+
+
+def announce(mode: TrainMode) -> None:
+    """Print one line: versions, active hooks and, on a Linux CPU, the BLAS; warn once if the host is untested.
+
+    Raises:
+        ConfigError: the environment names a BLAS that cannot be used.
+    """
+    blas.use_fast_blas()
+    products = blas.description()
+    print(
+        f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs {mode.name} in mlx-lm-lora {host_version()}; "
+        f"hooks active: {', '.join(finder.state.active)}{products and f'; BLAS: {products}'}"
+    )
+    if advice := blas.advice():
+        print(f"note: matrix products are slow here: {advice}.")
+    warning = untested_host_warning(host_version())
+    if warning:
+        _warn_once(warning)
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    print(f"warning: {warning}", file=sys.stderr)
+
+
+def too_old(version: str) -> str:
+    """Return what to do about a host older than the tested range; empty for any other."""
+    if not _numbers(version) or _numbers(version) >= OLDEST_TESTED_HOST:
+        return ""
+    oldest = _in_words(OLDEST_TESTED_HOST)
+    return f"mlx-lm-lora {version} is too old for mlx-cpo-plugin: pip install 'mlx-lm-lora>={oldest}'"
+
+
+def untested_host_warning(version: str) -> str:
+    """Return what to say about a host outside the tested range; empty inside it."""
+    if OLDEST_TESTED_HOST <= _numbers(version) <= NEWEST_TESTED_HOST:
+        return ""
+    oldest, newest = _in_words(OLDEST_TESTED_HOST), _in_words(NEWEST_TESTED_HOST)
+    return f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {oldest} to {newest}."
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _in_words(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,1 @@
+"""The commands that neither train nor start an application."""

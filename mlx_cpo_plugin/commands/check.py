@@ -1,0 +1,135 @@
+"""The report of ``mlx-cpo check``: what training would see, without loading the model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
+from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.model.memory import device_memory
+from mlx_cpo_plugin.run.lazy_model import unevaluated_model
+from mlx_cpo_plugin.run.mode import adapter_file, build_optimizer
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.master_weights import in_float32
+from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping
+
+_SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) -> None:
+    """Load tokenizer and data, and print what a training run would make of them.
+
+    Args:
+        settings: as for :func:`mlx_cpo_plugin.data.load_dataset`, and for a training run;
+            every split that the data has is checked.
+        stream: where to print; standard output by default.
+        examples: pairs of the first split to show as text.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+        DataError: no data is found, it is unusable, or the set that ``train`` or ``test`` asks for is missing.
+    """
+    stream = sys.stdout if stream is None else stream
+    tokenizer = load_chat_tokenizer(settings.model)
+    splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    if not any(splits):
+        raise DataError("the data holds no rows: check data or hf_dataset.")
+    for dataset in splits:
+        print(dataset.report.summary(), file=stream)
+    for dataset in splits:
+        if dataset:
+            _print_lengths(dataset, settings.max_seq_length, stream)
+    if splits[0]:
+        _print_steps(splits[0], settings, stream)
+        for line in _memory_lines(splits[0], settings):
+            print(line, file=stream)
+    _print_examples(
+        next(dataset for dataset in splits if dataset)[:examples],
+        ChatTokenizer.from_settings(tokenizer, settings),
+        stream,
+    )
+    require_splits(settings, splits)
+
+
+def _print_lengths(dataset: PreferenceDataset, max_seq_length: int, stream: TextIO) -> None:
+    report = dataset.report
+    print(f"\n{report.split.capitalize()}, tokens", f"{'median':>20} {'95 %':>8} {'max':>8}", sep="", file=stream)
+    for part, lengths in report.lengths.items():
+        print(f"  {part:<16}{_figures(lengths)}", file=stream)
+    cut = f"prompt in {report.prompts_cut}, answer in {report.answers_cut} of {report.pairs} pairs"
+    print(f"  Cut to max_seq_length {max_seq_length}: {cut}", file=stream)
+    longer = float(np.mean(report.lengths["chosen"] > report.lengths["rejected"]))
+    print(f"  Length bias: the chosen answer is the longer one in {longer:.0%} of the pairs", file=stream)
+
+
+def _figures(lengths: NDArray[np.int64]) -> str:
+    median, high = np.percentile(lengths, [50, 95])
+    return f"{median:>16.0f} {high:>8.0f} {lengths.max():>8}"
+
+
+def _print_steps(pairs: PreferenceDataset, settings: Any, stream: TextIO) -> None:
+    if settings.batch_tokens is None:
+        batches, size = math.ceil(len(pairs) / settings.batch_size), f"batch_size {settings.batch_size}"
+    else:
+        tokens = BatchSize(settings.batch_size, settings.batch_tokens)
+        batches = micro_batches_of(1, [pair.tokens for pair in pairs], tokens, settings.seed)
+        size = f"batch_tokens {settings.batch_tokens}"
+    steps = math.ceil(batches / settings.gradient_accumulation_steps)
+    print(f"\nSteps per epoch: {batches} iterations, {steps} optimizer steps", end=" ", file=stream)
+    print(f"({size}, gradient_accumulation_steps {settings.gradient_accumulation_steps})", file=stream)
+
+
+def _memory_lines(pairs: PreferenceDataset, settings: Any) -> list[str]:
+    """What training would take, by the shapes of the model's arrays; none of them is loaded."""
+    try:
+        model = unevaluated_model(settings)
+    except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
+        return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
+    optimizer = build_optimizer(settings)
+    optimizer.init(in_float32(model.trainable_parameters()))
+    args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
+    way = Way.of(args, expected_grouping(model) if settings.scoring != "plain" else None)
+    return estimated_memory(model, optimizer, pairs, way).lines(device_memory())
+
+
+def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:
+    if pairs:
+        print("\nFirst pairs, scored tokens between ⟦ and ⟧", file=stream)
+    for pair in pairs:
+        print(f"\n{pair.source}\n  prompt:   {_one_line(tokenizer.decode(pair.prompt))}", file=stream)
+        for name, ids, scored in (
+            ("chosen", pair.chosen, pair.chosen_scored),
+            ("rejected", pair.rejected, pair.rejected_scored),
+        ):
+            print(f"  {name + ':':<9} {_marked(ids, scored, tokenizer, stream.isatty())}", file=stream)
+
+
+def scored_runs(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer) -> list[tuple[str, bool]]:
+    """Return the text of each run of tokens that are all scored, or none of them, and whether they are."""
+    turns = np.flatnonzero(np.diff(scored)) + 1
+    runs = zip(np.split(ids, turns), np.split(scored, turns), strict=True)
+    return [(tokenizer.decode(run), bool(mark[0])) for run, mark in runs]
+
+
+def _marked(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer, colour: bool) -> str:
+    """The decoded text in one line, each run of scored tokens in brackets."""
+    parts = []
+    for decoded, is_scored in scored_runs(ids, scored, tokenizer):
+        text = _one_line(decoded)
+        if is_scored:
+            text = f"⟦{_SCORED_COLOUR}{text}{_PLAIN}⟧" if colour else f"⟦{text}⟧"
+        parts.append(text)
+    return "".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

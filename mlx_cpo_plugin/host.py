@@ -1,0 +1,158 @@
+"""The pieces of mlx-lm-lora that the trainer builds on; every other module takes them from here.
+
+A piece that only one feature needs is looked for when it is used: a version that lacks it costs this feature alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.utils import load_tokenizer
+from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs
+
+from mlx_cpo_plugin.activation.patches import NEWEST_TESTED_HOST, host_version
+from mlx_cpo_plugin.errors import ConfigError, first_line, is_out_of_memory
+
+FakeQuantizer = Callable[[mx.array, int, int], mx.array]
+
+# Modules of mlx_lm.models that the host imports in order to change them.
+_MODULES_WITH_RECURRENCES = ("bailing_moe_linear", "gated_delta", "jamba", "mamba", "ssm")
+
+
+def fake_quantizer() -> FakeQuantizer:
+    """Return the host's quantiser: symmetric, (array, bits, group_size) -> array of the same shape.
+
+    Raises:
+        ConfigError: this version of the host has none.
+    """
+    module, name = "mlx_lm_lora.trainer.sft_trainer", "_symmetric_fake_quantize_tensor"
+    try:
+        quantizer: FakeQuantizer = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"qat_enable needs {module}.{name}, which mlx-lm-lora {host_version()} does not have; "
+            f"set qat_enable: false, or {_install_tested_host()}."
+        ) from error
+    return quantizer
+
+
+@contextmanager
+def memory_safe_recurrences(model: Any, chunk_size: int, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Switch on the host's memory-bounded recurrences where ``model`` has recurrent layers, until the context ends."""
+    try:
+        from mlx_lm_lora.recurrent_patch import enable_memory_safe_recurrences, model_uses_recurrence
+    except ImportError as error:
+        if _keeps_states(model):
+            say(
+                f"recurrence_chunk_size has no effect and recurrent layers take more memory, since mlx-lm-lora "
+                f"{host_version()} lacks what it needs ({first_line(error)}); {_install_tested_host()}."
+            )
+        yield
+        return
+    if not model_uses_recurrence(model):
+        yield
+        return
+    with _models_put_back(lambda: enable_memory_safe_recurrences(chunk_size=chunk_size)):
+        yield
+
+
+def _install_tested_host() -> str:
+    return f"install mlx-lm-lora {'.'.join(map(str, NEWEST_TESTED_HOST))}"
+
+
+def _keeps_states(model: Any) -> bool:
+    caches = make_prompt_cache(model)
+    inner = [part for cache in caches for part in (cache.caches if isinstance(cache, CacheList) else [cache])]
+    return any(isinstance(cache, ArraysCache) for cache in inner)
+
+
+@contextmanager
+def _models_put_back(change: Callable[[], object]) -> Iterator[None]:
+    """Let ``change`` replace functions and methods of mlx_lm's models; put them back when the context ends."""
+    for name in _MODULES_WITH_RECURRENCES:
+        with suppress(ImportError):  # an older mlx_lm lacks some of these models
+            import_module(f"mlx_lm.models.{name}")
+    modules = [module for path, module in list(sys.modules.items()) if path.startswith("mlx_lm.models.") and module]
+    classes = [
+        value
+        for module in modules
+        for value in list(vars(module).values())
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    before = [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        try:
+            change()
+        finally:
+            for owner, names in before:
+                now = dict(vars(owner))
+                changed += [(owner, name, value) for name, value in now.items() if names.get(name) is not value]
+        yield
+    finally:
+        originals = {id(owner): names for owner, names in before}
+        for owner, name, value in changed:
+            if vars(owner).get(name) is not value:  # somebody else has replaced it since
+                continue
+            if name in originals[id(owner)]:
+                setattr(owner, name, originals[id(owner)][name])
+            else:
+                delattr(owner, name)
+
+
+def load_chat_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model folder or hub name, with the host's fallback chat template if it has none.
+
+    Raises:
+        ConfigError: there is no such model, or its tokenizer cannot be read.
+    """
+    try:
+        # Said outright: transformers would ask otherwise, and run the folder's code after one keystroke.
+        tokenizer = load_tokenizer(model, {"trust_remote_code": False})
+    except Exception as error:  # the hub client raises many kinds, offline and for unknown names
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "
+            "give a local folder or the name of a model on the hub."
+        ) from error
+    give_chat_template(tokenizer)
+    return tokenizer
+
+
+def give_chat_template(tokenizer: Any) -> None:
+    """Give a tokenizer that has no chat template the host's fallback, if this version of the host has one."""
+    try:
+        from mlx_lm_lora.chat_template import ensure_chat_template
+    except ImportError:  # host 5.8.6 has no fallback template
+        return
+    ensure_chat_template(tokenizer)
+
+
+def parts_of(dataset: Any) -> list[Any]:
+    """Return the data sets that the host's wrappers hold; of any other data set itself."""
+    from mlx_lm_lora.trainer.datasets import CacheDataset, ConcatenatedDataset
+
+    if isinstance(dataset, CacheDataset) and hasattr(dataset, "_data"):
+        return parts_of(dataset._data)
+    if isinstance(dataset, ConcatenatedDataset) and hasattr(dataset, "_data"):
+        return [part for inner in dataset._data for part in parts_of(inner)]
+    return [dataset]
+
+
+__all__ = [
+    "SFTTrainingArgs",
+    "TrainingCallback",
+    "fake_quantizer",
+    "give_chat_template",
+    "load_chat_tokenizer",
+    "memory_safe_recurrences",
+    "parts_of",
+]

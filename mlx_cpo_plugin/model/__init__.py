@@ -1,0 +1,1 @@
+"""Model and batch to log-probs: caches, attention, products, heads, shared prompts."""

@@ -1,0 +1,150 @@
+"""Attention that keeps its inputs and its output for the backward pass, and no scores.
+
+The scores of a head grow with the square of the tokens. For the gradient they are computed again, for a block of
+queries at a time and only over the keys that these can see (after Dao et al. 2022, arXiv 2205.14135, with blocks of
+queries alone).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
+
+QUERY_BLOCK = 128
+# Scores of fewer than these are kept: starting the operations that compute them again would cost more.
+FEWEST_SCORES = 2**16
+
+# What is added to the score of a key that is not seen: far below every score, and far from what overflows.
+_UNSEEN = -1e30
+
+Mask = mx.array | str | None
+
+
+def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask = None) -> mx.array:
+    """Return attention [B, H, N, V] in the dtype of ``queries``, as ``mx.fast.scaled_dot_product_attention`` does.
+
+    Args:
+        queries: [B, H, N, D].
+        keys, values: [B, H / G, S, D] and [B, H / G, S, V]; G heads of queries share one of them.
+        mask: ``causal`` lines the last query up with the last key; an array is boolean (true is seen) or is added to
+            the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
+    """
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    if queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < FEWEST_SCORES:
+        if on_gpu:
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return _attention_that_keeps_scores(queries, keys, values, scale, mask)
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if on_gpu:  # one kernel, which keeps no scores either
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask), mx.zeros(0)
+        queries = queries * (scale * PER_LOG_2)
+        outputs, logs = [], []
+        for block in _blocks(queries, keys, mask):
+            scores = block.scores(queries, keys)
+            highest = scores.max(axis=-1, keepdims=True)
+            powers = power_of_two(scores - highest)
+            totals = powers.sum(axis=-1, keepdims=True)
+            summed = powers.astype(values.dtype) @ values[:, :, : block.seen]
+            outputs.append(block.by_head((summed / totals).astype(values.dtype)))
+            logs.append(block.by_head(highest + mx.log2(totals)))
+        return mx.concatenate(outputs, axis=2), mx.concatenate(logs, axis=2)
+
+    @attend.vjp
+    def attend_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        (queries, keys, values), (by_output, _), (output, logs) = primals, cotangents, outputs
+        queries = queries * (scale * PER_LOG_2)
+        # What each query's softmax takes off all its scores alike.
+        shares = (by_output.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        by_queries = []
+        by_keys, by_values = mx.zeros_like(keys), mx.zeros_like(values)
+        for block in _blocks(queries, keys, mask):
+            scores, by_block = block.scores(queries, keys), block.rows(by_output)
+            weights = power_of_two(scores - block.rows(logs)) if logs.size else mx.softmax(scores * LOG_2, axis=-1)
+            by_weights = by_block @ values[:, :, : block.seen].swapaxes(-1, -2)
+            by_scores = (weights * (by_weights - block.rows(shares))).astype(queries.dtype)
+            by_queries.append(block.by_head(by_scores @ keys[:, :, : block.seen]) * scale)
+            by_keys = by_keys.at[:, :, : block.seen].add(by_scores.swapaxes(-1, -2) @ block.rows(queries))
+            by_values = by_values.at[:, :, : block.seen].add(weights.astype(values.dtype).swapaxes(-1, -2) @ by_block)
+        return mx.concatenate(by_queries, axis=2), by_keys * LOG_2, by_values
+
+    result: Any = attend(queries, keys, values)
+    return result[0]
+
+
+def _attention_that_keeps_scores(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
+) -> mx.array:
+    """Return attention as MLX itself defines it, but that weights which count for nothing are zero."""
+    (whole,) = _blocks(queries, keys, mask, queries.shape[2])
+    scores = whole.scores(queries * (scale * PER_LOG_2), keys)
+    lowest = mx.stop_gradient(scores.max(axis=-1, keepdims=True)) + LOWEST
+    weights = mx.softmax(mx.where(scores < lowest, -mx.inf, scores) * LOG_2, axis=-1)
+    return whole.by_head(weights.astype(values.dtype) @ values)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive queries, with the heads that share keys stacked into the rows of one product: [B, H / G, G * n, D].
+
+    Attributes:
+        start, stop: the queries.
+        seen: how many of the keys, from the first, they can see.
+        key_heads: H / G.
+        mask: what is added to their scores.
+    """
+
+    start: int
+    stop: int
+    seen: int
+    key_heads: int
+    mask: mx.array | None
+
+    def rows(self, array: mx.array) -> mx.array:
+        """Take this block's part of [B, H, N, D] and stack it."""
+        part = array[:, :, self.start : self.stop]
+        return part.reshape(part.shape[0], self.key_heads, -1, part.shape[-1])
+
+    def by_head(self, rows: mx.array) -> mx.array:
+        """Turn stacked rows into [B, H, n, D] again."""
+        return rows.reshape(rows.shape[0], -1, self.stop - self.start, rows.shape[-1])
+
+    def scores(self, queries: mx.array, keys: mx.array) -> mx.array:
+        """Return what the softmax takes powers of two of, float32 [B, H / G, G * n, seen]; the queries are scaled."""
+        scores = (self.rows(queries) @ keys[:, :, : self.seen].swapaxes(-1, -2)).astype(mx.float32)
+        if self.mask is not None:
+            scores = (self.by_head(scores) + self.mask).reshape(scores.shape)
+        return scores
+
+
+def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = None) -> list[_Block]:
+    """Cut the queries into blocks of ``size``, by default :data:`QUERY_BLOCK`."""
+    size = size or QUERY_BLOCK
+    count, total = queries.shape[2], keys.shape[2]
+    offset = total - count
+    blocks = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        seen, part = total, None
+        if isinstance(mask, str):
+            seen = offset + stop
+            part = (mx.arange(start, stop) + offset)[:, None] >= mx.arange(seen)
+        elif mask is not None:
+            part = mask[..., start:stop, :] if mask.shape[-2] > 1 else mask
+        blocks.append(_Block(start, stop, seen, keys.shape[1], _added_mask(part)))
+    return blocks
+
+
+def _added_mask(mask: mx.array | None) -> mx.array | None:
+    if mask is None:
+        return None
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, mx.array(0.0), mx.array(_UNSEEN))
+    return mx.maximum(mask.astype(mx.float32) * PER_LOG_2, _UNSEEN)

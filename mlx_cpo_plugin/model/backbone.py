@@ -1,0 +1,110 @@
+"""A model taken apart: tokens -> hidden states -> logits, for any architecture that mlx_lm builds alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cpo_plugin.model.caches import fresh_caches
+from mlx_cpo_plugin.model.overrides import overridden_calls
+from mlx_cpo_plugin.parameters import by_name
+
+# The parameters of an output layer, quantised or not, that have one row for each word.
+_WORD_BY_WORD = ("weight", "scales", "biases", "bias")
+_BACKBONE_PATHS = ("model", "language_model.model", "backbone", "transformer", "model.language_model")
+
+
+class SplitModel:
+    """The backbone and the head of a model, to be called separately.
+
+    The head is the model itself, run on hidden states in place of its backbone: whatever it does to them there, such as
+    a tied embedding, a scale or a soft cap, it does here.
+
+    Raises:
+        LookupError: the model has no backbone where mlx_lm's architectures have it.
+
+    Attributes:
+        dtype: of the hidden states.
+        vocabulary: how many logits there are.
+        output_layer: the layer whose rows are tokens of the vocabulary, if any does nothing but multiply with them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.backbone = _find_backbone(model)
+        state = self.hidden(mx.zeros((1, 1), mx.int32), fresh_caches(model))
+        self.dtype: mx.Dtype = state.dtype
+        probe = mx.random.normal((2, state.shape[-1]), key=mx.random.key(0))
+        logits = self.logits(probe)
+        self.vocabulary: int = logits.shape[-1]
+        self.output_layer = self._find_output_layer(probe, logits)
+
+    def hidden(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
+        """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T]; ``caches`` take them in."""
+        return self.backbone(tokens, cache=caches)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits [N, V] of hidden states [N, D]."""
+        with overridden_calls([(self.backbone, lambda backbone, *args, **kwargs: hidden[None])]):
+            # Unlike an index, squeeze needs no zeros of the size of the logits for its gradient.
+            return self.model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0)
+
+    @contextmanager
+    def some_words(self, words: slice | mx.array) -> Iterator[None]:
+        """Let the head compute the logits of some words only, until the context ends.
+
+        Requires an ``output_layer``; a gradient has to be taken inside the context, too.
+        """
+        layer = self.output_layer
+        assert layer is not None
+        whole = {name: layer[name] for name in _WORD_BY_WORD if name in layer}
+        try:
+            for name, array in whole.items():
+                layer[name] = _as_multiplied(array[words])
+            yield
+        finally:
+            for name, array in whole.items():
+                layer[name] = array
+
+    def head_parameters(self) -> dict[str, mx.array]:
+        """Return the trainable parameters that are not inside a layer, by name: all that the head can depend on."""
+        trainable = by_name(self.model.trainable_parameters())
+        return {name: value for name, value in trainable.items() if "layers" not in name.split(".")}
+
+    def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
+        """Return the layer whose rows are words, if the logits of some words are those that it has for all of them."""
+        for layer in self.model.modules():
+            known = type(layer) in (nn.Linear, nn.Embedding) or isinstance(
+                layer, nn.QuantizedLinear | nn.QuantizedEmbedding
+            )
+            # What stands in for a class, such as fake quantisation, may look at the whole weight.
+            if not vars(type(layer)).get("row_by_row", known) or len(layer.weight) != self.vocabulary:
+                continue
+            self.output_layer = layer
+            with self.some_words(slice(0, self.vocabulary // 2)):
+                half = self.logits(probe)
+            difference = mx.abs(half - logits[:, : self.vocabulary // 2]).max() if half.size < logits.size else mx.inf
+            if difference <= 0.01 * mx.abs(logits).max():
+                return layer
+        return None
+
+
+def _as_multiplied(part: mx.array) -> mx.array:
+    """Return a part of a weight as products want it: on a CPU in float32, so that forwards and backwards share it."""
+    if mx.default_device().type == mx.DeviceType.cpu and part.dtype in (mx.bfloat16, mx.float16):
+        return part.astype(mx.float32)
+    return part
+
+
+def _find_backbone(model: nn.Module) -> nn.Module:
+    for path in _BACKBONE_PATHS:
+        module: Any = model
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise LookupError(f"{type(model).__module__} has no backbone of its own")

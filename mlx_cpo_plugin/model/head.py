@@ -1,0 +1,180 @@
+"""Hidden states -> log-probs of their target tokens, without all their logits ever being in memory at once.
+
+A frozen head is gone through block by block of its vocabulary, or on a GPU, where the cross-entropy of whole rows is
+one kernel, row by row. Either way each log-prob is computed together with its derivative by its own hidden state. What
+arrives backwards for a log-prob is one number, and the gradient is that number times the derivative: nothing else has
+to be kept, and no logit is computed twice. A head that is trained is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from mlx_cpo_plugin.model.backbone import SplitModel
+from mlx_cpo_plugin.model.exponential import exponential
+from mlx_cpo_plugin.model.logps import SUM_PART, log_normaliser, sums_over_words
+
+# Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
+BLOCK_ELEMENTS = 2**18
+BLOCK_ROWS = 256
+# Logits of a block of rows. Each of these reads the whole head, so it should hold enough rows to be worth that.
+ROWS_ELEMENTS = 2**20
+FEWEST_ROWS = 32
+FEWEST_ROWS_ON_GPU = 256
+
+Scores = tuple[mx.array, mx.array]
+# Hidden states [N, D], targets [N] -> log-probs, raw logits, and the derivative [N, D] of the former.
+Slopes = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
+
+
+def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool) -> Scores:
+    """Return the log-probs and the raw logits of the targets, both float32 [N].
+
+    Args:
+        hidden: [N, D], the states that predict the targets.
+        targets: int32 [N].
+        differentiate: whether a gradient by the log-probs follows; the raw logits have none.
+    """
+    by_vocabulary = split.output_layer is not None and not cross_entropy_is_fused() and not split.head_parameters()
+    fewest = FEWEST_ROWS_ON_GPU if cross_entropy_is_fused() else FEWEST_ROWS
+    size = BLOCK_ROWS if by_vocabulary else max(fewest, ROWS_ELEMENTS // split.vocabulary)
+    logps: list[mx.array] = []
+    logits: list[mx.array] = []
+    for start in range(0, len(targets), size):
+        chunk, chunk_targets = hidden[start : start + size], targets[start : start + size]
+        if logps:  # one chunk after the other, as below
+            chunk = mx.depends(chunk, logps[-1])
+        scores = _chunk_scores(split, chunk, chunk_targets, differentiate, by_vocabulary)
+        logps.append(scores[0])
+        logits.append(scores[1])
+    return mx.concatenate(logps), mx.concatenate(logits)
+
+
+def _chunk_scores(
+    split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool, by_vocabulary: bool
+) -> Scores:
+    if split.head_parameters() and differentiate:
+        return _checkpointed_scores(split, hidden, targets)
+    if by_vocabulary:
+        if differentiate:
+            return _scores_with_slopes(hidden, targets, lambda *given: _slopes_by_vocabulary(split, *given))
+        return _scores_by_vocabulary(split, hidden, targets)
+    if differentiate:
+        return _scores_with_slopes(hidden, targets, lambda *given: _slopes_of_rows(split, *given))
+    return _scores(split, hidden, targets)
+
+
+def cross_entropy_is_fused() -> bool:
+    """Whether the device has a kernel for it, which sums in float32 whatever the dtype of the logits."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
+    logits = split.logits(hidden)
+    if not cross_entropy_is_fused():
+        logits = logits.astype(mx.float32)
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1).astype(mx.float32)
+    if cross_entropy_is_fused():
+        return -mx.fast.cross_entropy(logits, targets), target_logits
+    return target_logits - log_normaliser(logits), target_logits
+
+
+def _scores_with_slopes(hidden: mx.array, targets: mx.array, slopes_of: Slopes) -> Scores:
+    @mx.custom_function
+    def scores(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        logps, logits, slopes = slopes_of(hidden, targets)
+        # The log-probs wait for the slopes: whoever has the former knows that the logits are gone.
+        return mx.depends(logps, slopes), logits, slopes
+
+    @scores.vjp
+    def scores_vjp(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+        return (cotangents[0][:, None] * outputs[2].astype(mx.float32)).astype(outputs[2].dtype)
+
+    result: Any = scores(hidden)
+    return result[0], result[1]
+
+
+def _slopes_of_rows(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (logps, logits), (slopes,) = mx.vjp(
+        lambda states: list(_scores(split, states, targets)),
+        [hidden],
+        [mx.ones(len(targets)), mx.zeros(len(targets))],
+    )
+    return logps, logits, slopes
+
+
+def _slopes_by_vocabulary(
+    split: SplitModel, hidden: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Sum exponentials and their derivatives over the vocabulary, relative to the highest logit so far.
+
+    Each block waits for the one before, or all their logits would be computed together.
+    """
+
+    def over_rows(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        total, highest = _summed_exponentials(split, states)
+        return total.sum(), total, highest  # rows do not depend on each other: each has the gradient of its own
+
+    total_and_slopes = mx.value_and_grad(over_rows)
+    highest, total = mx.full(len(hidden), -mx.inf), mx.zeros(len(hidden))
+    slopes = mx.zeros(hidden.shape)
+    for words in _blocks_of_words(split, hidden):
+        hidden = mx.depends(hidden, [total, slopes])
+        with split.some_words(words):
+            (_, block_total, block_highest), block_slopes = total_and_slopes(hidden)
+        before, highest = highest, mx.maximum(highest, block_highest)
+        kept: Any = exponential(before - highest)
+        new: Any = exponential(block_highest - highest)
+        total = total * kept + block_total * new
+        slopes = slopes * kept[:, None] + block_slopes * new[:, None]
+    with split.some_words(targets):
+        (logits,), (target_slopes,) = mx.vjp(
+            lambda states: [_own_logits(split, states)], [hidden], [mx.ones(len(hidden))]
+        )
+    slopes = target_slopes - slopes / total[:, None]
+    return logits - highest - mx.log(total), logits, slopes.astype(hidden.dtype)
+
+
+def _scores_by_vocabulary(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
+    normaliser = mx.full(len(hidden), -mx.inf)
+    for words in _blocks_of_words(split, hidden):
+        hidden = mx.depends(hidden, normaliser)
+        with split.some_words(words):
+            total, highest = _summed_exponentials(split, hidden)
+        normaliser = mx.logaddexp(normaliser, mx.log(total) + highest)
+    with split.some_words(targets):
+        logits = _own_logits(split, hidden)
+    return logits - normaliser, logits
+
+
+def _blocks_of_words(split: SplitModel, hidden: mx.array) -> list[slice]:
+    size = BLOCK_ELEMENTS // len(hidden)
+    size = size // SUM_PART * SUM_PART or size  # whole parts are summed without padding
+    return [slice(start, start + size) for start in range(0, split.vocabulary, size)]
+
+
+def _summed_exponentials(split: SplitModel, hidden: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the sum of ``exp(logit - highest)`` over the words at hand, and the highest logit, float32 [N] each."""
+    logits = split.logits(hidden).astype(mx.float32)
+    highest = mx.stop_gradient(logits.max(axis=-1))
+    exponentials: Any = exponential(logits - highest[:, None])
+    return sums_over_words(exponentials), highest
+
+
+def _own_logits(split: SplitModel, hidden: mx.array) -> mx.array:
+    """Return the logit that each state has for the word of its own number, float32 [N]."""
+    return mx.diagonal(split.logits(hidden)).astype(mx.float32)
+
+
+def _checkpointed_scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
+    """Compute the logits again in the backward pass, where the head itself is trained."""
+
+    def scores(parameters: dict[str, mx.array], hidden: mx.array) -> Scores:
+        split.model.update(tree_unflatten(list(parameters.items())))
+        return _scores(split, hidden, targets)
+
+    return mx.checkpoint(scores)(split.head_parameters(), hidden)

@@ -1,0 +1,145 @@
+"""Model and batch -> log-probs of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cpo_plugin.data.batches import Batch
+from mlx_cpo_plugin.model.exponential import exponential
+
+# On a CPU MLX adds up one number after the other, and thousands of them in float32 lose digits.
+SUM_PART = 128
+
+
+class AnswerScores(NamedTuple):
+    """What the policy makes of the answers in a batch of B pairs; every array is float32 [B].
+
+    Attributes:
+        chosen_logps, rejected_logps: summed log-probs of the scored tokens, or their means if length-normalised.
+        chosen_logits, rejected_logits: mean raw logit of the scored tokens.
+        chosen_tokens, rejected_tokens: how many tokens of the answers are scored.
+    """
+
+    chosen_logps: mx.array
+    rejected_logps: mx.array
+    chosen_logits: mx.array
+    rejected_logits: mx.array
+    chosen_tokens: mx.array
+    rejected_tokens: mx.array
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode until the context ends; one that knows no modes stays as it is."""
+    was_training = getattr(model, "training", None)
+    if was_training is None:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = False) -> AnswerScores:
+    """Return the log-probs that ``model`` gives the scored tokens of a batch of pairs.
+
+    Whatever the model's dtype, log-probs are computed and summed in float32.
+    """
+    logps, logits = score_rows(model, batch)
+    if length_normalised:
+        logps = logps / batch.token_counts
+    logits = logits / batch.token_counts
+    pairs = len(batch.token_counts) // 2
+    columns = (logps, logits, batch.token_counts)
+    return AnswerScores(*(side for column in columns for side in (column[:pairs], column[pairs:])))
+
+
+def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Return the summed log-probs and summed raw logits of the scored tokens of each row, both float32 [rows]."""
+    logits = model(batch.tokens[:, :-1])
+    scored = logits.reshape(-1, logits.shape[-1])[batch.scored_positions].astype(mx.float32)
+    target_logits = mx.take_along_axis(scored, batch.targets[:, None], axis=-1).squeeze(-1)
+    logps = target_logits - log_normaliser(scored)
+    rows = len(batch.token_counts)
+    return sums_of_rows(logps, batch.target_rows, rows), sums_of_rows(target_logits, batch.target_rows, rows)
+
+
+def log_normaliser(logits: mx.array) -> mx.array:
+    """Return log(sum(exp(logits))) over the vocabulary, float32 [N], of logits float32 [N, V].
+
+    Summed one after the other, the 49,152 words of SmolLM2 would shift each log-prob by 4e-5.
+    """
+    normaliser: Any = _log_normaliser(logits)
+    return normaliser
+
+
+@mx.custom_function
+def _log_normaliser(logits: mx.array) -> mx.array:
+    return mx.logsumexp(mx.logsumexp(_in_parts(logits, -mx.inf), axis=-1), axis=-1)
+
+
+@_log_normaliser.vjp
+def _log_normaliser_vjp(logits: mx.array, cotangent: mx.array, normaliser: mx.array) -> mx.array:
+    probabilities: Any = exponential(logits - normaliser[:, None])
+    return cotangent[:, None] * probabilities
+
+
+def sums_over_words(values: mx.array) -> mx.array:
+    """Add up float32 [N, V] over the vocabulary, to [N]."""
+    return _in_parts(values, 0).sum(axis=-1).sum(axis=-1)
+
+
+def _in_parts(values: mx.array, filling: float) -> mx.array:
+    missing = -values.shape[-1] % SUM_PART
+    padded = mx.pad(values, [(0, 0), (0, missing)], constant_values=filling) if missing else values
+    return padded.reshape(len(values), -1, SUM_PART)
+
+
+def sums_of_rows(values: mx.array, rows: mx.array, count: int) -> mx.array:
+    """Add up values float32 [N] by their rows, int32 [N]; return [count], without row ``count``, which is padding."""
+    return mx.zeros(count + 1, mx.float32).at[rows].add(values)[:count]
+
+
+def compilation_pays(wanted: bool | None = None) -> bool:
+    """Whether steps are to be compiled: as is ``wanted``, or where there is a GPU."""
+    return wanted if wanted is not None else mx.default_device().type == mx.DeviceType.gpu
+
+
+def _compilation_is_on() -> bool:
+    """Whether ``mx.compile`` compiles: MLX does not say, but a function that it has traced is not called again."""
+    calls = 0
+
+    def identity(x: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        return x
+
+    compiled, argument = mx.compile(identity), mx.array(0.0)
+    for _ in range(3):  # the very first of a process may be traced twice
+        compiled(argument)
+    return calls < 3
+
+
+@contextmanager
+def compile_where_it_pays(wanted: bool | None = None) -> Iterator[None]:
+    """Switch ``mx.compile`` off while on the CPU, where it needs a C++ compiler and many seconds for every shape.
+
+    Args:
+        wanted: force it on or off; ``None`` decides by the device.
+    """
+    # Who switched compilation off for the whole process keeps it off afterwards.
+    if compilation_pays(wanted) or not _compilation_is_on():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()

@@ -1,0 +1,79 @@
+"""Gradient checkpointing: a layer's activations are computed again in the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cpo_plugin.model.caches import adopt, cache_arrays, forked, is_cache
+from mlx_cpo_plugin.model.overrides import Call, overridden_calls
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Checkpoint every layer in ``model.layers`` until the context ends.
+
+    Unlike a patch of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
+    """
+    if not enabled:
+        yield
+        return
+    dropout_keys: dict[int, mx.array] = {}
+    replacements: list[tuple[nn.Module, Call]] = []
+    for layer in model.layers:
+        dropouts = [module for module in layer.modules() if isinstance(module, nn.Dropout) and module._p_1 < 1]
+        replacements.append((layer, _checkpointed_call(type(layer).__call__, dropouts, dropout_keys)))
+        replacements += [(dropout, _keyed_dropout(dropout_keys)) for dropout in dropouts]
+    with overridden_calls(replacements):
+        yield
+
+
+def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_keys: dict[int, mx.array]) -> Call:
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # mx.checkpoint differentiates floating inputs only; masks and flags are closed over. What a cache holds has to
+        # come in and go out explicitly, or gradients would not flow through it.
+        arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        inputs = {name: value for name, value in arguments.items() if _is_differentiable(value)}
+        caches = [value for value in arguments.values() if is_cache(value)]
+        # The backward pass runs ``inner`` again, when the caches have long moved on.
+        before = forked(caches)
+        remembered = cache_arrays(before)
+        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32) if dropouts else None
+        after: list[Any] = []
+
+        def inner(parameters: Any, inputs: list[mx.array], remembered: list[mx.array]) -> tuple[Any, list[mx.array]]:
+            if keys is not None:
+                dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
+            layer.update(parameters)
+            forks = forked(before, iter(remembered))
+            standing_in = dict(zip(map(id, caches), forks, strict=True))
+            given = {name: standing_in.get(id(value), value) for name, value in arguments.items()}
+            given.update(zip(names, inputs, strict=True))
+            output = original(layer, *(given.pop(at) for at in range(len(args))), **given)
+            after[:] = forks
+            return output, cache_arrays(forks)
+
+        names = list(inputs)
+        output, new = mx.checkpoint(inner)(layer.trainable_parameters(), list(inputs.values()), remembered)
+        adopt(caches, after, iter(new))
+        return output
+
+    return call
+
+
+def _keyed_dropout(dropout_keys: dict[int, mx.array]) -> Call:
+    def call(dropout: nn.Module, x: mx.array) -> mx.array:
+        if not dropout.training:
+            return x
+        kept = mx.random.bernoulli(dropout._p_1, x.shape, key=dropout_keys[id(dropout)])
+        return (kept * x) * (1 / dropout._p_1)
+
+    return call
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)

@@ -1,0 +1,204 @@
+"""The trained model as a whole: adapter merged, written beside its place, loaded back and scored, then put there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model, save_config
+from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
+
+from mlx_cpo_plugin.checkpoints.run_folder import put_aside_what_is_not_the_runs
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
+from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
+from mlx_cpo_plugin.model.rounding import dithered
+from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.run.loading import group_size_for, model_folder
+from mlx_cpo_plugin.run.model_folder import publish, staging_folder
+from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
+from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, kept_of_margin, told
+
+# Below this share of the margin won a fused model is told to be worse than what was trained.
+ENOUGH = 0.9
+# What tokenizer and configuration take beside the weights, at most, in bytes.
+BESIDES = 50_000_000
+
+Say = Callable[[str], None]
+
+
+class FuseError(UserError):
+    """The fused model cannot be written; the adapter is whole."""
+
+
+class Fusing:
+    """Merges the adapter of a run into its model.
+
+    Args:
+        model: before it is trained; its scores are what is compared with afterwards.
+        pairs: a few held-out rows; without any, nothing is scored.
+    """
+
+    def __init__(self, settings: SimpleNamespace, model: nn.Module, pairs: Sequence[PreferencePair], say: Say) -> None:
+        self.settings = settings
+        self.pairs = pairs
+        self.say = say
+        self.scoring = getattr(settings, "scoring", "auto")
+        self.before = self._scores(model)
+
+    def fuse(self, model: nn.Module, tokenizer: Any) -> Path:
+        """Write the fused model, and return its folder; ``model`` is empty afterwards.
+
+        Raises:
+            FuseError: there is no room for it, or it cannot be written or loaded back; nothing is left of it.
+        """
+        target = fused_folder(self.settings)
+        base = model_folder(self.settings.model)
+        trained = self._scores(model)
+        parts = text_and_towers(model, base, self.say)
+        precision = self._merge(model, base, trained)
+        self._check_room(model, parts, base, target, precision)
+        try:
+            with staging_folder(target) as staging:
+                _save(model, tokenizer, parts, staging)
+                complete_fused_model(staging, base, parts)
+                fused = self._scored_back(staging)
+                publish(staging, target, self._put_aside)
+        except (OSError, RuntimeError, ValueError) as error:
+            if is_device_fault(error):
+                raise
+            raise FuseError(
+                f"The fused model cannot be written to {target} ({first_line(error)}); free space or set fuse: false. "
+                "The adapter is whole, and no part of a fused model is left."
+            ) from error
+        if self.before is not None and trained is not None and fused is not None:
+            self.say(told("The fused model", self.before, trained, fused))
+            kept = kept_of_margin(self.before, trained, fused)
+            if kept is not None and kept < ENOUGH:
+                self.say("Warning: rounding took more than a tenth of that away; set fuse_bits to more, or to 16.")
+        return target
+
+    def _put_aside(self, replaced: Sequence[Path]) -> None:
+        if self.settings.lm_studio_name is None:
+            put_aside_what_is_not_the_runs(Path(self.settings.adapter_path), replaced, self.say)
+
+    def _scores(self, model: nn.Module) -> HeldOutScores | None:
+        return held_out_scores(model, self.pairs, self.scoring) if self.pairs else None
+
+    def _scored_back(self, folder: Path) -> HeldOutScores | None:
+        """Load the model that was written and score it."""
+        model, _ = load_model(folder, lazy=not self.pairs)
+        return self._scores(model)
+
+    def _merge(self, model: nn.Module, base: Path, trained: HeldOutScores | None) -> str:
+        """Merge the adapter and give the weights the precision that they are handed on in; return it in words."""
+        adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
+        bits = self.settings.fuse_bits
+        if bits is None and self._keeps_bits_of_base(model, base, adapters, trained):
+            return "in the bits of the base model"
+        model.update_modules(tree_unflatten([(name, merged_layer(name, module)) for name, module in adapters]))
+        dequantize_model(model)
+        arguments = vars(model.args)
+        for key in ("quantization", "quantization_config"):
+            arguments.pop(key, None)
+        if bits is None or bits == 16:
+            return "not quantised"
+        size = group_size_for(model)
+        if size is None:
+            raise FuseError(f"fuse_bits is {bits}, but no layer has a width that divides by 32; set it to 16.")
+        _, config = quantize_model(model, {}, size, bits)
+        model.args.quantization = model.args.quantization_config = config["quantization"]
+        return f"with {bits} bits"
+
+    def _keeps_bits_of_base(
+        self, model: nn.Module, base: Path, adapters: list[tuple[str, nn.Module]], trained: HeldOutScores | None
+    ) -> bool:
+        """Merge into a base that is quantised on disk in its own bits, where that keeps what was learned."""
+        quantization = load_config(base).get("quantization")
+        if quantization is None or self.before is None or trained is None:
+            return False
+        model.update_modules(tree_unflatten([(name, module.fuse()) for name, module in adapters]))
+        kept = kept_of_margin(self.before, trained, held_out_scores(model, self.pairs, self.scoring))
+        if kept is not None and kept >= ENOUGH:
+            model.args.quantization = model.args.quantization_config = quantization
+            return True
+        share = "hardly anything was learned" if kept is None else f"only {kept:.0%} of what was learned would be left"
+        self.say(f"In the bits of the base model {share}: the fused model is not quantised; fuse_bits chooses.")
+        model.update_modules(tree_unflatten(adapters))
+        return False
+
+    def _check_room(
+        self, model: nn.Module, parts: TextAndTowers | None, base: Path, target: Path, precision: str
+    ) -> None:
+        """Tell how large the model will be, before anything of it is computed or written."""
+        size = sum(array.nbytes for array in by_name(model.parameters()).values())
+        size += 0 if parts is None else parts.towers_size
+        base_size = sum(file.stat().st_size for file in base.glob("model*.safetensors")) or size
+        self.say(
+            f"The fused model, {precision}, takes {_bytes(size)}: {size / base_size:.1f} times the {_bytes(base_size)} "
+            "of the base model."
+        )
+        there = next(path for path in (target, *target.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        if free < size + BESIDES:
+            raise FuseError(
+                f"The fused model takes {_bytes(size)}, but {there} has {_bytes(free)} left; free space, or set "
+                "fuse_bits: 4 or fuse: false. The adapter is whole."
+            )
+
+
+def fused_folder(settings: SimpleNamespace) -> Path:
+    """Return where the fused model goes: beside the adapter, or into LM Studio."""
+    if settings.lm_studio_name is None:
+        return Path(settings.adapter_path)
+    return Path(find_lmstudio_models_path()) / "mlx_lm_lora" / settings.lm_studio_name
+
+
+def merged_layer(name: str, module: nn.Module) -> nn.Module:
+    """Return the layer with its adapter merged, dense; sums in float32, rounded as in :mod:`..layers.rounding`."""
+    layer: nn.Module = module.fuse(dequantize=True)
+    if isinstance(module, MERGEABLE):
+        weight, dtype = merged_weight(module), dense_dtype(module)
+        # What was packed does not lie on the grid of half precision, and is best rounded to nearest.
+        layer.weight = weight.astype(dtype) if "scales" in module.linear else dithered(weight, dtype, f"{name}.weight")
+    return layer
+
+
+def _save(model: nn.Module, tokenizer: Any, parts: TextAndTowers | None, folder: Path) -> None:
+    """Have the host write the model, which is given away shard by shard."""
+    if parts is not None:
+        whole = parts.joined(model)
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+        model = whole
+    save_pretrained(model=model, tokenizer=tokenizer, save_path=str(folder))
+
+
+def complete_fused_model(folder: Path, base_folder: Path, parts: TextAndTowers | None = None) -> None:
+    """Give a fused model what the host leaves behind: without its end tokens it would not stop generating.
+
+    These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
+    ``eos_token_id``, its ``generation_config.json``, and code of its own; with towers, what belongs to these.
+    """
+    # Whether the fused model is quantised only the host has written down.
+    base_config = load_config(base_folder)
+    base = {key: value for key, value in base_config.items() if not key.startswith("quantization")}
+    save_config({**base, **load_config(folder)}, folder / "config.json")
+    patterns = ["generation_config.json", "*.py"]
+    if parts is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | parts.config(base_config)
+        (folder / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True), encoding="utf-8")
+        patterns.append("*processor*.json")
+    for pattern in patterns:
+        for file in base_folder.glob(pattern):
+            shutil.copy(file, folder)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,1 +1,0 @@
-"""Model and pairs -> log-probs of the answers."""

@@ -1,0 +1,336 @@
+"""The base model and the tuned one, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm import generate, load
+from support.tiny import add_adapter, build_model, build_pairs
+
+from mlx_cpo_plugin import cli
+from mlx_cpo_plugin.comparison import measure
+from mlx_cpo_plugin.comparison.measure import Comparison, compare
+from mlx_cpo_plugin.comparison.preference import length_groups, preferences
+from mlx_cpo_plugin.data.batches import collate
+from mlx_cpo_plugin.training.objective import objective_for
+
+Settings = dict[str, Any]
+RunMain = Callable[..., None]
+
+PROMPT = "How many apples are there?"
+
+
+def silent(line: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+@pytest.fixture
+def adapter_path(settings: Settings, run_main: RunMain) -> Path:
+    """A run of a few steps that moves the model, with a test at its end."""
+    run_main({**settings, "test": True, "learning_rate": 0.05, "iters": 4, "val_batches": -1})
+    return Path(settings["adapter_path"])
+
+
+def metrics(adapter_path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (adapter_path / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def greedy(model_folder: Path, adapter_path: Path | None = None) -> str:
+    """The answer that mlx_lm itself gives to the prompt."""
+    model, tokenizer = load(str(model_folder), adapter_path=adapter_path and str(adapter_path))
+    tokens = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
+    return generate(model, tokenizer, prompt=tokens, max_tokens=8).strip()
+
+
+# Accuracy and margin
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_thirds_hold_every_pair_once_from_short_to_long(longest: list[int]) -> None:
+    pairs = [build_pairs(1, seed=seed, longest=size)[0] for seed, size in enumerate(longest)]
+
+    everything, *thirds = length_groups(pairs)
+
+    assert list(everything.pairs) == pairs
+    assert len(thirds) == (3 if len(pairs) >= 3 else 0)
+    if thirds:
+        assert sorted(id(pair) for third in thirds for pair in third.pairs) == sorted(map(id, pairs))
+        described = [third.description() for third in thirds]
+        assert [third["name"] for third in described] == ["short", "medium", "long"]
+        assert max(third["pairs"] for third in described) - min(third["pairs"] for third in described) <= 1
+        for shorter, longer in pairwise(described):
+            assert shorter["longest"] <= longer["shortest"]
+
+
+@pytest.mark.parametrize("scoring", ["auto", "plain"])
+def test_the_means_of_a_group_are_those_of_its_pairs_one_by_one(scoring: str) -> None:
+    model, pairs, beta = add_adapter(build_model()), build_pairs(7), 0.3
+    groups = length_groups(pairs)
+
+    means = preferences(model, groups, objective_for("sigmoid", {"beta": beta}), batch_size=2, scoring=scoring)
+
+    for group, found in zip(groups, means, strict=True):
+        logps = np.array([reference_logps(model, pair) for pair in group.pairs])
+        margins = beta * (logps[:, 0] - logps[:, 1])
+        assert found["accuracies"] == np.mean(margins > 0)
+        assert found["margins"] == pytest.approx(margins.mean(), rel=1e-4)
+        assert found["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), rel=1e-5)
+        assert found["policy_chosen_logps"] == pytest.approx(logps[:, 0].mean(), rel=1e-5)
+
+
+def reference_logps(model: Any, pair: Any) -> list[float]:
+    """Chosen and rejected log-prob of one pair in float64, from the model's logits."""
+    batch = collate([pair])
+    logps = []
+    for ids, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+        tokens = np.concatenate([pair.prompt, ids])
+        logits = np.array(model(mx.array(tokens)[None]).astype(mx.float32), np.float64)[0]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        places = np.arange(len(pair.prompt), len(tokens))[scored]
+        logps.append(float(log_probs[places - 1, tokens[places]].sum()))
+    assert batch.tokens.shape[0] == 2
+    return logps
+
+
+@pytest.mark.parametrize(
+    "choice", [{"train_type": "lora"}, {"train_type": "dora"}, {"train_type": "full"}, {"preset": "cpo-simpo"}]
+)
+def test_the_figures_are_those_of_the_runs_first_validation_and_of_its_final_test(
+    settings: Settings, run_main: RunMain, choice: Settings
+) -> None:
+    run_main({**settings, **choice, "test": True, "learning_rate": 0.05, "val_batches": -1})
+    adapter_path = Path(settings["adapter_path"])
+
+    comparison = compare(adapter_path, say=silent)
+
+    (test,) = metrics(adapter_path, "test")
+    first = metrics(adapter_path, "valid")[0]  # the valid rows of the fixture are the test rows, too
+    assert comparison.held_out == "test"
+    for name in ("loss", "accuracies", "margins", "policy_chosen_logps", "policy_rejected_logps"):
+        assert comparison.after[0][name] == test[f"test_{name}"]
+        assert comparison.before[0][name] == pytest.approx(first[f"val_{name}"], rel=1e-6)
+    assert comparison.before != comparison.after
+
+
+# Answers
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
+def test_both_models_answer_as_mlx_lm_has_them_answer(
+    settings: Settings, run_main: RunMain, model_folder: Path, train_type: str
+) -> None:
+    run_main({**settings, "train_type": train_type, "learning_rate": 0.05, "iters": 4})
+    adapter_path = Path(settings["adapter_path"])
+
+    comparison = compare(adapter_path, prompts=[PROMPT], max_tokens=8, say=silent)
+
+    assert comparison.base[0].text == greedy(model_folder)
+    assert comparison.tuned[0].text == greedy(model_folder, adapter_path)
+    assert comparison.base != comparison.tuned
+
+
+def test_the_model_that_answers_first_is_the_base_model_to_the_bit(
+    adapter_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def look(model: Any, *_: Any) -> list[Any]:
+        seen.append(dict(tree_flatten(model.parameters())))
+        return []
+
+    monkeypatch.setattr(measure, "answers", look)
+
+    compare(adapter_path, say=silent)
+
+    original = dict(tree_flatten(load(str(model_folder))[0].parameters()))
+    base, tuned = seen
+    assert base.keys() == original.keys()
+    assert all(mx.array_equal(base[name], original[name]).item() for name in original)
+    assert any(name.endswith("lora_a") for name in tuned)
+
+
+def test_the_precision_of_the_run_is_that_of_both_models(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "load_in_4bits": True, "test": True})
+
+    comparison = compare(Path(settings["adapter_path"]), say=silent)
+
+    (test,) = metrics(Path(settings["adapter_path"]), "test")
+    assert comparison.after[0]["margins"] == test["test_margins"]
+
+
+def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_beside(adapter_path: Path) -> None:
+    comparison = compare(adapter_path, prompts=[PROMPT], rows=2, max_tokens=2, say=silent)
+
+    own, first, second = comparison.questions
+    assert (own.source, own.prompt, own.chosen) == ("prompt", PROMPT, None)
+    assert (first.source, second.source) == ("test.jsonl:1", "test.jsonl:2")
+    assert first.prompt.startswith("<|im_start|>user\nPlease tell me how many apples are in basket 0.<|im_end|>")
+    assert first.prompt.endswith("<|im_start|>assistant\n")
+    assert first.chosen == "There are 0 apples in the basket, my friend."
+    assert first.rejected == "I do not know."
+    assert len(comparison.base) == len(comparison.tuned) == 3
+
+
+def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "max_seq_length": 24})
+
+    comparison = compare(Path(settings["adapter_path"]), rows=1, max_tokens=1, say=silent)
+
+    assert comparison.groups[0].description()["longest"] == 24
+    assert comparison.questions[0].prompt.startswith("<|im_start|>user\nPlease tell me how many apples")
+    assert comparison.questions[0].chosen == "There are 0 apples in the basket, my friend."
+
+
+def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None:
+    comparison = compare(adapter_path, prompts=[PROMPT], max_tokens=1, say=silent)
+
+    assert not comparison.base[0].finished
+
+
+# Which rows are held out
+
+
+def held_out(adapter_path: Path, **arguments: Any) -> tuple[str, int]:
+    comparison: Comparison = compare(adapter_path, say=silent, **arguments)
+    return comparison.held_out, len(comparison.groups[0].pairs) if comparison.groups else 0
+
+
+def test_without_a_test_set_the_validation_set_is_taken(adapter_path: Path, data_folder: Path) -> None:
+    (data_folder / "test.jsonl").unlink()
+
+    assert held_out(adapter_path) == ("valid", 4)
+
+
+def test_a_validation_set_drawn_from_the_training_rows_is_drawn_again(
+    settings: Settings, run_main: RunMain, data_folder: Path
+) -> None:
+    (data_folder / "valid.jsonl").unlink()
+    (data_folder / "test.jsonl").unlink()
+    run_main({**settings, "valid_fraction": 0.3, "val_batches": -1, "iters": 1})
+
+    comparison = compare(Path(settings["adapter_path"]), say=silent)
+
+    first = metrics(Path(settings["adapter_path"]), "valid")[0]
+    assert (comparison.held_out, len(comparison.groups[0].pairs)) == ("valid", 3)
+    assert comparison.before[0]["margins"] == pytest.approx(first["val_margins"], rel=1e-6)
+
+
+def test_no_more_rows_are_taken_than_the_run_tests(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "test": True, "test_batches": 1})
+
+    assert held_out(Path(settings["adapter_path"])) == ("test", settings["batch_size"])
+
+
+def test_other_rows_can_be_given_as_a_file_or_a_folder(adapter_path: Path, data_folder: Path) -> None:
+    assert held_out(adapter_path, data=str(data_folder / "train.jsonl")) == ("file", 10)
+    assert held_out(adapter_path, data=str(data_folder)) == ("test", 4)
+
+
+def test_prompts_are_answered_without_any_rows(adapter_path: Path, data_folder: Path) -> None:
+    for name in ("valid", "test"):
+        (data_folder / f"{name}.jsonl").unlink()
+    said: list[str] = []
+
+    comparison = compare(adapter_path, prompts=[PROMPT], rows=2, max_tokens=2, say=said.append)
+
+    assert (len(comparison.base), comparison.groups, comparison.after) == (1, [], [])
+    assert said[0].startswith("No held-out rows are compared: ")
+
+
+# The command
+
+
+def test_the_json_holds_what_its_documentation_says(
+    adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(adapter_path), "--prompt", PROMPT, "--rows", "1", "--max-tokens", "2"]
+
+    assert cli.main([*words, "--json", str(tmp_path / "out.json")]) == 0
+
+    printed = capsys.readouterr()
+    figures = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert list(figures) == [
+        *("adapter_path", "model", "train_type", "loss_type", "beta", "max_tokens"),
+        *("answers", "held_out", "preference"),
+    ]
+    assert (figures["adapter_path"], figures["train_type"], figures["held_out"]) == (str(adapter_path), "lora", "test")
+    assert [set(answer) for answer in figures["answers"]] == [
+        {"source", "prompt", "chosen", "rejected", "base", "tuned"}
+    ] * 2
+    assert set(figures["answers"][0]["base"]) == {"text", "finished"}
+    assert [group["name"] for group in figures["preference"]] == ["all", "short", "medium", "long"]
+    means = {"accuracy", "margin", "loss", "chosen_logps", "rejected_logps"}
+    assert set(figures["preference"][0]) == {"name", "pairs", "shortest", "longest", "before", "after"}
+    assert set(figures["preference"][0]["before"]) == means
+    assert "held out: test" in printed.out
+    assert f"prompt: {PROMPT}" in printed.out
+    assert "The tuned model answers prompt 2 of 2." in printed.err
+
+
+def test_json_to_standard_output_stands_there_alone(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", "-"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["answers"] == []
+
+
+def without(adapter_path: Path, name: str) -> None:
+    (adapter_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "sentence"),
+    [
+        ("adapters.safetensors", [], "There is no adapters.safetensors in {path}; give the adapter_path of a run"),
+        ("adapter_config.json", [], "There is no adapter_config.json in {path}; give the adapter_path of a run"),
+        ("run_settings.yaml", [], "There is no run_settings.yaml in {path}; give --model, and --data for rows."),
+        (None, ["--data", "/no/rows"], "data names /no/rows, which does not exist"),
+        (None, ["--model", "/no/model"], "The tokenizer of model '/no/model' cannot be loaded"),
+        (None, ["--prompt", " "], "--prompt ' ' cannot be asked"),
+        (None, ["--json", "/no/folder/out.json"], "--json /no/folder/out.json: there is no folder /no/folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    adapter_path: Path, capsys: pytest.CaptureFixture[str], missing: str | None, words: list[str], sentence: str
+) -> None:
+    if missing is not None:
+        without(adapter_path, missing)
+    capsys.readouterr()
+
+    assert cli.main(["compare", str(adapter_path), *words]) == 2
+
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {sentence.format(path=adapter_path)}")
+    assert printed.err.count("\n") == 1
+
+
+def test_an_adapter_of_another_model_is_one_sentence(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = dict(mx.load(str(adapter_path / "adapters.safetensors")))
+    mx.save_safetensors(
+        str(adapter_path / "adapters.safetensors"), {name: value[:1] for name, value in weights.items()}
+    )
+    capsys.readouterr()
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: The adapter in {adapter_path} does not go onto model ")
+
+
+def test_a_run_without_its_settings_is_compared_with_a_named_model(
+    adapter_path: Path, model_folder: Path, data_folder: Path
+) -> None:
+    without(adapter_path, "run_settings.yaml")
+
+    assert held_out(adapter_path, model=str(model_folder), data=str(data_folder)) == ("test", 4)

@@ -1,0 +1,444 @@
+"""The page in a real browser: fill the form, fix a mistake, train, watch, stop, go on, compare, keep a report.
+
+And as other accounts of the machine see it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from support.tiny import TESTS, preference_rows
+
+pytest.importorskip("gradio", reason="needs the extra 'studio'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
+    pytest.mark.xdist_group("studio page"),
+]
+PATIENCE = 120_000
+expect = playwright.expect
+
+
+class Server(NamedTuple):
+    """The page as it runs.
+
+    Attributes:
+        home: its address without the token.
+        address: the one that is printed.
+        opened: holds the words that the browser was started with, once it was.
+        pid: of its process.
+    """
+
+    home: str
+    address: str
+    opened: Path
+    pid: int
+
+    @property
+    def token(self) -> str:
+        return self.address.partition("token=")[2]
+
+
+@pytest.fixture(scope="module")
+def root(model_folder: Path) -> Iterator[Path]:
+    """A folder with data and a configuration, into which every account may go."""
+    with tempfile.TemporaryDirectory(prefix="studio-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        fill(folder, model_folder)
+        yield folder
+
+
+def fill(folder: Path, model_folder: Path) -> None:
+    (folder / "data").mkdir()
+    for name, count in (("train", 10), ("valid", 4), ("test", 4)):
+        lines = [json.dumps(row) for row in preference_rows(count)]
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "model": str(model_folder),
+        "data": "data",
+        "train": True,
+        "train_mode": "cpo",
+        "adapter_path": "adapters",
+        "iters": 200,
+        "batch_size": 2,
+        "learning_rate": 0.001,
+        "steps_per_report": 5,
+        "steps_per_eval": 50,
+        "fuse": False,
+        "top_p": 0.5,
+    }
+    (folder / "my.yaml").write_text("# mine\n" + yaml.safe_dump(settings, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("browser")
+    opened = folder / "words"
+    script = folder / "browser.py"
+    script.write_text(f"import os, sys\nopen({str(opened)!r}, 'w').write(' '.join(sys.argv))")
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "studio", "--config", "my.yaml", "--port", str(port)]
+    environment = os.environ | {"BROWSER": f"{sys.executable} {script} %s"}
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        address = next(line.strip() for line in process.stdout if "http://" in line)
+        home = f"http://127.0.0.1:{port}/"
+        assert address.startswith(f"{home}?token=")
+        while True:  # it listens a moment later
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+        yield Server(home, address, opened, process.pid)
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # a BLAS is nothing for a browser
+    with playwright.sync_playwright() as engine:
+        yield engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    if preloaded is not None:
+        os.environ["LD_PRELOAD"] = preloaded
+
+
+@pytest.fixture
+def page(server: Server, browser: Any) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    page.outside = []
+    page.on("request", lambda request: page.outside.append(request.url) if is_outside(request.url, server) else None)
+    page.goto(server.address)
+    expect(page.locator("#yaml")).to_contain_text("train_mode")
+    yield page
+    page.close()
+
+
+def is_outside(url: str, server: Server) -> bool:
+    return not url.startswith((server.home, "data:", "blob:"))
+
+
+def write(page: Any, key: str, text: str) -> None:
+    page.locator(f"#field-{key}").locator("input, textarea").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(text)
+
+
+def tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_mistake_is_told_beside_its_field_and_goes_when_it_is_fixed(page: Any) -> None:
+    write(page, "beta", "-1")
+
+    expect(page.locator("#error-beta")).to_have_text("beta is -1 in the form, but must be a number > 0.")
+    expect(page.locator("#verdict")).to_contain_text("beta is -1")
+
+    write(page, "beta", "0.05")
+    expect(page.locator("#error-beta")).to_be_hidden()
+    expect(page.locator("#verdict")).to_contain_text("Ready to train.")
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.05")
+
+
+def test_delta_can_be_written_with_dpop_alone(page: Any) -> None:
+    delta = page.locator("#field-delta").locator("input, textarea")
+    expect(delta).to_be_disabled()
+
+    page.get_by_role("radio", name="DPOP").click()
+    expect(delta).to_be_enabled()
+    page.get_by_role("radio", name="Hinge").click()
+    expect(delta).to_be_disabled()
+
+
+def test_a_saved_file_keeps_comments_and_keys_without_a_field(page: Any, root: Path) -> None:
+    write(page, "beta", "0.2")
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.2")
+    page.locator("#file").locator("input").fill("mine/other.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("Saved mine/other.yaml")
+    text = (root / "mine" / "other.yaml").read_text()
+    assert text == (root / "my.yaml").read_text() + "beta: 0.2\n"
+
+
+def open_changed(page: Any, root: Path, name: str, **changes: Any) -> None:
+    """Open a file that has the settings of the first one, with changes."""
+    settings = yaml.safe_load((root / "my.yaml").read_text())
+    (root / name).write_text(yaml.safe_dump(settings | changes))
+    page.locator("#file").locator("input").fill(name)
+    page.keyboard.press("Enter")
+    page.click("#open")
+    expect(page.locator("#said")).to_contain_text(f"Opened {name}")
+
+
+def test_opening_a_file_fills_the_form(page: Any, root: Path) -> None:
+    open_changed(page, root, "second.yaml", beta=0.7, dpo_cpo_loss_type="dpop", delta=5)
+
+    expect(page.locator("#field-beta").locator("input, textarea")).to_have_value("0.7")
+    expect(page.locator("#field-delta").locator("input, textarea")).to_be_enabled()
+    expect(page.locator("#field-delta").locator("input, textarea")).to_have_value("5")
+    expect(page.locator("#yaml")).to_contain_text("dpo_cpo_loss_type: dpop")
+
+
+def test_a_file_outside_the_folder_is_neither_read_nor_written(page: Any, root: Path) -> None:
+    page.locator("#file").locator("input").fill("../stolen.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("lies outside")
+    assert not (root.parent / "stolen.yaml").exists()
+
+
+def test_the_data_report_shows_rows_lengths_and_scored_tokens(page: Any) -> None:
+    tab(page, "Check")
+    page.click("#check")
+
+    expect(page.locator("#check-summary tbody tr").first).to_contain_text("10")
+    expect(page.locator("#check-pairs article mark").first).to_contain_text("apples in the basket")
+    expect(page.locator("#lengths-chosen canvas, #lengths-chosen svg").first).to_be_visible()
+
+
+def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_reported(
+    page: Any, browser: Any, server: Server, root: Path
+) -> None:
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text("Running")
+    expect(page.locator("#curve-loss")).to_be_visible()
+    expect(page.locator("#status progress")).to_be_visible()
+    page.click("#stop")
+    expect(page.locator("#status")).to_contain_text("Stopped and saved")
+
+    page.click("#resume")
+    expect(page.locator("#status")).to_contain_text("Running")
+    again = browser.new_page()
+    again.goto(server.address)
+    tab(again, "Run")
+    expect(again.locator("#status")).to_contain_text(re.compile("Running|Finished"), timeout=PATIENCE)
+    again.close()
+    expect(page.locator("#status")).to_contain_text("Finished")
+    expect(page.locator("#console")).to_contain_text("Saved final weights")
+    assert (root / "adapters" / "adapters.safetensors").exists()
+
+    tab(page, "Compare")
+    page.locator("#compare-run").locator("input").click()
+    page.get_by_role("option", name="adapters").click()
+    page.locator("#compare-prompt textarea").fill("Please tell me how many apples are in basket 3.")
+    page.click("#compare")
+    expect(page.locator("#compare-answers tbody tr").first).to_contain_text("%")
+    expect(page.locator("#compare-answers article").first).to_contain_text("Tuned model")
+
+    tab(page, "Runs")
+    page.get_by_label("adapters", exact=True).check()
+    page.click("#show-runs")
+    expect(page.locator("#runs-curves svg").first).to_be_visible()
+    page.click("#make-report")
+    with page.expect_download() as download:
+        page.locator("#report a").first.click()
+    assert "<svg" in Path(download.value.path()).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(
+    server: Server, browser: Any, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto(server.address)
+    expect(page.locator("#verdict")).to_contain_text("Ready")
+
+    for name in ("Train", "Check", "Run", "Compare", "Runs"):
+        if width > 390 or name == "Train":
+            tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    tab(page, "Train")
+    unlabelled = page.evaluate(
+        """() => [...document.querySelectorAll('[id^=field-] input, [id^=field-] textarea')]
+            .filter(field => !field.labels?.length && !field.getAttribute('aria-label')).length"""
+    )
+    assert unlabelled == 0
+    page.close()
+
+
+def test_the_form_can_be_filled_by_keyboard_alone(page: Any) -> None:
+    beta = page.locator("#field-beta").locator("input, textarea")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if beta.evaluate("field => field === document.activeElement"):
+            break
+    page.keyboard.press("Control+a")
+    page.keyboard.type("0.3")
+
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.3")
+
+
+def test_nothing_is_fetched_from_elsewhere(page: Any) -> None:
+    for name in ("Check", "Run", "Compare", "Runs"):
+        tab(page, name)
+
+    assert page.outside == []
+
+
+def test_a_browser_without_the_token_sees_one_sentence(server: Server, browser: Any) -> None:
+    page = browser.new_page()
+
+    answer = page.goto(server.home)
+
+    assert answer.status == 403
+    assert "open the address with the token" in page.inner_text("body")
+    page.close()
+
+
+def test_the_browser_that_the_page_starts_is_led_in_and_its_words_tell_no_token(server: Server, browser: Any) -> None:
+    while not server.opened.exists() or not server.opened.read_text():
+        os.kill(server.pid, 0)
+    page = browser.new_page()
+    words = server.opened.read_text()
+    file = Path(words.partition("file://")[2])
+
+    page.goto(file.as_uri())
+
+    expect(page.locator("#yaml")).to_contain_text("train_mode")
+    assert page.url == server.home
+    assert server.token not in words
+    assert modes([file, file.parent, file.parent.parent]) == [0o600, 0o700, 0o700]
+    page.close()
+
+
+def modes(paths: list[Path]) -> list[int]:
+    return [stat.S_IMODE(path.stat().st_mode) for path in paths]
+
+
+def test_paths_outside_the_folder_are_used_once_they_are_confirmed(
+    page: Any, root: Path, tmp_path: Path, data_folder: Path
+) -> None:
+    (root / "linked").symlink_to(data_folder)
+    open_changed(page, root, "outside.yaml", data="linked", adapter_path=str(tmp_path / "adapters"))
+
+    tab(page, "Check")
+    page.click("#check")
+    expect(page.locator("#check-said")).to_contain_text(f"data: {data_folder}")
+    expect(page.locator("#check-said")).to_contain_text(f"adapter_path: {tmp_path / 'adapters'}")
+    expect(page.locator("#check-summary")).to_be_empty()
+    page.locator("#check-outside input").check()
+    page.click("#check")
+    expect(page.locator("#check-summary tbody tr").first).to_be_visible()
+
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#run-said")).to_contain_text(f"adapter_path: {tmp_path / 'adapters'}")
+    assert not (tmp_path / "adapters").exists()
+    page.locator("#run-outside input").check()
+    page.click("#start")
+    expect(page.locator("#run-said")).to_contain_text("Started in")
+    page.click("#stop")
+    expect(page.locator("#status")).to_contain_text(re.compile("Stopped at once|Stopped and saved"))
+
+
+def test_a_run_whose_rows_lie_outside_is_compared_once_they_are_confirmed(
+    page: Any, root: Path, data_folder: Path
+) -> None:
+    (root / "earlier").mkdir()
+    (root / "earlier" / "metrics.jsonl").write_text('{"kind": "train", "iteration": 1, "train_loss": 0.5}\n')
+    (root / "earlier" / "run_settings.yaml").write_text(f"data: {data_folder}\n")
+
+    tab(page, "Compare")
+    page.locator("#compare-run").locator("input").click()
+    page.get_by_role("option", name="earlier").click()
+    page.click("#compare")
+
+    expect(page.locator("#compare-said")).to_contain_text(f"data: {data_folder}")
+    expect(page.locator("#compare-outside input")).not_to_be_checked()
+
+
+def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
+    page: Any, browser: Any, server: Server, root: Path
+) -> None:
+    open_changed(page, root, "orphan.yaml", adapter_path="orphan", iters=100_000)
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#status progress")).to_be_visible()
+    os.kill(json.loads((root / "orphan" / "studio_run.json").read_text())["pid"], signal.SIGKILL)
+
+    again = browser.new_page()
+    again.goto(server.address)
+    tab(again, "Run")
+    expect(again.locator("#status")).to_contain_text("Running", timeout=PATIENCE)
+    page.click("#start")
+    expect(page.locator("#run-said")).to_contain_text("A run is writing to")
+    again.click("#stop")
+    expect(again.locator("#status")).to_contain_text("Ended, nobody saw how", timeout=PATIENCE)
+    expect(again.locator("#console")).to_contain_text(re.compile("stopped (after|before) iteration"))
+    again.close()
+
+
+def test_another_account_reads_nothing_asks_nothing_and_sees_no_token(page: Any, server: Server, root: Path) -> None:
+    open_changed(page, root, "private.yaml", adapter_path="private", iters=2)
+    page.locator("#file").locator("input").fill("hidden/private.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+    expect(page.locator("#said")).to_contain_text("Saved hidden/private.yaml")
+    tab(page, "Run")
+    page.click("#start")
+    expect(page.locator("#status")).to_contain_text("Finished")
+
+    written = [folder for name in ("hidden", "private") for folder in (root / name, *(root / name).rglob("*"))]
+    assert {root / "private" / name for name in ("studio.yaml", "console.log", "adapters.safetensors")} < set(written)
+    assert all(mode & 0o077 == 0 for mode in modes(written)), dict(zip(written, modes(written), strict=True))
+    if os.geteuid() != 0:
+        pytest.skip("needs a superuser to be another account")
+
+    script = TESTS / "support" / "other_account.py"
+    command = [sys.executable, str(script), server.home, *map(str, written)]
+    seen = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert seen["read"] == []
+    assert set(seen["answers"]) == {403}
+    assert str(server.pid) in seen["words"]
+    assert server.token not in "".join(seen["words"].values())
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/config", {"Origin": "http://evil.example"}),
+        ("/config", {"Host": "evil.example"}),
+        ("/gradio_api/queue/join", {"Sec-Fetch-Site": "cross-site"}),
+        ("/gradio_api/file=/etc/passwd", {}),
+        ("/gradio_api/file=../../../../etc/passwd", {}),
+    ],
+)
+def test_other_origins_and_other_files_are_refused(
+    server: Server, port: int, path: str, headers: dict[str, str]
+) -> None:
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {server.token}"} | headers)
+
+    response = connection.getresponse()
+
+    assert response.status in (403, 404)
+    assert b"root:" not in response.read()

@@ -1,0 +1,154 @@
+"""``mlx-cpo check`` prints what training would see, without loading a model."""
+
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from support.data_tokenizers import tokenizer_named
+
+from mlx_cpo_plugin.commands import check
+from mlx_cpo_plugin.commands.check import run_check
+from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.settings import config
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """Run the check on some rows and return what it prints."""
+    model = tmp_path / "model"
+    tokenizer_named("chatml")._tokenizer.save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+
+    def run(rows, stream=None, **others):
+        path = tmp_path / "train.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings = {
+            "model": str(model),
+            "data": str(path),
+            "hf_dataset": None,
+            "train": False,
+            "test": False,
+            "max_seq_length": 512,
+            "batch_size": 2,
+            "batch_tokens": None,
+            "gradient_accumulation_steps": 2,
+            "seed": 0,
+            "valid_fraction": 0,
+        }
+        stream = stream or io.StringIO()
+        run_check(SimpleNamespace(**{**settings, **others}), stream=stream, examples=1)
+        return stream.getvalue()
+
+    return run
+
+
+ROWS = [{"prompt": "What is it?", "chosen": f"Yes, the cat {i}.", "rejected": "No."} for i in range(5)]
+
+
+def test_it_counts_rows_and_says_what_is_skipped(checked):
+    output = checked([*ROWS, {"prompt": "Who?", "chosen": "Me.", "rejected": "Me."}])
+
+    assert "Train: 6 rows, 5 pairs, 1 skipped (both answers are the same: train.jsonl:6).\n" in output
+    assert "Valid: No validation set, so validation is skipped" in output
+
+
+def test_it_gives_lengths_steps_and_the_length_bias(checked):
+    rows = [*ROWS, {"prompt": "Who?", "chosen": "No.", "rejected": "Yes, yes, yes."}]
+
+    output = " ".join(checked(rows).split())
+
+    assert " rejected 3 10 13 " in output
+    assert "Length bias: the chosen answer is the longer one in 83% of the pairs" in output
+    assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_size 2, gradient_accumulation_steps 2)" in output
+
+
+def test_batches_by_tokens_are_counted_as_training_cuts_them(checked):
+    output = checked(ROWS, batch_tokens=70, gradient_accumulation_steps=2)
+
+    assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_tokens 70, gradient_accumulation" in output
+
+
+def test_a_model_that_cannot_be_built_costs_the_memory_estimate_alone(checked):
+    output = checked(ROWS)
+
+    assert "Memory: not estimated, since the model cannot be built (No safetensors found in " in output
+    assert "First pairs" in output
+
+
+def test_it_estimates_memory_without_loading_the_model(model_folder, data_folder, monkeypatch):
+    given = {"model": str(model_folder), "data": str(data_folder), "train": True, "train_mode": "cpo"}
+    settings = config.resolve(given).settings
+    monkeypatch.setattr(check, "device_memory", lambda: 1_000_000)
+    stream, before = io.StringIO(), mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    run_check(settings, stream=stream)
+
+    assert mx.get_peak_memory() - before < 100_000
+    assert re.search(
+        r"\nMemory: about 0\.\d+ GB at most \(.*train\.jsonl:\d+\), of 0\.001 GB on this", stream.getvalue()
+    )
+    assert "\nWarning: this device has less memory than that; lower max_seq_length" in stream.getvalue()
+
+
+def test_it_counts_what_is_cut(checked):
+    output = checked([*ROWS, {"prompt": "cat " * 30, "chosen": "Yes.", "rejected": "No."}], max_seq_length=32)
+
+    assert "Cut to max_seq_length 32: prompt in 1, answer in 0 of 6 pairs" in output
+
+
+def test_it_marks_the_scored_tokens_of_the_first_rows(checked):
+    output = checked(ROWS)
+
+    assert output.endswith(
+        "train.jsonl:1\n"
+        "  prompt:   <|im_start|>user\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\n\n"
+        "  chosen:   ⟦Yes, the cat 0.<|im_end|>⟧\n"
+        "  rejected: ⟦No.<|im_end|>⟧\n"
+    )
+
+
+def test_context_inside_an_answer_stays_outside_the_marks(checked):
+    def turns(*words):
+        return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(words)]
+
+    row = {"chosen": turns("Who?", "Me.", "Sure?", "Yes."), "rejected": turns("Who?", "No.")}
+
+    assert (
+        "chosen:   ⟦Me.<|im_end|>⟧\\n<|im_start|>user\\nSure?<|im_end|>\\n<|im_start|>assistant\\n⟦Yes.<|im_end|>⟧"
+        in checked([row])
+    )
+
+
+def test_a_terminal_gets_colour(checked):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    assert "⟦\x1b[32mNo.<|im_end|>\x1b[0m⟧" in checked(ROWS, stream=Terminal())
+
+
+def test_a_model_without_a_tokenizer_is_an_error_of_one_sentence(checked, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(ConfigError, match=r"^The tokenizer of model '.*empty' cannot be loaded \(.*\); give a local"):
+        checked(ROWS, model=str(tmp_path / "empty"))
+
+
+def test_a_set_that_the_run_asks_for_and_does_not_have_is_an_error_after_the_report(checked):
+    stream = io.StringIO()
+
+    with pytest.raises(
+        DataError, match=r"^test is on, but the data holds no test rows: add some, or set test: false\.$"
+    ):
+        checked(ROWS, stream=stream, test=True)
+
+    assert "Train: 5 rows, 5 pairs." in stream.getvalue()
+
+
+def test_data_without_rows_is_an_error(checked):
+    with pytest.raises(DataError, match=r"^the data holds no rows: check data or hf_dataset\.$"):
+        checked([])

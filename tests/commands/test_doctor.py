@@ -1,0 +1,151 @@
+"""``mlx-cpo doctor`` tells what is in place, what is not, and what to do."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fresh_environment import FreshEnvironment, installed_environment
+
+from mlx_cpo_plugin import plugins
+from mlx_cpo_plugin.activation import patches
+from mlx_cpo_plugin.commands import doctor
+from mlx_cpo_plugin.commands.doctor import START_UP_FILES, Finding
+from mlx_cpo_plugin.errors import PluginError
+
+ROUTES = [
+    "route mlx_lm_lora.train",
+    "route python -m mlx_lm_lora train",
+    "route python -m mlx_lm_lora.train",
+    "route mlx_lm_lora.train.main({...})",
+    "route mlx_lm_lora.train.run(namespace)",
+    "route mlx_lm_lora.trainer.cpo_trainer",
+]
+
+
+@pytest.fixture
+def environment() -> FreshEnvironment:
+    """The plugin installed from a wheel."""
+    return installed_environment("wheel")
+
+
+def report_of(environment: FreshEnvironment, **variables: str) -> tuple[int, dict[str, Any]]:
+    """The exit code of ``mlx-cpo doctor --json``, and its findings by name."""
+    ended = environment.run(environment.folder / "bin" / "mlx-cpo", "doctor", "--json", **variables)
+    report = json.loads(ended.stdout)
+    assert report["ok"] == (ended.returncode == 0)
+    return ended.returncode, {finding["name"]: finding for finding in report["findings"]}
+
+
+def test_a_healthy_installation_is_found_healthy(environment: FreshEnvironment) -> None:
+    code, findings = report_of(environment)
+
+    assert code == 0
+    assert {name: finding["status"] for name, finding in findings.items() if name.startswith("route")} == dict.fromkeys(
+        ROUTES, "ok"
+    )
+    for name in ("python", "mlx-cpo-plugin", "mlx-lm-lora", "mlx", "mlx-lm", "pluggy", "backend", "start-up files"):
+        assert findings[name]["status"] == "ok"
+    assert findings["plugin mlx-cpo-plugin"]["about"]["loss_types"][:4] == ["sigmoid", "hinge", "ipo", "dpop"]
+
+
+def test_a_plugin_that_is_turned_off_is_a_failure(environment: FreshEnvironment) -> None:
+    code, findings = report_of(environment, MLX_CPO_PLUGIN_DISABLE="1")
+
+    assert code == 1
+    assert findings["switch"]["remedy"] == "unset MLX_CPO_PLUGIN_DISABLE"
+    assert {(findings[name]["status"], findings[name]["remedy"]) for name in ROUTES} == {
+        ("failed", "unset MLX_CPO_PLUGIN_DISABLE")
+    }
+
+
+def test_both_start_up_files_beside_each_other_are_fine(tmp_path: Path) -> None:
+    for name in START_UP_FILES:
+        (tmp_path / name).touch()
+
+    assert doctor.check_start_up_files([tmp_path / "other", tmp_path], are_read=True).status == "ok"
+
+
+@pytest.mark.parametrize("present", [[], START_UP_FILES[:1], START_UP_FILES[1:]], ids=["none", "pth", "start"])
+def test_a_missing_start_up_file_is_a_failure_with_a_remedy(tmp_path: Path, present: list[str]) -> None:
+    for name in present:
+        (tmp_path / name).touch()
+
+    finding = doctor.check_start_up_files([tmp_path], are_read=False)
+
+    assert finding.status == "failed"
+    assert all(name in finding.detail for name in present)
+    assert "pip install" in finding.remedy
+
+
+def test_start_up_files_that_python_does_not_read_are_a_failure(tmp_path: Path) -> None:
+    for name in START_UP_FILES:
+        (tmp_path / name).touch()
+
+    finding = doctor.check_start_up_files([tmp_path], are_read=False)
+
+    assert finding.status == "failed"
+    assert str(tmp_path) in finding.detail
+
+
+def test_the_hosts_script_is_where_its_distribution_was_installed() -> None:
+    assert Path(doctor.routes()["mlx_lm_lora.train"][1]).is_file()
+
+
+@pytest.mark.parametrize("version", ["5.8.6", "5.9.0", "5.10.0", "5.10.2"])
+def test_tested_hosts_are_fine(version: str) -> None:
+    assert patches.untested_host_warning(version) == ""
+
+
+@pytest.mark.parametrize("version", ["5.8.5", "5.10.3", "6.0.0rc1", "4.99.99", "of unknown version"])
+def test_other_hosts_are_named_in_a_warning(version: str) -> None:
+    warning = patches.untested_host_warning(version)
+
+    assert version in warning
+    assert "5.8.6 to 5.10.2" in warning
+
+
+def test_a_route_that_does_not_reach_the_plugin_says_how_it_ended() -> None:
+    finding = doctor.check_route("of the test", ["sh", "-c", "echo first; echo 'the host answered'"])
+
+    assert finding.status == "failed"
+    assert finding.detail == "not hooked: the host answered"
+
+
+def test_a_route_that_cannot_be_tried_is_a_failure() -> None:
+    assert doctor.check_route("of the test", ["/no/such/command"]).status == "failed"
+
+
+def test_two_plugins_that_claim_one_name_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def conflict() -> None:
+        raise PluginError("registered twice")
+
+    monkeypatch.setattr(plugins, "loss_types", conflict)
+
+    (finding,) = doctor.check_plugins()
+
+    assert (finding.status, finding.detail) == ("failed", "PluginError: registered twice")
+
+
+def test_a_plugin_that_was_skipped_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "train_modes", lambda: warnings.warn("it is skipped", RuntimeWarning, stacklevel=1))
+
+    *_, finding = doctor.check_plugins()
+
+    assert (finding.status, finding.detail) == ("warning", "it is skipped")
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
+def test_only_a_failure_makes_the_exit_code_1(
+    status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda: [Finding("thing", status, "seen", "mend it")])
+
+    assert doctor.run_doctor() == code
+
+    printed = capsys.readouterr().out
+    assert "thing: seen" in printed
+    assert "-> mend it" in printed

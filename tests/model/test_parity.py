@@ -1,0 +1,72 @@
+"""Whether a model can share prompts is asked of the model: a machine that fails meanwhile is no answer."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+import pytest
+from support.tiny import add_adapter, build_model, build_pairs
+from training.test_memory_watch import OUT_OF_MEMORY
+
+from mlx_cpo_plugin.model import parity
+from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.training import memory_estimate
+
+MACHINE_FAULTS = [*OUT_OF_MEMORY, RuntimeError("[METAL] Command buffer execution failed"), KeyboardInterrupt()]
+PROBES = ["_scores_one_by_one", "score_together"]
+
+
+def failing(error: BaseException) -> object:
+    def fail(*_: object) -> object:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("wanted", ["auto", "shared"])
+@pytest.mark.parametrize("error", MACHINE_FAULTS)
+def test_a_fault_of_the_machine_is_raised_as_it_is(
+    probe: str, wanted: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, probe, failing(error))
+
+    with pytest.raises(type(error)) as raised:
+        choose_scorer(add_adapter(build_model()), build_pairs(3), wanted, lambda line: pytest.fail(line))
+
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [TypeError("takes 2 arguments"), ValueError("[matmul] shapes"), LookupError("cache")])
+def test_an_error_of_the_architecture_is_an_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    model = add_adapter(build_model())
+    monkeypatch.setattr(parity, "score_together", failing(error))
+    scorer = choose_scorer(model, build_pairs(3), "auto", told.append)
+    assert scorer is not None
+    assert scorer.grouping == PAIR_BY_PAIR
+    assert not told
+
+    monkeypatch.setattr(parity, "_scores_one_by_one", failing(error))
+    assert choose_scorer(model, build_pairs(3), "auto", told.append) is None
+    assert "cannot share the prompt" in told[0]
+
+
+def test_the_probe_leaves_the_mode_of_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "_scores_one_by_one", failing(MemoryError()))
+    model: nn.Module = build_model()
+    model.train()
+
+    with pytest.raises(MemoryError):
+        choose_scorer(model, build_pairs(2), "auto")
+
+    assert model.training
+
+
+def test_an_estimate_takes_no_memory_error_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_estimate, "fresh_caches", failing(MemoryError()))
+
+    with pytest.raises(MemoryError):
+        memory_estimate.expected_grouping(build_model())
+    monkeypatch.setattr(memory_estimate, "fresh_caches", failing(LookupError("a cache of its own")))
+    assert memory_estimate.expected_grouping(build_model()) is None

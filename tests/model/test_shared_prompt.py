@@ -1,0 +1,282 @@
+"""Sharing a prompt between two answers changes nothing but the work: same log-probs, same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.architectures import ARCHITECTURES, build_architecture
+from support.tiny import add_adapter, build_model, build_pairs
+
+from mlx_cpo_plugin.data.batches import StepTotals, collate
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.host import memory_safe_recurrences
+from mlx_cpo_plugin.model import parity, shared_prompt
+from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
+from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping, PairSize
+from mlx_cpo_plugin.model.logps import AnswerScores, score_answers
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.training.gradients import (
+    BatchGradients,
+    GradientMethod,
+    PaddedGradients,
+    PairGradients,
+    SharedPromptGradients,
+)
+from mlx_cpo_plugin.training.long_context import SegmentGradients
+from mlx_cpo_plugin.training.objective import Objective, objective_for
+from mlx_cpo_plugin.training.qat import fake_quantised
+
+
+def mixed_pairs() -> list[PreferencePair]:
+    """Three pairs of mixed prompt lengths; the answers of the first begin alike."""
+    pairs = build_pairs(3, seed=4, longest=14)
+    first = pairs[0]
+    alike = min(len(first.chosen), len(first.rejected)) // 2
+    first.rejected[:alike] = first.chosen[:alike]
+    assert len({len(pair.prompt) for pair in pairs}) > 1
+    return pairs
+
+
+def objective(loss_type: str = "ipo", cpo_alpha: float = 0.0) -> Objective:
+    return objective_for(loss_type, {"beta": 0.3}, cpo_alpha=cpo_alpha)
+
+
+def segments(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    return SegmentGradients(model, objective, scorer, step_size=5)
+
+
+def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    return SegmentGradients(model, objective, scorer)
+
+
+def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    gradients = SharedPromptGradients(model, objective, scorer, pytest.fail, PAIR_BY_PAIR)
+
+    def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_prompt, "PADDING_ALLOWED", 1.0)
+            return gradients(pairs, step)
+
+    return compute
+
+
+def in_one_pass(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
+    if not can_be_padded(fresh_caches(model)):
+        pytest.skip("what this model remembers cannot be padded")
+    gradients = PaddedGradients(model, objective, scorer)
+
+    def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
+        cuts = [share(pair) for pair in pairs]
+        room = Grouping(0, 0).room([PairSize.of(cut) for cut in cuts])
+        return gradients(cuts, replace(room, shared=room.shared + 3, answer=room.answer + 2), step)
+
+    return compute
+
+
+WAYS: dict[str, Callable[..., GradientMethod]] = {
+    "in one pass": in_one_pass,
+    "side by side": side_by_side,
+    "one after the other": one_after_the_other,
+    "in segments": segments,
+}
+
+
+def assert_same_gradients(ours: PairGradients, plain: PairGradients, tolerance: float = 1e-4) -> None:
+    for name, value in ours.scores._asdict().items():
+        np.testing.assert_allclose(np.array(value), np.array(getattr(plain.scores, name)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(ours.losses), np.array(plain.losses), rtol=1e-4)
+    trees = [{name: np.array(value) for name, value in tree_flatten(gradients.gradient)} for gradients in (ours, plain)]
+    scale = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in trees[1].values()))
+    assert trees[0].keys() == trees[1].keys()
+    for name, value in trees[1].items():
+        assert np.linalg.norm(trees[0][name].astype(np.float64) - value) <= tolerance * scale, name
+
+
+def compare(
+    model: nn.Module, way: str, loss_type: str = "ipo", tolerance: float = 1e-4, cpo_alpha: float = 0.0
+) -> None:
+    model.train()
+    pairs, goal = mixed_pairs(), objective(loss_type, cpo_alpha)
+    step = StepTotals.of([*pairs, *build_pairs(2)])  # as a micro-batch of a larger step
+    plain = BatchGradients(model, goal)(pairs, step)
+    mx.eval(plain)
+    ours = WAYS[way](model, goal, SharedPromptScorer(model))(pairs, step)
+    assert_same_gradients(ours, plain, tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_the_plain_gradient(name: str, way: str) -> None:
+    compare(add_adapter(build_architecture(name), scale=1.0), way, tolerance=5e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo"])
+def test_every_loss_has_the_plain_gradient(loss_type: str, cpo_alpha: float, way: str) -> None:
+    compare(add_adapter(build_model()), way, loss_type, cpo_alpha=cpo_alpha)
+
+
+def lora(**arguments: Any) -> nn.Module:
+    return add_adapter(build_model(**arguments))
+
+
+def quantised() -> nn.Module:
+    model = lora()
+    nn.quantize(model, group_size=32, bits=4)
+    return model
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "lora": lora,
+    "dora": lambda: add_adapter(build_model(), dora=True),
+    "full": build_model,
+    "untied head": lambda: lora(tie_word_embeddings=False),
+    "full with an untied head": lambda: build_model(tie_word_embeddings=False),
+    "quantised base": quantised,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("around", ["nothing", "checkpointing", "qat", "checkpointing and qat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_has_the_plain_gradient(kind: str, around: str, way: str) -> None:
+    model = KINDS[kind]()
+    with ExitStack() as stack:
+        if "qat" in around:
+            stack.enter_context(fake_quantised(model, bits=4, group_size=32)).active = True
+        stack.enter_context(checkpointed_layers(model, "checkpointing" in around))
+        compare(model, way)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next", "lfm2", "deepseek_v2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointed_layers_pass_gradients_through_every_kind_of_cache(name: str, way: str) -> None:
+    model = add_adapter(build_architecture(name), scale=1.0)
+    with checkpointed_layers(model):
+        compare(model, way, tolerance=5e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, way: str) -> None:
+    model = add_adapter(build_architecture(name), scale=1.0)
+    with memory_safe_recurrences(model, chunk_size=4):
+        compare(model, way, tolerance=5e-4)
+
+
+@given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))
+@settings(deadline=None, max_examples=60)
+def test_a_cut_pair_is_the_pair(seed: int, alike: int) -> None:
+    (pair,) = build_pairs(1, seed)
+    alike = min(alike, len(pair.chosen), len(pair.rejected))
+    pair.rejected[:alike] = pair.chosen[:alike]
+
+    cut = share(pair)
+
+    shared = cut.shared.inputs[0].tolist() if cut.shared is not None else []
+    for side, answer in ((cut.chosen, pair.chosen), (cut.rejected, pair.rejected)):
+        whole = [*pair.prompt.tolist(), *answer.tolist()]
+        assert [*shared, *side.inputs[0].tolist()] == whole[:-1]
+        at = (side.positions + len(shared) + 1).tolist()
+        predicted = dict(zip(at, side.targets.tolist(), strict=True))
+        if cut.shared is not None:
+            predicted |= dict(zip((cut.shared.positions + 1).tolist(), cut.shared.targets.tolist(), strict=True))
+        assert predicted == {len(pair.prompt) + at: token for at, token in enumerate(answer.tolist())}
+
+
+def test_what_the_answers_have_in_common_is_computed_once() -> None:
+    (pair,) = build_pairs(1, seed=3)
+    chosen = np.array([7, 8, 9, 10, 11], np.int32)
+    pair = PreferencePair(pair.prompt, chosen, np.array([7, 8, 9, 50], np.int32), np.ones(5, bool), np.ones(4, bool))
+
+    cut = share(pair)
+
+    assert cut.shared is not None
+    assert cut.shared.inputs.shape[1] == len(pair.prompt) + 3 - 1
+    assert cut.chosen.inputs[0].tolist() == [9, 10]
+    assert cut.rejected.inputs[0].tolist() == [9]
+
+
+def test_answers_of_which_one_continues_the_other_are_scored() -> None:
+    ones = np.ones
+    pair = PreferencePair(
+        np.array([5], np.int32), np.array([7, 8, 9], np.int32), np.array([7, 8], np.int32), ones(3, bool), ones(2, bool)
+    )
+    model = build_model()
+
+    shared, plain = SharedPromptScorer(model).score(share(pair)), score_answers(model, collate([pair]))
+
+    np.testing.assert_allclose(np.array(shared.chosen_logps), np.array(plain.chosen_logps), rtol=1e-5)
+    np.testing.assert_allclose(np.array(shared.rejected_logps), np.array(plain.rejected_logps), rtol=1e-5)
+
+
+def test_auto_falls_back_with_one_line_where_scores_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "_largest_difference", lambda *_: 0.5)
+    said: list[str] = []
+
+    assert choose_scorer(build_model(), build_pairs(3), "auto", said.append) is None
+
+    (line,) = said
+    assert line.startswith("This model cannot share the prompt between two answers (log-probs differ by 5.0e-01); each")
+    with pytest.raises(ConfigError, match="scoring is 'shared', but this model cannot share prompts"):
+        choose_scorer(build_model(), build_pairs(3), "shared", said.append)
+
+
+def test_log_probs_that_are_no_numbers_are_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = SharedPromptScorer.score
+    monkeypatch.setattr(
+        SharedPromptScorer, "score", lambda *args: AnswerScores(*(mx.full(x.shape, mx.nan) for x in score(*args)))
+    )
+
+    assert choose_scorer(build_model(), build_pairs(3), "auto", lambda line: None) is None
+
+
+def test_a_model_that_drops_what_its_caches_hold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_cpo_plugin.model.caches import SegmentCache
+
+    monkeypatch.setattr(SegmentCache, "update_and_fetch", lambda self, keys, values: (keys, values))
+    said: list[str] = []
+
+    assert choose_scorer(build_model(), build_pairs(5), "auto", said.append) is None
+    assert len(said) == 1
+
+
+def test_a_model_without_a_known_backbone_is_scored_the_plain_way() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(96, 8)
+
+        def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+            return self.embedding.as_linear(self.embedding(tokens))
+
+    said: list[str] = []
+
+    assert choose_scorer(Bare(), build_pairs(3), "auto", said.append) is None
+    assert "has no backbone of its own" in said[0]
+
+
+def test_plain_is_never_shared() -> None:
+    assert choose_scorer(build_model(), build_pairs(3), "plain") is None
+    assert choose_scorer(build_model(), build_pairs(3), "shared") is not None
+
+
+def test_half_precision_shares_too() -> None:
+    model = build_model()
+    model.set_dtype(mx.bfloat16)
+
+    assert choose_scorer(model, build_pairs(6, longest=30), "auto", pytest.fail) is not None

@@ -1,0 +1,223 @@
+"""A whole run: what is wrong is said in one sentence before anything is written, and what is fused is complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import load
+
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.run import mode as host_run
+from mlx_cpo_plugin.training import metrics
+
+Settings = dict[str, Any]
+RunMain = Callable[..., None]
+
+
+@pytest.fixture
+def own_model(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model, to be damaged or completed."""
+    return Path(shutil.copytree(model_folder, tmp_path / "own_model"))
+
+
+def with_broken_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"no weights")
+
+
+def with_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+
+
+def with_other_dimensions(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+@pytest.mark.parametrize("damage", [with_broken_weights, with_unknown_architecture, with_other_dimensions])
+def test_a_model_that_cannot_be_loaded_is_one_sentence(
+    settings: Settings, run_main: RunMain, own_model: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(own_model)
+
+    with pytest.raises(
+        UserError, match=r"^model '.*own_model' cannot be loaded \([^\n]*[^.]\); check its files[^\n]*\.$"
+    ):
+        run_main({**settings, "model": str(own_model)})
+
+    assert not Path(settings["adapter_path"]).exists()
+
+
+@pytest.mark.parametrize("inner", ["", "adapters"])
+def test_a_file_in_the_place_of_the_adapter_folder_is_found_before_anything_is_loaded(
+    settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    monkeypatch.setattr(host_run, "load_chat_tokenizer", lambda model: pytest.fail("the tokenizer was loaded"))
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(UserError, match=r"^adapter_path is '.*', but .*file is a file; give another folder\.$"):
+        run_main({**settings, "adapter_path": str(tmp_path / "file" / inner)})
+
+
+def test_an_adapter_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(
+    settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Permissions do not bind the superuser, so the answer of the operating system is given here.
+    monkeypatch.setattr(host_run.os, "access", lambda path, mode: False)
+
+    with pytest.raises(UserError, match=rf"^adapter_path is .*, but {tmp_path} cannot be written to; give another"):
+        run_main(settings)
+
+
+def test_fuse_does_not_overwrite_the_model(settings: Settings, run_main: RunMain, own_model: Path) -> None:
+    before = (own_model / "model.safetensors").read_bytes()
+
+    with pytest.raises(UserError, match=r"adapter_path is the model's own folder, .* set fuse: false\.$"):
+        run_main({**settings, "model": str(own_model), "adapter_path": str(own_model), "fuse": True})
+
+    assert (own_model / "model.safetensors").read_bytes() == before
+
+
+def test_a_test_without_an_adapter_says_so(settings: Settings, run_main: RunMain) -> None:
+    with pytest.raises(
+        UserError, match=r"^There is no .*adapters\.safetensors to test; train it first, or let adapter"
+    ):
+        run_main({**settings, "train": False, "test": True})
+
+
+def test_a_test_alone_needs_no_folder_that_can_be_written_to(
+    settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(settings)
+    # Permissions do not bind the superuser, so whatever would write fails here.
+    monkeypatch.setattr(host_run, "only_run_in", lambda folder: pytest.fail("the folder was locked"))
+
+    def refuse(path: Path, line: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(metrics, "_append", refuse)
+
+    run_main({**settings, "train": False, "test": True})
+
+    assert "Test Results" in capsys.readouterr().out
+
+
+def test_a_test_alone_fuses_nothing_and_reads_the_test_rows_only(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(settings)
+    capsys.readouterr()
+
+    run_main({**settings, "train": False, "test": True, "fuse": True})
+
+    assert [line for line in capsys.readouterr().out.splitlines() if " rows" in line or "none." in line] == [
+        "\x1b[94m[INFO]\x1b[0m Test: 4 rows, 4 pairs."
+    ]
+    assert not (Path(settings["adapter_path"]) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{"data": "nowhere/"}, {"model": "nowhere/at/all"}])
+def test_nothing_is_written_or_reported_before_data_and_model_are_known_to_be_good(
+    settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, changes: Settings
+) -> None:
+    monkeypatch.setattr(host_run.callbacks, "wandb", object())
+    monkeypatch.setattr(host_run.callbacks, "WandBCallback", lambda **_: pytest.fail("W&B was started"))
+
+    with pytest.raises(UserError):
+        run_main({**settings, "wandb": "project", **changes})
+
+    assert not Path(settings["adapter_path"]).exists()
+
+
+@pytest.fixture
+def chat_model(own_model: Path) -> Path:
+    """A model whose turns end with another token than its tokenizer's EOS, as those of Gemma and Llama 3 do."""
+    tokenizer = json.loads((own_model / "tokenizer_config.json").read_text())
+    (own_model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|endoftext|>"}))
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps(config | {"eos_token_id": [0], "architectures": ["Some"]}))
+    (own_model / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.5}')
+    return own_model
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["beside the adapter", "into LM Studio"])
+def test_a_fused_model_ends_its_turns_where_the_base_model_does(
+    settings: Settings,
+    run_main: RunMain,
+    chat_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: bool,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".lmstudio" / "models").mkdir(parents=True)
+    fused = tmp_path / ".lmstudio/models/mlx_lm_lora/mine" if exported else Path(settings["adapter_path"])
+
+    run_main({**settings, "model": str(chat_model), "fuse": True, "lm_studio_name": "mine" if exported else None})
+
+    _, tokenizer, config = load(str(fused), return_config=True)
+    assert tokenizer.eos_token_ids == {0, 2}
+    assert config["architectures"] == ["Some"]
+    assert json.loads((fused / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+@pytest.fixture
+def quantised_model(model_folder: Path, tmp_path: Path) -> Path:
+    """The model with weights of 4 bits."""
+    from mlx_lm import convert
+
+    convert(str(model_folder), str(tmp_path / "quantised"), quantize=True, q_bits=4, q_group_size=64)
+    return tmp_path / "quantised"
+
+
+def test_a_quantised_model_that_was_fused_without_quantisation_says_so(
+    settings: Settings, run_main: RunMain, quantised_model: Path
+) -> None:
+    run_main({**settings, "model": str(quantised_model), "fuse": True, "fuse_bits": 16})
+
+    fused, _, config = load(settings["adapter_path"], return_config=True)
+    assert not {"quantization", "quantization_config"} & set(config)
+    assert not any(hasattr(module, "bits") for module in fused.modules())
+
+
+def test_an_adapter_over_a_quantised_base_is_fused_without_rounding_it(
+    settings: Settings, run_main: RunMain, quantised_model: Path
+) -> None:
+    run_main(
+        {**settings, "model": str(quantised_model), "fuse": True, "fuse_bits": 16, "iters": 20, "learning_rate": 1e-2}
+    )
+
+    fused, _ = load(settings["adapter_path"])
+    adapted, _ = load(str(quantised_model), adapter_path=settings["adapter_path"])
+    tokens = mx.array([[5, 6, 7, 8]])
+    assert mx.allclose(fused(tokens), adapted(tokens), atol=1e-3)
+
+
+def test_a_quantised_model_is_not_quantised_again(settings: Settings, run_main: RunMain, quantised_model: Path) -> None:
+    with pytest.raises(UserError, match="is quantised already; remove load_in_8bits"):
+        run_main({**settings, "model": str(quantised_model), "load_in_8bits": True})
+
+
+def test_an_interrupted_command_ends_with_one_sentence_and_its_exit_code(
+    settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(host_run, "train_mode", interrupted)
+    places = [f"--{key.replace('_', '-')}={settings[key]}" for key in ("model", "data", "adapter_path")]
+    monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--train", "--train-mode=cpo", "--no-fuse", *places])
+
+    with pytest.raises(SystemExit) as ended:
+        run_main()
+
+    assert ended.value.code == 130
+    assert "interrupted: adapter_path holds the adapter that was saved last" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):  # a program that calls main is told as it is used to
+        run_main(settings)

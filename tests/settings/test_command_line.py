@@ -1,0 +1,188 @@
+"""Which train mode a call asks for, and what its command line accepts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from mlx_lm_lora.train import build_parser as build_host_parser
+from support.stranger_plugins import CompetingPlugin, JudgedPlugin, RankPlugin, registered
+
+from mlx_cpo_plugin import plugins
+from mlx_cpo_plugin.errors import PluginError
+from mlx_cpo_plugin.settings import config
+
+
+def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
+    file = folder / "my.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(dict(content)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def rank() -> Iterator[None]:
+    with registered(RankPlugin()):
+        yield
+
+
+@pytest.fixture
+def judged() -> Iterator[None]:
+    with registered(JudgedPlugin()):
+        yield
+
+
+@pytest.fixture
+def competitor() -> Iterator[None]:
+    with registered(CompetingPlugin()):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (["--train-mode", "cpo"], "cpo"),
+        (["--train-mode=cpo"], "cpo"),
+        (["--train", "--train-m", "cpo"], "cpo"),
+        (["--train"], None),
+        ([], None),
+        (["--train", "cpo"], None),
+        (["--train-mode", "sft"], None),
+        (["--train-mode", "dpo"], None),
+        (["--train-mode", "cop"], None),
+        (["--train-mode"], None),
+        (["--help", "--train-mode", "cpo"], "cpo"),
+        (["-h"], None),
+        (["--he"], None),
+        (["--list-reward-functions"], None),
+        (["--beta", "high", "--train-mode", "cpo"], "cpo"),
+        (["--group-size", "many", "--sft-loss-type", "none", "--train-mode", "cpo"], "cpo"),
+        (["--unheard-of", "1", "--train-mode", "cpo"], "cpo"),
+        (["--train-mode", "cpo", "--train-mode", "sft"], None),
+        (["--model", "cpo"], None),
+        (["-c", "my.yaml"], "cpo"),
+        (["-cmy.yaml"], "cpo"),
+        (["--config=my.yaml"], "cpo"),
+        (["--conf", "my.yaml"], "cpo"),
+        (["-c", "my.yaml", "--train-mode", "sft"], None),
+        (["-c", "missing.yaml"], None),
+        (["-c", "missing.yaml", "--train-mode", "cpo"], "cpo"),
+    ],
+)
+def test_mode_that_a_command_line_asks_for(
+    line: list[str],
+    name: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path, "train_mode: cpo\n")
+    monkeypatch.chdir(tmp_path)
+
+    mode = config.requested_mode(line)
+
+    assert (mode and mode.name) == name
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("train_mode: cpo\n", "cpo"),
+        ("train_mode: 'cpo'  # mine\n", "cpo"),
+        ("train_mode: sft\n", None),
+        ("train_mode: sft\nbeta: [\n", None),
+        ("train_mode:\n", None),
+        ("beta: 0.1\n", None),
+        ("", None),
+        ("- train_mode\n", None),
+        ("train_mode: cpo\nbeta: [\n", "cpo"),
+        ('"train_mode": "cpo"\nbeta: 1\n', "cpo"),
+        ('train_mode : "cpo"\nbeta: 1\nbeta: 2\n', "cpo"),
+        ("beta: [\ntrain_mode: cpo\n", "cpo"),
+        ("# train_mode: cpo\nbeta: [\n", None),
+        ("x:\n  train_mode: cpo\nbeta: [\n", None),
+    ],
+)
+def test_mode_that_a_yaml_file_asks_for_even_a_broken_one(content: str, name: str | None, tmp_path: Path) -> None:
+    file = write(tmp_path, content)
+
+    found = [
+        config.requested_mode(call) for call in (["-c", str(file)], {"config": file}, SimpleNamespace(config=file))
+    ]
+
+    assert [mode and mode.name for mode in found] == [name] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ({"train_mode": "cpo"}, "cpo"),
+        ({"train_mode": None}, None),
+        ({}, None),
+        (argparse.Namespace(train_mode="cpo"), "cpo"),
+        (argparse.Namespace(train_mode="sft", config=None), None),
+        (SimpleNamespace(train_mode="cpo"), "cpo"),
+        (SimpleNamespace(), None),
+    ],
+)
+def test_mode_that_a_call_asks_for(call: Any, name: str | None) -> None:
+    mode = config.requested_mode(call)
+
+    assert (mode and mode.name) == name
+
+
+@pytest.mark.usefixtures("judged")
+def test_mode_from_elsewhere_is_found() -> None:
+    mode = config.requested_mode(["--train-mode", "judged", "--temper", "2"])
+
+    assert mode is not None
+    assert mode.name == "judged"
+
+
+@pytest.mark.usefixtures("competitor")
+def test_other_modes_go_on_while_two_plugins_claim_one() -> None:
+    assert config.requested_mode(["--train-mode", "sft"]) is None
+
+
+@pytest.mark.usefixtures("competitor")
+@pytest.mark.parametrize("call", [["--train-mode", "cpo"], {"train_mode": "cpo"}])
+def test_claim_of_two_plugins_on_cpo_is_told_when_cpo_is_asked_for(call: Any) -> None:
+    assert config.requested_mode(call) is not None
+    with pytest.raises(PluginError, match="registered twice"):
+        config.resolve(config.explicit(call))
+
+
+def test_command_line_holds_only_what_was_given() -> None:
+    assert vars(config.build_parser(build_host_parser()).parse_args(["--train"])) == {"train": True}
+
+
+def test_command_line_accepts_all_flags_of_mlx_lm_lora() -> None:
+    flags = {flag for action in build_host_parser()._actions for flag in action.option_strings}
+
+    assert flags <= set(config.build_parser(build_host_parser())._option_string_actions)
+
+
+@pytest.mark.usefixtures("rank", "judged")
+def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config.explicit(["--help"])
+
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "{sigmoid,hinge,ipo,dpop,simpo,alphapo,rank}" in shown
+    assert "Margin of the ranking. (default: 0.5)" in shown
+    assert "How strict the judge is, 1 being 100 %." in " ".join(shown.split())
+    assert "--no-fuse" in shown
+
+
+@pytest.mark.usefixtures("judged", "rank")
+def test_parser_of_one_mode_lacks_the_options_of_the_others() -> None:
+    flags = config.build_parser(build_host_parser(), plugins.train_modes()["judged"])._option_string_actions
+
+    assert "--temper" in flags
+    assert "--rank-margin" not in flags

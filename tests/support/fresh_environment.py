@@ -1,0 +1,151 @@
+"""A virtual environment of its own, in which the plugin is installed by pip and taken away again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+KINDS = ("wheel", "editable")
+
+HOST_SCRIPT = """\
+#!{python}
+import sys
+from mlx_lm_lora.train import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+class FreshEnvironment:
+    """A virtual environment that borrows every dependency, but not the plugin, from the one that runs the tests.
+
+    The borrowed folder is only put on the path, so start-up files in it are not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _checked([sys.executable, "-m", "venv", "--without-pip", str(folder)])
+        self.python = folder / "bin" / "python"
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        self.site_packages = folder / "lib" / version / "site-packages"
+        self._dependencies = self.site_packages / "borrowed_dependencies.pth"
+        self._borrow()
+        self.host_script = folder / "bin" / "mlx_lm_lora.train"
+        self.host_script.write_text(HOST_SCRIPT.format(python=self.python))
+        self.host_script.chmod(0o755)
+
+    def _borrow(self) -> None:
+        self.site_packages.mkdir(parents=True, exist_ok=True)  # pip removes it with the last file in it
+        self._dependencies.write_text(sysconfig.get_path("purelib") + "\n")
+
+    def pip(self, *arguments: str) -> None:
+        """Run pip on this environment alone."""
+        self._dependencies.unlink()  # or pip would see, and uninstall, what is only borrowed
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
+        try:
+            _checked([*pip, *arguments])
+        finally:
+            self._borrow()
+
+    def install(self, wheel: Path) -> None:
+        """Install or reinstall a wheel without its dependencies."""
+        self.pip("install", "--no-deps", "--no-index", "--force-reinstall", "--no-compile", str(wheel))
+
+    def uninstall(self) -> None:
+        """Uninstall the plugin."""
+        self.pip("uninstall", "--yes", "mlx-cpo-plugin")
+
+    def files(self) -> set[Path]:
+        """Every file of the environment but bytecode, which the interpreter writes by itself."""
+        return {file for file in self.folder.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+
+    def run(
+        self, *command: str | Path, folder: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command offline in ``folder``, by default an empty one, with further environment variables."""
+        with tempfile.TemporaryDirectory() as empty:
+            return subprocess.run(
+                [str(word) for word in command],
+                cwd=folder or empty,
+                env=_environment(variables),
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+
+    def run_python(self, *arguments: str | Path, folder: Path | None = None, **variables: str) -> str:
+        """Run this environment's Python and return its standard output; a failure fails the test."""
+        ended = self.run(self.python, *arguments, folder=folder, **variables)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and "MLX_CPO_PLUGIN" not in key}
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1", **variables}
+
+
+def _checked(command: list[str], folder: Path | None = None) -> None:
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
+
+
+@cache
+def _workshop() -> tempfile.TemporaryDirectory[str]:
+    """A folder that lives as long as the tests."""
+    return tempfile.TemporaryDirectory(prefix="mlx-cpo-fresh-")
+
+
+@cache
+def built_wheel(kind: str) -> Path:
+    """This project as a wheel: ``wheel`` holds the code, ``editable`` only points to it."""
+    for module in ("hatchling", "editables", "pip"):
+        pytest.importorskip(module, reason=f"building and installing the plugin needs {module}")
+    if not (PROJECT / "mlx_cpo_plugin").is_dir():
+        pytest.skip("building the plugin needs its source beside the tests")
+    folder = Path(_workshop().name) / f"built-{kind}"
+    hook = {"wheel": "build_wheel", "editable": "build_editable"}[kind]
+    _checked([sys.executable, "-c", f"import hatchling.build as build; build.{hook}({str(folder)!r})"], PROJECT)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@cache
+def installed_environment(kind: str) -> FreshEnvironment:
+    """The environment, one for all tests, in which the plugin is installed as ``kind``; tests must not change it."""
+    environment = FreshEnvironment(Path(_workshop().name) / kind)
+    environment.install(built_wheel(kind))
+    return environment
+
+
+def build_distribution(folder: Path, name: str, code: str) -> Path:
+    """Build the wheel of a distribution, version 1.0, whose one module is an entry point of the plugin's group."""
+    module = name.replace("-", "_")
+    folder.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(code)
+    (folder / "pyproject.toml").write_text(
+        f"""
+        [build-system]
+        requires = ["hatchling"]
+        build-backend = "hatchling.build"
+        [project]
+        name = "{name}"
+        version = "1.0"
+        [project.entry-points.mlx_cpo_plugin]
+        {module} = "{module}"
+        [tool.hatch.build.targets.wheel]
+        include = ["{module}.py"]
+        """
+    )
+    _checked([sys.executable, "-c", "import hatchling.build as build; build.build_wheel('.')"], folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel

@@ -1,0 +1,385 @@
+"""Calls of train_cpo and evaluate_cpo, as scripts that know mlx-lm-lora make them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from mlx_lm_lora.trainer import cpo_trainer, datasets, dpo_trainer, sft_trainer
+from support.data_tokenizers import tokenizer_named
+from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters, preference_rows
+
+import mlx_cpo_plugin
+from mlx_cpo_plugin.data import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.training.call import caller_seed, pairs_of, training_arguments
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+
+mlx_cpo_plugin.activate()
+
+HOST = {"train_cpo": cpo_trainer._host_train_cpo, "evaluate_cpo": cpo_trainer._host_evaluate_cpo}
+OURS = {"train_cpo": train_cpo, "evaluate_cpo": evaluate_cpo}
+# As mlx-lm-lora 5.8.6 and 5.10.2 have them: parameter -> default; callables and instances only have to be optional.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "train_cpo": {
+        "model": MISSING,
+        "optimizer": MISSING,
+        "train_dataset": MISSING,
+        "val_dataset": None,
+        "args": CPOTrainingArgs,
+        "loss_fn": cpo_trainer.cpo_loss,
+        "training_callback": None,
+    },
+    "evaluate_cpo": {
+        **dict.fromkeys(("model", "dataset", "batch_size", "num_batches", "beta", "delta"), MISSING),
+        **dict.fromkeys(("max_seq_length", "loss_type"), MISSING),
+        "loss_fn": cpo_trainer.cpo_loss,
+    },
+}
+
+
+def evaluate(model: Any, data: Any, loss_type: str = "sigmoid", **more: Any) -> tuple[Any, ...]:
+    return evaluate_cpo(
+        model, data, batch_size=2, num_batches=-1, beta=0.1, delta=5.0, max_seq_length=64, loss_type=loss_type, **more
+    )
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_the_parameters_of_the_host_come_first_in_its_order_and_the_others_are_optional(name: str) -> None:
+    host, ours = (inspect.signature(of[name]).parameters for of in (HOST, OURS))
+    expected = PARAMETERS[name]
+
+    assert list(host) == list(expected)
+    assert list(ours)[: len(host)] == list(host)
+    for parameter in ours.values():
+        needed = expected.get(parameter.name) is MISSING
+        assert (parameter.default is inspect.Parameter.empty) is needed, parameter.name
+        if parameter.name in expected and expected[parameter.name] is None:
+            assert parameter.default is None
+
+
+def test_the_arguments_have_all_of_the_hosts_with_its_defaults() -> None:
+    ours = {field.name: field.default for field in fields(CPOTrainingArgs)}
+
+    for field in fields(dpo_trainer.DPOTrainingArgs):
+        assert ours[field.name] == field.default, field.name
+
+
+def test_the_hosts_own_arguments_train_as_the_plugins(tmp_path: Path) -> None:
+    settings = {"batch_size": 2, "iters": 3, "beta": 0.3, "loss_type": "dpop", "delta": 2.0, "seed": 0}
+    adapters = {}
+    for name, kind in (("ours", CPOTrainingArgs), ("host", dpo_trainer.DPOTrainingArgs), ("any", SimpleNamespace)):
+        given = {key: value for key, value in settings.items() if key != "seed" or name == "ours"}
+        args = kind(**given, adapter_file=str(tmp_path / name / "adapters.safetensors"))
+        model = add_adapter(build_model())
+        np.random.seed(0)
+        train_cpo(model, optimizers.SGD(learning_rate=0.1), build_pairs(6), None, args)
+        adapters[name] = parameters(model)
+
+    assert_same(adapters["host"], adapters["ours"])
+    assert_same(adapters["any"], adapters["ours"])
+
+
+def test_arguments_of_another_trainer_are_told_what_is_wrong_with_them() -> None:
+    with pytest.raises(ConfigError, match="'nll' is not known; use one of sigmoid"):
+        train_cpo(
+            add_adapter(build_model()),
+            optimizers.SGD(learning_rate=0.1),
+            build_pairs(2),
+            [],
+            sft_trainer.SFTTrainingArgs(),
+        )
+
+
+def test_without_an_adapter_file_the_default_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    train_cpo(
+        add_adapter(build_model()),
+        optimizers.SGD(learning_rate=0.1),
+        build_pairs(2),
+        args=CPOTrainingArgs(iters=1, adapter_file=None),  # type: ignore[arg-type]
+    )
+
+    assert (tmp_path / "adapters.safetensors").is_file()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dpop"])
+def test_the_hosts_loss_function_gives_the_losses_and_gradients_of_the_loss_of_that_name(
+    loss_type: str, tmp_path: Path
+) -> None:
+    pairs, adapters, losses = build_pairs(5), [], []
+    for number, loss_fn in enumerate([None, cpo_trainer.cpo_loss]):
+        model = add_adapter(build_model())
+        args = CPOTrainingArgs(
+            loss_type=loss_type,
+            delta=5.0,
+            batch_size=4,
+            iters=2,
+            adapter_file=str(tmp_path / f"{number}/adapters.safetensors"),
+        )
+        losses.append(evaluate(model, pairs, loss_type, loss_fn=loss_fn)[0])
+        train_cpo(model, optimizers.SGD(learning_rate=0.05), pairs, None, args, loss_fn)
+        adapters.append(parameters(model))
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert_same(adapters[1], adapters[0], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["shared", "plain"])
+def test_a_loss_with_the_hosts_parameters_counts_scored_tokens_by_its_masks(scoring: str) -> None:
+    def by_masks(
+        policy_chosen_score: Any, policy_rejected_score: Any, chosen_masks: Any, rejected_masks: Any, **_: Any
+    ) -> tuple[mx.array, ...]:
+        chosen, rejected = (masks[:, 1:].sum(-1) for masks in (chosen_masks, rejected_masks))
+        return mx.mean(3 * chosen + 5 * rejected), mx.zeros(2), chosen.sum(), {}
+
+    pairs = build_pairs(5)
+    expected = np.mean([3 * pair.chosen_scored.sum() + 5 * pair.rejected_scored.sum() for pair in pairs])
+
+    assert evaluate(build_model(), pairs, "one of my own", loss_fn=by_masks, scoring=scoring)[0] == pytest.approx(
+        expected
+    )
+
+
+@pytest.mark.parametrize("loss_fn", [lambda chosen, rejected: mx.mean(rejected - chosen), lambda chosen, rejected: 0.5])
+def test_a_loss_that_is_no_array_of_the_pairs_is_told_so(loss_fn: Any, tmp_path: Path) -> None:
+    args = CPOTrainingArgs(iters=1, adapter_file=str(tmp_path / "adapters.safetensors"))
+
+    with pytest.raises(ConfigError, match=r"an array of shape \[B\] is expected"):
+        evaluate(build_model(), build_pairs(4), loss_fn=loss_fn)
+    with pytest.raises(ConfigError, match=r"an array of shape \[B\] is expected"):
+        train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(4), None, args, loss_fn)
+
+
+def test_the_number_of_scored_tokens_is_an_array_as_the_hosts() -> None:
+    pairs = build_pairs(3)
+
+    assert evaluate(build_model(), pairs)[2].item() == sum(
+        int(pair.chosen_scored.sum() + pair.rejected_scored.sum()) for pair in pairs
+    )
+
+
+def test_a_model_that_is_no_module_is_evaluated() -> None:
+    model = build_model()
+
+    class Model:
+        def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+            return model(tokens)
+
+        def eval(self) -> None:
+            """Has no modes."""
+
+    loss, rewards, _, _ = evaluate(Model(), build_pairs(3))
+    expected, expected_rewards, _, _ = evaluate(model, build_pairs(3), scoring="plain")
+
+    assert (loss, rewards) == (expected, expected_rewards)
+
+
+def test_no_validation_is_made_of_no_batches(tmp_path: Path) -> None:
+    told: list[Any] = []
+    callback = SimpleNamespace(on_train_loss_report=lambda info: None, on_val_loss_report=told.append)
+    args = CPOTrainingArgs(iters=2, val_batches=0, adapter_file=str(tmp_path / "adapters.safetensors"))
+
+    train_cpo(
+        add_adapter(build_model()),
+        optimizers.SGD(learning_rate=0.1),
+        build_pairs(4),
+        build_pairs(2),
+        args,
+        training_callback=callback,
+    )
+
+    assert told == []
+
+
+# What callers seed.
+
+
+def test_the_seed_is_that_of_numpy_as_long_as_nothing_was_drawn() -> None:
+    np.random.seed(7)
+    mx.random.seed(3)
+    mx.random.normal((2,))  # adapters
+
+    assert caller_seed() == 7
+    np.random.random()
+    assert caller_seed() == 0
+
+
+def test_the_seed_is_that_of_mlx_where_numpys_has_been_drawn_from() -> None:
+    np.random.seed(7)
+    np.random.random()
+    mx.random.seed(5)
+
+    assert caller_seed() == 5
+    assert training_arguments(CPOTrainingArgs(seed=1)).seed == 1
+
+
+def test_a_seed_of_the_caller_orders_the_rows_and_is_recorded(tmp_path: Path) -> None:
+    adapters = {}
+    for name, seed, given in (("set", 7, None), ("given", 0, 7), ("other", 8, None)):
+        np.random.seed(seed)
+        model = add_adapter(build_model())
+        file = tmp_path / name / "adapters.safetensors"
+        args = CPOTrainingArgs(iters=3, batch_size=2, adapter_file=str(file), seed=given)
+        train_cpo(model, optimizers.SGD(learning_rate=0.1), build_pairs(12), None, args)
+        adapters[name] = parameters(model)
+
+    assert_same(adapters["set"], adapters["given"])
+    with pytest.raises(AssertionError):
+        assert_same(adapters["other"], adapters["given"])
+    assert "seed: 7\n" in (tmp_path / "set" / "run_settings.yaml").read_text()
+
+
+# Which data sets are taken.
+
+
+def test_rows_need_their_tokenizer_and_the_error_says_so() -> None:
+    rows = preference_rows(4)
+
+    with pytest.raises(DataError, match="holds rows, not token ids: give their tokenizer"):
+        evaluate(build_model(), rows)
+    tokenizer = tokenizer_named("chatml")
+    model = build_model(vocab_size=len(tokenizer.get_vocab()))
+    assert evaluate(model, rows, tokenizer=tokenizer)[:2] == evaluate(model, pairs_of(rows, 64, tokenizer))[:2]
+
+
+def test_wrappers_of_the_host_keep_what_is_known_of_their_rows() -> None:
+    rows = [*preference_rows(3), {"prompt": "Hi", "chosen": "Same.", "rejected": "Same."}]
+    config = SimpleNamespace(train_mode="cpo", max_seq_length=64)
+    parts = [datasets.create_dataset(rows, tokenizer_named("chatml"), config) for _ in range(2)]
+
+    pairs = pairs_of(datasets.CacheDataset(datasets.ConcatenatedDataset(parts)), 64)
+
+    assert (pairs.report.rows, len(pairs)) == (8, 6)
+    assert [pair.source for pair in pairs] == ["row 1", "row 2", "row 3"] * 2
+
+
+def test_rows_of_an_unknown_length_are_cut_at_messages_when_the_length_is_known() -> None:
+    tokenizer = tokenizer_named("headers")
+    question = {"role": "user", "content": "What is the answer? " * 4}
+    turns = [question, {"role": "assistant", "content": "No."}] * 3
+    rows = [{"prompt": [*turns, question], "chosen": "The answer is: Yes.", "rejected": "The dog is in the fog!"}]
+
+    made = datasets.create_dataset(rows, tokenizer, SimpleNamespace(train_mode="cpo"))
+    cut = datasets.create_dataset(rows, tokenizer, SimpleNamespace(train_mode="cpo", max_seq_length=80))
+
+    assert made[0].length > 80 >= cut[0].length
+    assert pairs_of(datasets.CacheDataset(made), 80)[0].prompt.tolist() == cut[0].prompt.tolist()
+    assert cut[0].prompt[0] == tokenizer.bos_token_id
+
+
+def test_a_token_that_begins_all_items_stays_first_where_prompts_are_cut() -> None:
+    items = [{"chosen": [1, *range(10, 20 + n), 2], "rejected": [1, *range(10, 20), 3]} for n in range(3)]
+
+    assert [pair.prompt[0] for pair in pairs_of(items, 8)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["dpo", "sft", None])
+def test_loaders_give_other_modes_what_the_host_gives(mode: str | None, data_folder: Path) -> None:
+    tokenizer = tokenizer_named("chatml")
+    config = SimpleNamespace(train_mode=mode, data=str(data_folder), train=True, test=True, text_feature="chosen")
+    if mode is None:
+        del config.train_mode
+
+    (train, *_), (expected, *_) = (
+        datasets.load_dataset(config, tokenizer),
+        datasets._host_load_dataset(config, tokenizer),
+    )
+
+    assert type(train) is type(expected)
+    assert type(train) is (datasets.DPODataset if mode == "dpo" else datasets.TextDataset)
+    assert [train[i] for i in range(len(train))] == [expected[i] for i in range(len(expected))]
+
+
+def test_copies_of_the_loaders_in_the_host_are_the_plugins() -> None:
+    from mlx_lm_lora import train, train_judge
+
+    assert train.load_dataset is train_judge.load_dataset is datasets.load_dataset
+    assert datasets.load_dataset is not datasets._host_load_dataset
+
+
+def test_the_hosts_loaders_read_all_splits_and_refuse_what_is_asked_for_and_missing(data_folder: Path) -> None:
+    config = SimpleNamespace(train_mode="cpo", data=str(data_folder), train=True, test=True)
+    tokenizer = tokenizer_named("chatml")
+
+    assert [len(split) for split in datasets.load_dataset(config, tokenizer)] == [10, 4, 4]
+    assert [len(split) for split in datasets.load_local_dataset(data_folder, tokenizer, config)] == [10, 4, 4]
+    (data_folder / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="test is on, but the data holds no test rows"):
+        datasets.load_dataset(config, tokenizer)
+
+
+def test_the_hosts_hub_loader_needs_the_mode_once_and_takes_any_row(data_folder: Path, tmp_path: Path) -> None:
+    entry = {
+        "path": "json",
+        "train_split": "train",
+        "valid_split": "train[:2]",
+        "config": {"data_files": str(data_folder / "train.jsonl"), "cache_dir": str(tmp_path / "cache")},
+    }
+    config = SimpleNamespace(train_mode="cpo", hf_dataset=entry, train=True, test=False)
+
+    train, valid, test = datasets.load_dataset(config, tokenizer_named("chatml"))
+
+    assert (len(train), len(valid), len(test)) == (10, 2, 0)
+    assert isinstance(train[0], PreferencePair)
+
+
+class ToolError(Exception):
+    """As the SDK has it."""
+
+
+def tools_of_the_mcp_server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The functions of the host's MCP server by name, with as much of its SDK as making them takes."""
+    tools: dict[str, Any] = {}
+
+    class Server:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def tool(self, **_: Any) -> Any:
+            return lambda function: tools.setdefault(function.__name__, function)
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_, **__: lambda function: function
+
+    kinds = dict.fromkeys(("CallToolResult", "TextContent", "ToolAnnotations"), SimpleNamespace)
+    for name, content in {
+        "mcp": {},
+        "mcp.server": {},
+        "mcp.server.mcpserver": {"MCPServer": Server},
+        "mcp.server.mcpserver.exceptions": {"ToolError": ToolError},
+        "mcp.types": kinds,
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    server = pytest.importorskip("mlx_lm_lora.mcp_server")
+    server.create_server()
+    return tools
+
+
+def test_the_mcp_server_inspects_rows_as_they_will_be_read(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspect_dataset = tools_of_the_mcp_server(monkeypatch)["inspect_dataset"]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+    row = {"input": {"messages": [{"role": "user", "content": "Sure?"}]}}
+    row |= dict(zip(("preferred_output", "non_preferred_output"), answers, strict=True))
+    same = row | {"non_preferred_output": answers[0]}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row, same)))
+
+    result = inspect_dataset(str(tmp_path), str(model_folder), "cpo")
+
+    assert result.structured_content == {"valid": True, "rows": {"train": 2, "valid": 0, "test": 0}}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n")
+    with pytest.raises(ToolError, match=r"train\.jsonl has no column for the chosen answer"):
+        inspect_dataset(str(tmp_path), str(model_folder), "cpo")

@@ -1,0 +1,148 @@
+"""Two ranks on this machine, connected by the ring backend, do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.tiny import assert_same
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parents[1]
+Ended = subprocess.CompletedProcess[str]
+
+CHILD = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import mlx.core as mx, mlx.optimizers as optimizers
+from support.tiny import add_adapter, build_model, build_pairs
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
+
+# A folder of its own for each rank, so that it shows who writes; or one that they share.
+folder = {folder!r} + "-of-another-rank" * mx.distributed.init().rank() * {apart}
+dies = {dies!r}
+if mx.distributed.init().rank() in dies:
+    from itertools import count
+    from mlx_cpo_plugin.training import trainer
+
+    real, calls = trainer.scored_tokens, count(1)
+    trainer.scored_tokens = lambda pairs: os._exit(9) if next(calls) == dies["at"] else real(pairs)
+train_cpo(
+    add_adapter(build_model()),
+    optimizers.SGD(0.05),
+    build_pairs({rows}),
+    build_pairs(5, seed=1),
+    CPOTrainingArgs(
+        iters={iters}, batch_size={batch_size}, gradient_accumulation_steps={accumulation}, beta=0.3, cpo_alpha=0.5,
+        steps_per_report=1, steps_per_save=1, resume={resume!r}, adapter_file=folder + "/adapters.safetensors",
+    ),
+)
+"""
+
+
+def free_port() -> int:
+    """The first of two neighbouring ports that nobody listens on."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def launch(
+    ranks: int, folder: Path, dies: dict[Any, int] | None = None, resume: str | None = "auto", **arguments: int
+) -> Ended:
+    """Train in one process a rank, some of which may die at an iteration."""
+    script = folder.with_suffix(".py")
+    script.write_text(
+        CHILD.format(
+            tests=str(TESTS), folder=str(folder), dies=dies or {}, resume=resume, apart=resume == "auto", **arguments
+        )
+    )
+    command = [sys.executable, str(script)]
+    if ranks > 1:
+        launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+        hosts = ["--hosts", "127.0.0.1", "--starting-port", str(free_port())]
+        command = [*launcher, "-n", str(ranks), "--backend", "ring", *hosts, *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
+
+
+def train_on(ranks: int, folder: Path, resume: str | None = "auto", **arguments: int) -> str:
+    """Train to the end and return what the ranks print."""
+    ended = launch(ranks, folder, resume=resume, **arguments)
+    assert ended.returncode == 0, ended.stderr
+    # The launcher ends well even where a rank did not.
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "accumulation", "iters"),
+    [(8, 4, 1, 4), (7, 4, 1, 4), (5, 2, 2, 6)],
+    ids=["even batches", "a tail of three", "accumulation with an empty rank at the tail"],
+)
+def test_two_ranks_train_the_adapter_that_one_rank_does(
+    tmp_path: Path, rows: int, batch_size: int, accumulation: int, iters: int
+) -> None:
+    arguments = {"rows": rows, "batch_size": batch_size, "accumulation": accumulation, "iters": iters}
+
+    alone = train_on(1, tmp_path / "alone", **arguments)
+    together = train_on(2, tmp_path / "together", **arguments)
+
+    one, two = (dict(mx.load(str(tmp_path / name / "adapters.safetensors"))) for name in ("alone", "together"))
+    as_numpy = [{name: np.array(value) for name, value in tree.items()} for tree in (two, one)]
+    assert_same(*as_numpy, tolerance=1e-4)
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "together")
+    ]
+    assert len(metrics[0]) == len(metrics[1])
+    for left, right in zip(*metrics, strict=True):
+        for key in left:
+            if key.endswith(("_loss", "_accuracies", "_margins", "_logps", "_norm")):
+                assert left[key] == pytest.approx(right[key], rel=1e-3), key
+    of_another_rank = [path.name for path in (tmp_path / "together-of-another-rank").iterdir()]
+    assert of_another_rank == ["checkpoints-rank-1"]  # what it needs to go on, and no adapter
+    assert together.count("Saved final weights") == alone.count("Saved final weights") == 1
+
+
+HALF_FILLED = {"rows": 9, "batch_size": 2, "accumulation": 3, "iters": 8}
+
+
+def test_ranks_that_die_in_the_middle_of_a_step_go_on_to_the_bit(tmp_path: Path) -> None:
+    train_on(2, tmp_path / "whole", **HALF_FILLED)
+
+    for name, dying in (("both", (0, 1)), ("one, which the launcher ends the other for", (0,))):
+        launch(2, tmp_path / name, {**dict.fromkeys(dying, 1), "at": 5}, **HALF_FILLED)
+        assert not (tmp_path / name / "checkpoints" / "0000005").exists()
+
+        printed = train_on(2, tmp_path / name, **HALF_FILLED)
+
+        assert "Resuming after iteration 4" in printed
+        adapters = [mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("whole", name)]
+        assert_same(*({key: np.array(value) for key, value in adapter.items()} for adapter in adapters))
+
+
+def test_a_numbered_checkpoint_gives_each_rank_its_own_part(tmp_path: Path) -> None:
+    settings = {**HALF_FILLED, "iters": 6}
+    train_on(2, tmp_path / "whole", resume=None, **settings)
+    launch(2, tmp_path / "stopped", {0: 1, 1: 1, "at": 5}, resume=None, **settings)
+
+    printed = train_on(2, tmp_path / "run", resume=str(tmp_path / "stopped" / "checkpoints" / "0000004"), **settings)
+
+    assert "Resuming after iteration 4" in printed
+    adapters = [mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("whole", "run")]
+    assert_same(*({key: np.array(value) for key, value in adapter.items()} for adapter in adapters))

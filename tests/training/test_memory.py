@@ -1,0 +1,311 @@
+"""The peak of a run's memory, estimated before it, is what is measured afterwards."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from support.architectures import ARCHITECTURES, build_architecture
+from support.tiny import add_adapter, build_model, build_pairs
+
+from mlx_cpo_plugin.data.batches import BatchSize
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.model import memory
+from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, grouping_for
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.run.lazy_model import unevaluated_model
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.training import memory_estimate
+from mlx_cpo_plugin.training.memory_estimate import (
+    MemoryEstimate,
+    Way,
+    _widening,
+    estimated_memory,
+    expected_grouping,
+    memory_report,
+)
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
+
+VOCABULARY = 2000
+TOLERANCE = 0.25
+
+
+def larger_model(**overrides: Any) -> nn.Module:
+    """A model whose weights and activations are counted in megabytes."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
+    return build_model(**(sizes | {"num_attention_heads": 2, "num_key_value_heads": 1} | overrides))
+
+
+def pairs_of(prompt: int, chosen: int, rejected: int, count: int = 2) -> list[PreferencePair]:
+    """Random pairs of these lengths, whose answers differ from their first token on."""
+    generator = np.random.default_rng(0)
+
+    def tokens(length: int, first: int) -> np.ndarray:
+        return np.append(first, generator.integers(3, VOCABULARY, length - 1)).astype(np.int32)
+
+    return [
+        PreferencePair(
+            tokens(prompt, 0),
+            tokens(chosen, 1),
+            tokens(rejected, 2),
+            np.ones(chosen, bool),
+            np.ones(rejected, bool),
+            source=f"row {number}",
+        )
+        for number in range(count)
+    ]
+
+
+def estimate(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArgs) -> MemoryEstimate:
+    optimizer = optimizers.Adam(1e-4)
+    optimizer.init(model.trainable_parameters())
+    scorer = choose_scorer(model, pairs, args.scoring)
+    return estimated_memory(model, optimizer, pairs, Way.of(args, None if scorer is None else scorer.grouping))
+
+
+def measured(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArgs) -> int:
+    """Train, and return the most bytes that MLX held, without those that other tests left behind."""
+    gc.collect()
+    weights = sum(array.nbytes for array in memory.by_name(model.parameters()).values())
+    others = mx.get_active_memory() - weights
+    mx.reset_peak_memory()
+    train_cpo(model, optimizers.Adam(1e-4), pairs, None, args)
+    return mx.get_peak_memory() - others
+
+
+CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any]]] = {
+    "LoRA, long prompt": (True, {}, pairs_of(300, 40, 36), {}),
+    "LoRA, long answers": (True, {}, pairs_of(60, 280, 270), {}),
+    "LoRA, pairs in one pass": (True, {}, pairs_of(30, 20, 18, count=8), {"batch_size": 8}),
+    "all weights, Adam": (False, {"hidden_size": 256}, pairs_of(100, 40, 36), {}),
+    "all weights, accumulated": (
+        False,
+        {"hidden_size": 256},
+        pairs_of(100, 40, 36, count=4),
+        {"batch_size": 2, "gradient_accumulation_steps": 2, "iters": 4},
+    ),
+    "checkpointed": (True, {"num_hidden_layers": 8}, pairs_of(300, 40, 36), {"grad_checkpoint": True}),
+    "in segments": (True, {}, pairs_of(400, 70, 60), {"seq_step_size": 96}),
+    "plain": (True, {}, pairs_of(150, 30, 28), {"batch_size": 2, "scoring": "plain"}),
+    "LoRA over half precision": (True, {"dtype": mx.bfloat16}, pairs_of(300, 40, 36), {}),
+    "half precision, plain": (
+        True,
+        {"dtype": mx.bfloat16},
+        pairs_of(150, 30, 28),
+        {"batch_size": 2, "scoring": "plain"},
+    ),
+    "plain, many words": (True, {"vocab_size": 12000}, pairs_of(60, 30, 28), {"batch_size": 2, "scoring": "plain"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+def test_the_estimate_is_within_a_quarter_of_what_is_measured(name: str, tmp_path: Path) -> None:
+    adapter, sizes, pairs, settings = CASES[name]
+    model = larger_model(**{name: value for name, value in sizes.items() if name != "dtype"})
+    model.set_dtype(sizes.get("dtype", mx.float32))
+    if adapter:
+        add_adapter(model)
+    mx.eval(model.parameters())
+    defaults = {"iters": 2, "batch_size": 1, "adapter_file": str(tmp_path / "adapters.safetensors")}
+    args = CPOTrainingArgs(**(defaults | settings))
+
+    expected = estimate(model, pairs, args)
+    peak = measured(model, pairs, args)
+
+    assert expected.total == pytest.approx(peak, rel=TOLERANCE)
+    assert peak - expected.weights > 8e6
+
+
+def estimate_of(pairs: list[PreferencePair], model: nn.Module | None = None, **way: Any) -> MemoryEstimate:
+    """An estimate of a model with an adapter, pairs one by one."""
+    model = model or add_adapter(larger_model())
+    optimizer = optimizers.Adam(1e-4)
+    optimizer.init(model.trainable_parameters())
+    return estimated_memory(model, optimizer, pairs, Way(**({"batch": BatchSize(1), "grouping": PAIR_BY_PAIR} | way)))
+
+
+def test_the_longest_pair_counts_and_is_named() -> None:
+    pairs = [*pairs_of(20, 10, 10), *pairs_of(200, 40, 40), *pairs_of(20, 10, 10)]
+    longest = PreferencePair(
+        pairs[2].prompt, pairs[2].chosen, pairs[2].rejected, pairs[2].chosen_scored, pairs[2].rejected_scored, "row 7"
+    )
+    pairs[2] = longest
+
+    found = estimate_of([*pairs[:3], *pairs[4:]])
+
+    assert found.largest == "the longest pair, row 7"
+    assert found.computing == estimate_of([longest]).computing
+
+
+def test_answers_side_by_side_can_take_more_than_longer_ones_in_turn() -> None:
+    side_by_side, in_turn = pairs_of(100, 256, 256, count=1), pairs_of(100, 300, 300, count=1)
+
+    assert estimate_of(side_by_side).computing > estimate_of(in_turn).computing
+    assert estimate_of(side_by_side + in_turn).computing == estimate_of(side_by_side).computing
+
+
+def test_several_pairs_in_a_pass_count_together() -> None:
+    pairs = pairs_of(20, 15, 15, count=8)
+
+    grouped = estimate_of(pairs, batch=BatchSize(4), grouping=grouping_for(larger_model()))
+
+    assert grouped.largest == "4 pairs at once, up to row 3"
+    assert grouped.computing > estimate_of(pairs, batch=BatchSize(4)).computing
+    by_tokens = estimate_of(pairs, batch=BatchSize(1, tokens=120), grouping=grouping_for(larger_model()))
+    assert by_tokens.largest == "2 pairs at once, up to row 1"
+
+
+@pytest.mark.parametrize("setting", [{"checkpointed": True}, {"step_size": 64}])
+def test_what_saves_memory_lowers_the_estimate(setting: dict[str, Any]) -> None:
+    model = add_adapter(larger_model(num_hidden_layers=12))
+    pairs = pairs_of(400, 50, 50)
+
+    assert estimate_of(pairs, model, **setting).total < 0.7 * estimate_of(pairs, model).total
+
+
+def test_layers_below_the_first_that_is_trained_keep_nothing() -> None:
+    model = larger_model()
+    model.freeze()
+    model.layers[2].unfreeze()
+
+    kept = memory.kept_bytes_of_layers(model)
+
+    assert kept[:2] == [0, 0]
+    assert kept[2] == kept[3] > 0
+
+
+@pytest.mark.parametrize("change", ["half", "dropout", "dora"])
+def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = memory.kept_bytes_per_token(add_adapter(larger_model()))
+    model = larger_model()
+    if change == "half":
+        model.set_dtype(mx.bfloat16)
+        plain //= 2
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    changed = memory.kept_bytes_per_token(
+        add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0)
+    )
+
+    assert changed > plain
+
+
+def test_fake_quantisation_keeps_the_weights_rounding_errors() -> None:
+    pairs = pairs_of(100, 20, 20)
+    linear = sum(module.weight.nbytes for layer in larger_model().layers for module in memory.linear_layers(layer))
+
+    more = estimate_of(pairs, fake_quantised=True).total - estimate_of(pairs).total
+
+    assert more == pytest.approx(linear, abs=2)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_an_estimate(name: str) -> None:
+    model = build_architecture(name)
+    pairs = build_pairs(4)
+
+    for grouping in (PAIR_BY_PAIR, None):
+        assert estimate_of(pairs, model, grouping=grouping).computing > 0
+
+
+def test_the_line_gives_the_parts_in_gigabytes() -> None:
+    estimated = MemoryEstimate(540_000_000, 110_000_000, 480_000_000, "the longest pair, train.jsonl:12")
+
+    assert estimated.lines(18_800_000_000) == [
+        "Memory: about 1.1 GB at most (weights 0.5 GB, optimizer 0.1 GB, gradients and activations 0.5 GB for the "
+        "longest pair, train.jsonl:12), of 18.8 GB on this device."
+    ]
+
+
+def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower() -> None:
+    _, warning = MemoryEstimate(3_000_000_000, 0, 1, "the longest pair").lines(3_000_000_000)
+
+    assert warning == (
+        "Warning: this device has less memory than that; lower max_seq_length, batch_size or batch_tokens, or switch "
+        "on grad_checkpoint or efficient_long_context."
+    )
+
+
+def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_of(200, 40, 40)
+    half = larger_model()
+    half.set_dtype(mx.bfloat16)
+    half, wide = estimate_of(pairs, add_adapter(half)), estimate_of(pairs)
+
+    assert wide.widening == 0
+    assert half.total + half.widening == pytest.approx(wide.total, rel=0.1)
+    _, note = half.lines(half.total + half.widening)
+    assert note.startswith("note: ")
+    assert f" {(half.total + half.widening) / half.total:.1f} times the memory" in note
+    assert len(half.lines(half.total + half.widening - 1)) == len(wide.lines(10**12)) == 1
+
+    on_gpu = larger_model()
+    on_gpu.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    assert _widening(on_gpu) == 0
+
+
+def test_a_run_reports_what_its_own_settings_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda: 1_000_000)
+    model, pairs = add_adapter(larger_model()), pairs_of(200, 40, 40)
+    optimizer = optimizers.Adam(1e-4)
+    optimizer.init(model.trainable_parameters())
+    scorer = choose_scorer(model, pairs, "auto")
+
+    line, warning = memory_report(model, optimizer, pairs, scorer, CPOTrainingArgs(batch_size=1))
+    saving, _ = memory_report(model, optimizer, pairs, scorer, CPOTrainingArgs(batch_size=1, grad_checkpoint=True))
+
+    assert re.fullmatch(r"Memory: about 0\.0\d+ GB at most \(.* for the longest pair, row 0\), of 0\.001 GB .*", line)
+    assert warning.startswith("Warning: ")
+    assert saving != line
+
+
+def settings_for(model_folder: Path, **given: Any) -> SimpleNamespace:
+    return config.resolve({"train": True, "train_mode": "cpo", "model": str(model_folder), **given}).settings
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"train_type": "full"},
+        {"train_type": "full", "num_layers": 1},
+        {"train_type": "dora"},
+        {"load_in_4bits": True},
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_loaded_has_the_shapes_of_one_that_is(model_folder: Path, given: dict[str, Any]) -> None:
+    from mlx_cpo_plugin.run.loading import load_model
+
+    settings = settings_for(model_folder, **given)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    lazy = unevaluated_model(settings)
+    taken = mx.get_active_memory() - before
+    loaded, _ = load_model(settings)
+
+    for parameters in ("parameters", "trainable_parameters"):
+        shapes = [
+            {name: (array.shape, array.dtype) for name, array in memory.by_name(getattr(model, parameters)()).items()}
+            for model in (lazy, loaded)
+        ]
+        assert shapes[0] == shapes[1]
+    assert taken < 10_000
+    assert memory.kept_bytes_of_layers(lazy) == memory.kept_bytes_of_layers(loaded)
+
+
+def test_how_pairs_share_a_pass_shows_without_computing(model_folder: Path) -> None:
+    assert expected_grouping(unevaluated_model(settings_for(model_folder))) is not None
+    assert expected_grouping(build_architecture("qwen3_next")) == PAIR_BY_PAIR
+    assert expected_grouping(nn.Linear(1, 1)) is None

@@ -1,0 +1,192 @@
+"""Memory that may not suffice is warned of, and memory that has ended is never taken for anything else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import pytest
+from mlx.utils import tree_flatten
+from support.tiny import add_adapter, build_model, build_pairs
+
+from mlx_cpo_plugin.data.batches import BatchSize
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import is_device_fault, is_out_of_memory
+from mlx_cpo_plugin.host import TrainingCallback
+from mlx_cpo_plugin.training import memory_watch
+from mlx_cpo_plugin.training.alarms import TrainingError
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.exits import out_of_memory_told
+from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
+from mlx_cpo_plugin.training.memory_watch import MemoryWatch, free_memory
+from mlx_cpo_plugin.training.trainer import train_cpo
+
+GIGABYTE = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """The root of a machine with 8 GB that are available and 2 GB of swap space, of which 1 is free."""
+    for folder in ("proc/self", "sys/fs/cgroup"):
+        (tmp_path / folder).mkdir(parents=True)
+    lines = ["MemTotal: 16777216 kB", "MemAvailable: 8388608 kB", "SwapTotal: 2097152 kB", "SwapFree: 1048576 kB"]
+    (tmp_path / "proc/meminfo").write_text("\n".join([*lines, "HugePages_Total:       0"]) + "\n")
+    (tmp_path / "proc/self/statm").write_text("1000 500 200 1 0 300 0\n")
+    return tmp_path
+
+
+def test_what_is_available_and_swap_space_are_free(machine: Path) -> None:
+    assert free_memory(machine) == 9 * GIGABYTE
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 9), (str(4 * GIGABYTE), 3), (str(GIGABYTE // 2), 0)])
+def test_a_container_leaves_what_its_limit_does_and_files_do_not_count(machine: Path, limit: str, free: int) -> None:
+    (machine / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
+    (machine / "sys/fs/cgroup/memory.stat").write_text(f"anon {GIGABYTE}\nfile {5 * GIGABYTE}\n")
+
+    assert free_memory(machine) == free * GIGABYTE
+
+
+def test_a_limit_of_the_process_leaves_what_it_has_not_taken(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (GIGABYTE, resource.RLIM_INFINITY))
+
+    assert free_memory(machine) == GIGABYTE - 1000 * resource.getpagesize()
+
+
+def test_where_nothing_is_known_or_a_gpu_computes_nothing_is_stopped(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert free_memory(machine / "nowhere") is None
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert free_memory(machine) is None
+
+    assert watch_of(None, monkeypatch).risk(build_pairs(2), step=1) is None
+
+
+def watch_of(free: int | None, monkeypatch: pytest.MonkeyPatch) -> MemoryWatch:
+    monkeypatch.setattr(memory_watch, "free_memory", lambda: free)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    return MemoryWatch(add_adapter(build_model()), Way(BatchSize(2), grouping=None))
+
+
+def estimate(pairs: list[PreferencePair]) -> int:
+    way = Way(BatchSize(2), grouping=None)
+    return bytes_for(ModelSizes(add_adapter(build_model()), way), pairs, way)
+
+
+def test_an_estimate_above_what_is_free_is_a_warning_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = build_pairs(2)
+
+    assert watch_of(estimate(pairs), monkeypatch).risk(pairs, step=3) is None
+    line = watch_of(estimate(pairs) - 1, monkeypatch).risk(pairs, step=3)
+    assert re.match(r"Step 3: the micro-batch with row [01] may need about .* GB are free; if the process", line or "")
+
+
+def test_what_was_computed_once_is_no_risk_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = build_pairs(2, longest=4), build_pairs(2, longest=40)
+    watch = watch_of(estimate(short) - 1, monkeypatch)
+
+    risks = [watch.risk(pairs, step=1) is not None for pairs in (short, short, long, short, long)]
+
+    assert risks == [True, False, True, False, False]
+
+
+def test_a_gradient_for_which_there_is_no_memory_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = sum(value.nbytes for _, value in tree_flatten(add_adapter(build_model()).trainable_parameters()))
+
+    watch_of(sizes, monkeypatch).risk(build_pairs(2), step=3)
+    with pytest.raises(TrainingError, match=r"^Step 3: the gradient alone needs .* GB are free; train fewer"):
+        watch_of(sizes - 1, monkeypatch).risk(build_pairs(2), step=3)
+
+
+def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_pairs = build_pairs(6)
+    monkeypatch.setattr(memory_watch, "free_memory", lambda: 2**40 if not risky else 2**20)
+    monkeypatch.setattr(memory_watch, "bytes_for", lambda *_: 2**30)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    risky: list[int] = []
+    saved_at: list[list[str]] = []
+
+    class Callback(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            saved_at.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("0*")))
+            if train_info["iteration"] == 2:
+                risky.append(1)
+
+    train_cpo(
+        add_adapter(build_model()),
+        optimizers.Adam(learning_rate=1e-3),
+        run_pairs,
+        args=CPOTrainingArgs(
+            adapter_file=str(tmp_path / "adapters.safetensors"), batch_size=1, iters=5, steps_per_report=1
+        ),
+        training_callback=Callback(),
+    )
+
+    assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002", "0000004"]]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("warning") == 1
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("[malloc] Unable to allocate 9 bytes."),
+    RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes."),
+    RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+    RuntimeError("[metal::malloc] Resource limit (499000) exceeded."),
+    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU)"),
+    RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_known_on_every_device_and_behind_other_errors(error: Exception) -> None:
+    wrapped = ValueError("the layer failed")
+    wrapped.__cause__ = error
+
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_device"),
+    [
+        (RuntimeError("[matmul] Last dimension of first input with shape (1,2) must match"), False),
+        (ValueError("out of memory of the cache"), False),
+        (RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error"), True),
+        (RuntimeError("[Compile::eval_cpu] Failed to compile function"), True),
+    ],
+)
+def test_other_errors_are_not_out_of_memory(error: Exception, of_the_device: bool) -> None:
+    assert not is_out_of_memory(error)
+    assert is_device_fault(error) == of_the_device
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU)"),
+        RuntimeError("cudaMallocAsync(&data, size) failed: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_what_a_gpu_says_when_memory_ends_becomes_a_sentence(error: Exception) -> None:
+    with (
+        pytest.raises(TrainingError, match=r"^The device is out of memory; lower max_seq_length, batch_size or"),
+        out_of_memory_told(),
+    ):
+        raise error
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match=r"^\[matmul\] shapes"), out_of_memory_told():
+        raise RuntimeError("[matmul] shapes do not fit")

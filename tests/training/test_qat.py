@@ -1,0 +1,315 @@
+"""Quantisation-aware training: what is fake-quantised, when, with which gradient, and that it helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from mlx.utils import tree_unflatten
+from mlx_lm import load
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
+
+from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.demo.run import DEMO_DIR
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.training.arguments import check_training_args
+from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+
+
+def quantise(weight: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    """Symmetric quantisation in float64: each group of the last axis is rounded to 2^bits levels of its own scale."""
+    highest = 2 ** (bits - 1) - 1
+    groups = weight.astype(np.float64).reshape(*weight.shape[:-1], -1, group_size) if group_size > 0 else weight
+    axis = -1 if group_size > 0 else None
+    scale = np.abs(groups).max(axis=axis, keepdims=True) / highest
+    return (np.clip(np.round(groups / scale), -highest - 1, highest) * scale).reshape(weight.shape)
+
+
+class OneLayer(nn.Module):
+    """A model of a single layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, *args: mx.array) -> mx.array:
+        return self.layer(*args)
+
+
+def lora(linear: nn.Module, dora: bool = False, dropout: float = 0.0) -> nn.Module:
+    layer = (DoRALinear if dora else LoRALinear).from_base(linear, r=4, scale=2.0, dropout=dropout)
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    return layer
+
+
+def merged_weight(layer: nn.Module) -> np.ndarray:
+    fused = layer.fuse(dequantize=True)
+    return np.array(fused.weight, np.float64)
+
+
+@pytest.fixture
+def x() -> mx.array:
+    mx.random.seed(1)
+    return mx.random.normal((5, 64))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (3, 0)])
+@pytest.mark.parametrize("kind", ["linear", "lora", "dora", "lora over 4 bits", "dora over 8 bits"])
+def test_the_forward_pass_is_that_of_the_quantised_merged_weight(
+    kind: str, bits: int, group_size: int, x: mx.array
+) -> None:
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=int(kind.split()[2]))
+    layer = linear if kind == "linear" else lora(linear, dora=kind.startswith("dora"))
+    weight = np.array(layer.weight, np.float64) if kind == "linear" else merged_weight(layer)
+    bias = np.array(linear.bias, np.float64)
+    model = OneLayer(layer)
+
+    with fake_quantised(model, bits=bits, group_size=group_size, quantizer="host") as quantisation:
+        quantisation.active = True
+        y = np.array(model(x))
+
+    reference = np.array(x, np.float64) @ quantise(weight, bits, group_size).T + bias
+    np.testing.assert_allclose(y, reference, rtol=1e-3, atol=2e-4)
+    assert not np.allclose(y, np.array(model(x)), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 3, "group_size": 64},
+        {"bits": 8, "group_size": 64},
+        {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+        {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["linear", "lora", "dora", "lora over 4 bits"])
+def test_by_default_the_forward_pass_is_that_of_the_layer_as_mlx_packs_it(
+    kind: str, packing: dict[str, Any], x: mx.array
+) -> None:
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4)
+    layer = linear if kind == "linear" else lora(linear, dora=kind == "dora")
+    deployed = layer if kind == "linear" else layer.fuse(dequantize=True)
+    packed = nn.QuantizedLinear.from_linear(deployed, **packing)
+    model = OneLayer(layer)
+
+    with fake_quantised(model, **packing) as quantisation:
+        quantisation.active = True
+        y = np.array(model(x))
+
+    np.testing.assert_allclose(y, np.array(packed(x)), rtol=1e-3, atol=1e-3)
+    assert not np.allclose(y, np.array(model(x)), atol=1e-3)
+
+
+def test_a_layer_that_mlx_would_not_pack_stays_as_it_is() -> None:
+    mx.random.seed(1)
+    model, x = OneLayer(nn.Linear(40, 8)), mx.random.normal((2, 40))
+
+    with fake_quantised(model, bits=2, group_size=32) as quantisation:
+        quantisation.active = True
+        assert np.array_equal(np.array(model(x)), np.array(x @ model.layer.weight.T + model.layer.bias))
+
+
+def test_bits_that_mlx_does_not_have_are_those_of_the_host_unless_mlx_is_asked_for(x: mx.array) -> None:
+    model = OneLayer(nn.Linear(64, 48))
+
+    def output(**arguments: Any) -> np.ndarray:
+        with fake_quantised(model, **arguments) as quantisation:
+            quantisation.active = True
+            return np.array(model(x))
+
+    assert np.array_equal(output(bits=7, group_size=64), output(bits=7, group_size=64, quantizer="host"))
+    with pytest.raises(ConfigError, match="qat_quantizer is mlx, which takes qat_bits 2, 3, 4, 5, 6 or 8"):
+        check_training_args(CPOTrainingArgs(qat_enable=True, qat_bits=7, qat_quantizer="mlx"))
+    with pytest.raises(ConfigError, match="qat_mode is mxfp4, which qat_quantizer: host does not have"):
+        check_training_args(CPOTrainingArgs(qat_enable=True, qat_mode="mxfp4", qat_quantizer="host"))
+    check_training_args(CPOTrainingArgs(qat_bits=7, qat_quantizer="mlx"))  # QAT is off
+
+
+def test_expert_layers_are_quantised_expert_by_expert() -> None:
+    mx.random.seed(1)
+    layer = LoRASwitchLinear.from_base(SwitchLinear(32, 16, 3, bias=False), r=2, scale=2.0)
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    model, x, indices = OneLayer(layer), mx.random.normal((6, 1, 1, 32)), mx.array([[0], [1], [2], [2], [0], [1]])
+    weight = np.array(layer.linear.weight + layer.scale * (layer.lora_b @ layer.lora_a), np.float64)
+
+    with fake_quantised(model, bits=4, group_size=32, quantizer="host") as quantisation:
+        quantisation.active = True
+        y = np.array(model(x, indices)).reshape(6, 16)
+
+    quantised = quantise(weight, 4, 32)
+    reference = [np.array(x, np.float64)[n, 0, 0] @ quantised[e].T for n, e in enumerate(indices[:, 0].tolist())]
+    np.testing.assert_allclose(y, reference, rtol=1e-3, atol=2e-4)
+
+
+def test_the_gradient_passes_straight_through_to_the_adapter(x: mx.array) -> None:
+    layer = lora(nn.Linear(64, 48))
+    model = OneLayer(layer)
+    model.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    upstream = mx.random.normal((5, 48))
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.active = True
+        _, gradient = nn.value_and_grad(model, lambda model: (model(x) * upstream).sum())(model)
+
+    wide = {name: np.array(value, np.float64) for name, value in (("x", x), ("g", upstream))}
+    lora_a, lora_b = np.array(layer.lora_a, np.float64), np.array(layer.lora_b, np.float64)
+    by_b = 2.0 * (wide["x"] @ lora_a).T @ wide["g"]
+    by_a = 2.0 * wide["x"].T @ (wide["g"] @ lora_b.T)
+    np.testing.assert_allclose(np.array(gradient["layer"]["lora_b"]), by_b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.array(gradient["layer"]["lora_a"]), by_a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "interval", "expected"), [(1, 1, [1, 2, 3, 4, 5, 6]), (3, 1, [3, 4, 5, 6]), (2, 3, [2, 5])]
+)
+def test_it_applies_from_the_start_step_on_at_every_interval(start: int, interval: int, expected: list[int]) -> None:
+    quantisation = FakeQuantisation(start, interval)
+
+    assert [step for step in range(1, 7) if quantisation.applies_to(step)] == expected
+
+
+def test_another_model_in_the_process_is_left_alone(x: mx.array) -> None:
+    model, other = OneLayer(nn.Linear(64, 48)), OneLayer(nn.Linear(64, 48))
+    before = other(x)
+
+    with fake_quantised(model, bits=2, group_size=32) as quantisation:
+        quantisation.active = True
+        assert mx.array_equal(other(x), before)
+
+
+def test_all_is_undone_at_the_end_and_after_a_failure(x: mx.array) -> None:
+    model = OneLayer(lora(nn.Linear(64, 48)))
+    before = model(x)
+
+    def fail() -> None:
+        with fake_quantised(model, bits=2, group_size=32) as quantisation:
+            quantisation.active = True
+            raise RuntimeError("training failed")
+
+    with pytest.raises(RuntimeError, match="training failed"):
+        fail()
+
+    assert type(model.layer) is LoRALinear
+    assert mx.array_equal(model(x), before)
+
+
+@pytest.mark.parametrize(("start", "interval", "differs_after"), [(1, 1, 1), (3, 1, 3), (2, 2, 2)])
+def test_training_differs_from_the_start_step_on(tmp_path: Path, start: int, interval: int, differs_after: int) -> None:
+    def run(iters: int, **arguments: object) -> dict[str, np.ndarray]:
+        model = add_adapter(build_model())
+        args = CPOTrainingArgs(iters=iters, batch_size=3, adapter_file=str(tmp_path / "a.safetensors"), **arguments)
+        train_cpo(model, optimizers.SGD(0.05), build_pairs(9), args=args)
+        return parameters(model)
+
+    qat = {"qat_enable": True, "qat_bits": 3, "qat_start_step": start, "qat_interval": interval}
+
+    if differs_after > 1:
+        assert_same(run(differs_after - 1, **qat), run(differs_after - 1))
+    with pytest.raises(AssertionError):
+        assert_same(run(differs_after, **qat), run(differs_after))
+
+
+def test_every_validation_is_of_the_weights_as_they_are_saved(tmp_path: Path) -> None:
+    args = CPOTrainingArgs(
+        iters=3,
+        steps_per_eval=1,
+        qat_enable=True,
+        qat_bits=2,
+        qat_interval=2,
+        adapter_file=str(tmp_path / "adapters.safetensors"),
+    )
+    pairs, model = build_pairs(4), add_adapter(build_model())
+
+    train_cpo(model, optimizers.SGD(0.0), pairs, pairs, args)
+
+    reports = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [report["val_loss"] for report in reports if report["kind"] == "valid"]
+    assert len(losses) == 4
+    assert len(set(losses)) == 1
+
+
+def add_outlier_channels(model: nn.Module) -> None:
+    """Give every 16th input channel 32 times the weight, as large models have it; the model computes what it did.
+
+    Beside them most weights of a group are rounded to zero, by training's symmetric quantiser and by ``mx.quantize``'s
+    affine one alike. Without outliers the two round most weights differently, and QAT prepares for other errors.
+    """
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = mx.where(mx.arange(norm.weight.size) % 16 == 0, 32.0, 1.0)
+            norm.weight = norm.weight / factors
+            for linear in readers:
+                linear.weight = linear.weight * factors
+
+
+def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 0) -> tuple[float, float]:
+    """Train the demo model on 32 of its rows; return the loss on 20 held-out ones before and after quantisation.
+
+    Quantised are all linear layers, fused, to 3 bits in groups of 64; QAT is at the same bits and group size.
+    """
+    bits, group_size, iters = 3, 64, 30
+    mx.random.seed(seed)
+    model, tokenizer = load(str(DEMO_DIR / "model"))
+    train, valid, _ = load_dataset(
+        resolve({"train_mode": "cpo", "train": True, "data": str(DEMO_DIR / "data")}).settings, tokenizer
+    )
+    add_outlier_channels(model)
+    if train_type == "lora":
+        model.freeze()
+        linear_to_lora_layers(model, -1, {"rank": 8, "scale": 10.0, "dropout": 0.0})
+    args = CPOTrainingArgs(
+        iters=iters,
+        batch_size=4,
+        beta=0.1,
+        scoring="plain",
+        seed=seed,
+        qat_enable=qat,
+        qat_bits=bits,
+        qat_group_size=group_size,
+        steps_per_report=iters,
+        adapter_file=str(adapter_file),
+    )
+
+    def loss() -> float:
+        return evaluate_cpo(model, valid[:20], 20, -1, args.beta, args.delta, 2048, args.loss_type, scoring="plain")[0]
+
+    train_cpo(model, optimizers.Adam(optimizers.cosine_decay(5e-4, iters)), train[:32], args=args)
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    before = loss()
+    nn.quantize(model, group_size, bits, class_predicate=lambda _, module: isinstance(module, nn.Linear))
+    return before, loss()
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.slow
+def test_qat_lowers_the_loss_of_the_really_quantised_model(train_type: str, tmp_path: Path) -> None:
+    _, with_qat = held_out_losses(train_type, True, tmp_path / "adapters.safetensors")
+    unquantised, without = held_out_losses(train_type, False, tmp_path / "adapters.safetensors")
+
+    # Training went well without QAT, too: it is quantisation that breaks its result.
+    assert unquantised < 0.1 * without
+    assert with_qat < 0.4 * without

@@ -1,0 +1,357 @@
+"""A run that is killed, stopped or torn goes on to the bit, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from support.tiny import TESTS, add_adapter, assert_same, build_model, build_pairs
+
+from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
+from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.state import random_seed
+from mlx_cpo_plugin.training.stopping import StoppedError
+from mlx_cpo_plugin.training.trainer import train_cpo
+
+
+class StopAt:
+    """A training callback that sends this process a signal at a report."""
+
+    def __init__(self, iteration: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.iteration, self.number = iteration, number
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        if info["iteration"] == self.iteration:
+            os.kill(os.getpid(), self.number)
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        pass
+
+
+def train(
+    folder: Path,
+    pairs: list[PreferencePair] | None = None,
+    model: nn.Module | None = None,
+    optimizer: optimizers.Optimizer | None = None,
+    callback: Any = None,
+    val_pairs: list[PreferencePair] | None = None,
+    **arguments: Any,
+) -> dict[str, np.ndarray]:
+    """Train with dropout and accumulation, and return the adapter that is left on disk."""
+    model = model or add_adapter(build_model(), dropout=0.2)
+    mx.random.seed(7)
+    settings = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "iters": 10,
+        "steps_per_report": 1,
+        "steps_per_save": 2,
+    }
+    settings |= {
+        "adapter_file": str(folder / "adapters.safetensors"),
+        "loss_type": "ipo",
+        "beta": 0.5,
+        "cpo_alpha": 0.5,
+    }
+    settings |= arguments
+    train_cpo(
+        model,
+        optimizer or optimizers.AdamW(learning_rate=1e-2),
+        pairs or build_pairs(11),
+        val_pairs,
+        args=CPOTrainingArgs(**settings),
+        training_callback=callback,
+    )
+    return adapter_in(folder)
+
+
+def adapter_in(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in mx.load(str(folder / "adapters.safetensors")).items()}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What the metrics file says, without what a clock says."""
+    clocks = ("run", "time", "iterations_per_second", "tokens_per_second", "val_time", "peak_memory")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+
+
+def stopped(folder: Path, iteration: int, number: signal.Signals = signal.SIGTERM, **arguments: Any) -> StoppedError:
+    with pytest.raises(StoppedError) as caught:
+        train(folder, callback=StopAt(iteration, number), **arguments)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "in an empty folder",
+        "anew in a used folder",
+        "from an earlier checkpoint",
+        "from another folder into a used one",
+    ],
+)
+@pytest.mark.slow
+def test_a_run_killed_between_any_two_file_operations_loses_nothing_and_ends_like_one_that_was_not(
+    tmp_path: Path, case: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "support.killed_runs", str(tmp_path), case],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=TESTS,
+    )
+
+    outcome = json.loads(ended.stdout.splitlines()[-1])
+    assert outcome["moments"] > 50
+    assert outcome["faults"] == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    whole = train(tmp_path / "whole")
+
+    error = stopped(tmp_path / "run", 5, number)
+
+    assert error.exit_code == 128 + number
+    assert str(error).startswith(
+        "stopped after iteration 5, which is saved; call train_cpo once more with resume='auto'"
+    )
+    assert checkpoints(tmp_path / "run")[-1] == "0000005"
+    assert_same(train(tmp_path / "run", resume="auto"), whole)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_stopping_twice_means_now(tmp_path: Path) -> None:
+    class StopTwice(StopAt):
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            super().on_train_loss_report(info)
+            super().on_train_loss_report(info)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callback=StopTwice(5, signal.SIGINT))
+
+    assert checkpoints(tmp_path) == ["0000002", "0000004"]
+
+
+def test_signals_mean_what_they_did_before_once_a_run_is_over(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    train(tmp_path / "whole", iters=1)
+    stopped(tmp_path / "stopped", 1)
+
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_more_iterations_go_on_from_a_finished_run(tmp_path: Path) -> None:
+    # Ten iterations end with a step, so nothing is cut short there.
+    train(tmp_path / "run", iters=6)
+
+    longer = train(tmp_path / "run", iters=12, resume="auto")
+
+    assert_same(longer, train(tmp_path / "whole", iters=12))
+
+
+def test_a_run_that_is_complete_stays_as_it_is(tmp_path: Path) -> None:
+    whole = train(tmp_path)
+
+    assert_same(train(tmp_path, resume="auto"), whole)
+
+
+def test_another_runs_folder_or_checkpoint_can_be_gone_on_from(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    stopped(tmp_path / "run", 5)
+
+    assert_same(train(tmp_path / "from_run", resume=str(tmp_path / "run")), whole)
+    assert_same(train(tmp_path / "from_one", resume=str(tmp_path / "run" / "checkpoints" / "0000004")), whole)
+
+
+def test_without_a_checkpoint_auto_begins_and_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", resume="auto")
+
+    assert "There is no checkpoint in" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^resume is '.*nowhere', but there is no whole checkpoint in it; give"):
+        train(tmp_path / "run", resume=str(tmp_path / "nowhere"))
+
+
+def other_pairs() -> list[PreferencePair]:
+    return build_pairs(11, seed=1)
+
+
+def other_model() -> nn.Module:
+    model = add_adapter(build_model(), dropout=0.2)
+    model.model.norm.weight = 2 * model.model.norm.weight
+    return model
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"seed": 1}, r"seed \(was 0, is 1\)"),
+    "loss": ({"loss_type": "dpop"}, r"loss_type \(was ipo, is dpop\)"),
+    "beta and batch size": ({"beta": 0.4, "batch_size": 3}, r"batch_size \(was 2, is 3\), beta \(was 0.5, is 0.4\)"),
+    "data": ({"pairs": other_pairs()}, "data"),
+    "model": ({"model": other_model()}, "model"),
+    "learning rate": ({"optimizer": optimizers.AdamW(learning_rate=2e-2)}, "optimizer"),
+    "optimizer": ({"optimizer": optimizers.Adam(learning_rate=1e-2)}, "optimizer"),
+    "adapter": ({"model": add_adapter(build_model(), dropout=0.2, dora=True)}, r"model, train_type \(was lora"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path, change: str) -> None:
+    train(tmp_path, iters=2)
+    arguments, told = CHANGES[change]
+
+    with pytest.raises(
+        ConfigError, match=rf"^The run in .* cannot be resumed with other settings: {told}[,;].*set them"
+    ):
+        train(tmp_path, resume="auto", **arguments)
+
+
+def cut_short(checkpoint: Path) -> None:
+    file = checkpoint / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def altered(checkpoint: Path) -> None:
+    file = checkpoint / "adapters.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def without_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+def foreign(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (checkpoint / "holiday.jpg").write_bytes(b"sea")
+
+
+@pytest.mark.parametrize("damage", [cut_short, altered, without_manifest, foreign])
+def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    whole = train(tmp_path / "whole")
+    stopped(tmp_path / "run", 5)
+    damage(tmp_path / "run" / "checkpoints" / "0000005")
+
+    resumed = train(tmp_path / "run", resume="auto")
+
+    printed = capsys.readouterr().out
+    assert "0000005 is not whole" in printed
+    assert "Resuming after iteration 4" in printed
+    assert_same(resumed, whole)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(tmp_path / "two")
+    train(tmp_path / "three", keep_checkpoints=3)
+
+    # The ninth is the one before the last optimizer step.
+    assert checkpoints(tmp_path / "two") == ["0000009", "0000010"]
+    assert checkpoints(tmp_path / "three") == ["0000008", "0000009", "0000010"]
+
+
+ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from support.killed_runs import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    train(Path(sys.argv[1]))
+except ValueError as error:
+    print(type(error).__name__, error, file=sys.stderr)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    def train_where_files_end_at(size: int) -> str:
+        command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path / "run"), str(size)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS)
+        return ended.stderr.splitlines()[-1]
+
+    assert "Training: 100%" in train_where_files_end_at(10**9)
+    before = checkpoints(tmp_path / "run")
+    largest = max(path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / before[-1]).iterdir())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / before[-1])
+
+    told = train_where_files_end_at(largest - 1)
+
+    assert "cannot be written" in told
+    assert told.startswith("CheckpointError ")
+    assert checkpoints(tmp_path / "run") == before[:-1]
+    read_checkpoint(tmp_path / "run" / "checkpoints" / before[-2])
+
+
+def test_what_a_killed_run_had_not_finished_is_swept_away(tmp_path: Path) -> None:
+    run = RunIdentity.new()
+    folder = CheckpointFolder(tmp_path, run.id, keep=2)
+    for name in (".machine-123-partial-0000001", ".123-0000001"):
+        (tmp_path / name).mkdir()
+
+    folder.save(2, {"adapters": {"a": mx.ones(3)}}, {"iteration": 2, "run": run.plain()})
+
+    assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from mlx_cpo_plugin.checkpoints.run_folder import only_run_in\n"
+        "with only_run_in(Path(sys.argv[1])):\n"
+        "    print('in', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(
+            ConfigError, match=rf"^Another run, process {other.pid}, is writing to .*; wait for its end"
+        ):
+            train(tmp_path)
+        other.kill()
+
+    train(tmp_path, iters=1)  # a process that is dead holds no lock
+
+
+def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with only_run_in(tmp_path):
+            pass
+
+
+def test_the_random_generator_goes_on_from_its_seed() -> None:
+    mx.random.seed(2**40 + 12345)
+    mx.random.uniform(shape=(5,))
+    seed = random_seed()
+    following = np.array(mx.random.uniform(shape=(5,)))
+
+    mx.random.seed(seed)
+
+    np.testing.assert_array_equal(np.array(mx.random.uniform(shape=(5,))), following)
