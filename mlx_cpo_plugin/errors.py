@@ -27,6 +27,19 @@ class PluginError(UserError):
     """Two plugins claim one name, or the plugin is only partly hooked into mlx-lm-lora."""
 
 
+class StoppedError(UserError):
+    """A run stopped because it was asked to; what was done is saved.
+
+    Attributes:
+        exit_code: of the process, as shells know it for a process that a signal ended.
+    """
+
+    def __init__(self, iteration: int, signal_number: int, how_to_go_on: str) -> None:
+        after = f"stopped after iteration {iteration}, which is saved; {how_to_go_on}."
+        super().__init__(after if iteration else "stopped before iteration 1; nothing is trained yet: start it again.")
+        self.exit_code = 128 + signal_number
+
+
 # How the allocators of Metal, CUDA, CPUs and C++ begin, or what they say, when memory ends.
 _OUT_OF_MEMORY = ("[malloc", "[metal::malloc]", "insufficient memory", "out of memory", "alloc_failed", "bad_alloc")
 # How MLX's messages begin where a device or its compiler failed, and not what it was to compute.

@@ -17,7 +17,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.utils import load_tokenizer
 from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs
 
-from mlx_cpo_plugin.activation.patches import NEWEST_TESTED_HOST, host_version
+from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, host_version
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_out_of_memory
 
 FakeQuantizer = Callable[[mx.array, int, int], mx.array]

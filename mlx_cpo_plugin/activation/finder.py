@@ -1,7 +1,7 @@
 """Hooks the plugin into mlx-lm-lora at the moment when mlx-lm-lora is imported.
 
 The start-up files beside this package call :func:`install` in every interpreter, so this module imports nothing but
-what the interpreter has loaded anyway. All else is imported once one of the :data:`TARGETS` has run.
+what the interpreter has loaded anyway and :mod:`.hook_state`. All else is imported once one of the host's modules runs.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import os
 import sys
 from _thread import get_ident
 
+from mlx_cpo_plugin.activation import hook_state
+from mlx_cpo_plugin.activation.hook_state import DISABLE_VARIABLE, TARGETS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import CodeType, ModuleType
     from typing import Any
-
-DISABLE_VARIABLE = "MLX_CPO_PLUGIN_DISABLE"
-TRAIN_MODULE = "mlx_lm_lora.train"
-CPO_MODULE = "mlx_lm_lora.trainer.cpo_trainer"
-DATASETS_MODULE = "mlx_lm_lora.trainer.datasets"
-TARGETS = (DATASETS_MODULE, CPO_MODULE, TRAIN_MODULE)
 
 # What `python -m MODULE` executes: the imported, hooked module instead of a second, unhooked copy of its source.
 _RUN_AS_SCRIPT = """\
@@ -31,32 +28,6 @@ globals().update({{key: value for key, value in vars(_module).items() if not key
 if __name__ == "__main__" and hasattr(_module, "main"):
     sys.exit(_module.main())
 """
-
-
-class HookState:
-    """Which hooks are in place in this interpreter.
-
-    Attributes:
-        active: names of the host's functions that are the plugin's, in the order in which they were hooked.
-        faults: module of the host -> why it could not be hooked, in words.
-    """
-
-    def __init__(self) -> None:
-        self.active: list[str] = []
-        self.faults: dict[str, str] = {}
-
-    def fault_text(self) -> str:
-        """What is wrong and what to do, in one sentence; empty when there is no fault."""
-        if not self.faults:
-            return ""
-        reasons = "; ".join(f"{module}: {reason}" for module, reason in self.faults.items())
-        return (
-            f"mlx-cpo-plugin is only partly hooked into mlx-lm-lora ({reasons}), so CPO does not run; "
-            f"run `mlx-cpo doctor`, or set {DISABLE_VARIABLE}=1 to use mlx-lm-lora without the plugin."
-        )
-
-
-state = HookState()
 
 
 def disabled() -> bool:
@@ -77,15 +48,14 @@ def install() -> None:
 
 
 def hook(module: ModuleType) -> None:
-    """Hook an imported module of the host; a fault is remembered and bars the way to CPO, and to nothing else."""
+    """Hook an imported module of the host; a fault bars the way to CPO, and to nothing else."""
     try:
         from mlx_cpo_plugin.activation import patches
 
         patches.apply(module)
-    # Whatever is wrong with the plugin, other train modes must go on.
     except Exception as fault:
-        state.faults[module.__name__] = f"{type(fault).__name__}: {fault}"
-    if state.faults:
+        hook_state.record_fault(module.__name__, fault)
+    if hook_state.faults:
         for name in TARGETS:
             if name in sys.modules:
                 _bar_cpo(sys.modules[name])
@@ -100,26 +70,17 @@ def _bar_cpo(module: ModuleType) -> None:
     """Make every entry to CPO in a host module raise :class:`PluginError`; other modes go through untouched."""
     for name in ("train_cpo", "evaluate_cpo"):
         if hasattr(module, name):
-            setattr(module, name, _refuse)
+            setattr(module, name, hook_state.refuse_cpo)
     run = getattr(module, "run", None)
-    if run is not None and not hasattr(run, "_bars_cpo"):
-        setattr(module, "run", _refuse_cpo_mode(run))  # noqa: B010 - mypy knows no such attribute of a module
+    if run is None or hasattr(run, "_bars_cpo"):
+        return
 
-
-def _refuse(*_args: Any, **_settings: Any) -> Any:
-    from mlx_cpo_plugin.errors import PluginError
-
-    raise PluginError(state.fault_text())
-
-
-def _refuse_cpo_mode(run: Callable[..., Any]) -> Callable[..., Any]:
     def guarded_run(args: Any, *others: Any, **named: Any) -> Any:
-        if getattr(args, "train_mode", None) == "cpo":
-            _refuse()
+        hook_state.refuse_if_cpo(args)
         return run(args, *others, **named)
 
     guarded_run.__dict__["_bars_cpo"] = True
-    return guarded_run
+    setattr(module, "run", guarded_run)  # noqa: B010 - mypy knows no such attribute of a module
 
 
 class HostFinder:

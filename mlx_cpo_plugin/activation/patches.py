@@ -19,20 +19,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
-import mlx_cpo_plugin
 from mlx_cpo_plugin import blas
-from mlx_cpo_plugin.activation import finder, loaders
+from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, OLDEST_TESTED_HOST, __version__, host_version
+from mlx_cpo_plugin.activation import hook_state, loaders
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.types import TrainMode
 
 TRAINER_NAMES = ("train_cpo", "evaluate_cpo", "CPOTrainingArgs")
-OLDEST_TESTED_HOST = (5, 8, 6)
-NEWEST_TESTED_HOST = (5, 10, 2)
 
 
 def apply(module: ModuleType) -> None:
-    """Hook one of :data:`finder.TARGETS`, which has just been imported.
+    """Hook one of :data:`hook_state.TARGETS`, which has just been imported.
 
     Raises:
         PluginError: the module lacks a function that has to be replaced.
@@ -40,9 +38,9 @@ def apply(module: ModuleType) -> None:
     """
     with suppress(ConfigError):  # a run of a registered mode tells it, the host's own modes go on
         blas.use_fast_blas()
-    if module.__name__ == finder.CPO_MODULE:
+    if module.__name__ == hook_state.CPO_MODULE:
         _replace_trainer(module)
-    elif module.__name__ == finder.DATASETS_MODULE:
+    elif module.__name__ == hook_state.DATASETS_MODULE:
         _wrap_loaders(module)
     else:
         _wrap_entries(module)
@@ -93,8 +91,8 @@ def _require(module: ModuleType, names: tuple[str, ...]) -> None:
 
 
 def _mark_active(name: str) -> None:
-    if name not in finder.state.active:
-        finder.state.active.append(name)
+    if name not in hook_state.active:
+        hook_state.active.append(name)
 
 
 def _host_modules() -> list[ModuleType]:
@@ -162,30 +160,18 @@ def _mode_of(call: Any) -> TrainMode | None:
     """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes.
 
     Raises:
-        PluginError: CPO is asked for, but not everything is hooked.
+        PluginError: CPO is asked for, but no plugin registers it or not everything is hooked.
     """
     from mlx_cpo_plugin.settings import config
 
     try:
         mode = config.requested_mode(call)
-    # Whatever is wrong with the plugin, other train modes must go on.
     except Exception as fault:
-        finder.state.faults[__name__] = f"{type(fault).__name__}: {fault}"
+        hook_state.record_fault(__name__, fault)
         mode = None
-    asks_for_cpo = mode is not None or _names_cpo(call)
-    if finder.state.faults and asks_for_cpo:
-        raise PluginError(finder.state.fault_text())
-    if mode is None and asks_for_cpo:
-        raise PluginError(
-            "No loaded plugin registers the train mode 'cpo', so it does not run; run `mlx-cpo doctor` to see "
-            f"which plugins are loaded, or set {finder.DISABLE_VARIABLE}=1 to use mlx-lm-lora's own."
-        )
+    if mode is None or hook_state.faults:
+        hook_state.refuse_if_cpo(call)
     return mode
-
-
-def _names_cpo(call: Any) -> bool:
-    values = call if isinstance(call, Mapping) else getattr(call, "__dict__", {})
-    return values.get("train_mode") == "cpo"
 
 
 def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
@@ -212,11 +198,6 @@ def exit_interrupted() -> NoReturn:
     raise SystemExit(130)
 
 
-def host_version() -> str:
-    """The version of the imported mlx-lm-lora."""
-    return str(getattr(sys.modules.get("mlx_lm_lora"), "__version__", "of unknown version"))
-
-
 def announce(mode: TrainMode) -> None:
     """Print one line: versions, active hooks and, on a Linux CPU, the BLAS; warn once if the host is untested.
 
@@ -226,8 +207,8 @@ def announce(mode: TrainMode) -> None:
     blas.use_fast_blas()
     products = blas.description()
     print(
-        f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs {mode.name} in mlx-lm-lora {host_version()}; "
-        f"hooks active: {', '.join(finder.state.active)}{products and f'; BLAS: {products}'}"
+        f"mlx-cpo-plugin {__version__} runs {mode.name} in mlx-lm-lora {host_version()}; "
+        f"hooks active: {', '.join(hook_state.active)}{products and f'; BLAS: {products}'}"
     )
     if advice := blas.advice():
         print(f"note: matrix products are slow here: {advice}.")

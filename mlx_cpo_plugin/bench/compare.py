@@ -19,7 +19,7 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
-from mlx_cpo_plugin.activation.finder import DISABLE_VARIABLE
+from mlx_cpo_plugin.activation.hook_state import DISABLE_VARIABLE
 from mlx_cpo_plugin.bench.cases import Case
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, save_pairs
 from mlx_cpo_plugin.errors import UserError

@@ -12,9 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.bench.reference import answer_gradient, convert
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.selftest.float64_gradient import answer_gradient, convert
 from mlx_cpo_plugin.selftest.models import unquantised
 from mlx_cpo_plugin.training.gradients import PairGradients
 from mlx_cpo_plugin.training.objective import Objective

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.bench.reference import physical_memory
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError, first_line
@@ -19,6 +18,7 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.run.loading import load_model
 from mlx_cpo_plugin.selftest.checks import WAYS, Check, MethodFor, Outcome, compared, plain_batches, tested_objective
+from mlx_cpo_plugin.selftest.float64_gradient import physical_memory
 from mlx_cpo_plugin.selftest.models import shortened, unquantised
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of
 from mlx_cpo_plugin.settings import config

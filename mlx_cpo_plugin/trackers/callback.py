@@ -11,12 +11,11 @@ from typing import Any
 from mlx_lm.tuner import callbacks
 from tqdm import tqdm
 
-from mlx_cpo_plugin.errors import first_line
+from mlx_cpo_plugin.errors import StoppedError, first_line
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
 from mlx_cpo_plugin.trackers.names import trl_names
-from mlx_cpo_plugin.training.stopping import StoppedError
 
 Told = Collection[tuple[str, int]]
 """Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
-from mlx_cpo_plugin.errors import UserError, first_line, is_out_of_memory
+from mlx_cpo_plugin.errors import StoppedError, UserError, first_line, is_out_of_memory
 from mlx_cpo_plugin.exchange import LostRankError
 from mlx_cpo_plugin.training.alarms import OUT_OF_MEMORY, TrainingError
 from mlx_cpo_plugin.training.state import TrainingState
-from mlx_cpo_plugin.training.stopping import StoppedError, StopRequest
+from mlx_cpo_plugin.training.stopping import StopRequest
 
 
 class KeptState(TrainingState):

@@ -22,8 +22,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cpo_plugin.errors import StoppedError
 from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks
-from mlx_cpo_plugin.training.stopping import StoppedError
 
 # Seconds for neighbours to meet, which all of them begin at the same time.
 _MEETING = 20.0

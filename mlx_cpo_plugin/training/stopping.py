@@ -11,24 +11,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.exchange import of_all_ranks
 
 # SIGHUP comes where the terminal goes.
 _SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-class StoppedError(UserError):
-    """A run stopped because it was asked to; what was done is saved.
-
-    Attributes:
-        exit_code: of the process, as shells know it for a process that a signal ended.
-    """
-
-    def __init__(self, iteration: int, signal_number: int, how_to_go_on: str) -> None:
-        after = f"stopped after iteration {iteration}, which is saved; {how_to_go_on}."
-        super().__init__(after if iteration else "stopped before iteration 1; nothing is trained yet: start it again.")
-        self.exit_code = 128 + signal_number
 
 
 class StopRequest:

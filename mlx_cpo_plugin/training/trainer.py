@@ -15,8 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
-from mlx_cpo_plugin._version import __version__
-from mlx_cpo_plugin.activation.patches import host_version
+from mlx_cpo_plugin._version import __version__, host_version
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import (
     CheckpointError,
@@ -42,7 +41,7 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.errors import ConfigError, DataError, StoppedError
 from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.grouping import Grouping, PairSize, padding_rooms
@@ -80,7 +79,7 @@ from mlx_cpo_plugin.training.state import (
     data_digest,
     identity,
 )
-from mlx_cpo_plugin.training.stopping import StoppedError, StopRequest, stop_requests
+from mlx_cpo_plugin.training.stopping import StopRequest, stop_requests
 
 
 def train_cpo(

@@ -146,6 +146,7 @@ def test_start_up_imports_nothing_but_the_finder(environment: FreshEnvironment) 
         "mlx_cpo_plugin._version",
         "mlx_cpo_plugin.activation",
         "mlx_cpo_plugin.activation.finder",
+        "mlx_cpo_plugin.activation.hook_state",
     }
     assert not with_plugin & {"yaml", "pluggy", "numpy", "dataclasses", "importlib.metadata"}
 

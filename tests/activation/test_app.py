@@ -20,8 +20,7 @@ import pytest
 from support.tiny import preference_rows
 
 import mlx_cpo_plugin
-from mlx_cpo_plugin.errors import DataError
-from mlx_cpo_plugin.training.stopping import StoppedError
+from mlx_cpo_plugin.errors import DataError, StoppedError
 
 mlx_cpo_plugin.activate()
 

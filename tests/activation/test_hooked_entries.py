@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,8 @@ from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, dsla_trainer
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import blas
-from mlx_cpo_plugin.activation import finder, patches
+from mlx_cpo_plugin._version import host_version
+from mlx_cpo_plugin.activation import hook_state, patches
 from mlx_cpo_plugin.errors import ConfigError, DataError, PluginError
 from mlx_cpo_plugin.run import mode as host_run
 from mlx_cpo_plugin.settings import config
@@ -50,11 +50,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 @pytest.fixture
-def hook_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[finder.HookState]:
-    """A hook state without faults, which the test may change."""
-    state = finder.HookState()
-    monkeypatch.setattr(finder, "state", state)
-    return state
+def nothing_hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hook is in place and there is no fault, until the test ends."""
+    monkeypatch.setattr(hook_state, "active", [])
+    monkeypatch.setattr(hook_state, "faults", {})
 
 
 def test_main_hands_another_mode_to_the_host_as_it_came_in(
@@ -135,7 +134,7 @@ def test_run_of_an_object_that_only_has_attributes_is_the_plugins(host_function:
 )
 def test_a_run_is_announced_in_one_line(
     runs: Recorder,
-    hook_state: finder.HookState,
+    nothing_hooked: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     products: str,
@@ -147,7 +146,7 @@ def test_a_run_is_announced_in_one_line(
     patches.wrapped_run(Recorder())(SimpleNamespace(**CPO))
 
     assert capsys.readouterr().out == (
-        f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs cpo in mlx-lm-lora {patches.host_version()}; "
+        f"mlx-cpo-plugin {mlx_cpo_plugin.__version__} runs cpo in mlx-lm-lora {host_version()}; "
         f"hooks active: train_cpo, run{named}\n"
     )
 
@@ -216,7 +215,7 @@ def test_a_mistake_in_a_call_from_python_is_raised(host_function: Recorder) -> N
 
 
 def test_a_fault_while_asking_for_the_mode_bars_cpo_and_nothing_else(
-    host_function: Recorder, runs: Recorder, hook_state: finder.HookState, monkeypatch: pytest.MonkeyPatch
+    host_function: Recorder, runs: Recorder, nothing_hooked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(call: Any) -> None:
         raise RuntimeError("a fault for the test")

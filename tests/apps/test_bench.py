@@ -26,11 +26,11 @@ from mlx_cpo_plugin.bench import cases, compare, growth, reference, report
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, MeasurementError, TrainerResult, run_worker
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Measurement, gradient_file, load_pairs, save_pairs
-from mlx_cpo_plugin.bench.reference import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.training.objective import objective_for
 
 TINY = Shape(prompt=20, chosen=9, rejected=6, batch=2, vocabulary=80, hidden=64, layers=2)

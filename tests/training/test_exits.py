@@ -21,11 +21,12 @@ import pytest
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
+from mlx_cpo_plugin.errors import StoppedError
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.training import optimizer_step, stopping, trainer
 from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.stopping import StoppedError, stop_requests
+from mlx_cpo_plugin.training.stopping import stop_requests
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 ITERS = 4

@@ -23,10 +23,9 @@ from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, StoppedError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import random_seed
-from mlx_cpo_plugin.training.stopping import StoppedError
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 
