@@ -1,36 +1,42 @@
-"""Plain values exchanged between the ranks of a run, and checked: MLX's ring may go on with what is in memory.
+"""What the ranks of a run exchange; a rank that cannot be reached any more ends the others with one sentence.
 
-After a rank has died its neighbours' exchanges wait for ever, raise, or return without having received anything. An
-exchange of this module that returns has reached every rank, and so have all of MLX's before it.
+MLX's ring raises a RuntimeError where the connection to a neighbour is lost. An exchange that returns is no proof that
+every rank took part in it, so plain values travel with a number and are checked.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.utils import average_gradients
 
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.errors import UserError, is_device_fault
+from mlx_cpo_plugin.parameters import by_name
 
 _BYTES = 1024
+# All ranks take part in every exchange, so they count alike.
+_numbers = count()
 
 
 class LostRankError(UserError):
-    """Another rank has ended before the run did."""
+    """Another rank ended before the run did.
 
-    def __init__(self, lost: int) -> None:
+    Args:
+        lost: its number, where that is known.
+    """
+
+    def __init__(self, lost: int | None = None) -> None:
         super().__init__(
-            f"rank {lost} was killed or ended with an error of its own, so rank {mx.distributed.init().rank()} stops, "
-            "too; the checkpoints so far are whole: start all ranks again with resume: auto (or --resume auto) to go "
-            "on."
+            f"{'another rank' if lost is None else f'rank {lost}'} was killed or ended with an error of its own, so "
+            f"rank {mx.distributed.init().rank()} stops, too; the checkpoints so far are whole: start all ranks again "
+            "with resume: auto (or --resume auto) to go on."
         )
-
-
-# The ranks count alike, since all of them come to every exchange; memory may hold an earlier one.
-_numbers = count()
 
 
 def of_all_ranks(mine: Any) -> list[Any]:
@@ -48,13 +54,38 @@ def of_all_ranks(mine: Any) -> list[Any]:
     number = next(_numbers)
     text = json.dumps([number, world.rank(), mine]).encode().ljust(_BYTES)
     assert len(text) == _BYTES, f"longer than {_BYTES} bytes: {mine!r}"
-    together = mx.distributed.all_gather(mx.array(np.frombuffer(text, np.uint8))[None], stream=mx.cpu)
-    mx.eval(together)
+    with _lost_rank_reported():
+        together = mx.distributed.all_gather(mx.array(np.frombuffer(text, np.uint8))[None], stream=mx.cpu)
+        mx.eval(together)
     rows = [_read(row.tobytes()) for row in np.array(together)]
     for rank, row in enumerate(rows):
         if row[:2] != [number, rank]:
             raise LostRankError(rank)
     return [row[2] for row in rows]
+
+
+def sum_over_ranks(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the sums of the ranks' arrays, which have the same order, shapes and dtypes on all of them.
+
+    Raises:
+        LostRankError: not every rank has taken part.
+    """
+    size = mx.distributed.init().size()
+    with _lost_rank_reported():
+        sums = {name: value * size for name, value in by_name(average_gradients(dict(arrays))).items()}
+        mx.eval(sums)
+    of_all_ranks(None)
+    return sums
+
+
+@contextmanager
+def _lost_rank_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if is_device_fault(error):
+            raise
+        raise LostRankError from error
 
 
 def _read(row: bytes) -> list[Any]:

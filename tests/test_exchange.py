@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_cpo_plugin import exchange
-from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks
+from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks, sum_over_ranks
 
 Gather = Callable[[np.ndarray], np.ndarray]
 
@@ -88,6 +88,40 @@ def test_what_memory_still_holds_of_an_earlier_exchange_is_no_answer(
 
     with pytest.raises(LostRankError, match=r"^rank 0 was killed"):
         of_all_ranks(5)
+
+
+def raise_error(error: Exception) -> Gather:
+    def gather(mine: np.ndarray) -> np.ndarray:
+        raise error
+
+    return gather
+
+
+def test_a_connection_that_mlx_finds_lost_is_a_lost_rank(second_of_three: Callable[[Gather], None]) -> None:
+    second_of_three(raise_error(RuntimeError("[ring] connection to a peer was lost")))
+
+    with pytest.raises(LostRankError, match=r"^another rank was killed or ended .*, so rank 1 stops, too"):
+        of_all_ranks(5)
+
+
+def test_a_device_that_fails_in_an_exchange_is_no_lost_rank(second_of_three: Callable[[Gather], None]) -> None:
+    second_of_three(raise_error(RuntimeError("[metal::malloc] Unable to allocate")))
+
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        of_all_ranks(5)
+
+
+def test_a_gradient_that_not_every_rank_has_added_to_is_not_used(
+    second_of_three: Callable[[Gather], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient = {"weight": mx.array([1.0, 2.0])}
+    monkeypatch.setattr(exchange, "average_gradients", lambda arrays: arrays)
+    second_of_three(lambda mine: np.concatenate([row_of(0, mine), mine, row_of(2, mine)]))
+    assert sum_over_ranks(gradient)["weight"].tolist() == [3.0, 6.0]
+
+    second_of_three(lambda mine: np.concatenate([row_of(0, mine), mine, silence(mine)]))
+    with pytest.raises(LostRankError, match=r"^rank 2 was killed"):
+        sum_over_ranks(gradient)
 
 
 def test_a_value_that_is_too_long_is_a_mistake_of_the_caller(second_of_three: Callable[[Gather], None]) -> None:

@@ -30,13 +30,11 @@ from mlx_cpo_plugin.run.loading import load_model
 from mlx_cpo_plugin.trackers import HostWandb, TrackerCallback, described_settings, require_clients, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile
-from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.types import TrainMode
 
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
 
 
-@ranks_end_together()
 def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
 

@@ -10,12 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import sum_over_ranks
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.alarms import check_first_update, check_gradient, check_losses
@@ -101,15 +100,12 @@ class OptimizerStep:
             TrainingError: the gradient is not finite, or the first step changes nothing; nothing was updated.
             LostRankError: the gradient is not that of all ranks; nothing was updated.
         """
-        world_size = mx.distributed.init().size()
         weights = self.masters.weights()
         # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.
         total = {name: self.total[name] if self.total else mx.zeros_like(value) for name, value in weights.items()}
-        if world_size > 1:  # ranks have to exchange the same dtypes, too
-            total = {name: value.astype(weights[name].dtype) for name, value in total.items()}
-            total = {name: value * world_size for name, value in by_name(average_gradients(total)).items()}
+        if mx.distributed.init().size() > 1:  # ranks have to exchange the same dtypes, too
+            total = sum_over_ranks({name: value.astype(weights[name].dtype) for name, value in total.items()})
         norm = gradient_norm(total)
-        of_all_ranks(None)  # before the gradient is judged and used
         check_gradient(norm, self._pairs, self.number)
         before = weights if self.number == 1 else {}
         scale = mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30)))

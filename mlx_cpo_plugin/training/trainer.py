@@ -68,7 +68,6 @@ from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile, lines_of
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
-from mlx_cpo_plugin.training.ranks import ranks_end_together
 from mlx_cpo_plugin.training.reporting import ProgressReporter
 from mlx_cpo_plugin.training.state import (
     RunCheckpoints,
@@ -124,7 +123,6 @@ def train_cpo(
 
     with (
         lasting_output(),
-        ranks_end_together(),
         only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
         out_of_memory_told(),

@@ -110,7 +110,6 @@ def main() -> None:
     from mlx_cpo_plugin.activation.patches import exit_with
     from mlx_cpo_plugin.errors import UserError
     from mlx_cpo_plugin.losses import sigmoid_loss
-    from mlx_cpo_plugin.training import ranks
     from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
     from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
     from support.tiny import add_adapter, build_model, build_pairs
@@ -128,9 +127,6 @@ def main() -> None:
         return factor[0] * sigmoid_loss(chosen_logps, rejected_logps, beta)
 
     OptimizerStep.add = add_or_be_harmed  # type: ignore[method-assign]  # the fault
-    if fault == "unreachable":
-        ranks._own_address = lambda rank: ("host.invalid", "127.0.0.1")
-        ranks._MEETING = 2.0
     settings = CPOTrainingArgs(
         iters=wanted["iters"],
         batch_size=4,
