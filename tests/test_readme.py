@@ -1,4 +1,4 @@
-"""What the README shows is run."""
+"""What the README and the pages in docs/ show is run, and what exists is in them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ import pytest
 import yaml
 from mlx_lm.utils import load_tokenizer
 
-from mlx_cpo_plugin import cli, cpo, data, plugins
-from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
+import mlx_cpo_plugin
+from mlx_cpo_plugin import cli, data, plugins
+from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.settings.presets import PRESETS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.md")}
+PAGES = {name: text for name, text in PAGES.items() if re.fullmatch(r"(docs/)?[\w-]+\.md", name)}
+README = PAGES["README.md"]
+FOR_USERS = {name: text for name, text in PAGES.items() if name == "README.md" or name.startswith("docs/")}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+
+
+def without_numbers(text: str) -> list[str]:
+    return [re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "N", line) for line in text.splitlines()]
 
 
 @pytest.fixture
@@ -40,7 +50,7 @@ def config(settings: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_the_config_trains_with_the_values_that_it_shows(
+def test_the_config_trains_with_the_values_that_it_shows_and_prints_what_the_readme_shows(
     config: Path, run_main: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run_main({"config": str(config)})
@@ -49,7 +59,13 @@ def test_the_config_trains_with_the_values_that_it_shows(
     assert [line["kind"] for line in lines] == ["valid", "train", "valid", "test"]
     assert lines[1]["iteration"] == 3  # an epoch of 10 rows in batches of 4
     assert lines[1]["learning_rate"] == pytest.approx(5e-6)
-    assert "hooks active" in capsys.readouterr().out
+    printed = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out).replace(str(tmp_path) + "/", "")
+    shown = [text for text in blocks("text") if "hooks active" in text]
+    assert len(shown) == 1
+    # The line that names a BLAS is another where MLX has none that could be exchanged.
+    start_of = [line.partition("; BLAS")[0].partition(" (weights")[0] for line in without_numbers(shown[0]) if line]
+    for start in start_of:
+        assert any(line.startswith(start) for line in without_numbers(printed)), start
 
 
 def test_the_config_can_be_checked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,12 +74,11 @@ def test_the_config_can_be_checked(config: Path, capsys: pytest.CaptureFixture[s
     assert "10" in capsys.readouterr().out
 
 
-def test_every_row_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
-    (rows,) = blocks("json")
+@pytest.mark.parametrize("page", [name for name in FOR_USERS if blocks("json", name)])
+def test_every_row_is_read(page: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    (rows,) = blocks("json", page)
     (tmp_path / "rows.jsonl").write_text(rows)
     tokenizer = load_tokenizer(settings["model"])
-    from mlx_cpo_plugin.settings.config import resolve
-
     resolved = resolve({**settings, "data": str(tmp_path / "rows.jsonl")}).settings
 
     train, _, _ = data.load_dataset(resolved, tokenizer)
@@ -75,11 +90,11 @@ def test_every_row_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_loss_registers_and_computes() -> None:
-    (code,) = blocks("python")
-    module = ModuleType("readme")
+    (code,) = blocks("python", "docs/plugins.md")
+    module = ModuleType("docs")
     exec(code, vars(module))
     manager = plugins.get_plugin_manager()
-    manager.register(module, name="readme")
+    manager.register(module, name="docs")
     try:
         rank = plugins.loss_types()["rank"]
     finally:
@@ -91,32 +106,85 @@ def test_the_loss_registers_and_computes() -> None:
     assert value.item() == pytest.approx(0.5)  # 1.5 - (-1 + 2)
 
 
-def test_the_settings_tables_name_every_option_of_cpo_with_its_default() -> None:
-    of_losses = [option for loss in cpo.register_loss_types() for option in loss.options]
-    for option in (cpo.LOSS, cpo.CPO_ALPHA, *of_losses):
-        assert re.search(rf"\| `{option.name}` \| `?{option.default}`? \|", README)
+def options() -> dict[str, Any]:
+    return known_options(plugins.train_modes().values(), plugins.loss_types().values())
+
+
+def default_in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"`{yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()}`"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return {"None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def documented_defaults(page: str) -> list[tuple[str, str]]:
+    """Names and defaults in the tables that have a column of defaults beside that of names."""
+    tables = re.findall(r"^\| \w+ \| default \|.*\n((?:\|.*\n)+)", FOR_USERS[page], flags=re.MULTILINE)
+    return [row for table in tables for row in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, flags=re.MULTILINE)]
+
+
+def test_the_settings_page_has_every_option_with_its_default() -> None:
+    documented = documented_defaults("docs/settings.md")
+
+    assert sorted(documented) == sorted((name, default_in_words(option.default)) for name, option in options().items())
+
+
+@pytest.mark.parametrize("page", [name for name in FOR_USERS if documented_defaults(name)])
+def test_defaults_are_the_same_on_every_page(page: str) -> None:
+    for name, default in documented_defaults(page):
+        assert default == default_in_words(options()[name].default), name
+
+
+def test_the_page_about_losses_has_every_loss_and_preset() -> None:
+    page = PAGES["docs/losses.md"]
     for loss in plugins.loss_types():
-        assert f"| `{loss}` |" in README
+        assert f"| `{loss}` |" in page
     for preset in PRESETS:
         values = [f"`{name}: {value}`" for name, value in preset.values.items()]
-        assert f"| `{preset.name}` | {', '.join(values)} |" in README
+        assert f"| `{preset.name}` | {', '.join(values)} |" in page
 
 
-def test_every_key_that_the_readme_mentions_exists() -> None:
-    known = {option.name for option in (*SUBSTRATE_OPTIONS, *cpo.register_train_modes()[0].options)}
-    (settings_section,) = re.findall(r"^## Settings\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
-    words = set(re.findall(r"`([a-z]+_[a-z_0-9]+)`", settings_section))
+@pytest.mark.parametrize("page", FOR_USERS)
+def test_every_key_in_yaml_exists(page: str) -> None:
+    for block in blocks("yaml", page):
+        assert set(yaml.safe_load(block)) <= {*options(), "train_mode"}
+    for key in re.findall(r"`([a-z_0-9]+): [^`]*`", FOR_USERS[page]):
+        assert key in {*options(), "train_mode", "rank_margin", *OF_OTHERS}, key
 
-    assert words - known == {"nll_loss"}  # a metric
+
+# Keys that the pages quote from elsewhere: configurations of other trainers, and notes.
+OF_OTHERS = {"rl", "stage", "pref_loss", "enable_thinking"}
 
 
-def test_the_commands_exist() -> None:
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    subcommands = {match for line in commands for match in re.findall(r"mlx-cpo (\w+)", line)}
-
-    for subcommand in subcommands:
+def test_the_commands_exist_and_none_is_missing() -> None:
+    def help_of(*words: str) -> str:
         ended = subprocess.run(
-            [sys.executable, "-m", "mlx_cpo_plugin", subcommand, "--help"], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "mlx_cpo_plugin", *words, "--help"], capture_output=True, text=True, check=False
         )
-        assert ended.returncode == 0, subcommand
-    assert subcommands == {"bench", "check", "compare", "convert", "doctor", "demo", "report", "studio"}
+        assert ended.returncode == 0, words
+        return ended.stdout
+
+    documented = {match for text in FOR_USERS.values() for match in re.findall(r"\bmlx-cpo (\w+)", text)}
+
+    assert documented == set(re.findall(r"^    (\w+) ", help_of(), flags=re.MULTILINE))
+    for command in documented:
+        help_of(command)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", PAGES[page]):
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_and_test_that_is_named_exists(page: str) -> None:
+    package = Path(mlx_cpo_plugin.__file__).parent
+    for name in set(re.findall(r"`(?:mlx_cpo_plugin/)?((?:[a-z_]+/)*[a-z_]+\.py)`", PAGES[page])):
+        assert (ROOT if name.startswith("tests/") else package).joinpath(name).exists(), name

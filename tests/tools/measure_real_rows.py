@@ -3,7 +3,7 @@
     python tests/tools/measure_real_rows.py --model MODEL_FOLDER [--model ANOTHER] --rows FOLDER_OF_JSONL
 
 Each file is split into its first rows, to train on, and the ones after them, to validate on before and after. What is
-printed is the Markdown table of the README.
+printed is the Markdown table of docs/data.md.
 """
 
 from __future__ import annotations
