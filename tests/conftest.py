@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
@@ -16,6 +17,14 @@ from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preferen
 # How long an example takes says how busy the machine is.
 hypothesis_settings.register_profile("without deadline", deadline=None)
 hypothesis_settings.load_profile("without deadline")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Whatever ran before, every test finds the generators alike, and as ones that nobody has seeded."""
+    np.random.seed(0)
+    np.random.random_sample()
+    mx.random.seed(2**40)
 
 
 @pytest.fixture

@@ -17,22 +17,16 @@ from mlx_cpo_plugin import blas
 REFUSED = ["--train", "--train-mode", "cpo", "--beta=-1", "--model", "no-such-model"]
 REFUSAL = "beta is -1.0"
 
-CALL_MAIN = """
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_lm_lora.train import main
-try:
-    main({"train_mode": "cpo", "train": True, "beta": -1.0, "model": "no-such-model"})
-except ConfigError as error:
-    print(error)
-"""
-CALL_RUN = """
+CALL_FUNCTIONS = """
 from types import SimpleNamespace
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_lm_lora.train import run
-try:
-    run(SimpleNamespace(train_mode="cpo", train=True, beta=-1.0, model="no-such-model"), None)
-except ConfigError as error:
-    print(error)
+from mlx_lm_lora.train import main, run
+settings = {"train_mode": "cpo", "train": True, "beta": -1.0, "model": "no-such-model"}
+for call in (lambda: main(settings), lambda: run(SimpleNamespace(**settings), None)):
+    try:
+        call()
+    except ConfigError as error:
+        print(error)
 """
 IMPORT_LIKE_STUDIO = """
 from mlx_lm_lora.trainer.cpo_trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
@@ -65,8 +59,17 @@ def test_the_environment_holds_the_plugin_itself(environment: FreshEnvironment) 
     assert where.is_relative_to(PROJECT if editable else environment.site_packages)
 
 
-@pytest.mark.parametrize("entry", ["console script", "-m mlx_lm_lora train", "-m mlx_lm_lora.train"])
-def test_every_command_reaches_the_plugin(environment: FreshEnvironment, entry: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [
+        ("wheel", "console script"),
+        ("wheel", "-m mlx_lm_lora train"),
+        ("wheel", "-m mlx_lm_lora.train"),
+        ("editable", "console script"),
+    ],
+)
+def test_every_command_reaches_the_plugin(kind: str, entry: str) -> None:
+    environment = installed_environment(kind)
     commands = {
         "console script": [environment.host_script],
         "-m mlx_lm_lora train": [environment.python, "-m", "mlx_lm_lora", "train"],
@@ -80,13 +83,15 @@ def test_every_command_reaches_the_plugin(environment: FreshEnvironment, entry: 
     assert ended.stdout == ""
 
 
-@pytest.mark.parametrize("call", [CALL_MAIN, CALL_RUN], ids=["main({...})", "run(namespace, callback)"])
-def test_every_function_reaches_the_plugin(environment: FreshEnvironment, call: str) -> None:
-    assert environment.run_python("-c", call).startswith(REFUSAL)
+def test_every_function_reaches_the_plugin(environment: FreshEnvironment) -> None:
+    lines = environment.run_python("-c", CALL_FUNCTIONS).splitlines()
+
+    assert len(lines) == 2
+    assert all(line.startswith(REFUSAL) for line in lines)
 
 
-def test_imports_of_the_trainer_get_the_plugins(environment: FreshEnvironment) -> None:
-    printed = environment.run_python("-c", IMPORT_LIKE_STUDIO)
+def test_imports_of_the_trainer_get_the_plugins(wheel_environment: FreshEnvironment) -> None:
+    printed = wheel_environment.run_python("-c", IMPORT_LIKE_STUDIO)
 
     assert "beta=0.05" in printed
     assert "batch_size=3" in printed
@@ -160,7 +165,7 @@ def test_where_start_up_files_are_not_read_activate_hooks_in(wheel_environment: 
 
     without = wheel_environment.run(wheel_environment.python, "-S", "-c", IMPORT_LIKE_STUDIO, PYTHONPATH=path)
     wheel_environment.run_python("-S", "-c", activate + IMPORT_LIKE_STUDIO, PYTHONPATH=path)
-    late = f"import mlx_lm_lora.train\n{activate}{CALL_MAIN}{IMPORT_LIKE_STUDIO}"
+    late = f"import mlx_lm_lora.train\n{activate}{CALL_FUNCTIONS}{IMPORT_LIKE_STUDIO}"
     printed = wheel_environment.run_python("-S", "-c", late, PYTHONPATH=path)
 
     assert "AssertionError" in without.stderr
@@ -198,31 +203,21 @@ def test_the_variable_is_read_when_the_host_is_imported(wheel_environment: Fresh
     assert wheel_environment.run_python("-c", script).strip() == "mlx_lm_lora.trainer.cpo_trainer"
 
 
-def test_the_hosts_own_functions_stay_reachable(wheel_environment: FreshEnvironment) -> None:
-    script = (
-        "import mlx_lm_lora.train as host, mlx_lm_lora.trainer.cpo_trainer as trainer\n"
-        "print(trainer._host_train_cpo.__module__, trainer._host_evaluate_cpo.__module__, host._host_main.__module__)"
-    )
-
-    printed = wheel_environment.run_python("-c", script)
-
-    assert printed.split() == ["mlx_lm_lora.trainer.cpo_trainer"] * 2 + ["mlx_lm_lora.train"]
-
-
-def test_a_reloaded_host_is_hooked_again(wheel_environment: FreshEnvironment) -> None:
+def test_the_hosts_own_functions_stay_reachable_and_a_reloaded_host_is_hooked_again(
+    wheel_environment: FreshEnvironment,
+) -> None:
     script = (
         "import importlib, mlx_lm_lora.train as host, mlx_lm_lora.trainer.cpo_trainer as trainer\n"
+        "own = trainer._host_train_cpo, trainer._host_evaluate_cpo, host._host_main\n"
+        "print(*(function.__module__ for function in own))\n"
         "importlib.reload(trainer); importlib.reload(host)\n"
         "print(trainer.train_cpo.__module__, host.train_cpo.__module__, host.main.__wrapped__.__module__)"
     )
 
-    printed = wheel_environment.run_python("-c", script)
+    own, reloaded = wheel_environment.run_python("-c", script).splitlines()
 
-    assert printed.split() == [
-        "mlx_cpo_plugin.training.trainer",
-        "mlx_cpo_plugin.training.trainer",
-        "mlx_lm_lora.train",
-    ]
+    assert own.split() == ["mlx_lm_lora.trainer.cpo_trainer"] * 2 + ["mlx_lm_lora.train"]
+    assert reloaded.split() == ["mlx_cpo_plugin.training.trainer"] * 2 + ["mlx_lm_lora.train"]
 
 
 def test_processes_that_are_spawned_are_hooked(wheel_environment: FreshEnvironment, tmp_path: Path) -> None:
@@ -240,32 +235,25 @@ def test_processes_that_are_spawned_are_hooked(wheel_environment: FreshEnvironme
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_uninstalling_leaves_no_file(tmp_path: Path, kind: str) -> None:
+def test_installing_twice_is_harmless_and_uninstalling_leaves_no_file(tmp_path: Path, kind: str) -> None:
     environment = FreshEnvironment(tmp_path / "environment")
     before = environment.files()
     environment.install(built_wheel(kind))
-    installed = {file.name for file in environment.files() - before}
-
-    environment.uninstall()
-
-    assert {"mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start", "mlx-cpo"} <= installed
-    assert environment.files() == before
-    assert environment.run_python("-c", "import sys; print('mlx_cpo_plugin' in sys.modules)").strip() == "False"
-
-
-def test_installing_twice_is_harmless(tmp_path: Path) -> None:
-    environment = FreshEnvironment(tmp_path / "environment")
-    environment.install(built_wheel("wheel"))
     once = environment.files()
+    installed = {file.name for file in once - before}
+    assert {"mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start", "mlx-cpo"} <= installed
 
-    environment.install(built_wheel("wheel"))
-
+    environment.install(built_wheel(kind))
     assert environment.files() == once
     finders = (
         "import sys, mlx_cpo_plugin; mlx_cpo_plugin.activate(); mlx_cpo_plugin.activate()\n"
         "print([type(finder).__name__ for finder in sys.meta_path].count('HostFinder'))"
     )
     assert environment.run_python("-c", finders).strip() == "1"
+
+    environment.uninstall()
+    assert environment.files() == before
+    assert environment.run_python("-c", "import sys; print('mlx_cpo_plugin' in sys.modules)").strip() == "False"
 
 
 # Stands for any fault in the plugin: one of its modules cannot be imported.
@@ -287,14 +275,23 @@ for name, entry in entries.items():
     except Exception as error:
         print(f"{name}|{type(error).__name__}|{error}")
 """
+TRAIN_IN_ANOTHER_MODE = """
+host.from_pretrained = lambda **_: (None, None, 'a file')
+host.save_pretrained_merged = lambda **_: None
+host.load_dataset = lambda args, _: ([], [], [])
+host.train_model = lambda args, **_: print('trains', args.train_mode, args.iters)
+import sys; sys.argv = ['train', '--train', '--iters', '7']; host.main()
+"""
 BREAKABLE = ["mlx_cpo_plugin.activation.patches", "mlx_cpo_plugin.training.trainer", "mlx_cpo_plugin.settings.config"]
 
 
 @pytest.mark.parametrize("module", BREAKABLE)
-def test_with_a_fault_in_the_plugin_every_entry_to_cpo_says_so(
+def test_with_a_fault_in_the_plugin_every_entry_to_cpo_says_so_and_other_modes_run(
     wheel_environment: FreshEnvironment, module: str
 ) -> None:
-    printed = wheel_environment.run_python("-c", BREAKING.format(module=module) + TRY_ALL_ENTRIES)
+    script = BREAKING.format(module=module) + TRY_ALL_ENTRIES + TRAIN_IN_ANOTHER_MODE
+
+    printed = wheel_environment.run_python("-c", script)
 
     refusals = [line.split("|") for line in printed.splitlines() if line.count("|") == 2]
     assert [name for name, _, _ in refusals] == ["main", "run", "train_cpo", "evaluate_cpo", "train_cpo of train"]
@@ -303,20 +300,7 @@ def test_with_a_fault_in_the_plugin_every_entry_to_cpo_says_so(
         assert "only partly hooked" in message
         assert f"ModuleNotFoundError: import of {module} halted" in message
         assert "mlx-cpo doctor" in message
-
-
-@pytest.mark.parametrize("module", BREAKABLE)
-def test_with_a_fault_in_the_plugin_other_modes_run(wheel_environment: FreshEnvironment, module: str) -> None:
-    script = (
-        "import mlx_lm_lora.train as host\n"
-        "host.from_pretrained = lambda **_: (None, None, 'a file')\n"
-        "host.save_pretrained_merged = lambda **_: None\n"
-        "host.load_dataset = lambda args, _: ([], [], [])\n"
-        "host.train_model = lambda args, **_: print('trains', args.train_mode, args.iters)\n"
-        "import sys; sys.argv = ['train', '--train', '--iters', '7']; host.main()"
-    )
-
-    assert "trains sft 7" in wheel_environment.run_python("-c", BREAKING.format(module=module) + script)
+    assert "trains sft 7" in printed
 
 
 def test_a_host_without_a_function_that_is_replaced_is_a_fault(

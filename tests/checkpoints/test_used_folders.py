@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.resumable_runs import adapter_in, checkpoints, cut_short, metrics, stopped, train
 from support.tiny import assert_same, build_pairs, saved_arrays
-from training.test_resume import adapter_in, checkpoints, cut_short, metrics, stopped, train
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import planned_run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.nn as nn
 import pytest
+from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
-from training.test_memory_watch import OUT_OF_MEMORY
 
 from mlx_cpo_plugin.model import parity
 from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from model.test_subnormal import WAYS
 from support.architectures import ARCHITECTURES, build_architecture
 from support.every_array import recorded_arrays
+from support.gradient_methods import WAYS
 from support.tiny import add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.comparison.preference import LengthGroup, preferences

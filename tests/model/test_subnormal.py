@@ -11,51 +11,21 @@ import mlx.nn as nn
 import pytest
 from mlx_lm import load
 from support.every_array import recorded_arrays, subnormal
+from support.gradient_methods import WAYS
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model import attention, exponential
 from mlx_cpo_plugin.model.activations import lean_activations
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
-from mlx_cpo_plugin.training.gradients import (
-    AnswerGradients,
-    BatchGradients,
-    GradientMethod,
-    SharedPromptGradients,
-)
-from mlx_cpo_plugin.training.long_context import SegmentGradients
-from mlx_cpo_plugin.training.objective import Objective, objective_for
+from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="on a GPU MLX's own kernels compute"
 )
-
-
-def shared_prompts(grouping: Grouping) -> Callable[[nn.Module, Objective], GradientMethod]:
-    def build(model: nn.Module, objective: Objective) -> GradientMethod:
-        scorer = SharedPromptScorer(model)
-        whole = SegmentGradients(model, objective, scorer)
-        return SharedPromptGradients(model, objective, scorer, whole.pair_gradients, grouping)
-
-    return build
-
-
-def in_segments(model: nn.Module, objective: Objective) -> GradientMethod:
-    return SegmentGradients(model, objective, SharedPromptScorer(model), step_size=16)
-
-
-WAYS: dict[str, Callable[[nn.Module, Objective], GradientMethod]] = {
-    "plain batches": BatchGradients,
-    "plain answers": AnswerGradients,
-    "shared prompts, padded": shared_prompts(Grouping(overhead=1e9, budget=1e9)),
-    "shared prompts, pair by pair": shared_prompts(PAIR_BY_PAIR),
-    "segments": in_segments,
-}
 
 
 def sharp(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import resource
@@ -13,6 +12,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
 from mlx.utils import tree_flatten
+from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import BatchSize
@@ -132,19 +132,6 @@ def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkey
     assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002", "0000004"]]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("warning") == 1
-
-
-OUT_OF_MEMORY = [
-    MemoryError(),
-    OSError(errno.ENOMEM, "Cannot allocate memory"),
-    RuntimeError("[malloc] Unable to allocate 9 bytes."),
-    RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes."),
-    RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
-    RuntimeError("[metal::malloc] Resource limit (499000) exceeded."),
-    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU)"),
-    RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
-]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

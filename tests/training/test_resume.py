@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,88 +16,15 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from support.resumable_runs import StopAt, checkpoints, cut_short, metrics, stopped, train
 from support.tiny import TESTS, add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError, StoppedError
-from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.state import random_seed
-from mlx_cpo_plugin.training.trainer import train_cpo
-
-
-class StopAt:
-    """A training callback that sends this process a signal at a report."""
-
-    def __init__(self, iteration: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.iteration, self.number = iteration, number
-
-    def on_train_loss_report(self, info: dict[str, Any]) -> None:
-        if info["iteration"] == self.iteration:
-            os.kill(os.getpid(), self.number)
-
-    def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        pass
-
-
-def train(
-    folder: Path,
-    pairs: list[PreferencePair] | None = None,
-    model: nn.Module | None = None,
-    optimizer: optimizers.Optimizer | None = None,
-    callback: Any = None,
-    val_pairs: list[PreferencePair] | None = None,
-    **arguments: Any,
-) -> dict[str, np.ndarray]:
-    """Train with dropout and accumulation, and return the adapter that is left on disk."""
-    model = model or add_adapter(build_model(), dropout=0.2)
-    mx.random.seed(7)
-    settings = {
-        "batch_size": 2,
-        "gradient_accumulation_steps": 3,
-        "iters": 10,
-        "steps_per_report": 1,
-        "steps_per_save": 2,
-    }
-    settings |= {
-        "adapter_file": str(folder / "adapters.safetensors"),
-        "loss_type": "ipo",
-        "beta": 0.5,
-        "cpo_alpha": 0.5,
-    }
-    settings |= arguments
-    train_cpo(
-        model,
-        optimizer or optimizers.AdamW(learning_rate=1e-2),
-        pairs or build_pairs(11),
-        val_pairs,
-        args=CPOTrainingArgs(**settings),
-        training_callback=callback,
-    )
-    return adapter_in(folder)
-
-
-def adapter_in(folder: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in mx.load(str(folder / "adapters.safetensors")).items()}
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """What the metrics file says, without what a clock says."""
-    clocks = ("run", "time", "iterations_per_second", "tokens_per_second", "val_time", "peak_memory")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
-
-
-def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
-
-
-def stopped(folder: Path, iteration: int, number: signal.Signals = signal.SIGTERM, **arguments: Any) -> StoppedError:
-    with pytest.raises(StoppedError) as caught:
-        train(folder, callback=StopAt(iteration, number), **arguments)
-    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -227,11 +153,6 @@ def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path, change
         ConfigError, match=rf"^The run in .* cannot be resumed with other settings: {told}[,;].*set them"
     ):
         train(tmp_path, resume="auto", **arguments)
-
-
-def cut_short(checkpoint: Path) -> None:
-    file = checkpoint / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
 
 
 def altered(checkpoint: Path) -> None:
