@@ -78,9 +78,9 @@ def is_used_here() -> bool:
     """Whether MLX computes on a Linux CPU and calls a BLAS that can be exchanged."""
     if sys.platform != "linux":
         return False
-    import mlx.core as mx
+    from mlx_cpo_plugin.device import CPU, current_device  # imports MLX
 
-    return mx.default_device().type == mx.DeviceType.cpu and bool(_slots())
+    return current_device().kind == CPU and bool(_slots())
 
 
 def in_use() -> Blas | None:

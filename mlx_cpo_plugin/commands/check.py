@@ -13,9 +13,9 @@ from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.model.memory import device_memory
 from mlx_cpo_plugin.run.lazy_model import unevaluated_model
 from mlx_cpo_plugin.run.mode import adapter_file, build_optimizer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs

@@ -174,15 +174,11 @@ def _installed_version(distribution: str) -> str | None:
 def check_backend() -> list[Finding]:
     """MLX's default device, and on a Linux CPU which BLAS multiplies the matrices."""
     try:
-        import mlx.core as mx
+        from mlx_cpo_plugin.device import current_device, device_name
     except ImportError as error:
         remedy = "on Linux, pip install 'mlx[cpu]' or 'mlx[cuda]'"
         return [Finding("backend", "failed", f"mlx cannot be imported: {error}", remedy)]
-    device = mx.default_device()
-    accelerator = "Metal" if mx.metal.is_available() else "CUDA"
-    backend = accelerator if device.type == mx.DeviceType.gpu else "CPU"
-    name = mx.device_info().get("device_name", platform.machine())
-    return [Finding("backend", "ok", f"{backend}, {name}"), *check_blas()]
+    return [Finding("backend", "ok", f"{current_device().kind}, {device_name()}"), *check_blas()]
 
 
 def check_blas() -> list[Finding]:

@@ -21,9 +21,9 @@ from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenization import prompt_tokens
+from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
 from mlx_cpo_plugin.run.loading import quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import Given

@@ -12,7 +12,8 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.logps import AnswerScores, compile_where_it_pays
+from mlx_cpo_plugin.device import compile_where_it_pays
+from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.training.evaluation import scored_batches

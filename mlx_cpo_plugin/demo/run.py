@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from mlx_lm import generate, load
 
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
+from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training.trainer import evaluate_cpo
 

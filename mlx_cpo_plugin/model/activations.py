@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import activations, base
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.attention import Mask, lean_attention
 from mlx_cpo_plugin.model.exponential import sigmoid
 
@@ -53,7 +54,7 @@ def lean_activations() -> Iterator[None]:
     """Let every model of mlx_lm use :func:`lean_swiglu` and :func:`lean_attention` until the context ends."""
     with ExitStack() as stack:
         stack.enter_context(_replaced(activations.swiglu, lean_swiglu))
-        if not mx.cuda.is_available():  # there one kernel computes the gradient of attention, too
+        if current_device().attention != "kernels":
             stack.enter_context(_replaced(_mlx_lm_attention, _attention))
         yield
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
 
 QUERY_BLOCK = 128
@@ -33,15 +34,15 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
         mask: ``causal`` lines the last query up with the last key; an array is boolean (true is seen) or is added to
             the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
     """
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    fused = current_device().attention != "ours"
     if queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < FEWEST_SCORES:
-        if on_gpu:
+        if fused:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         return _attention_that_keeps_scores(queries, keys, values, scale, mask)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if on_gpu:  # one kernel, which keeps no scores either
+        if fused:  # one kernel, which keeps no scores either
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask), mx.zeros(0)
         queries = queries * (scale * PER_LOG_2)
         outputs, logs = [], []

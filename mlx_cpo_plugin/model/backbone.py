@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.caches import fresh_caches
 from mlx_cpo_plugin.model.overrides import overridden_calls
 from mlx_cpo_plugin.parameters import by_name
@@ -95,7 +96,7 @@ class SplitModel:
 
 def _as_multiplied(part: mx.array) -> mx.array:
     """Return a part of a weight as products want it: on a CPU in float32, so that forwards and backwards share it."""
-    if mx.default_device().type == mx.DeviceType.cpu and part.dtype in (mx.bfloat16, mx.float16):
+    if not current_device().fast_half_products and part.dtype in (mx.bfloat16, mx.float16):
         return part.astype(mx.float32)
     return part
 

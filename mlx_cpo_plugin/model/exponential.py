@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cpo_plugin.device import current_device
+
 # Below so many numbers the operations cost more to start than they save.
 FEWEST = 2**13
 LOG_2 = 0.6931471805599453
@@ -43,9 +45,9 @@ def exponential(x: mx.array) -> mx.array:
     """Return exp(x) of a float32 array, at most 2**127; below 2**:data:`LOWEST` it is zero.
 
     The relative error is 2e-7, and 8e-8 more for each unit of x. For less than :data:`FEWEST` numbers it is MLX's own
-    exp, and on a GPU it is that whatever x is.
+    exp, and where that is fast it is so whatever x is.
     """
-    if _is_on_gpu():
+    if current_device().fast_exponential:
         return mx.exp(x)
     if x.size < FEWEST:
         return mx.exp(mx.where(x < LOWEST * LOG_2, -mx.inf, x))
@@ -57,16 +59,12 @@ def _exponential_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> mx.
     return cotangent * output
 
 
-def _is_on_gpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.gpu
-
-
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + exp(-x)), computed in float32, in the dtype of ``x``; without a gradient of its own on a CPU.
 
     On a CPU it is nowhere less than 2**:data:`LOWEST`, for the reason given there.
     """
-    if _is_on_gpu():
+    if current_device().fast_exponential:
         return mx.sigmoid(x)
     if x.size < FEWEST:
         return mx.sigmoid(mx.maximum(x, LOWEST * LOG_2))

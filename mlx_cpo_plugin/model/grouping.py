@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import get_total_parameters
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.memory import tokens_that_fit
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ ROOM_MULTIPLE = 16
 # A room more has to save this share of all tokens.
 LEAST_SAVING = 0.005
 
-# What reading the weights costs beside multiplying with them, in tokens. The one for GPUs is an estimate.
-CPU_READING = 48
-GPU_READING = 256
-# What starting the operations of a layer costs on a CPU, forwards and backwards, as floating-point operations.
-CPU_LAYER_START = 5e7
 # A pass of this many times its overhead has little left to gain.
 ENOUGH = 8
 
@@ -133,8 +128,8 @@ def grouping_for(model: nn.Module) -> Grouping:
     """Return how pairs are grouped on the device at hand: as many tokens in a pass as its speed and memory want."""
     weights = sum(get_total_parameters(layer) for layer in model.layers) / len(model.layers)
     # A token takes two operations with each weight, forwards and twice backwards.
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    overhead = GPU_READING if on_gpu else CPU_READING + CPU_LAYER_START / (6 * weights)
+    device = current_device()
+    overhead = device.weight_read_tokens + device.layer_start_flops / (6 * weights)
     return Grouping(overhead, min(ENOUGH * overhead, tokens_that_fit(model)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.exponential import exponential
 from mlx_cpo_plugin.model.logps import SUM_PART, log_normaliser, sums_over_words
@@ -39,8 +40,10 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         targets: int32 [N].
         differentiate: whether a gradient by the log-probs follows; the raw logits have none.
     """
-    by_vocabulary = split.output_layer is not None and not cross_entropy_is_fused() and not split.head_parameters()
-    fewest = FEWEST_ROWS_ON_GPU if cross_entropy_is_fused() else FEWEST_ROWS
+    by_vocabulary = (
+        split.output_layer is not None and not current_device().fused_cross_entropy and not split.head_parameters()
+    )
+    fewest = FEWEST_ROWS_ON_GPU if current_device().fused_cross_entropy else FEWEST_ROWS
     size = BLOCK_ROWS if by_vocabulary else max(fewest, ROWS_ELEMENTS // split.vocabulary)
     logps: list[mx.array] = []
     logits: list[mx.array] = []
@@ -68,17 +71,12 @@ def _chunk_scores(
     return _scores(split, hidden, targets)
 
 
-def cross_entropy_is_fused() -> bool:
-    """Whether the device has a kernel for it, which sums in float32 whatever the dtype of the logits."""
-    return mx.default_device().type == mx.DeviceType.gpu
-
-
 def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     logits = split.logits(hidden)
-    if not cross_entropy_is_fused():
+    if not current_device().fused_cross_entropy:
         logits = logits.astype(mx.float32)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1).astype(mx.float32)
-    if cross_entropy_is_fused():
+    if current_device().fused_cross_entropy:
         return -mx.fast.cross_entropy(logits, targets), target_logits
     return target_logits - log_normaliser(logits), target_logits
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_cpo_plugin.device import current_device, device_memory
 from mlx_cpo_plugin.parameters import by_name
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 # Share of the memory that is free after loading the model which the activations of a pass may take.
 SHARE_FOR_ACTIVATIONS = 0.5
-
-
-def device_memory_limit() -> int | None:
-    """Return the bytes that Metal recommends to keep wired, or ``None`` where there is no such limit."""
-    info: dict[str, Any] = mx.device_info()
-    limit = info.get("max_recommended_working_set_size")
-    return int(limit) if limit else None
-
-
-def device_memory() -> int:
-    """Return the bytes that a process may well use: what Metal recommends, elsewhere MLX's own limit."""
-    return device_memory_limit() or mx.get_memory_limit()
 
 
 def kept_bytes_per_token(model: nn.Module) -> int:
@@ -82,7 +69,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 def activation_size(model: nn.Module) -> int:
     """Return the bytes of a number in the model's activations, which are float32 on a CPU whatever the weights are."""
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if not current_device().fast_half_products:
         return mx.float32.size
     floats = [array for array in by_name(model.parameters()).values() if mx.issubdtype(array.dtype, mx.floating)]
     return min((array.dtype.size for array in floats), default=4)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
+from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.overrides import Call, overridden_calls
 
 # With fewer rows than this, reading the packed weights once is faster than unpacking them.
@@ -36,7 +37,7 @@ def float32_products(model: nn.Module) -> Iterator[None]:
     A weight that is trained gets its gradient in its own dtype. On a GPU nothing changes, nor in a model that is no
     ``nn.Module``.
     """
-    if mx.default_device().type != mx.DeviceType.cpu or not isinstance(model, nn.Module):
+    if current_device().fast_half_products or not isinstance(model, nn.Module):
         yield
         return
     stored = [module for module in model.modules() if isinstance(module, _PACKED) or is_half(module)]
@@ -151,7 +152,7 @@ def _switched(layer: nn.Module, x: mx.array, indices: mx.array, sorted_indices: 
 
 def widened_bytes(model: nn.Module) -> int:
     """Return about what unpacked and widened weights of the layers take at a time; a head is taken in small blocks."""
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if current_device().fast_half_products:
         return 0
     sizes = [0]
     for module in (module for layer in model.layers for module in layer.modules()):

@@ -21,9 +21,9 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import compile_where_it_pays, current_device
 from mlx_cpo_plugin.errors import first_line
 from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.plugins import loss_types
@@ -46,12 +46,12 @@ from mlx_cpo_plugin.training.trainer import gradient_methods, training_environme
 # Sums of thousands of float32 products carry hundreds of its roundings; half-precision products are summed in float32,
 # so only what goes from layer to layer is rounded to half precision.
 FLOAT32_ROUNDINGS, HALF_ROUNDINGS = 800, 16
-# On GPUs MLX may multiply float32 as TF32, with 10 bits of fraction, unless MLX_ENABLE_TF32=0 says otherwise.
+# TF32 has 10 bits of fraction.
 TF32_EPSILON = 2.0**-11
 # The quantiser of mlx-lm-lora works in float64, too, as MLX's own does not.
 QAT: dict[str, Any] = {"bits": 8, "group_size": 32, "quantizer": "host"}
 SEGMENT = 16
-# A GPU adds up in whatever order its threads end.
+# What weights may differ by where sums are added up in any order.
 SUMMED_IN_ANY_ORDER = 1e-4
 
 MethodFor = Callable[[nn.Module, Objective, Sequence[PreferencePair]], GradientMethod]
@@ -243,7 +243,7 @@ def tolerance_for(dtype: mx.Dtype) -> float:
     """Return the relative error that results of a model of this dtype may have on the device at hand."""
     if dtype != mx.float32:
         return HALF_ROUNDINGS * float(mx.finfo(dtype).eps)
-    rounded_products = mx.default_device().type == mx.DeviceType.gpu and os.environ.get("MLX_ENABLE_TF32") != "0"
+    rounded_products = current_device().rounded_products and os.environ.get("MLX_ENABLE_TF32") != "0"
     return HALF_ROUNDINGS * TF32_EPSILON if rounded_products else FLOAT32_ROUNDINGS * float(mx.finfo(mx.float32).eps)
 
 
@@ -282,8 +282,7 @@ def check_resumed_run() -> Outcome:
         run_in_child(resumed, resume=True)
         weights = [load_arrays(path / "adapters.safetensors") for path in (whole, resumed)]
     differences = [float(np.max(np.abs(weights[0][name] - weights[1][name]))) for name in weights[0]]
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return _judged({"weights": max(differences)}, 0.0 if on_cpu else SUMMED_IN_ANY_ORDER)
+    return _judged({"weights": max(differences)}, 0.0 if current_device().ordered_sums else SUMMED_IN_ANY_ORDER)
 
 
 def load_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.logps import compile_where_it_pays, score_answers
+from mlx_cpo_plugin.device import compile_where_it_pays
+from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share

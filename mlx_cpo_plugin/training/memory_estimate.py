@@ -17,12 +17,13 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import LENGTH_MULTIPLE, BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import current_device, device_memory
 from mlx_cpo_plugin.errors import is_device_fault
 from mlx_cpo_plugin.model.attention import QUERY_BLOCK
 from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.model.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.model.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
-from mlx_cpo_plugin.model.memory import activation_size, device_memory, kept_bytes_of_layers, linear_layers, widths
+from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers, linear_layers, widths
 from mlx_cpo_plugin.model.parity import ARCHITECTURE_ERRORS, sample
 from mlx_cpo_plugin.model.products import is_half, widened_bytes
 from mlx_cpo_plugin.model.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
@@ -173,7 +174,7 @@ def estimated_memory(
 
 def _widening(model: nn.Module) -> int:
     """Return what half-precision weights would take more in float32, where a CPU widens them for each product."""
-    if mx.default_device().type != mx.DeviceType.cpu or not any(is_half(module) for module in model.modules()):
+    if current_device().fast_half_products or not any(is_half(module) for module in model.modules()):
         return 0
     return sum(array.nbytes for array in by_name(model.parameters()).values() if array.dtype.size == 2)
 

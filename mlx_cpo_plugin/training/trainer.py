@@ -41,12 +41,11 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, scored_tokens, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError, DataError, StoppedError
 from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.grouping import Grouping, PairSize, padding_rooms
-from mlx_cpo_plugin.model.logps import compilation_pays, compile_where_it_pays
-from mlx_cpo_plugin.model.memory import device_memory_limit
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
@@ -553,7 +552,7 @@ def evaluate_cpo(
 @contextmanager
 def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[FakeQuantisation]:
     """Put model and device into the state that training wants; undo it however training ends."""
-    limit = device_memory_limit()
+    limit = wired_limit()
     with ExitStack() as stack:
         stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
         stack.enter_context(compile_where_it_pays(args.compile))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm_lora
 import pytest
+from support.devices import GPUS, pretended
 
 from mlx_cpo_plugin.cli import main
 from mlx_cpo_plugin.commands import doctor
@@ -22,38 +21,7 @@ from mlx_cpo_plugin.model import logps as answers
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.selftest import checks, command, user_model
 from mlx_cpo_plugin.selftest.checks import WAYS, Check, Outcome, as_a_run_does, check_gradient, plain_batches
-from mlx_cpo_plugin.selftest.tiny_run import KILLED_AT, run_in_child, train
-
-PACKAGE = Path(doctor.__file__).parents[1]
-# They tell what the device is, or refuse to measure on another; none of them chooses how something is computed.
-TELLING = ("host/doctor.py", "settings/run_settings.py", "bench/", "selftest/", "blas.py")
-QUESTIONS = ("default_device", "is_available")
-
-
-class PretendedDevice:
-    """A GPU whose kernels are their definitions: MLX computes everything on the CPU."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, *, cuda: bool) -> None:
-        self.asked: set[tuple[str, str]] = set()
-        gpu = mx.Device(mx.gpu, 0)
-        patch.setattr(mx, "default_device", self._answer(gpu))
-        patch.setattr(mx.cuda, "is_available", self._answer(cuda))
-        patch.setattr(mx.metal, "is_available", self._answer(not cuda))
-        patch.setenv("MLX_ENABLE_TF32", "0")  # the definitions multiply in float32
-
-    def _answer(self, value: Any) -> Callable[[], Any]:
-        def asked() -> Any:
-            code = sys._getframe(1).f_code
-            self.asked.add((code.co_filename, code.co_qualname))
-            return value
-
-        return asked
-
-
-@pytest.fixture(params=["Metal", "CUDA"])
-def pretended(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PretendedDevice:
-    return PretendedDevice(monkeypatch, cuda=request.param == "CUDA")
-
+from mlx_cpo_plugin.selftest.tiny_run import KILLED_AT, run_in_child
 
 GPU_CASES: dict[str, tuple[checks.MethodFor, dict[str, Any], dict[str, Any]]] = {
     **{way: (method, {}, {}) for way, method in WAYS.items()},
@@ -67,41 +35,13 @@ GPU_CASES: dict[str, tuple[checks.MethodFor, dict[str, Any], dict[str, Any]]] = 
 }
 
 
+@pytest.mark.parametrize("kind", GPUS)
 @pytest.mark.parametrize("case", GPU_CASES)
-def test_the_branches_for_a_gpu_have_the_gradient_of_float64(case: str, pretended: PretendedDevice) -> None:
+def test_the_branches_for_a_gpu_have_the_gradient_of_float64(case: str, kind: str) -> None:
     method, arguments, options = GPU_CASES[case]
-    outcome = check_gradient(method, arguments, **options)
+    with pretended(kind):
+        outcome = check_gradient(method, arguments, **options)
     assert outcome.status == "ok", outcome.detail
-
-
-def test_every_question_about_the_device_is_asked_by_these_tests(tmp_path: Path) -> None:
-    asked: set[tuple[str, str]] = set()
-    for cuda in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            device = PretendedDevice(patch, cuda=cuda)
-            check_gradient(as_a_run_does, {"bits": 4})
-            train(tmp_path / str(cuda), callback=lambda report: None)
-        asked |= device.asked
-    inside = {
-        (str(Path(file).relative_to(PACKAGE)), name.rpartition(".")[2])
-        for file, name in asked
-        if PACKAGE in Path(file).parents
-    }
-    assert not questions_in_source() - inside
-
-
-def questions_in_source() -> set[tuple[str, str]]:
-    """Where the package asks what the device is: file and function."""
-    found = set()
-    for file in PACKAGE.rglob("*.py"):
-        path = str(file.relative_to(PACKAGE))
-        if path.startswith(TELLING):
-            continue
-        for scope in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)):
-            calls = [node.func for node in ast.walk(scope) if isinstance(node, ast.Call)]
-            if any(isinstance(call, ast.Attribute) and call.attr in QUESTIONS for call in calls):
-                found.add((path, scope.name))
-    return found
 
 
 @pytest.mark.parametrize("name", loss_types())

@@ -17,9 +17,9 @@ from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.data import reading
+from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import memory_safe_recurrences
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.qat import fake_quantised
 from mlx_cpo_plugin.training.trainer import evaluate_cpo, training_environment

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from mlx_lm.models import base, llama
 from numpy.typing import NDArray
+from support.devices import pretended
 from support.tiny import add_adapter, build_model
 
+from mlx_cpo_plugin.device import CUDA, METAL
 from mlx_cpo_plugin.model import attention
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.attention import Mask, lean_attention
@@ -164,7 +166,6 @@ def test_weights_of_scores_far_apart_are_right() -> None:
 @pytest.mark.parametrize("fewest", [0, 10**9])
 def test_a_gpu_has_its_own_kernel_whatever_the_size(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "FEWEST_SCORES", fewest)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     monkeypatch.setattr(attention, "power_of_two", lambda x: pytest.fail("an exponential of ours was taken"))
     used: list[str] = []
     kernel = mx.fast.scaled_dot_product_attention
@@ -173,8 +174,18 @@ def test_a_gpu_has_its_own_kernel_whatever_the_size(fewest: int, monkeypatch: py
     )
     wide = arrays(20, 20)
 
-    output = lean_attention(*(mx.array(array.astype(np.float32)) for array in wide[:3]), SCALE, "causal")
+    with pretended(METAL):
+        output = lean_attention(*(mx.array(array.astype(np.float32)) for array in wide[:3]), SCALE, "causal")
 
     expected = reference(*wide, MASKS["causal"](20, 20)[1])[0]
     np.testing.assert_allclose(np.array(output), expected, rtol=1e-4, atol=1e-5)
     assert used == [""]
+
+
+def test_models_keep_the_attention_of_a_device_that_has_a_kernel_for_its_gradient() -> None:
+    mlx_lms = llama.scaled_dot_product_attention
+
+    with pretended(CUDA), lean_activations():
+        assert llama.scaled_dot_product_attention is mlx_lms
+    with pretended(METAL), lean_activations():
+        assert llama.scaled_dot_product_attention is not mlx_lms

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.architectures import build_architecture
+from support.devices import pretended
 from support.tiny import build_model, build_pairs
 
+from mlx_cpo_plugin.device import METAL
 from mlx_cpo_plugin.model import memory
 from mlx_cpo_plugin.model.grouping import (
     GROUP_SIZES,
@@ -142,7 +144,7 @@ def test_a_model_that_miscounts_padding_is_computed_pair_by_pair(monkeypatch: py
     assert scorer.grouping == PAIR_BY_PAIR
 
 
-def test_what_a_token_keeps_grows_with_the_width_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_token_keeps_grows_with_the_width_of_the_layers() -> None:
     narrow, wide = (memory.kept_bytes_per_token(build_model(hidden_size=size)) for size in (32, 64))
     half = build_model()
     half.set_dtype(memory.mx.bfloat16)
@@ -152,5 +154,5 @@ def test_what_a_token_keeps_grows_with_the_width_of_the_layers(monkeypatch: pyte
     assert narrow < wide
     assert memory.kept_bytes_per_token(packed) == wide
     assert memory.kept_bytes_per_token(half) == narrow  # a CPU computes in float32
-    monkeypatch.setattr(memory.mx, "default_device", lambda: memory.mx.Device(memory.mx.gpu, 0))
-    assert memory.kept_bytes_per_token(half) == narrow / 2
+    with pretended(METAL):
+        assert memory.kept_bytes_per_token(half) == narrow / 2

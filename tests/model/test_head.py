@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.architectures import COMMON, build_architecture
+from support.devices import pretended
 from support.tiny import add_adapter, build_model
 
+from mlx_cpo_plugin.device import CPU
 from mlx_cpo_plugin.model import head
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.head import target_scores
@@ -77,15 +79,15 @@ WAYS = ("by vocabulary", "by rows", "by rows, fused")
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Small blocks, so that there are several of them, of which the last is not full."""
     monkeypatch.setattr(head, "BLOCK_ROWS", 4)
     monkeypatch.setattr(head, "BLOCK_ELEMENTS", 4 * 29)
     monkeypatch.setattr(head, "ROWS_ELEMENTS", 4 * 96)
     monkeypatch.setattr(head, "FEWEST_ROWS", 1)
     monkeypatch.setattr(head, "FEWEST_ROWS_ON_GPU", 1)
-    monkeypatch.setattr(head, "cross_entropy_is_fused", lambda: request.param == "by rows, fused")
-    return str(request.param)
+    with pretended(CPU, fused_cross_entropy=request.param == "by rows, fused"):
+        yield str(request.param)
 
 
 def split_for(model: nn.Module, way: str) -> SplitModel:

@@ -12,8 +12,7 @@ from support.tiny import add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model import logps as answers
-from mlx_cpo_plugin.model.logps import compile_where_it_pays, score_answers
+from mlx_cpo_plugin.model.logps import score_answers
 
 
 def reference_logps(model: nn.Module, prompt: np.ndarray, answer: np.ndarray, scored: np.ndarray) -> np.ndarray:
@@ -151,22 +150,3 @@ def test_gradients_equal_those_of_a_float64_model_scored_answer_by_answer() -> N
     as_numpy = [{name: np.array(v) for name, v in tree_flatten(tree)} for tree in (gradient, reference)]
     assert as_numpy[1]["model.layers.0.self_attn.q_proj.lora_a"].dtype == np.float64
     assert_same(*as_numpy, tolerance=2e-5)
-
-
-def test_compilation_is_off_on_the_cpu_only_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_compilation_is_on", lambda: True)
-    calls: list[str] = []
-    monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("off"))
-    monkeypatch.setattr(mx, "enable_compile", lambda: calls.append("on"))
-
-    def fail() -> None:
-        with compile_where_it_pays(wanted=False):
-            assert calls == ["off"]
-            raise KeyError
-
-    with compile_where_it_pays(wanted=True):
-        assert calls == []
-    with pytest.raises(KeyError):
-        fail()
-
-    assert calls == ["off", "on"]

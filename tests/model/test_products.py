@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.architectures import ARCHITECTURES, build_architecture
+from support.devices import pretended
 from support.every_array import recorded_arrays
 from support.gradient_methods import WAYS
 from support.tiny import add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.comparison.preference import LengthGroup, preferences
 from mlx_cpo_plugin.data.batches import StepTotals
+from mlx_cpo_plugin.device import CPU, METAL, current_device
 from mlx_cpo_plugin.model import products
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.backbone import SplitModel
@@ -30,7 +32,7 @@ from mlx_cpo_plugin.training.qat import fake_quantised
 from mlx_cpo_plugin.training.trainer import evaluate_cpo
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="on a GPU packed weights are multiplied as they are"
+    current_device().kind != CPU, reason="on a GPU packed weights are multiplied as they are"
 )
 
 MODES = {
@@ -286,10 +288,9 @@ def test_sharing_prompts_is_held_to_the_digits_of_float32(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_every_layer_stays_what_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_every_layer_stays_what_it_is(kind: str) -> None:
     model = with_weights_of(KINDS[kind](), mx.bfloat16)
     classes = [type(module) for module in model.modules()]
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
 
-    with float32_products(model):
+    with pretended(METAL), float32_products(model):
         assert [type(module) for module in model.modules()] == classes

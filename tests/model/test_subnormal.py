@@ -16,6 +16,7 @@ from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import CPU, current_device
 from mlx_cpo_plugin.model import attention, exponential
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.products import float32_products
@@ -23,9 +24,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
 
-pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="on a GPU MLX's own kernels compute"
-)
+pytestmark = pytest.mark.skipif(current_device().kind != CPU, reason="on a GPU MLX's own kernels compute")
 
 
 def sharp(model: nn.Module) -> nn.Module:

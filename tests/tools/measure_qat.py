@@ -23,7 +23,7 @@ from mlx_lm.utils import load
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
+from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.parameters import by_name

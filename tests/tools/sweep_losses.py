@@ -26,8 +26,8 @@ from mlx_lm.generate import batch_generate
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.model.logps import compile_where_it_pays
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.run.loading import load_model

@@ -14,10 +14,12 @@ import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 from support.architectures import ARCHITECTURES, build_architecture
+from support.devices import pretended
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import CPU, METAL
 from mlx_cpo_plugin.model import memory
 from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, grouping_for
 from mlx_cpo_plugin.model.parity import choose_scorer
@@ -184,18 +186,16 @@ def test_layers_below_the_first_that_is_trained_keep_nothing() -> None:
 
 
 @pytest.mark.parametrize("change", ["half", "dropout", "dora"])
-def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(
-    change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(change: str) -> None:
     plain = memory.kept_bytes_per_token(add_adapter(larger_model()))
     model = larger_model()
     if change == "half":
         model.set_dtype(mx.bfloat16)
         plain //= 2
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
-    changed = memory.kept_bytes_per_token(
-        add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0)
-    )
+    with pretended(METAL if change == "half" else CPU):
+        changed = memory.kept_bytes_per_token(
+            add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0)
+        )
 
     assert changed > plain
 
@@ -236,7 +236,7 @@ def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower() -> None
     )
 
 
-def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there() -> None:
     pairs = pairs_of(200, 40, 40)
     half = larger_model()
     half.set_dtype(mx.bfloat16)
@@ -251,8 +251,8 @@ def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(monke
 
     on_gpu = larger_model()
     on_gpu.set_dtype(mx.bfloat16)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
-    assert _widening(on_gpu) == 0
+    with pretended(METAL):
+        assert _widening(on_gpu) == 0
 
 
 def test_a_run_reports_what_its_own_settings_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +23,11 @@ from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.exits import out_of_memory_told
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
-from mlx_cpo_plugin.training.memory_watch import MemoryWatch, free_memory
+from mlx_cpo_plugin.training.memory_watch import MemoryWatch
 from mlx_cpo_plugin.training.trainer import train_cpo
 
-GIGABYTE = 2**30
 
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Path:
-    """The root of a machine with 8 GB that are available and 2 GB of swap space, of which 1 is free."""
-    for folder in ("proc/self", "sys/fs/cgroup"):
-        (tmp_path / folder).mkdir(parents=True)
-    lines = ["MemTotal: 16777216 kB", "MemAvailable: 8388608 kB", "SwapTotal: 2097152 kB", "SwapFree: 1048576 kB"]
-    (tmp_path / "proc/meminfo").write_text("\n".join([*lines, "HugePages_Total:       0"]) + "\n")
-    (tmp_path / "proc/self/statm").write_text("1000 500 200 1 0 300 0\n")
-    return tmp_path
-
-
-def test_what_is_available_and_swap_space_are_free(machine: Path) -> None:
-    assert free_memory(machine) == 9 * GIGABYTE
-
-
-@pytest.mark.parametrize(("limit", "free"), [("max", 9), (str(4 * GIGABYTE), 3), (str(GIGABYTE // 2), 0)])
-def test_a_container_leaves_what_its_limit_does_and_files_do_not_count(machine: Path, limit: str, free: int) -> None:
-    (machine / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
-    (machine / "sys/fs/cgroup/memory.stat").write_text(f"anon {GIGABYTE}\nfile {5 * GIGABYTE}\n")
-
-    assert free_memory(machine) == free * GIGABYTE
-
-
-def test_a_limit_of_the_process_leaves_what_it_has_not_taken(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (GIGABYTE, resource.RLIM_INFINITY))
-
-    assert free_memory(machine) == GIGABYTE - 1000 * resource.getpagesize()
-
-
-def test_where_nothing_is_known_or_a_gpu_computes_nothing_is_stopped(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert free_memory(machine / "nowhere") is None
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert free_memory(machine) is None
-
+def test_where_what_is_free_is_not_known_nothing_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch_of(None, monkeypatch).risk(build_pairs(2), step=1) is None
 
 
