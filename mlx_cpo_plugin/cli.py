@@ -81,16 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlx-cpo-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training = "takes the arguments of mlx_lm_lora.train"
-    commands.add_parser("train", help=f"train, also where start-up files are not read; {training}")
+    commands.add_parser("train", help=f"train, even where Python skips start-up files; {training}")
     commands.add_parser("check", help=f"show what a run would train on, without loading the model; {training}")
-    report = "write a page, or plots, of one or several runs"
+    report = "write a report, or plots, of one run or several"
     add_report_arguments(commands.add_parser("report", help=report, description=report))
-    compare = "answers and preference accuracy of the base model and of the tuned one, side by side"
+    compare = "compare answers and preference accuracy of the base model and the tuned one"
     add_compare_arguments(commands.add_parser("compare", help=compare, description=compare))
-    convert = "turn a configuration of TRL, Axolotl or LLaMA-Factory into one of this plugin"
+    convert = "convert a configuration of TRL, SimPO, Axolotl or LLaMA-Factory into one of this plugin"
     add_convert_arguments(commands.add_parser("convert", help=convert, description=convert))
     commands.add_parser("demo", help="train a tiny model and show what changed")
-    doctor = commands.add_parser("doctor", help="test whether everything is in place")
+    doctor = commands.add_parser("doctor", help="check the installation, and with --selftest what this device computes")
     doctor.add_argument("--selftest", action="store_true", help="compute on this device and compare with float64")
     doctor.add_argument(
         "--config", metavar="FILE", help="self-test the model and first rows of this configuration, too"
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     losses = commands.add_parser("losses", help="list the losses that dpo_cpo_loss_type can name")
     for command in (doctor, losses):
         command.add_argument("--json", action="store_true", help="print JSON")
-    bench = "measure mlx-lm-lora's own trainer and this one in turn on the same work"
+    bench = "compare time and memory with mlx-lm-lora's own trainer on the same work"
     add_bench_arguments(commands.add_parser("bench", help=bench, description=bench))
     studio = "open a local page to write a configuration, check data, train and watch"
     add_studio_arguments(commands.add_parser("studio", help=studio, description=studio))

@@ -1,1 +1,1 @@
-"""``mlx-cpo bench``: mlx-lm-lora's own CPO trainer and this one, measured in turn on the same work."""
+"""``mlx-cpo bench``: mlx-lm-lora's own CPO trainer and this one, measured alternately on the same work."""

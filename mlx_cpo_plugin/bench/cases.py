@@ -83,7 +83,7 @@ def case_of_config(file: Path, rows: int | None) -> Case:
 
 
 def suite(model: Path | None, data: Path | None, rows: int | None) -> list[Case]:
-    """Return the standing cases: synthetic ones, and with a ``model`` and ``data`` folder those of real rows.
+    """Return the standard cases: synthetic ones, and with a ``model`` and ``data`` folder those of real rows.
 
     Raises:
         UserError: only one of the two is given, or one of them cannot be read.

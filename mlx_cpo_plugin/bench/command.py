@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
     work = parser.add_mutually_exclusive_group(required=True)
-    work.add_argument("--config", type=Path, metavar="FILE", help="a configuration file for training, with its data")
+    work.add_argument("--config", type=Path, metavar="FILE", help="a training configuration file, with its data")
     work.add_argument(
         "--shape",
         metavar="P256,C128,R96,B2",
@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "qwen3",
     )
     work.add_argument(
-        "--suite", action="store_true", help="the standing cases; those of real rows need --model, --data"
+        "--suite", action="store_true", help="the standard cases; those with real rows need --model and --data"
     )
     work.add_argument(
         "--growth",
         type=Path,
         metavar="FILE.svg",
-        help="double rows, prompt, answers and batch in turn and plot what it costs; the figures lie beside it as JSON",
+        help="double rows, prompt, answers and batch in turn and plot the cost; the figures go next to it as JSON",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="with --suite: the model for real rows")
     parser.add_argument("--data", type=Path, metavar="DIR", help="with --suite: the folder of real rows")
@@ -51,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=DEFAULT_ITERATIONS,
         metavar="N",
-        help="timed iterations of each process, after one to warm up (default: %(default)s)",
+        help="timed iterations per process, after one warm-up iteration (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
         type=_count,
         default=DEFAULT_REPEATS,
         metavar="N",
-        help="processes of each trainer, in turn (default: %(default)s)",
+        help="processes of each trainer, alternating (default: %(default)s)",
     )
     parser.add_argument(
         "--json", metavar="FILE", help=f"write all figures there; {STANDARD_OUTPUT} prints them instead"

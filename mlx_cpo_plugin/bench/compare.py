@@ -1,6 +1,6 @@
-"""Runs both trainers in turn, each in fresh processes, and holds their measurements against each other.
+"""Runs both trainers alternately, each in fresh processes, and compares their measurements.
 
-Their gradients are held against one in float64 where there is one, else against that of mlx-lm-lora.
+Their gradients are compared with a float64 gradient where there is one, else with that of mlx-lm-lora.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 class MeasurementError(UserError):
-    """A measured process did not come to its end."""
+    """A measured process did not finish."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class GradientDifferences:
 
     @property
     def host_is_reference(self) -> bool:
-        """Whether mlx-lm-lora has no difference because the other one is held against it."""
+        """Whether mlx-lm-lora has no difference because its gradient is the reference."""
         return self.reference == HOST and self.host is None
 
 
@@ -139,7 +139,7 @@ def compare(case: Case, *, iterations: int, repeats: int, say: Say, gradients: b
 
     Args:
         iterations: timed iterations of each process, after one to warm up.
-        repeats: timed processes of each trainer, in turn.
+        repeats: timed processes of each trainer, alternating.
         gradients: whether those of the first batch are compared, too.
         say: takes progress, a few words at a time.
 
@@ -214,7 +214,7 @@ class _Runs:
             return self.run("count", HOST, counted, **self.host_changes), [note]
 
     def _gradient_differences(self, first_batch: Sequence[Sequence[int]], notes: list[str]) -> GradientDifferences:
-        """Hold both trainers against float64, or where that fails against the host; add to ``notes``."""
+        """Compare both trainers with float64, or with the host where that fails; add to ``notes``."""
         plugin, host = (gradient_file(self._folder_of("count", trainer)) for trainer in (PLUGIN, HOST))
         try:
             reference = self._compute_reference(first_batch)
@@ -231,7 +231,7 @@ class _Runs:
     def _differences_from_host(
         self, host: Path, plugin: Path, first_batch: Sequence[Sequence[int]], notes: list[str]
     ) -> GradientDifferences:
-        """Hold the plugin against the host, and both against a host that takes a pair as a whole if need be."""
+        """Compare the plugin with the host, and both with a host that takes a pair as a whole if need be."""
         if self.host_changes or not self.case.settings.efficient_long_context:
             notes.append("the gradient is compared with that of mlx-lm-lora")
             return GradientDifferences(HOST, None, relative_difference(plugin, host))
@@ -322,7 +322,7 @@ def run_worker(folder: Path, environment: dict[str, str], progress: Callable[[st
 
 def _reason(returncode: int, lines: Sequence[str]) -> str:
     if returncode < 0:
-        return f"was ended by signal {-returncode}, most likely for want of memory; use shorter rows or a smaller batch"
+        return f"was ended by signal {-returncode}, most likely out of memory; use shorter rows or a smaller batch"
     return f"failed with exit code {returncode}: {lines[-1] if lines else 'it printed nothing'}"
 
 

@@ -1,4 +1,4 @@
-"""Counts what a training run really computes: tokens through the layers, positions through the output head."""
+"""Counts what a training run computes: tokens through the layers, positions through the output head."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Work:
 
     @property
     def head_tokens(self) -> float:
-        """Positions for which logits were computed; one with half of its logits is half a position."""
+        """Positions for which logits were computed; a position with half of its logits counts half."""
         return sum(self.head_logits) / self.vocabulary
 
     def clear(self) -> None:

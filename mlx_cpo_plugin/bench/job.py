@@ -45,7 +45,7 @@ class Job:
     pairs_file: str
 
     def save(self, folder: Path) -> None:
-        """Write the job into ``folder``, where its results will lie, too."""
+        """Write the job into ``folder``, where its results will be written as well."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
 
@@ -63,8 +63,8 @@ class Measurement:
         seconds: of each iteration, from its trainer's own report.
         processor_seconds: of each iteration, summed over cores.
         scored_tokens: of each iteration, from its trainer's own report.
-        peak_memory: bytes that MLX held at most, the model included.
-        peak_resident: bytes of the whole process in main memory at most.
+        peak_memory: peak bytes allocated by MLX, the model included.
+        peak_resident: peak resident bytes of the process.
         backbone_tokens, head_positions: work of the second iteration; ``None`` unless counted.
         weights: weights of the layers' matrices; ``None`` if a token does not pass through all of them.
         head_weights: vocabulary times hidden size.

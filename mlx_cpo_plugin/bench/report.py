@@ -46,7 +46,7 @@ def table(comparison: Comparison) -> str:
         )
     lines.append(_gradients(comparison.gradients))
     lines.append(
-        f"  repeats in turn: {comparison.repeats}, iterations of each: {comparison.iterations}; median (least to most)"
+        f"  alternating repeats: {comparison.repeats}, iterations of each: {comparison.iterations}; median (range)"
     )
     lines += [f"  note: {note}" for note in comparison.notes]
     return "\n".join(lines)

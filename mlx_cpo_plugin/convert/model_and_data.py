@@ -108,8 +108,8 @@ def convert_precision(bits: int | None, conversion: Conversion) -> None:
         return
     conversion.settings[f"load_in_{bits}bits"] = True
     conversion.tell(
-        f"{bits} bits are MLX's affine quantisation in groups of 128 weights, not bitsandbytes'; a model that is "
-        "quantised already wants the key removed."
+        f"{bits} bits are MLX's affine quantisation in groups of 128 weights, not bitsandbytes'; remove the "
+        "key for a model that is already quantised."
     )
 
 
@@ -199,7 +199,7 @@ def put_loss(conversion: Conversion, loss: str, beta: float, given: Sequence[str
 
 
 def require_no_reference(source: Source, keys: Sequence[str], loss: str, drop: bool, conversion: Conversion) -> None:
-    """Refuse a configuration that holds log-probs against a reference model, or say that it is dropped.
+    """Refuse a configuration that compares log-probs with a reference model, or say that it is dropped.
 
     Args:
         keys: those that ask for a reference.
@@ -219,6 +219,6 @@ def require_no_reference(source: Source, keys: Sequence[str], loss: str, drop: b
     for key in keys:
         source.raw(key)
     conversion.tell(
-        "The reference model is dropped: log-probs are held against each other alone, and beta usually has to be "
+        "The reference model is dropped: log-probs are only compared with each other, and beta usually has to be "
         "smaller, e.g. 0.05."
     )

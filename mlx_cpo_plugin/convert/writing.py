@@ -36,11 +36,11 @@ def told_lines(conversion: Conversion, source: Source, account: Account) -> list
     name = conversion.source_name
     return [
         f"Converted by mlx-cpo-plugin {__version__} from {named(source.settings.file)}, a configuration of {name}.",
-        *_section("Changed in meaning, or to be looked at:", conversion.changed),
-        *_section(f"Defaults of {name} that are others here, and so written out:", [", ".join(conversion.defaulted)]),
-        *_section("Without a counterpart, and left out:", [", ".join(map(named, account.dropped))]),
-        *_section("Without which the result would be the same:", [", ".join(map(named, account.ineffective))]),
-        *_section("Empty or switched off, and left out:", [", ".join(map(named, account.off))]),
+        *_section("Changed in meaning, or worth a look:", conversion.changed),
+        *_section(f"Defaults of {name} that differ here, so written out:", [", ".join(conversion.defaulted)]),
+        *_section("No counterpart, left out:", [", ".join(map(named, account.dropped))]),
+        *_section("Without effect on the result:", [", ".join(map(named, account.ineffective))]),
+        *_section("Empty or switched off, left out:", [", ".join(map(named, account.off))]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Make the demo's tokenizer and chat model from nothing: ``python -m mlx_cpo_plugin.demo.make_model``.
+"""Make the demo's tokenizer and chat model from scratch: ``python -m mlx_cpo_plugin.demo.make_model``.
 
 The model learns every fact of the shop in both manners of speaking, the curt one more often, so that preference
 training has something to change and a held-out question can still be answered. Takes about five minutes on two CPU
@@ -89,7 +89,7 @@ def train_tokenizer(facts: list[Fact], seed: int) -> Tokenizer:
 
 
 def batches(facts: list[Fact], tokenizer: Tokenizer, batch_size: int, seed: int) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield without end int32 tokens [B, T] and float32 weights [B, T - 1], which are 1 on answer tokens."""
+    """Yield, endlessly, int32 tokens [B, T] and float32 weights [B, T - 1], which are 1 on answer tokens."""
     source = random.Random(seed)
     while True:
         tokens = np.full((batch_size, MAX_TOKENS), tokenizer.token_to_id(PAD), dtype=np.int32)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="ADAPTER_PATH",
-        help="folder of a run; with several, curves over one another and the settings that differ",
+        help="folder of a run; several runs give overlaid curves and the settings that differ",
     )
     parser.add_argument(
         "--output",

@@ -1,1 +1,1 @@
-"""The Train tab: a local page to write a configuration, check its data, train, watch, compare and look back."""
+"""The Train tab: a local page to write a configuration, check its data, train, watch, compare and report."""

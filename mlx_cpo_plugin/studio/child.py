@@ -14,7 +14,7 @@ from mlx_cpo_plugin.errors import UserError
 
 
 class ChildError(UserError):
-    """A process that works for the page failed; says why."""
+    """A worker process of the page failed; says why."""
 
 
 def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ NEEDED = ("gradio", "matplotlib", "ruamel.yaml")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file to open")
-    parser.add_argument("--port", type=int, help="the port of the page on this machine")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file to open")
+    parser.add_argument("--port", type=int, help="port of the page on this machine")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
 
 

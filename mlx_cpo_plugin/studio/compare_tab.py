@@ -20,9 +20,9 @@ ANSWER_TOKENS = 128
 
 def build_compare_tab(root: Path) -> gr.Dropdown:
     """Lay out the tab; return the control that names the run, whose choices are those at the time."""
-    run = gr.Dropdown(run_names(root), label="Run", info="The adapter folder of a run.", elem_id="compare-run")
+    run = gr.Dropdown(run_names(root), label="Run", info="Adapter folder of a run.", elem_id="compare-run")
     prompt = gr.Textbox(
-        "", lines=3, label="Prompt", info="Your own; empty for held-out rows alone.", elem_id="compare-prompt"
+        "", lines=3, label="Prompt", info="Your own; leave it empty for held-out rows only.", elem_id="compare-prompt"
     )
     rows = gr.Slider(0, MOST_ROWS, value=2, step=1, label="Held-out rows to answer", elem_id="compare-rows")
     button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")

@@ -1,4 +1,4 @@
-"""Paths of a configuration that lie outside the folder of the page: they are used once they were confirmed."""
+"""Paths of a configuration outside the folder of the page: they are used only once confirmed."""
 
 from __future__ import annotations
 

@@ -104,16 +104,16 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
     try:
         path = (root / name).resolve()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r} is no name for a file ({error}).") from error
+        raise ConfigError(f"{name!r} is not a valid file name ({error}).") from error
     if not path.is_relative_to(root.resolve()):
-        raise ConfigError(f"{name} lies outside {root}, where this page may not read or write; give a name below it.")
+        raise ConfigError(f"{name} lies outside {root}, where this page may not read or write; give a name inside it.")
     if path.suffix not in suffixes:
         raise ConfigError(f"{name} does not end in {' or '.join(suffixes)}; give it that ending.")
     return path
 
 
 def save_document(text: str, path: Path) -> None:
-    """Write a configuration file, whole or not at all, with a line break at its end.
+    """Write a configuration file atomically, with a line break at its end.
 
     A new file has the permissions that the process gives; one that was there keeps its own.
 
@@ -173,7 +173,7 @@ def _goes_unread(field: Field, document: CommentedMap, contents: Mapping[str, Co
 
 
 def _as_typed(content: Content | None, value: Any) -> Any:
-    """Keep a number as it was typed, so that 5e-6 does not become 5e-06; quote text that would be read as none."""
+    """Keep a number as it was typed, so that 5e-6 does not become 5e-06; quote text that YAML reads otherwise."""
     if isinstance(value, float) and isinstance(content, str):
         typed = YAML(typ="rt").load(content.strip())
         return typed if isinstance(typed, float) else value

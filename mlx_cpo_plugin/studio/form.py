@@ -1,4 +1,4 @@
-"""The form as data: its fields come from the registered options, and the same checks as everywhere judge them."""
+"""The form as data: its fields come from the registered options and are validated like every other setting."""
 
 from __future__ import annotations
 

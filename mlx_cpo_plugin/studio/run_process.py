@@ -1,4 +1,4 @@
-"""Training as a process of its own: it outlives the page, and a page that is opened again finds it."""
+"""Training as a process of its own: it outlives the page, and a reopened page finds it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def start(folder: Path, config_text: str, root: Path, resume: bool) -> None:
 
 def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock: int) -> None:
     if not _lock_for_a_run(lock):
-        raise ConfigError(f"A run is writing to {folder} already; stop it or give another adapter_path.")
+        raise ConfigError(f"A run is already writing to {folder}; stop it or give another adapter_path.")
     console = _open_own(folder / CONSOLE_NAME, os.O_WRONLY | os.O_APPEND)
     try:
         os.fchmod(console, stat.S_IRUSR | stat.S_IWUSR)  # an earlier version may have made it
@@ -242,7 +242,7 @@ def _open_own(path: Path, flags: int) -> int:
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ConfigError(f"{path} is a link or no file, and is not written to; remove it.")
+            raise ConfigError(f"{path} is a link or not a regular file, so it is not written to; remove it.")
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, stat.S_IRUSR | stat.S_IWUSR)
 
 

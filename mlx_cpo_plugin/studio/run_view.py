@@ -54,7 +54,7 @@ STATUS_WORDS = {
     "stopped": "Stopped and saved",
     "ended": "Stopped at once",
     "failed": "Failed",
-    "lost": "Ended, nobody saw how",
+    "lost": "Ended, cause unknown",
 }
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
 _PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")

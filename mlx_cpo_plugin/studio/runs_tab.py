@@ -1,4 +1,4 @@
-"""What was trained in a folder: curves over one another, settings that differ, a report to keep."""
+"""What was trained in a folder: overlaid curves, settings that differ, a report to keep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
     runs = runs_below(root)
     missing = next((name for name in names if name not in runs), None)
     if missing is not None:
-        raise ConfigError(f"There is no run {missing!r} below {root}; pick one of the list.")
+        raise ConfigError(f"There is no run {missing!r} below {root}; pick one from the list.")
     return [runs[name] for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Serves the page to this machine alone, and there to whoever has the token that is printed."""
+"""Serves the page to this machine only, and only to whoever has the printed token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlx_cpo_plugin.errors import ConfigError
 HOST = "127.0.0.1"
 DEFAULT_PORT = 7870
 TOKEN = "token"
-OTHER_SITE = "This page answers to itself only."
+OTHER_SITE = "This page does not answer other sites."
 NO_TOKEN = "This page belongs to whoever started it; open the address with the token that mlx-cpo studio printed."
 _PORTS_TRIED = 50
 
@@ -80,7 +80,7 @@ class OwnPageOnly:
         return any_site or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def is_token(self, given: str | None) -> bool:
-        """Whether this is the token, in a time that tells nothing of it."""
+        """Whether this is the token, compared in constant time."""
         return given is not None and secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
 
     def first_visit(self, request: HTTPConnection) -> HTMLResponse:
@@ -115,7 +115,7 @@ def free_port(wanted: int | None) -> int:
                 continue
             return port
     taken = f"Port {wanted} is taken" if wanted is not None else "No port is free"
-    raise ConfigError(f"{taken}; give another one with --port.")
+    raise ConfigError(f"{taken}; choose another one with --port.")
 
 
 def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: bool) -> None:
@@ -123,7 +123,7 @@ def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: 
     token = secrets.token_urlsafe(32)
     app = build_app(page, port, appearance, token)
     address = f"http://{HOST}:{port}/?{TOKEN}={token}"
-    print(f"The page is at\n    {address}\nCtrl-C ends it, and lets a run that it started go on.", flush=True)
+    print(f"The page is at\n    {address}\nCtrl-C closes it; a run that it started continues.", flush=True)
     if open_browser:
         threading.Timer(1, webbrowser.open, [opening_file(address).as_uri()]).start()
     uvicorn.run(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)

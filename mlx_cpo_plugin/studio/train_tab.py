@@ -54,7 +54,7 @@ def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
                 _configurations(root),
                 value=name or None,
                 label="Configuration file",
-                info=f"Below {root}. Type a new name to save under it.",
+                info=f"Below {root}. Type a new name to save to a new file.",
                 allow_custom_value=True,
                 elem_id="file",
             )
@@ -62,7 +62,7 @@ def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
                 open_button = gr.Button("Open", size="sm", elem_id="open")
                 save_button = gr.Button("Save", size="sm", variant="primary", elem_id="save")
             said = gr.HTML("", elem_id="said")
-            yaml = gr.Code(text, language="yaml", label="The YAML that this form stands for", elem_id="yaml")
+            yaml = gr.Code(text, language="yaml", label="YAML of this form", elem_id="yaml")
             verdict = gr.HTML(_verdict(text), elem_id="verdict")
 
     def judged(base: str, known: dict[str, Any], contents: dict[str, Content]) -> Updates:
@@ -155,7 +155,7 @@ def _configurations(root: Path) -> list[str]:
 
 
 def _verdict(text: str) -> str:
-    """Return what a run of this configuration would be told first."""
+    """Return the notes that a run of this configuration would print first."""
     try:
         notes = document.resolved(text).notes
     except ConfigError as error:
