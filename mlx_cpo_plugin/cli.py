@@ -177,9 +177,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _losses(as_json: bool) -> int:
-    from mlx_cpo_plugin.cpo import CPO_ALPHA, LOSS_OPTION
     from mlx_cpo_plugin.plugins import loss_types
-    from mlx_cpo_plugin.settings.presets import PRESETS
+    from mlx_cpo_plugin.settings.cpo_options import CPO_ALPHA, LOSS_OPTION, PRESETS
 
     rows = [
         {

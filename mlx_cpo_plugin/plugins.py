@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
 from mlx_cpo_plugin import hookspecs
+from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.errors import PluginError
 from mlx_cpo_plugin.types import LossType, TrainMode
 
 BUILT_IN = "mlx-cpo-plugin"
+# By name: what a plugin imports may import this module.
+BUILT_IN_PLUGINS = {BUILT_IN: "mlx_cpo_plugin.cpo"}
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
 TRACE_VARIABLE = "MLX_CPO_PLUGIN_TRACE"
 
-Registered = TypeVar("Registered", TrainMode, LossType)
+# What each hook returns.
+KINDS = {"register_train_modes": TrainMode, "register_loss_types": LossType}
+
+
+Claims = tuple[tuple[str, Any], ...]
+"""(plugin's name, train mode or loss) of each that a plugin registers."""
 
 
 @lru_cache(maxsize=1)
@@ -34,13 +42,13 @@ def get_plugin_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
     if os.environ.get(TRACE_VARIABLE, "") not in ("", "0"):
-        manager.add_hookcall_monitoring(_trace_before, _trace_after)
+        manager.trace.root.setwriter(lambda text: print(f"mlx-cpo-plugin trace: {text.strip()}", file=sys.stderr))
+        manager.enable_tracing()
     for name in os.environ.get(BLOCK_VARIABLE, "").split(","):
         if name.strip():
             manager.set_blocked(name.strip())
-    from mlx_cpo_plugin import cpo
-
-    manager.register(cpo, name=BUILT_IN)
+    for name, module in BUILT_IN_PLUGINS.items():
+        manager.register(import_module(module), name=name)
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
         _load(manager, entry_point)
     return manager
@@ -50,44 +58,31 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> None:
     if manager.is_blocked(entry_point.name) or manager.has_plugin(entry_point.name):
         return
     try:
-        plugin = entry_point.load()
-        manager.register(plugin, name=entry_point.name)
+        manager.register(entry_point.load(), name=entry_point.name)
         manager.check_pending()
-    except Exception as error:  # whatever a stranger's module raises, the other plugins go on
+    except Exception as error:  # whatever a third party's module raises, the other plugins go on
         if manager.has_plugin(entry_point.name):
             manager.unregister(name=entry_point.name)
-        _warn_skipped(entry_point.name, _distribution_of(entry_point.name), error)
+        _warn_skipped(entry_point.name, error)
 
 
-def _trace_before(hook_name: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-    names = ", ".join(implementation.plugin_name for implementation in implementations)
-    print(f"mlx-cpo-plugin trace: {hook_name}({arguments or ''}) -> {names}", file=sys.stderr)
-
-
-def _trace_after(outcome: Any, hook_name: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-    result = repr(outcome.exception) if outcome.exception else f"{len(outcome.get_result())} results"
-    print(f"mlx-cpo-plugin trace: {hook_name} returned {result}", file=sys.stderr)
-
-
-def _warn_skipped(plugin: str, distribution: str, error: BaseException) -> None:
+def _warn_skipped(plugin: str, error: BaseException) -> None:
     warnings.warn(
-        f"Plugin {plugin!r} from {distribution} is skipped: {type(error).__name__}: {error}. "
-        f"Mend or uninstall it, or set {BLOCK_VARIABLE}={plugin} to silence this.",
+        f"Plugin {plugin!r} from {_distribution_of(plugin)} is skipped: {type(error).__name__}: {error}. "
+        f"Fix or uninstall it, or set {BLOCK_VARIABLE}={plugin} to silence this.",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def _distribution_of(plugin_name: str) -> str:
+def _distribution_of(plugin: str) -> str:
     """Return the distribution that a plugin came from, with its version, e.g. ``rank-loss 1.0``."""
-    if plugin_name == BUILT_IN:
-        from mlx_cpo_plugin._version import __version__
-
+    if plugin in BUILT_IN_PLUGINS:
         return f"{BUILT_IN} {__version__}"
-    for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
-        if entry_point.name == plugin_name and entry_point.dist is not None:
+    for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP, name=plugin):
+        if entry_point.dist is not None:
             return f"{entry_point.dist.name} {entry_point.dist.version}"
-    return f"the plugin {plugin_name!r}, registered by code"
+    return f"the plugin {plugin!r}, registered by code"
 
 
 def train_modes() -> dict[str, TrainMode]:
@@ -96,7 +91,7 @@ def train_modes() -> dict[str, TrainMode]:
     Raises:
         PluginError: two plugins claim one name.
     """
-    return _collect("register_train_modes", TrainMode, "train mode")
+    return _by_name("train mode", _claims("register_train_modes"))
 
 
 def loss_types() -> dict[str, LossType]:
@@ -105,56 +100,63 @@ def loss_types() -> dict[str, LossType]:
     Raises:
         PluginError: two plugins claim one name.
     """
-    return _collect("register_loss_types", LossType, "loss type")
+    return _by_name("loss type", _claims("register_loss_types"))
 
 
-def _collect(hook: str, kind: type[Registered], words: str) -> dict[str, Registered]:
-    """Call one hook plugin by plugin, so that what each returned can be told apart."""
-    manager = get_plugin_manager()
-    found: dict[str, Registered] = {}
+def claimed_mode(name: str) -> TrainMode | None:
+    """Return the train mode of this name, if there is one; the first, where two plugins claim it."""
+    return next((mode for _, mode in _claims("register_train_modes") if mode.name == name), None)
+
+
+def _by_name(kind: str, claims: Claims) -> dict[str, Any]:
     owners: dict[str, str] = {}
-    for name, plugin in manager.list_name_plugin():
-        if plugin is None:
-            continue
+    for plugin, entry in claims:
+        owner = owners.setdefault(entry.name, plugin)
+        if owner != plugin:
+            raise PluginError(
+                f"The {kind} {entry.name!r} is registered twice, by {_distribution_of(owner)} and by "
+                f"{_distribution_of(plugin)}; uninstall one of them or block it with {BLOCK_VARIABLE}."
+            )
+    return {entry.name: entry for _, entry in claims}
+
+
+def _claims(hook: str) -> Claims:
+    """Return what each plugin returns from ``hook``, with the plugin's name, in the order of registration."""
+    implementations = getattr(get_plugin_manager().hook, hook).get_hookimpls()
+    return _called(hook, tuple((each.plugin_name, each.plugin) for each in implementations))
+
+
+@lru_cache(maxsize=32)
+def _called(hook: str, plugins: tuple[tuple[str, Any], ...]) -> Claims:
+    """Call ``hook`` once for each set of plugins, plugin by plugin: one that raises is named and left out."""
+    manager = get_plugin_manager()
+    claims: list[tuple[str, Any]] = []
+    for name, plugin in plugins:
+        others = [other for _, other in plugins if other is not plugin]
         try:
-            entries = _entries(manager, plugin, hook, kind)
-        except Exception as error:  # a stranger's hook may raise anything; it is named and left out
-            if name == BUILT_IN:
+            entries = [entry for result in manager.subset_hook_caller(hook, others)() for entry in result]
+            for entry in entries:
+                if not isinstance(entry, KINDS[hook]):
+                    raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
+        except Exception as error:  # whatever a third party's hook raises, the other plugins go on
+            if name in BUILT_IN_PLUGINS:
                 raise
-            _warn_skipped(name, _distribution_of(name), error)
-            continue
-        for entry in entries:
-            if entry.name in owners:
-                first, second = _distribution_of(owners[entry.name]), _distribution_of(name)
-                raise PluginError(
-                    f"The {words} {entry.name!r} is registered twice, by {first} and by {second}; "
-                    f"uninstall one of them or block it with {BLOCK_VARIABLE}."
-                )
-            owners[entry.name] = name
-            found[entry.name] = entry
-    return found
-
-
-def _entries(manager: pluggy.PluginManager, plugin: Any, hook: str, kind: type[Registered]) -> list[Registered]:
-    """Return what one plugin's implementation of ``hook`` returns."""
-    others = [other for _, other in manager.list_name_plugin() if other is not None and other is not plugin]
-    entries = [entry for result in manager.subset_hook_caller(hook, others)() for entry in result]
-    for entry in entries:
-        if not isinstance(entry, kind):
-            raise TypeError(f"{hook} must return {kind.__name__} objects, not {type(entry).__name__}")
-    return entries
+            _warn_skipped(name, error)
+        else:
+            claims += [(name, entry) for entry in entries]
+    return tuple(claims)
 
 
 def registered_distributions() -> list[dict[str, Any]]:
     """Return what each loaded plugin is: its name, its distribution, and the modes and losses it registers."""
-    manager = get_plugin_manager()
+    modes, losses = _claims("register_train_modes"), _claims("register_loss_types")
     return [
         {
             "plugin": name,
             "distribution": _distribution_of(name),
-            "train_modes": [mode.name for mode in _entries(manager, plugin, "register_train_modes", TrainMode)],
-            "loss_types": [loss.name for loss in _entries(manager, plugin, "register_loss_types", LossType)],
+            "train_modes": [mode.name for plugin, mode in modes if plugin == name],
+            "loss_types": [loss.name for plugin, loss in losses if plugin == name],
         }
-        for name, plugin in manager.list_name_plugin()
+        for name, plugin in get_plugin_manager().list_name_plugin()
         if plugin is not None
     ]

@@ -19,7 +19,7 @@ import mlx_cpo_plugin
 from mlx_cpo_plugin import cli, data, plugins
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import resolve
-from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.settings.cpo_options import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.md")}

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from mlx_cpo_plugin.errors import ConfigError, PluginError
-from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.plugins import claimed_mode, loss_types, train_modes
 from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
 from mlx_cpo_plugin.settings.validation import unknown
 from mlx_cpo_plugin.settings.yaml_settings import parse_value, read_bytes, read_yaml
@@ -168,19 +168,13 @@ def requested_mode(call: Call) -> TrainMode | None:
     """Return the registered train mode that a call asks for, or None when mlx-lm-lora is to act on its own.
 
     The call's own ``train_mode`` comes before that of its YAML file. Nothing is printed or raised: what cannot be
-    understood is None, and mlx-lm-lora then says what is wrong. While two plugins claim one mode, CPO is still the
-    built-in mode here, so that :func:`mlx_cpo_plugin.settings.config.resolve` can tell of it.
+    understood is None, and mlx-lm-lora then says what is wrong. That two plugins claim one name is for
+    :func:`mlx_cpo_plugin.settings.config.resolve` to say.
     """
     try:
-        name = _requested_name(call)
+        return claimed_mode(_requested_name(call))
     except ConfigError:
         return None
-    try:
-        return train_modes().get(name)
-    except PluginError:
-        from mlx_cpo_plugin.cpo import register_train_modes
-
-        return next((mode for mode in register_train_modes() if mode.name == name), None)
 
 
 def _requested_name(call: Call) -> str:
@@ -189,30 +183,18 @@ def _requested_name(call: Call) -> str:
     elif isinstance(call, argparse.Namespace | SimpleNamespace):
         values = vars(call)
     else:
-        values = vars(_lenient_parser(host_parser()).parse_known_args(list(call))[0])
+        values = vars(_lenient_parser().parse_known_args(list(call))[0])
     mode = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
     return mode if isinstance(mode, str) else ""
 
 
-def _lenient_parser(host: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Return a parser with every flag that takes any value, prints no help and checks nothing."""
-    try:
-        parser = build_parser(host)
-    except PluginError:  # the flags of mlx-lm-lora are enough to find the train mode
-        parser = CommandLineParser(add_help=False)
-        for action in host._actions:
-            parser._add_action(action)
-    for action in parser._actions:
+def _lenient_parser() -> CommandLineParser:
+    """Return a parser of mlx-lm-lora's flags that takes any value for each, and prints no help."""
+    parser = CommandLineParser(add_help=False)
+    for action in host_parser()._actions:
         action.type = action.choices = None
-    return _without_help(parser)
-
-
-def _without_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            ignored = argparse._StoreTrueAction(action.option_strings, "help")
-            for flag in action.option_strings:
-                parser._option_string_actions[flag] = ignored
+        is_help = isinstance(action, argparse._HelpAction)
+        parser._add_action(argparse._StoreTrueAction(action.option_strings, "help") if is_help else action)
     return parser
 
 

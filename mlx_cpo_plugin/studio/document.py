@@ -16,7 +16,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import Resolved, resolve
-from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.settings.cpo_options import PRESETS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, read_yaml
 from mlx_cpo_plugin.studio.form import LOSS_KEY, MODE, Content, Field
 

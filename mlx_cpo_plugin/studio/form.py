@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_cpo_plugin.cpo import LOSS_OPTION
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.options import (
     DATA_OPTIONS,
     LORA_PARAMETERS,

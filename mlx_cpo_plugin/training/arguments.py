@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
-from mlx_cpo_plugin.cpo import SCORING
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import SFTTrainingArgs
+from mlx_cpo_plugin.settings.cpo_options import MEASURES, SCORING
 from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MLX, MODES, check_quantizer
-from mlx_cpo_plugin.training.best import MEASURES
 
 DEFAULT_SEQ_STEP_SIZE = 512
 

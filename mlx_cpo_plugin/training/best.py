@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Name of the setting's value -> what is compared, and whether more of it is better.
-MEASURES = {"margin": ("margins", 1), "accuracy": ("accuracies", 1), "loss": ("loss", -1)}
+from mlx_cpo_plugin.settings.cpo_options import MEASURES
+
 BEST_ADAPTER_NAME = "best_adapters.safetensors"
 # Validations without a better margin in the first part of a run that make a plateau.
 PLATEAU = 3
@@ -18,7 +18,7 @@ class BestSoFar:
     """Follows the validations of a run.
 
     Args:
-        measure: a key of :data:`MEASURES`.
+        measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`.
         patience: validations in a row without an improvement before the run stops; ``None``: it never does.
         pairs: what tells the validation pairs from others; values over other pairs are not compared.
         saves: whether the adapter of the best validation is saved.

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA, LABEL_SMOOTHING
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.plugins import loss_types
+from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, LABEL_SMOOTHING
 from mlx_cpo_plugin.settings.validation import check, not_read
 from mlx_cpo_plugin.types import LossType
 

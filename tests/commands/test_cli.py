@@ -15,7 +15,7 @@ from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.commands import check as data_check
 from mlx_cpo_plugin.commands import doctor
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.settings.presets import PRESETS
+from mlx_cpo_plugin.settings.cpo_options import PRESETS
 
 
 @pytest.fixture(autouse=True)

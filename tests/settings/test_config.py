@@ -16,11 +16,10 @@ from mlx_lm_lora.train import build_parser as build_host_parser
 from support.stranger_plugins import JudgedPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import plugins
-from mlx_cpo_plugin.cpo import BETA, CPO_ALPHA, DELTA
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, PRESETS
 from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS
-from mlx_cpo_plugin.settings.presets import PRESETS
 from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option, Preset
 
