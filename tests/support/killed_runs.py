@@ -1,9 +1,9 @@
-"""Trains short runs that are killed at each of their file operations in turn, and goes on with each.
+"""What a run leaves on disk when it is killed before any of its file operations, and how it goes on from each of them.
 
 Started by tests as ``python -m support.killed_runs FOLDER CASE``. Everything that changes a file or folder below the
 run's is an operation: opening for writing, renaming, linking, removing, making folders, flushing, and writing arrays,
-which is killed half-way, too. Processes are forked before MLX has computed anything, since its threads do not survive
-a fork.
+which is killed half-way, too. A process that is killed leaves the files as they are, so a copy is taken before each
+operation, and operations that change nothing share one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +44,23 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def train(folder: Path, resume: str | None = "auto", **changes: Any) -> None:
     """Train to the end, from wherever ``resume`` says."""
-    model = add_adapter(build_model(), dropout=0.2)
+    model = add_adapter(build_model(num_hidden_layers=1), dropout=0.2)
     mx.random.seed(7)
     settings = CPOTrainingArgs(adapter_file=str(folder / "adapters.safetensors"), resume=resume, **SETTINGS | changes)
     pairs = build_pairs(7, longest=6)
     train_cpo(model, optimizers.Adam(learning_rate=1e-2), pairs, build_pairs(2, seed=9, longest=6), settings)
 
 
-def in_a_process(work: Callable[[], None]) -> int:
-    """Do ``work`` in a process of its own; return the number of the signal that ended it, 0, or minus its exit code."""
+def in_a_process(work: Callable[[], None]) -> None:
+    """Do ``work`` in a process of its own, which MLX must not have computed anything before."""
     child = os.fork()
     if child:
-        status = os.waitpid(child, 0)[1]
-        return os.WTERMSIG(status) or -os.WEXITSTATUS(status)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+        assert os.waitpid(child, 0)[1] == 0
+        return
     try:
         work()
-    except BaseException as error:
-        (Path(sys.argv[1]) / "error.txt").write_text(f"{type(error).__name__}: {error}")
+    except BaseException:
+        traceback.print_exc()
         os._exit(1)
     os._exit(0)
 
@@ -98,16 +94,32 @@ def at_each_operation(folder: Path, do: Callable[[str], None]) -> None:
     mx.save_safetensors, os.fsync = saved, flushed
 
 
-def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> None:
-    """Do ``work``, and be killed before the given operation."""
-    operations = count(1)
+def recorded(folder: Path, states: Path, work: Callable[[], None]) -> None:
+    """Do ``work``, and copy the folder into ``states`` before each operation that finds it changed.
 
-    def kill(operation: str) -> None:
-        if next(operations) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+    The name of a copy is the number of the operation; a file ``moments`` holds how many operations there were.
+    """
+    moments = 0
+    last: dict[str, bytes] | None = None
+    copying = False
 
-    at_each_operation(folder, kill)
+    def copy(operation: str) -> None:
+        nonlocal moments, last, copying
+        if copying:
+            return
+        copying = True
+        moments += 1
+        now = {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+        if now != last:
+            shutil.copytree(folder, states / f"{moments:04d}") if folder.exists() else (states / "0000").mkdir()
+            last = now
+        copying = False
+
+    states.mkdir()
+    at_each_operation(folder, copy)
     work()
+    copying = True
+    (states / "moments").write_text(str(moments))
 
 
 def content(file: Path) -> Any:
@@ -156,40 +168,46 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
+def goes_on(run: Path, before: dict[str, bytes], whole: Path) -> list[str]:
+    """What is wrong with a run that goes on from where it was killed."""
+    error = ""
+    try:
+        train(run, "auto")
+    except BaseException:
+        error = traceback.format_exc()
+    if before and not (run / "previous").exists():
+        # It had not written yet that it begins: auto meant the earlier run, which is finished, or has another seed.
+        return [] if files_of(run) == before else [f"the earlier run was changed {error}"]
+    return [error] if error else faults_of(run, whole, before)
+
+
 def main() -> None:
-    """Kill a run at each of its operations, and print what is wrong with what becomes of it."""
+    """Let a run go on from each state that a kill could leave, and print what is wrong with what becomes of it."""
     base, case = Path(sys.argv[1]), sys.argv[2]
     used, arguments = CASES[case]
-    whole, earlier, other = base / "whole", base / "earlier", base / "other"
-    assert in_a_process(partial(train, whole, None)) == 0
+    run, whole, earlier, other, states = (base / name for name in ("run", "whole", "earlier", "other", "states"))
+    in_a_process(partial(train, whole, None))
+    before: dict[str, bytes] = {}
     if used:
         # Of the same settings where it is gone on with, and with one more step where it only lies there.
         changes = {} if "checkpoint" in case else {"iters": 5, "seed": 3}
-        assert in_a_process(partial(train, earlier, None, keep_checkpoints=9, **changes)) == 0
-        assert in_a_process(partial(train, other, None)) == 0
+        in_a_process(partial(train, earlier, None, keep_checkpoints=9, **changes))
+        in_a_process(partial(train, other, None))
+        shutil.copytree(earlier, run)
+        before = files_of(run)
     resume = arguments.get("resume", "auto")
+    resume = str(base / resume) if resume not in (None, "auto") else resume
+    in_a_process(partial(recorded, run, states, partial(train, run, resume)))
     faults: dict[str, list[str]] = {}
-    for moment in count(1):
-        run = base / "run"
-        shutil.rmtree(run, ignore_errors=True)
-        if used:
-            shutil.copytree(earlier, run)
-        before = files_of(run) if used else {}
-        wanted = str(base / resume) if resume not in (None, "auto") else resume
-        ended = in_a_process(partial(killed_at, moment, run, partial(train, run, wanted)))
-        if ended == 0:
-            break
-        again = -1 if ended != signal.SIGKILL else in_a_process(partial(train, run, "auto"))
-        if used and not (run / "previous").exists():
-            # It had not written yet that it begins: auto meant the earlier run, which is finished, or has another seed.
-            found = [] if files_of(run) == before else ["the earlier run was changed"]
-        elif again != 0:
-            found = [f"ended with {ended}, {again}: {(base / 'error.txt').read_text()}"]
-        else:
-            found = faults_of(run, whole, before)
+    kills = sorted(path for path in states.iterdir() if path.is_dir())
+    for state in kills:
+        shutil.rmtree(run)
+        state.rename(run)
+        found = goes_on(run, before, whole)
         if found:
-            faults[f"{moment}"] = found
-    print(json.dumps({"moments": moment - 1, "faults": faults}))
+            faults[state.name] = found
+    moments = int((states / "moments").read_text())
+    print(json.dumps({"moments": moments, "states": len(kills), "faults": faults}))
 
 
 if __name__ == "__main__":

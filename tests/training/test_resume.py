@@ -49,7 +49,8 @@ def test_a_run_killed_between_any_two_file_operations_loses_nothing_and_ends_lik
     )
 
     outcome = json.loads(ended.stdout.splitlines()[-1])
-    assert outcome["moments"] > 50
+    assert outcome["moments"] > 100
+    assert outcome["states"] > 40
     assert outcome["faults"] == {}
 
 
