@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, compare, growth, reference, report
+from mlx_cpo_plugin.bench import cases, compare, growth, report
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, MeasurementError, TrainerResult, run_worker
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Measurement, gradient_file, load_pairs, save_pairs
@@ -30,6 +30,7 @@ from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.selftest import float64_gradient
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.training.objective import objective_for
 
@@ -184,7 +185,7 @@ class TestMeasuring:
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
 
-        with pytest.raises(MeasurementError, match="ended by signal 9, most likely for want of memory"):
+        with pytest.raises(MeasurementError, match="ended by signal 9, most likely out of memory"):
             run_worker(tmp_path, {}, quiet)
 
 
@@ -273,13 +274,13 @@ class TestReference:
         nn.quantize(model, group_size=32, bits=4)
 
         with pytest.raises(ValueError, match="quantised"):
-            reference.convert(model)
+            float64_gradient.convert(model)
 
     def test_a_model_that_memory_would_not_hold_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reference, "physical_memory", lambda: 10_000)
+        monkeypatch.setattr(float64_gradient, "physical_memory", lambda: 10_000)
 
         with pytest.raises(ValueError, match="more than the memory of this machine"):
-            reference.convert(build_model())
+            float64_gradient.convert(build_model())
 
     def test_a_model_that_leaves_float64_is_refused(self) -> None:
         class Leaving(type(build_model())):  # type: ignore[misc]  # the class of the tiny model

@@ -390,7 +390,7 @@ def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
     tab(again, "Run")
     expect(again.locator("#status")).to_contain_text("Running", timeout=PATIENCE)
     page.click("#start")
-    expect(page.locator("#run-said")).to_contain_text("A run is writing to")
+    expect(page.locator("#run-said")).to_contain_text("A run is already writing to")
     again.click("#stop")
     expect(again.locator("#status")).to_contain_text("Ended, cause unknown", timeout=PATIENCE)
     expect(again.locator("#console")).to_contain_text(re.compile("stopped (after|before) iteration"))

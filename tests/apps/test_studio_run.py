@@ -58,7 +58,7 @@ def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
     run_process.start(folder, config, tmp_path, resume=False)
     assert run_process.state(folder).running
     assert run_process.running_folders(tmp_path) == [folder]
-    with pytest.raises(ConfigError, match="A run is writing to"):
+    with pytest.raises(ConfigError, match="A run is already writing to"):
         run_process.start(folder, config, tmp_path, resume=False)
     wait_until(lambda: len(read_metrics(folder)) > 3, folder)
     run_process.stop(folder)
@@ -177,7 +177,7 @@ def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stoppe
     assert "Running" in status_html(folder, read_metrics(folder))
     printed = (folder / run_process.CONSOLE_NAME).read_bytes()
     for resume in (False, True):
-        with pytest.raises(ConfigError, match="A run is writing to"):
+        with pytest.raises(ConfigError, match="A run is already writing to"):
             run_process.start(folder, config, tmp_path, resume=resume)
     assert (folder / run_process.CONSOLE_NAME).read_bytes().startswith(printed)
     run_process.stop(folder)
@@ -207,7 +207,9 @@ def test_a_link_is_not_written_through(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / name).symlink_to(foreign)
 
-    with pytest.raises(ConfigError, match=f"{name} is a link or no file, and is not written to; remove it"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is a link or not a regular file, so it is not written to; remove it"
+    ):
         run_process.start(folder, "", tmp_path, resume=False)
 
     assert foreign.read_text() == "mine\n"

@@ -162,5 +162,5 @@ def test_the_browser_is_given_a_file_that_only_its_owner_reads_and_no_token(
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Port 99999 is taken; give another one with --port"):
+    with pytest.raises(ConfigError, match="Port 99999 is taken; choose another one with --port"):
         server.free_port(99999)
