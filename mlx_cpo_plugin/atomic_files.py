@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -86,6 +87,22 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_safetensors(file: Path) -> None:
+    """Check that a safetensors file is as long as its header says: a disk that is full may cut it short in silence.
+
+    Raises:
+        OSError: it is not.
+        ValueError: its header cannot be read.
+    """
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(header))
+    data = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    size = file.stat().st_size
+    if size != 8 + header + data:
+        raise OSError(f"{file.name} has {size} bytes instead of {8 + header + data}")
 
 
 def _is_alive(process: int) -> bool:

@@ -46,7 +46,7 @@ OWN_ROUTES = {
     "activate() afterwards": "import mlx_lm_lora.train; import mlx_cpo_plugin; mlx_cpo_plugin.activate()",
     "loading a model": """
 from types import SimpleNamespace
-from mlx_cpo_plugin.run.loading import load_model
+from mlx_cpo_plugin.run.building import load_model
 try:
     load_model(SimpleNamespace(seed=0, model="/none", load_in_4bits=0, load_in_6bits=0, load_in_8bits=0))
 except Exception:

@@ -26,7 +26,7 @@ from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.run.loading import load_model
+from mlx_cpo_plugin.run.building import load_model
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.wording import named, shown
 

@@ -27,8 +27,7 @@ from mlx_cpo_plugin.bench import host_trainer
 from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, load_pairs
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.run.loading import load_model
-from mlx_cpo_plugin.run.mode import build_optimizer
+from mlx_cpo_plugin.run.building import build_optimizer, load_model
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 

@@ -1,1 +1,13 @@
-"""Adapters and training states on disk, whole or absent."""
+"""Adapters, checkpoints and runs on disk: what lies in an adapter folder, and under which name."""
+
+ADAPTER_FILE = "adapters.safetensors"
+BEST_ADAPTER_FILE = "best_adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+METRICS_FILE = "metrics.jsonl"
+RUN_SETTINGS = "run_settings.yaml"
+# The identity of the run whose folder it is.
+RECORD = "run.json"
+# Of each rank but the first with "-rank-N" behind it.
+CHECKPOINTS = "checkpoints"
+# What earlier runs have left, in a folder for each.
+PREVIOUS = "previous"

@@ -16,8 +16,8 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.run.lazy_model import unevaluated_model
-from mlx_cpo_plugin.run.mode import adapter_file, build_optimizer
+from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
+from mlx_cpo_plugin.run.mode import adapter_file
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.master_weights import in_float32
 from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping

@@ -24,7 +24,7 @@ from mlx_cpo_plugin.data.tokenization import prompt_tokens
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.run.loading import quantise_base, quantised_load
+from mlx_cpo_plugin.run.building import quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import Given
 from mlx_cpo_plugin.settings.run_settings import FILE_NAME, read_run_settings

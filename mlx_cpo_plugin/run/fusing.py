@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,52 +17,51 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model, save_config
 from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
 
+from mlx_cpo_plugin.atomic_files import check_safetensors, flush
 from mlx_cpo_plugin.checkpoints.run_folder import put_aside_what_is_not_the_runs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
 from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.run.loading import group_size_for, model_folder
-from mlx_cpo_plugin.run.model_folder import publish, staging_folder
+from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, kept_of_margin, told
 
-# Below this share of the margin won a fused model is told to be worse than what was trained.
+# A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
 ENOUGH = 0.9
-# What tokenizer and configuration take beside the weights, at most, in bytes.
+# Bytes that tokenizer and configuration take beside the weights, at most.
 BESIDES = 50_000_000
-
-Say = Callable[[str], None]
+_STAGING = ".unfinished-model-"
 
 
 class FuseError(UserError):
-    """The fused model cannot be written; the adapter is whole."""
+    """The fused model cannot be written; the adapter is intact."""
 
 
 class Fusing:
     """Merges the adapter of a run into its model.
 
     Args:
-        model: before it is trained; its scores are what is compared with afterwards.
+        model: before it is trained, to compare its scores with those of the trained and the fused model.
         pairs: a few held-out rows; without any, nothing is scored.
     """
 
-    def __init__(self, settings: SimpleNamespace, model: nn.Module, pairs: Sequence[PreferencePair], say: Say) -> None:
+    def __init__(
+        self, settings: SimpleNamespace, model: nn.Module, pairs: Sequence[PreferencePair], say: Callable[[str], None]
+    ) -> None:
         self.settings = settings
         self.pairs = pairs
         self.say = say
-        self.scoring = getattr(settings, "scoring", "auto")
         self.before = self._scores(model)
 
     def fuse(self, model: nn.Module, tokenizer: Any) -> Path:
-        """Write the fused model, and return its folder; ``model`` is empty afterwards.
+        """Write the fused model and return its folder; ``model`` is empty afterwards.
 
         Raises:
-            FuseError: there is no room for it, or it cannot be written or loaded back; nothing is left of it.
+            FuseError: there is no room for it, or it cannot be written or loaded back; nothing of it is left.
         """
-        target = fused_folder(self.settings)
-        base = model_folder(self.settings.model)
+        target, base = fused_folder(self.settings), model_folder(self.settings.model)
         trained = self._scores(model)
         parts = text_and_towers(model, base, self.say)
         precision = self._merge(model, base, trained)
@@ -68,8 +69,9 @@ class Fusing:
         try:
             with staging_folder(target) as staging:
                 _save(model, tokenizer, parts, staging)
-                complete_fused_model(staging, base, parts)
-                fused = self._scored_back(staging)
+                _complete(staging, base, parts)
+                written, _ = load_model(staging, lazy=not self.pairs)
+                fused = self._scores(written)
                 publish(staging, target, self._put_aside)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error):
@@ -90,24 +92,18 @@ class Fusing:
             put_aside_what_is_not_the_runs(Path(self.settings.adapter_path), replaced, self.say)
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
-        return held_out_scores(model, self.pairs, self.scoring) if self.pairs else None
-
-    def _scored_back(self, folder: Path) -> HeldOutScores | None:
-        """Load the model that was written and score it."""
-        model, _ = load_model(folder, lazy=not self.pairs)
-        return self._scores(model)
+        return held_out_scores(model, self.pairs, getattr(self.settings, "scoring", "auto")) if self.pairs else None
 
     def _merge(self, model: nn.Module, base: Path, trained: HeldOutScores | None) -> str:
-        """Merge the adapter and give the weights the precision that they are handed on in; return it in words."""
+        """Merge the adapter, give the weights the precision of the fused model, and return a description of it."""
         adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
         bits = self.settings.fuse_bits
         if bits is None and self._keeps_bits_of_base(model, base, adapters, trained):
             return "in the bits of the base model"
-        model.update_modules(tree_unflatten([(name, merged_layer(name, module)) for name, module in adapters]))
+        model.update_modules(tree_unflatten([(name, _merged_layer(name, module)) for name, module in adapters]))
         dequantize_model(model)
-        arguments = vars(model.args)
         for key in ("quantization", "quantization_config"):
-            arguments.pop(key, None)
+            vars(model.args).pop(key, None)
         if bits is None or bits == 16:
             return "not quantised"
         size = group_size_for(model)
@@ -125,7 +121,8 @@ class Fusing:
         if quantization is None or self.before is None or trained is None:
             return False
         model.update_modules(tree_unflatten([(name, module.fuse()) for name, module in adapters]))
-        kept = kept_of_margin(self.before, trained, held_out_scores(model, self.pairs, self.scoring))
+        merged = self._scores(model)
+        kept = None if merged is None else kept_of_margin(self.before, trained, merged)
         if kept is not None and kept >= ENOUGH:
             model.args.quantization = model.args.quantization_config = quantization
             return True
@@ -137,7 +134,7 @@ class Fusing:
     def _check_room(
         self, model: nn.Module, parts: TextAndTowers | None, base: Path, target: Path, precision: str
     ) -> None:
-        """Tell how large the model will be, before anything of it is computed or written."""
+        """Say how large the model will be, before anything of it is computed or written."""
         size = sum(array.nbytes for array in by_name(model.parameters()).values())
         size += 0 if parts is None else parts.towers_size
         base_size = sum(file.stat().st_size for file in base.glob("model*.safetensors")) or size
@@ -161,8 +158,8 @@ def fused_folder(settings: SimpleNamespace) -> Path:
     return Path(find_lmstudio_models_path()) / "mlx_lm_lora" / settings.lm_studio_name
 
 
-def merged_layer(name: str, module: nn.Module) -> nn.Module:
-    """Return the layer with its adapter merged, dense; sums in float32, rounded as in :mod:`..layers.rounding`."""
+def _merged_layer(name: str, module: nn.Module) -> nn.Module:
+    """Return the layer with its adapter merged, dense; sums in float32, rounded as in :mod:`..model.rounding`."""
     layer: nn.Module = module.fuse(dequantize=True)
     if isinstance(module, MERGEABLE):
         weight, dtype = merged_weight(module), dense_dtype(module)
@@ -172,7 +169,7 @@ def merged_layer(name: str, module: nn.Module) -> nn.Module:
 
 
 def _save(model: nn.Module, tokenizer: Any, parts: TextAndTowers | None, folder: Path) -> None:
-    """Have the host write the model, which is given away shard by shard."""
+    """Have the host write the model, whose arrays are freed shard by shard."""
     if parts is not None:
         whole = parts.joined(model)
         model.update(tree_map(lambda _: mx.array([]), model.parameters()))
@@ -180,14 +177,14 @@ def _save(model: nn.Module, tokenizer: Any, parts: TextAndTowers | None, folder:
     save_pretrained(model=model, tokenizer=tokenizer, save_path=str(folder))
 
 
-def complete_fused_model(folder: Path, base_folder: Path, parts: TextAndTowers | None = None) -> None:
+def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> None:
     """Give a fused model what the host leaves behind: without its end tokens it would not stop generating.
 
     These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
     ``eos_token_id``, its ``generation_config.json``, and code of its own; with towers, what belongs to these.
     """
-    # Whether the fused model is quantised only the host has written down.
     base_config = load_config(base_folder)
+    # Whether the fused model is quantised, only the host's own file says.
     base = {key: value for key, value in base_config.items() if not key.startswith("quantization")}
     save_config({**base, **load_config(folder)}, folder / "config.json")
     patterns = ["generation_config.json", "*.py"]
@@ -198,6 +195,56 @@ def complete_fused_model(folder: Path, base_folder: Path, parts: TextAndTowers |
     for pattern in patterns:
         for file in base_folder.glob(pattern):
             shutil.copy(file, folder)
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder inside ``target``, which is removed in the end, as is what killed processes left there."""
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = target / f"{_STAGING}{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # unless the model is in it
+                target.rmdir()
+
+
+def publish(staging: Path, target: Path, put_aside: Callable[[Sequence[Path]], None] = lambda replaced: None) -> None:
+    """Move a whole model from ``staging`` into ``target``, in place of a model that is there.
+
+    At no moment does the folder hold a ``config.json`` with weights that are not its own: without the former it is no
+    model to any program. Links in ``target`` are replaced, not followed.
+
+    Args:
+        put_aside: gets the files in ``target`` that are going to be replaced or removed, those of a model first, and
+            may move them elsewhere.
+
+    Raises:
+        OSError: a file is cut short, or cannot be moved.
+    """
+    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    for file in files:
+        if file.suffix == ".safetensors":
+            check_safetensors(staging / file)
+        flush(staging / file)
+    config = Path("config.json")
+    weights = [*target.glob("model*.safetensors"), target / "model.safetensors.index.json"]
+    replaced = dict.fromkeys((target / config, *weights, *(target / file for file in files)))
+    put_aside([path for path in replaced if os.path.lexists(path)])
+    (target / config).unlink(missing_ok=True)
+    for file in weights:
+        if file.relative_to(target) not in files:
+            file.unlink(missing_ok=True)
+    for file in [file for file in files if file != config] + [config]:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (staging / file).replace(target / file)
+    flush(target)
 
 
 def _bytes(size: float) -> str:

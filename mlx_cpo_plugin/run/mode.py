@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,27 +11,25 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
-from mlx_lm.tuner import callbacks
-from mlx_lm.tuner.utils import build_schedule, print_trainable_parameters
+from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
-from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback, load_chat_tokenizer
+from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
+from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
-from mlx_cpo_plugin.run.loading import load_model
-from mlx_cpo_plugin.trackers import HostWandb, TrackerCallback, described_settings, require_clients, tracked_run
+from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
-from mlx_cpo_plugin.training.metrics import METRICS_NAME, MetricsFile
+from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.types import TrainMode
 
-_OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
+Sets = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 
 def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
@@ -41,49 +38,49 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
     Raises:
         UserError: settings, data, model or files are at fault; says which and what to do.
     """
-    is_main = mx.distributed.init().rank() == 0
     check_destinations(settings)
     settings.run_identity = run_identity(settings)
     settings.begun = settings.run_identity.begun
 
     print_info("Loading datasets")
-    train_set, valid_set, test_set = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
-    for rows in (train_set, valid_set, test_set):
-        if isinstance(rows, PreferenceDataset) and rows.report.split in wanted_splits(settings) and is_main:
+    sets = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
+    wanted = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
+    for rows in sets if is_first_rank() else ():
+        if isinstance(rows, PreferenceDataset) and rows.report.split in wanted:
             rows.tell(print_info)
     model, tokenizer = load_model(settings)
 
-    with only_run_in(Path(settings.adapter_path)) if settings.train else nullcontext():
-        carry_out(settings, mode, model, tokenizer, (train_set, valid_set, test_set), training_callback)
+    if not settings.train:
+        if settings.adapter_path:
+            load_adapter(model, adapter_file(settings))
+        report_on_test_set(settings, mode, model, sets[2])
+        return
+    with only_run_in(Path(settings.adapter_path)):
+        train_test_and_fuse(settings, mode, model, tokenizer, sets, training_callback)
 
 
-def carry_out(
+def train_test_and_fuse(
     settings: SimpleNamespace,
     mode: TrainMode,
     model: nn.Module,
     tokenizer: Any,
-    sets: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
+    sets: Sets,
     training_callback: TrainingCallback | None,
 ) -> None:
-    """Train, test and fuse, as far as this is wanted and not done yet."""
-    is_main = mx.distributed.init().rank() == 0
+    """Do what of these is wanted and not done yet; ``model`` is empty after fusing."""
     train_set, valid_set, test_set = sets
-    folder, run = Path(settings.adapter_path or ""), settings.run_identity
+    folder, run = Path(settings.adapter_path), settings.run_identity
     fusing = None
-    if settings.fuse and settings.train and is_main:
+    if settings.fuse and is_first_rank():
         fusing = Fusing(settings, model, held_out_rows(valid_set, train_set), print_info)
-    if settings.train:
-        print_section("Training")
-        # Only the first rank has a callback.
-        with tracked_run(settings, with_wandb(settings, training_callback)) if is_main else nullcontext() as callback:
-            train_mode(settings, mode, model, train_set, valid_set, callback)
-            if settings.test and not is_done(folder, TESTED, run):
-                report_on_test_set(settings, mode, model, test_set, callback)
-                record_done(folder, TESTED, run)
-    else:
-        if settings.adapter_path:
-            load_adapter(model, adapter_file(settings))
-        report_on_test_set(settings, mode, model, test_set)
+
+    print_section("Training")
+    # Only the first rank has a callback.
+    with tracked_run(settings, training_callback) if is_first_rank() else nullcontext() as callback:
+        train_mode(settings, mode, model, train_set, valid_set, callback)
+        if settings.test and not is_done(folder, TESTED, run):
+            report_on_test_set(settings, mode, model, test_set, callback)
+            record_done(folder, TESTED, run)
 
     mx.clear_cache()
     if fusing is not None and not is_done(folder, FUSED, run):
@@ -92,95 +89,6 @@ def carry_out(
             fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
-
-
-def run_identity(settings: SimpleNamespace) -> RunIdentity:
-    """Return which run this is going to be, or whose adapter is tested.
-
-    Raises:
-        ConfigError: it is to be resumed, and there is nothing to go on from.
-    """
-    folder = Path(settings.adapter_path or "")
-    if settings.train:
-        return planned_run(folder, getattr(settings, "resume", None))
-    return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
-
-
-def wanted_splits(settings: SimpleNamespace) -> tuple[str, ...]:
-    """Return the splits that the run reads."""
-    return (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
-
-
-def check_destinations(settings: SimpleNamespace) -> None:
-    """Find out before anything is loaded what would fail afterwards, even after hours of training.
-
-    Raises:
-        ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
-            test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
-    """
-    if settings.train and not settings.adapter_path:
-        raise ConfigError("adapter_path is empty; give a folder for the adapter.")
-    if settings.train:
-        check_writable(Path(settings.adapter_path))
-    elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
-        raise ConfigError(
-            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
-        )
-    if settings.train and settings.report_to:
-        require_clients(settings.report_to)
-    if settings.wandb is not None and callbacks.wandb is None:
-        raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.")
-    resume = settings.resume_adapter_file
-    if resume is not None and not os.path.isfile(resume):
-        raise ConfigError(
-            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
-        )
-    if settings.fuse and settings.train:
-        try:
-            fused = fused_folder(settings)
-        except FileNotFoundError as error:
-            raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
-        if os.path.realpath(fused) == os.path.realpath(settings.model):
-            key = "adapter_path" if settings.lm_studio_name is None else "lm_studio_name"
-            raise ConfigError(
-                f"{key} is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
-                "give another, or set fuse: false."
-            )
-
-
-def check_writable(folder: Path) -> None:
-    """Find out, without making it, whether ``adapter_path`` can be made and written to.
-
-    Raises:
-        ConfigError: what is there already stands in the way.
-    """
-    # os.path, since Path.exists raises where a parent cannot be searched.
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        fault = "is a file" if there.is_file() else "cannot be written to"
-        raise ConfigError(f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.")
-
-
-def adapter_file(settings: SimpleNamespace) -> Path:
-    """Return where the run leaves its adapter."""
-    return Path(settings.adapter_path) / "adapters.safetensors"
-
-
-def with_wandb(settings: SimpleNamespace, callback: TrainingCallback | None) -> TrainingCallback | None:
-    """Wrap ``callback`` in the host's W&B callback if ``wandb`` names a project and ``report_to`` leaves W&B to it."""
-    if settings.wandb is None or "wandb" in (settings.report_to or ()):
-        return callback
-
-    def begin() -> TrainingCallback:
-        Path(settings.adapter_path).mkdir(parents=True, exist_ok=True)
-        return callbacks.WandBCallback(
-            project_name=settings.wandb,
-            log_dir=settings.adapter_path,
-            config=described_settings(settings),
-            wrapped_callback=callback,
-        )
-
-    return HostWandb(begin)
 
 
 def train_mode(
@@ -211,38 +119,6 @@ def train_mode(
     )
 
 
-def iterations(settings: SimpleNamespace, train_set: Sequence[Any]) -> int:
-    """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
-    if settings.iters is not None:
-        return int(settings.iters)
-    if settings.epochs is not None:
-        batch_tokens = getattr(settings, "batch_tokens", None)
-        if batch_tokens is None:
-            return int(settings.epochs) * math.ceil(len(train_set) / settings.batch_size)
-        size = BatchSize(settings.batch_size, batch_tokens)
-        return micro_batches_of(settings.epochs, [pair.tokens for pair in train_set], size, settings.seed)
-    default = int(SFTTrainingArgs().iters)
-    print_info(f"Neither iters nor epochs is set; training for {default} iterations.")
-    return default
-
-
-def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
-    """Return the optimizer with its learning rate or schedule.
-
-    Raises:
-        ConfigError: ``lr_schedule`` or ``optimizer_config`` holds what the schedule or optimizer does not take.
-    """
-    name = settings.optimizer.lower()
-    try:
-        rate = build_schedule(settings.lr_schedule) if settings.lr_schedule else settings.learning_rate
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise ConfigError(f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.") from error
-    try:
-        return _OPTIMIZERS[name](learning_rate=rate, **settings.optimizer_config.get(name, {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
-
-
 def report_on_test_set(
     settings: SimpleNamespace,
     mode: TrainMode,
@@ -253,7 +129,7 @@ def report_on_test_set(
     """Evaluate the model on the test set, and report the metrics on the first rank."""
     print_section("Testing")
     metrics = mode.evaluate(model, test_set, settings)
-    if mx.distributed.init().rank() == 0:
+    if is_first_rank():
         report_test(settings, mode, metrics, callback)
 
 
@@ -272,7 +148,75 @@ def report_test(
             print(f"  {Colors.WHITE}{name}:{Colors.RESET} {value:.3f}")
     named = {f"test_{name}": value for name, value in metrics.items()}
     if settings.adapter_path:
-        file = MetricsFile(Path(settings.adapter_path) / METRICS_NAME, settings.run_identity.id)
-        file.append("test", named)
+        MetricsFile(Path(settings.adapter_path) / METRICS_FILE, settings.run_identity.id).append("test", named)
     if isinstance(callback, TrackerCallback):
         callback.on_test_report(named)
+
+
+def is_first_rank() -> bool:
+    """Whether this is the rank that prints, reports and writes; the only one of most runs."""
+    return mx.distributed.init().rank() == 0
+
+
+def adapter_file(settings: SimpleNamespace) -> Path:
+    """Return where the run leaves its adapter."""
+    return Path(settings.adapter_path) / ADAPTER_FILE
+
+
+def run_identity(settings: SimpleNamespace) -> RunIdentity:
+    """Return which run this is going to be, or whose adapter is tested.
+
+    Raises:
+        ConfigError: it is to be resumed, and there is nothing to resume from.
+    """
+    folder = Path(settings.adapter_path or "")
+    if settings.train:
+        return planned_run(folder, getattr(settings, "resume", None))
+    return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
+
+
+def check_destinations(settings: SimpleNamespace) -> None:
+    """Find out before anything is loaded what would fail afterwards, even after hours of training.
+
+    Raises:
+        ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
+            test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
+    """
+    if settings.train and not settings.adapter_path:
+        raise ConfigError("adapter_path is empty; give a folder for the adapter.")
+    if settings.train:
+        check_writable(Path(settings.adapter_path))
+    elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
+        raise ConfigError(
+            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
+        )
+    require_clients(settings)
+    resume = settings.resume_adapter_file
+    if resume is not None and not os.path.isfile(resume):
+        raise ConfigError(
+            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
+        )
+    if settings.fuse and settings.train:
+        try:
+            fused = fused_folder(settings)
+        except FileNotFoundError as error:
+            raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
+        if os.path.realpath(fused) == os.path.realpath(settings.model):
+            key = "adapter_path" if settings.lm_studio_name is None else "lm_studio_name"
+            raise ConfigError(
+                f"{key} is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
+                "give another, or set fuse: false."
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Find out, without making it, whether ``adapter_path`` can be made and written to.
+
+    Raises:
+        ConfigError: what is there already stands in the way.
+    """
+    # os.path, since Path.exists raises where a parent cannot be searched.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fault = "is a file" if there.is_file() else "cannot be written to"
+        raise ConfigError(f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.")

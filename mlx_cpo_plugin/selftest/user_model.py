@@ -16,7 +16,7 @@ from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import train_modes
-from mlx_cpo_plugin.run.loading import load_model
+from mlx_cpo_plugin.run.building import load_model
 from mlx_cpo_plugin.selftest.checks import WAYS, Check, MethodFor, Outcome, compared, plain_batches, tested_objective
 from mlx_cpo_plugin.selftest.float64_gradient import physical_memory
 from mlx_cpo_plugin.selftest.models import shortened, unquantised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,40 @@ from mlx_cpo_plugin.errors import StoppedError, first_line
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
-from mlx_cpo_plugin.trackers.names import trl_names
 
 Told = Collection[tuple[str, int]]
 """Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
+
+_PREFIXES = {"train_": "", "val_": "eval_", "test_": "test_"}
+_TRL_NAMES = {
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "accuracies": "rewards/accuracies",
+    "margins": "rewards/margins",
+    "policy_chosen_logps": "logps/chosen",
+    "policy_rejected_logps": "logps/rejected",
+    "chosen_logits_mean": "logits/chosen",
+    "rejected_logits_mean": "logits/rejected",
+    "gradient_norm": "grad_norm",
+    "time": "runtime",
+}
+
+
+def trl_names(report: Mapping[str, float]) -> dict[str, float]:
+    """Return a report of the trainer under the names of TRL's logs, without its iteration and non-finite values.
+
+    ``train_`` falls away, ``val_`` becomes ``eval_``: ``train_margins`` is ``rewards/margins``, ``val_loss`` is
+    ``eval_loss``. Metrics that TRL has no name for keep their own, e.g. ``tokens_per_second``.
+    """
+    return {_trl_name(name): value for name, value in report.items() if name != "iteration" and math.isfinite(value)}
+
+
+def _trl_name(name: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    if prefix is None:
+        return name
+    metric = name.removeprefix(prefix)
+    return _PREFIXES[prefix] + _TRL_NAMES.get(metric, metric)
 
 
 class TrackerCallback(TrainingCallback):
@@ -28,8 +59,8 @@ class TrackerCallback(TrainingCallback):
 
     Args:
         trackers: by name.
-        run: what they are told of the run.
-        wrapped: another callback that gets the same reports as they are.
+        run: description of the run.
+        wrapped: another callback, which gets the same reports first.
 
     Attributes:
         run_ids: id of the run by tracker, once started.
@@ -49,7 +80,7 @@ class TrackerCallback(TrainingCallback):
         self._warned: set[str] = set()
 
     def start(self) -> None:
-        """Begin the run in every tracker, or go on with the one that :meth:`resume` named; once only."""
+        """Begin the run in every tracker, or continue the one that :meth:`resume` named; once only."""
         if self._started:
             return
         self._started = True
@@ -79,20 +110,17 @@ class TrackerCallback(TrainingCallback):
 
     def finish(self, failed: bool) -> None:
         """End the run in every tracker."""
-        if self._started:
-            for name, tracker in self.trackers.items():
-                self._guarded(name, "finished", tracker.finish, failed)
-        if isinstance(self.wrapped, HostWandb):
-            self.wrapped.finish(failed)
+        for name, tracker in self.trackers.items() if self._started else ():
+            self._guarded(name, "finished", tracker.finish, failed)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""
         return {"run_ids": dict(self.run_ids), "last_step": self.last_step}
 
     def resume(self, state: Mapping[str, Any], told: Told) -> None:
-        """Go on with the runs of :meth:`state`; what they were told after it is not sent a second time.
+        """Continue the runs of :meth:`state`; reports in ``told``, made after it, are not sent a second time.
 
-        A client that had not passed something on when its process was killed does not get it later either.
+        Those that a client had not passed on when its process was killed do not get out later either.
         """
         self.run_ids, self.last_step = dict(state["run_ids"]), state["last_step"]
         self._told = told
@@ -119,14 +147,11 @@ class TrackerCallback(TrainingCallback):
 
 
 class HostWandb(TrainingCallback):
-    """mlx-lm's own W&B callback, which begins its run when it is made: here at the first report, and ends it.
+    """mlx-lm's own W&B callback, which begins its run when it is made: here at the first report, and ends it."""
 
-    Args:
-        make: makes it.
-    """
-
-    def __init__(self, make: Callable[[], TrainingCallback]) -> None:
-        self._make = make
+    def __init__(self, settings: SimpleNamespace, wrapped: TrainingCallback | None) -> None:
+        self._settings = settings
+        self._wrapped = wrapped
         self._made: TrainingCallback | None = None
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
@@ -144,32 +169,38 @@ class HostWandb(TrainingCallback):
             run.finish(exit_code=int(failed))
 
     def _callback(self) -> TrainingCallback:
-        self._made = self._made or self._make()
+        if self._made is None:
+            folder = self._settings.adapter_path
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._made = callbacks.WandBCallback(
+                project_name=self._settings.wandb,
+                log_dir=folder,
+                config=_described(self._settings),
+                wrapped_callback=self._wrapped,
+            )
         return self._made
 
 
-def described_settings(settings: SimpleNamespace) -> dict[str, Any]:
-    """Return what trackers are told of the settings: plain values, and which run it is."""
-    values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
-    return {"run_id": settings.run_identity.id, **plain_values(values)}
-
-
 @contextmanager
-def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
-    """Wrap a callback in that of the trackers which ``report_to`` names, and finish them however the run ends.
+def tracked_run(settings: SimpleNamespace, callback: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
+    """Wrap a callback in those of W&B and the trackers that the settings name, and finish them however the run ends.
 
     A run that was stopped on purpose has not failed. Without any tracker the callback is given back as it is.
     """
-    callback = wrapped
+    trackers: list[HostWandb | TrackerCallback] = []
+    if settings.wandb is not None and "wandb" not in (settings.report_to or ()):
+        trackers.append(HostWandb(settings, callback))
+        callback = trackers[-1]
     if settings.report_to:
         folder = Path(settings.adapter_path)
         run = RunDescription(
             project=settings.project or settings.wandb or DEFAULT_PROJECT,
             name=settings.run_name or folder.resolve().name,
             folder=folder,
-            settings=described_settings(settings),
+            settings=_described(settings),
         )
-        callback = TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, wrapped)
+        trackers.append(TrackerCallback({name: CLIENTS[name][0]() for name in settings.report_to}, run, callback))
+        callback = trackers[-1]
     failed = True
     try:
         yield callback
@@ -178,5 +209,11 @@ def tracked_run(settings: SimpleNamespace, wrapped: TrainingCallback | None) -> 
         failed = False
         raise
     finally:
-        if isinstance(callback, TrackerCallback | HostWandb):
-            callback.finish(failed)
+        for tracker in reversed(trackers):
+            tracker.finish(failed)
+
+
+def _described(settings: SimpleNamespace) -> dict[str, Any]:
+    """Return the settings for trackers: plain values, and which run it is."""
+    values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
+    return {"run_id": settings.run_identity.id, **plain_values(values)}

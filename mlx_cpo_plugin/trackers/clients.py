@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
+
+from mlx_lm.tuner import callbacks
 
 from mlx_cpo_plugin.errors import ConfigError
 
@@ -141,13 +144,13 @@ CLIENTS: dict[str, tuple[type[Tracker], str, str]] = {
 """Value of ``report_to`` -> its class, the module of its client, and what that module has to have."""
 
 
-def require_clients(names: Iterable[str]) -> None:
-    """Find out whether the client of each tracker can be imported.
+def require_clients(settings: SimpleNamespace) -> None:
+    """Find out whether the client of each tracker that the settings name can be imported.
 
     Raises:
         ConfigError: one cannot.
     """
-    for name in names:
+    for name in (settings.report_to or ()) if settings.train else ():
         _, module, attribute = CLIENTS[name]
         try:
             # A folder of logs with the module's name in the working directory can be imported, too, but is empty.
@@ -157,3 +160,5 @@ def require_clients(names: Iterable[str]) -> None:
                 f"report_to names {name}, but its client {module} is missing; run pip install "
                 f"'mlx-cpo-plugin[{name}]', or remove {name} from report_to."
             ) from error
+    if settings.wandb is not None and callbacks.wandb is None:
+        raise ConfigError("wandb is set, but the package is missing; run 'pip install wandb' or remove the key.")

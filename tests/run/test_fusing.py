@@ -26,7 +26,7 @@ from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run import fusing
-from mlx_cpo_plugin.run.model_folder import publish, staging_folder
+from mlx_cpo_plugin.run.fusing import publish, staging_folder
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_rows, held_out_scores
 

@@ -14,7 +14,7 @@ import pytest
 from support.tiny import build_model
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.run.loading import quantise_base
+from mlx_cpo_plugin.run.building import quantise_base
 
 Settings = dict[str, Any]
 RunMain = Callable[..., None]

@@ -30,7 +30,7 @@ from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.plugins import train_modes
-from mlx_cpo_plugin.run.loading import load_model
+from mlx_cpo_plugin.run.building import load_model
 from mlx_cpo_plugin.run.mode import train_mode
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.evaluation import evaluate_pairs

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
+from mlx_lm.tuner import callbacks
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.errors import ConfigError
@@ -22,8 +23,8 @@ from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.options import TRACKERS
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers import CLIENTS, TrackerCallback
+from mlx_cpo_plugin.trackers.callback import trl_names
 from mlx_cpo_plugin.trackers.clients import RunDescription, TensorboardTracker
-from mlx_cpo_plugin.trackers.names import trl_names
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.trainer import train_cpo
 
@@ -154,8 +155,8 @@ def test_project_and_run_are_named_after_the_plugin_and_the_adapter_folder(
 def test_the_key_wandb_names_the_project_of_the_one_run_that_report_to_begins(
     settings: Settings, run_main: RunMain, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_run.callbacks, "wandb", object())
-    monkeypatch.setattr(host_run.callbacks, "WandBCallback", lambda **_: pytest.fail("a second run was begun"))
+    monkeypatch.setattr(callbacks, "wandb", object())
+    monkeypatch.setattr(callbacks, "WandBCallback", lambda **_: pytest.fail("a second run was begun"))
 
     run_main({**settings, "report_to": "wandb", "wandb": "ours"})
 

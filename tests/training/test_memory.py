@@ -23,7 +23,7 @@ from mlx_cpo_plugin.device import CPU, METAL
 from mlx_cpo_plugin.model import memory
 from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, grouping_for
 from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.run.lazy_model import unevaluated_model
+from mlx_cpo_plugin.run.building import unevaluated_model
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training import memory_estimate
 from mlx_cpo_plugin.training.memory_estimate import (
@@ -286,7 +286,7 @@ def settings_for(model_folder: Path, **given: Any) -> SimpleNamespace:
     ids=str,
 )
 def test_a_model_that_is_not_loaded_has_the_shapes_of_one_that_is(model_folder: Path, given: dict[str, Any]) -> None:
-    from mlx_cpo_plugin.run.loading import load_model
+    from mlx_cpo_plugin.run.building import load_model
 
     settings = settings_for(model_folder, **given)
     mx.clear_cache()

@@ -1,23 +1,31 @@
-"""The model of a run, built through the host: quantised if asked for, with a fresh adapter."""
+"""The model and the optimizer of a run, built through the host: quantised if asked for, with a fresh adapter."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optimizers
 import numpy as np
+from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from mlx_lm.utils import hf_repo_to_path, load_config
+from mlx_lm.utils import load_model as load_base_model
 from mlx_lm_lora.train import build_lora_config
 from mlx_lm_lora.utils import from_pretrained
 from mlx_lm_lora.visuals import Colors, print_info
 
 from mlx_cpo_plugin.blas import use_fast_blas
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
+from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.encoding import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
+from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.quantisation import GROUP_SIZES
 
 QUANTISED_LOADS: dict[str, dict[str, Any]] = {
@@ -26,10 +34,11 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
     "load_in_8bits": {"bits": 8},
     "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }
+_OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
 
 
 def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
-    """Load the model with fresh adapters, the same ones for the same seed.
+    """Load model and tokenizer, the model with a fresh adapter that is the same for the same seed.
 
     Raises:
         ConfigError: the model cannot be loaded or quantised as asked, or ``resume_adapter_file`` belongs to another
@@ -48,7 +57,7 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
             f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model."
         ) from error
     if settings.resume_adapter_file is not None and settings.train:
-        check_resumed_adapter(settings, len(model.layers))
+        _check_resumed_adapter(settings, len(model.layers))
     precision = quantised_load(settings)
     if precision:
         if "quantization" in load_config(model_folder(settings.model)):
@@ -56,11 +65,42 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
-    freeze_untrained_layers(model, settings)
+    _freeze_untrained_layers(model, settings)
     template = read_template(getattr(settings, "chat_template", None))
     if template:
         tokenizer.chat_template = template  # which a fused model takes along
     return model, tokenizer
+
+
+def unevaluated_model(settings: Any) -> nn.Module:
+    """Return the model that ``settings`` would train, with its adapter; none of its arrays is evaluated.
+
+    Raises:
+        Exception: whatever the host or the architecture raises where the model is missing or cannot be built.
+    """
+    model, _ = load_base_model(model_folder(settings.model), lazy=True)
+    adapter = build_lora_config(settings)
+    if adapter is not None:
+        model.freeze()
+        linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
+    _freeze_untrained_layers(model, settings)
+    precision = quantised_load(settings)
+    if precision is not None:
+        quantise_base(model, precision)
+    return model
+
+
+def model_folder(model: str) -> Path:
+    """Return the local folder of a model that has been loaded."""
+    return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
+
+
+def _freeze_untrained_layers(model: nn.Module, settings: Any) -> None:
+    """In full training of some layers, leave only the last ``num_layers`` trainable."""
+    if settings.train_type == "full" and settings.num_layers > 0:
+        model.freeze()
+        for layer in model.layers[-settings.num_layers :]:
+            layer.unfreeze()
 
 
 def quantised_load(settings: Any) -> str | None:
@@ -68,16 +108,8 @@ def quantised_load(settings: Any) -> str | None:
     return next((key for key in QUANTISED_LOADS if getattr(settings, key)), None)
 
 
-def freeze_untrained_layers(model: nn.Module, settings: Any) -> None:
-    """Leave only the last ``num_layers`` layers to be trained, in full training of some layers."""
-    if settings.train_type == "full" and settings.num_layers > 0:
-        model.freeze()
-        for layer in model.layers[-settings.num_layers :]:
-            layer.unfreeze()
-
-
 def quantise_base(model: nn.Module, key: str) -> str:
-    """Quantise the base weights of ``model`` as the setting ``key`` says; return what was done, in a sentence.
+    """Quantise the base weights of ``model`` as the setting ``key`` says; return one sentence on what was done.
 
     The groups are the largest that divide the width of every layer; a layer that no group divides stays as it is.
 
@@ -89,14 +121,13 @@ def quantise_base(model: nn.Module, key: str) -> str:
         raise ConfigError(
             f"{key} needs layers whose width divides by {min(GROUP_SIZES)}; remove it: the model has none."
         )
-    left_out = [module for module in quantisable_layers(model) if module.weight.shape[-1] % packing["group_size"]]
+    left_out = [module for module in _quantisable_layers(model) if module.weight.shape[-1] % packing["group_size"]]
     kept = {id(module) for module in left_out}
     nn.quantize(
         model, **packing, class_predicate=lambda _, module: hasattr(module, "to_quantized") and id(module) not in kept
     )
     if hasattr(model, "args"):
-        model.args.quantization = {"mode": "affine", **packing}
-        model.args.quantization_config = model.args.quantization
+        model.args.quantization = model.args.quantization_config = {"mode": "affine", **packing}
     sentence = f"{key}: weights of {packing['bits']} bits, in groups of {packing['group_size']}"
     if not left_out:
         return f"{sentence}."
@@ -106,19 +137,18 @@ def quantise_base(model: nn.Module, key: str) -> str:
 
 def group_size_for(model: nn.Module) -> int | None:
     """Return the largest group size of MLX that divides all widths that one divides; ``None`` where none does."""
-    widths = [module.weight.shape[-1] for module in quantisable_layers(model)]
+    widths = [module.weight.shape[-1] for module in _quantisable_layers(model)]
     divisible = [width for width in widths if width % min(GROUP_SIZES) == 0]
     fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in divisible)]
     return max(fitting) if divisible else None
 
 
-def quantisable_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that MLX can quantise."""
+def _quantisable_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "to_quantized")]
 
 
-def check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
-    """Hold the settings to the ``adapter_config.json`` beside ``resume_adapter_file``.
+def _check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
+    """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``.
 
     Without this an adapter of another scale, which its file does not show, would begin as something else.
 
@@ -129,19 +159,18 @@ def check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
         ConfigError: the adapter is of another kind, rank, scale or number of layers than the settings ask for.
     """
     file = Path(settings.resume_adapter_file)
-    folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith("checkpoints") else [])
-    config_file = next((path for folder in folders if (path := folder / "adapter_config.json").is_file()), None)
+    folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith(CHECKPOINTS) else [])
+    config_file = next((path for folder in folders if (path := folder / ADAPTER_CONFIG).is_file()), None)
     if config_file is None:
-        print_info(f"There is no adapter_config.json beside {file}: lora_parameters and num_layers are the settings'.")
+        print_info(f"There is no {ADAPTER_CONFIG} beside {file}: lora_parameters and num_layers are the settings'.")
         return
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        saved = saved_adapter(config, layers)
+        saved = _adapter_settings(json.loads(config_file.read_text(encoding="utf-8")), layers)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{config_file} cannot be read ({first_line(error)}); restore or remove it.") from error
     wanted: dict[str, Any] = {
         "train_type": settings.train_type,
-        "num_layers": counted(settings.num_layers, layers),
+        "num_layers": _number_of_layers(settings.num_layers, layers),
         **{f"lora_parameters.{key}": value for key, value in settings.lora_parameters.items()},
     }
     if saved["train_type"] == "full" or wanted["train_type"] == "full":
@@ -158,7 +187,7 @@ def check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
         print_info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
 
 
-def saved_adapter(config: dict[str, Any], layers: int) -> dict[str, Any]:
+def _adapter_settings(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """Return what an ``adapter_config.json`` of mlx_lm or mlx-lm-lora says, under the names of the settings."""
     parameters = config.get("lora_parameters") or {}
     kind = config.get("fine_tune_type") or config.get("train_type")
@@ -167,16 +196,43 @@ def saved_adapter(config: dict[str, Any], layers: int) -> dict[str, Any]:
     number = config.get("num_layers", parameters.get("num_layers"))
     return {
         "train_type": kind,
-        "num_layers": None if number is None else counted(int(number), layers),
+        "num_layers": None if number is None else _number_of_layers(int(number), layers),
         **{f"lora_parameters.{key}": parameters.get(key) for key in ("rank", "scale", "dropout", "keys")},
     }
 
 
-def counted(num_layers: int, layers: int) -> int:
+def _number_of_layers(num_layers: int, layers: int) -> int:
     """Return how many layers ``num_layers`` means; below 1 it means all."""
     return layers if num_layers < 1 else min(num_layers, layers)
 
 
-def model_folder(model: str) -> Path:
-    """Return the local folder of a model that has been loaded."""
-    return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
+def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
+    """Return the optimizer with its learning rate or schedule.
+
+    Raises:
+        ConfigError: ``lr_schedule`` or ``optimizer_config`` holds what the schedule or optimizer does not take.
+    """
+    name = settings.optimizer.lower()
+    try:
+        rate = build_schedule(settings.lr_schedule) if settings.lr_schedule else settings.learning_rate
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise ConfigError(f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.") from error
+    try:
+        return _OPTIMIZERS[name](learning_rate=rate, **settings.optimizer_config.get(name, {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
+
+
+def iterations(settings: SimpleNamespace, train_set: Sequence[Any]) -> int:
+    """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
+    if settings.iters is not None:
+        return int(settings.iters)
+    if settings.epochs is not None:
+        batch_tokens = getattr(settings, "batch_tokens", None)
+        if batch_tokens is None:
+            return int(settings.epochs) * math.ceil(len(train_set) / settings.batch_size)
+        size = BatchSize(settings.batch_size, batch_tokens)
+        return micro_batches_of(settings.epochs, [pair.tokens for pair in train_set], size, settings.seed)
+    default = int(SFTTrainingArgs().iters)
+    print_info(f"Neither iters nor epochs is set; training for {default} iterations.")
+    return default
