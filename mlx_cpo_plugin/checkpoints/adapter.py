@@ -15,22 +15,20 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE
 from mlx_cpo_plugin.errors import UserError, is_out_of_memory
 from mlx_cpo_plugin.parameters import by_name
 
-_LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 _DORA_LAYERS = (DoRALinear, DoRAEmbedding)
+_ADAPTED_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, *_DORA_LAYERS)
 
 
 class CheckpointError(UserError):
-    """An adapter cannot be written, or what was written is not what was trained."""
+    """An adapter or checkpoint cannot be written or read, or is not what was trained."""
 
 
 def save_adapter(model: nn.Module, adapter_file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the trainable parameters to ``adapter_file`` (safetensors), whole or not at all.
-
-    Args:
-        metadata: what the file says of itself.
+    """Write the trainable parameters to ``adapter_file`` (safetensors) with metadata, atomically.
 
     Raises:
         CheckpointError: the file cannot be written; an older one is left as it was.
@@ -43,19 +41,19 @@ def save_checkpoint(
     model: nn.Module, adapter_file: Path, iteration: int, metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write ``adapter_file`` and, beside it, ``0000100_adapters.safetensors``; return the latter."""
-    save_adapter(model, adapter_file, metadata)
-    checkpoint = adapter_file.parent / f"{iteration:07d}_adapters.safetensors"
-    save_adapter(model, checkpoint, metadata)
-    return checkpoint
+    numbered = adapter_file.parent / f"{iteration:07d}_{ADAPTER_FILE}"
+    for file in (adapter_file, numbered):
+        save_adapter(model, file, metadata)
+    return numbered
 
 
 def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
     """Write ``adapter_config.json`` so that ``mlx_lm.load(..., adapter_path=)`` rebuilds the adapter's layers.
 
-    The fine-tune type, rank, scale, dropout and number of layers are read from the model itself. Keys of an existing
-    file that say nothing of these are kept.
+    The fine-tune type, rank, scale, dropout and number of layers are read from the model itself. Other keys of an
+    existing file are kept.
     """
-    path = adapter_file.parent / "adapter_config.json"
+    path = adapter_file.parent / ADAPTER_CONFIG
     config: dict[str, Any] = {}
     if path.exists():
         try:
@@ -69,18 +67,15 @@ def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
     """Return ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` as mlx_lm's loader reads them."""
-    adapters = [module for _, module in model.named_modules() if isinstance(module, _LORA_LAYERS + _DORA_LAYERS)]
+    adapters = [module for module in model.modules() if isinstance(module, _ADAPTED_LAYERS)]
     if not adapters:
         return {"fine_tune_type": "full", "num_layers": -1, "lora_parameters": {}}
-    adapted = [
-        layer for layer in model.layers if any(isinstance(m, _LORA_LAYERS + _DORA_LAYERS) for m in layer.modules())
-    ]
+    adapted = sum(any(isinstance(module, _ADAPTED_LAYERS) for module in layer.modules()) for layer in model.layers)
     first = adapters[0]
-    # mlx_lm takes the last n layers, and all of them for any n < 1.
-    all_layers = len(adapted) == len(model.layers)
     return {
         "fine_tune_type": "dora" if isinstance(first, _DORA_LAYERS) else "lora",
-        "num_layers": -1 if all_layers else len(adapted),
+        # mlx_lm takes the last n layers, and all of them for any n < 1.
+        "num_layers": -1 if adapted == len(model.layers) else adapted,
         "lora_parameters": {
             "rank": int(first.lora_a.shape[1 if not isinstance(first, LoRASwitchLinear) else -2]),
             "scale": float(first.scale),
@@ -90,24 +85,66 @@ def describe_adapter(model: nn.Module) -> dict[str, Any]:
 
 
 def load_adapter(model: nn.Module, adapter_file: Path) -> None:
-    """Load trainable parameters saved by :func:`save_adapter` into a model that has the same layers.
-
-    Each takes the dtype that it has in the model.
+    """Load parameters saved by :func:`save_adapter` into a model that trains the same ones, each in the model's dtype.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or holds other names or shapes than the model trains.
     """
-    expected = by_name(model.trainable_parameters())
-    weights = read_adapter(adapter_file, expected)
-    model.update(tree_unflatten([(name, value.astype(expected[name].dtype)) for name, value in weights.items()]))
+    own = by_name(model.trainable_parameters())
+    saved = _read(adapter_file, own)
+    model.update(tree_unflatten([(name, value.astype(own[name].dtype)) for name, value in saved.items()]))
 
 
-def read_adapter(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Return the arrays in ``adapter_file`` by name, which are those of ``expected`` in name and shape.
+@contextmanager
+def adapter_in_place(model: nn.Module, adapter_file: Path) -> Iterator[None]:
+    """Give ``model`` the parameters in ``adapter_file`` until the context ends; then it has its own again.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds other names or shapes.
+        CheckpointError: see :func:`load_adapter`; the model is unchanged.
     """
+    own = by_name(model.trainable_parameters())
+    load_adapter(model, adapter_file)
+    try:
+        yield
+    finally:
+        model.update(tree_unflatten(list(own.items())))
+
+
+def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
+    """Check that the file holds the trainable parameters of ``model`` bit for bit; the model is not touched.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or a parameter differs.
+    """
+    own = by_name(model.trainable_parameters())
+    saved = _read(adapter_file, own)
+    for name, value in own.items():
+        if saved[name].dtype != value.dtype or not mx.array_equal(saved[name], value, equal_nan=True).item():
+            raise CheckpointError(
+                f"The adapter {adapter_file} holds another {name!r} than was trained; another process or the disk "
+                "changed it."
+            )
+
+
+def save_and_verify(
+    model: nn.Module, adapter_file: Path, say: Callable[[str], None], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Save the adapter and read it back; if something has happened to the file, say so and write it once more.
+
+    Raises:
+        CheckpointError: it cannot be written, or the second file is wrong, too.
+    """
+    save_adapter(model, adapter_file, metadata)
+    try:
+        verify_adapter(model, adapter_file)
+    except CheckpointError as error:
+        say(f"{error} It is written once more.")
+        save_adapter(model, adapter_file, metadata)
+        verify_adapter(model, adapter_file)
+
+
+def _read(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the arrays in ``adapter_file`` by name, which are those of ``expected`` in name and shape."""
     try:
         weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
         mx.eval(weights)
@@ -127,59 +164,6 @@ def read_adapter(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[s
     if unknown:
         raise CheckpointError(f"The adapter {adapter_file} has {unknown[0]!r}, which the model does not train.")
     return weights
-
-
-def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
-    """See that the file holds the trainable parameters of ``model`` bit for bit; the model is not touched.
-
-    Raises:
-        CheckpointError: the file is missing or unreadable, or the first parameter that is something else.
-    """
-    expected = by_name(model.trainable_parameters())
-    saved = read_adapter(adapter_file, expected)
-    for name, value in expected.items():
-        same = saved[name].dtype == value.dtype and mx.array_equal(saved[name], value, equal_nan=True).item()
-        if not same:
-            raise CheckpointError(
-                f"The adapter {adapter_file} holds another {name!r} than was trained; another process or the disk "
-                "changed it."
-            )
-
-
-def save_and_verify(
-    model: nn.Module, adapter_file: Path, say: Callable[[str], None], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Save the adapter and read it back; where something happened to it, tell, and do so once more.
-
-    Args:
-        metadata: what the file says of itself.
-
-    Raises:
-        CheckpointError: it cannot be written, or is something else the second time, too.
-    """
-    save_adapter(model, adapter_file, metadata)
-    try:
-        verify_adapter(model, adapter_file)
-    except CheckpointError as error:
-        say(f"{error} It is written once more.")
-        save_adapter(model, adapter_file, metadata)
-        verify_adapter(model, adapter_file)
-
-
-@contextmanager
-def adapter_in_place(model: nn.Module, adapter_file: Path) -> Iterator[None]:
-    """Let ``model`` have the parameters in ``adapter_file``; its own come back when the context ends, however it ends.
-
-    Raises:
-        CheckpointError: the file does not fit; the model is as it was.
-    """
-    own = by_name(model.trainable_parameters())
-    saved = read_adapter(adapter_file, own)
-    try:
-        model.update(tree_unflatten([(name, value.astype(own[name].dtype)) for name, value in saved.items()]))
-        yield
-    finally:
-        model.update(tree_unflatten(list(own.items())))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

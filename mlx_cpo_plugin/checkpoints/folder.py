@@ -17,39 +17,31 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
+from mlx_cpo_plugin.atomic_files import check_safetensors, flush, partial_of, remove, remove_partials
+from mlx_cpo_plugin.checkpoints import CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.errors import is_out_of_memory
 
-CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 VALUES = "values.json"
-_DIGITS = 7
 
 Arrays = Mapping[str, mx.array]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole.
+    """A checkpoint that was found whole: plain values by name, and arrays in files.
 
     Attributes:
-        values: plain values by name.
+        run: the run that wrote it.
+        iteration: after which it was written.
     """
 
     folder: Path
     values: dict[str, Any]
-
-    @property
-    def iteration(self) -> int:
-        """The iteration after which it was written."""
-        return int(self.values["iteration"])
-
-    @property
-    def run(self) -> RunIdentity:
-        """The run that wrote it."""
-        return RunIdentity.from_plain(self.values["run"])
+    run: RunIdentity
+    iteration: int
 
     def arrays(self, name: str) -> dict[str, mx.array]:
         """Return the arrays that were saved under ``name``; none if there were none."""
@@ -63,7 +55,7 @@ class CheckpointFolder:
     Args:
         run_id: of the run that writes them; no other's are ever removed.
         keep: how many; at least 1.
-        keep_also: the iteration of one that is kept besides, as long as it is in the way of none.
+        keep_also: the iteration of one that is kept as one of them, however old it is.
     """
 
     def __init__(self, folder: Path, run_id: str, keep: int, keep_also: int | None = None) -> None:
@@ -89,7 +81,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: it cannot be written; the older ones are left as they were.
         """
-        target = self.folder / f"{iteration:0{_DIGITS}d}"
+        target = self.folder / f"{iteration:07d}"
         partial = partial_of(target)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +89,14 @@ class CheckpointFolder:
             partial.mkdir()
             for name, content in arrays.items():
                 if content:
-                    _save_arrays(partial / f"{name}.safetensors", content)
+                    mx.save_safetensors(str(partial / f"{name}.safetensors"), dict(content))
+                    check_safetensors(partial / f"{name}.safetensors")
             for name, file in (files or {}).items():
                 _link(file, partial / name)
             (partial / VALUES).write_text(json.dumps(values), encoding="utf-8")
-            manifest = {file.name: _describe(file) for file in sorted(partial.iterdir())}
+            manifest = {
+                file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(partial.iterdir())
+            }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 flush(path)
@@ -109,7 +104,7 @@ class CheckpointFolder:
                 target.rename(partial_of(target, "replaced"))
             partial.rename(target)
             flush(self.folder)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
@@ -121,22 +116,14 @@ class CheckpointFolder:
         self._prune(iteration)
         return target
 
-    def whole(self, hashed: bool = True) -> list[Checkpoint]:
-        """Return this run's checkpoints that are whole, the newest first."""
-        found = [checkpoint for folder in checkpoints_in(self.folder) if (checkpoint := _read(folder, hashed))]
-        mine = [checkpoint for checkpoint in found if checkpoint.run.id == self.run_id]
-        return sorted(mine, key=lambda checkpoint: checkpoint.iteration, reverse=True)
-
     def _prune(self, newest: int) -> None:
         """Remove what is too old, and what is beyond the newest: the run was resumed from an older one."""
-        whole = self.whole(hashed=False)
-        beyond = [checkpoint for checkpoint in whole if checkpoint.iteration > newest]
-        counted = [checkpoint for checkpoint in whole if checkpoint.iteration <= newest]
-        kept = [checkpoint for checkpoint in counted if checkpoint.iteration == self.keep_also]
-        for checkpoint in counted:
-            if len(kept) < max(self.keep, 1) or checkpoint.iteration == newest:
-                kept += [] if checkpoint in kept else [checkpoint]
-        for checkpoint in (*beyond, *counted):
+        mine = self._whole(hashed=False)
+        counted = [checkpoint for checkpoint in mine if checkpoint.iteration <= newest]
+        also = [checkpoint for checkpoint in counted[1:] if checkpoint.iteration == self.keep_also]
+        others = [checkpoint for checkpoint in counted if checkpoint not in also]
+        kept = also + others[: max(self.keep - len(also), 1)]
+        for checkpoint in mine:
             if checkpoint not in kept:
                 # The name goes first: what is half removed is no checkpoint.
                 aside = partial_of(checkpoint.folder, "removed")
@@ -144,13 +131,25 @@ class CheckpointFolder:
                 remove(aside)
 
     def _left(self) -> str:
-        whole = self.whole()
+        whole = self._whole(hashed=True)
         return f" The checkpoint before it, {whole[0].folder}, is whole; continue with resume: auto." if whole else ""
 
+    def _whole(self, hashed: bool) -> list[Checkpoint]:
+        """Return this run's checkpoints that are whole, the newest first."""
+        mine = []
+        for folder in checkpoints_in(self.folder):
+            try:
+                checkpoint = read_checkpoint(folder, hashed)
+            except CheckpointError:
+                continue
+            if checkpoint.run.id == self.run_id:
+                mine.append(checkpoint)
+        return sorted(mine, key=lambda checkpoint: checkpoint.iteration, reverse=True)
 
-def folder_of_rank(adapter_folder: Path, rank: int | None = None) -> Path:
-    """Return where a rank, by default this one, has its checkpoints below an adapter folder."""
-    rank = mx.distributed.init().rank() if rank is None else rank
+
+def folder_of_rank(adapter_folder: Path) -> Path:
+    """Return where this rank has its checkpoints below an adapter folder."""
+    rank = mx.distributed.init().rank()
     return adapter_folder / (CHECKPOINTS if rank == 0 else f"{CHECKPOINTS}-rank-{rank}")
 
 
@@ -166,50 +165,28 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
     """Return the checkpoint in ``folder``.
 
     Args:
-        hashed: read every file; otherwise their sizes have to do.
+        hashed: read every file; otherwise only their sizes are compared.
 
     Raises:
         CheckpointError: it is not whole, or is something else; says what is wrong with which file.
     """
-    fault: str | None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        fault = next((fault for name in manifest if (fault := _fault(folder / name, manifest[name], hashed))), None)
-        if fault is None and VALUES in manifest:
-            values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-            if "run" not in values:
-                raise CheckpointError(
-                    f"The checkpoint {folder} was written by an earlier version; go on from its adapter with "
-                    "resume_adapter_file."
-                )
-            checkpoint = Checkpoint(folder, values)
-            if checkpoint.iteration >= 0 and checkpoint.run:
-                return checkpoint
-    except CheckpointError:
-        raise
+        for name in {VALUES: None, **manifest}:
+            _check(folder / name, manifest[name], hashed)
+        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        return Checkpoint(folder, values, RunIdentity.from_plain(values["run"]), int(values["iteration"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fault = f"{type(error).__name__}: {error}"
-    raise CheckpointError(f"The checkpoint {folder} is not whole ({fault or 'it is something else'}).")
+        fault = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"The checkpoint {folder} is incomplete or corrupt ({fault}).") from error
 
 
-def _read(folder: Path, hashed: bool) -> Checkpoint | None:
-    try:
-        return read_checkpoint(folder, hashed)
-    except CheckpointError:
-        return None
-
-
-def _fault(file: Path, described: Mapping[str, Any], hashed: bool) -> str | None:
+def _check(file: Path, described: Mapping[str, Any], hashed: bool) -> None:
     size = file.stat().st_size
     if size != described["bytes"]:
-        return f"{file.name} has {size} bytes instead of {described['bytes']}"
+        raise ValueError(f"{file.name} has {size} bytes instead of {described['bytes']}")
     if hashed and _hash(file) != described["sha256"]:
-        return f"{file.name} has another content than was written"
-    return None
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        raise ValueError(f"{file.name} has another content than was written")
 
 
 def _hash(file: Path) -> str:
@@ -217,18 +194,8 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _save_arrays(file: Path, arrays: Arrays) -> None:
-    """Write arrays, and make sure that a disk that is full did not cut them short."""
-    mx.save_safetensors(str(file), dict(arrays))
-    with file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    expected = 8 + header + sum(array.nbytes for array in arrays.values())
-    if file.stat().st_size != expected:
-        raise OSError(f"{file.name} has {file.stat().st_size} bytes instead of {expected}")
-
-
 def _link(file: Path, target: Path) -> None:
-    """Have a file under a second name, or a copy of it where the file system has no links."""
+    """Give a file a second name, or copy it where the file system has no links."""
     try:
         os.link(file, target, follow_symlinks=False)
     except (OSError, NotImplementedError):

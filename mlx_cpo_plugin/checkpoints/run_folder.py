@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -16,22 +17,21 @@ import mlx.core as mx
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, PREVIOUS, RECORD
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
-from mlx_cpo_plugin.checkpoints.folder import CHECKPOINTS, folder_of_rank, read_checkpoint
-from mlx_cpo_plugin.checkpoints.run_identity import PREVIOUS, RECORD, RunIdentity, RunRecord, read_record, run_in
+from mlx_cpo_plugin.checkpoints.folder import folder_of_rank, read_checkpoint
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import of_all_ranks
 
 LOCK_NAME = ".lock"
-ADAPTER_CONFIG = "adapter_config.json"
 LOG_FOLDER = "runs"
-# It writes them while a run is at work, and the next run goes on with them.
+# The page writes them while a run is at work, and the next run keeps them.
 _OF_THE_PAGE = ("console.log", "studio.yaml", "studio_run.json")
 
-# The checkpoints go first: what has none left is no run to go on with.
+# The checkpoints go first: a run without any cannot be resumed by mistake.
 _LEFT_BY_EVERY_RUN = re.compile(
-    rf"{CHECKPOINTS}(-rank-\d+)?|adapters\.safetensors|best_adapters.*\.safetensors|\d{{7,}}_adapters\.safetensors|metrics\.jsonl"
-    r"|run_settings\.yaml"
+    rf"{CHECKPOINTS}(-rank-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors|metrics\.jsonl|run_settings\.yaml"
 )
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
@@ -41,7 +41,7 @@ _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
 def only_run_in(folder: Path) -> Iterator[None]:
     """Keep other runs out of an adapter folder until the context ends, or this process does.
 
-    All ranks of a run are one run. Inside another such context for the same folder nothing more happens.
+    All ranks of a run are one run. Contexts for the same folder may be nested.
 
     Raises:
         ConfigError: another run is in it, or it cannot be written to.
@@ -63,33 +63,28 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> BaseFileLock:
-    """Return the lock, which ends with the process and is no file that is removed and made anew."""
-    file = folder / LOCK_NAME
+    """Return the lock of a folder, which ends with the process; its file stays."""
+    file, soft_file = folder / LOCK_NAME, folder / f"{LOCK_NAME}.soft"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock: BaseFileLock = FileLock(file)
             lock.acquire(blocking=False)
-            if _flocked(lock):
+            if file.stat().st_size == 0 or _process_in(file).isdecimal():  # else filelock has fallen back to a soft one
                 _write_process(file)
         except (OSError, NotImplementedError) as error:
             if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in _NO_FLOCK):
                 raise
-            lock = SoftFileLock(file.with_name(f"{LOCK_NAME}.soft"))  # holds nobody once its process is dead
+            lock = SoftFileLock(soft_file)  # holds nobody once its process is dead
             lock.acquire(blocking=False)
     except Timeout:
+        holder = _process_in(file) or _process_in(soft_file) or "unknown"
         raise ConfigError(
-            f"Another run, process {_process_in(file)}, is writing to {folder}; wait for its end or give another "
-            "adapter_path."
+            f"Another run, process {holder}, is writing to {folder}; wait for its end or give another adapter_path."
         ) from None
     except OSError as error:
         raise ConfigError(f"adapter_path {folder} cannot be written to ({error}); give another folder.") from error
     return lock
-
-
-def _flocked(lock: BaseFileLock) -> bool:
-    """Whether the file is a mere lock; where a file system has none, it holds what filelock writes into it."""
-    return os.path.getsize(lock.lock_file) == 0 or _process_in(Path(lock.lock_file)).isdecimal()
 
 
 def _write_process(file: Path) -> None:
@@ -101,21 +96,20 @@ def _write_process(file: Path) -> None:
 
 
 def _process_in(file: Path) -> str:
+    """Return the number of the process that a lock file names; empty where it names none."""
     with suppress(OSError, ValueError):
-        for name in (file, file.with_name(f"{LOCK_NAME}.soft")):
-            if name.is_file() and (text := name.read_text(encoding="utf-8").strip()):
-                found = re.search(r"(?:^|pid=)(\d+)", text, re.MULTILINE)
-                return found[1] if found else "unknown"
-    return "unknown"
+        found = re.search(r"(?:^|pid=)(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
 
 
 def begin_run(
     adapter_folder: Path, record: RunRecord, say: Callable[[str], None], in_use: Collection[Path] = ()
 ) -> None:
-    """Have an adapter folder be that of a run which begins; what another one left is put aside, and nothing lost.
+    """Make an adapter folder that of a run which begins; what another one left is put aside, and nothing lost.
 
-    The run whose folder it is stays written down until everything has been moved, beside the one that is to begin, so
-    that :func:`finish_moving` can do the rest after a kill. All ranks have to call this.
+    The record of the older run stays until everything has been moved, beside that of the run that is to begin, so that
+    :func:`finish_moving` can do the rest after a kill. All ranks have to call this.
 
     Args:
         in_use: files and folders that the new run reads, which stay where they are.
@@ -128,9 +122,8 @@ def begin_run(
         finish_moving(adapter_folder, in_use)
         current = read_record(adapter_folder)
         if current is None or current.run != record.run:
-            left = _left_by(current, adapter_folder, in_use)
             run = run_in(adapter_folder)
-            if left and run is not None:
+            if run is not None and _left_by(current, adapter_folder, in_use):
                 _write(adapter_folder, replace(current or RunRecord(run), successor=record))
                 aside = finish_moving(adapter_folder, in_use)
                 say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they are put aside in {aside}.")
@@ -165,7 +158,7 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
 
 
 def put_aside_what_is_not_the_runs(adapter_folder: Path, paths: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Put aside those of some files in an adapter folder that the run whose folder it is has not written itself."""
+    """Put aside those of some files in an adapter folder that its run has not written itself."""
     record = read_record(adapter_folder)
     if record is None:
         return
@@ -179,42 +172,46 @@ def put_aside_what_is_not_the_runs(adapter_folder: Path, paths: Sequence[Path], 
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:
-    """Write down that the folder's run goes on: what it had brought to an end it has no more."""
-    write_record(adapter_folder, replace(read_record(adapter_folder) or record, done=()))
+    """Record that the folder's run continues: no part of it is complete any more."""
+    _update(adapter_folder, replace(read_record(adapter_folder) or record, done=()))
 
 
-def record_done(adapter_folder: Path, what: str, run: RunIdentity | None = None) -> None:
-    """Write down that the folder's run, which has to be ``run`` if that is given, has brought something to an end."""
+def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None) -> None:
+    """Record that a part of the folder's run, which has to be ``run`` if that is given, is complete."""
     record = read_record(adapter_folder)
-    if record is not None and run in (None, record.run) and what not in record.done:
-        write_record(adapter_folder, replace(record, done=(*record.done, what)))
+    if record is not None and run in (None, record.run) and part not in record.done:
+        _update(adapter_folder, replace(record, done=(*record.done, part)))
 
 
-def is_done(adapter_folder: Path, what: str, run: RunIdentity) -> bool:
-    """Return whether a run has brought something to an end, and not gone on since."""
+def is_done(adapter_folder: Path, part: str, run: RunIdentity) -> bool:
+    """Return whether a part of a run is complete, and the run has not continued since."""
     record = read_record(adapter_folder)
-    return record is not None and record.run == run and what in record.done
-
-
-def write_record(adapter_folder: Path, record: RunRecord) -> None:
-    """Write down whose folder it is; on the first rank."""
-    if mx.distributed.init().rank() == 0 and read_record(adapter_folder) != record:
-        _write(adapter_folder, record)
+    return record is not None and record.run == run and part in record.done
 
 
 @contextmanager
 def written_files_recorded(adapter_folder: Path) -> Iterator[None]:
-    """Write down what a tracker or a fused model writes into the folder inside the context: it is the run's, too."""
+    """Record what a tracker or a fused model writes into the folder inside the context as files of the run."""
     before = _entries(adapter_folder)
     yield
     record = read_record(adapter_folder)
     made = [name for name, written in _entries(adapter_folder).items() if before.get(name) != written]
     if record is not None:
-        write_record(adapter_folder, replace(record, files=tuple(sorted({*record.files, *made}))))
+        _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *made}))))
+
+
+def _update(adapter_folder: Path, record: RunRecord) -> None:
+    if mx.distributed.init().rank() == 0 and read_record(adapter_folder) != record:
+        _write(adapter_folder, record)
+
+
+def _write(folder: Path, record: RunRecord) -> None:
+    text = json.dumps(record.plain(), indent=1) + "\n"
+    write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _entries(folder: Path) -> dict[str, object]:
-    """Return which files are in a folder and when they were written, and which folders; no run's own."""
+    """Return the files in a folder and when they were written, and the folders; without those that every run has."""
     entries: dict[str, object] = {}
     for path in (*folder.glob("*"), *(folder / LOG_FOLDER).glob("*")) if folder.is_dir() else ():
         name, status = path.relative_to(folder).as_posix(), path.lstat()
@@ -250,10 +247,6 @@ def _run_of_checkpoint(folder: Path) -> str:
         return read_checkpoint(folder, hashed=False).run.id
     except ValueError:
         return "unknown"
-
-
-def _write(folder: Path, record: RunRecord) -> None:
-    write_atomically(folder / RECORD, lambda partial: partial.write_text(record.text(), encoding="utf-8"))
 
 
 def _is_of_runs(name: str) -> bool:

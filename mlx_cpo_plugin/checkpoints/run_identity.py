@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RECORD = "run.json"
-# Folder of what earlier runs have left, by their identities.
-PREVIOUS = "previous"
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE, RECORD, RUN_SETTINGS
+
 TRAINED, TESTED, FUSED = "trained", "tested", "fused"
-# What every run leaves that ever trained into a folder, and what says when the last one did.
-_DATED_FILES = ("metrics.jsonl", "adapters.safetensors", "run_settings.yaml", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class RunIdentity:
 
     Attributes:
         id: readable and unique, the same on all ranks, e.g. ``20261126T140301Z-5f0c1a9e``.
-        begun: when it began, in UTC, to the second; of a run that goes on from another one, when that began, so that
-            a template that prints the date renders the same rows to the same tokens.
+        begun: when it began, in UTC, to the second; of a run that started from a checkpoint of another one, when that
+            began, so that a template that prints the date renders the same rows to the same tokens.
     """
 
     id: str
@@ -36,7 +34,7 @@ class RunIdentity:
 
     @classmethod
     def new(cls, begun: datetime | None = None) -> RunIdentity:
-        """Return the identity of a run that begins now; ``begun`` is that of the run that it goes on from, if any."""
+        """Return the identity of a run that begins now; ``begun`` is that of the run that it starts from, if any."""
         now = datetime.now(UTC).replace(microsecond=0)
         return cls(f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}", begun or now)
 
@@ -59,7 +57,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run went on from when it began.
+    """The checkpoint of another run that a run started from.
 
     Attributes:
         run_id: of the run that wrote it.
@@ -77,11 +75,10 @@ class RunRecord:
     """What ``run.json`` in an adapter folder says of the run whose files lie there.
 
     Attributes:
-        run: its identity.
-        origin: where it went on from; ``None`` where it began with a fresh adapter.
-        done: what it has brought to an end: ``trained``, ``tested``, ``fused``.
+        origin: ``None`` where the run began with a fresh adapter.
+        done: which parts of it are complete: ``trained``, ``tested``, ``fused``.
         files: what it wrote into the folder beside what every run does: its fused model, its trackers' folders.
-        successor: a new run that is about to begin here, as its own record: what is left is being put aside for it.
+        successor: the record of a new run that is about to begin here, while files are being put aside for it.
     """
 
     run: RunIdentity
@@ -92,13 +89,20 @@ class RunRecord:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> RunRecord:
-        """Return the record that :meth:`plain` returned."""
+        """Return the record that :meth:`plain` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
         origin, successor = values.get("origin"), values.get("successor")
+        files = tuple(map(str, values.get("files", ())))
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError(f"{files} are not all inside the run's folder")
         return cls(
             RunIdentity.from_plain(values),
             None if origin is None else Origin(**origin),
             tuple(map(str, values.get("done", ()))),
-            tuple(map(_inside, values.get("files", ()))),
+            files,
             None if successor is None else cls.from_plain(successor),
         )
 
@@ -112,16 +116,6 @@ class RunRecord:
             "successor": None if self.successor is None else self.successor.plain(),
         }
 
-    def text(self) -> str:
-        """Return it as the text of ``run.json``."""
-        return json.dumps(self.plain(), indent=1) + "\n"
-
-
-def _inside(name: str) -> str:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name!r} is not inside the run's folder")
-    return name
-
 
 def read_record(folder: Path) -> RunRecord | None:
     """Return what ``run.json`` in an adapter folder says; ``None`` where there is none that can be read."""
@@ -132,20 +126,18 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def run_in(folder: Path) -> RunIdentity | None:
-    """Return the run whose files lie in an adapter folder, whatever becomes of them; ``None`` where there are none.
+    """Return the run whose files lie in an adapter folder; ``None`` where there are none.
 
-    That of a folder without ``run.json``, as earlier versions and mlx-lm-lora left it, is derived from the time at
-    which the oldest of its files was written.
+    Without ``run.json``, as in a folder of mlx-lm-lora, it is derived from the time at which the oldest file was
+    written.
     """
     record = read_record(folder)
     if record is not None:
         return record.run
     times = []
-    for name in _DATED_FILES:
-        try:
+    for name in (METRICS_FILE, ADAPTER_FILE, RUN_SETTINGS, CHECKPOINTS):
+        with suppress(OSError):
             times.append((folder / name).lstat().st_mtime)
-        except OSError:
-            continue
     if not times:
         return None
     begun = datetime.fromtimestamp(int(min(times)), UTC)

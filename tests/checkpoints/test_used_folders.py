@@ -74,7 +74,7 @@ def test_a_new_run_puts_an_older_one_aside_and_loses_nothing(
     assert aside == before
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
-    # And it can be gone on with, though the older one had done more.
+    # And it can be resumed, though the older one had done more.
     assert_same(train(tmp_path, iters=6, beta=0.3, resume="auto"), train(tmp_path / "whole", iters=6, beta=0.3))
 
 
@@ -105,7 +105,7 @@ def test_auto_is_refused_where_no_checkpoint_is_whole_and_nothing_is_touched(tmp
     damage_all(tmp_path)
     before = snapshot(tmp_path)
 
-    with pytest.raises(ConfigError, match=r"^resume is auto, but none of the checkpoints in .* can be gone on from\."):
+    with pytest.raises(ConfigError, match=r"^resume is auto, but none of the checkpoints in .* can be resumed\."):
         train(tmp_path, resume="auto", beta=0.3)
 
     assert snapshot(tmp_path) == before

@@ -184,7 +184,7 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(
     resumed = train(tmp_path / "run", resume="auto")
 
     printed = capsys.readouterr().out
-    assert "0000005 is not whole" in printed
+    assert "0000005 is incomplete or corrupt" in printed
     assert "Resuming after iteration 4" in printed
     assert_same(resumed, whole)
 
