@@ -6,8 +6,8 @@ import sys
 
 __version__ = "0.1.0"
 
-OLDEST_TESTED_HOST = (5, 8, 6)
-NEWEST_TESTED_HOST = (5, 10, 2)
+OLDEST_TESTED_HOST = "5.8.6"
+NEWEST_TESTED_HOST = "5.10.2"
 
 
 def host_version() -> str:

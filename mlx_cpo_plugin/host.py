@@ -64,7 +64,7 @@ def memory_safe_recurrences(model: Any, chunk_size: int, say: Callable[[str], No
 
 
 def _install_tested_host() -> str:
-    return f"install mlx-lm-lora {'.'.join(map(str, NEWEST_TESTED_HOST))}"
+    return f"install mlx-lm-lora {NEWEST_TESTED_HOST}"
 
 
 def _keeps_states(model: Any) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from inspect import signature
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+LOADERS = ("create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset", "load_dataset")
 ALL_SPLITS = ("train", "valid", "test")
-# What the reader looks for in settings, and what it takes where callers of the host's loaders leave it out.
+# What the reader looks for in settings, with its value where callers of the host's loaders leave it out.
 _DEFAULTS: Mapping[str, Any] = {
     "data": "data/",
     "hf_dataset": None,
@@ -38,7 +38,6 @@ def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..
 
     A call for any other train mode reaches the host's own as it came in.
     """
-    own = LOADERS[name]
 
     @functools.wraps(host_loader)
     def loader(*positional: Any, **named: Any) -> Any:
@@ -49,62 +48,28 @@ def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..
         config = arguments.get("config", arguments.get("args"))
         if getattr(config, "train_mode", None) != "cpo":
             return host_loader(*positional, **named)
-        _give_template(arguments["tokenizer"])
-        return own(**arguments)
+        settings = SimpleNamespace(**{key: getattr(config, key, default) for key, default in _DEFAULTS.items()})
+        return _read(name, arguments, settings)
 
     return loader
 
 
-def _create_dataset(data: Any, tokenizer: Any, config: Any) -> Any:
+def _read(name: str, arguments: Mapping[str, Any], settings: SimpleNamespace) -> Any:
+    """Return the pairs of the rows in a call, or the train, valid and test set of what it names."""
     from mlx_cpo_plugin.data import pairs_of_rows
-
-    return pairs_of_rows(data, tokenizer, _settings(config))
-
-
-def _load_local_dataset(data_path: Path, tokenizer: Any, config: Any) -> Any:
-    return _splits(_settings(config, data=str(data_path), hf_dataset=None), tokenizer)
-
-
-def _load_hf_dataset(data_id: str, tokenizer: Any, config: Any) -> Any:
-    return _splits(_settings(config, data=data_id, hf_dataset=None), tokenizer)
-
-
-def _load_custom_hf_dataset(args: Any, tokenizer: Any) -> Any:
-    return _splits(_settings(args), tokenizer)
-
-
-def _load_dataset(args: Any, tokenizer: Any) -> Any:
-    from mlx_cpo_plugin.data.dataset import require_splits
-
-    settings = _settings(args)
-    splits = _splits(settings, tokenizer)
-    require_splits(settings, splits)
-    return splits
-
-
-def _splits(settings: SimpleNamespace, tokenizer: Any) -> Any:
-    """Train, valid and test set: of ``data`` all that there are, of ``hf_dataset`` those that are asked for."""
-    from mlx_cpo_plugin.data.dataset import load_splits
-
-    asked_for = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
-    return load_splits(settings, tokenizer, asked_for if settings.hf_dataset else ALL_SPLITS)
-
-
-def _settings(config: Any, **given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{name: getattr(config, name, default) for name, default in _DEFAULTS.items()} | given)
-
-
-def _give_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the host's, as a run does."""
+    from mlx_cpo_plugin.data.dataset import load_splits, require_splits
     from mlx_cpo_plugin.host import give_chat_template
 
+    tokenizer = arguments["tokenizer"]
     give_chat_template(tokenizer)
-
-
-LOADERS: Mapping[str, Callable[..., Any]] = {
-    "create_dataset": _create_dataset,
-    "load_local_dataset": _load_local_dataset,
-    "load_hf_dataset": _load_hf_dataset,
-    "load_custom_hf_dataset": _load_custom_hf_dataset,
-    "load_dataset": _load_dataset,
-}
+    if name == "create_dataset":
+        return pairs_of_rows(arguments["data"], tokenizer, settings)
+    place = arguments.get("data_path", arguments.get("data_id"))
+    if place is not None:
+        settings.data, settings.hf_dataset = str(place), None
+    # Of `data` all splits that there are, of `hf_dataset` those that are asked for.
+    asked_for = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
+    splits = load_splits(settings, tokenizer, asked_for if settings.hf_dataset else ALL_SPLITS)
+    if name == "load_dataset":
+        require_splits(settings, splits)
+    return splits

@@ -41,7 +41,9 @@ def apply(module: ModuleType) -> None:
     if module.__name__ == hook_state.CPO_MODULE:
         _replace_trainer(module)
     elif module.__name__ == hook_state.DATASETS_MODULE:
-        _wrap_loaders(module)
+        for name in loaders.LOADERS:
+            if hasattr(module, name):  # what a version of the host lacks nobody calls
+                _replace_everywhere(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
     else:
         _wrap_entries(module)
 
@@ -52,15 +54,9 @@ def _replace_trainer(module: ModuleType) -> None:
         raise PluginError(f"{fault}; the imported one is in {Path(str(module.__file__)).parents[1]}")
     _require(module, TRAINER_NAMES)
     trainer = import_module("mlx_cpo_plugin.training.trainer")
-    for name, replacement in [(name, getattr(trainer, name)) for name in TRAINER_NAMES]:
-        _replace_everywhere(module, name, replacement)
+    for name in TRAINER_NAMES:
+        _replace_everywhere(module, name, getattr(trainer, name))
         _mark_active(name)
-
-
-def _wrap_loaders(module: ModuleType) -> None:
-    for name in loaders.LOADERS:
-        if hasattr(module, name):  # what a version of the host lacks nobody calls
-            _replace_everywhere(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
 
 
 def _replace_everywhere(module: ModuleType, name: str, replacement: Any) -> None:
@@ -224,23 +220,20 @@ def _warn_once(warning: str) -> None:
 
 def too_old(version: str) -> str:
     """Return what to do about a host older than the tested range; empty for any other."""
-    if not _numbers(version) or _numbers(version) >= OLDEST_TESTED_HOST:
+    if not _numbers(version) or _numbers(version) >= _numbers(OLDEST_TESTED_HOST):
         return ""
-    oldest = _in_words(OLDEST_TESTED_HOST)
-    return f"mlx-lm-lora {version} is too old for mlx-cpo-plugin: pip install 'mlx-lm-lora>={oldest}'"
+    return f"mlx-lm-lora {version} is too old for mlx-cpo-plugin: pip install 'mlx-lm-lora>={OLDEST_TESTED_HOST}'"
 
 
 def untested_host_warning(version: str) -> str:
     """Return what to say about a host outside the tested range; empty inside it."""
-    if OLDEST_TESTED_HOST <= _numbers(version) <= NEWEST_TESTED_HOST:
+    if _numbers(OLDEST_TESTED_HOST) <= _numbers(version) <= _numbers(NEWEST_TESTED_HOST):
         return ""
-    oldest, newest = _in_words(OLDEST_TESTED_HOST), _in_words(NEWEST_TESTED_HOST)
-    return f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {oldest} to {newest}."
+    return (
+        f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {OLDEST_TESTED_HOST} to "
+        f"{NEWEST_TESTED_HOST}."
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _in_words(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
