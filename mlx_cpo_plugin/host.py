@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
-from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.callbacks import TrainingCallback as TrainingCallback
 from mlx_lm.utils import load_tokenizer
-from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs
+from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs as SFTTrainingArgs
 
 from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, host_version
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_out_of_memory
@@ -145,14 +145,3 @@ def parts_of(dataset: Any) -> list[Any]:
     if isinstance(dataset, ConcatenatedDataset) and hasattr(dataset, "_data"):
         return [part for inner in dataset._data for part in parts_of(inner)]
     return [dataset]
-
-
-__all__ = [
-    "SFTTrainingArgs",
-    "TrainingCallback",
-    "fake_quantizer",
-    "give_chat_template",
-    "load_chat_tokenizer",
-    "memory_safe_recurrences",
-    "parts_of",
-]

@@ -36,63 +36,43 @@ def apply(module: ModuleType) -> None:
         PluginError: the module lacks a function that has to be replaced.
         Exception: whatever importing the rest of the plugin raises.
     """
-    with suppress(ConfigError):  # a run of a registered mode tells it, the host's own modes go on
+    with suppress(ConfigError):  # a run of a registered mode says so, the host's own modes go on
         blas.use_fast_blas()
-    if module.__name__ == hook_state.CPO_MODULE:
-        _replace_trainer(module)
-    elif module.__name__ == hook_state.DATASETS_MODULE:
+    if module.__name__ == hook_state.DATASETS_MODULE:
         for name in loaders.LOADERS:
             if hasattr(module, name):  # what a version of the host lacks nobody calls
-                _replace_everywhere(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
-    else:
-        _wrap_entries(module)
+                _replace(module, name, loaders.answering_for_cpo(name, getattr(module, name)))
+        return
+    for name, replacement in _replacements(module).items():
+        _replace(module, name, replacement)
+        if name not in hook_state.active:
+            hook_state.active.append(name)
 
 
-def _replace_trainer(module: ModuleType) -> None:
-    fault = too_old(host_version())
-    if fault:
+def _replacements(module: ModuleType) -> dict[str, Any]:
+    """Return what takes the place of the functions of the host's trainer, or of its command, by name."""
+    of_trainer = module.__name__ == hook_state.CPO_MODULE
+    if of_trainer and (fault := too_old(host_version())):
         raise PluginError(f"{fault}; the imported one is in {Path(str(module.__file__)).parents[1]}")
-    _require(module, TRAINER_NAMES)
-    trainer = import_module("mlx_cpo_plugin.training.trainer")
-    for name in TRAINER_NAMES:
-        _replace_everywhere(module, name, getattr(trainer, name))
-        _mark_active(name)
+    missing = [name for name in (*TRAINER_NAMES, *(() if of_trainer else ("main", "run"))) if not hasattr(module, name)]
+    if missing:
+        raise PluginError(f"{module.__name__} of mlx-lm-lora {host_version()} has no {', '.join(missing)}")
+    if of_trainer:
+        trainer = import_module("mlx_cpo_plugin.training.trainer")
+        return {name: getattr(trainer, name) for name in TRAINER_NAMES}
+    import_module("mlx_cpo_plugin.settings.config")  # now, so that a fault in it is known before anything runs
+    return {"main": wrapped_main(module.main), "run": wrapped_run(module.run)}
 
 
-def _replace_everywhere(module: ModuleType, name: str, replacement: Any) -> None:
+def _replace(module: ModuleType, name: str, replacement: Any) -> None:
     """Put ``replacement`` in the place of what ``module`` calls ``name``, and of all copies of it in the host."""
     original = getattr(module, name)
     setattr(module, f"_host_{name}", original)
     setattr(module, name, replacement)
     # By name and identity: the host's CPOTrainingArgs is its DPOTrainingArgs, which must stay.
-    for other in _host_modules():
-        if vars(other).get(name) is original:
+    for path, other in list(sys.modules.items()):
+        if path.startswith("mlx_lm_lora.") and other and vars(other).get(name) is original:
             setattr(other, name, replacement)
-
-
-def _wrap_entries(module: ModuleType) -> None:
-    _require(module, ("main", "run", *TRAINER_NAMES))
-    import_module("mlx_cpo_plugin.settings.config")  # now, so that a fault in it is known before anything runs
-    for name, wrap in (("main", wrapped_main), ("run", wrapped_run)):
-        original = getattr(module, name)
-        setattr(module, f"_host_{name}", original)
-        setattr(module, name, wrap(original))
-        _mark_active(name)
-
-
-def _require(module: ModuleType, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        raise PluginError(f"{module.__name__} of mlx-lm-lora {host_version()} has no {', '.join(missing)}")
-
-
-def _mark_active(name: str) -> None:
-    if name not in hook_state.active:
-        hook_state.active.append(name)
-
-
-def _host_modules() -> list[ModuleType]:
-    return [module for name, module in list(sys.modules.items()) if name.startswith("mlx_lm_lora.") and module]
 
 
 def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,11 +94,11 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
                 return host_main(vars(_resolved(call, mode)))
         except UserError as error:
             if on_console:
-                exit_with(error)
+                exit_with(f"error: {error}", error.exit_code)
             raise
         except KeyboardInterrupt:
             if on_console and mode is not None:
-                exit_interrupted()
+                exit_with("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", 130)
             raise
 
     return main
@@ -180,18 +160,11 @@ def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
     return resolved.settings
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """End the command with the error's exit code and its one sentence on standard error."""
+def exit_with(message: str, code: int) -> NoReturn:
+    """End the command with an exit code and one sentence on standard error."""
     with lasting_output(of_process=True):
-        print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code)
-
-
-def exit_interrupted() -> NoReturn:
-    """End the command with the exit code of an interrupted one and one sentence on standard error."""
-    with lasting_output(of_process=True):
-        print("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", file=sys.stderr)
-    raise SystemExit(130)
+        print(message, file=sys.stderr)
+    raise SystemExit(code)
 
 
 def announce(mode: TrainMode) -> None:

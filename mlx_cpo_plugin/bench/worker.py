@@ -26,6 +26,7 @@ from mlx_lm.utils import get_total_parameters
 from mlx_cpo_plugin.bench import host_trainer
 from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, load_pairs
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import build_optimizer, load_model
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
@@ -96,7 +97,7 @@ def measure(job: Job, folder: Path) -> Measurement:
     optimizer = build_optimizer(settings)
     if counts:
         keep_first_gradient(optimizer, gradient_file(folder))
-    arguments = CPOTrainingArgs.from_settings(settings, folder / "adapters.safetensors")
+    arguments = CPOTrainingArgs.from_settings(settings, folder / ADAPTER_FILE)
     pairs = load_pairs(Path(job.pairs_file))
     patches: list[str] = []
 

@@ -14,6 +14,7 @@ from mlx_lm import stream_generate
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
@@ -27,11 +28,11 @@ from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import Given
-from mlx_cpo_plugin.settings.run_settings import FILE_NAME, read_run_settings
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.wording import named, shown
 
-ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
+ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG)
 USER_PROMPT = "prompt"
 
 Say = Callable[[str], None]
@@ -154,7 +155,7 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Sim
     Raises:
         ConfigError: they are not known, or no longer accepted.
     """
-    record = adapter_path / FILE_NAME
+    record = adapter_path / RUN_SETTINGS
     recorded: dict[str, Any] = {}
     call: dict[str, Any] = {"train_mode": "cpo", "train": True, "model": model, "data": data}
     if record.is_file():
@@ -162,11 +163,13 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Sim
         recorded, _ = read_run_settings(adapter_path)
         if model is None and "model" not in recorded:
             raise ConfigError(
-                f"{FILE_NAME} in {named(str(adapter_path))} names no model, since the run was started by a call that "
-                "was given a loaded one; give --model, and --data for rows."
+                f"{RUN_SETTINGS} in {named(str(adapter_path))} names no model, since the run was started by a call "
+                "that was given a loaded one; give --model, and --data for rows."
             )
     elif model is None:
-        raise ConfigError(f"There is no {FILE_NAME} in {named(str(adapter_path))}; give --model, and --data for rows.")
+        raise ConfigError(
+            f"There is no {RUN_SETTINGS} in {named(str(adapter_path))}; give --model, and --data for rows."
+        )
     settings = config.resolve(Given(call, "on the command line")).settings
     if data is not None:
         settings.hf_dataset = None  # which would go before data

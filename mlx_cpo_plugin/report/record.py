@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line
-from mlx_cpo_plugin.settings.run_settings import FILE_NAME as SETTINGS_FILE
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.wording import named
 
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 SEARCH_DEPTH = 4
 
 _ADAPTER_SETTINGS = {"fine_tune_type": "train_type", "num_layers": "num_layers", "lora_parameters": "lora_parameters"}
@@ -128,7 +126,7 @@ def find_runs(root: str | Path, depth: int = SEARCH_DEPTH) -> list[RunRecord]:
     """
     records = []
     for folder in _folders(Path(root), depth):
-        files = [folder / name for name in (METRICS_FILE, SETTINGS_FILE, ADAPTER_CONFIG_FILE)]
+        files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
         if files[0].is_file() and not any(file.is_symlink() for file in files):
             try:
                 records.append(RunRecord.read(folder))
@@ -214,7 +212,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], str]:
         settings, versions = read_run_settings(folder)
     except (ConfigError, OSError, ValueError) as error:
         raise ReportError(f"The settings in {named(str(folder))} cannot be read ({first_line(error)}).") from error
-    return settings or _adapter_settings(folder / ADAPTER_CONFIG_FILE), versions
+    return settings or _adapter_settings(folder / ADAPTER_CONFIG), versions
 
 
 def _adapter_settings(file: Path) -> dict[str, Any]:

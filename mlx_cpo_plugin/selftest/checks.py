@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.utils import load_adapters
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -259,7 +260,7 @@ def check_saved_adapter() -> Outcome:
     step = StepTotals.of(pairs)
     trained = build_model()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "adapters.safetensors"
+        file = Path(folder) / ADAPTER_FILE
         save_adapter(trained, file)
         save_adapter_config(trained, file)
         loaded = load_adapters(build_model(train_type="full"), folder)
@@ -280,7 +281,7 @@ def check_resumed_run() -> Outcome:
         run_in_child(whole)
         run_in_child(resumed, kill_at=KILLED_AT)
         run_in_child(resumed, resume=True)
-        weights = [load_arrays(path / "adapters.safetensors") for path in (whole, resumed)]
+        weights = [load_arrays(path / ADAPTER_FILE) for path in (whole, resumed)]
     differences = [float(np.max(np.abs(weights[0][name] - weights[1][name]))) for name in weights[0]]
     return _judged({"weights": max(differences)}, 0.0 if current_device().ordered_sums else SUMMED_IN_ANY_ORDER)
 

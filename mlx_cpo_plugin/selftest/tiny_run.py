@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.selftest.models import build_model, build_pairs
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
@@ -42,7 +43,7 @@ def train(folder: Path, *, callback: Callable[[dict[str, Any]], object], resume:
         gradient_accumulation_steps=2,
         steps_per_report=1,
         steps_per_save=SAVED_EVERY,
-        adapter_file=str(folder / "adapters.safetensors"),
+        adapter_file=str(folder / ADAPTER_FILE),
         resume="auto" if resume else None,
     )
     mx.random.seed(0)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from mlx_cpo_plugin.report.record import METRICS_FILE, ReportError, rows_of_last_run
+from mlx_cpo_plugin.checkpoints import METRICS_FILE
+from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
 from mlx_cpo_plugin.studio.run_process import CONSOLE_NAME, RunState, console_tail, state
 
 
