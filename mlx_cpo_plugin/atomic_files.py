@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before, and the sweeping of what a killed process had not finished."""
+"""Files that are either complete or unchanged, and the removal of what a killed process had not finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MACHINE = re.sub(r"\W", "_", socket.gethostname())
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` fill a file beside ``path``, flush it to the disk, then rename it to ``path``.
+    """Let ``write`` fill a file beside ``path``, flush it to the disk, then rename it to ``path``.
 
     A link in its place is replaced, not followed.
 
@@ -41,7 +41,7 @@ def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def partial_of(path: Path, purpose: str = "partial") -> Path:
-    """Return the name beside ``path`` under which this process keeps what is not yet, or no more, that file or folder.
+    """Return the name beside ``path`` of a file or folder on its way to that name, or from it.
 
     Args:
         purpose: ``partial``, ``replaced`` or ``removed``.
@@ -50,11 +50,11 @@ def partial_of(path: Path, purpose: str = "partial") -> Path:
 
 
 def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove what processes that are dead had not finished in a folder.
+    """Remove what dead processes had not finished in a folder.
 
     Args:
-        owned: whether only the caller may write the file of this name, so that any partial one is left by the dead;
-            that of another name is removed where its process is known to be.
+        owned: whether only the caller may write the file of this name, so that a partial one can only be left over;
+            one of another name is removed if its process is known to be dead.
     """
     if not os.path.isdir(folder):
         return
@@ -74,11 +74,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder.
-
-    Raises:
-        OSError: it cannot be opened, or the file not be written.
-    """
+    """Flush what was written to a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

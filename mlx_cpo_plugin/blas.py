@@ -1,8 +1,8 @@
 """A fast BLAS for MLX on a Linux CPU.
 
-MLX's Linux wheels carry the reference BLAS, which uses neither wide vectors nor a second core. MLX calls three
-functions of it, the products of matrices; they are pointed at OpenBLAS instead. It works whether or not ``mlx.core``
-is imported already, and no other library of the process is concerned: nothing is loaded into the global namespace.
+MLX's Linux wheels carry the reference BLAS, which uses neither SIMD nor a second core. MLX calls three of its
+functions, the matrix products; they are redirected to OpenBLAS. This works whether or not ``mlx.core`` has been
+imported, and affects no other library of the process: nothing is loaded into the global namespace.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DISTRIBUTION = "scipy-openblas32"
 SYSTEM_LIBRARY = "libopenblas.so.0"
 
 FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-# SciPy's builds of OpenBLAS prefix every name, so that several of them can live in one process.
+# SciPy's builds of OpenBLAS prefix every name, so that several of them fit into one process.
 PREFIXES = ("", "scipy_")
 _REFERENCE = re.compile(r"lib(ref|c)?blas\b")
 _FAST = re.compile(r"openblas|mkl|blis|flexiblas|armpl|nvpl|atlas")
 
-# What people set to choose the number of threads themselves.
+# Set by users who choose the number of threads themselves.
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -47,7 +47,7 @@ class Blas:
 
     Attributes:
         file: its path.
-        name: what it is called, with its version where it tells it.
+        name: its name, with the version if known.
         is_reference: whether it is the slow one of MLX's wheels.
     """
 
@@ -57,7 +57,7 @@ class Blas:
 
 
 def use_fast_blas() -> None:
-    """Point MLX's products at a fast BLAS, unless they go to one already or ``MLX_CPO_PLUGIN_BLAS`` is ``none``.
+    """Redirect MLX's products to a fast BLAS, unless they use one already or ``MLX_CPO_PLUGIN_BLAS`` is ``none``.
 
     On macOS, on a GPU and where MLX has its BLAS built in, nothing happens. Calling it again changes nothing.
 
@@ -68,7 +68,7 @@ def use_fast_blas() -> None:
     if not is_used_here() or wanted.lower() == NONE:
         return
     if wanted.lower() == AUTO and _is_reference(_file_in_use()):
-        with suppress(OSError):  # a kernel that does not let us costs speed, nothing else
+        with suppress(OSError):  # where the kernel forbids it, only speed is lost
             _bind(next(_functions_found(), {}))
     elif wanted.lower() != AUTO:
         _bind_to_named(wanted)
@@ -84,7 +84,7 @@ def is_used_here() -> bool:
 
 
 def in_use() -> Blas | None:
-    """The BLAS that MLX calls; None where :func:`is_used_here` says no."""
+    """Return the BLAS that MLX calls; None where :func:`is_used_here` is false."""
     if not is_used_here():
         return None
     file = _file_in_use()
@@ -93,7 +93,7 @@ def in_use() -> Blas | None:
 
 
 def gigaflops(rows: int = 1024, seconds: float = 0.05) -> float:
-    """Return the best of the float32 products of square matrices that fit into a time, in 1e9 operations a second."""
+    """Return the best rate of float32 products of square matrices in ``seconds``, in 1e9 operations a second."""
     import mlx.core as mx
 
     matrix = mx.ones((rows, rows))
@@ -108,7 +108,7 @@ def gigaflops(rows: int = 1024, seconds: float = 0.05) -> float:
 
 
 def description() -> str:
-    """Name and speed of the BLAS that MLX calls; empty where :func:`is_used_here` says no."""
+    """Return name and speed of the BLAS that MLX calls; empty where :func:`is_used_here` is false."""
     blas = in_use()
     if blas is None:
         return ""
@@ -117,7 +117,7 @@ def description() -> str:
 
 
 def advice() -> str:
-    """What to do about a slow BLAS; empty where it is not slow, or was asked for."""
+    """Return what to do about a slow BLAS; empty where it is not slow, or was chosen."""
     blas = in_use()
     if blas is None or not blas.is_reference or os.environ.get(VARIABLE, "").strip().lower() == NONE:
         return ""
@@ -126,7 +126,7 @@ def advice() -> str:
 
 @cache
 def _slots() -> Mapping[str, int]:
-    """The slots through which MLX calls :data:`FUNCTIONS`; none where it calls them otherwise."""
+    """Return the slots through which MLX calls :data:`FUNCTIONS`; none where it calls them otherwise."""
     slots = linkage.call_slots("libmlx.so", FUNCTIONS)
     return slots if slots.keys() == set(FUNCTIONS) else {}
 
@@ -155,14 +155,14 @@ def _openblas_config(library: ctypes.CDLL, prefix: str) -> str:
 
 
 def _functions_found() -> Iterator[dict[str, int]]:
-    """Functions of the libraries that can be loaded: that of the Python environment, then that of the system."""
+    """Yield the functions of each library that can be loaded: the Python environment's, then the system's."""
     package = find_spec(DISTRIBUTION.replace("-", "_"))
     folders = package.submodule_search_locations if package else None
     libraries = [str(file) for folder in folders or [] for file in sorted(Path(folder, "lib").glob("lib*.so"))]
     for library in (*libraries, SYSTEM_LIBRARY):
         try:
             yield _functions_of(ctypes.CDLL(library))
-        except (OSError, ValueError):  # another processor's, damaged, or not there
+        except (OSError, ValueError):  # for another processor, damaged, or missing
             continue
 
 
@@ -178,7 +178,7 @@ def _bind_to_named(wanted: str) -> None:
 
 
 def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
-    """Addresses of :data:`FUNCTIONS` in a library that is about to be used.
+    """Return the addresses of :data:`FUNCTIONS` in a library that is about to be used.
 
     Raises:
         ValueError: it lacks them, or takes integers of 64 bits where MLX passes 32.
@@ -195,7 +195,7 @@ def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
 
 
 def usable_cores(quota_file: Path = _CPU_QUOTA) -> int:
-    """Cores that this process may use at a time: its affinity, and the quota of its container (cgroup v2)."""
+    """Return how many cores this process may use at a time, by its affinity and its container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = quota_file.read_text().split()
@@ -207,9 +207,9 @@ def usable_cores(quota_file: Path = _CPU_QUOTA) -> int:
 def _leave_a_core(library: ctypes.CDLL, prefix: str) -> None:
     """Give an OpenBLAS one thread less than there are cores, unless the environment says how many.
 
-    Its threads wait for one another in every product. Where another process, or MLX's own thread, has one of their
+    Its threads wait for one another in every product. While another process, or MLX's own thread, occupies one of their
     cores, a product takes many times as long as on one thread. The number depends on nothing that changes between runs
-    on a machine, since it decides in which order a sum is taken.
+    on a machine, since it determines the order of summation.
     """
     if hasattr(library, f"{prefix}openblas_set_num_threads") and not any(map(os.environ.get, THREAD_VARIABLES)):
         library[f"{prefix}openblas_set_num_threads"](max(1, usable_cores() - 1))

@@ -1,4 +1,4 @@
-"""Output that never ends a run: what a stream cannot take is dropped, and the run goes on."""
+"""Output that never ends a run: what cannot be written is dropped, and the run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STREAMS = ("stdout", "stderr")
 
 
 class LastingStream:
-    """Passes text on to another stream, and goes on where its reader has left, its disk is full, or it is closed.
+    """Passes text on to another stream, and drops it if the reader has left, the disk is full, or it is closed.
 
     Attributes:
         stream: the other one; ``None`` as in a process without a console.
@@ -29,7 +29,7 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written; characters that the encoding lacks become question marks."""
+        """Write what can be written; characters that cannot be encoded become question marks."""
         try:
             self.stream.write(text)
         except UnicodeEncodeError as error:
@@ -55,10 +55,10 @@ class LastingStream:
 
 @contextmanager
 def lasting_output(of_process: bool = False) -> Iterator[None]:
-    """Let nothing that is printed raise until the context ends; inside another such context nothing more happens.
+    """Keep print from raising until the context ends; contexts may be nested.
 
     Args:
-        of_process: the process ends with the context, and is not to fail over what is left to be written then.
+        of_process: the process ends with the context, and must not fail because of output still to be written.
     """
     if of_process:
         keep_standard_descriptors()
@@ -80,19 +80,19 @@ def lasting_output(of_process: bool = False) -> Iterator[None]:
 
 
 def keep_standard_descriptors() -> None:
-    """Open what is closed of standard input, output and error, so that no other file gets its number.
+    """Reopen standard input, output and error if they are closed, so that no other file gets their numbers.
 
-    What is printed to them would end up in that file, and MLX takes the number 0 for a file that was not opened.
+    Output would end up in that file, and MLX takes the number 0 for a file that was not opened.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest free number
 
 
 def discard(stream: Any) -> None:
-    """Have what a stream still holds go nowhere, since the interpreter will try to write it once more."""
+    """Discard what a stream still buffers, since the interpreter will try to write it once more."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

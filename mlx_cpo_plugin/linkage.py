@@ -1,4 +1,4 @@
-"""Where the calls go that one loaded shared library makes into another (64-bit Linux).
+"""The targets of calls from one loaded shared library into another (64-bit Linux).
 
 A shared library calls the functions of others through a table of addresses, one slot for each function, which the
 dynamic linker fills. Source: System V Application Binary Interface, "Dynamic Linking"; `man 3 dlinfo`, `man 3 dladdr`.
@@ -48,7 +48,7 @@ class _SymbolInfo(ctypes.Structure):
 def call_slots(library: str, names: Collection[str]) -> dict[str, int]:
     """Return the addresses of the slots through which a library calls the functions ``names``.
 
-    A function that it does not call through such a slot is not in the result; none is where it is not loaded.
+    Functions that it does not call through such a slot are left out; the result is empty if it is not loaded.
 
     Args:
         library: the name of its file, such as ``libmlx.so``.
@@ -98,12 +98,12 @@ def _dynamic_section(link_map: _LinkMap) -> dict[int, int]:
 
 
 def target(slot: int) -> int:
-    """The address that calls through a slot go to."""
+    """Return the address that calls through a slot go to."""
     return ctypes.c_uint64.from_address(slot).value
 
 
 def file_of(address: int) -> str:
-    """The path of the loaded library that ``address`` lies in; empty where none does."""
+    """Return the path of the loaded library that contains ``address``; empty where none does."""
     found = _SymbolInfo()
     if not ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
         return ""
@@ -111,7 +111,7 @@ def file_of(address: int) -> str:
 
 
 def redirect(slot: int, address: int) -> None:
-    """Let calls through a slot go to ``address`` from now on.
+    """Redirect calls through a slot to ``address``.
 
     Raises:
         OSError: the system does not allow it.
