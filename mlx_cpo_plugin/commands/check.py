@@ -19,8 +19,8 @@ from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
 from mlx_cpo_plugin.run.mode import adapter_file
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.master_weights import in_float32
 from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping
+from mlx_cpo_plugin.training.optimizer_step import in_float32
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 

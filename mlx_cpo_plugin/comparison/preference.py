@@ -16,9 +16,9 @@ from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
-from mlx_cpo_plugin.training.evaluation import scored_batches
 from mlx_cpo_plugin.training.metrics import PairMeans
 from mlx_cpo_plugin.training.objective import Objective
+from mlx_cpo_plugin.training.validation import scored_batches
 
 LENGTH_GROUPS = 3
 

@@ -42,7 +42,7 @@ from mlx_cpo_plugin.training.gradients import (
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
-from mlx_cpo_plugin.training.trainer import gradient_methods, training_environment
+from mlx_cpo_plugin.training.wiring import gradient_methods, training_environment
 
 # Sums of thousands of float32 products carry hundreds of its roundings; half-precision products are summed in float32,
 # so only what goes from layer to layer is rounded to half precision.

@@ -23,7 +23,7 @@ from mlx_cpo_plugin.selftest.models import shortened, unquantised
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.trainer import training_environment
+from mlx_cpo_plugin.training.wiring import training_environment
 
 ROWS, PROMPT, ANSWER = 2, 96, 48
 

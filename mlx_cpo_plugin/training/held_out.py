@@ -1,4 +1,4 @@
-"""A few held-out rows that every artefact of a run is scored on: is what was saved what was trained?"""
+"""Scores of a few held-out rows: is what was saved what was trained?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_in_place
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
@@ -18,12 +19,13 @@ from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.training.wiring import Run
 
 # The shortest rows of the first ones: enough to see a difference, and cheap.
 ROWS, AMONG = 8, 64
-# Log-probs of one model differ by that share between two passes: a GPU adds in any order.
+# Relative difference between two passes of one model: a GPU adds in any order.
 TOLERANCE = 1e-4
-# A change of the margin below this, in nats, is too small for shares of it to mean something.
+# Changes of the margin below this, in nats, are too small to be compared.
 SMALL = 0.05
 
 
@@ -79,6 +81,30 @@ def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedP
         return HeldOutScores(np.stack(logps, axis=1))
     finally:
         model.train(was_training)
+
+
+def score_saved(run: Run) -> None:
+    """Read back what a run saved and score it on held-out rows; warn of a file that is lost or scores otherwise."""
+    outputs, rows = run.outputs, held_out_rows(run.val_pairs, run.pairs)
+    trained = scores_of(run.model, rows, run.scorer)
+    for file in [outputs.adapter_file] + [outputs.best_file] * (run.best.saved and run.best.iteration > 0):
+        try:
+            with adapter_in_place(run.model, file):
+                saved = scores_of(run.model, rows, run.scorer)
+        except CheckpointError as error:
+            run.reporter.warn(str(error))
+            continue
+        margin = f"gives {len(rows)} held-out rows a margin of {saved.margin:+.3f} nats"
+        if file == outputs.best_file:
+            run.reporter.say(
+                f"{file.name}, of iteration {run.best.iteration}, {margin}; that of the last iteration "
+                f"{trained.margin:+.3f}."
+            )
+        elif not saved.is_like(trained):
+            run.reporter.warn(
+                f"{file} {margin}, and the model in memory, which has the same parameters, {trained.margin:+.3f}: this "
+                "device does not compute alike twice."
+            )
 
 
 def kept_of_margin(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> float | None:

@@ -28,7 +28,7 @@ from mlx_cpo_plugin.model.parity import ARCHITECTURE_ERRORS, sample
 from mlx_cpo_plugin.model.products import is_half, widened_bytes
 from mlx_cpo_plugin.model.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.master_weights import bytes_of_copies
+from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.training.arguments import CPOTrainingArgs

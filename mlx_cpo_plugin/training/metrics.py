@@ -7,8 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.exchange import of_all_ranks
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.objective import Objective
-
-METRICS_NAME = "metrics.jsonl"
+from mlx_cpo_plugin.training.state import Resumable
 
 PAIR_METRICS = (
     "loss",
@@ -37,18 +35,20 @@ PAIR_METRICS = (
 )
 
 
-class PairMeans:
+class PairMeans(Resumable):
     """Running means over preference pairs, each pair weighing the same.
 
     ``nll_loss`` is the mean over the scored tokens of their chosen answers, each token weighing the same. ``loss`` is
     the mean of the preference losses plus ``cpo_alpha`` times ``nll_loss``.
 
-    Sums are kept in float64 on the host, so neither batch size nor order changes a mean beyond rounding.
+    Sums are float64 on the host, so neither batch size nor order changes a mean beyond rounding.
     """
+
+    remembered = ("sums", "chosen_nll", "chosen_tokens", "pairs", "tokens")
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.sums = np.zeros(len(PAIR_METRICS))
+        self.sums = [0.0] * len(PAIR_METRICS)
         self.chosen_nll = 0.0
         self.chosen_tokens = 0
         self.pairs = 0
@@ -75,33 +75,18 @@ class PairMeans:
             np.array(scores.chosen_logits, np.float64),
             np.array(scores.rejected_logits, np.float64),
         )
-        self.sums += np.array([column.sum() for column in columns])
+        self.sums = [total + float(column.sum()) for total, column in zip(self.sums, columns, strict=True)]
         self.chosen_nll += float(np.array(self.objective.chosen_nll(scores), np.float64).sum())
         self.chosen_tokens += int(np.array(scores.chosen_tokens).sum())
         self.pairs += len(chosen)
         self.tokens += tokens
-
-    def state(self) -> dict[str, Any]:
-        """Return the sums so far."""
-        return {
-            "sums": self.sums.tolist(),
-            "chosen_nll": self.chosen_nll,
-            "chosen_tokens": self.chosen_tokens,
-            "pairs": self.pairs,
-            "tokens": self.tokens,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
-        self.sums, self.pairs, self.tokens = np.array(state["sums"]), state["pairs"], state["tokens"]
-        self.chosen_nll, self.chosen_tokens = state["chosen_nll"], state["chosen_tokens"]
 
     def over_ranks(self) -> tuple[dict[str, float], int]:
         """Return the means over the pairs of all ranks, by name, and the scored tokens of all ranks.
 
         The means of no pairs at all are NaN.
         """
-        mine = [*self.sums.tolist(), self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]
+        mine = [*self.sums, self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]
         totals = np.sum(of_all_ranks(mine), axis=0)
         chosen_nll, chosen_tokens, pairs, tokens = totals[-4:].tolist()
         if not pairs:
@@ -119,13 +104,11 @@ def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends one JSON object a line to ``metrics.jsonl``, each with the run that wrote it.
-
-    Where it cannot be written one warning says so, and the run goes on.
+    """Appends lines of JSON to ``metrics.jsonl``; where that fails one warning says so, and the run continues.
 
     Args:
         path: ``None``: nothing is written.
-        run_id: the run's identity.
+        run_id: of the run, written into each line.
 
     Attributes:
         rows: lines of the run so far.
@@ -140,15 +123,15 @@ class MetricsFile:
     def go_on(
         self, lines: Sequence[bytes], run_id: str, rows: int, iteration: int
     ) -> tuple[set[tuple[str, int]], str | None]:
-        """Let the file hold what a run had reported when it wrote a checkpoint, and nothing else.
+        """Reduce the file to what a run had reported when it wrote a checkpoint.
 
         Args:
-            lines: those of the file of the run that is gone on with, or from; see :func:`lines_of`.
-            run_id: the identity of that run.
-            rows: how many lines it had written, by ``iteration``.
+            lines: of the metrics file of that run.
+            run_id: its identity.
+            rows: how many lines it had written by ``iteration``.
 
         Returns:
-            Kind and iteration of what it reported afterwards, and what there is to tell, if rows are missing.
+            Kind and iteration of what it reported afterwards, and a note on missing rows, if there are any.
 
         Raises:
             UserError: the file cannot be written.
@@ -158,7 +141,7 @@ class MetricsFile:
         found = [(line, row) for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
         last = max(iteration, 1)  # what was there before training is reported as of the first iteration
         kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= last]
-        told = {
+        later = {
             (row["kind"], row["iteration"]) for _, row in found[len(kept) :] if "kind" in row and "iteration" in row
         }
         if run_id == self.run_id:
@@ -167,19 +150,23 @@ class MetricsFile:
             text = "".join(json.dumps({**row, "run": self.run_id}) + "\n" for _, row in kept).encode()
         self.rows = len(kept)
         if text != (self.path.read_bytes() if self.path.is_file() and not self.path.is_symlink() else b""):
-            with _told_which(self.path):
+            try:
                 replace_whole(self.path, lambda partial: partial.write_bytes(text))
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be written ({error}); free space or change adapter_path."
+                ) from error
         if len(kept) == rows:
-            return told, None
+            return later, None
         missing = rows - len(kept)
-        return told, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
+        return later, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
     def append(self, kind: str, values: Mapping[str, float]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. What is no number is null, as JSON wants it."""
+        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. Values that are not finite become null."""
         self._write(kind, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def append_warning(self, text: str) -> None:
-        """Write a line of the kind ``warning``, with what was said under ``text``."""
+        """Write a line of the kind ``warning``."""
         self._write("warning", {"text": text})
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -204,14 +191,6 @@ def lines_of(path: Path) -> list[bytes]:
         return path.read_bytes().split(b"\n")
     except OSError:
         return []
-
-
-@contextmanager
-def _told_which(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
 
 
 def _append(path: Path, line: bytes) -> None:

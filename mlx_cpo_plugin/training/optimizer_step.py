@@ -1,8 +1,8 @@
-"""One optimizer step: the gradient summed over its micro-batches and ranks, then applied."""
+"""One optimizer step: the gradient summed over its micro-batches and ranks, then applied to float32 weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,34 +10,66 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.exchange import sum_over_ranks
 from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.alarms import check_first_update, check_gradient, check_losses
 from mlx_cpo_plugin.training.gradients import Gradient, GradientMethod, added
-from mlx_cpo_plugin.training.master_weights import MasterWeights, in_float32
+
+_HALVES = (mx.bfloat16, mx.float16)
+
+
+class MasterWeights:
+    """The weights that the optimizer updates: float32 copies of those of half precision, and the others themselves.
+
+    An update below the resolution of half precision so adds up instead of vanishing. Source: Micikevicius et al. 2018,
+    arXiv 1710.03740, section 3.1.
+
+    Attributes:
+        copies: the float32 copies by name; the model holds them rounded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        narrow = {name: value for name, value in by_name(model.trainable_parameters()).items() if _is_half(value)}
+        self._dtypes = {name: value.dtype for name, value in narrow.items()}
+        self.copies = {name: value.astype(mx.float32) for name, value in narrow.items()}
+
+    def weights(self) -> dict[str, mx.array]:
+        """Return every trained weight by name, in float32 where the model's own is narrower."""
+        return by_name(self._model.trainable_parameters()) | self.copies
+
+    def set(self, weights: Mapping[str, mx.array]) -> None:
+        """Set the trained weights by name, and give the model what it computes with."""
+        self.copies.update({name: weights[name].astype(mx.float32) for name in self.copies})
+        rounded = {
+            name: dithered(self.copies[name], self._dtypes[name], name) if name in self.copies else value
+            for name, value in weights.items()
+        }
+        self._model.update(_tree(rounded))
 
 
 class OptimizerStep:
     """Adds up the gradient of a step micro-batch by micro-batch, then applies it.
 
-    The loss of a step is a mean over all its pairs, and with ``cpo_alpha`` one over the tokens of all their chosen
-    answers, so each micro-batch weighs by what it holds of them, and nothing has to be rescaled at the end.
+    The loss of a step is a mean over all its pairs, and with ``cpo_alpha`` also over the tokens of all their chosen
+    answers. Each micro-batch adds its share of these means, so nothing has to be rescaled at the end.
 
     Args:
         gradients: computes gradients.
-        long_gradients: computes those of pairs longer than ``long_above`` tokens.
+        long_gradients: computes those of micro-batches with a pair longer than ``long_above`` tokens.
         max_norm: gradients are scaled down to it; ``None``: they are not.
 
     Attributes:
-        number: of the step that is added up, from 1.
-        total: its gradient so far; ``None`` while there is none.
-        masters: the weights that are updated, part of what a resumed run needs.
-        optimizer_is_whole: whether no step has failed that may have changed a part of the optimizer's state.
+        number: of the current step, from 1.
+        total: its gradient so far; ``None`` before the first micro-batch.
+        masters: the weights that are updated.
+        optimizer_is_whole: whether no failed step may have changed a part of the optimizer's state.
     """
 
     def __init__(
@@ -77,10 +109,13 @@ class OptimizerStep:
     def add(
         self, pairs: Sequence[PreferencePair], totals: StepTotals, quantised: bool = False
     ) -> tuple[mx.array, AnswerScores]:
-        """Add the gradient of what ``pairs`` add to the loss of the step; return preference losses [B] and scores.
+        """Add the gradient of a micro-batch; return the preference losses [B] and the scores of its B pairs.
 
         Args:
             totals: of the whole step.
+
+        Raises:
+            TrainingError: a loss is not finite; nothing was added.
         """
         long = max(pair.length for pair in pairs) > self.long_above
         result = (self.long_gradients if long else self.gradients)(pairs, totals, quantised)
@@ -98,7 +133,6 @@ class OptimizerStep:
 
         Raises:
             TrainingError: the gradient is not finite, or the first step changes nothing; nothing was updated.
-            LostRankError: the gradient is not that of all ranks; nothing was updated.
         """
         weights = self.masters.weights()
         # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.
@@ -125,8 +159,22 @@ class OptimizerStep:
         return norm
 
 
-def _tree(arrays: dict[str, mx.array]) -> Any:
+def _tree(arrays: Mapping[str, mx.array]) -> Any:
     return tree_unflatten(list(arrays.items()))
+
+
+def _is_half(value: mx.array) -> bool:
+    return value.dtype in _HALVES
+
+
+def in_float32(parameters: dict) -> dict:
+    """Return a tree of parameters with those of half precision in float32, for the optimizer's state."""
+    return tree_map(lambda value: value.astype(mx.float32) if _is_half(value) else value, parameters)
+
+
+def bytes_of_copies(model: nn.Module) -> int:
+    """Return the size of the float32 copies of :class:`MasterWeights`."""
+    return sum(4 * value.size for value in by_name(model.trainable_parameters()).values() if _is_half(value))
 
 
 def gradient_norm(gradient: Gradient) -> float:

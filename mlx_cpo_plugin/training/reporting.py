@@ -1,47 +1,83 @@
-"""What a run says while it trains: progress bar, console lines, callback, metrics file."""
+"""What a run reports while it trains: progress bar, console lines, callback, metrics file, and warnings."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.model.logps import AnswerScores
-from mlx_cpo_plugin.trackers import TrackerCallback
-from mlx_cpo_plugin.trackers.callback import Told
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans, host_report
 from mlx_cpo_plugin.training.objective import Objective
+from mlx_cpo_plugin.training.state import Resumable
 
 Item = TypeVar("Item")
 
+# Means by the names that the host's console lines give them, which tools parse.
+_TRAIN_LABELS = {
+    "loss": "loss",
+    "chosen_reward": "chosen_r",
+    "rejected_reward": "rejected_r",
+    "accuracies": "acc",
+    "margins": "margin",
+}
+_BAR_LABELS = {"loss": "loss", "accuracies": "acc", "margins": "margin"}
+_VALID_LABELS = {
+    "loss": "Val loss",
+    "chosen_reward": "Val chosen reward",
+    "rejected_reward": "Val rejected reward",
+    "accuracies": "Val accuracy",
+    "margins": "Val margin",
+}
+# Micro-batches in each half of the displacement alarm's window, and standard errors that the halves must differ by.
+WINDOW = 20
+CERTAIN = 3.0
 
-class ProgressReporter:
-    """Collects what happens between two reports; tells it on the first rank only.
+
+@runtime_checkable
+class ResumableCallback(Protocol):
+    """A training callback that continues its own runs, such as those of trackers, when training is resumed."""
+
+    def start(self) -> None:
+        """Begin, or continue after :meth:`resume`."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`resume` needs, as plain values."""
+
+    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None:
+        """Continue from ``state``; ``told`` are the kinds and iterations of reports that were made after it."""
+
+
+class ProgressReporter(Resumable):
+    """Collects what happens between two reports, and reports it on the first rank.
 
     Lines and callback keys have the names and shapes that the host gives them, since tools read them.
     """
+
+    remembered = ("means", "gradient_norms", "iterations", "trained_tokens")
 
     def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
         self.objective = objective
         self.callback = callback
         self.stream = own_stream(callback)
         self.metrics_file = metrics_file
-        self.speaks = mx.distributed.init().rank() == 0
+        self.is_main = mx.distributed.init().rank() == 0
         self.trained_tokens = 0
         self.elapsed = 0.0
         self.loop_began = 0.0
         self.bar: Any = None
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.means = PairMeans(self.objective)
         self.gradient_norms: list[float] = []
         self.iterations = 0
@@ -49,13 +85,13 @@ class ProgressReporter:
         self.resumed = time.perf_counter()
 
     def _seconds(self) -> float:
-        """Return the seconds of training since the last report, those before a run was resumed included."""
+        """Return the seconds of training since the last report, those before a resume included."""
         return self.seconds + time.perf_counter() - self.resumed
 
     def iterations_of(self, plan: Iterable[Item], total: int, done: int = 0) -> Iterator[tuple[int, Item]]:
-        """Number the plan's items from 1, without those that are done, while a progress bar goes along."""
+        """Number the plan's items from 1, skip those that are done, and advance a progress bar."""
         rest = islice(plan, done, None)
-        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.speaks)
+        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.is_main)
         if self.elapsed and not self.bar.disable:  # as if it had never been interrupted
             self.bar.initial, self.bar.start_t = 0, self.bar.start_t - self.elapsed
         self.loop_began = self.resumed = time.perf_counter()  # set-up and checks are no training
@@ -69,19 +105,19 @@ class ProgressReporter:
         self.resumed += time.perf_counter() - paused
 
     def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
-        """Take note of a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
+        """Record a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
         self.means.add(losses, scores, tokens)
 
     def add_step(self, gradient_norm: float) -> None:
-        """Take note of an optimizer step."""
+        """Record an optimizer step."""
         self.gradient_norms.append(gradient_norm)
 
     def count_iteration(self) -> None:
-        """Take note that an iteration is complete, whether or not this rank had pairs in it."""
+        """Record a complete iteration, whether or not this rank had pairs in it."""
         self.iterations += 1
 
     def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
-        """Tell the means since the last report, and begin anew."""
+        """Report the running means and reset them."""
         seconds = self._seconds()
         means, tokens = self.means.over_ranks()
         self.trained_tokens += tokens
@@ -97,66 +133,57 @@ class ProgressReporter:
             "peak_memory": mx.get_peak_memory() / 1e9,
             "epoch": epoch,
         }
-        if self.speaks:
-            self.bar.set_postfix(
-                loss=f"{means['loss']:.3f}", acc=f"{means['accuracies']:.3f}", margin=f"{means['margins']:.3f}"
-            )
+        if self.is_main:
+            self.bar.set_postfix({name: f"{means[key]:.3f}" for key, name in _BAR_LABELS.items()})
             norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
             tqdm.write(
-                f"\nIter {iteration}: loss {means['loss']:.3f}, chosen_r {means['chosen_reward']:.3f}, "
-                f"rejected_r {means['rejected_reward']:.3f}, acc {means['accuracies']:.3f}, "
-                f"margin {means['margins']:.3f}, lr {learning_rate:.3e}, it/s {info['iterations_per_second']:.3f}, "
-                f"tok/s {info['tokens_per_second']:.3f}, peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
+                f"\nIter {iteration}: {_labelled(means, _TRAIN_LABELS)}, lr {learning_rate:.3e}, "
+                f"it/s {info['iterations_per_second']:.3f}, tok/s {info['tokens_per_second']:.3f}, "
+                f"peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
             )
             self.metrics_file.append("train", info)
-        self._begin()
-        if self.speaks and self.callback is not None:  # in the end, since it may raise
+        self._reset()
+        if self.is_main and self.callback is not None:  # at the end, since it may raise
             self.callback.on_train_loss_report(info)
 
-    def report_validation(self, iteration: int, means: Mapping[str, float], seconds: float) -> None:
-        """Tell the means over the validation pairs."""
-        if not self.speaks:
+    def report_validation(
+        self, iteration: int, means: Mapping[str, float], seconds: float, warning: str | None = None
+    ) -> None:
+        """Report the means over the validation pairs, and a warning that follows from them."""
+        if not self.is_main:
             return
         info = {"iteration": iteration, **host_report("val", means), "val_time": seconds}
-        tqdm.write(
-            f"Iter {iteration}: Val loss {means['loss']:.3f}, Val chosen reward {means['chosen_reward']:.3f}, "
-            f"Val rejected reward {means['rejected_reward']:.3f}, Val accuracy {means['accuracies']:.3f}, "
-            f"Val margin {means['margins']:.3f}, Val took {seconds:.3f}s"
-        )
+        tqdm.write(f"Iter {iteration}: {_labelled(means, _VALID_LABELS)}, Val took {seconds:.3f}s")
         self.metrics_file.append("valid", info)
-        if self.callback is not None:
+        self.warn(warning)
+        if self.callback is not None:  # at the end, since it may raise
             self.callback.on_val_loss_report(info)
 
     def start_trackers(self) -> None:
-        """Let the trackers begin their run, or go on with it after :meth:`restore`."""
-        if isinstance(self.callback, TrackerCallback):
+        """Let the trackers begin their run, or continue it after :meth:`go_on_in_trackers`."""
+        if isinstance(self.callback, ResumableCallback):
             self.callback.start()
 
     def state(self) -> dict[str, Any]:
         """Return what was collected since the last report, what the run has taken so far, and what it has reported."""
         return {
-            "means": self.means.state(),
-            "gradient_norms": list(self.gradient_norms),
-            "iterations": self.iterations,
-            "trained_tokens": self.trained_tokens,
+            **super().state(),
             "seconds": self._seconds(),
             "elapsed": self.elapsed + (time.perf_counter() - self.loop_began if self.bar is not None else 0.0),
             "metrics_rows": self.metrics_file.rows,
-            "trackers": self.callback.state() if isinstance(self.callback, TrackerCallback) else None,
+            "trackers": self.callback.state() if isinstance(self.callback, ResumableCallback) else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
-        self.means.restore(state["means"])
-        self.gradient_norms, self.iterations = list(state["gradient_norms"]), state["iterations"]
-        self.trained_tokens = state["trained_tokens"]
+        """Restore what was collected; :meth:`go_on` does the rest."""
+        super().restore(state)
         self.seconds, self.elapsed = state["seconds"], state["elapsed"]
         self.resumed = time.perf_counter()
 
     def go_on(self, lines: Sequence[bytes], checkpoint: Checkpoint) -> None:
-        """Go on after the reports that had been made by a checkpoint.
+        """Continue after the reports that had been made by a checkpoint.
 
-        They stay in the metrics file, and trackers go on with their run if it is of the same run.
+        They stay in the metrics file, and trackers continue their run if the checkpoint is of this run.
 
         Args:
             lines: of the metrics file of the run that wrote the checkpoint.
@@ -168,30 +195,62 @@ class ProgressReporter:
         if run_id == self.metrics_file.run_id:
             self.go_on_in_trackers(checkpoint, told)
 
-    def go_on_in_trackers(self, checkpoint: Checkpoint, told: Told = ()) -> None:
-        """Let the trackers go on with the runs that they had when a checkpoint of the same run was written."""
+    def go_on_in_trackers(self, checkpoint: Checkpoint, told: Collection[tuple[str, int]] = ()) -> None:
+        """Let the trackers continue the runs that they had when a checkpoint of the same run was written."""
         state = checkpoint.values["reporter"].get("trackers")
-        if isinstance(self.callback, TrackerCallback) and state is not None:
+        if isinstance(self.callback, ResumableCallback) and state is not None:
             self.callback.resume(state, told)
 
     def warn(self, line: str | None) -> None:
-        """Print a warning, if there is one, and note it among the metrics."""
-        if line is not None and self.speaks:
+        """Print a warning, if there is one, and write it to the metrics file."""
+        if line is not None and self.is_main:
             self.say(f"Warning: {line}")
             self.metrics_file.append_warning(line)
 
     def say(self, line: str) -> None:
-        """Print a line without tearing the progress bar, and where the callback prints if that is elsewhere."""
-        if not self.speaks:
+        """Print a line without tearing the progress bar, and to the callback's stream if that is elsewhere."""
+        if not self.is_main:
             return
         tqdm.write(line)
         if self.stream is not None and not _ends_in(sys.stdout, self.stream):
-            with suppress(OSError, ValueError):  # as the callback's own lines, it is lost where nobody reads
+            with suppress(OSError, ValueError):  # like the callback's own lines, it is lost where nobody reads
                 print(line, file=self.stream, flush=True)
 
 
+class DisplacementAlarm(Resumable):
+    """Says once when margins rise only because both answers become unlikely, the chosen one too."""
+
+    remembered = ("means", "told")
+
+    def __init__(self, loss_type: str) -> None:
+        self.loss_type = loss_type
+        self.means: list[tuple[float, float]] = []
+        self.told = False
+
+    def warning(self, iteration: int, scores: AnswerScores) -> str | None:
+        """Record a micro-batch; return the warning, if it is due."""
+        chosen, rejected = np.array(scores.chosen_logps, np.float64), np.array(scores.rejected_logps, np.float64)
+        mean = (float(chosen.mean()), float((chosen - rejected).mean()))
+        self.means = [*self.means, mean][-2 * WINDOW :]
+        if self.told or len(self.means) < 2 * WINDOW:
+            return None
+        earlier, later = np.array(self.means)[:WINDOW], np.array(self.means)[WINDOW:]
+        moved = later.mean(0) - earlier.mean(0)
+        error = np.sqrt((earlier.var(0, ddof=1) + later.var(0, ddof=1)) / WINDOW)
+        if not (moved[1] > CERTAIN * error[1] and moved[0] < -CERTAIN * error[0]):
+            return None
+        self.told = True
+        advice = (
+            "raise delta or lower beta" if self.loss_type == "dpop" else "try dpo_cpo_loss_type: dpop, or a lower beta"
+        )
+        return (
+            f"Iter {iteration}: the margin rose by {moved[1]:.1f} while the chosen answers' log-prob fell by "
+            f"{-moved[0]:.1f} (likelihood displacement); {advice}."
+        )
+
+
 def own_stream(callback: Any) -> Any:
-    """Return the stream that a callback, or one that it wraps, prints on; ``None`` where there is none.
+    """Return the stream that a callback, or one that it wraps, prints to; ``None`` where there is none.
 
     MLX LoRA Studio discards all that a trainer prints, and shows its user what its callback's stream gets.
     """
@@ -208,3 +267,7 @@ def _ends_in(stream: Any, other: Any) -> bool:
     while stream is not None and stream is not other:
         stream = getattr(stream, "stream", None)
     return stream is other
+
+
+def _labelled(means: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{label} {means[name]:.3f}" for name, label in labels.items())

@@ -1,12 +1,13 @@
-"""Everything that a run needs to go on from where it was, to the bit, as arrays and plain values."""
+"""Everything that a run needs to continue from where it was, to the bit, as arrays and plain values."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,14 +16,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.checkpoints.adapter import describe_adapter
-from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank
-from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 
-# What a resumed run may change: none of these has a part in the weights that come out.
+# What may change at a resume: none of it influences the trained weights.
 FREE_TO_CHANGE = frozenset(
     {
         "iters",
@@ -32,8 +32,8 @@ FREE_TO_CHANGE = frozenset(
         "steps_per_save",
         "adapter_file",
         "reference_model_path",
-        "max_seq_length",  # the data say it
-        "loss_options",  # one by one instead
+        "max_seq_length",  # compared through the tokens
+        "loss_options",  # compared one by one
         "resume",
         "keep_checkpoints",
         "save_best",
@@ -42,44 +42,64 @@ FREE_TO_CHANGE = frozenset(
         "run_identity",
     }
 )
-# Steps at which a schedule of learning rates is looked at.
+# Steps at which learning-rate schedules are compared.
 _SCHEDULE_STEPS = (0, 1, 10, 100, 1000, 10_000)
 _SAMPLED = 32
 
 
-class Stateful(Protocol):
-    """A part of a run that remembers something."""
+class Resumable:
+    """A part of a run whose attributes named in ``remembered``, plain values or Resumables, go into checkpoints."""
+
+    remembered: ClassVar[tuple[str, ...]]
 
     def state(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return them as plain values by name."""
+        values = {name: getattr(self, name) for name in self.remembered}
+        return {name: value.state() if isinstance(value, Resumable) else copy(value) for name, value in values.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
+        """Set them to what :meth:`state` returned."""
+        for name in self.remembered:
+            part = getattr(self, name)
+            if isinstance(part, Resumable):
+                part.restore(state[name])
+            else:
+                setattr(self, name, copy(state[name]))
 
 
 class TrainingState:
-    """What training changes: the weights, the optimizer, the gradient so far, the random generator, and the parts.
+    """What training changes: weights, optimizer, the gradient so far, the random generator, and the resumable parts.
 
     Attributes:
-        iteration: micro-batches that are done.
+        iteration: of the last complete micro-batch.
     """
 
-    def __init__(self, model: nn.Module, step: OptimizerStep, parts: Mapping[str, Stateful]) -> None:
+    def __init__(self, model: nn.Module, step: OptimizerStep, parts: Mapping[str, Resumable]) -> None:
         self.model = model
         self.step = step
         self.parts = parts
         self.iteration = 0
+        self._before: tuple[dict[str, mx.array], dict[str, Any]] | None = None
+
+    @contextmanager
+    def computing(self, iteration: int) -> Iterator[None]:
+        """Compute an iteration inside; until it is complete, arrays and values are those from before it."""
+        self._before = dict(self.step.total or {}), self.values()
+        yield
+        self.iteration, self._before = iteration, None
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """Return the arrays by file and name."""
         return {
             "adapters": self.step.masters.weights(),
             "optimizer": by_name(self.step.optimizer.state),
-            "gradient": dict(self.step.total or {}),
+            "gradient": dict(self.step.total or {}) if self._before is None else self._before[0],
         }
 
     def values(self) -> dict[str, Any]:
         """Return the plain values by name."""
+        if self._before is not None:
+            return self._before[1]
         return {
             "iteration": self.iteration,
             "optimizer_step": self.step.number,
@@ -88,7 +108,7 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over everything from a checkpoint of a run that has the same parameters and parts."""
+        """Restore everything from a checkpoint of a run that has the same parameters and parts."""
         values = checkpoint.values
         self.iteration, self.step.number = values["iteration"], values["optimizer_step"]
         self.step.masters.set(checkpoint.arrays("adapters"))
@@ -97,48 +117,19 @@ class TrainingState:
         for name, part in self.parts.items():
             part.restore(values[name])
         mx.random.seed(values["random_seed"])
-        # The files may be put aside before anything is computed with them.
+        # The files may be moved before anything is computed with them.
         mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})
 
 
-class RunCheckpoints:
-    """Saves a run's state below its adapter folder.
-
-    Each rank has a folder of its own, since gradient, sums and random numbers differ.
-
-    Args:
-        adapter_folder: where the run leaves its adapter.
-        run: which run it is.
-        keep: checkpoints to keep; of several ranks, two at least.
-        last_step_start: the iteration before the run's last optimizer step; the checkpoint after it is kept besides.
-        constants: what every checkpoint holds besides the state, by key.
-    """
-
-    def __init__(
-        self, adapter_folder: Path, run: RunIdentity, keep: int, last_step_start: int, constants: Mapping[str, Any]
-    ) -> None:
-        # A rank may die before it has written what the others have: the one before is what all of them have.
-        keep = max(keep, 2) if mx.distributed.init().size() > 1 else keep
-        self.folder = CheckpointFolder(folder_of_rank(adapter_folder), run.id, keep, last_step_start)
-        self.constants = {"run": run.plain(), "last_step_start": last_step_start, **constants}
-
-    def save(self, state: TrainingState, files: Mapping[str, Path] | None = None) -> Path:
-        """Write everything; see :meth:`CheckpointFolder.save`."""
-        return self.folder.save(state.iteration, state.arrays(), {**self.constants, **state.values()}, files)
-
-
 def can_go_on(values: Mapping[str, Any], iters: int, last_step_start: int) -> bool:
-    """Return whether a run of ``iters`` iterations can go on from a checkpoint, given its values.
+    """Return whether a run of ``iters`` iterations can continue from a checkpoint with these values.
 
-    The last optimizer step of a run may hold fewer micro-batches than the others, and their gradients weigh more from
-    its beginning. With other ``iters`` it is another step, so the run goes on from before it; or it is over already.
+    The last optimizer step of a run may hold fewer micro-batches than the others, whose gradients then weigh more. With
+    other ``iters`` it is another step, so the run continues from before it, unless it is over already.
     """
     same_plan: bool = values["iters"] == iters
-    return (
-        same_plan
-        or values["iteration"] <= min(values["last_step_start"], last_step_start)
-        or (bool(values["iteration"] >= iters))
-    )
+    before_last_step = values["iteration"] <= min(values["last_step_start"], last_step_start)
+    return same_plan or before_last_step or bool(values["iteration"] >= iters)
 
 
 def random_seed() -> int:
@@ -149,7 +140,7 @@ def random_seed() -> int:
 
 
 def _update_in_place(old: Any, new: Any) -> None:
-    """Put the arrays of one tree into another, whose own containers a compiled step may hold."""
+    """Copy the arrays of one tree into another, whose containers a compiled step may hold."""
     for key, value in new.items() if isinstance(new, dict) else enumerate(new):
         if isinstance(value, dict | list) and value and isinstance(old[key], dict | list):
             _update_in_place(old[key], value)
@@ -160,7 +151,7 @@ def _update_in_place(old: Any, new: Any) -> None:
 def identity(
     args: Any, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
 ) -> dict[str, Any]:
-    """Return what a run is made of, as plain values by key: all that has a part in the weights that come out."""
+    """Return all that determines the trained weights, as plain values by key."""
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
     settings |= {f"loss option {name}": value for name, value in args.loss_options.items() if name not in settings}
     adapter = describe_adapter(model)
@@ -177,11 +168,7 @@ def identity(
 
 
 def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to go on with something else than what was begun.
-
-    Raises:
-        ConfigError: names the keys that differ.
-    """
+    """Raise a ConfigError that names what differs from the run that wrote the checkpoint."""
     differing = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     # What counts is the tokens; if they differ, the tokenizer may be why.
     if "tokenizer" in differing and ("data" not in differing or not saved.get("tokenizer")):
@@ -209,7 +196,7 @@ def _model_digest(model: nn.Module) -> str:
 
 
 def data_digest(pairs: Iterable[PreferencePair]) -> str:
-    """Return what tells pairs from others, by their tokens and masks."""
+    """Return a digest of the pairs' tokens and masks."""
     digest = hashlib.sha256()
     for pair in pairs:
         for part in (pair.prompt, pair.chosen, pair.rejected, pair.chosen_scored, pair.rejected_scored):
@@ -219,7 +206,7 @@ def data_digest(pairs: Iterable[PreferencePair]) -> str:
 
 
 def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
-    """Return the class, its numbers, and its learning rate, or where there is a schedule some of its values."""
+    """Return the class, its numbers, and its learning rate or some values of its schedule."""
     numbers = {key: value for key, value in sorted(vars(optimizer).items()) if _is_plain(value) and key[0] != "_"}
     schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate")
     rates = (

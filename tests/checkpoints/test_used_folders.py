@@ -395,7 +395,7 @@ def test_how_pairs_are_scored_is_kept_when_the_probe_turns_out_otherwise(
 ) -> None:
     whole = train(tmp_path / "whole")
     stopped(tmp_path / "run", 5)
-    monkeypatch.setattr("mlx_cpo_plugin.training.trainer.choose_scorer", lambda *_: None)
+    monkeypatch.setattr("mlx_cpo_plugin.training.wiring.choose_scorer", lambda *_: None)
 
     assert_same(train(tmp_path / "run", resume="auto"), whole)
 

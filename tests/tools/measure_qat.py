@@ -28,8 +28,8 @@ from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.settings.config import resolve
-from mlx_cpo_plugin.training.evaluation import scored_batches
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.training.validation import scored_batches
 
 GROUP_SIZE = 64
 WAYS: tuple[tuple[str, int | None], ...] = (("none", None), ("host", 4), ("mlx", 4), ("host", 8), ("mlx", 8))

@@ -33,8 +33,8 @@ from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.run.building import load_model
 from mlx_cpo_plugin.run.mode import train_mode
 from mlx_cpo_plugin.settings.config import resolve
-from mlx_cpo_plugin.training.evaluation import evaluate_pairs
 from mlx_cpo_plugin.training.objective import objective_for
+from mlx_cpo_plugin.training.validation import evaluate_pairs
 
 # Losses of summed log-probs want small betas; those of means over tokens want large ones. For ipo, 1 / (2 * beta) is
 # the margin that it aims at, in nats a token. The outer betas come first, for a sweep that is to try two of each.

@@ -15,10 +15,11 @@ from support.tiny import add_adapter, assert_same, build_model, build_pairs, par
 
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training import optimizer_step
-from mlx_cpo_plugin.training.alarms import WINDOW, DisplacementAlarm, TrainingError
+from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.best import BestSoFar, PlateauAdvice
+from mlx_cpo_plugin.training.reporting import WINDOW, DisplacementAlarm
 from mlx_cpo_plugin.training.trainer import train_cpo
+from mlx_cpo_plugin.training.validation import BestSoFar, PlateauAdvice
 
 
 def train(folder: Path, model: nn.Module, *, rate: float | Callable[[mx.array], mx.array] = 0.1, **more: Any) -> None:
@@ -142,10 +143,10 @@ def test_the_best_validation_is_the_first_of_the_highest(measure: str) -> None:
     improved = []
     for at, value in enumerate((1.0, 0.5, 2.0, 2.0, float("nan"))):
         improved.append(best.is_best(means(value)))
-        best.take_note(at, means(value))
+        best.add(at, means(value))
 
     assert improved == [True, False, True, False, False]
-    assert (best.iteration, best.waited, best.exhausted) == (2, 2, False)
+    assert (best.iteration, best.waited, best.out_of_patience) == (2, 2, False)
 
 
 def test_patience_counts_validations_since_the_best() -> None:
@@ -153,8 +154,8 @@ def test_patience_counts_validations_since_the_best() -> None:
 
     exhausted = []
     for at, value in enumerate((1.0, 2.0, 0.0, 1.9)):
-        best.take_note(at, means(value))
-        exhausted.append(best.exhausted)
+        best.add(at, means(value))
+        exhausted.append(best.out_of_patience)
 
     assert exhausted == [False, False, False, True]
 

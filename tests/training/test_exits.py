@@ -23,15 +23,18 @@ from support.tiny import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
 from mlx_cpo_plugin.errors import StoppedError
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.training import optimizer_step, stopping, trainer
+from mlx_cpo_plugin.training import exits, optimizer_step, outputs
 from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.stopping import stop_requests
+from mlx_cpo_plugin.training.exits import stop_requests
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 ITERS = 4
 # Where a fault may strike: at the beginning of each call of a function of these modules.
-MODULES = ("trainer", "reporting", "optimizer_step", "stopping", "metrics", "exits", "folder", "adapter", "evaluation")
+MODULES = (
+    *("trainer", "resumption", "reporting", "optimizer_step", "metrics", "validation", "held_out", "outputs", "exits"),
+    *("folder", "adapter"),
+)
 # They only look something up, many times.
 LOOK_UPS = {"iteration", "run", "state", "_describe", "_fault", "_hash", "_read", "_seconds", "_tree", "checkpoints_in"}
 # They are called once more when a run is over, to undo things.
@@ -316,7 +319,7 @@ def test_a_run_that_stops_where_patience_ends_trains_no_further(
 
 def test_a_signal_writes_nothing_where_standard_error_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "__stderr__", None)
-    monkeypatch.setattr(stopping.os, "write", lambda *arguments: pytest.fail("it is another file's number"))
+    monkeypatch.setattr(exits.os, "write", lambda *arguments: pytest.fail("it is another file's number"))
     passed_on = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
     try:
@@ -361,8 +364,8 @@ def test_where_nothing_can_be_saved_the_sentence_says_so_and_the_error_is_the_fi
 ) -> None:
     class Full(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-            monkeypatch.setattr(trainer, "save_adapter", raising(OSError(28, "No space left on device")))
-            monkeypatch.setattr(trainer.RunCheckpoints, "save", raising(OSError(28, "No space left on device")))
+            monkeypatch.setattr(outputs, "save_adapter", raising(OSError(28, "No space left on device")))
+            monkeypatch.setattr(outputs.CheckpointFolder, "save", raising(OSError(28, "No space left on device")))
             raise TrainingError("First.")
 
     with pytest.raises(TrainingError) as ended:

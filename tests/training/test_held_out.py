@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
-from mlx_cpo_plugin.training import trainer
+from mlx_cpo_plugin.training import held_out, trainer
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, scores_of
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
@@ -34,7 +34,7 @@ def test_scores_that_differ_more_than_additions_do_are_told_and_end_nothing(
 ) -> None:
     errors = iter([0.0, 0.01])
     monkeypatch.setattr(
-        trainer, "scores_of", lambda *given: HeldOutScores(scores_of(*given).logps * (1 + next(errors)))
+        held_out, "scores_of", lambda *given: HeldOutScores(scores_of(*given).logps * (1 + next(errors)))
     )
 
     train(tmp_path)
@@ -60,7 +60,7 @@ def test_the_weights_in_memory_stay_whatever_happens_while_what_was_saved_is_sco
             raise ZeroDivisionError
         return scores_of(model, *given)
 
-    monkeypatch.setattr(trainer, "scores_of", fail_with_the_saved_weights)
+    monkeypatch.setattr(held_out, "scores_of", fail_with_the_saved_weights)
 
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
@@ -77,13 +77,13 @@ def test_the_best_adapter_is_scored_too_and_one_that_is_lost_is_told(
     assert "best_adapters.safetensors, of iteration" in capsys.readouterr().out
     assert warnings(tmp_path / "whole") == []
 
-    score = trainer._Run.score_saved
+    score = trainer.score_saved
 
     def lose_the_best(run: Any) -> None:
         (tmp_path / "lost" / "best_adapters.safetensors").unlink()
         score(run)
 
-    monkeypatch.setattr(trainer._Run, "score_saved", lose_the_best)
+    monkeypatch.setattr(trainer, "score_saved", lose_the_best)
     train(tmp_path / "lost", save_best="loss", steps_per_eval=2)
 
     assert any("best_adapters.safetensors cannot be read" in text for text in warnings(tmp_path / "lost"))

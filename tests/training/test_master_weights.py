@@ -18,9 +18,8 @@ from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.master_weights import in_float32
 from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory
-from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
+from mlx_cpo_plugin.training.optimizer_step import OptimizerStep, in_float32
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 HALVES = [mx.bfloat16, mx.float16]

@@ -18,7 +18,8 @@ from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod
 from mlx_cpo_plugin.training.objective import Objective, objective_for
-from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, gradient_methods
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo
+from mlx_cpo_plugin.training.wiring import gradient_methods
 
 BETA, GAMMA, ALPHA, DELTA = 0.3, 0.7, 0.25, 3.0
 OPTIONS = {"beta": BETA, "simpo_gamma": GAMMA, "alphapo_alpha": ALPHA, "delta": DELTA}

@@ -15,10 +15,11 @@ from support.faulty_ranks import ended, start, start_training, train
 from support.tiny import saved_arrays
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
-from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
-from mlx_cpo_plugin.training import stopping
-from mlx_cpo_plugin.training.state import RunCheckpoints
-from mlx_cpo_plugin.training.stopping import StopRequest
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord
+from mlx_cpo_plugin.training import exits
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.exits import StopRequest
+from mlx_cpo_plugin.training.outputs import Outputs
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +116,7 @@ def test_a_stop_that_is_asked_for_while_ranks_agree_counts_the_next_time(monkeyp
         request.signal_number = signal.SIGTERM
         return [mine, 0]
 
-    monkeypatch.setattr(stopping, "of_all_ranks", exchange)
+    monkeypatch.setattr(exits, "of_all_ranks", exchange)
 
     assert [request.agreed(), request.agreed()] == [False, True]
 
@@ -127,7 +128,10 @@ def test_several_ranks_keep_the_checkpoint_that_all_of_them_have(
     world = SimpleNamespace(rank=lambda: 0, size=lambda: size)
     monkeypatch.setattr(mx.distributed, "init", lambda: world)
 
-    assert RunCheckpoints(tmp_path, RunIdentity.new(), keep, 0, {}).folder.keep == kept
+    args = CPOTrainingArgs(keep_checkpoints=keep, adapter_file=str(tmp_path / "adapters.safetensors"))
+    nothing: Any = None
+    outputs = Outputs(nothing, nothing, nothing, args, RunRecord(RunIdentity.new()), 0, {}, print)
+    assert outputs.checkpoints.keep == kept
 
 
 def commands(tmp_path: Path, settings: dict[str, Any], *data: str) -> list[list[str]]:

@@ -22,7 +22,8 @@ from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.training.gradients import BatchGradients
 from mlx_cpo_plugin.training.metrics import PairMeans
 from mlx_cpo_plugin.training.objective import Objective, objective_for
-from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, gradient_methods
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs
+from mlx_cpo_plugin.training.wiring import gradient_methods
 
 ARRAYS, METADATA = mx.load(str(Path(__file__).with_name("trl_reference.safetensors")), return_metadata=True)
 CASES: list[dict[str, Any]] = json.loads(METADATA["cases"])

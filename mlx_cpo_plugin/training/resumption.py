@@ -1,0 +1,80 @@
+"""How a run begins: anew, or from a checkpoint, in a folder that becomes its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, METRICS_FILE
+from mlx_cpo_plugin.checkpoints.resuming import once_put_aside
+from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on, written_files_recorded
+from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.training.memory_estimate import memory_report
+from mlx_cpo_plugin.training.metrics import lines_of
+from mlx_cpo_plugin.training.state import check_identity
+from mlx_cpo_plugin.training.wiring import Run
+
+
+def begin(run: Run) -> bool:
+    """Restore a run from its checkpoint, if it has one, and take over its folder; return whether there is work left.
+
+    Raises:
+        ConfigError: the checkpoint is of other settings, or a new run would have nothing to do.
+    """
+    checkpoint, say = run.start.checkpoint, run.reporter.say
+    if checkpoint is not None:
+        check_identity(checkpoint.values["identity"], run.identity, checkpoint)
+        run.state.restore(checkpoint)
+        for note in run.start.notes:
+            say(note)
+        finished = _why_finished(run)
+        if finished is not None:
+            say(finished)
+            run.reporter.go_on_in_trackers(checkpoint)  # a test may still have to be reported there
+            return False
+    for line in memory_report(run.model, run.step.optimizer, run.pairs, run.scorer, run.args):
+        say(line)
+    _take_folder(run)
+    with written_files_recorded(run.outputs.folder):
+        run.reporter.start_trackers()
+    run.outputs.save_settings()
+    return True
+
+
+def _why_finished(run: Run) -> str | None:
+    """Return why a restored run has nothing left to do; ``None`` where it has."""
+    start, done, iters = run.start, run.state.iteration, run.args.iters
+    assert start.checkpoint is not None
+    if done >= iters and start.checkpoint.values["iters"] != iters:
+        done_already = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
+        if not start.continues:
+            raise ConfigError(f"{done_already}; raise iters to go on from it.")
+        return f"{done_already}: nothing was changed; raise iters to go on."
+    ends = ["iters"] * (done >= iters) + ["early_stopping_patience"] * run.best.out_of_patience
+    if start.continues and TRAINED in start.record.done and ends:
+        return (
+            f"The run in {run.outputs.folder} finished at iteration {done}: nothing was changed; raise "
+            f"{' and '.join(ends)} to go on."
+        )
+    return None
+
+
+def _take_folder(run: Run) -> None:
+    """Make the adapter folder that of this run, with what it continues from."""
+    start, outputs, say = run.start, run.outputs, run.reporter.say
+    checkpoint, settings = start.checkpoint, run.args.run_settings or {}
+    if start.continues:
+        goes_on(outputs.folder, start.record)
+    else:
+        for note in start.notes if checkpoint is None else ():
+            say(note)
+        in_use = [Path(path) for key in ("model", "data") if isinstance(path := settings.get(key), str)]
+        begin_run(outputs.folder, start.record, say, in_use)
+    if checkpoint is None:
+        return
+    there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, outputs.folder)
+    run.reporter.go_on(lines_of(there.parent.parent / METRICS_FILE), checkpoint)
+    outputs.restore_best(checkpoint, there / BEST_ADAPTER_FILE)
+    if not start.continues:
+        outputs.save_checkpoint()
+    say(f"Resuming after iteration {run.state.iteration} from {checkpoint.folder}.")

@@ -1,0 +1,178 @@
+"""Validation: means over held-out pairs, the best of them, patience, and advice where margins stop rising."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.model.grouping import PairSize
+from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
+from mlx_cpo_plugin.model.shared_batch import score_together
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, normalised_pair, share
+from mlx_cpo_plugin.settings.cpo_options import MEASURES
+from mlx_cpo_plugin.training.metrics import PairMeans
+from mlx_cpo_plugin.training.objective import Objective
+from mlx_cpo_plugin.training.state import Resumable
+
+# Validations without a better margin in the first part of a run that make a plateau.
+PLATEAU = 3
+EARLY_PART = 0.5
+
+
+def evaluate_pairs(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    objective: Objective,
+    *,
+    batch_size: int,
+    num_batches: int = -1,
+    scorer: SharedPromptScorer | None = None,
+) -> tuple[dict[str, float], int]:
+    """Return the means over the pairs of all ranks, and the number of scored tokens.
+
+    Every pair counts once and has the same weight, whatever the batch size. Dropout is off; the model's mode is
+    restored afterwards.
+
+    Args:
+        num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
+        scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
+    """
+    means = PairMeans(objective)
+    for scores, scored_pairs in scored_batches(
+        model, pairs, objective.length_normalised, batch_size=batch_size, num_batches=num_batches, scorer=scorer
+    ):
+        losses = objective.losses(scores)
+        mx.eval(losses)
+        means.add(losses, scores, scored_tokens(scored_pairs))
+    return means.over_ranks()
+
+
+def scored_batches(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    length_normalised: bool,
+    *,
+    batch_size: int,
+    num_batches: int = -1,
+    scorer: SharedPromptScorer | None = None,
+) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
+    """Yield the evaluated scores of pairs computed together, with these pairs; each pair of this rank comes once.
+
+    The arguments are those of :func:`evaluate_pairs`; the model is in evaluation mode until the last one is taken.
+    """
+    world = mx.distributed.init()
+    with evaluation_mode(model):
+        for batch_pairs in evaluation_plan(
+            pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
+        ):
+            for scores, scored_pairs in _scored(model, batch_pairs, length_normalised, scorer):
+                mx.eval(*scores)
+                yield scores, scored_pairs
+
+
+def _scored(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    length_normalised: bool,
+    scorer: SharedPromptScorer | None,
+) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
+    if scorer is None:
+        yield score_answers(model, collate(pairs), length_normalised), pairs
+        return
+    cuts = [share(pair) for pair in pairs]
+    for group in scorer.grouping.groups([PairSize.of(cut) for cut in cuts]):
+        if len(group) == 1:
+            pair, cut = pairs[group[0]], cuts[group[0]]
+            yield normalised_pair(scorer.score(cut), pair, length_normalised), [pair]
+            continue
+        scores = score_together(scorer, [cuts[number] for number in group], length_normalised)
+        yield scores, [pairs[number] for number in group]
+
+
+class BestSoFar(Resumable):
+    """The best validation of a run.
+
+    Args:
+        measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`.
+        patience: validations in a row without an improvement after which to stop; ``None``: never.
+        pairs: digest of the validation pairs; values over other pairs are not compared.
+        saved: whether the adapter of the best validation is saved.
+
+    Attributes:
+        value: of the best validation; ``None`` before the first.
+        iteration: of the best validation.
+        waited: validations since then.
+        last: iteration of the last validation.
+    """
+
+    remembered: ClassVar[tuple[str, ...]] = ("measure", "pairs", "saved", "value", "iteration", "waited", "last")
+
+    def __init__(self, measure: str, patience: int | None = None, pairs: str = "", saved: bool = False) -> None:
+        self.measure, self.sign = MEASURES[measure]
+        self.patience = patience
+        self.pairs = pairs
+        self.saved = saved
+        self.value: float | None = None
+        self.iteration = self.waited = self.last = 0
+
+    def add(self, iteration: int, means: Mapping[str, float]) -> None:
+        """Record a validation."""
+        self.last = iteration
+        if self.is_best(means):
+            self.value, self.iteration, self.waited = means[self.measure], iteration, 0
+        else:
+            self.waited += 1
+
+    def is_best(self, means: Mapping[str, float]) -> bool:
+        """Return whether a validation is better than all those recorded."""
+        value = means[self.measure]
+        return math.isfinite(value) and (self.value is None or self.sign * value > self.sign * self.value)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run should stop."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state`` where it is comparable; otherwise the search begins anew."""
+        self.last = state["last"]
+        if self.is_comparable(state):
+            self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
+
+    def is_comparable(self, state: Mapping[str, Any]) -> bool:
+        """Return whether ``state`` has the same measure of the same pairs, with the adapter saved if it is needed."""
+        same = (state["measure"], state["pairs"]) == (self.measure, self.pairs)
+        return same and (state["saved"] or not self.saved)
+
+
+class PlateauAdvice(BestSoFar):
+    """Says once that the validation margin stopped rising early, and that ``dpop`` may help."""
+
+    remembered = (*BestSoFar.remembered, "told")
+
+    def __init__(self, loss_type: str, iters: int, pairs: str = "") -> None:
+        super().__init__("margin", pairs=pairs)
+        self.told = loss_type == "dpop"
+        self.until = EARLY_PART * iters
+
+    def advice(self, iteration: int, means: Mapping[str, float]) -> str | None:
+        """Record a validation; return the advice, if it is due."""
+        self.add(iteration, means)
+        if self.told or iteration > self.until or self.waited < PLATEAU:
+            return None
+        self.told = True
+        return (
+            f"Iter {iteration}: the validation margin has not risen since iteration {self.iteration}; if this stays "
+            "so, switch to dpo_cpo_loss_type: dpop and bound the drift with delta."
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``."""
+        super().restore(state)
+        self.told = state["told"]

@@ -1,0 +1,201 @@
+"""The parts of a training run, wired up before its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+
+from mlx_cpo_plugin.checkpoints import METRICS_FILE
+from mlx_cpo_plugin.checkpoints.resuming import find_start
+from mlx_cpo_plugin.data import PreferenceDataset
+from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, training_plan
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
+from mlx_cpo_plugin.model.activations import lean_activations
+from mlx_cpo_plugin.model.grouping import Grouping, PairSize, padding_rooms
+from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
+from mlx_cpo_plugin.training.long_context import SegmentGradients
+from mlx_cpo_plugin.training.memory_estimate import Way
+from mlx_cpo_plugin.training.memory_watch import MemoryWatch
+from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.training.objective import Objective
+from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
+from mlx_cpo_plugin.training.outputs import Outputs
+from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.training.reporting import DisplacementAlarm, ProgressReporter
+from mlx_cpo_plugin.training.state import TrainingState, can_go_on, data_digest, identity
+from mlx_cpo_plugin.training.validation import BestSoFar, PlateauAdvice
+
+
+class Run:
+    """The parts of a training run inside its environment; making it changes nothing in its folder.
+
+    Attributes:
+        start: where it begins.
+        scorer: ``None`` where the model cannot share prompts.
+        identity: all that determines the trained weights, by key.
+        last_step_start: the iteration before the last optimizer step.
+
+    Raises:
+        ConfigError: there is nothing to resume, or another run has used the folder meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optimizers.Optimizer,
+        objective: Objective,
+        pairs: PreferenceDataset,
+        val_pairs: PreferenceDataset,
+        args: CPOTrainingArgs,
+        quantisation: FakeQuantisation,
+        training_callback: TrainingCallback | None,
+    ) -> None:
+        self.model, self.objective, self.args, self.quantisation = model, objective, args, quantisation
+        self.pairs, self.val_pairs = pairs, val_pairs
+        folder = Path(args.adapter_file).parent
+        lengths = [pair.tokens for pair in pairs]
+        self.last_step_start = last_step_start(lengths, batch_size_of(args), iters=args.iters, seed=args.seed or 0)
+        usable = partial(can_go_on, iters=args.iters, last_step_start=self.last_step_start)
+        self.start = find_start(folder, args.resume, args.run_identity, usable)
+        run_id = self.start.record.run.id
+        if args.run_identity not in (None, self.start.record.run):
+            raise ConfigError(f"Another run has used {folder} since this one was started; start it again.")
+
+        metrics_file = MetricsFile(folder / METRICS_FILE if mx.distributed.init().rank() == 0 else None, run_id)
+        self.reporter = ProgressReporter(objective, training_callback, metrics_file)
+        validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
+        self.best = BestSoFar(
+            args.save_best or "loss", args.early_stopping_patience, validated, args.save_best is not None
+        )
+        self.plateau = PlateauAdvice(args.loss_type, args.iters, validated)
+        self.displacement = DisplacementAlarm(args.loss_type)
+
+        self.scorer = self._choose_scorer()
+        self.memory = MemoryWatch(model, Way.of(args, None if self.scorer is None else self.scorer.grouping))
+        gradients, long_gradients, long_above = gradient_methods(model, objective, self.scorer, pairs, args)
+        self.step = OptimizerStep(model, optimizer, gradients, long_gradients, long_above, args.max_grad_norm)
+        self.state = TrainingState(
+            model,
+            self.step,
+            {
+                "reporter": self.reporter,
+                "best": self.best,
+                "plateau": self.plateau,
+                "displacement": self.displacement,
+            },
+        )
+        self.identity = identity(args, model, optimizer, pairs)
+        self.outputs = Outputs(
+            model,
+            self.state,
+            self.best,
+            args,
+            self.start.record,
+            self.last_step_start,
+            {"identity": self.identity, "iters": args.iters, "scorer": scorer_values(self.scorer)},
+            self.reporter.say,
+        )
+
+    def _choose_scorer(self) -> SharedPromptScorer | None:
+        """Return the scorer of the run that is resumed, or one that the model allows."""
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None and checkpoint.values["identity"].get("scoring") == self.args.scoring:
+            return scorer_of(self.model, checkpoint.values["scorer"])
+        return choose_scorer(self.model, self.pairs, self.args.scoring, self.reporter.say)
+
+    def plan(self) -> Iterator[MicroBatch]:
+        """Return the micro-batches of the whole run, as this rank has them."""
+        world = mx.distributed.init()
+        return training_plan(
+            [pair.tokens for pair in self.pairs],
+            batch_size_of(self.args),
+            iters=self.args.iters,
+            seed=self.args.seed or 0,
+            rank=world.rank(),
+            world_size=world.size(),
+        )
+
+
+@contextmanager
+def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[FakeQuantisation]:
+    """Prepare model and device for training; undo it however training ends."""
+    limit = wired_limit()
+    with ExitStack() as stack:
+        stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
+        stack.enter_context(compile_where_it_pays(args.compile))
+        stack.enter_context(lean_activations())
+        stack.enter_context(float32_products(model))
+        stack.enter_context(checkpointed_layers(model, args.grad_checkpoint))
+        quantisation = FakeQuantisation()
+        if args.qat_enable:
+            quantisation = stack.enter_context(
+                fake_quantised(
+                    model,
+                    bits=args.qat_bits,
+                    group_size=args.qat_group_size,
+                    quantizer=args.qat_quantizer,
+                    mode=args.qat_mode,
+                    start_step=args.qat_start_step,
+                    interval=args.qat_interval,
+                )
+            )
+        if limit is not None:
+            stack.callback(mx.set_wired_limit, mx.set_wired_limit(limit))
+        stack.callback(model.eval)
+        model.train()
+        yield quantisation
+
+
+def gradient_methods(
+    model: nn.Module,
+    objective: Objective,
+    scorer: SharedPromptScorer | None,
+    pairs: Sequence[PreferencePair],
+    args: CPOTrainingArgs,
+) -> tuple[GradientMethod, GradientMethod, float]:
+    """Return how gradients are computed, how those of long pairs, and above how many tokens a pair is long."""
+    long_above = args.seq_step_size if args.seq_step_size is not None else float("inf")
+    if scorer is None:
+        return BatchGradients(model, objective), AnswerGradients(model, objective), long_above
+    whole = SegmentGradients(model, objective, scorer)
+    in_segments = SegmentGradients(model, objective, scorer, args.seq_step_size)
+    compiled, grouping = compilation_pays(args.compile), scorer.grouping
+    if compiled:  # for few shapes; without compilation nothing is padded further than the longest of a group
+        sizes = [PairSize.of(share(pair)) for pair in pairs]
+        grouping = replace(grouping, rooms=padding_rooms(sizes, grouping.budget))
+    shared = SharedPromptGradients(model, objective, scorer, whole.pair_gradients, grouping, compiled)
+    return shared, in_segments, long_above
+
+
+def batch_size_of(args: CPOTrainingArgs) -> BatchSize:
+    """Return the size of a micro-batch and of a step."""
+    return BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps)
+
+
+def scorer_values(scorer: SharedPromptScorer | None) -> dict[str, float] | None:
+    """Return how pairs are scored, as plain values: what a probe found holds for the whole run."""
+    return None if scorer is None else {"overhead": scorer.grouping.overhead, "budget": scorer.grouping.budget}
+
+
+def scorer_of(model: nn.Module, values: Mapping[str, float] | None) -> SharedPromptScorer | None:
+    """Return the scorer that :func:`scorer_values` described."""
+    if values is None:
+        return None
+    scorer = SharedPromptScorer(model)
+    scorer.grouping = Grouping(values["overhead"], values["budget"])
+    return scorer
