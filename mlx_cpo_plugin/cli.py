@@ -154,9 +154,7 @@ def _check_run(words: Sequence[str]) -> int:
             "write train_mode: cpo into the configuration file or pass --train-mode cpo."
         )
     # What is looked at is a training run, whether or not the configuration file has `train: true`.
-    given = config.explicit(words, mode)
-    given["train"] = True
-    resolved = config.resolve(given)
+    resolved = config.resolve([*words, "--train"], mode=mode)
     for note in resolved.notes:
         print(f"note: {note}")
     run_check(resolved.settings)

@@ -13,8 +13,6 @@ from mlx_cpo_plugin.settings.cpo_options import (
     CPO_OPTIONS,
     DELTA,
     LABEL_SMOOTHING,
-    LOSS_OPTION,
-    PRESETS,
     SIMPO_GAMMA,
 )
 from mlx_cpo_plugin.types import LossType, TrainMode
@@ -34,9 +32,6 @@ def register_train_modes() -> list[TrainMode]:
             train=train,
             evaluate=evaluate,
             options=CPO_OPTIONS,
-            loss_option=LOSS_OPTION,
-            supports_qat=True,
-            presets=PRESETS,
         )
     ]
 

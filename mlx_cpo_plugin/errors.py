@@ -1,8 +1,12 @@
-"""The mistakes that a person can mend, each told in one sentence."""
+"""Errors the user can fix, each with a one-sentence message, and how messages show what comes from outside."""
 
 from __future__ import annotations
 
 import errno
+from typing import Any
+
+LONGEST_VALUE = 60
+LONGEST_NAME = 300
 
 
 class UserError(ValueError):
@@ -16,7 +20,19 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, or out of range."""
+    """A setting is unknown, of the wrong type, or out of range.
+
+    Attributes:
+        key: the setting, e.g. ``lora_parameters.rank``.
+        place: where it was given, e.g. ``in my.yaml, line 3``.
+        allowed: what it may be.
+
+    Each is in words, and empty where the error is not about one setting.
+    """
+
+    def __init__(self, message: str, *, key: str = "", place: str = "", allowed: str = "") -> None:
+        super().__init__(message)
+        self.key, self.place, self.allowed = key, place, allowed
 
 
 class DataError(UserError):
@@ -65,3 +81,24 @@ def is_device_fault(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What a foreign exception says, cut to fit into a sentence; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML would write it, on one line and cut to fit a sentence."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = printable(repr(value))
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def named(name: object, longest: int = LONGEST_NAME) -> str:
+    """Return the name of a key, file or column as it stands, but printable and cut in the middle."""
+    text = printable(name if isinstance(name, str) else shown(name))
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with escapes in place of line breaks, control characters and lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -32,6 +32,9 @@ class Option:
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
         below: exclusive upper bound of a number.
+        inside: a further check, ``(value, key, place) -> value to use``, of a value of the right type and range; see
+            :mod:`mlx_cpo_plugin.settings.nested`.
+        free_on_resume: whether a run may be resumed with another value: this one has no part in the trained weights.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Option:
     optional: bool = False
     shown_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     below: float | None = None
+    inside: Callable[[Any, str, Callable[[str], str]], Any] | None = None
+    free_on_resume: bool = False
 
     @property
     def flag(self) -> str:
@@ -105,27 +110,10 @@ class LossType:
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Values of a train mode's options that belong together, under one name.
-
-    Attributes:
-        name: value of the option ``preset``.
-        title: what the values are, in a few words.
-        source: where they come from.
-        values: option's name -> value; what the command line or the YAML file gives wins.
-    """
-
-    name: str
-    title: str
-    source: str
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class TrainMode:
     """A value of ``train_mode`` and the functions that carry it out.
 
-    ``args`` is a namespace with every resolved setting as an attribute.
+    ``args`` has every resolved setting as an attribute, those of the mode's own options among them.
 
     Attributes:
         name: value of ``train_mode``.
@@ -134,11 +122,8 @@ class TrainMode:
         load_dataset: ``(args, tokenizer) -> (train, valid, test)``; each is a sequence, possibly empty.
         train: ``(model, optimizer, train_dataset, val_dataset, args, adapter_file, training_callback)``.
         evaluate: ``(model, dataset, args) -> metrics``, a mapping from name to float; ``loss`` is one of them.
-        options: the mode's own options, beside those that every mode shares.
-        loss_option: name of the option that picks a loss type; empty when the mode has none.
-        needs_reference, needs_judge: whether a second model has to be loaded.
-        supports_qat: whether the ``qat_*`` options have an effect.
-        presets: what the mode's option ``preset`` can name, if it has one.
+        options: the mode's own options, beside those that every mode shares. With one called ``dpo_cpo_loss_type`` the
+            mode has a loss, which it names, and the options of the registered losses.
     """
 
     name: str
@@ -148,8 +133,7 @@ class TrainMode:
     train: Callable[..., None]
     evaluate: Callable[[Any, Any, Any], Mapping[str, float]]
     options: tuple[Option, ...] = ()
-    loss_option: str = ""
-    needs_reference: bool = False
-    needs_judge: bool = False
-    supports_qat: bool = False
-    presets: tuple[Preset, ...] = ()
+
+    def has(self, option: str) -> bool:
+        """Whether one of the mode's own options has this name."""
+        return option in {own.name for own in self.options}

@@ -17,7 +17,7 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_cpo_plugin import blas
 from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, OLDEST_TESTED_HOST, __version__, host_version
@@ -25,6 +25,9 @@ from mlx_cpo_plugin.activation import hook_state, loaders
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.types import TrainMode
+
+if TYPE_CHECKING:
+    from mlx_cpo_plugin.settings.config import RunSettings
 
 TRAINER_NAMES = ("train_cpo", "evaluate_cpo", "CPOTrainingArgs")
 
@@ -116,7 +119,8 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
         signature(host_run).bind(*positional, **named)  # raises what the host would
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
         with lasting_output():
-            settings = args if getattr(args, "plugin_resolved", False) else _resolved(args, mode)
+            is_resolved = getattr(args, "plugin_resolved", False)
+            settings = _taken_back(args) if is_resolved else _resolved(args, mode)
             announce(mode)
             from mlx_cpo_plugin.run.mode import run_mode
 
@@ -150,11 +154,18 @@ def _mode_of(call: Any) -> TrainMode | None:
     return mode
 
 
-def _resolved(call: Any, mode: TrainMode) -> SimpleNamespace:
+def _taken_back(args: SimpleNamespace) -> RunSettings:
+    """Return the settings that ``main`` gave to the host, and the host to ``run``."""
+    from mlx_cpo_plugin.settings.config import RunSettings
+
+    return RunSettings.of(vars(args))
+
+
+def _resolved(call: Any, mode: TrainMode) -> RunSettings:
     """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
     from mlx_cpo_plugin.settings import config
 
-    resolved = config.resolve(config.explicit(call, mode))
+    resolved = config.resolve(call, mode=mode)
     for note in resolved.notes:
         print(f"note: {note}")
     return resolved.settings

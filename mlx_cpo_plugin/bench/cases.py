@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
@@ -15,6 +14,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.config import RunSettings
 
 HOST_LOSSES = ("sigmoid", "hinge", "ipo", "dpop")
 
@@ -43,7 +43,7 @@ class Case:
     """
 
     name: str
-    settings: SimpleNamespace
+    settings: RunSettings
     pairs: Sequence[PreferencePair]
     model_config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ def suite(model: Path | None, data: Path | None, rows: int | None) -> list[Case]
     return cases
 
 
-def _resolved(settings: Mapping[str, Any]) -> SimpleNamespace:
+def _resolved(settings: Mapping[str, Any]) -> RunSettings:
     """Resolve settings, then switch off what would be measured beside training or make two runs differ."""
     resolved = config.resolve({"train": True, "train_mode": "cpo", **settings}).settings
     resolved.test = resolved.fuse = resolved.qat_enable = False

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +29,7 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import build_optimizer, load_model
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 ADAPTER_SCALE = 0.01
@@ -77,7 +77,7 @@ def main() -> None:
 def compute_reference(job: Job, folder: Path) -> None:
     """Build the model, and leave the float64 gradient of the job's first batch in ``folder``."""
     mx.disable_compile()
-    settings = SimpleNamespace(**job.settings)
+    settings = RunSettings.of(job.settings)
     model = build_model(job, settings)
     model.train()
     pairs = load_pairs(Path(job.pairs_file))
@@ -92,7 +92,7 @@ def measure(job: Job, folder: Path) -> Measurement:
     counts = job.task == "count"
     if counts:
         mx.disable_compile()
-    settings = SimpleNamespace(**job.settings)
+    settings = RunSettings.of(job.settings)
     model = build_model(job, settings)
     optimizer = build_optimizer(settings)
     if counts:
@@ -122,7 +122,7 @@ def measure(job: Job, folder: Path) -> Measurement:
     )
 
 
-def build_model(job: Job, settings: SimpleNamespace) -> nn.Module:
+def build_model(job: Job, settings: RunSettings) -> nn.Module:
     """Return the job's model with adapters that are not zero, the same weights for the same seed."""
     if job.model_config is None:
         model, _ = load_model(settings)

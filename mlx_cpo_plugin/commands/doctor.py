@@ -284,7 +284,7 @@ def check_plugins() -> list[Finding]:
             registered = plugins.registered_distributions()
         # A stranger's hook may raise anything, and the doctor is there to say so.
         except Exception as error:
-            return [Finding("plugins", "failed", f"{type(error).__name__}: {error}", "mend, block or uninstall it")]
+            return [Finding("plugins", "failed", f"{type(error).__name__}: {error}", "fix, block or uninstall it")]
     loaded = [Finding(f"plugin {plugin['plugin']}", "ok", _summary(plugin), about=plugin) for plugin in registered]
     return [*loaded, *(Finding("plugins", "warning", str(warning.message)) for warning in skipped)]
 

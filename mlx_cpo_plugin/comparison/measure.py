@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.nn as nn
@@ -27,7 +26,8 @@ from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line,
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.settings.command_line import Given
+from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.wording import named, shown
@@ -75,7 +75,7 @@ class Comparison:
         held_out: the split that these come from, ``file`` for a file without one; empty where there are none.
     """
 
-    settings: SimpleNamespace
+    settings: RunSettings
     questions: list[Question]
     groups: list[LengthGroup]
     held_out: str
@@ -149,7 +149,7 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
     comparison.after = measured(model, comparison, "tuned model", say)
 
 
-def run_settings(adapter_path: Path, model: str | None, data: str | None) -> SimpleNamespace:
+def run_settings(adapter_path: Path, model: str | None, data: str | None) -> RunSettings:
     """Return the settings of the run, with ``model`` and ``data`` in place of its own where they are given.
 
     Raises:
@@ -170,7 +170,7 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Sim
         raise ConfigError(
             f"There is no {RUN_SETTINGS} in {named(str(adapter_path))}; give --model, and --data for rows."
         )
-    settings = config.resolve(Given(call, "on the command line")).settings
+    settings = config.resolve(call, call_place=ON_THE_COMMAND_LINE).settings
     if data is not None:
         settings.hf_dataset = None  # which would go before data
     elif "data" not in recorded:
@@ -179,7 +179,7 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Sim
 
 
 def held_out_pairs(
-    settings: SimpleNamespace, tokenizer: Any, *, is_given: bool, needed: bool, say: Say
+    settings: RunSettings, tokenizer: Any, *, is_given: bool, needed: bool, say: Say
 ) -> tuple[str, Sequence[PreferencePair]]:
     """Return a split and its pairs: the test set, or else the validation set, as far as the run itself evaluates it.
 
@@ -216,11 +216,11 @@ def held_out_pairs(
     ]
 
 
-def uncut(pairs: Sequence[PreferencePair], settings: SimpleNamespace, tokenizer: Any) -> list[PreferencePair]:
+def uncut(pairs: Sequence[PreferencePair], settings: RunSettings, tokenizer: Any) -> list[PreferencePair]:
     """Return pairs as they were before they were cut to ``max_seq_length``: half a prompt is nothing to ask."""
     if all(pair.length < settings.max_seq_length for pair in pairs):
         return list(pairs)
-    whole = SimpleNamespace(**{**vars(settings), "max_seq_length": sys.maxsize})
+    whole = RunSettings.of({**vars(settings), "max_seq_length": sys.maxsize})
     splits = load_splits(whole, tokenizer, ("train", "valid", "test"))
     by_source = {pair.source: pair for split in splits for pair in split}
     return [by_source[pair.source] for pair in pairs]
@@ -245,7 +245,7 @@ def question_of(pair: PreferencePair, tokenizer: ChatTokenizer) -> Question:
     return Question(pair.source, tokenizer.decode(pair.prompt), pair.prompt.tolist(), chosen, rejected)
 
 
-def load_base(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
+def load_base(settings: RunSettings) -> tuple[nn.Module, Any]:
     """Load the model without any adapter, in the precision of the run.
 
     Raises:

@@ -130,4 +130,4 @@ def check_result(conversion: Conversion, file: str) -> None:
     """
     from mlx_cpo_plugin.settings import config
 
-    config.resolve(config.Given(conversion.settings, f"converted from {named(file)}"))
+    config.resolve(conversion.settings, call_place=f"converted from {named(file)}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, is_off, merged
-from mlx_cpo_plugin.settings.options import TRACKERS
+from mlx_cpo_plugin.settings.nested import TRACKERS
 
 BEST_BY = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 DECAYING = {

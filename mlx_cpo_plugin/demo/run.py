@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from mlx_lm import generate, load
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.trainer import evaluate_cpo
 
 DEMO_DIR = Path(__file__).parent
@@ -89,7 +89,7 @@ def with_paths(text: str, paths: Mapping[str, Path]) -> str:
     return text
 
 
-def measure(settings: SimpleNamespace, adapter_path: str | None = None) -> Measurement:
+def measure(settings: RunSettings, adapter_path: str | None = None) -> Measurement:
     """Score the test rows and answer the shown prompts, with the adapter or without one."""
     with compile_where_it_pays():
         model, tokenizer = load(settings.model, adapter_path=adapter_path)

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +25,8 @@ from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.encoding import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host import SFTTrainingArgs
-from mlx_cpo_plugin.settings.quantisation import GROUP_SIZES
+from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.options import GROUP_SIZES
 
 QUANTISED_LOADS: dict[str, dict[str, Any]] = {
     "load_in_4bits": {"bits": 4},
@@ -37,7 +37,7 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
 _OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
 
 
-def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
+def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
     """Load model and tokenizer, the model with a fresh adapter that is the same for the same seed.
 
     Raises:
@@ -66,13 +66,13 @@ def load_model(settings: SimpleNamespace) -> tuple[nn.Module, Any]:
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
     _freeze_untrained_layers(model, settings)
-    template = read_template(getattr(settings, "chat_template", None))
+    template = read_template(settings.chat_template)
     if template:
         tokenizer.chat_template = template  # which a fused model takes along
     return model, tokenizer
 
 
-def unevaluated_model(settings: Any) -> nn.Module:
+def unevaluated_model(settings: RunSettings) -> nn.Module:
     """Return the model that ``settings`` would train, with its adapter; none of its arrays is evaluated.
 
     Raises:
@@ -95,7 +95,7 @@ def model_folder(model: str) -> Path:
     return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
 
 
-def _freeze_untrained_layers(model: nn.Module, settings: Any) -> None:
+def _freeze_untrained_layers(model: nn.Module, settings: RunSettings) -> None:
     """In full training of some layers, leave only the last ``num_layers`` trainable."""
     if settings.train_type == "full" and settings.num_layers > 0:
         model.freeze()
@@ -103,7 +103,7 @@ def _freeze_untrained_layers(model: nn.Module, settings: Any) -> None:
             layer.unfreeze()
 
 
-def quantised_load(settings: Any) -> str | None:
+def quantised_load(settings: RunSettings) -> str | None:
     """Return the key of the precision to load in, if one is set."""
     return next((key for key in QUANTISED_LOADS if getattr(settings, key)), None)
 
@@ -147,7 +147,7 @@ def _quantisable_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "to_quantized")]
 
 
-def _check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
+def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``.
 
     Without this an adapter of another scale, which its file does not show, would begin as something else.
@@ -158,7 +158,7 @@ def _check_resumed_adapter(settings: SimpleNamespace, layers: int) -> None:
     Raises:
         ConfigError: the adapter is of another kind, rank, scale or number of layers than the settings ask for.
     """
-    file = Path(settings.resume_adapter_file)
+    file = Path(settings.resume_adapter_file or "")
     folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith(CHECKPOINTS) else [])
     config_file = next((path for folder in folders if (path := folder / ADAPTER_CONFIG).is_file()), None)
     if config_file is None:
@@ -206,7 +206,7 @@ def _number_of_layers(num_layers: int, layers: int) -> int:
     return layers if num_layers < 1 else min(num_layers, layers)
 
 
-def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
+def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
     """Return the optimizer with its learning rate or schedule.
 
     Raises:
@@ -223,12 +223,12 @@ def build_optimizer(settings: SimpleNamespace) -> optimizers.Optimizer:
         raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
 
 
-def iterations(settings: SimpleNamespace, train_set: Sequence[Any]) -> int:
+def iterations(settings: RunSettings, train_set: Sequence[Any]) -> int:
     """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
     if settings.iters is not None:
         return int(settings.iters)
     if settings.epochs is not None:
-        batch_tokens = getattr(settings, "batch_tokens", None)
+        batch_tokens = settings.batch_tokens
         if batch_tokens is None:
             return int(settings.epochs) * math.ceil(len(train_set) / settings.batch_size)
         size = BatchSize(settings.batch_size, batch_tokens)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +25,7 @@ from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, kept_of_margin, told
 
 # A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
@@ -48,7 +48,7 @@ class Fusing:
     """
 
     def __init__(
-        self, settings: SimpleNamespace, model: nn.Module, pairs: Sequence[PreferencePair], say: Callable[[str], None]
+        self, settings: RunSettings, model: nn.Module, pairs: Sequence[PreferencePair], say: Callable[[str], None]
     ) -> None:
         self.settings = settings
         self.pairs = pairs
@@ -151,7 +151,7 @@ class Fusing:
             )
 
 
-def fused_folder(settings: SimpleNamespace) -> Path:
+def fused_folder(settings: RunSettings) -> Path:
     """Return where the fused model goes: beside the adapter, or into LM Studio."""
     if settings.lm_studio_name is None:
         return Path(settings.adapter_path)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import MetricsFile
@@ -32,7 +32,7 @@ from mlx_cpo_plugin.types import TrainMode
 Sets = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 
-def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
+def run_mode(settings: RunSettings, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
 
     Raises:
@@ -60,7 +60,7 @@ def run_mode(settings: SimpleNamespace, mode: TrainMode, training_callback: Trai
 
 
 def train_test_and_fuse(
-    settings: SimpleNamespace,
+    settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
     tokenizer: Any,
@@ -92,7 +92,7 @@ def train_test_and_fuse(
 
 
 def train_mode(
-    settings: SimpleNamespace,
+    settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
     train_set: Sequence[Any],
@@ -120,7 +120,7 @@ def train_mode(
 
 
 def report_on_test_set(
-    settings: SimpleNamespace,
+    settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
     test_set: Sequence[Any],
@@ -134,7 +134,7 @@ def report_on_test_set(
 
 
 def report_test(
-    settings: SimpleNamespace, mode: TrainMode, metrics: Mapping[str, float], callback: TrainingCallback | None
+    settings: RunSettings, mode: TrainMode, metrics: Mapping[str, float], callback: TrainingCallback | None
 ) -> None:
     """Print the test metrics in the host's shape, append them to the metrics file, and send them to the trackers."""
     print(f"{Colors.BOLD}Test Results:{Colors.RESET}")
@@ -158,12 +158,12 @@ def is_first_rank() -> bool:
     return mx.distributed.init().rank() == 0
 
 
-def adapter_file(settings: SimpleNamespace) -> Path:
+def adapter_file(settings: RunSettings) -> Path:
     """Return where the run leaves its adapter."""
     return Path(settings.adapter_path) / ADAPTER_FILE
 
 
-def run_identity(settings: SimpleNamespace) -> RunIdentity:
+def run_identity(settings: RunSettings) -> RunIdentity:
     """Return which run this is going to be, or whose adapter is tested.
 
     Raises:
@@ -171,11 +171,11 @@ def run_identity(settings: SimpleNamespace) -> RunIdentity:
     """
     folder = Path(settings.adapter_path or "")
     if settings.train:
-        return planned_run(folder, getattr(settings, "resume", None))
+        return planned_run(folder, settings.resume)
     return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
 
 
-def check_destinations(settings: SimpleNamespace) -> None:
+def check_destinations(settings: RunSettings) -> None:
     """Find out before anything is loaded what would fail afterwards, even after hours of training.
 
     Raises:

@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +22,7 @@ import numpy as np
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.settings.config import RunSettings
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ReferenceLoss:
     delta: float
 
     @classmethod
-    def from_settings(cls, settings: SimpleNamespace) -> ReferenceLoss:
+    def from_settings(cls, settings: RunSettings) -> ReferenceLoss:
         """Take the loss from a namespace of resolved settings, named as in YAML."""
         return cls(settings.dpo_cpo_loss_type, settings.beta, settings.delta)
 

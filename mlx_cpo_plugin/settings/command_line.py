@@ -10,29 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.plugins import claimed_mode, loss_types, train_modes
-from mlx_cpo_plugin.settings.options import SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
 from mlx_cpo_plugin.settings.validation import unknown
-from mlx_cpo_plugin.settings.yaml_settings import parse_value, read_bytes, read_yaml
+from mlx_cpo_plugin.settings.yaml_settings import parse_value, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
-from mlx_cpo_plugin.wording import named
 
 HOST_DEFAULT_MODE = "sft"
+IN_THE_CALL, ON_THE_COMMAND_LINE = "in the call", "on the command line"
 
 Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace | SimpleNamespace
-
-
-class Given(dict[str, Any]):
-    """The settings that a call really gave, by name.
-
-    Attributes:
-        source: where they were given, in words.
-    """
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        super().__init__(values)
-        self.source = source
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -42,7 +31,7 @@ class CommandLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = named(" ".join(message.split()))
-        raise ConfigError(f"Command line: {message}; --help lists what is allowed.")
+        raise ConfigError(f"Command line: {message}; --help lists what is allowed.", place=ON_THE_COMMAND_LINE)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Let a flag that only the plugin has not make an abbreviation of one of mlx-lm-lora's flags ambiguous."""
@@ -85,14 +74,12 @@ def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dic
     """Return the options of the modes, of the losses they can use, and those that all modes share, by name."""
     modes, losses = list(modes), list(losses)
     options: dict[str, Option] = {}
-    if any(mode.loss_option for mode in modes):
+    if any(mode.has(LOSS_OPTION) for mode in modes):
         options |= {option.name: option for loss in reversed(losses) for option in reversed(loss.options)}
-    for mode in modes:
-        options |= {option.name: option for option in mode.options}
-        if mode.loss_option in options:
-            names = tuple(loss.name for loss in losses)
-            options[mode.loss_option] = replace(options[mode.loss_option], choices=names)
-    return options | {option.name: option for option in SUBSTRATE_OPTIONS}
+    options |= {option.name: option for mode in modes for option in mode.options}
+    if LOSS_OPTION in options:
+        options[LOSS_OPTION] = replace(options[LOSS_OPTION], choices=tuple(loss.name for loss in losses))
+    return options | {option.name: option for option in COMMON_OPTIONS}
 
 
 def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str]) -> None:
@@ -139,7 +126,12 @@ def host_defaults() -> dict[str, Any]:
     return {**parsed, **CONFIG_DEFAULTS, **{key: value for key, value in parsed.items() if value is not None}}
 
 
-def explicit(call: Call, mode: TrainMode | None = None) -> Given:
+def is_words(call: Call) -> bool:
+    """Whether a call is a command line."""
+    return not isinstance(call, Mapping | argparse.Namespace | SimpleNamespace)
+
+
+def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
     """Return what a call gave, without any default.
 
     Args:
@@ -152,16 +144,15 @@ def explicit(call: Call, mode: TrainMode | None = None) -> Given:
         PluginError: two plugins claim one name.
     """
     if isinstance(call, Mapping):
-        return Given({key: value for key, value in call.items() if value is not None}, "in the call")
+        return {key: value for key, value in call.items() if value is not None}
     if isinstance(call, argparse.Namespace | SimpleNamespace):
         defaults = vars(host_parser().parse_args([]))
-        given = {key: value for key, value in vars(call).items() if value is not None and value != defaults.get(key)}
-        return Given(given, "in the call")
+        return {key: value for key, value in vars(call).items() if value is not None and value != defaults.get(key)}
     parser = build_parser(host_parser(), mode)
     values, rest = parser.parse_known_args(list(call))
     if rest:
-        raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, "on the command line")
-    return Given(vars(values), "on the command line")
+        raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, ON_THE_COMMAND_LINE)
+    return vars(values)
 
 
 def requested_mode(call: Call) -> TrainMode | None:
@@ -179,7 +170,7 @@ def requested_mode(call: Call) -> TrainMode | None:
 
 def _requested_name(call: Call) -> str:
     if isinstance(call, Mapping):
-        values = dict(call)
+        values: Mapping[str, Any] = call
     elif isinstance(call, argparse.Namespace | SimpleNamespace):
         values = vars(call)
     else:
@@ -208,8 +199,8 @@ def _mode_in_yaml(file: Any) -> str | None:
     except ConfigError:
         pass
     try:
-        text = read_bytes(file).decode("utf-8", errors="replace")
-    except ConfigError:
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
         return None
     found = re.search(r"""^train_mode\s*:\s*["']?([\w-]+)""", text, re.MULTILINE)
     return found.group(1) if found else None

@@ -4,33 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import (
     HOST_DEFAULT_MODE,
-    Given,
+    IN_THE_CALL,
+    ON_THE_COMMAND_LINE,
+    Call,
     build_parser,
     explicit,
     host_defaults,
+    is_words,
     known_options,
     requested_mode,
 )
-from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS, UNCHECKED_KEYS
-from mlx_cpo_plugin.settings.paths import PATHS, expanded
-from mlx_cpo_plugin.settings.quantisation import check_quantizer
-from mlx_cpo_plugin.settings.validation import check, not_read, unknown
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, CPOSettings, Preset
+from mlx_cpo_plugin.settings.options import (
+    COMMON_OPTIONS,
+    PRECISIONS,
+    UNCHECKED_KEYS,
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    QatSettings,
+    TrainingSettings,
+    check_quantizer,
+)
+from mlx_cpo_plugin.settings.validation import check, not_read, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
-from mlx_cpo_plugin.types import LossType, Option, Preset, TrainMode
-from mlx_cpo_plugin.wording import shown
+from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 __all__ = [
-    "Given",
     "Resolved",
+    "RunSettings",
     "YamlSettings",
     "build_parser",
     "explicit",
@@ -42,224 +54,229 @@ __all__ = [
 LARGE_BETA = 0.1
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The settings of a run.
+@dataclass
+class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings, QatSettings, CPOSettings):
+    """Every setting of a run under its key.
+
+    The options of other train modes and losses are attributes, too, and so are the keys that mlx-lm-lora reads in
+    modes of its own.
 
     Attributes:
-        settings: every known setting as an attribute; besides, ``loss_options`` (the options of the chosen loss, by
-            keyword), ``config_file`` (the YAML file or None) and ``plugin_resolved`` (True). ``config`` is None.
-        notes: advice, one sentence each.
+        loss_options: the options of the chosen loss, by keyword.
+        config: always None: nobody is to read the YAML file again.
+        config_file: the YAML file.
+        run_identity: which run this is; it is set when the run begins, and ``begun`` with it.
+        plugin_resolved: tells these settings from a call's.
     """
 
-    settings: SimpleNamespace
+    train_mode: str = ""
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    config: None = None
+    config_file: str | None = None
+    run_identity: RunIdentity = field(init=False, repr=False, compare=False)
+    begun: datetime | None = None
+    plugin_resolved: bool = True
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RunSettings:
+        """Return settings with these values, and defaults for all others."""
+        settings = cls()
+        vars(settings).update(values)
+        return settings
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run, and advice on them, one sentence each."""
+
+    settings: RunSettings
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """What the call, the YAML file and a preset give, and where each key stands."""
+class _Given:
+    """What the call, the YAML file and a preset give, and where each key stands.
 
-    call: dict[str, Any]
-    call_name: str
-    yaml: YamlSettings | None
-    preset: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        values: key -> value, without those that are null and so left at their defaults.
+    """
 
-    def gives(self, key: str) -> bool:
-        """Whether the user set a key; an empty value in the YAML file leaves it at its default."""
-        return key in self.call or self._in_yaml(key) is not None
+    def __init__(self, call: Mapping[str, Any], call_place: str, yaml: YamlSettings | None) -> None:
+        in_yaml = {key: value for key, value in yaml.values.items() if value is not None} if yaml else {}
+        self.values = {**in_yaml, **call}
+        self.preset: Preset | None = None
+        self._call, self._call_place, self._yaml = call, call_place, yaml
+        parts = [source["lora_parameters"] for source in (in_yaml, call) if "lora_parameters" in source]
+        if len(parts) == 2 and all(isinstance(part, Mapping) for part in parts):
+            self.values["lora_parameters"] = {**parts[0], **parts[1]}
+
+    def all_keys(self) -> list[Any]:
+        """Return the keys that were given, null ones, too."""
+        return [*self._call, *(self._yaml.values if self._yaml else ())]
 
     def value(self, option: Option) -> Any:
-        key = option.name
-        if key == "lora_parameters" and isinstance(self.call.get(key), Mapping):
-            in_yaml = self._in_yaml(key)
-            return {**(in_yaml if isinstance(in_yaml, Mapping) else {}), **self.call[key]}
-        if key in self.call:
-            return self.call[key]
-        if self.gives(key) or (option.optional and self.yaml is not None and key in self.yaml.values):
-            return self._in_yaml(key)
-        return self.preset.get(key, option.default)
+        """Return what an option is set to, by the preset if by nobody else."""
+        preset = self.preset.values if self.preset else {}
+        return self.values.get(option.name, preset.get(option.name, deepcopy(option.default)))
+
+    def checked(self, option: Option) -> Any:
+        """Return the same, if the option allows it."""
+        value = self.value(option)
+        return None if value is None else check(option, value, self.place)
 
     def place(self, key: str) -> str:
         """Return where a key, or one inside it such as ``lora_parameters.rank``, was given, in words."""
-        name, _, inner = key.partition(".")
-        in_yaml = self._in_yaml(name)
-        if name in self.call:
-            merged = name == "lora_parameters" and isinstance(in_yaml, Mapping) and inner in in_yaml
-            if not merged or not isinstance(self.call[name], Mapping) or inner in self.call[name]:
-                return self.call_name
-        if self.yaml is not None and name in self.yaml.values:
-            return self.yaml.place(key)
-        return "by default"
-
-    def _in_yaml(self, key: str) -> Any:
-        return None if self.yaml is None else self.yaml.values.get(key)
+        name, _, inner = str(key).partition(".")
+        in_call = self._call.get(name)
+        merged = name == "lora_parameters" and isinstance(in_call, Mapping) and inner and inner not in in_call
+        if name in self._call and not merged:
+            return self._call_place
+        if self._yaml is not None and name in self._yaml.values:
+            return self._yaml.place(key)
+        return self._call_place if key in self._call else "by default"
 
 
-def resolve(command_line: Mapping[str, Any], config_file: str | Path | YamlSettings | None = None) -> Resolved:
+def resolve(
+    call: Call,
+    config_file: str | Path | YamlSettings | None = None,
+    *,
+    mode: TrainMode | None = None,
+    call_place: str = "",
+) -> Resolved:
     """Return the settings of a run in a registered train mode.
 
     Args:
-        command_line: what the call gave, e.g. from :func:`explicit`; None means not given.
-        config_file: the YAML file, or what was read from it; that of ``command_line`` when it is None.
+        call: a command line, a mapping or a namespace, see :func:`explicit`.
+        config_file: the YAML file, or what was read from it; by default the one that the call names.
+        mode: the train mode whose options the command line has.
+        call_place: what the call is in messages.
 
     Raises:
         ConfigError: a key is unknown, or its value has the wrong type, is out of range or contradicts another.
         PluginError: two plugins claim one name.
     """
-    call = {key: value for key, value in command_line.items() if value is not None}
-    file = config_file or call.get("config")
-    source = command_line.source if isinstance(command_line, Given) else "in the call"
+    in_call = explicit(call, mode)
+    file = config_file or in_call.get("config")
     in_file = file if isinstance(file, YamlSettings) else read_yaml(file) if file else None
-    sources = _Sources(call, source, in_file)
-    mode = _mode(sources)
+    place = call_place or (ON_THE_COMMAND_LINE if is_words(call) else IN_THE_CALL)
+    given = _Given(in_call, place, in_file)
+
+    mode = _mode(given)
     losses = loss_types()
     options = known_options([mode], losses.values())
     defaults = host_defaults()
-    _refuse_unknown(sources, {*options, *defaults, *UNCHECKED_KEYS})
-
-    preset = _preset(mode, options, sources)
-    if preset:
-        sources = replace(sources, preset=preset.values)
-    loss = losses[_checked(options[mode.loss_option], sources)] if mode.loss_option else None
+    for key in given.all_keys():
+        if key not in (known := {*options, *defaults, *UNCHECKED_KEYS}):
+            raise unknown("key", key, known, given.place(key))
+    given.preset = _preset(mode, options, given)
+    loss = losses[given.checked(options[LOSS_OPTION])] if mode.has(LOSS_OPTION) else None
     options = _with_options_of(loss, options)
-    values = _unchecked(sources, defaults)
-    values |= {name: _checked(option, sources) for name, option in options.items()}
-    values |= {name: expanded(path) for name in PATHS if isinstance(path := values.get(name), str)}
-    _refuse_contradictions(values, sources)
+    values = deepcopy(defaults) | given.values | {name: given.checked(option) for name, option in options.items()}
+    _refuse_contradictions(values, given)
     if loss:
-        _refuse_overridden(preset, mode.loss_option, loss, sources)
-        _refuse_unread(mode.loss_option, loss, losses, options, values, sources)
+        _refuse_overridden(loss, given)
+        _refuse_unread(loss, losses, options, values, given)
     values |= {
         "train_mode": mode.name,
         "config": None,
         "config_file": in_file.file if in_file else None,
         "loss_options": {option.name: values[option.name] for option in loss.options} if loss else {},
-        "plugin_resolved": True,
     }
-    notes = [*_preset_notes(preset, sources), *_notes(mode, loss, options, values, sources)]
-    return Resolved(SimpleNamespace(**values), tuple(notes))
+    settings = RunSettings.of(values)
+    return Resolved(settings, (*_preset_notes(given), *_notes(mode, loss, options, settings, given)))
 
 
-def _mode(sources: _Sources) -> TrainMode:
+def _mode(given: _Given) -> TrainMode:
     modes = train_modes()
-    named = sources.call.get("train_mode") or (sources.yaml and sources.yaml.values.get("train_mode"))
-    name = named or HOST_DEFAULT_MODE
+    name = given.values.get("train_mode") or HOST_DEFAULT_MODE
     if not isinstance(name, str) or name not in modes:
-        raise ConfigError(
-            f"train_mode is {shown(name)} {sources.place('train_mode')}, but must be one of {', '.join(modes)}."
-        )
+        raise refused("train_mode", name, given.place("train_mode"), f"one of {', '.join(modes)}")
     return modes[name]
 
 
-def _preset(mode: TrainMode, options: Mapping[str, Option], sources: _Sources) -> Preset | None:
-    if not mode.presets:
+def _preset(mode: TrainMode, options: Mapping[str, Option], given: _Given) -> Preset | None:
+    if not mode.has(LOSS_OPTION) or not mode.has("preset"):
         return None
-    name = _checked(options["preset"], sources)
-    return next((preset for preset in mode.presets if preset.name == name), None)
-
-
-def _refuse_unknown(sources: _Sources, known: set[str]) -> None:
-    given = [*sources.call, *(sources.yaml.values if sources.yaml else ())]
-    for key in given:
-        if key not in known:
-            raise unknown("key", key, known, sources.place(key) if isinstance(key, str) else sources.call_name)
+    name = given.checked(options["preset"])
+    return next((preset for preset in PRESETS if preset.name == name), None)
 
 
 def _with_options_of(loss: LossType | None, options: dict[str, Option]) -> dict[str, Option]:
     """Let the chosen loss have its own default and range for an option that other losses have, too."""
-    shared = {option.name for option in SUBSTRATE_OPTIONS}
-    own = {option.name: option for option in loss.options if option.name not in shared} if loss else {}
-    return options | own
+    common = {option.name for option in COMMON_OPTIONS}
+    return options | {option.name: option for option in (loss.options if loss else ()) if option.name not in common}
 
 
-def _checked(option: Option, sources: _Sources) -> Any:
-    value = sources.value(option)
-    if value is None and not sources.gives(option.name):
-        return None
-    if option.name == "optimizer" and isinstance(value, str):
-        value = value.lower()
-    if option.name == "report_to" and isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
-    return check(option, value, sources.place)
-
-
-def _unchecked(sources: _Sources, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that only other train modes read, as they were given."""
-    in_yaml = sources.yaml.values if sources.yaml else {}
-    given = {key: value for key, value in in_yaml.items() if value is not None} | sources.call
-    return deepcopy(dict(defaults)) | given
-
-
-def _refuse_contradictions(values: Mapping[str, Any], sources: _Sources) -> None:
+def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
     precisions = [name for name in PRECISIONS if values[name]]
     if len(precisions) > 1:
-        given = " and ".join(f"{name} ({sources.place(name)})" for name in precisions)
-        raise ConfigError(f"{given} are true together, but a model has one precision; set all but one to false.")
+        told = " and ".join(f"{name} ({given.place(name)})" for name in precisions)
+        raise ConfigError(
+            f"{told} are true together, but a model has one precision; set all but one to false.",
+            key=precisions[1],
+            place=given.place(precisions[1]),
+        )
     if values["qat_enable"]:
         check_quantizer(*(values[f"qat_{key}"] for key in ("quantizer", "bits", "group_size", "mode")))
     if not values["train"] and not values["test"]:
-        raise ConfigError("Neither train nor test is true; set 'train: true' in the YAML file or give --train.")
-
-
-def _refuse_overridden(preset: Preset | None, loss_option: str, loss: LossType, sources: _Sources) -> None:
-    """Refuse another loss than the preset's: its other values, such as beta, belong to that one."""
-    meant = preset.values.get(loss_option, loss.name) if preset else loss.name
-    if preset and meant != loss.name:
         raise ConfigError(
-            f"preset is {preset.name} {sources.place('preset')}, whose loss is {meant}, but {loss_option} is "
-            f"{loss.name} {sources.place(loss_option)}; remove one of the two."
+            "Neither train nor test is true; set 'train: true' in the YAML file or give --train.", key="train"
+        )
+
+
+def _refuse_overridden(loss: LossType, given: _Given) -> None:
+    """Refuse another loss than the preset's: its other values, such as beta, belong to that one."""
+    preset = given.preset
+    if preset and preset.values[LOSS_OPTION] != loss.name:
+        raise ConfigError(
+            f"preset is {preset.name} {given.place('preset')}, whose loss is {preset.values[LOSS_OPTION]}, but "
+            f"{LOSS_OPTION} is {loss.name} {given.place(LOSS_OPTION)}; remove one of the two.",
+            key=LOSS_OPTION,
+            place=given.place(LOSS_OPTION),
+            allowed=preset.values[LOSS_OPTION],
         )
 
 
 def _refuse_unread(
-    loss_option: str,
     loss: LossType,
     losses: Mapping[str, LossType],
     options: Mapping[str, Option],
     values: Mapping[str, Any],
-    sources: _Sources,
+    given: _Given,
 ) -> None:
     """Refuse a setting that only other losses read, unless it is at its default and so means nothing."""
-    where = sources.place(loss_option)
-    if not sources.gives(loss_option) and loss_option in sources.preset:
-        where = f"by the preset {sources.place('preset')}"
+    where = given.place(LOSS_OPTION)
+    if given.preset and LOSS_OPTION not in given.values:
+        where = f"by the preset {given.place('preset')}"
     for name in {option.name: None for other in losses.values() for option in other.options}:
-        if sources.gives(name) and not loss.reads(name) and values[name] != options[name].default:
-            chosen = f"{loss_option} is {loss.name} {where}, which"
-            raise not_read(name, values[name], sources.place(name), loss, losses.values(), chosen)
+        if name in given.values and not loss.reads(name) and values[name] != options[name].default:
+            chosen = f"the loss {loss.name} ({LOSS_OPTION}, {where})"
+            raise not_read(name, values[name], given.place(name), loss, losses.values(), chosen)
 
 
-def _preset_notes(preset: Preset | None, sources: _Sources) -> list[str]:
-    if preset is None:
+def _preset_notes(given: _Given) -> list[str]:
+    if given.preset is None:
         return []
-    filled = [f"{key}: {value}" for key, value in preset.values.items() if not sources.gives(key)]
+    filled = [f"{key}: {value}" for key, value in given.preset.values.items() if key not in given.values]
     if not filled:
-        return [f"preset {preset.name} has no effect: all that it sets is set besides."]
-    return [f"preset {preset.name} sets {', '.join(filled)}."]
+        return [f"preset {given.preset.name} has no effect: everything it sets is set explicitly."]
+    return [f"preset {given.preset.name} sets {', '.join(filled)}."]
 
 
 def _notes(
-    mode: TrainMode,
-    loss: LossType | None,
-    options: Mapping[str, Option],
-    values: Mapping[str, Any],
-    sources: _Sources,
+    mode: TrainMode, loss: LossType | None, options: Mapping[str, Option], settings: RunSettings, given: _Given
 ) -> list[str]:
     notes = []
-    read_by_loss = {option.name for option in loss.options} if loss else set()
-    given = {name for name in options if sources.gives(name) or name in sources.preset}
-    changed = {name for name in given if values[name] != options[name].default}
+    preset = given.preset.values if given.preset else {}
+    set_by_user = {name for name in options if name in given.values or name in preset}
+    changed = {name for name in set_by_user if getattr(settings, name) != options[name].default}
     # Means of log-probs are as much smaller than their sums as answers have tokens.
-    takes_sums = loss is not None and not loss.length_normalised
-    if takes_sums and "beta" in changed & read_by_loss and values["beta"] > LARGE_BETA and not mode.needs_reference:
-        notes.append(f"beta is {values['beta']:g}: without a reference model a large beta overshoots; start with 0.05.")
-    if "reference_model_path" in changed and not mode.needs_reference:
+    takes_sums = loss is not None and loss.reads("beta") and not loss.length_normalised
+    if takes_sums and "beta" in changed and settings.beta > LARGE_BETA:
+        notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")
+    if "reference_model_path" in changed and loss is not None:
         notes.append(f"reference_model_path has no effect: {mode.name} uses no reference model.")
-    if values["iters"] is not None and values["epochs"] is not None:
-        notes.append(f"epochs has no effect: iters is set, too, to {values['iters']}.")
-    if values.get("batch_tokens") is not None and sources.gives("batch_size"):
+    if settings.iters is not None and settings.epochs is not None:
+        notes.append(f"epochs has no effect: iters is set, too, to {settings.iters}.")
+    if settings.batch_tokens is not None and "batch_size" in given.values:
         notes.append("batch_size has no effect on training: batch_tokens is set, too.")
-    if values["qat_enable"] and not mode.supports_qat:
-        notes.append(f"qat_enable has no effect: {mode.name} does not support QAT.")
     return notes

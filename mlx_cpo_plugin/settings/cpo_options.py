@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from mlx_cpo_plugin.types import Option, Preset
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_cpo_plugin.settings.nested import home_expanded
+from mlx_cpo_plugin.settings.options import option, options_of
 
 LOSS_OPTION = "dpo_cpo_loss_type"
 
 MEASURES = {"margin": ("margins", 1), "accuracy": ("accuracies", 1), "loss": ("loss", -1)}
 """Value of ``save_best`` -> the metric that is compared, and whether more of it is better (1) or less (-1)."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of the loss and its options that belong together, under one name.
+
+    Attributes:
+        name: value of the option ``preset``.
+        title: what the values are, in a few words.
+        source: where they come from.
+        values: option's name -> value; what the command line or the YAML file gives takes precedence.
+    """
+
+    name: str
+    title: str
+    source: str
+    values: Mapping[str, Any]
+
 
 # The presets set options of the loss only: the learning rates and batch sizes of these papers are for full fine-tuning
 # of 7B models and more, and would mislead with an adapter.
@@ -42,170 +65,124 @@ PRESETS: tuple[Preset, ...] = (
     ),
 )
 
-BETA = Option(
-    "beta", float, 0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", title="Beta", above=0
-)
-DELTA = Option(
-    "delta",
-    float,
-    50.0,
-    "Coefficient of the drift penalty; only used with dpop.",
-    title="Delta",
-    minimum=0,
-    shown_when={LOSS_OPTION: ("dpop",)},
-)
-LABEL_SMOOTHING = Option(
-    "label_smoothing",
-    float,
-    0.0,
-    "Probability with which chosen and rejected are taken to be the wrong way round.",
-    title="Label smoothing",
-    minimum=0,
-    below=0.5,
-    shown_when={LOSS_OPTION: ("sigmoid", "simpo", "alphapo")},
-)
-SIMPO_GAMMA = Option(
-    "simpo_gamma",
-    float,
-    0.5,
-    "Margin that SimPO and AlphaPO want between the rewards of the two answers.",
-    title="SimPO gamma",
-    minimum=0,
-    shown_when={LOSS_OPTION: ("simpo", "alphapo")},
-)
-ALPHAPO_ALPHA = Option(
-    "alphapo_alpha",
-    float,
-    0.25,
-    "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO.",
-    title="AlphaPO alpha",
-    shown_when={LOSS_OPTION: ("alphapo",)},
-)
-CPO_ALPHA = Option(
-    "cpo_alpha",
-    float,
-    0.0,
-    "Weight of the negative log-likelihood of the chosen answers, added to any loss; the CPO paper's is 1.",
-    title="CPO alpha",
-    minimum=0,
-)
-PRESET = Option(
-    "preset",
-    str,
-    None,
-    "Fill the loss and its options with published values; options set besides win.",
-    title="Preset",
-    choices=tuple(preset.name for preset in PRESETS),
-    optional=True,
-)
-LOSS = Option(LOSS_OPTION, str, "sigmoid", "Preference loss.", title="Loss")
-REFERENCE = Option(
-    "reference_model_path", str, None, "Not used: CPO needs no reference model.", title="Reference model", optional=True
-)
-SCORING = Option(
-    "scoring",
-    str,
-    "auto",
-    "Compute a prompt once for both answers (shared) or for each (plain); auto tries whether the model allows it.",
-    title="Scoring",
-    choices=("auto", "shared", "plain"),
-)
-BATCH_TOKENS = Option(
-    "batch_tokens",
-    int,
-    None,
-    "Tokens, of prompt and both answers, that the pairs of a batch have together at most, instead of batch_size pairs.",
-    title="Batch tokens",
-    minimum=1,
-    optional=True,
-)
-RESUME = Option(
-    "resume",
-    str,
-    None,
-    "Go on from the last whole checkpoint: 'auto' for that of adapter_path, or a folder.",
-    title="Resume",
-    optional=True,
-)
-KEEP_CHECKPOINTS = Option(
-    "keep_checkpoints",
-    int,
-    2,
-    "How many checkpoints to keep; each holds what resuming needs.",
-    title="Checkpoints",
-    minimum=1,
-)
-SAVE_BEST = Option(
-    "save_best",
-    str,
-    None,
-    "Keep the adapter of the best validation, too, by margin, accuracy or loss.",
-    title="Save best",
-    choices=tuple(MEASURES),
-    optional=True,
-)
-EARLY_STOPPING_PATIENCE = Option(
-    "early_stopping_patience",
-    int,
-    None,
-    "Stop after so many validations in a row without a better one, by save_best or else by loss.",
-    title="Early stopping patience",
-    minimum=1,
-    optional=True,
-)
-MAX_GRAD_NORM = Option(
-    "max_grad_norm",
-    float,
-    None,
-    "Scale gradients down to this norm.",
-    title="Maximal gradient norm",
-    above=0,
-    optional=True,
-)
 
-OVERLONG = Option(
-    "overlong",
-    str,
-    "cut",
-    "What becomes of rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
-    title="Overlong rows",
-    choices=("cut", "drop", "error"),
-)
-CHAT_TEMPLATE = Option(
-    "chat_template",
-    str,
-    None,
-    "Chat template in place of the tokenizer's own: Jinja text, or a file that holds it.",
-    title="Chat template",
-    optional=True,
-)
-CHAT_TEMPLATE_KWARGS = Option(
-    "chat_template_kwargs",
-    dict,
-    None,
-    "Arguments of the chat template, such as enable_thinking; a row's own go before them.",
-    title="Chat template arguments",
-    optional=True,
-)
+@dataclass
+class CPOSettings:
+    """The options of CPO, in the order in which the command line lists them."""
 
-CPO_OPTIONS: tuple[Option, ...] = (
-    BETA,
-    DELTA,
-    LOSS,
-    CPO_ALPHA,
-    LABEL_SMOOTHING,
-    SIMPO_GAMMA,
-    ALPHAPO_ALPHA,
-    PRESET,
-    REFERENCE,
-    OVERLONG,
-    CHAT_TEMPLATE,
-    CHAT_TEMPLATE_KWARGS,
-    SCORING,
-    BATCH_TOKENS,
-    MAX_GRAD_NORM,
-    RESUME,
-    KEEP_CHECKPOINTS,
-    SAVE_BEST,
-    EARLY_STOPPING_PATIENCE,
-)
+    beta: float = option(
+        0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", title="Beta", above=0
+    )
+    delta: float = option(
+        50.0,
+        "Coefficient of the drift penalty; only used with dpop.",
+        title="Delta",
+        minimum=0,
+        shown_when={LOSS_OPTION: ("dpop",)},
+    )
+    dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
+    cpo_alpha: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of the chosen answers, added to any loss; the CPO paper's is 1.",
+        title="CPO alpha",
+        minimum=0,
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Probability with which chosen and rejected are taken to be the wrong way round.",
+        title="Label smoothing",
+        minimum=0,
+        below=0.5,
+        shown_when={LOSS_OPTION: ("sigmoid", "simpo", "alphapo")},
+    )
+    simpo_gamma: float = option(
+        0.5,
+        "Margin that SimPO and AlphaPO want between the rewards of the two answers.",
+        title="SimPO gamma",
+        minimum=0,
+        shown_when={LOSS_OPTION: ("simpo", "alphapo")},
+    )
+    alphapo_alpha: float = option(
+        0.25,
+        "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO.",
+        title="AlphaPO alpha",
+        shown_when={LOSS_OPTION: ("alphapo",)},
+    )
+    preset: str | None = option(
+        None,
+        "Fill the loss and its options with published values; explicit settings take precedence.",
+        title="Preset",
+        choices=tuple(preset.name for preset in PRESETS),
+    )
+    reference_model_path: str | None = option(
+        None,
+        "Not used: CPO needs no reference model.",
+        title="Reference model",
+        inside=home_expanded,
+        free_on_resume=True,
+    )
+    overlong: str = option(
+        "cut",
+        "What becomes of rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
+        title="Overlong rows",
+        choices=("cut", "drop", "error"),
+    )
+    chat_template: str | None = option(
+        None,
+        "Chat template in place of the tokenizer's own: Jinja text, or a file that holds it.",
+        title="Chat template",
+    )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None,
+        "Arguments of the chat template, such as enable_thinking; a row's own take precedence.",
+        title="Chat template arguments",
+    )
+    scoring: str = option(
+        "auto",
+        "Compute a prompt once for both answers (shared) or for each (plain); auto tries whether the model allows it.",
+        title="Scoring",
+        choices=("auto", "shared", "plain"),
+    )
+    batch_tokens: int | None = option(
+        None,
+        "Most tokens in a batch, prompts and both answers of its pairs together, instead of batch_size pairs.",
+        title="Batch tokens",
+        minimum=1,
+    )
+    max_grad_norm: float | None = option(
+        None, "Scale gradients down to this norm.", title="Maximal gradient norm", above=0
+    )
+    resume: str | None = option(
+        None,
+        "Resume training: 'auto' for the latest checkpoint in adapter_path, or a path.",
+        title="Resume",
+        inside=home_expanded,
+        free_on_resume=True,
+    )
+    keep_checkpoints: int = option(
+        2,
+        "How many checkpoints to keep; each holds what resuming needs.",
+        title="Checkpoints",
+        minimum=1,
+        free_on_resume=True,
+    )
+    save_best: str | None = option(
+        None,
+        "Keep the adapter of the best validation, too, by margin, accuracy or loss.",
+        title="Save best",
+        choices=tuple(MEASURES),
+        free_on_resume=True,
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop after this many validations without improvement (metric: save_best, default loss).",
+        title="Early stopping patience",
+        minimum=1,
+        free_on_resume=True,
+    )
+
+
+CPO_OPTIONS = options_of(CPOSettings)
+_BY_NAME = {own.name: own for own in CPO_OPTIONS}
+BETA, DELTA, LABEL_SMOOTHING = (_BY_NAME[name] for name in ("beta", "delta", "label_smoothing"))
+SIMPO_GAMMA, ALPHAPO_ALPHA, CPO_ALPHA = (_BY_NAME[name] for name in ("simpo_gamma", "alphapo_alpha", "cpo_alpha"))

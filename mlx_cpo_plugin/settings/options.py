@@ -1,256 +1,238 @@
-"""The settings that every train mode shares, as data: types, ranges, defaults and help.
+"""The settings that every train mode shares, each one written once: type, default, range and help.
 
-The defaults are mlx-lm-lora's own; settings that mlx-lm-lora does not have default to its behaviour without them.
+The defaults are mlx-lm-lora's own; a setting that mlx-lm-lora lacks defaults to what it does without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from mlx_cpo_plugin.settings.quantisation import AUTO, BITS, HOST, MLX, MODES
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings import nested
 from mlx_cpo_plugin.types import Option
 
-MODEL_OPTIONS: tuple[Option, ...] = (
-    Option("model", str, "mlx_model", "Local model folder or Hugging Face repository to fine-tune."),
-    Option("load_in_4bits", bool, False, "Quantise the base model to 4 bits while loading.", title="Load in 4 bits"),
-    Option("load_in_6bits", bool, False, "Quantise the base model to 6 bits while loading.", title="Load in 6 bits"),
-    Option("load_in_8bits", bool, False, "Quantise the base model to 8 bits while loading.", title="Load in 8 bits"),
-    Option("load_in_mxfp4", bool, False, "Quantise the base model to MXFP4 while loading.", title="Load in MXFP4"),
-    Option(
-        "train_type",
-        str,
+# What MLX's quantiser takes.
+AUTO, MLX, HOST = "auto", "mlx", "host"
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+# Mode of mx.quantize -> the bits and group size that it brings along.
+MODES: dict[str, dict[str, Any]] = {
+    "affine": {},
+    "mxfp4": {"group_size": 32, "bits": 4},
+    "nvfp4": {"group_size": 16, "bits": 4},
+    "mxfp8": {"group_size": 32, "bits": 8},
+}
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """Return a dataclass field that is an option; its name and type are the field's, and ``| None`` makes it optional.
+
+    Args:
+        limits: further attributes of :class:`mlx_cpo_plugin.types.Option`.
+    """
+    return field(default_factory=lambda: deepcopy(default), metadata={"default": default, "help": help, **limits})
+
+
+def options_of(group: type) -> tuple[Option, ...]:
+    """Return the options that the fields of a dataclass are."""
+    hints = get_type_hints(group)
+    return tuple(_option(own.name, hints[own.name], own.metadata) for own in fields(group))
+
+
+def _option(name: str, hint: Any, attributes: Any) -> Option:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+    return Option(name, get_origin(kinds[0]) or kinds[0], optional=kinds[0] is not hint, **attributes)
+
+
+@dataclass
+class ModelSettings:
+    """The model, and which of its weights are trained."""
+
+    model: str = option(
+        "mlx_model", "Local model folder or Hugging Face repository to fine-tune.", inside=nested.home_expanded
+    )
+    load_in_4bits: bool = option(False, "Quantise the base model to 4 bits while loading.", title="Load in 4 bits")
+    load_in_6bits: bool = option(False, "Quantise the base model to 6 bits while loading.", title="Load in 6 bits")
+    load_in_8bits: bool = option(False, "Quantise the base model to 8 bits while loading.", title="Load in 8 bits")
+    load_in_mxfp4: bool = option(False, "Quantise the base model to MXFP4 while loading.", title="Load in MXFP4")
+    train_type: str = option(
         "lora",
         "Which weights are trained: LoRA or DoRA adapters, or the full layers.",
         choices=("lora", "dora", "full"),
-    ),
-    Option("num_layers", int, -1, "Number of layers to fine-tune, counted from the last; -1 means all.", minimum=-1),
-    Option(
-        "lora_parameters",
-        dict,
-        {"rank": 8, "dropout": 0.0, "scale": 10.0},
+    )
+    num_layers: int = option(-1, "Number of layers to fine-tune, counted from the last; -1 means all.", minimum=-1)
+    lora_parameters: dict[str, Any] = option(
+        {own.name: own.default for own in nested.LORA_PARAMETERS},
         "Rank, dropout and scale of the adapters; what is left out keeps its default.",
         title="LoRA parameters",
         shown_when={"train_type": ("lora", "dora")},
-    ),
-)
+        inside=nested.lora_parameters,
+    )
 
-LORA_PARAMETERS: tuple[Option, ...] = (
-    Option("rank", int, 8, "Rank of the adapter matrices.", minimum=1),
-    Option("dropout", float, 0.0, "Probability with which an adapter input is dropped in training.", minimum=0),
-    Option("scale", float, 10.0, "Factor on the adapter's output.", above=0),
-)
 
-DATA_OPTIONS: tuple[Option, ...] = (
-    Option("data", str, "data/", "Folder with train, valid and test files, one file, or a Hugging Face dataset name."),
-    Option(
-        "hf_dataset",
-        list,
+@dataclass
+class DataSettings:
+    """The rows, and which of their columns are read."""
+
+    data: str = option(
+        "data/",
+        "Folder with train, valid and test files, one file, or a Hugging Face dataset name.",
+        inside=nested.home_expanded,
+    )
+    hf_dataset: list[dict[str, Any]] | None = option(
         None,
         "One or more Hugging Face datasets, each a mapping with path, splits and columns.",
         title="Hugging Face datasets",
-        optional=True,
-    ),
-    Option(
-        "valid_fraction", float, 0.0, "Share of the training rows to validate on when there is no valid set.", minimum=0
-    ),
-    Option(
-        "chosen_feature", str, "auto", "Column of the preferred answer; auto finds the usual names.", title="Chosen"
-    ),
-    Option(
-        "rejected_feature", str, "auto", "Column of the other answer; auto finds the usual names.", title="Rejected"
-    ),
-    Option("prompt_feature", str, "auto", "Column of the prompt, if there is one; auto finds it.", title="Prompt"),
-    Option(
-        "system_feature", str, "auto", "Column of the system message, if there is one; auto finds it.", title="System"
-    ),
-    Option("max_seq_length", int, 2048, "Longest sequence in tokens, prompt and answer together.", minimum=4),
-)
+        inside=nested.hf_dataset,
+    )
+    valid_fraction: float = option(
+        0.0, "Share of the training rows to validate on when there is no valid set.", minimum=0, below=1
+    )
+    chosen_feature: str = option("auto", "Column of the preferred answer; auto finds the usual names.", title="Chosen")
+    rejected_feature: str = option("auto", "Column of the other answer; auto finds the usual names.", title="Rejected")
+    prompt_feature: str = option("auto", "Column of the prompt, if there is one; auto finds it.", title="Prompt")
+    system_feature: str = option(
+        "auto", "Column of the system message, if there is one; auto finds it.", title="System"
+    )
+    max_seq_length: int = option(
+        2048, "Longest sequence in tokens, prompt and answer together.", minimum=4, free_on_resume=True
+    )
 
-TRAINING_OPTIONS: tuple[Option, ...] = (
-    Option("train", bool, False, "Train the model."),
-    Option("test", bool, False, "Evaluate on the test set, after training if both are asked for."),
-    Option("optimizer", str, "adam", "Optimizer.", choices=("adam", "adamw", "muon")),
-    Option(
-        "optimizer_config",
-        dict,
+
+@dataclass
+class TrainingSettings:
+    """What training, validation and the final test do."""
+
+    train: bool = option(False, "Train the model.")
+    test: bool = option(False, "Evaluate on the test set, after training if both are asked for.")
+    optimizer: str = option("adam", "Optimizer.", choices=("adam", "adamw", "muon"))
+    optimizer_config: dict[str, Any] = option(
         {"adam": {}, "adamw": {}, "muon": {}},
         "Further arguments of each optimizer, by the optimizer's name.",
-    ),
-    Option("learning_rate", float, 1e-5, "Learning rate; a schedule takes its place.", above=0),
-    Option(
-        "lr_schedule",
-        dict,
+        inside=nested.optimizer_config,
+    )
+    learning_rate: float = option(1e-5, "Learning rate; a schedule takes its place.", above=0)
+    lr_schedule: dict[str, Any] | None = option(
         None,
         "Learning-rate schedule: name and arguments, optionally warmup and warmup_init.",
         title="Learning-rate schedule",
-        optional=True,
-    ),
-    Option("batch_size", int, 1, "Pairs in a micro-batch.", minimum=1),
-    Option(
-        "gradient_accumulation_steps", int, 1, "Micro-batches whose gradients make up one optimizer step.", minimum=1
-    ),
-    Option("iters", int, None, "Micro-batches to train for.", title="Iterations", minimum=1, optional=True),
-    Option("epochs", int, None, "Passes over the training set, unless iters is set.", minimum=1, optional=True),
-    Option("steps_per_report", int, 10, "Iterations between two reports of the training loss.", minimum=1),
-    Option("steps_per_eval", int, 200, "Iterations between two validations.", minimum=1),
-    Option("val_batches", int, 25, "Batches of a validation; -1 means the whole set, 0 none.", minimum=-1),
-    Option("test_batches", int, 500, "Batches of the final test; -1 means the whole set.", minimum=-1),
-    Option("seed", int, 0, "Seed of the adapters, the order of the pairs and dropout.", minimum=0, maximum=2**32 - 1),
-    Option("grad_checkpoint", bool, False, "Recompute activations in the backward pass to save memory."),
-    Option("efficient_long_context", bool, False, "Work through long sequences in pieces to save memory."),
-    Option(
-        "seq_step_size",
-        int,
+        inside=nested.lr_schedule,
+    )
+    batch_size: int = option(1, "Pairs in a micro-batch.", minimum=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches whose gradients make up one optimizer step.", minimum=1)
+    iters: int | None = option(None, "Micro-batches to train for.", title="Iterations", minimum=1, free_on_resume=True)
+    epochs: int | None = option(None, "Passes over the training set, unless iters is set.", minimum=1)
+    steps_per_report: int = option(
+        10, "Iterations between two reports of the training loss.", minimum=1, free_on_resume=True
+    )
+    steps_per_eval: int = option(200, "Iterations between two validations.", minimum=1, free_on_resume=True)
+    val_batches: int = option(
+        25, "Batches of a validation; -1 means the whole set, 0 none.", minimum=-1, free_on_resume=True
+    )
+    test_batches: int = option(
+        500, "Batches of the final test; -1 means the whole set.", minimum=-1, inside=nested.count_or_all
+    )
+    seed: int = option(0, "Seed of the adapters, the order of the pairs and dropout.", minimum=0, maximum=2**32 - 1)
+    grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    efficient_long_context: bool = option(False, "Process long sequences in chunks to save memory.")
+    seq_step_size: int | None = option(
         None,
-        "Tokens in a piece of a long sequence; 512 when left out.",
+        "Tokens in a chunk of a long sequence; 512 when left out.",
         title="Sequence step size",
         minimum=2,
-        optional=True,
         shown_when={"efficient_long_context": (True,)},
-    ),
-    Option("recurrence_chunk_size", int, 64, "Tokens that a recurrent layer works through at once.", minimum=1),
-)
+    )
+    recurrence_chunk_size: int = option(64, "Tokens that a recurrent layer processes at once.", minimum=1)
 
-OUTPUT_OPTIONS: tuple[Option, ...] = (
-    Option("adapter_path", str, "adapters", "Folder for adapters, metrics and the fused model."),
-    Option(
-        "resume_adapter_file", str, None, "Adapter file to go on from.", title="Resume from adapter file", optional=True
-    ),
-    Option("save_every", int, 100, "Iterations between two saved adapters.", minimum=1),
-    Option("fuse", bool, True, "Merge the adapters into the model after training and save it."),
-    Option(
-        "fuse_bits",
-        int,
+
+@dataclass
+class OutputSettings:
+    """What a run writes, and whom it reports to."""
+
+    adapter_path: str = option(
+        "adapters", "Folder for adapters, metrics and the fused model.", inside=nested.home_expanded
+    )
+    resume_adapter_file: str | None = option(
+        None, "Adapter file to start from.", title="Resume from adapter file", inside=nested.home_expanded
+    )
+    save_every: int = option(100, "Iterations between two saved adapters.", minimum=1, free_on_resume=True)
+    fuse: bool = option(True, "Merge the adapters into the model after training and save it.")
+    fuse_bits: int | None = option(
         None,
         "Bits of the fused model, 16 for none; by default those of a base that is quantised on disk, where they keep "
         "what was learned, else none.",
         choices=(*BITS, 16),
-        optional=True,
-    ),
-    Option(
-        "lm_studio_name", str, None, "Name under which LM Studio gets the model.", title="LM Studio name", optional=True
-    ),
-    Option(
-        "wandb", str, None, "Weights & Biases project to report to.", title="Weights & Biases project", optional=True
-    ),
-    Option(
-        "report_to",
-        list,
+    )
+    lm_studio_name: str | None = option(
+        None, "Name under which LM Studio gets the model.", title="LM Studio name", inside=nested.folder_name
+    )
+    wandb: str | None = option(None, "Weights & Biases project to report to.", title="Weights & Biases project")
+    report_to: list[str] | None = option(
         None,
         "Trackers that get the metrics under TRL's names: wandb, tensorboard, trackio, swanlab, or none.",
         title="Report to",
-        optional=True,
-    ),
-    Option(
-        "project",
-        str,
-        None,
-        "Project in the trackers of report_to; by default that of wandb, or else mlx-cpo.",
-        optional=True,
-    ),
-    Option(
-        "run_name",
-        str,
+        inside=nested.report_to,
+    )
+    project: str | None = option(
+        None, "Project in the trackers of report_to; by default that of wandb, or else mlx-cpo."
+    )
+    run_name: str | None = option(
         None,
         "Name of the run in the trackers of report_to; by default that of the adapter folder.",
-        optional=True,
-    ),
-)
+        inside=nested.folder_name,
+    )
 
-QAT_OPTIONS: tuple[Option, ...] = (
-    Option("qat_enable", bool, False, "Train the model to be deployed quantised.", title="QAT"),
-    Option(
-        "qat_bits",
-        int,
-        8,
-        "Bits of the fake quantisation.",
-        title="QAT bits",
-        minimum=2,
-        maximum=16,
-        shown_when={"qat_enable": (True,)},
-    ),
-    Option(
-        "qat_group_size",
-        int,
+
+_IF_QAT = {"qat_enable": (True,)}
+
+
+@dataclass
+class QatSettings:
+    """Quantisation-aware training."""
+
+    qat_enable: bool = option(False, "Train the model to be deployed quantised.", title="QAT")
+    qat_bits: int = option(
+        8, "Bits of the fake quantisation.", title="QAT bits", minimum=2, maximum=16, shown_when=_IF_QAT
+    )
+    qat_group_size: int = option(
         64,
         "Weights that share one scale; 0 or less means the whole tensor.",
         title="QAT group size",
-        shown_when={"qat_enable": (True,)},
-    ),
-    Option(
-        "qat_mode",
-        str,
+        shown_when=_IF_QAT,
+    )
+    qat_mode: str = option(
         "affine",
         "Mode of MLX's quantisation; all but affine bring their own bits and group size.",
         title="QAT mode",
         choices=tuple(MODES),
-        shown_when={"qat_enable": (True,)},
-    ),
-    Option(
-        "qat_quantizer",
-        str,
+        shown_when=_IF_QAT,
+    )
+    qat_quantizer: str = option(
         AUTO,
         "Whose quantisation to train for: MLX's (mlx) or mlx-lm-lora's symmetric one (host); auto takes MLX's where it "
         "has the bits and group size.",
         title="QAT quantizer",
         choices=(AUTO, MLX, HOST),
-        shown_when={"qat_enable": (True,)},
-    ),
-    Option(
-        "qat_start_step",
-        int,
-        1,
-        "First optimizer step with fake quantisation.",
-        title="QAT start step",
-        minimum=1,
-        shown_when={"qat_enable": (True,)},
-    ),
-    Option(
-        "qat_interval",
-        int,
-        1,
-        "Fake quantisation is in effect every this many optimizer steps.",
-        title="QAT interval",
-        minimum=1,
-        shown_when={"qat_enable": (True,)},
-    ),
+        shown_when=_IF_QAT,
+    )
+    qat_start_step: int = option(
+        1, "First optimizer step with fake quantisation.", title="QAT start step", minimum=1, shown_when=_IF_QAT
+    )
+    qat_interval: int = option(
+        1, "Apply fake quantisation every N optimizer steps.", title="QAT interval", minimum=1, shown_when=_IF_QAT
+    )
+
+
+MODEL_OPTIONS, DATA_OPTIONS, TRAINING_OPTIONS, OUTPUT_OPTIONS, QAT_OPTIONS = (
+    options_of(group) for group in (ModelSettings, DataSettings, TrainingSettings, OutputSettings, QatSettings)
 )
-
-SUBSTRATE_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_OPTIONS + OUTPUT_OPTIONS + QAT_OPTIONS
-
-TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
+COMMON_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_OPTIONS + OUTPUT_OPTIONS + QAT_OPTIONS
 
 PRECISIONS = ("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4")
-
-LONGEST_PATH, LONGEST_PART = 1000, 255
-
-
-def is_path(text: str | None) -> bool:
-    """Whether every system takes ``text`` as a path; None counts, too."""
-    parts = (text or "").replace("\\", "/").split("/")
-    return all(len(part.encode()) <= LONGEST_PART for part in parts) and len((text or "").encode()) <= LONGEST_PATH
-
-
-def is_folder_name(text: str | None) -> bool:
-    """Whether ``text`` names a folder inside the one it is looked up in, and nothing elsewhere; None counts, too."""
-    return text is None or (not {"/", "\\"} & set(text) and text.strip(". ") != "" and is_path(text))
-
-
-_PATH_WORDS = f"a path of at most {LONGEST_PATH} bytes, {LONGEST_PART} in each part"
-
-FURTHER_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (is_path, _PATH_WORDS),
-    "data": (is_path, _PATH_WORDS),
-    "adapter_path": (is_path, _PATH_WORDS),
-    "resume_adapter_file": (is_path, f"{_PATH_WORDS}, or null"),
-    "lm_studio_name": (is_folder_name, "the name of a folder without / and \\, or null"),
-    "run_name": (is_folder_name, "a name without / and \\, or null"),
-    "test_batches": (lambda batches: batches != 0, "a whole number >= 1, or -1 for all"),
-    "valid_fraction": (lambda fraction: fraction < 1, "a number >= 0 and < 1"),
-    "lora_parameters.dropout": (lambda probability: probability < 1, "a number >= 0 and < 1"),
-}
-"""Limits that an ``Option`` cannot express: key -> (test, the allowed values in words)."""
 
 UNCHECKED_KEYS = (
     "train_mode",
@@ -267,3 +249,30 @@ UNCHECKED_KEYS = (
     "min_p",
 )
 """Keys that mlx-lm-lora reads from YAML for other train modes without listing them among its defaults."""
+
+
+def mlx_quantises(bits: int, group_size: int, mode: str = "affine") -> bool:
+    """Whether ``mx.quantize`` takes these together."""
+    return mode != "affine" or (bits in BITS and group_size in GROUP_SIZES)
+
+
+def check_quantizer(quantizer: str, bits: int, group_size: int, mode: str) -> None:
+    """Refuse what the quantiser of ``qat_quantizer`` does not do.
+
+    Raises:
+        ConfigError: says what it takes.
+    """
+    if quantizer == MLX and not mlx_quantises(bits, group_size, mode):
+        raise ConfigError(
+            f"qat_quantizer is mlx, which takes qat_bits {_listed(BITS)} and qat_group_size {_listed(GROUP_SIZES)}, "
+            f"not {bits} and {group_size}; change them, or set qat_quantizer: host.",
+            key="qat_quantizer",
+        )
+    if quantizer == HOST and mode != "affine":
+        raise ConfigError(
+            f"qat_mode is {mode}, which qat_quantizer: host does not have; set qat_quantizer: mlx.", key="qat_mode"
+        )
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"

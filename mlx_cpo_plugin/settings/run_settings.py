@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
+from mlx_cpo_plugin.plugins import loss_types, train_modes
+from mlx_cpo_plugin.settings.command_line import known_options
+from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
 
 FILE_NAME = "run_settings.yaml"
@@ -20,51 +23,22 @@ _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_te
 # `resume` says how a run went on, not what it is.
 _LEFT_OUT = frozenset({"resume"})
 _SECRETS = frozenset({"token"})
-_YAML_NAMES = {"loss_type": "dpo_cpo_loss_type", "steps_per_save": "save_every"}
-_ONLY_ARGUMENTS = frozenset({"adapter_file", "loss_options", "run_settings", "run_identity", "compile"})
 
 
-def recorded_settings(settings: Any) -> dict[str, Any]:
+def recorded_settings(settings: RunSettings) -> dict[str, Any]:
     """Return the settings that have a part in the run, by YAML key, as plain values without secrets.
 
     Args:
         settings: resolved settings, see :func:`mlx_cpo_plugin.settings.config.resolve`. Local paths become absolute.
     """
-    from mlx_cpo_plugin.plugins import loss_types, train_modes
-    from mlx_cpo_plugin.settings.command_line import known_options
-
     mode = train_modes()[settings.train_mode]
-    losses = [loss_types()[getattr(settings, mode.loss_option)]] if mode.loss_option else []
+    losses = [loss_types()[settings.dpo_cpo_loss_type]] if mode.has(LOSS_OPTION) else []
     values = {name: getattr(settings, name, None) for name in known_options([mode], losses)}
     for key in _LOCAL_PATHS:
         path = values.get(key)
         if isinstance(path, str) and (key == "adapter_path" or os.path.exists(path)):
             values[key] = os.path.abspath(path)
-    return _plain({"train_mode": mode.name, **values})
-
-
-def recorded_arguments(args: Any, optimizer: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same for a caller of :func:`mlx_cpo_plugin.train_cpo`, as far as the trainer knows it.
-
-    Args:
-        args: the ``CPOTrainingArgs``.
-        adapter: see :func:`mlx_cpo_plugin.checkpoints.adapter.describe_adapter`.
-    """
-    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in _ONLY_ARGUMENTS}
-    return _plain(
-        {
-            "train_mode": "cpo",
-            "train_type": adapter["fine_tune_type"],
-            "num_layers": adapter["num_layers"],
-            "lora_parameters": adapter["lora_parameters"],
-            "optimizer": type(optimizer).__name__.lower(),
-            "learning_rate": float(optimizer.learning_rate),
-            **{_YAML_NAMES.get(name, name): value for name, value in values.items()},
-            "efficient_long_context": args.seq_step_size is not None,
-            **args.loss_options,
-            "adapter_path": os.path.abspath(Path(args.adapter_file).parent),
-        }
-    )
+    return plain_settings({"train_mode": mode.name, **values})
 
 
 def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
@@ -121,6 +95,7 @@ def plain_values(value: Any, is_left_out: Callable[[str, Any], bool] = lambda ke
     return str(value)
 
 
-def _plain(value: Any) -> Any:
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return :func:`plain_values` without what is not set, and what is no part of the run."""
-    return plain_values(value, lambda key, item: item is None or key in _LEFT_OUT)
+    plain: dict[str, Any] = plain_values(values, lambda key, item: item is None or key in _LEFT_OUT)
+    return plain

@@ -10,9 +10,9 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
 from mlx_cpo_plugin.settings.options import (
     DATA_OPTIONS,
-    LORA_PARAMETERS,
     MODEL_OPTIONS,
     OUTPUT_OPTIONS,
     QAT_OPTIONS,
@@ -104,7 +104,7 @@ class Field:
         if value is None:
             return ""
         try:
-            check(self.option, value.lower() if self.key == "optimizer" else value, lambda key: "in the form", self.key)
+            check(self.option, value, lambda key: "in the form", self.key)
         except ConfigError as error:
             return str(error)
         return ""

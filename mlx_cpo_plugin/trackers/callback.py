@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mlx_lm.tuner import callbacks
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from mlx_cpo_plugin.errors import StoppedError, first_line
 from mlx_cpo_plugin.host import TrainingCallback
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers.clients import CLIENTS, DEFAULT_PROJECT, RunDescription, Tracker
 
@@ -149,7 +149,7 @@ class TrackerCallback(TrainingCallback):
 class HostWandb(TrainingCallback):
     """mlx-lm's own W&B callback, which begins its run when it is made: here at the first report, and ends it."""
 
-    def __init__(self, settings: SimpleNamespace, wrapped: TrainingCallback | None) -> None:
+    def __init__(self, settings: RunSettings, wrapped: TrainingCallback | None) -> None:
         self._settings = settings
         self._wrapped = wrapped
         self._made: TrainingCallback | None = None
@@ -182,7 +182,7 @@ class HostWandb(TrainingCallback):
 
 
 @contextmanager
-def tracked_run(settings: SimpleNamespace, callback: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
+def tracked_run(settings: RunSettings, callback: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
     """Wrap a callback in those of W&B and the trackers that the settings name, and finish them however the run ends.
 
     A run that was stopped on purpose has not failed. Without any tracker the callback is given back as it is.
@@ -213,7 +213,7 @@ def tracked_run(settings: SimpleNamespace, callback: TrainingCallback | None) ->
             tracker.finish(failed)
 
 
-def _described(settings: SimpleNamespace) -> dict[str, Any]:
+def _described(settings: RunSettings) -> dict[str, Any]:
     """Return the settings for trackers: plain values, and which run it is."""
     values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
     return {"run_id": settings.run_identity.id, **plain_values(values)}

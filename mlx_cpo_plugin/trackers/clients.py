@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 from mlx_lm.tuner import callbacks
 
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.config import RunSettings
 
 DEFAULT_PROJECT = "mlx-cpo"
 LOG_FOLDER = "runs"
@@ -144,7 +144,7 @@ CLIENTS: dict[str, tuple[type[Tracker], str, str]] = {
 """Value of ``report_to`` -> its class, the module of its client, and what that module has to have."""
 
 
-def require_clients(settings: SimpleNamespace) -> None:
+def require_clients(settings: RunSettings) -> None:
     """Find out whether the client of each tracker that the settings name can be imported.
 
     Raises:

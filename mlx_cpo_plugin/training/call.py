@@ -5,6 +5,7 @@ Apps and scripts call both as mlx-lm-lora's own: with its arguments, its data se
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import fields
@@ -14,7 +15,6 @@ import numpy as np
 
 from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
 from mlx_cpo_plugin.host import parts_of
-from mlx_cpo_plugin.settings.paths import expanded
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
 from mlx_cpo_plugin.training.state import random_seed
 
@@ -37,8 +37,8 @@ def training_arguments(args: Any) -> CPOTrainingArgs:
     else:
         names = [field.name for field in fields(CPOTrainingArgs) if hasattr(args, field.name)]
         args = CPOTrainingArgs(**{name: getattr(args, name) for name in names})
-    args.adapter_file = expanded(args.adapter_file or CPOTrainingArgs.adapter_file)
-    args.resume = None if args.resume is None else expanded(args.resume)
+    args.adapter_file = os.path.expanduser(args.adapter_file or CPOTrainingArgs.adapter_file)
+    args.resume = None if args.resume is None else os.path.expanduser(args.resume)
     args.seed = caller_seed() if args.seed is None else args.seed
     check_training_args(args)
     return args

@@ -129,7 +129,8 @@ def objective_for(
     if loss_fn is not None and takes_masks:
         known = {loss_type: LossType(loss_type, loss_type, loss_fn, "", options=(BETA, DELTA)), **known}
     if loss_type not in known:
-        raise ConfigError(f"The loss {loss_type!r} is not known; use one of {', '.join(known)}.")
+        names = ", ".join(known)
+        raise ConfigError(f"The loss {loss_type!r} is not known; use one of {names}.", key="loss_type", allowed=names)
     loss = known[loss_type]
     values = {option.name: settings.get(option.name, option.default) for option in loss.options}
     options = {option.name: check(option, values[option.name], _in_the_call) for option in loss.options}

@@ -22,7 +22,7 @@ from mlx_cpo_plugin.checkpoints.adapter import (
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.errors import StoppedError, first_line
-from mlx_cpo_plugin.settings.run_settings import as_yaml, recorded_arguments
+from mlx_cpo_plugin.settings.run_settings import as_yaml
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import TrainingState
 from mlx_cpo_plugin.training.validation import BestSoFar
@@ -70,7 +70,7 @@ class Outputs:
         save_adapter_config(self.model, self.adapter_file)
         values = self.args.run_settings
         if values is None:
-            values = recorded_arguments(self.args, self.state.step.optimizer, describe_adapter(self.model))
+            values = self.args.as_settings(self.state.step.optimizer, describe_adapter(self.model))
         text = as_yaml(values, self.record)
         write_atomically(
             self.adapter_file.with_name(RUN_SETTINGS), lambda partial: partial.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_cpo_plugin.host import fake_quantizer
 from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
 from mlx_cpo_plugin.model.overrides import Call, overridden_calls
-from mlx_cpo_plugin.settings.quantisation import AUTO, HOST, MODES, mlx_quantises
+from mlx_cpo_plugin.settings.options import AUTO, HOST, MODES, mlx_quantises
 
 Quantizer = Callable[[mx.array, mx.Dtype], mx.array]
 

@@ -20,28 +20,9 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 
-# What may change at a resume: none of it influences the trained weights.
-FREE_TO_CHANGE = frozenset(
-    {
-        "iters",
-        "val_batches",
-        "steps_per_report",
-        "steps_per_eval",
-        "steps_per_save",
-        "adapter_file",
-        "reference_model_path",
-        "max_seq_length",  # compared through the tokens
-        "loss_options",  # compared one by one
-        "resume",
-        "keep_checkpoints",
-        "save_best",
-        "early_stopping_patience",
-        "run_settings",
-        "run_identity",
-    }
-)
 # Steps at which learning-rate schedules are compared.
 _SCHEDULE_STEPS = (0, 1, 10, 100, 1000, 10_000)
 _SAMPLED = 32

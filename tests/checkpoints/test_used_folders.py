@@ -20,7 +20,7 @@ from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.state import FREE_TO_CHANGE
+from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

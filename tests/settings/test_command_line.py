@@ -154,7 +154,7 @@ def test_other_modes_go_on_while_two_plugins_claim_one() -> None:
 def test_claim_of_two_plugins_on_cpo_is_told_when_cpo_is_asked_for(call: Any) -> None:
     assert config.requested_mode(call) is not None
     with pytest.raises(PluginError, match="registered twice"):
-        config.resolve(config.explicit(call))
+        config.resolve(call)
 
 
 def test_command_line_holds_only_what_was_given() -> None:

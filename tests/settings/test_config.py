@@ -18,10 +18,10 @@ from support.stranger_plugins import JudgedPlugin, RankPlugin, registered
 from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, PRESETS
-from mlx_cpo_plugin.settings.options import PRECISIONS, SUBSTRATE_OPTIONS
+from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, PRESETS, Preset
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
 from mlx_cpo_plugin.settings.validation import check
-from mlx_cpo_plugin.types import Option, Preset
+from mlx_cpo_plugin.types import Option
 
 SCHEDULES = [{"name": "cosine_decay", "arguments": [1e-5, 100]}, {"name": "step_decay", "arguments": [1e-4, 0.5, 10]}]
 
@@ -135,7 +135,7 @@ def words(values: Mapping[str, Any]) -> list[str]:
 
 
 def from_words(*line: str) -> SimpleNamespace:
-    return config.resolve(config.explicit(list(line))).settings
+    return config.resolve(list(line)).settings
 
 
 def from_call(**values: Any) -> SimpleNamespace:
@@ -161,12 +161,12 @@ def judged() -> Iterator[None]:
 def test_the_table_of_values_covers_every_key() -> None:
     mode = plugins.train_modes()["cpo"]
 
-    assert set(VALUES) == {option.name for option in (*SUBSTRATE_OPTIONS, *mode.options)}
+    assert set(VALUES) == {option.name for option in (*COMMON_OPTIONS, *mode.options)}
 
 
 @every_key
 def test_default_holds_when_nothing_is_given(key: str) -> None:
-    options = {option.name: option for option in (*SUBSTRATE_OPTIONS, *plugins.train_modes()["cpo"].options)}
+    options = {option.name: option for option in (*COMMON_OPTIONS, *plugins.train_modes()["cpo"].options)}
 
     resolved = config.resolve(base(key)).settings
 
@@ -191,7 +191,7 @@ def test_command_line_overrides_yaml(key: str, tmp_path: Path) -> None:
 def test_mapping_of_a_call_overrides_yaml(key: str, tmp_path: Path) -> None:
     file = write(tmp_path, base(key) | {key: VALUES[key][0]})
 
-    resolved = config.resolve(config.explicit({"config": str(file), key: VALUES[key][1]})).settings
+    resolved = config.resolve({"config": str(file), key: VALUES[key][1]}).settings
 
     assert getattr(resolved, key) == VALUES[key][1]
 
@@ -201,7 +201,7 @@ def test_namespace_of_mlx_lm_loras_parser_overrides_yaml_only_where_it_was_given
     file = write(tmp_path, base(key) | {key: VALUES[key][0]})
     namespace = build_host_parser().parse_args(["--config", str(file), "--steps-per-report", "9"])
 
-    resolved = config.resolve(config.explicit(namespace)).settings
+    resolved = config.resolve(namespace).settings
 
     assert getattr(resolved, key) == (9 if key == "steps_per_report" else VALUES[key][0])
 
@@ -277,7 +277,7 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
 
 
 CONTRADICTING = ("train", "qat_quantizer", *PRECISIONS)
-CHECKED = [option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in CONTRADICTING]
+CHECKED = [option for option in (*COMMON_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in CONTRADICTING]
 
 
 @settings(max_examples=60, deadline=None)
@@ -285,8 +285,8 @@ CHECKED = [option for option in (*SUBSTRATE_OPTIONS, BETA, DELTA, CPO_ALPHA) if 
 def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> None:
     call = {"train_mode": "cpo", "train": True, "dpo_cpo_loss_type": "dpop", **values}
 
-    by_mapping = config.resolve(config.explicit(call))
-    by_words = config.resolve(config.explicit(words(call)))
+    by_mapping = config.resolve(call)
+    by_words = config.resolve(words(call))
 
     assert by_mapping == by_words
     assert all(getattr(by_words.settings, key) == value for key, value in values.items())
@@ -332,10 +332,11 @@ def test_flag_from_elsewhere_makes_no_abbreviation_ambiguous() -> None:
 
 
 @pytest.mark.usefixtures("judged")
-def test_mode_without_losses_has_no_loss_options() -> None:
+def test_mode_without_losses_has_no_loss_options_and_every_common_setting() -> None:
     resolved = from_words("--train-mode", "judged", "--train", "--temper", "2")
 
     assert (resolved.temper, resolved.loss_options) == (2.0, {})
+    assert all(hasattr(resolved, option.name) for option in COMMON_OPTIONS)
 
 
 def test_no_note_on_usual_settings() -> None:
@@ -364,7 +365,7 @@ def test_a_preset_fills_what_nobody_sets(preset: Preset, tmp_path: Path) -> None
 def test_command_line_and_yaml_win_over_a_preset(tmp_path: Path) -> None:
     file = write(tmp_path, "train_mode: cpo\ntrain: true\npreset: cpo-simpo\nbeta: 4\ncpo_alpha: 0\n")
 
-    resolved = config.resolve(config.explicit(["-c", str(file), "--beta", "3", "--simpo-gamma", "1.5"]))
+    resolved = config.resolve(["-c", str(file), "--beta", "3", "--simpo-gamma", "1.5"])
 
     settings = resolved.settings
     assert (settings.dpo_cpo_loss_type, settings.beta, settings.cpo_alpha) == ("simpo", 3.0, 0.0)
@@ -377,7 +378,7 @@ def test_note_on_what_a_preset_sets() -> None:
         "preset simpo sets dpo_cpo_loss_type: simpo, beta: 2.0, simpo_gamma: 1.0, cpo_alpha: 0.0.",
     )
     assert notes(preset="dpop", **dict.fromkeys(("beta", "delta", "cpo_alpha"), 0.05), dpo_cpo_loss_type="dpop") == (
-        "preset dpop has no effect: all that it sets is set besides.",
+        "preset dpop has no effect: everything it sets is set explicitly.",
     )
 
 
@@ -416,13 +417,6 @@ def test_note_on_a_reference_model() -> None:
 
 def test_note_when_iters_and_epochs_are_both_set() -> None:
     assert notes(iters=5, epochs=2) == ("epochs has no effect: iters is set, too, to 5.",)
-
-
-@pytest.mark.usefixtures("judged")
-def test_note_on_qat_in_a_mode_without_it() -> None:
-    given_values = {"train_mode": "judged", "train": True, "qat_enable": True}
-
-    assert config.resolve(given_values).notes == ("qat_enable has no effect: judged does not support QAT.",)
 
 
 def test_note_when_a_batch_is_measured_both_ways() -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from mlx_lm_lora.train import CONFIG_DEFAULTS
 from mlx_lm_lora.train import build_parser as build_host_parser
 
-from mlx_cpo_plugin.settings.options import (
-    FURTHER_LIMITS,
-    LORA_PARAMETERS,
-    PRECISIONS,
-    SUBSTRATE_OPTIONS,
-    UNCHECKED_KEYS,
-)
+from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS, UNCHECKED_KEYS, option, options_of
 from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option
 
-OPTIONS = {option.name: option for option in SUBSTRATE_OPTIONS}
+OPTIONS = {option.name: option for option in COMMON_OPTIONS}
 
 # mlx-lm-lora has no default for these: it lacks them, or reads them from the YAML file or the command line only.
 WITHOUT_HOST_DEFAULT = {
@@ -37,7 +34,7 @@ WITHOUT_HOST_DEFAULT = {
     "run_name",
 }
 
-SUBSTRATE_KEYS = re.findall(
+COMMON_KEYS = re.findall(
     r"\w+",
     """
     model data hf_dataset train test train_type lora_parameters num_layers load_in_4bits load_in_6bits load_in_8bits
@@ -48,14 +45,14 @@ SUBSTRATE_KEYS = re.findall(
     """,
 )
 
-by_name = pytest.mark.parametrize("option", [pytest.param(option, id=option.name) for option in SUBSTRATE_OPTIONS])
+by_name = pytest.mark.parametrize("option", [pytest.param(option, id=option.name) for option in COMMON_OPTIONS])
 
 
 def nowhere(key: str) -> str:
     return "here"
 
 
-@pytest.mark.parametrize("key", SUBSTRATE_KEYS)
+@pytest.mark.parametrize("key", COMMON_KEYS)
 def test_every_key_of_sft_training_is_an_option(key: str) -> None:
     assert key in OPTIONS
 
@@ -98,15 +95,27 @@ def test_shown_when_names_another_option_and_its_possible_values(option: Option)
         assert all(check(OPTIONS[name], value, nowhere) == value for value in values)
 
 
+def test_a_field_says_name_type_and_whether_null_is_allowed() -> None:
+    @dataclass
+    class Group:
+        pace: int = option(3, "How fast.", minimum=1)
+        place: list[str] | None = option(None, "Where.", title="Place")
+        parts: dict[str, Any] = option({"a": 1}, "Of what.")
+
+    pace, place, parts = options_of(Group)
+
+    assert pace == Option("pace", int, 3, "How fast.", minimum=1)
+    assert place == Option("place", list, None, "Where.", title="Place", optional=True)
+    assert parts == Option("parts", dict, {"a": 1}, "Of what.")
+    assert Group().parts is not Group().parts
+
+
 def test_names_are_unique() -> None:
-    assert len(OPTIONS) == len(SUBSTRATE_OPTIONS)
+    assert len(OPTIONS) == len(COMMON_OPTIONS)
 
 
 def test_lists_of_names_speak_of_options_that_exist() -> None:
-    limited = set(OPTIONS) | {f"lora_parameters.{option.name}" for option in LORA_PARAMETERS}
-
     assert set(PRECISIONS) <= set(OPTIONS)
-    assert set(FURTHER_LIMITS) <= limited
     assert not set(UNCHECKED_KEYS) & set(OPTIONS)
 
 

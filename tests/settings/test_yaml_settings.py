@@ -27,7 +27,7 @@ def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
 
 
 def from_words(*line: str) -> SimpleNamespace:
-    return config.resolve(config.explicit(list(line))).settings
+    return config.resolve(list(line)).settings
 
 
 def test_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
@@ -146,13 +146,6 @@ def test_file_that_cannot_be_used(content: str, sentence: str, tmp_path: Path) -
         config.read_yaml(file)
 
     assert str(caught.value).replace(str(file), "my.yaml") == sentence
-
-
-def test_mapping_that_contains_itself_is_read_once(tmp_path: Path) -> None:
-    read = config.read_yaml(write(tmp_path, "a: &x\n  b: *x\n"))
-
-    assert read.values["a"]["b"] is read.values["a"]
-    assert read.lines == {"a": 1, "a.b": 2}
 
 
 def test_file_that_does_not_exist(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from support.tiny import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.run import mode as host_run
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.settings.options import TRACKERS
+from mlx_cpo_plugin.settings.nested import TRACKERS
 from mlx_cpo_plugin.settings.run_settings import plain_values
 from mlx_cpo_plugin.trackers import CLIENTS, TrackerCallback
 from mlx_cpo_plugin.trackers.callback import trl_names

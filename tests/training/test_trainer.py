@@ -434,22 +434,27 @@ def test_a_loss_function_can_be_given_directly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "key", "allowed"),
     [
-        ({"beta": 0.0}, "beta is 0.0, but must be above 0."),
-        ({"batch_size": 0}, "batch_size is 0, but must be at least 1."),
-        ({"cpo_alpha": -0.1}, "cpo_alpha is -0.1, but must be at least 0."),
-        ({"loss_type": "ipo", "loss_options": {"label_smoothing": 0.1}}, "the loss ipo does not read it"),
-        ({"qat_bits": 1}, "qat_bits is 1, but must be from 2 to 16."),
-        ({"loss_type": "kto"}, "The loss 'kto' is not known"),
+        ({"beta": 0.0}, "beta", "a number > 0"),
+        ({"batch_size": 0}, "batch_size", "a whole number >= 1"),
+        ({"iters": None}, "iters", "a whole number >= 1"),
+        ({"seq_step_size": 0}, "seq_step_size", "a whole number >= 2"),
+        ({"cpo_alpha": -0.1}, "cpo_alpha", "a number >= 0"),
+        ({"save_best": "speed"}, "save_best", "one of margin, accuracy, loss"),
+        ({"loss_type": "ipo", "loss_options": {"label_smoothing": 0.1}}, "label_smoothing", "sigmoid, simpo, alphapo"),
+        ({"qat_bits": 1}, "qat_bits", "a whole number from 2 to 16"),
+        ({"qat_enable": True, "qat_quantizer": "mlx", "qat_bits": 7}, "qat_quantizer", ""),
+        ({"loss_type": "kto"}, "loss_type", "sigmoid, hinge, ipo, dpop, simpo, alphapo"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_written(
-    tmp_path: Path, arguments: dict[str, Any], message: str
+    tmp_path: Path, arguments: dict[str, Any], key: str, allowed: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as refused:
         train(tmp_path, build_pairs(2), **arguments)
 
+    assert (refused.value.key, refused.value.allowed) == (key, allowed)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,184 @@
+"""What else a value must be than its type and range say, above all inside mappings and lists.
+
+Each function takes a value of the right type, its key and the places of keys. It returns the value to use, or raises
+``ConfigError``: they are what ``Option.inside`` names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mlx_cpo_plugin.errors import ConfigError, shown
+from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
+from mlx_cpo_plugin.types import Option
+
+TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
+LORA_PARAMETERS: tuple[Option, ...] = (
+    Option("rank", int, 8, "Rank of the adapter matrices.", minimum=1),
+    Option(
+        "dropout", float, 0.0, "Probability with which an adapter input is dropped in training.", minimum=0, below=1
+    ),
+    Option("scale", float, 10.0, "Factor on the adapter's output.", above=0),
+)
+DATASET_KEYS = (
+    "path",
+    "config",
+    "train_split",
+    "valid_split",
+    "test_split",
+    "chosen_feature",
+    "rejected_feature",
+    "prompt_feature",
+    "system_feature",
+    "train_mode",
+    "mask_prompt",
+    "text_feature",
+    "chat_feature",
+    "completion_feature",
+)
+# What is passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
+DATASET_CONFIG_KEYS = ("name", "data_dir", "data_files", "revision", "token")
+SCHEDULE_OPTIONS = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
+
+
+def home_expanded(path: str, key: str, place: Place) -> str:
+    """Return a path with ``~`` or ``~user`` at its beginning as the folder that it stands for."""
+    return os.path.expanduser(path)
+
+
+def folder_name(name: str, key: str, place: Place) -> str:
+    """Refuse a name that would lead out of the folder that it is looked up in."""
+    if {"/", "\\"} & set(name) or not name.strip(". "):
+        raise refused(key, name, place(key), "the name of a folder without / and \\, or null")
+    return name
+
+
+def count_or_all(batches: int, key: str, place: Place) -> int:
+    """Refuse 0 of what -1 means all of."""
+    if batches == 0:
+        raise refused(key, batches, place(key), "a whole number >= 1, or -1 for all")
+    return batches
+
+
+def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+    """Return rank, dropout and scale; what is left out has its default."""
+    _only_known(value, [option.name for option in LORA_PARAMETERS], key, place)
+    return {
+        option.name: check(option, value.get(option.name, option.default), place, f"{key}.{option.name}")
+        for option in LORA_PARAMETERS
+    }
+
+
+def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+    """Return the arguments of every optimizer by its name, each of a type that the optimizer takes."""
+    import mlx.optimizers as optimizers
+
+    classes = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
+    _only_known(value, classes, key, place)
+    for optimizer, arguments in value.items():
+        inner = f"{key}.{optimizer}"
+        if not isinstance(arguments, Mapping):
+            raise refused(inner, arguments, place(inner), "a mapping")
+        parameters = inspect.signature(classes[optimizer]).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items() if name != "learning_rate"}
+        _only_known(arguments, defaults, inner, place)
+        for name, argument in arguments.items():
+            _check_like(defaults[name], argument, f"{inner}.{name}", place)
+    return {optimizer: dict(value.get(optimizer, {})) for optimizer in classes}
+
+
+def _check_like(default: Any, value: Any, key: str, place: Place) -> None:
+    """Refuse an argument that is of another type than its default."""
+    if isinstance(default, bool | int | float):
+        check(Option(key, type(default), default, ""), value, place)
+    elif isinstance(default, list | tuple) and not (_is_numbers(value) and len(value) == len(default)):
+        raise refused(key, value, place(key), f"a list of {len(default)} numbers")
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in value
+    )
+
+
+def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+    """Return a schedule's name and arguments, the latter as many numbers as MLX's schedule takes."""
+    import mlx.optimizers.schedulers as schedulers
+
+    schedules = {
+        name: inspect.signature(function)
+        for name, function in inspect.getmembers(schedulers, inspect.isfunction)
+        if function.__module__ == schedulers.__name__ and name != "join_schedules"
+    }
+    _only_known(value, ("name", "arguments", *(option.name for option in SCHEDULE_OPTIONS)), key, place)
+    name = check(Option("name", str, "", "", choices=tuple(schedules)), value.get("name"), place, f"{key}.name")
+    arguments = check(Option("arguments", list, [], ""), value.get("arguments"), place, f"{key}.arguments")
+    try:
+        schedules[name].bind(*arguments)
+        fits = _is_numbers(arguments)
+    except TypeError:
+        fits = False
+    if not fits:
+        where, allowed = place(f"{key}.arguments"), ", ".join(schedules[name].parameters)
+        raise ConfigError(
+            f"{key}.arguments is {shown(arguments)} {where}, but {name} takes the numbers {allowed}.",
+            key=f"{key}.arguments",
+            place=where,
+            allowed=allowed,
+        )
+    given = {
+        option.name: check(option, value[option.name], place, f"{key}.{option.name}")
+        for option in SCHEDULE_OPTIONS
+        if option.name in value
+    }
+    return {"name": name, "arguments": arguments, **given}
+
+
+def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]:
+    """Return the entries, each of which has a path and only keys that are read."""
+    for position, entry in enumerate(value):
+        inner = f"{key}.{position}"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+            where = place(inner)
+            raise ConfigError(
+                f"{key} has the entry {shown(entry)} {where}, but each entry must be a mapping with a path.",
+                key=inner,
+                place=where,
+                allowed="a mapping with a path",
+            )
+        _only_known(entry, DATASET_KEYS, inner, place, told_as=key)
+        for name in entry:
+            if name.endswith(("_split", "_feature")):
+                check(Option(f"{inner}.{name}", str, None, "", optional=True), entry[name], place)
+        config = entry.get("config")
+        if config is not None and not isinstance(config, str | Mapping):
+            raise refused(f"{inner}.config", config, place(f"{inner}.config"), "a name or a mapping")
+        if isinstance(config, Mapping):
+            _only_known(config, DATASET_CONFIG_KEYS, f"{inner}.config", place)
+    return [dict(entry) for entry in value]
+
+
+def report_to(value: list[Any], key: str, place: Place) -> list[str] | None:
+    """Return each tracker once; ``none`` alone is no tracker."""
+    for position, name in enumerate(value):
+        if name not in (*TRACKERS, "none"):
+            raise refused(key, name, place(f"{key}.{position}"), f"one of {', '.join(TRACKERS)}, none")
+    trackers = list(dict.fromkeys(name for name in value if name != "none"))
+    if trackers and "none" in value:
+        where = place(key)
+        raise ConfigError(
+            f"{key} is {shown(value)} {where}, but none stands alone; remove one of them.", key=key, place=where
+        )
+    return trackers or None
+
+
+def _only_known(
+    value: Mapping[Any, Any], known: Iterable[str], key: str, place: Place, told_as: str | None = None
+) -> None:
+    known = list(known)
+    for name in value:
+        if name not in known:
+            raise unknown("key", name, known, place(f"{key}.{name}"), f"{told_as or key}.")
