@@ -43,6 +43,10 @@ class PluginError(UserError):
     """Two plugins claim one name, or the plugin is only partly hooked into mlx-lm-lora."""
 
 
+class TrainingError(UserError):
+    """Training cannot continue; the last good weights are kept."""
+
+
 class StoppedError(UserError):
     """A run stopped because it was asked to; what was done is saved.
 
@@ -58,6 +62,8 @@ class StoppedError(UserError):
 
 # How the allocators of Metal, CUDA, CPUs and C++ begin, or what they say, when memory ends.
 _OUT_OF_MEMORY = ("[malloc", "[metal::malloc]", "insufficient memory", "out of memory", "alloc_failed", "bad_alloc")
+LOWER_THESE = "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context"
+OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}."
 # How MLX's messages begin where a device or its compiler failed, and not what it was to compute.
 _DEVICE_FAULTS = ("[metal", "[compile", "[cuda", "cuda", "cublas", "cudnn")
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cpo_plugin.errors import StoppedError, UserError, is_out_of_memory
+from mlx_cpo_plugin.errors import OUT_OF_MEMORY, StoppedError, TrainingError, UserError, is_out_of_memory
 from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks
-from mlx_cpo_plugin.training.alarms import OUT_OF_MEMORY, TrainingError
 
 # SIGHUP comes when the terminal closes.
 _SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import free_memory
-from mlx_cpo_plugin.training.alarms import LOWER_THESE, TrainingError
+from mlx_cpo_plugin.errors import LOWER_THESE, TrainingError
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
 
 

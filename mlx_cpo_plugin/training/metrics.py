@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,6 @@ class PairMeans(Resumable):
         return means, int(tokens)
 
 
-def host_report(prefix: str, means: Mapping[str, float]) -> dict[str, float]:
-    """Name means as the host's callbacks do: ``train_accuracies``, ``val_chosen_reward``, …"""
-    return {f"{prefix}_{name}": value for name, value in means.items()}
-
-
 class MetricsFile:
     """Appends lines of JSON to ``metrics.jsonl``; where that fails one warning says so, and the run continues.
 
@@ -120,13 +115,11 @@ class MetricsFile:
         self.rows = 0
         self._told = False
 
-    def go_on(
-        self, lines: Sequence[bytes], run_id: str, rows: int, iteration: int
-    ) -> tuple[set[tuple[str, int]], str | None]:
+    def go_on(self, source: Path, run_id: str, rows: int, iteration: int) -> tuple[set[tuple[str, int]], str | None]:
         """Reduce the file to what a run had reported when it wrote a checkpoint.
 
         Args:
-            lines: of the metrics file of that run.
+            source: the metrics file of that run, which may be this one.
             run_id: its identity.
             rows: how many lines it had written by ``iteration``.
 
@@ -138,6 +131,10 @@ class MetricsFile:
         """
         if self.path is None:
             return set(), None
+        try:
+            lines = source.read_bytes().split(b"\n")
+        except OSError:
+            lines = []
         found = [(line, row) for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
         last = max(iteration, 1)  # what was there before training is reported as of the first iteration
         kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= last]
@@ -183,14 +180,6 @@ class MetricsFile:
                     f"Warning: {self.path} cannot be written ({error}); the run goes on without what is missing."
                 )
             self._told = True
-
-
-def lines_of(path: Path) -> list[bytes]:
-    """Return the lines of a metrics file; none where it cannot be read."""
-    try:
-        return path.read_bytes().split(b"\n")
-    except OSError:
-        return []
 
 
 def _append(path: Path, line: bytes) -> None:

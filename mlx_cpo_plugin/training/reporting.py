@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.model.logps import AnswerScores
-from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans, host_report
+from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
 
@@ -108,13 +109,10 @@ class ProgressReporter(Resumable):
         """Record a micro-batch: preference losses and scores of its B pairs, and its scored tokens."""
         self.means.add(losses, scores, tokens)
 
-    def add_step(self, gradient_norm: float) -> None:
-        """Record an optimizer step."""
-        self.gradient_norms.append(gradient_norm)
-
-    def count_iteration(self) -> None:
-        """Record a complete iteration, whether or not this rank had pairs in it."""
+    def count_iteration(self, gradient_norm: float | None) -> None:
+        """Record a complete iteration, and the gradient norm of the optimizer step that ended with it, if one did."""
         self.iterations += 1
+        self.gradient_norms += [] if gradient_norm is None else [gradient_norm]
 
     def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
         """Report the running means and reset them."""
@@ -124,7 +122,7 @@ class ProgressReporter(Resumable):
         norms = self.gradient_norms
         info = {
             "iteration": iteration,
-            **host_report("train", means),
+            **{f"train_{name}": value for name, value in means.items()},
             **({"train_gradient_norm": sum(norms) / len(norms)} if norms else {}),
             "learning_rate": learning_rate,
             "iterations_per_second": self.iterations / seconds,
@@ -152,7 +150,7 @@ class ProgressReporter(Resumable):
         """Report the means over the validation pairs, and a warning that follows from them."""
         if not self.is_main:
             return
-        info = {"iteration": iteration, **host_report("val", means), "val_time": seconds}
+        info = {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, "val_time": seconds}
         tqdm.write(f"Iter {iteration}: {_labelled(means, _VALID_LABELS)}, Val took {seconds:.3f}s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
@@ -180,16 +178,13 @@ class ProgressReporter(Resumable):
         self.seconds, self.elapsed = state["seconds"], state["elapsed"]
         self.resumed = time.perf_counter()
 
-    def go_on(self, lines: Sequence[bytes], checkpoint: Checkpoint) -> None:
-        """Continue after the reports that had been made by a checkpoint.
+    def go_on(self, metrics: Path, checkpoint: Checkpoint) -> None:
+        """Continue after the reports in ``metrics``, a file of the checkpoint's run, that preceded the checkpoint.
 
-        They stay in the metrics file, and trackers continue their run if the checkpoint is of this run.
-
-        Args:
-            lines: of the metrics file of the run that wrote the checkpoint.
+        Trackers continue their run if the checkpoint is of this run.
         """
-        state, run_id = checkpoint.values["reporter"], checkpoint.run.id
-        told, missing = self.metrics_file.go_on(lines, run_id, state["metrics_rows"], checkpoint.iteration)
+        rows, run_id = checkpoint.values["reporter"]["metrics_rows"], checkpoint.run.id
+        told, missing = self.metrics_file.go_on(metrics, run_id, rows, checkpoint.iteration)
         if missing is not None:
             self.say(missing)
         if run_id == self.metrics_file.run_id:

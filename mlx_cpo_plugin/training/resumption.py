@@ -10,7 +10,6 @@ from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on, written_fi
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.memory_estimate import memory_report
-from mlx_cpo_plugin.training.metrics import lines_of
 from mlx_cpo_plugin.training.state import check_identity
 from mlx_cpo_plugin.training.wiring import Run
 
@@ -73,7 +72,7 @@ def _take_folder(run: Run) -> None:
     if checkpoint is None:
         return
     there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, outputs.folder)
-    run.reporter.go_on(lines_of(there.parent.parent / METRICS_FILE), checkpoint)
+    run.reporter.go_on(there.parent.parent / METRICS_FILE, checkpoint)
     outputs.restore_best(checkpoint, there / BEST_ADAPTER_FILE)
     if not start.continues:
         outputs.save_checkpoint()

@@ -54,15 +54,15 @@ def train_cpo(
             :func:`mlx_cpo_plugin.training.call.training_arguments`.
         loss_fn: replaces the loss that ``args.loss_type`` names; it is called like this loss, with those of its options
             that it takes, or like the host's ``cpo_loss`` where it has its parameters.
-        training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``; where it has a
-            ``stream`` that it prints on, what the run says goes there, too.
+        training_callback: receives the host's ``on_train_loss_report`` and ``on_val_loss_report``; if it has a
+            ``stream`` that it prints to, the run prints there, too.
         tokenizer: of the model; only raw rows need it.
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: there is no pair to train on.
-        CheckpointError: the adapter cannot be written, or does not score the same when loaded back.
-        TrainingError: losses or gradients are no numbers, nothing is trained, or memory is at an end.
+        CheckpointError: the adapter cannot be written, or differs when it is read back.
+        TrainingError: a loss or gradient is not finite, nothing is trained, or the device is out of memory.
         StoppedError: Ctrl-C, SIGTERM or SIGHUP; what was done is saved.
         Exception: whatever a callback raises; what was done is saved.
     """
@@ -129,9 +129,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
                 reporter.add(losses, scores, scored_tokens(pairs))
                 reporter.warn(run.displacement.warning(iteration, scores))
             norm = step.apply() if micro_batch.closes_window else None
-        if norm is not None:
-            reporter.add_step(norm)
-        reporter.count_iteration()
+        reporter.count_iteration(norm)
 
         last = iteration == args.iters
         if last or iteration % args.steps_per_report == 0:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
+from mlx_cpo_plugin.errors import TrainingError
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training import optimizer_step
-from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.reporting import WINDOW, DisplacementAlarm
 from mlx_cpo_plugin.training.trainer import train_cpo

@@ -21,10 +21,9 @@ import pytest
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
-from mlx_cpo_plugin.errors import StoppedError
+from mlx_cpo_plugin.errors import StoppedError, TrainingError
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.training import exits, optimizer_step, outputs
-from mlx_cpo_plugin.training.alarms import TrainingError
+from mlx_cpo_plugin.training import exits, optimizer_step, outputs, wiring
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.exits import stop_requests
 from mlx_cpo_plugin.training.trainer import train_cpo
@@ -274,6 +273,18 @@ def test_a_validation_that_a_callback_prevented_or_interrupted_counts_when_the_r
     assert validated(tmp_path / "run") == validated(tmp_path / "whole")
     assert best(tmp_path / "run")[0] == best(tmp_path / "whole")[0] == "2"
     assert same(best(tmp_path / "run")[1], best(tmp_path / "whole")[1])
+
+
+def test_the_advice_after_a_validation_is_printed_though_the_callback_raises_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wiring.PlateauAdvice, "advice", lambda self, iteration, means: f"Advice at {iteration}.")
+
+    with pytest.raises(KeyError, match="a callback of the user"):
+        train(tmp_path, Failing("valid", 2))
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines if line["kind"] == "warning"] == ["Advice at 2."]
 
 
 def test_a_best_adapter_that_the_user_moves_elsewhere_ends_no_run(tmp_path: Path) -> None:

@@ -16,10 +16,9 @@ from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import is_device_fault, is_out_of_memory
+from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memory
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.training import memory_watch
-from mlx_cpo_plugin.training.alarms import TrainingError
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.exits import out_of_memory_told
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for

@@ -49,17 +49,16 @@ def test_the_likelihood_is_a_mean_over_tokens_and_has_its_share_in_the_loss(loss
 def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from_the_start(tmp_path: Path) -> None:
     reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "metrics.jsonl", "run"))
 
-    for (number, _), norms in zip(reporter.iterations_of([None, None], 2), ([1.0, 3.0], [5.0]), strict=True):
-        reporter.add(mx.array([0.5 * number]), EQUAL, tokens=4)
-        for norm in norms:
-            reporter.add_step(norm)
-        reporter.count_iteration()
-        reporter.report_training(number, learning_rate=0.01, epoch=0)
+    for number, norm in reporter.iterations_of([1.0, None, 3.0, 5.0], 4):
+        reporter.add(mx.array([0.25 * number]), EQUAL, tokens=2)
+        reporter.count_iteration(norm)
+        if number > 2:
+            reporter.report_training(number, learning_rate=0.01, epoch=0)
 
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     assert (first["train_gradient_norm"], second["train_gradient_norm"]) == (2.0, 5.0)
     assert (first["train_loss"], second["train_loss"]) == (0.5, 1.0)
-    assert (first["trained_tokens"], second["trained_tokens"]) == (4, 8)
+    assert (first["trained_tokens"], second["trained_tokens"]) == (6, 8)
 
 
 def test_every_report_is_a_line_of_valid_json(tmp_path: Path) -> None:
