@@ -1,4 +1,4 @@
-"""What the plugin puts in place of functions of mlx-lm-lora, once they are imported.
+"""Replacements for functions of mlx-lm-lora, put in place once it is imported.
 
 ``mlx_lm_lora.train``: ``main`` and ``run`` answer for the registered train modes and pass every other call on.
 ``mlx_lm_lora.trainer.cpo_trainer``: ``train_cpo``, ``evaluate_cpo`` and ``CPOTrainingArgs`` are the plugin's.
@@ -101,7 +101,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except KeyboardInterrupt:
             if on_console and mode is not None:
-                exit_with("\ninterrupted: adapter_path holds the adapter that was saved last, if any was.", 130)
+                exit_with("\ninterrupted: the adapter that was saved last, if any, is in adapter_path.", 130)
             raise
 
     return main

@@ -121,7 +121,7 @@ def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
     for name, value in own.items():
         if saved[name].dtype != value.dtype or not mx.array_equal(saved[name], value, equal_nan=True).item():
             raise CheckpointError(
-                f"The adapter {adapter_file} holds another {name!r} than was trained; another process or the disk "
+                f"{name!r} in the adapter {adapter_file} is not what was trained; another process or the disk "
                 "changed it."
             )
 
@@ -138,7 +138,7 @@ def save_and_verify(
     try:
         verify_adapter(model, adapter_file)
     except CheckpointError as error:
-        say(f"{error} It is written once more.")
+        say(f"{error} It is written again.")
         save_adapter(model, adapter_file, metadata)
         verify_adapter(model, adapter_file)
 

@@ -165,7 +165,7 @@ class _Search:
         best = next((checkpoint for checkpoint in mine if checkpoint.iteration in common), None)
         if best is not None:
             newer = [fault for number, fault in self.faults if number > best.iteration]
-            self.notes = tuple(f"{fault} {best.folder} is used." for fault in newer)
+            self.notes = tuple(f"{fault} Using {best.folder}." for fault in newer)
         return best
 
     def wanted(self, path: Path) -> Checkpoint:
@@ -187,7 +187,9 @@ class _Search:
         if path.parent.name.startswith(CHECKPOINTS):
             mine = folder_of_rank(path.parent.parent) / path.name
         elif mx.distributed.init().rank() > 0:
-            raise ConfigError(f"resume is {str(path)!r}, which is the first rank's alone; give the adapter folder.")
+            raise ConfigError(
+                f"resume is {str(path)!r}, which belongs to the first rank alone; give the adapter folder."
+            )
         try:
             checkpoint = read_checkpoint(mine, self.hashed)
         except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""An adapter folder and whose it is: one run at a time writes into it, and a new one puts aside what is there."""
+"""An adapter folder and its run: one run at a time writes into it, and a new one moves what is there aside."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _locked(folder: Path) -> BaseFileLock:
     except Timeout:
         holder = _process_in(file) or _process_in(soft_file) or "unknown"
         raise ConfigError(
-            f"Another run, process {holder}, is writing to {folder}; wait for its end or give another adapter_path."
+            f"Another run, process {holder}, is writing to {folder}; wait until it ends or give another adapter_path."
         ) from None
     except OSError as error:
         raise ConfigError(f"adapter_path {folder} cannot be written to ({error}); give another folder.") from error
@@ -126,7 +126,7 @@ def begin_run(
             if run is not None and _left_by(current, adapter_folder, in_use):
                 _write(adapter_folder, replace(current or RunRecord(run), successor=record))
                 aside = finish_moving(adapter_folder, in_use)
-                say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they are put aside in {aside}.")
+                say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they have been moved to {aside}.")
         _write(adapter_folder, record)
     of_all_ranks(None)
     mine = folder_of_rank(adapter_folder)
@@ -144,7 +144,7 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
         return None
     previous = adapter_folder / PREVIOUS
     if previous.is_symlink():
-        raise ConfigError(f"{previous} is a link; earlier runs are put aside there: remove it or give another folder.")
+        raise ConfigError(f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.")
     aside = previous / record.run.id
     remove_partials(aside)
     _write(aside, replace(record, successor=None))
@@ -168,7 +168,7 @@ def put_aside_what_is_not_the_runs(adapter_folder: Path, paths: Sequence[Path], 
         for path in foreign:
             _move(path, aside)
         names = ", ".join(path.name for path in foreign)
-        say(f"{names} in {adapter_folder} would have been overwritten; what was there is put aside in {aside}.")
+        say(f"{names} in {adapter_folder} would have been overwritten; what was there has been moved to {aside}.")
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:

@@ -78,13 +78,13 @@ class Fusing:
                 raise
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space or set fuse: false. "
-                "The adapter is whole, and no part of a fused model is left."
+                "The adapter is intact, and nothing of the fused model is left."
             ) from error
         if self.before is not None and trained is not None and fused is not None:
             self.say(told("The fused model", self.before, trained, fused))
             kept = kept_of_margin(self.before, trained, fused)
             if kept is not None and kept < ENOUGH:
-                self.say("Warning: rounding took more than a tenth of that away; set fuse_bits to more, or to 16.")
+                self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")
         return target
 
     def _put_aside(self, replaced: Sequence[Path]) -> None:
@@ -99,7 +99,7 @@ class Fusing:
         adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
         bits = self.settings.fuse_bits
         if bits is None and self._keeps_bits_of_base(model, base, adapters, trained):
-            return "in the bits of the base model"
+            return "with the bits of the base model"
         model.update_modules(tree_unflatten([(name, _merged_layer(name, module)) for name, module in adapters]))
         dequantize_model(model)
         for key in ("quantization", "quantization_config"):
@@ -127,7 +127,7 @@ class Fusing:
             model.args.quantization = model.args.quantization_config = quantization
             return True
         share = "hardly anything was learned" if kept is None else f"only {kept:.0%} of what was learned would be left"
-        self.say(f"In the bits of the base model {share}: the fused model is not quantised; fuse_bits chooses.")
+        self.say(f"With the bits of the base model {share}: the fused model is not quantised; set fuse_bits to choose.")
         model.update_modules(tree_unflatten(adapters))
         return False
 
@@ -147,7 +147,7 @@ class Fusing:
         if free < size + BESIDES:
             raise FuseError(
                 f"The fused model takes {_bytes(size)}, but {there} has {_bytes(free)} left; free space, or set "
-                "fuse_bits: 4 or fuse: false. The adapter is whole."
+                "fuse_bits: 4 or fuse: false. The adapter is intact."
             )
 
 

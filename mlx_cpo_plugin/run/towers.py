@@ -1,4 +1,4 @@
-"""Base models with towers for images or sound: mlx_lm drops them when it loads, a fused model keeps them."""
+"""Base models with towers for images or sound, which mlx_lm drops on loading and a fused model keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TextAndTowers:
     """The weights of a multimodal base model.
 
     Attributes:
-        towers: what is not the language model's, by its name on disk; not read yet.
+        towers: the weights that are not the language model's, by their names on disk; not read yet.
         names: name of a parameter of the language model -> its name on disk.
     """
 
@@ -68,7 +68,7 @@ class TextAndTowers:
 
 
 def text_and_towers(model: nn.Module, base: Path, say: Callable[[str], None]) -> TextAndTowers | None:
-    """Return the weights of a multimodal base; ``None`` where it is none, or its parts cannot be told apart.
+    """Return the weights of a multimodal base; ``None`` if it is not multimodal, or its parts cannot be told apart.
 
     Which of its weights the language model has is seen from the arrays that its ``sanitize`` passes on.
     """

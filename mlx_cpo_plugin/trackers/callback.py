@@ -1,4 +1,4 @@
-"""The training callback that passes reports on to trackers, and that no failing tracker gets past."""
+"""The training callback that passes reports on to trackers, and keeps a failing tracker from ending the run."""
 
 from __future__ import annotations
 
@@ -132,17 +132,17 @@ class TrackerCallback(TrainingCallback):
             return
         values = trl_names(report)
         for name, tracker in self.trackers.items():
-            self._guarded(name, "told", tracker.log, values, step)
+            self._guarded(name, "updated", tracker.log, values, step)
 
     def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``action``; where it raises, warn of the tracker once and return ``None``."""
         try:
             return action(*arguments)
-        # Clients raise what they like, and none of it is worth the end of a run of hours.
+        # Clients raise anything, and none of it is worth ending a run of hours.
         except Exception as error:
             if name not in self._warned:
                 self._warned.add(name)
-                tqdm.write(f"Warning: {name} could not be {done} ({first_line(error)}); the run itself goes on.")
+                tqdm.write(f"Warning: {name} could not be {done} ({first_line(error)}); training continues.")
             return None
 
 

@@ -23,7 +23,7 @@ FLUSH_SECONDS = 1
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a tracker is told of a run when it begins.
+    """Description of a run for trackers.
 
     Attributes:
         project: the project that the run belongs to.
@@ -42,7 +42,7 @@ class Tracker(Protocol):
     """A tracker as the callback sees it. Any method may raise what its client raises."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
-        """Begin a run, or go on with the one that ``run_id`` names; return the run's id."""
+        """Begin a run, or continue the one that ``run_id`` names; return the run's id."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send metrics by name."""
@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
 
 class _RunOfClient:
-    """What clients have in common whose run is an object that takes metrics."""
+    """Base of the clients whose run is an object that takes metrics."""
 
     run: Any
 
@@ -85,7 +85,7 @@ class TensorboardTracker:
         folder = run.folder / LOG_FOLDER
         names = (run.name if number == 1 else f"{run.name}-{number}" for number in count(1))
         run_id = run_id or next(name for name in names if not (folder / name).exists())
-        # The suffix keeps apart what two processes write within one second.
+        # The suffix distinguishes the files of two processes that start within one second.
         self.writer = import_module("tensorboardX").SummaryWriter(
             logdir=str(folder / run_id), flush_secs=FLUSH_SECONDS, filename_suffix=f".{time.time_ns()}"
         )

@@ -129,11 +129,11 @@ def test_a_base_that_is_quantised_on_disk_keeps_its_bits_if_they_keep_what_was_l
         assert fused.layers[1].mlp.up_proj.bits == 4
         base_config = json.loads((quantised_model / "config.json").read_text())
         assert config["quantization"] == base_config["quantization"]
-        assert "The fused model, in the bits of the base model, takes" in out
+        assert "The fused model, with the bits of the base model, takes" in out
     else:
         assert "quantization" not in config
         assert_fused_scores_like_the_adapter(quantised_model, fuse_settings, 0.01)
-        assert "of what was learned would be left: the fused model is not quantised; fuse_bits chooses." in out
+        assert "of what was learned would be left: the fused model is not quantised; set fuse_bits to choose." in out
         assert re.search(r"The fused model, not quantised, takes \S+ MB: [5-8]\.. times the", out)
 
 
@@ -152,7 +152,7 @@ def test_the_bits_that_the_user_chose_are_those_of_the_fused_model_and_their_cos
     out = capsys.readouterr().out
     assert "The fused model, with 2 bits, takes" in out
     assert "of what was learned." in out
-    assert "Warning: rounding took more than a tenth of that away" in out
+    assert "Warning: rounding cost more than a tenth of that" in out
 
 
 def test_full_training_is_fused_and_scored_too(
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_leaves_the_adapter_and_no_half_model(
     before_fusing(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))
     try:
         with pytest.raises(
-            UserError, match=r"^The fused model cannot be written to .*; free space .* adapter is whole"
+            UserError, match=r"^The fused model cannot be written to .*; free space .* adapter is intact"
         ):
             run_main(fuse_settings)
     finally:

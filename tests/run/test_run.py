@@ -219,6 +219,6 @@ def test_an_interrupted_command_ends_with_one_sentence_and_its_exit_code(
         run_main()
 
     assert ended.value.code == 130
-    assert "interrupted: adapter_path holds the adapter that was saved last" in capsys.readouterr().err
+    assert "interrupted: the adapter that was saved last, if any, is in adapter_path" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):  # a program that calls main is told as it is used to
         run_main(settings)

@@ -245,9 +245,9 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(
     run_main({**settings, "report_to": "trackio"})
 
     assert (Path(settings["adapter_path"]) / "adapters.safetensors").is_file()
-    done = "told" if failing == "log" else "finished"
+    done = "updated" if failing == "log" else "finished"
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: trackio")]
-    assert warnings == [f"Warning: trackio could not be {done} (no network); the run itself goes on."]
+    assert warnings == [f"Warning: trackio could not be {done} (no network); training continues."]
 
 
 def test_a_tracker_that_cannot_start_is_left_out_while_others_are_told(

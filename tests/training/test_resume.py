@@ -253,7 +253,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(
-            ConfigError, match=rf"^Another run, process {other.pid}, is writing to .*; wait for its end"
+            ConfigError, match=rf"^Another run, process {other.pid}, is writing to .*; wait until it ends"
         ):
             train(tmp_path)
         other.kill()
