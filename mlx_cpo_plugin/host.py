@@ -1,6 +1,6 @@
 """The pieces of mlx-lm-lora that the trainer builds on; every other module takes them from here.
 
-A piece that only one feature needs is looked for when it is used: a version that lacks it costs this feature alone.
+A piece that only one feature needs is looked up when it is used: a version without it lacks this feature alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def memory_safe_recurrences(model: Any, chunk_size: int, say: Callable[[str], No
     if not model_uses_recurrence(model):
         yield
         return
-    with _models_put_back(lambda: enable_memory_safe_recurrences(chunk_size=chunk_size)):
+    with _models_restored(lambda: enable_memory_safe_recurrences(chunk_size=chunk_size)):
         yield
 
 
@@ -74,8 +74,8 @@ def _keeps_states(model: Any) -> bool:
 
 
 @contextmanager
-def _models_put_back(change: Callable[[], object]) -> Iterator[None]:
-    """Let ``change`` replace functions and methods of mlx_lm's models; put them back when the context ends."""
+def _models_restored(change: Callable[[], object]) -> Iterator[None]:
+    """Let ``change`` replace functions and methods of mlx_lm's models; restore them when the context ends."""
     for name in _MODULES_WITH_RECURRENCES:
         with suppress(ImportError):  # an older mlx_lm lacks some of these models
             import_module(f"mlx_lm.models.{name}")
@@ -83,26 +83,25 @@ def _models_put_back(change: Callable[[], object]) -> Iterator[None]:
     classes = [
         value
         for module in modules
-        for value in list(vars(module).values())
+        for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
-    before = [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+    before: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*modules, *classes)}
     changed: list[tuple[Any, str, Any]] = []
     try:
         try:
             change()
         finally:
-            for owner, names in before:
-                now = dict(vars(owner))
-                changed += [(owner, name, value) for name, value in now.items() if names.get(name) is not value]
+            for owner, names in before.items():
+                now = vars(owner).items()
+                changed += [(owner, name, value) for name, value in now if names.get(name) is not value]
         yield
     finally:
-        originals = {id(owner): names for owner, names in before}
         for owner, name, value in changed:
             if vars(owner).get(name) is not value:  # somebody else has replaced it since
                 continue
-            if name in originals[id(owner)]:
-                setattr(owner, name, originals[id(owner)][name])
+            if name in before[owner]:
+                setattr(owner, name, before[owner][name])
             else:
                 delattr(owner, name)
 

@@ -186,11 +186,11 @@ def check_destinations(settings: RunSettings) -> None:
         raise ConfigError("adapter_path is empty; give a folder for the adapter.")
     if settings.train:
         check_writable(Path(settings.adapter_path))
+        require_clients(settings)
     elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
         raise ConfigError(
             f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
         )
-    require_clients(settings)
     resume = settings.resume_adapter_file
     if resume is not None and not os.path.isfile(resume):
         raise ConfigError(

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
-from mlx_lm.tuner import callbacks
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.errors import ConfigError
@@ -22,9 +21,7 @@ from mlx_cpo_plugin.run import mode as host_run
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.nested import TRACKERS
 from mlx_cpo_plugin.settings.run_settings import plain_values
-from mlx_cpo_plugin.trackers import CLIENTS, TrackerCallback
-from mlx_cpo_plugin.trackers.callback import trl_names
-from mlx_cpo_plugin.trackers.clients import RunDescription, TensorboardTracker
+from mlx_cpo_plugin.trackers import CLIENTS, RunDescription, TensorboardTracker, TrackerCallback, trl_names
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.trainer import train_cpo
 
@@ -65,7 +62,6 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
 
 def test_training_reports_have_the_names_that_trl_gives_them() -> None:
     report = {
-        "iteration": 10,
         "train_loss": 0.1,
         "train_chosen_reward": 0.2,
         "train_rejected_reward": 0.3,
@@ -101,7 +97,7 @@ def test_training_reports_have_the_names_that_trl_gives_them() -> None:
 
 
 def test_validations_and_the_final_test_have_the_prefixes_that_transformers_gives_them() -> None:
-    assert trl_names({"iteration": 1, "val_loss": 1.0, "val_margins": 2.0, "val_time": 3.0}) == {
+    assert trl_names({"val_loss": 1.0, "val_margins": 2.0, "val_time": 3.0}) == {
         "eval_loss": 1.0,
         "eval_rewards/margins": 2.0,
         "eval_runtime": 3.0,
@@ -109,8 +105,19 @@ def test_validations_and_the_final_test_have_the_prefixes_that_transformers_give
     assert trl_names({"test_loss": 1.0, "test_accuracies": 0.5}) == {"test_loss": 1.0, "test_rewards/accuracies": 0.5}
 
 
-def test_what_is_not_finite_is_not_sent() -> None:
-    assert trl_names({"train_loss": float("nan"), "train_margins": float("inf"), "epoch": 1}) == {"epoch": 1}
+def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
+    sent: list[dict[str, float]] = []
+
+    class Sending(Recorder):
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append(values)
+
+    callback = TrackerCallback({"recorder": Sending()}, RunDescription("p", "n", tmp_path, {}))
+    callback.on_train_loss_report(
+        {"iteration": 1, "train_loss": float("nan"), "train_margins": float("inf"), "epoch": 1}
+    )
+
+    assert sent == [{"epoch": 1}]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "swanlab"])
@@ -144,6 +151,22 @@ def test_the_same_numbers_are_sent_that_the_metrics_file_has(
     assert [values["rewards/margins"] for _, values in client.logged if "loss" in values] == written
 
 
+def test_the_key_wandb_alone_reports_to_its_project_under_the_names_of_mlx_lm(
+    settings: Settings, run_main: RunMain, client: Client
+) -> None:
+    run_main({**settings, "wandb": "ours"})
+
+    assert [(begun["project"], begun["name"]) for begun in client.begun] == [("ours", "adapters")]
+    assert [(step, "val_loss" if "val_loss" in values else "train_loss") for step, values in client.logged] == [
+        (1, "val_loss"),
+        (1, "train_loss"),
+        (2, "train_loss"),
+        (2, "val_loss"),
+    ]
+    assert {"train_margins", "train_gradient_norm", "learning_rate"} <= client.logged[1][1].keys()
+    assert client.finished == [{"exit_code": 0}]
+
+
 def test_project_and_run_are_named_after_the_plugin_and_the_adapter_folder(
     settings: Settings, run_main: RunMain, client: Client
 ) -> None:
@@ -153,11 +176,8 @@ def test_project_and_run_are_named_after_the_plugin_and_the_adapter_folder(
 
 
 def test_the_key_wandb_names_the_project_of_the_one_run_that_report_to_begins(
-    settings: Settings, run_main: RunMain, client: Client, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, run_main: RunMain, client: Client
 ) -> None:
-    monkeypatch.setattr(callbacks, "wandb", object())
-    monkeypatch.setattr(callbacks, "WandBCallback", lambda **_: pytest.fail("a second run was begun"))
-
     run_main({**settings, "report_to": "wandb", "wandb": "ours"})
 
     assert [begun["project"] for begun in client.begun] == ["ours"]
@@ -222,7 +242,7 @@ def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
 
 
 def test_every_tracker_has_an_extra_of_its_name() -> None:
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     for tracker, (_, module, _) in CLIENTS.items():
         assert extras["optional-dependencies"][tracker][0].startswith(module)
     assert tuple(CLIENTS) == TRACKERS

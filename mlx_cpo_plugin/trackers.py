@@ -1,0 +1,340 @@
+"""Experiment trackers that a run reports to: W&B, TensorBoard, Trackio and SwanLab, each through its own client.
+
+A client is imported when a run reports to it and not before, and one that fails does not end the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from mlx_cpo_plugin.errors import ConfigError, StoppedError, first_line
+from mlx_cpo_plugin.host import TrainingCallback
+from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.run_settings import plain_values
+
+DEFAULT_PROJECT = "mlx-cpo"
+LOG_FOLDER = "runs"
+FLUSH_SECONDS = 1
+
+Told = Collection[tuple[str, int]]
+"""Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
+
+_PREFIXES = {"train_": "", "val_": "eval_", "test_": "test_"}
+_TRL_NAMES = {
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "accuracies": "rewards/accuracies",
+    "margins": "rewards/margins",
+    "policy_chosen_logps": "logps/chosen",
+    "policy_rejected_logps": "logps/rejected",
+    "chosen_logits_mean": "logits/chosen",
+    "rejected_logits_mean": "logits/rejected",
+    "gradient_norm": "grad_norm",
+    "time": "runtime",
+}
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """Description of a run for trackers.
+
+    Attributes:
+        folder: the run's adapter folder, where clients keep their files.
+        settings: the run's settings by key, as plain values.
+    """
+
+    project: str
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """A tracker as the callback sees it. Any method may raise what its client raises."""
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        """Begin a run, or continue the one that ``run_id`` names; return the run's id."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send metrics by name."""
+
+    def finish(self, failed: bool) -> None:
+        """End the run, and wait until everything has arrived."""
+
+
+class _RunOfClient:
+    """Base of the clients whose run is an object that takes metrics."""
+
+    run: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+
+class WandbTracker(_RunOfClient):
+    """Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine."""
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        self.run = import_module("wandb").init(
+            project=run.project,
+            name=run.name,
+            dir=str(run.folder),
+            config=dict(run.settings),
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+        return str(self.run.id)
+
+    def finish(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+class TensorboardTracker:
+    """Event files in ``runs`` inside the adapter folder, one folder a run, its name being the id."""
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        folder = run.folder / LOG_FOLDER
+        names = (run.name if number == 1 else f"{run.name}-{number}" for number in count(1))
+        run_id = run_id or next(name for name in names if not (folder / name).exists())
+        # The suffix distinguishes the files of two processes that start within one second.
+        self.writer = import_module("tensorboardX").SummaryWriter(
+            logdir=str(folder / run_id), flush_secs=FLUSH_SECONDS, filename_suffix=f".{time.time_ns()}"
+        )
+        self.writer.add_text("settings", f"```json\n{json.dumps(run.settings, indent=2)}\n```")
+        return run_id
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self, failed: bool) -> None:
+        self.writer.close()
+
+
+class TrackioTracker(_RunOfClient):
+    """Trackio, which keeps runs in a database on this machine unless its own settings say otherwise."""
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        self.run = import_module("trackio").init(
+            project=run.project,
+            name=run_id or run.name,
+            config=dict(run.settings),
+            resume="allow" if run_id else "never",
+            embed=False,
+        )
+        return str(self.run.name)
+
+    def finish(self, failed: bool) -> None:
+        self.run.finish()
+
+
+class SwanlabTracker(_RunOfClient):
+    """SwanLab; ``SWANLAB_MODE=offline`` keeps it on this machine."""
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        self.run = import_module("swanlab").init(
+            project=run.project,
+            name=run.name,
+            log_dir=str(run.folder / "swanlog"),
+            config=dict(run.settings),
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+        return str(self.run.id)
+
+    def finish(self, failed: bool) -> None:
+        self.run.finish(state="crashed" if failed else "success")
+
+
+CLIENTS: dict[str, tuple[type[Tracker], str, str]] = {
+    "wandb": (WandbTracker, "wandb", "init"),
+    "tensorboard": (TensorboardTracker, "tensorboardX", "SummaryWriter"),
+    "trackio": (TrackioTracker, "trackio", "init"),
+    "swanlab": (SwanlabTracker, "swanlab", "init"),
+}
+"""Value of ``report_to`` -> its class, the module of its client, and an attribute that this module must have."""
+
+
+def require_clients(settings: RunSettings) -> None:
+    """Check that the client of each tracker that the settings name can be imported.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    for name in trackers_of(settings):
+        _, module, attribute = CLIENTS[name]
+        try:
+            # A folder of logs with the module's name in the working directory can be imported, too, but is empty.
+            getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            key = f"report_to names {name}" if name in (settings.report_to or ()) else "wandb is set"
+            raise ConfigError(
+                f"{key}, but its client {module} is missing; run pip install 'mlx-cpo-plugin[{name}]', or remove "
+                f"{f'{name} from report_to' if key.startswith('report_to') else 'the key'}."
+            ) from error
+
+
+def trackers_of(settings: RunSettings) -> list[str]:
+    """Return the trackers that ``report_to`` and ``wandb`` name."""
+    names = list(settings.report_to or ())
+    return names if settings.wandb is None or "wandb" in names else [*names, "wandb"]
+
+
+@contextmanager
+def tracked_run(settings: RunSettings, callback: TrainingCallback | None) -> Iterator[TrainingCallback | None]:
+    """Wrap a callback in that of the trackers that the settings name, and finish them however the run ends.
+
+    A run that was stopped on purpose has not failed. Without any tracker the callback is returned unchanged.
+    """
+    names = trackers_of(settings)
+    if not names:
+        yield callback
+        return
+    folder = Path(settings.adapter_path)
+    values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
+    run = RunDescription(
+        project=settings.project or settings.wandb or DEFAULT_PROJECT,
+        name=settings.run_name or folder.resolve().name,
+        folder=folder,
+        settings={"run_id": settings.run_identity.id, **plain_values(values)},
+    )
+    with_host_names = set(names) - set(settings.report_to or ())
+    tracking = TrackerCallback({name: CLIENTS[name][0]() for name in names}, run, callback, with_host_names)
+    failed = True
+    try:
+        yield tracking
+        failed = False
+    except (StoppedError, KeyboardInterrupt):
+        failed = False
+        raise
+    finally:
+        tracking.finish(failed)
+
+
+class TrackerCallback(TrainingCallback):
+    """Sends each report to every tracker.
+
+    A tracker that raises is named in one warning; one that cannot even start is left out from then on.
+
+    Args:
+        trackers: by name.
+        run: description of the run.
+        wrapped: another callback, which gets the same reports first.
+        with_host_names: names of trackers whose metrics keep the host's names instead of TRL's.
+
+    Attributes:
+        run_ids: id of the run by tracker, once started.
+        last_step: iteration of the last report.
+    """
+
+    def __init__(
+        self,
+        trackers: Mapping[str, Tracker],
+        run: RunDescription,
+        wrapped: TrainingCallback | None = None,
+        with_host_names: Collection[str] = (),
+    ) -> None:
+        self.trackers = dict(trackers)
+        self.run = run
+        self.wrapped = wrapped
+        self.with_host_names = with_host_names
+        self.run_ids: dict[str, str] = {}
+        self.last_step = 0
+        self._started = False
+        self._told: Told = ()
+        self._warned: set[str] = set()
+
+    def start(self) -> None:
+        """Begin the run in every tracker, or continue the one that :meth:`resume` named; once only."""
+        if self._started:
+            return
+        self._started = True
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        for name, tracker in list(self.trackers.items()):
+            run_id = self._guarded(name, "started", tracker.start, self.run, self.run_ids.get(name))
+            if run_id is None:
+                del self.trackers[name]
+            else:
+                self.run_ids[name] = run_id
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Pass on a report of the training loss."""
+        if self.wrapped is not None:
+            self.wrapped.on_train_loss_report(train_info)
+        self._send("train", train_info, train_info["iteration"])
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Pass on a report of a validation."""
+        if self.wrapped is not None:
+            self.wrapped.on_val_loss_report(val_info)
+        self._send("valid", val_info, val_info["iteration"])
+
+    def on_test_report(self, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of the final test, named as in ``test_loss``, at the iteration of the last report."""
+        self._send("test", metrics, self.last_step)
+
+    def finish(self, failed: bool) -> None:
+        """End the run in every tracker."""
+        for name, tracker in self.trackers.items() if self._started else ():
+            self._guarded(name, "finished", tracker.finish, failed)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run has to know."""
+        return {"run_ids": dict(self.run_ids), "last_step": self.last_step}
+
+    def resume(self, state: Mapping[str, Any], told: Told) -> None:
+        """Continue the runs of :meth:`state`; reports in ``told``, made after it, are not sent a second time.
+
+        Those that a client had not passed on when its process was killed do not get out later either.
+        """
+        self.run_ids, self.last_step = dict(state["run_ids"]), state["last_step"]
+        self._told = told
+
+    def _send(self, kind: str, report: Mapping[str, float], step: int) -> None:
+        self.start()
+        self.last_step = step
+        if (kind, step) in self._told:
+            return
+        finite = {name: value for name, value in report.items() if name != "iteration" and math.isfinite(value)}
+        for name, tracker in self.trackers.items():
+            values = finite if name in self.with_host_names else trl_names(finite)
+            self._guarded(name, "updated", tracker.log, values, step)
+
+    def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``action``; where it raises, warn of the tracker once and return ``None``."""
+        try:
+            return action(*arguments)
+        # Clients raise anything, and none of it is worth ending a run of hours.
+        except Exception as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                tqdm.write(f"Warning: {name} could not be {done} ({first_line(error)}); training continues.")
+            return None
+
+
+def trl_names(report: Mapping[str, float]) -> dict[str, float]:
+    """Return a report of the trainer under the names of TRL's logs.
+
+    ``train_`` falls away, ``val_`` becomes ``eval_``: ``train_margins`` is ``rewards/margins``, ``val_loss`` is
+    ``eval_loss``. Metrics that TRL has no name for keep their own, e.g. ``tokens_per_second``.
+    """
+    return {_trl_name(name): value for name, value in report.items()}
+
+
+def _trl_name(name: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    if prefix is None:
+        return name
+    metric = name.removeprefix(prefix)
+    return _PREFIXES[prefix] + _TRL_NAMES.get(metric, metric)
