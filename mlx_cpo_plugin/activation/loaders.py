@@ -7,30 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 
 LOADERS = ("create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset", "load_dataset")
 ALL_SPLITS = ("train", "valid", "test")
-# What the reader looks for in settings, with its value where callers of the host's loaders leave it out.
-_DEFAULTS: Mapping[str, Any] = {
-    "data": "data/",
-    "hf_dataset": None,
-    "train": True,
-    "test": False,
-    "seed": 0,
-    "valid_fraction": 0.0,
-    "max_seq_length": None,
-    "overlong": "cut",
-    "chat_template": None,
-    "chat_template_kwargs": None,
-    "chosen_feature": None,
-    "rejected_feature": None,
-    "prompt_feature": None,
-    "system_feature": None,
-    "begun": None,
-}
 
 
 def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,18 +30,20 @@ def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..
         config = arguments.get("config", arguments.get("args"))
         if getattr(config, "train_mode", None) != "cpo":
             return host_loader(*positional, **named)
-        settings = SimpleNamespace(**{key: getattr(config, key, default) for key, default in _DEFAULTS.items()})
-        return _read(name, arguments, settings)
+        return _read(name, arguments, config)
 
     return loader
 
 
-def _read(name: str, arguments: Mapping[str, Any], settings: SimpleNamespace) -> Any:
+def _read(name: str, arguments: Mapping[str, Any], config: Any) -> Any:
     """Return the pairs of the rows in a call, or the train, valid and test set of what it names."""
     from mlx_cpo_plugin.data import pairs_of_rows
     from mlx_cpo_plugin.data.dataset import load_splits, require_splits
     from mlx_cpo_plugin.host import give_chat_template
+    from mlx_cpo_plugin.settings.config import RunSettings
 
+    given = {field.name: getattr(config, field.name) for field in fields(RunSettings) if hasattr(config, field.name)}
+    settings = RunSettings.of({"train": True, "max_seq_length": None, **given})
     tokenizer = arguments["tokenizer"]
     give_chat_template(tokenizer)
     if name == "create_dataset":
