@@ -16,10 +16,11 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
 from mlx_cpo_plugin.run.mode import adapter_file
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory, expected_grouping
+from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory
 from mlx_cpo_plugin.training.optimizer_step import in_float32
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"

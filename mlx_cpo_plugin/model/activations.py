@@ -1,4 +1,4 @@
-"""Layers that keep less for the backward pass, in place of mlx_lm's functions."""
+"""Functions that keep less for the backward pass, in place of mlx_lm's."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _lean_swiglu_vjp(
 ) -> tuple[mx.array, mx.array]:
     # Computing the sigmoid again costs less than keeping it and the product with it for every token and layer.
     gate, x = primals
-    opened = sigmoid(gate)
-    by_gate = cotangent * x * opened * (1 + gate * (1 - opened))
-    return by_gate, cotangent * gate * opened
+    open_gate = sigmoid(gate)
+    grad_gate = cotangent * x * open_gate * (1 + gate * (1 - open_gate))
+    return grad_gate, cotangent * gate * open_gate
 
 
 _mlx_lm_attention = base.scaled_dot_product_attention

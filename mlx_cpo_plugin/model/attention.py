@@ -1,8 +1,8 @@
 """Attention that keeps its inputs and its output for the backward pass, and no scores.
 
 The scores of a head grow with the square of the tokens. For the gradient they are computed again, for a block of
-queries at a time and only over the keys that these can see (after Dao et al. 2022, arXiv 2205.14135, with blocks of
-queries alone).
+queries at a time and only over the keys visible to it (FlashAttention, Dao et al. 2022, arXiv 2205.14135, with blocks
+of queries alone); ``delta`` is the row sum of grad_out * output.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
 
 QUERY_BLOCK = 128
-# Scores of fewer than these are kept: starting the operations that compute them again would cost more.
+# Below this many scores they are kept: starting the operations that compute them again would cost more.
 FEWEST_SCORES = 2**16
 
-# What is added to the score of a key that is not seen: far below every score, and far from what overflows.
-_UNSEEN = -1e30
+# What is added to the score of a masked key: far below every score, and far from what overflows.
+_MASKED = -1e30
 
 Mask = mx.array | str | None
 
@@ -31,7 +31,7 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
     Args:
         queries: [B, H, N, D].
         keys, values: [B, H / G, S, D] and [B, H / G, S, V]; G heads of queries share one of them.
-        mask: ``causal`` lines the last query up with the last key; an array is boolean (true is seen) or is added to
+        mask: ``causal`` lines the last query up with the last key; an array is boolean (true is visible) or is added to
             the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
     """
     fused = current_device().attention != "ours"
@@ -51,7 +51,7 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
             highest = scores.max(axis=-1, keepdims=True)
             powers = power_of_two(scores - highest)
             totals = powers.sum(axis=-1, keepdims=True)
-            summed = powers.astype(values.dtype) @ values[:, :, : block.seen]
+            summed = powers.astype(values.dtype) @ values[:, :, : block.visible]
             outputs.append(block.by_head((summed / totals).astype(values.dtype)))
             logs.append(block.by_head(highest + mx.log2(totals)))
         return mx.concatenate(outputs, axis=2), mx.concatenate(logs, axis=2)
@@ -60,21 +60,20 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
     def attend_vjp(
         primals: tuple[mx.array, mx.array, mx.array], cotangents: list[mx.array], outputs: list[mx.array]
     ) -> tuple[mx.array, mx.array, mx.array]:
-        (queries, keys, values), (by_output, _), (output, logs) = primals, cotangents, outputs
+        (queries, keys, values), (grad_out, _), (output, logs) = primals, cotangents, outputs
         queries = queries * (scale * PER_LOG_2)
-        # What each query's softmax takes off all its scores alike.
-        shares = (by_output.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
-        by_queries = []
-        by_keys, by_values = mx.zeros_like(keys), mx.zeros_like(values)
+        delta = (grad_out.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        grad_q = []
+        grad_k, grad_v = mx.zeros_like(keys), mx.zeros_like(values)
         for block in _blocks(queries, keys, mask):
-            scores, by_block = block.scores(queries, keys), block.rows(by_output)
+            scores, grad_block = block.scores(queries, keys), block.rows(grad_out)
             weights = power_of_two(scores - block.rows(logs)) if logs.size else mx.softmax(scores * LOG_2, axis=-1)
-            by_weights = by_block @ values[:, :, : block.seen].swapaxes(-1, -2)
-            by_scores = (weights * (by_weights - block.rows(shares))).astype(queries.dtype)
-            by_queries.append(block.by_head(by_scores @ keys[:, :, : block.seen]) * scale)
-            by_keys = by_keys.at[:, :, : block.seen].add(by_scores.swapaxes(-1, -2) @ block.rows(queries))
-            by_values = by_values.at[:, :, : block.seen].add(weights.astype(values.dtype).swapaxes(-1, -2) @ by_block)
-        return mx.concatenate(by_queries, axis=2), by_keys * LOG_2, by_values
+            grad_weights = grad_block @ values[:, :, : block.visible].swapaxes(-1, -2)
+            grad_scores = (weights * (grad_weights - block.rows(delta))).astype(queries.dtype)
+            grad_q.append(block.by_head(grad_scores @ keys[:, :, : block.visible]) * scale)
+            grad_k = grad_k.at[:, :, : block.visible].add(grad_scores.swapaxes(-1, -2) @ block.rows(queries))
+            grad_v = grad_v.at[:, :, : block.visible].add(weights.astype(values.dtype).swapaxes(-1, -2) @ grad_block)
+        return mx.concatenate(grad_q, axis=2), grad_k * LOG_2, grad_v
 
     result: Any = attend(queries, keys, values)
     return result[0]
@@ -97,14 +96,14 @@ class _Block:
 
     Attributes:
         start, stop: the queries.
-        seen: how many of the keys, from the first, they can see.
+        visible: how many of the keys, from the first, they can see.
         key_heads: H / G.
         mask: what is added to their scores.
     """
 
     start: int
     stop: int
-    seen: int
+    visible: int
     key_heads: int
     mask: mx.array | None
 
@@ -118,8 +117,8 @@ class _Block:
         return rows.reshape(rows.shape[0], -1, self.stop - self.start, rows.shape[-1])
 
     def scores(self, queries: mx.array, keys: mx.array) -> mx.array:
-        """Return what the softmax takes powers of two of, float32 [B, H / G, G * n, seen]; the queries are scaled."""
-        scores = (self.rows(queries) @ keys[:, :, : self.seen].swapaxes(-1, -2)).astype(mx.float32)
+        """Return the scores of scaled queries, to base 2, float32 [B, H / G, G * n, visible]."""
+        scores = (self.rows(queries) @ keys[:, :, : self.visible].swapaxes(-1, -2)).astype(mx.float32)
         if self.mask is not None:
             scores = (self.by_head(scores) + self.mask).reshape(scores.shape)
         return scores
@@ -133,13 +132,13 @@ def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = No
     blocks = []
     for start in range(0, count, size):
         stop = min(start + size, count)
-        seen, part = total, None
+        visible, part = total, None
         if isinstance(mask, str):
-            seen = offset + stop
-            part = (mx.arange(start, stop) + offset)[:, None] >= mx.arange(seen)
+            visible = offset + stop
+            part = (mx.arange(start, stop) + offset)[:, None] >= mx.arange(visible)
         elif mask is not None:
             part = mask[..., start:stop, :] if mask.shape[-2] > 1 else mask
-        blocks.append(_Block(start, stop, seen, keys.shape[1], _added_mask(part)))
+        blocks.append(_Block(start, stop, visible, keys.shape[1], _added_mask(part)))
     return blocks
 
 
@@ -147,5 +146,5 @@ def _added_mask(mask: mx.array | None) -> mx.array | None:
     if mask is None:
         return None
     if mask.dtype == mx.bool_:
-        return mx.where(mask, mx.array(0.0), mx.array(_UNSEEN))
-    return mx.maximum(mask.astype(mx.float32) * PER_LOG_2, _UNSEEN)
+        return mx.where(mask, mx.array(0.0), mx.array(_MASKED))
+    return mx.maximum(mask.astype(mx.float32) * PER_LOG_2, _MASKED)

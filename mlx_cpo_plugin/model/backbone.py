@@ -1,4 +1,4 @@
-"""A model taken apart: tokens -> hidden states -> logits, for any architecture that mlx_lm builds alike."""
+"""A model split into backbone and head: tokens -> hidden states -> logits, for architectures built as mlx_lm's are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.caches import fresh_caches
-from mlx_cpo_plugin.model.overrides import overridden_calls
+from mlx_cpo_plugin.model.layers import HALF_PRECISION, overridden_calls
 from mlx_cpo_plugin.parameters import by_name
 
-# The parameters of an output layer, quantised or not, that have one row for each word.
-_WORD_BY_WORD = ("weight", "scales", "biases", "bias")
+# The parameters of an output layer, quantised or not, that have one row per token id.
+_PER_TOKEN_PARAMETERS = ("weight", "scales", "biases", "bias")
 _BACKBONE_PATHS = ("model", "language_model.model", "backbone", "transformer", "model.language_model")
 
 
@@ -31,7 +31,7 @@ class SplitModel:
     Attributes:
         dtype: of the hidden states.
         vocabulary: how many logits there are.
-        output_layer: the layer whose rows are tokens of the vocabulary, if any does nothing but multiply with them.
+        output_layer: the output projection, with one row per token id, if a layer does nothing but multiply with it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +45,7 @@ class SplitModel:
         self.output_layer = self._find_output_layer(probe, logits)
 
     def hidden(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
-        """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T]; ``caches`` take them in."""
+        """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T], which ``caches`` take in."""
         return self.backbone(tokens, cache=caches)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -55,17 +55,17 @@ class SplitModel:
             return self.model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0)
 
     @contextmanager
-    def some_words(self, words: slice | mx.array) -> Iterator[None]:
-        """Let the head compute the logits of some words only, until the context ends.
+    def vocabulary_slice(self, ids: slice | mx.array) -> Iterator[None]:
+        """Let the head compute the logits of some token ids only, until the context ends.
 
         Requires an ``output_layer``; a gradient has to be taken inside the context, too.
         """
         layer = self.output_layer
         assert layer is not None
-        whole = {name: layer[name] for name in _WORD_BY_WORD if name in layer}
+        whole = {name: layer[name] for name in _PER_TOKEN_PARAMETERS if name in layer}
         try:
             for name, array in whole.items():
-                layer[name] = _as_multiplied(array[words])
+                layer[name] = _as_multiplied(array[ids])
             yield
         finally:
             for name, array in whole.items():
@@ -77,7 +77,7 @@ class SplitModel:
         return {name: value for name, value in trainable.items() if "layers" not in name.split(".")}
 
     def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
-        """Return the layer whose rows are words, if the logits of some words are those that it has for all of them."""
+        """Return the output projection, if its logits are the same when only a part of them is computed."""
         for layer in self.model.modules():
             known = type(layer) in (nn.Linear, nn.Embedding) or isinstance(
                 layer, nn.QuantizedLinear | nn.QuantizedEmbedding
@@ -86,7 +86,7 @@ class SplitModel:
             if not vars(type(layer)).get("row_by_row", known) or len(layer.weight) != self.vocabulary:
                 continue
             self.output_layer = layer
-            with self.some_words(slice(0, self.vocabulary // 2)):
+            with self.vocabulary_slice(slice(0, self.vocabulary // 2)):
                 half = self.logits(probe)
             difference = mx.abs(half - logits[:, : self.vocabulary // 2]).max() if half.size < logits.size else mx.inf
             if difference <= 0.01 * mx.abs(logits).max():
@@ -96,7 +96,7 @@ class SplitModel:
 
 def _as_multiplied(part: mx.array) -> mx.array:
     """Return a part of a weight as products want it: on a CPU in float32, so that forwards and backwards share it."""
-    if not current_device().fast_half_products and part.dtype in (mx.bfloat16, mx.float16):
+    if not current_device().fast_half_products and part.dtype in HALF_PRECISION:
         return part.astype(mx.float32)
     return part
 

@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens before: as arrays that gradients flow through."""
+"""Differentiable key/value caches: what a model remembers of earlier tokens, as arrays that gradients flow through."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ class SegmentCache:
         """How many tokens came before."""
         return 0 if self.keys is None else self.keys.shape[2]
 
-    def holding(self, keys: mx.array | None, values: mx.array | None) -> SegmentCache:
-        """Return a cache like this one with other contents."""
-        return SegmentCache(keys, values)
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return everything up to now."""
         if self.keys is not None and self.values is not None:
@@ -58,9 +54,9 @@ class SegmentCache:
 
 
 class PaddedCache(SegmentCache):
-    """Keys and values of earlier tokens, padded on their right, of which each row has a number of its own.
+    """Keys and values of earlier tokens, padded on the right; each row has its own number of tokens.
 
-    New tokens come behind the padding, and go on from where their row's tokens end.
+    New tokens come behind the padding, and continue where their row's tokens end.
 
     Args:
         lengths: int32 [B]; how many of the first ``padded`` keys are tokens.
@@ -75,27 +71,23 @@ class PaddedCache(SegmentCache):
         """How many tokens of each row came before the new ones, int32 [B]."""
         return self.lengths
 
-    def holding(self, keys: mx.array | None, values: mx.array | None) -> SegmentCache:
-        """Return a cache like this one with other contents."""
-        return PaddedCache(keys, values, self.lengths, self.padded)
-
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Return the mask of N new tokens over padding and tokens, bool [B, 1, N, padded + N]."""
         lengths, columns = self.lengths[:, None], mx.arange(self.padded + N)
         is_new = columns >= self.padded
         positions = mx.where(is_new, columns - self.padded + lengths, columns)[:, None]
         queries = (lengths + mx.arange(N))[..., None]
-        seen = (is_new | (columns < lengths))[:, None] & (positions <= queries)
+        visible = (is_new | (columns < lengths))[:, None] & (positions <= queries)
         if window_size is not None:
-            seen = seen & (positions > queries - window_size)
-        return seen[:, None]
+            visible = visible & (positions > queries - window_size)
+        return visible[:, None]
 
 
 def fresh_caches(model: nn.Module) -> list[Any]:
     """Return empty caches, one a layer, that gradients flow through.
 
     Raises:
-        LookupError: the model has a kind of cache that cannot be stood in for.
+        LookupError: the model has a kind of cache that has no counterpart here.
     """
     return [_differentiable(cache) for cache in make_prompt_cache(model)]
 
@@ -110,47 +102,9 @@ def _differentiable(cache: Any) -> Any:
     raise LookupError(f"{type(cache).__name__} has no differentiable counterpart")
 
 
-def forked(caches: Sequence[Any], arrays: Iterator[mx.array] | None = None) -> list[Any]:
-    """Return caches with the same contents, or with ``arrays`` in the order of :func:`cache_arrays` in their place.
-
-    What is appended to the copies leaves the originals as they are.
-    """
-    return [_forked(cache, arrays) for cache in caches]
-
-
-def _forked(cache: Any, arrays: Iterator[mx.array] | None) -> Any:
-    if isinstance(cache, CacheList):
-        return CacheList(*(_forked(inner, arrays) for inner in cache.caches))
-    if isinstance(cache, SegmentCache):
-        keys, values = cache.keys, cache.values
-        if arrays is not None and keys is not None:
-            keys, values = next(arrays), next(arrays)
-        return cache.holding(keys, values)
-    fork = copy.copy(cache)
-    fork.cache = [state if state is None or arrays is None else next(arrays) for state in cache.cache]
-    return fork
-
-
-def repeated(caches: Sequence[Any], rows: int) -> list[Any]:
-    """Return caches of one row with ``rows`` equal ones."""
-    arrays = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in cache_arrays(caches)]
-    return forked(caches, iter(arrays))
-
-
-def continued(caches: Sequence[SegmentCache], lengths: mx.array, sides: int) -> list[PaddedCache]:
-    """Return caches for ``sides`` times as many rows, all of the first side before all of the next.
-
-    Args:
-        caches: hold rows of tokens that are padded on their right.
-        lengths: int32 [B]; the tokens of each row.
-    """
-    result = []
-    for cache in caches:
-        assert cache.keys is not None
-        assert cache.values is not None
-        keys, values = mx.concatenate([cache.keys] * sides), mx.concatenate([cache.values] * sides)
-        result.append(PaddedCache(keys, values, mx.concatenate([lengths] * sides), cache.keys.shape[2]))
-    return result
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a cache as :func:`fresh_caches` returns them."""
+    return isinstance(value, SegmentCache | ArraysCache | CacheList)
 
 
 def can_be_padded(caches: Sequence[Any]) -> bool:
@@ -158,45 +112,69 @@ def can_be_padded(caches: Sequence[Any]) -> bool:
     return all(isinstance(cache, SegmentCache) for cache in caches)
 
 
-def beginning(caches: Sequence[Any], start: Sequence[Any]) -> list[Any]:
-    """Return what ``start`` holds, with keys and values as views of those that ``caches`` hold by now."""
-    return [_beginning(cache, begun) for cache, begun in zip(caches, start, strict=True)]
-
-
-def _beginning(cache: Any, begun: Any) -> Any:
-    if isinstance(cache, CacheList):
-        return CacheList(*(_beginning(*inner) for inner in zip(cache.caches, begun.caches, strict=True)))
-    if isinstance(cache, SegmentCache) and begun.offset:
-        assert cache.keys is not None
-        assert cache.values is not None
-        return SegmentCache(cache.keys[:, :, : begun.offset], cache.values[:, :, : begun.offset])
-    return begun
-
-
 def cache_arrays(caches: Sequence[Any]) -> list[mx.array]:
     """Return every array that the caches hold."""
-    arrays: list[mx.array] = []
+    held = [leaf.cache if isinstance(leaf, ArraysCache) else (leaf.keys, leaf.values) for leaf in _leaves(caches)]
+    return [array for arrays in held for array in arrays if array is not None]
+
+
+def set_state(caches: Sequence[Any], like: Sequence[Any], arrays: Iterator[mx.array]) -> None:
+    """Let ``caches`` hold ``arrays``, in the order that :func:`cache_arrays` gives those of ``like``."""
+    for cache, other in zip(_leaves(caches), _leaves(like), strict=True):
+        if isinstance(cache, ArraysCache):
+            cache.cache = [state if state is None else next(arrays) for state in other.cache]
+        else:
+            cache.keys, cache.values = (next(arrays), next(arrays)) if other.keys is not None else (None, None)
+
+
+def forked(caches: Sequence[Any], arrays: Iterator[mx.array] | None = None) -> list[Any]:
+    """Return caches with the same contents, or with ``arrays`` in the order of :func:`cache_arrays` in their place.
+
+    What is appended to the copies leaves the originals as they are.
+    """
+    forks = [_copied(cache) for cache in caches]
+    set_state(forks, caches, iter(cache_arrays(caches)) if arrays is None else arrays)
+    return forks
+
+
+def repeated(caches: Sequence[Any], rows: int) -> list[Any]:
+    """Return caches of one row with ``rows`` equal ones."""
+    return forked(caches, iter([mx.broadcast_to(array, (rows, *array.shape[1:])) for array in cache_arrays(caches)]))
+
+
+def prefix_views(caches: Sequence[Any], start: Sequence[Any]) -> list[Any]:
+    """Return what ``start`` holds, with keys and values as views of those that ``caches`` hold by now."""
+    views = forked(start)
+    for view, cache in zip(_leaves(views), _leaves(caches), strict=True):
+        if isinstance(view, SegmentCache) and view.offset:
+            end = view.offset
+            view.keys, view.values = cache.keys[:, :, :end], cache.values[:, :, :end]
+    return views
+
+
+def continued(caches: Sequence[SegmentCache], lengths: mx.array, sides: int) -> list[PaddedCache]:
+    """Return caches for ``sides`` times as many rows, all of the first side before all of the next.
+
+    Args:
+        caches: hold rows of tokens that are padded on the right.
+        lengths: int32 [B]; the tokens of each row.
+    """
+    result, lengths = [], mx.concatenate([lengths] * sides)
+    for cache in caches:
+        keys, values = (mx.concatenate([array] * sides) for array in cache_arrays([cache]))
+        result.append(PaddedCache(keys, values, lengths, keys.shape[2]))
+    return result
+
+
+def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
     for cache in caches:
         if isinstance(cache, CacheList):
-            arrays += cache_arrays(cache.caches)
-        elif isinstance(cache, SegmentCache):
-            arrays += [array for array in (cache.keys, cache.values) if array is not None]
+            yield from _leaves(cache.caches)
         else:
-            arrays += [state for state in cache.cache if state is not None]
-    return arrays
+            yield cache
 
 
-def is_cache(value: Any) -> bool:
-    """Whether ``value`` is a cache as :func:`fresh_caches` returns them."""
-    return isinstance(value, SegmentCache | ArraysCache | CacheList)
-
-
-def adopt(caches: Sequence[Any], after: Sequence[Any], arrays: Iterator[mx.array]) -> None:
-    """Let ``caches`` hold ``arrays``, which have the order that :func:`cache_arrays` gives those of ``after``."""
-    for cache, like in zip(caches, after, strict=True):
-        if isinstance(cache, CacheList):
-            adopt(cache.caches, like.caches, arrays)
-        elif isinstance(cache, SegmentCache):
-            cache.keys, cache.values = (next(arrays), next(arrays)) if like.keys is not None else (None, None)
-        else:
-            cache.cache = [state if state is None else next(arrays) for state in like.cache]
+def _copied(cache: Any) -> Any:
+    if isinstance(cache, CacheList):
+        return CacheList(*(_copied(inner) for inner in cache.caches))
+    return copy.copy(cache)

@@ -1,4 +1,4 @@
-"""Powers for CPUs, out of additions and products: MLX takes 8 ns there for an exp, as long as for 60 products."""
+"""A polynomial exp for CPUs, where MLX takes 8 ns for an exp, as long as for 60 products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_cpo_plugin.device import current_device
 
-# Below so many numbers the operations cost more to start than they save.
+# Below this many elements the operations cost more to start than they save.
 FEWEST = 2**13
 LOG_2 = 0.6931471805599453
 PER_LOG_2 = 1 / LOG_2
@@ -44,7 +44,7 @@ def power_of_two(x: mx.array) -> mx.array:
 def exponential(x: mx.array) -> mx.array:
     """Return exp(x) of a float32 array, at most 2**127; below 2**:data:`LOWEST` it is zero.
 
-    The relative error is 2e-7, and 8e-8 more for each unit of x. For less than :data:`FEWEST` numbers it is MLX's own
+    The relative error is 2e-7, and 8e-8 more for each unit of x. Below :data:`FEWEST` elements it is MLX's own
     exp, and where that is fast it is so whatever x is.
     """
     if current_device().fast_exponential:

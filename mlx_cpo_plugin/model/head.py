@@ -1,9 +1,9 @@
 """Hidden states -> log-probs of their target tokens, without all their logits ever being in memory at once.
 
-A frozen head is gone through block by block of its vocabulary, or on a GPU, where the cross-entropy of whole rows is
-one kernel, row by row. Either way each log-prob is computed together with its derivative by its own hidden state. What
-arrives backwards for a log-prob is one number, and the gradient is that number times the derivative: nothing else has
-to be kept, and no logit is computed twice. A head that is trained is computed again in the backward pass.
+A frozen head is computed in blocks of its vocabulary or, where the cross-entropy of whole rows is one kernel, in blocks
+of rows. Either way each log-prob is computed together with its gradient with respect to its own hidden state. What
+arrives backwards for a log-prob is one number, and the gradient is that number times the one computed before: nothing
+else has to be kept, and no logit is computed twice. A head that is trained is computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.exponential import exponential
-from mlx_cpo_plugin.model.logps import SUM_PART, log_normaliser, sums_over_words
+from mlx_cpo_plugin.model.logps import SUM_PART, log_normaliser, sum_over_vocabulary
 
 # Logits of a block of the vocabulary, in elements: 1 MB in float32, a few times that with what their gradient needs.
 BLOCK_ELEMENTS = 2**18
@@ -28,8 +28,8 @@ FEWEST_ROWS = 32
 FEWEST_ROWS_ON_GPU = 256
 
 Scores = tuple[mx.array, mx.array]
-# Hidden states [N, D], targets [N] -> log-probs, raw logits, and the derivative [N, D] of the former.
-Slopes = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
+# Hidden states [N, D], targets [N] -> log-probs, raw logits, and the gradient [N, D] of the former.
+GradHidden = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
 
 
 def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool) -> Scores:
@@ -38,7 +38,7 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
     Args:
         hidden: [N, D], the states that predict the targets.
         targets: int32 [N].
-        differentiate: whether a gradient by the log-probs follows; the raw logits have none.
+        differentiate: whether a gradient with respect to the log-probs follows; the raw logits have none.
     """
     by_vocabulary = (
         split.output_layer is not None and not current_device().fused_cross_entropy and not split.head_parameters()
@@ -64,10 +64,10 @@ def _chunk_scores(
         return _checkpointed_scores(split, hidden, targets)
     if by_vocabulary:
         if differentiate:
-            return _scores_with_slopes(hidden, targets, lambda *given: _slopes_by_vocabulary(split, *given))
+            return _scores_and_grad(hidden, targets, lambda *given: _blockwise_grad(split, *given))
         return _scores_by_vocabulary(split, hidden, targets)
     if differentiate:
-        return _scores_with_slopes(hidden, targets, lambda *given: _slopes_of_rows(split, *given))
+        return _scores_and_grad(hidden, targets, lambda *given: _rowwise_grad(split, *given))
     return _scores(split, hidden, targets)
 
 
@@ -81,12 +81,12 @@ def _scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     return target_logits - log_normaliser(logits), target_logits
 
 
-def _scores_with_slopes(hidden: mx.array, targets: mx.array, slopes_of: Slopes) -> Scores:
+def _scores_and_grad(hidden: mx.array, targets: mx.array, with_grad: GradHidden) -> Scores:
     @mx.custom_function
     def scores(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        logps, logits, slopes = slopes_of(hidden, targets)
-        # The log-probs wait for the slopes: whoever has the former knows that the logits are gone.
-        return mx.depends(logps, slopes), logits, slopes
+        logps, logits, grad_hidden = with_grad(hidden, targets)
+        # The log-probs wait for the gradient, so they can only be used after the logits are freed.
+        return mx.depends(logps, grad_hidden), logits, grad_hidden
 
     @scores.vjp
     def scores_vjp(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
@@ -96,18 +96,16 @@ def _scores_with_slopes(hidden: mx.array, targets: mx.array, slopes_of: Slopes) 
     return result[0], result[1]
 
 
-def _slopes_of_rows(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    (logps, logits), (slopes,) = mx.vjp(
+def _rowwise_grad(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (logps, logits), (grad_hidden,) = mx.vjp(
         lambda states: list(_scores(split, states, targets)),
         [hidden],
         [mx.ones(len(targets)), mx.zeros(len(targets))],
     )
-    return logps, logits, slopes
+    return logps, logits, grad_hidden
 
 
-def _slopes_by_vocabulary(
-    split: SplitModel, hidden: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+def _blockwise_grad(split: SplitModel, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Sum exponentials and their derivatives over the vocabulary, relative to the highest logit so far.
 
     Each block waits for the one before, or all their logits would be computed together.
@@ -115,61 +113,61 @@ def _slopes_by_vocabulary(
 
     def over_rows(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         total, highest = _summed_exponentials(split, states)
-        return total.sum(), total, highest  # rows do not depend on each other: each has the gradient of its own
+        return total.sum(), total, highest  # rows do not depend on each other: each has its own gradient
 
-    total_and_slopes = mx.value_and_grad(over_rows)
+    total_and_grad = mx.value_and_grad(over_rows)
     highest, total = mx.full(len(hidden), -mx.inf), mx.zeros(len(hidden))
-    slopes = mx.zeros(hidden.shape)
-    for words in _blocks_of_words(split, hidden):
-        hidden = mx.depends(hidden, [total, slopes])
-        with split.some_words(words):
-            (_, block_total, block_highest), block_slopes = total_and_slopes(hidden)
+    grad_hidden = mx.zeros(hidden.shape)
+    for ids in _vocabulary_blocks(split, hidden):
+        hidden = mx.depends(hidden, [total, grad_hidden])
+        with split.vocabulary_slice(ids):
+            (_, block_total, block_highest), block_grad = total_and_grad(hidden)
         before, highest = highest, mx.maximum(highest, block_highest)
         kept: Any = exponential(before - highest)
         new: Any = exponential(block_highest - highest)
         total = total * kept + block_total * new
-        slopes = slopes * kept[:, None] + block_slopes * new[:, None]
-    with split.some_words(targets):
-        (logits,), (target_slopes,) = mx.vjp(
-            lambda states: [_own_logits(split, states)], [hidden], [mx.ones(len(hidden))]
+        grad_hidden = grad_hidden * kept[:, None] + block_grad * new[:, None]
+    with split.vocabulary_slice(targets):
+        (logits,), (target_grad,) = mx.vjp(
+            lambda states: [_target_logits(split, states)], [hidden], [mx.ones(len(hidden))]
         )
-    slopes = target_slopes - slopes / total[:, None]
-    return logits - highest - mx.log(total), logits, slopes.astype(hidden.dtype)
+    grad_hidden = target_grad - grad_hidden / total[:, None]
+    return logits - highest - mx.log(total), logits, grad_hidden.astype(hidden.dtype)
 
 
 def _scores_by_vocabulary(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
     normaliser = mx.full(len(hidden), -mx.inf)
-    for words in _blocks_of_words(split, hidden):
+    for ids in _vocabulary_blocks(split, hidden):
         hidden = mx.depends(hidden, normaliser)
-        with split.some_words(words):
+        with split.vocabulary_slice(ids):
             total, highest = _summed_exponentials(split, hidden)
         normaliser = mx.logaddexp(normaliser, mx.log(total) + highest)
-    with split.some_words(targets):
-        logits = _own_logits(split, hidden)
+    with split.vocabulary_slice(targets):
+        logits = _target_logits(split, hidden)
     return logits - normaliser, logits
 
 
-def _blocks_of_words(split: SplitModel, hidden: mx.array) -> list[slice]:
+def _vocabulary_blocks(split: SplitModel, hidden: mx.array) -> list[slice]:
     size = BLOCK_ELEMENTS // len(hidden)
     size = size // SUM_PART * SUM_PART or size  # whole parts are summed without padding
     return [slice(start, start + size) for start in range(0, split.vocabulary, size)]
 
 
 def _summed_exponentials(split: SplitModel, hidden: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the sum of ``exp(logit - highest)`` over the words at hand, and the highest logit, float32 [N] each."""
+    """Return the sum of ``exp(logit - highest)`` over the vocabulary slice, and the highest logit, float32 [N] each."""
     logits = split.logits(hidden).astype(mx.float32)
     highest = mx.stop_gradient(logits.max(axis=-1))
     exponentials: Any = exponential(logits - highest[:, None])
-    return sums_over_words(exponentials), highest
+    return sum_over_vocabulary(exponentials), highest
 
 
-def _own_logits(split: SplitModel, hidden: mx.array) -> mx.array:
-    """Return the logit that each state has for the word of its own number, float32 [N]."""
+def _target_logits(split: SplitModel, hidden: mx.array) -> mx.array:
+    """Return the logit of each state for the token in its own place, float32 [N]."""
     return mx.diagonal(split.logits(hidden)).astype(mx.float32)
 
 
 def _checkpointed_scores(split: SplitModel, hidden: mx.array, targets: mx.array) -> Scores:
-    """Compute the logits again in the backward pass, where the head itself is trained."""
+    """Compute the logits again in the backward pass, for a head that is trained."""
 
     def scores(parameters: dict[str, mx.array], hidden: mx.array) -> Scores:
         split.model.update(tree_unflatten(list(parameters.items())))

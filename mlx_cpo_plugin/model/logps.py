@@ -17,7 +17,7 @@ SUM_PART = 128
 
 
 class AnswerScores(NamedTuple):
-    """What the policy makes of the answers in a batch of B pairs; every array is float32 [B].
+    """The policy's scores of the answers of B pairs; every array is float32 [B].
 
     Attributes:
         chosen_logps, rejected_logps: summed log-probs of the scored tokens, or their means if length-normalised.
@@ -35,7 +35,7 @@ class AnswerScores(NamedTuple):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode until the context ends; one that knows no modes stays as it is."""
+    """Put ``model`` into evaluation mode until the context ends; one without modes stays as it is."""
     was_training = getattr(model, "training", None)
     if was_training is None:
         yield
@@ -52,13 +52,23 @@ def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = Fals
 
     Whatever the model's dtype, log-probs are computed and summed in float32.
     """
-    logps, logits = score_rows(model, batch)
-    if length_normalised:
-        logps = logps / batch.token_counts
-    logits = logits / batch.token_counts
     pairs = len(batch.token_counts) // 2
-    columns = (logps, logits, batch.token_counts)
-    return AnswerScores(*(side for column in columns for side in (column[:pairs], column[pairs:])))
+    columns = (*score_rows(model, batch), batch.token_counts)
+    sums = AnswerScores(*(side for column in columns for side in (column[:pairs], column[pairs:])))
+    return normalised(sums, length_normalised)
+
+
+def normalised(sums: AnswerScores, length_normalised: bool) -> AnswerScores:
+    """Divide sums by the scored tokens of the answers: raw logits always, log-probs if they are to be means."""
+    if length_normalised:
+        sums = sums._replace(
+            chosen_logps=sums.chosen_logps / sums.chosen_tokens,
+            rejected_logps=sums.rejected_logps / sums.rejected_tokens,
+        )
+    return sums._replace(
+        chosen_logits=sums.chosen_logits / sums.chosen_tokens,
+        rejected_logits=sums.rejected_logits / sums.rejected_tokens,
+    )
 
 
 def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -74,7 +84,7 @@ def score_rows(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
 def log_normaliser(logits: mx.array) -> mx.array:
     """Return log(sum(exp(logits))) over the vocabulary, float32 [N], of logits float32 [N, V].
 
-    Summed one after the other, the 49,152 words of SmolLM2 would shift each log-prob by 4e-5.
+    Summed one after the other, SmolLM2's vocabulary of 49,152 tokens would shift each log-prob by 4e-5.
     """
     normaliser: Any = _log_normaliser(logits)
     return normaliser
@@ -91,14 +101,14 @@ def _log_normaliser_vjp(logits: mx.array, cotangent: mx.array, normaliser: mx.ar
     return cotangent[:, None] * probabilities
 
 
-def sums_over_words(values: mx.array) -> mx.array:
+def sum_over_vocabulary(values: mx.array) -> mx.array:
     """Add up float32 [N, V] over the vocabulary, to [N]."""
     return _in_parts(values, 0).sum(axis=-1).sum(axis=-1)
 
 
-def _in_parts(values: mx.array, filling: float) -> mx.array:
+def _in_parts(values: mx.array, padding: float) -> mx.array:
     missing = -values.shape[-1] % SUM_PART
-    padded = mx.pad(values, [(0, 0), (0, missing)], constant_values=filling) if missing else values
+    padded = mx.pad(values, [(0, 0), (0, missing)], constant_values=padding) if missing else values
     return padded.reshape(len(values), -1, SUM_PART)
 
 

@@ -1,9 +1,8 @@
-"""Whether a model can share prompts: it is tried on two pairs before a run, against the plain way."""
+"""Whether a model can share prompts: tried on two pairs before a run, and compared with plain scoring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,16 +11,17 @@ import numpy as np
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping, grouping_for
+from mlx_cpo_plugin.model.layers import HALF_PRECISION
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
-from mlx_cpo_plugin.model.shared_batch import score_together
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, collate_shared
 
 # Relative, of an answer's log-prob; half precision rounds differently for other shapes.
 FLOAT32_TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2
-# What an architecture raises where it does not expect our caches.
+# What an architecture raises that does not expect our caches.
 ARCHITECTURE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -32,6 +32,8 @@ ARCHITECTURE_ERRORS = (
     TypeError,
     ValueError,
 )
+
+Score = Callable[[SharedPromptScorer, Sequence[PreferencePair]], AnswerScores]
 
 
 def choose_scorer(
@@ -45,20 +47,19 @@ def choose_scorer(
 
     Raises:
         ConfigError: ``shared`` is wanted, but the model does not allow it.
-        RuntimeError, MemoryError: memory ended or the device failed, which says nothing of the model.
+        RuntimeError, MemoryError: out of memory or a device fault, neither of which says anything about the model.
     """
     if wanted == "plain" or not pairs or not isinstance(model, nn.Module):
         return None
     try:
         scorer = SharedPromptScorer(model)
-        difference = _largest_difference(model, partial(_scores_one_by_one, scorer), sample(pairs))
-        fault = f"log-probs differ by {difference:.1e}" if difference > _tolerance(scorer) else ""
+        fault = _fault(scorer, _scores_one_by_one, pairs)
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not fault:
-        scorer.grouping = _grouping(model, scorer, pairs)
+        scorer.grouping = _grouping(scorer, pairs)
         return scorer
     if wanted == "shared":
         raise ConfigError(f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.")
@@ -66,23 +67,38 @@ def choose_scorer(
     return None
 
 
-def _grouping(model: nn.Module, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Grouping:
-    """Return which pairs are scored together: one at a time where several at once would have other scores."""
-    if not can_be_padded(fresh_caches(model)):
+def _grouping(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Grouping:
+    """Return which pairs share a pass: none where several at once would have other scores."""
+    if not can_be_padded(fresh_caches(scorer.model)):
         return PAIR_BY_PAIR
     try:
-        difference = _largest_difference(
-            model, lambda pairs: score_together(scorer, [share(pair) for pair in pairs]), sample(pairs)
-        )
+        fault = _fault(scorer, _scores_together, pairs)
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
         return PAIR_BY_PAIR  # which has just worked
-    return grouping_for(model) if difference <= _tolerance(scorer) else PAIR_BY_PAIR
+    return PAIR_BY_PAIR if fault else grouping_for(scorer.model)
+
+
+def expected_grouping(model: nn.Module) -> Grouping | None:
+    """Return the grouping of :func:`choose_scorer` as far as it shows without computing; ``None``: plain scoring."""
+    try:
+        caches = fresh_caches(model)
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
+        return None
+    return grouping_for(model) if can_be_padded(caches) else PAIR_BY_PAIR
 
 
 def _scores_one_by_one(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
-    return _joined([scorer.score(share(pair)) for pair in pairs])
+    return _joined([scorer.score(split_shared_prefix(pair)) for pair in pairs])
+
+
+def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
+    splits = [split_shared_prefix(pair) for pair in pairs]
+    bucket = scorer.grouping.bucket_for([PairSize.of(split) for split in splits])
+    return scorer.score_batch(collate_shared(splits, bucket), bucket.scores_shared)
 
 
 def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
@@ -100,12 +116,18 @@ def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair
     return PreferencePair(pair.prompt[-prompt:], chosen, rejected, all_chosen, all_rejected)
 
 
-def _largest_difference(
-    model: nn.Module, score: Callable[[Sequence[PreferencePair]], AnswerScores], pairs: Sequence[PreferencePair]
-) -> float:
+def _fault(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> str:
+    """Return how log-probs differ from plain ones, if they do."""
+    difference = _largest_difference(scorer, score, sample(pairs))
+    tolerance = HALF_TOLERANCE if scorer.split.dtype in HALF_PRECISION else FLOAT32_TOLERANCE
+    return f"log-probs differ by {difference:.1e}" if difference > tolerance else ""
+
+
+def _largest_difference(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> float:
     """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
-    with evaluation_mode(model):
-        plain, shared = _joined([score_answers(model, collate([pair])) for pair in pairs]), score(pairs)
+    with evaluation_mode(scorer.model):
+        plain = _joined([score_answers(scorer.model, collate([pair])) for pair in pairs])
+        shared = score(scorer, pairs)
         mx.eval(plain, shared)
     differences = []
     for side in ("chosen_logps", "rejected_logps"):
@@ -113,7 +135,3 @@ def _largest_difference(
         differences.append(np.abs(values - reference) / np.maximum(np.abs(reference), 1.0))
     largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
     return largest if np.isfinite(largest) else float("inf")
-
-
-def _tolerance(scorer: SharedPromptScorer) -> float:
-    return HALF_TOLERANCE if scorer.split.dtype in (mx.float16, mx.bfloat16) else FLOAT32_TOLERANCE

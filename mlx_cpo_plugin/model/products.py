@@ -1,6 +1,6 @@
-"""Products on a CPU, in float32 whatever the weights are stored as.
+"""Products in float32, whatever the weights are stored as.
 
-MLX has no fast product there with packed weights, nor with half-precision ones. So activations are float32 from the
+On a CPU MLX has no fast product with packed weights, nor with half-precision ones. So activations are float32 from the
 embedding on, as in a model of float32 weights, and each product unpacks or widens its own weight, forwards and once
 more backwards: what is in memory beside the stored weights is a part of one layer's.
 """
@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
 from mlx_cpo_plugin.device import current_device
-from mlx_cpo_plugin.model.overrides import Call, overridden_calls
+from mlx_cpo_plugin.model.layers import Call, is_half, overridden_calls, stored_weight
 
 # With fewer rows than this, reading the packed weights once is faster than unpacking them.
 FEWEST_ROWS = 8
@@ -26,7 +26,6 @@ PART_ELEMENTS = 2**22
 # MLX takes the memory of so many operations, of which half are products, before the first of them is done.
 _PARTS_AHEAD = 5
 
-_HALF = (mx.bfloat16, mx.float16)
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
@@ -54,11 +53,6 @@ def float32_products(model: nn.Module) -> Iterator[None]:
         stack.enter_context(overridden_calls(around))
         stack.enter_context(overridden_calls(heads, method="as_linear", row_by_row=True))
         yield
-
-
-def is_half(module: nn.Module) -> bool:
-    """Whether a layer multiplies with weights of half precision."""
-    return isinstance(module, nn.Linear | nn.Embedding | SwitchLinear) and module.weight.dtype in _HALF
 
 
 def _widened(original: Call) -> Call:
@@ -115,15 +109,15 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
         primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
     ) -> tuple[mx.array, mx.array]:
         x, weight = primals
-        by_x = cotangent[..., parts[0]] @ widened(weight, parts[0])
+        grad_x = cotangent[..., parts[0]] @ widened(weight, parts[0])
         for part in parts[1:]:
-            by_x = by_x + cotangent[..., part] @ widened(weight, part)
+            grad_x = grad_x + cotangent[..., part] @ widened(weight, part)
         if packed:
-            return by_x.astype(x.dtype), mx.zeros_like(weight)
+            return grad_x.astype(x.dtype), mx.zeros_like(weight)
         rows_of_x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         rows_of_y = cotangent.reshape(len(rows_of_x), -1)
-        by_weight = [(rows_of_y[:, part].T @ rows_of_x).astype(weight.dtype) for part in parts]
-        return by_x.astype(x.dtype), mx.concatenate(by_weight)
+        grad_weight = [(rows_of_y[:, part].T @ rows_of_x).astype(weight.dtype) for part in parts]
+        return grad_x.astype(x.dtype), mx.concatenate(grad_weight)
 
     result: Any = multiply(x, mx.zeros(0) if packed else layer.weight)
     return result.astype(x.dtype)
@@ -162,25 +156,3 @@ def widened_bytes(model: nn.Module) -> int:
             size = module.weight.size
             sizes.append(size if isinstance(module, SwitchLinear) else _PARTS_AHEAD * min(size, PART_ELEMENTS))
     return mx.float32.size * max(sizes)
-
-
-def stored_weight(layer: nn.Module, rows: slice | mx.array = slice(None)) -> mx.array:
-    """Return the weight [..., output, input] of a layer, where it is packed unpacked to float32.
-
-    Args:
-        rows: which outputs, of a layer with no more than these two dimensions.
-    """
-    if "scales" not in layer:
-        return layer.weight[rows]
-    scales, biases = layer.scales[rows], layer.get("biases")
-    if biases is not None:  # of half precision, scales and biases would have each product with them rounded
-        scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
-    return mx.dequantize(
-        layer.weight[rows],
-        scales,
-        biases,
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-        dtype=mx.float32,
-    )

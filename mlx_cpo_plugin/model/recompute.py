@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.model.caches import adopt, cache_arrays, forked, is_cache
-from mlx_cpo_plugin.model.overrides import Call, overridden_calls
+from mlx_cpo_plugin.model.caches import cache_arrays, forked, is_cache, set_state
+from mlx_cpo_plugin.model.layers import Call, overridden_calls
 
 
 @contextmanager
 def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Checkpoint every layer in ``model.layers`` until the context ends.
+    """Recompute every layer of ``model.layers`` in the backward pass, until the context ends.
 
     Unlike a patch of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
     """
@@ -59,7 +59,7 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
 
         names = list(inputs)
         output, new = mx.checkpoint(inner)(layer.trainable_parameters(), list(inputs.values()), remembered)
-        adopt(caches, after, iter(new))
+        set_state(caches, after, iter(new))
         return output
 
     return call

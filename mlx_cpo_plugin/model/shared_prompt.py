@@ -1,132 +1,92 @@
-"""Scoring pair by pair: what both answers share is computed once, and each answer goes on from there.
+"""Scores pairs over a shared prefix that is computed once: one at a time, or several padded in one pass.
 
-Nothing is padded: the tokens that are computed are those that there are. Gradients flow back through the shared part.
+Gradients flow back through the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.backbone import SplitModel
-from mlx_cpo_plugin.model.caches import forked, fresh_caches, repeated
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, PairSize
+from mlx_cpo_plugin.model.caches import continued, forked, fresh_caches, repeated
 from mlx_cpo_plugin.model.head import target_scores
-from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.model.logps import AnswerScores, normalised, sums_of_rows
+from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, split_shared_prefix
 
 # Products with few rows leave a processor waiting for the weights; long answers fill it by themselves.
-TOGETHER_UP_TO = 256
+LONGEST_SIDE_BY_SIDE = 256
 PADDING_ALLOWED = 0.25
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens, and which of them are scored from within.
+def can_batch_sides(pair: SplitPair) -> bool:
+    """Whether both answers are so short and alike that one larger product beats the padding and memory it costs."""
+    lengths = len(pair.chosen), len(pair.rejected)
+    return max(lengths) <= LONGEST_SIDE_BY_SIDE and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
+
+
+class SharedBatch(NamedTuple):
+    """B pairs as arrays, all padded on the right with zeros.
 
     Attributes:
-        inputs: int32 [1, n]; what the model reads.
-        positions: int32 [m]; the inputs whose hidden state predicts a scored token.
-        targets: int32 [m]; the scored tokens.
+        shared: int32 [B, P]; the shared prefix of each pair.
+        shared_lengths: int32 [B].
+        answers: int32 [2 * B, N]; row i is the rest of the i-th chosen answer, row B + i that of the i-th rejected one.
+        positions: int32 [S]; where scored tokens are predicted, in the rows of ``answers`` one after the other, before
+            them those of ``shared`` where the bucket has scored tokens there.
+        targets: int32 [S]; the scored tokens.
+        rows: int32 [S]; the row of ``answers`` of each, 2 * B + i in the prefix of the i-th pair, and 3 * B where the
+            entry is padding.
+        token_counts: float32 [2 * B]; scored tokens of each answer, the shared ones included.
     """
 
-    inputs: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    targets: NDArray[np.int32]
+    shared: mx.array
+    shared_lengths: mx.array
+    answers: mx.array
+    positions: mx.array
+    targets: mx.array
+    rows: mx.array
+    token_counts: mx.array
 
 
-@dataclass(frozen=True)
-class SharedPair:
-    """A pair cut where its answers part: shared tokens, then the rest of each answer.
+def collate_shared(pairs: Sequence[SplitPair], bucket: PairSize) -> SharedBatch:
+    """Lay out pairs that fit into ``bucket``."""
+    count = len(pairs)
+    shared, answers = np.zeros((count, bucket.shared), np.int32), np.zeros((2 * count, bucket.answer), np.int32)
+    lengths = np.zeros(count, np.int32)
+    entries = np.zeros((3, count * bucket.scored), np.int32)
+    entries[2] = 3 * count
+    token_counts = np.zeros(2 * count, np.float32)
+    used = 0
 
-    The last shared token is read by the answers' segments, since it predicts the first token of each.
-    """
+    def enter(segment: Segment, tokens: np.ndarray, start: int, row: int) -> int:
+        tokens[: len(segment)] = segment.inputs[0]
+        end = used + len(segment.targets)
+        entries[:, used:end] = segment.positions + start, segment.targets, np.full(len(segment.targets), row)
+        return end
 
-    shared: Segment | None
-    chosen: Segment
-    rejected: Segment
-
-    @property
-    def token_counts(self) -> tuple[int, int]:
-        """Scored tokens of the chosen and of the rejected answer, the shared ones included."""
-        shared = 0 if self.shared is None else len(self.shared.targets)
-        return shared + len(self.chosen.targets), shared + len(self.rejected.targets)
-
-
-def share(pair: PreferencePair) -> SharedPair:
-    """Cut a pair after its prompt and whatever its answers have in common, down to their last token each."""
-    common = _common_start(pair)
-    prefix = np.concatenate([pair.prompt, pair.chosen[:common]])
-    scored = np.concatenate([np.zeros(len(pair.prompt), bool), pair.chosen_scored[:common]])
-    return SharedPair(
-        shared=_segment(prefix, scored) if len(prefix) > 1 else None,
-        chosen=_segment(_from_last(prefix, pair.chosen[common:]), _from_last([False], pair.chosen_scored[common:])),
-        rejected=_segment(
-            _from_last(prefix, pair.rejected[common:]), _from_last([False], pair.rejected_scored[common:])
-        ),
-    )
-
-
-def _common_start(pair: PreferencePair) -> int:
-    longest = min(len(pair.chosen), len(pair.rejected)) - 1
-    same = (pair.chosen[:longest] == pair.rejected[:longest]) & (
-        pair.chosen_scored[:longest] == pair.rejected_scored[:longest]
-    )
-    return int(np.argmin(np.append(same, False)))
-
-
-def _from_last(prefix: Sequence[Any] | NDArray[Any], rest: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate([np.asarray(prefix)[-1:], rest])
-
-
-def _segment(tokens: NDArray[np.int32], scored: NDArray[np.bool_]) -> Segment:
-    at = np.flatnonzero(scored)
-    return Segment(
-        inputs=tokens[None, :-1].astype(np.int32),
-        positions=(at - 1).astype(np.int32),
-        targets=tokens[at].astype(np.int32),
-    )
-
-
-def fit_together(chosen: Segment, rejected: Segment) -> bool:
-    """Whether two answers are short and alike enough that one larger product beats the padding and memory it costs."""
-    lengths = chosen.inputs.shape[1], rejected.inputs.shape[1]
-    return max(lengths) <= TOGETHER_UP_TO and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
-
-
-def normalised_pair(sums: AnswerScores, pair: PreferencePair, length_normalised: bool) -> AnswerScores:
-    """Divide the sums of one pair by its scored tokens; see :func:`normalised`."""
-    return normalised(sums, pair.chosen_tokens, int(pair.rejected_scored.sum()), length_normalised)
-
-
-def normalised(
-    sums: AnswerScores, chosen: int | mx.array, rejected: int | mx.array, length_normalised: bool
-) -> AnswerScores:
-    """Divide sums by the scored tokens of the answers: the raw logits always, the log-probs if they are to be means."""
-    by_chosen: int | mx.array
-    by_rejected: int | mx.array
-    by_chosen, by_rejected = (chosen, rejected) if length_normalised else (1, 1)
-    return AnswerScores(
-        sums.chosen_logps / by_chosen,
-        sums.rejected_logps / by_rejected,
-        sums.chosen_logits / chosen,
-        sums.rejected_logits / rejected,
-        sums.chosen_tokens,
-        sums.rejected_tokens,
-    )
+    before_answers = shared.size if bucket.scores_shared else 0
+    for number, pair in enumerate(pairs):
+        for row, side in ((number, pair.chosen), (count + number, pair.rejected)):
+            used = enter(side, answers[row], before_answers + row * bucket.answer, row)
+        token_counts[[number, count + number]] = pair.token_counts
+        if pair.prefix is not None:
+            lengths[number] = len(pair.prefix)
+            used = enter(pair.prefix, shared[number], number * bucket.shared, 2 * count + number)
+    return SharedBatch(*(mx.array(array) for array in (shared, lengths, answers, *entries, token_counts)))
 
 
 class SharedPromptScorer:
-    """Scores pairs one at a time over a prompt that is computed once.
+    """Scores pairs over shared prefixes.
 
     Attributes:
-        grouping: which pairs may be scored together instead, see :mod:`mlx_cpo_plugin.model.shared_batch`.
+        grouping: which pairs may share a pass.
 
     Raises:
         LookupError: the model's parts or caches are not known; score it the plain way.
@@ -137,14 +97,32 @@ class SharedPromptScorer:
         self.split = SplitModel(model)
         self.grouping = PAIR_BY_PAIR
 
-    def score(self, pair: SharedPair, differentiate: bool = False) -> AnswerScores:
-        """Return sums over the scored tokens, each float32 [1]: log-probs and raw logits of both answers."""
+    def scored_groups(
+        self, pairs: Sequence[PreferencePair], length_normalised: bool = False
+    ) -> Iterator[tuple[list[int], AnswerScores]]:
+        """Yield the pairs of each pass, by number, and their scores."""
+        splits = [split_shared_prefix(pair) for pair in pairs]
+        sizes = [PairSize.of(split) for split in splits]
+        for group in self.grouping.groups(sizes):
+            if len(group) == 1:
+                yield group, normalised(self.score(splits[group[0]]), length_normalised)
+                continue
+            bucket = self.grouping.bucket_for([sizes[number] for number in group])
+            batch = collate_shared([splits[number] for number in group], bucket)
+            yield group, normalised(self.score_batch(batch, bucket.scores_shared), length_normalised)
+
+    def score(self, pair: SplitPair, differentiate: bool = False) -> AnswerScores:
+        """Return sums over the scored tokens of one pair, each float32 [1]: log-probs and raw logits.
+
+        Args:
+            differentiate: whether a gradient with respect to the log-probs follows.
+        """
         caches, logps, logits = fresh_caches(self.model), mx.array(0.0), mx.array(0.0)
-        if pair.shared is not None:
-            logps, logits = self.segment_sums(pair.shared, caches, differentiate)
+        if pair.prefix is not None:
+            logps, logits = self.segment_sums(pair.prefix, caches, differentiate)
         sides = (pair.chosen, pair.rejected)
-        if fit_together(*sides):
-            sums = self._sums_together(sides, caches, differentiate)
+        if can_batch_sides(pair):
+            sums = self._side_by_side(sides, caches, differentiate)
         else:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
         (chosen_logps, chosen_logits), (rejected_logps, rejected_logits) = sums
@@ -152,18 +130,26 @@ class SharedPromptScorer:
         columns = (*totals, *(mx.array(float(count)) for count in pair.token_counts))
         return AnswerScores(*(column.reshape(1) for column in columns))
 
-    def _sums_together(
-        self, sides: Sequence[Segment], caches: list[Any], differentiate: bool
-    ) -> list[tuple[mx.array, mx.array]]:
-        """Compute both answers as two rows, the shorter one padded on its right."""
-        width = max(side.inputs.shape[1] for side in sides)
-        rows = [np.pad(side.inputs, [(0, 0), (0, width - side.inputs.shape[1])]) for side in sides]
-        hidden = self.split.hidden(mx.array(np.concatenate(rows)), repeated(caches, len(sides)))
-        scored = mx.concatenate([hidden[row, mx.array(side.positions)] for row, side in enumerate(sides)])
-        targets = mx.array(np.concatenate([side.targets for side in sides]))
-        logps, logits = target_scores(self.split, scored, targets, differentiate)
-        border = len(sides[0].targets)
-        return [(logps[:border].sum(), logits[:border].sum()), (logps[border:].sum(), logits[border:].sum())]
+    def score_batch(self, batch: SharedBatch, scores_shared: bool, differentiate: bool = False) -> AnswerScores:
+        """Return sums as :meth:`score` does, of B pairs in one padded pass, each float32 [B].
+
+        Args:
+            scores_shared: that of the batch's bucket.
+        """
+        pairs = len(batch.shared)
+        caches = fresh_caches(self.model)
+        shared = self.split.hidden(batch.shared, caches)
+        hidden = self.split.hidden(batch.answers, continued(caches, batch.shared_lengths, sides=2))
+        size = hidden.shape[-1]
+        hidden = hidden.reshape(-1, size)
+        if scores_shared:
+            hidden = mx.concatenate([shared.reshape(-1, size), hidden])
+        logps, logits = target_scores(self.split, hidden[batch.positions], batch.targets, differentiate)
+        chosen, rejected, both = slice(0, pairs), slice(pairs, 2 * pairs), slice(2 * pairs, 3 * pairs)
+        sums = [sums_of_rows(values, batch.rows, 3 * pairs) for values in (logps, logits)]
+        totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
+        columns = (*totals, batch.token_counts[chosen], batch.token_counts[rejected])
+        return AnswerScores(*columns)
 
     def segment_sums(self, segment: Segment, caches: list[Any], differentiate: bool) -> tuple[mx.array, mx.array]:
         """Return summed log-probs and raw logits of a segment, float32 []; ``caches`` take its tokens in."""
@@ -173,3 +159,16 @@ class SharedPromptScorer:
         positions, targets = mx.array(segment.positions), mx.array(segment.targets)
         logps, logits = target_scores(self.split, hidden[positions], targets, differentiate)
         return logps.sum(), logits.sum()
+
+    def _side_by_side(
+        self, sides: Sequence[Segment], caches: list[Any], differentiate: bool
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Compute both answers as two rows, the shorter one padded on the right."""
+        width = max(map(len, sides))
+        rows = [np.pad(side.inputs, [(0, 0), (0, width - len(side))]) for side in sides]
+        hidden = self.split.hidden(mx.array(np.concatenate(rows)), repeated(caches, len(sides)))
+        scored = mx.concatenate([hidden[row, mx.array(side.positions)] for row, side in enumerate(sides)])
+        targets = mx.array(np.concatenate([side.targets for side in sides]))
+        logps, logits = target_scores(self.split, scored, targets, differentiate)
+        border = len(sides[0].targets)
+        return [(logps[part].sum(), logits[part].sum()) for part in (slice(border), slice(border, None))]

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.atomic_files import check_safetensors, flush
 from mlx_cpo_plugin.checkpoints.run_folder import put_aside_what_is_not_the_runs
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
-from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
+from mlx_cpo_plugin.model.layers import ADAPTED, dense_dtype, merged_weight
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import group_size_for, model_folder
@@ -161,7 +161,7 @@ def fused_folder(settings: RunSettings) -> Path:
 def _merged_layer(name: str, module: nn.Module) -> nn.Module:
     """Return the layer with its adapter merged, dense; sums in float32, rounded as in :mod:`..model.rounding`."""
     layer: nn.Module = module.fuse(dequantize=True)
-    if isinstance(module, MERGEABLE):
+    if isinstance(module, ADAPTED):
         weight, dtype = merged_weight(module), dense_dtype(module)
         # What was packed does not lie on the grid of half precision, and is best rounded to nearest.
         layer.weight = weight.astype(dtype) if "scales" in module.linear else dithered(weight, dtype, f"{name}.weight")

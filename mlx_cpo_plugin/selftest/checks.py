@@ -24,7 +24,7 @@ from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays, current_device
 from mlx_cpo_plugin.errors import first_line
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.plugins import loss_types
@@ -32,17 +32,12 @@ from mlx_cpo_plugin.selftest.models import build_model, build_pairs
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of
 from mlx_cpo_plugin.selftest.tiny_run import KILLED_AT, run_in_child
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.gradients import (
-    AnswerGradients,
-    BatchGradients,
-    GradientMethod,
-    PairGradients,
-    SharedPromptGradients,
-)
+from mlx_cpo_plugin.training.gradient_methods import AnswerGradients, BatchGradients, GradientMethod, PairGradients
+from mlx_cpo_plugin.training.gradients import SharedPromptGradients, gradients_for
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
-from mlx_cpo_plugin.training.wiring import gradient_methods, training_environment
+from mlx_cpo_plugin.training.wiring import training_environment
 
 # Sums of thousands of float32 products carry hundreds of its roundings; half-precision products are summed in float32,
 # so only what goes from layer to layer is rounded to half precision.
@@ -159,7 +154,7 @@ def in_segments(model: nn.Module, objective: Objective, pairs: Sequence[Preferen
 def as_a_run_does(model: nn.Module, objective: Objective, pairs: Sequence[PreferencePair]) -> GradientMethod:
     """What a run with default settings chooses on this device; the model has to be able to share prompts."""
     scorer = choose_scorer(model, pairs, "shared")
-    return gradient_methods(model, objective, scorer, pairs, CPOTrainingArgs())[0]
+    return gradients_for(model, objective, scorer, pairs)
 
 
 WAYS: dict[str, MethodFor] = {
@@ -173,9 +168,7 @@ WAYS: dict[str, MethodFor] = {
 
 
 def _shared(model: nn.Module, objective: Objective, grouping: Grouping) -> GradientMethod:
-    scorer = SharedPromptScorer(model)
-    alone = SegmentGradients(model, objective, scorer)
-    return SharedPromptGradients(model, objective, scorer, alone.pair_gradients, grouping)
+    return SharedPromptGradients(model, objective, SharedPromptScorer(model), grouping)
 
 
 def check_loss(name: str) -> Outcome:

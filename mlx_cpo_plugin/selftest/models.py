@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.products import stored_weight
+from mlx_cpo_plugin.model.layers import stored_weight
 
 VOCABULARY = 512
 _COMMON: dict[str, Any] = {

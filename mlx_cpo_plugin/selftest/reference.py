@@ -16,7 +16,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.selftest.float64_gradient import answer_gradient, convert
 from mlx_cpo_plugin.selftest.models import unquantised
-from mlx_cpo_plugin.training.gradients import PairGradients
+from mlx_cpo_plugin.training.gradient_methods import PairGradients
 from mlx_cpo_plugin.training.objective import Objective
 
 

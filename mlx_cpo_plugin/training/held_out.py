@@ -18,7 +18,8 @@ from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.wiring import Run
 
 # The shortest rows of the first ones: enough to see a difference, and cheap.
@@ -75,7 +76,10 @@ def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedP
     try:
         logps = []
         for pair in pairs:
-            scores = score_answers(model, collate([pair])) if scorer is None else scorer.score(share(pair))
+            if scorer is None:
+                scores = score_answers(model, collate([pair]))
+            else:
+                scores = scorer.score(split_shared_prefix(pair))
             mx.eval(scores)
             logps.append(np.array([scores.chosen_logps, scores.rejected_logps], np.float64).reshape(2))
         return HeldOutScores(np.stack(logps, axis=1))

@@ -1,8 +1,8 @@
 """The exact gradient of long pairs, segment by segment: memory grows with a segment, not with the pair.
 
 A first pass without gradient remembers keys and values. Then each segment, from the last to the first, is computed
-again from what came before it, and its vector-Jacobian product turns the gradient by what later tokens remembered of
-it into the gradient by the parameters and by what it remembered itself.
+again from what came before it, and its vector-Jacobian product turns the gradient with respect to what later tokens
+remembered of it into that with respect to the parameters and to what it remembered itself.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.caches import beginning, cache_arrays, forked, fresh_caches
-from mlx_cpo_plugin.model.shared_prompt import Segment, SharedPair, SharedPromptScorer, share
+from mlx_cpo_plugin.model.caches import cache_arrays, forked, fresh_caches, prefix_views
+from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, pieces, split_shared_prefix
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.gradients import Gradient, PairGradients, added, loss_slopes, one_by_one, weighted_sum
+from mlx_cpo_plugin.training.gradient_methods import (
+    Gradient,
+    PairGradients,
+    added,
+    loss_grads_wrt_logps,
+    summed_over_groups,
+    weighted_sum,
+)
 from mlx_cpo_plugin.training.objective import Objective
 
 
@@ -40,59 +48,59 @@ class ChainGradient:
 
     Attributes:
         logps, logits: sums over the chain's scored tokens, float32 [].
-        by_parameters: gradient by each trainable parameter, by name.
-        by_start: gradient by each array that is remembered at the chain's start.
+        grad_parameters: gradient with respect to each trainable parameter, by name.
+        grad_start: gradient with respect to each array that is remembered at the chain's start.
     """
 
     logps: mx.array
     logits: mx.array
-    by_parameters: Gradient
-    by_start: list[mx.array]
+    grad_parameters: Gradient
+    grad_start: list[mx.array]
 
 
 class SegmentGradients:
-    """One pair at a time, in segments of at most ``step_size`` tokens, over a prompt that both answers share.
+    """One pair at a time, in segments of at most ``step_size`` tokens, over a prefix that both answers share.
 
-    The loss sees the model through the log-probs of the two answers only. So the gradient of each answer's log-prob is
-    computed by itself, and scaled by the loss's slope once both log-probs are known.
+    The loss depends on the model through the log-probs of the two answers only. So the gradient of each answer's
+    log-prob is computed by itself, and scaled by the loss's gradient once both log-probs are known.
 
     Args:
-        step_size: ``None`` takes the shared tokens and each answer whole.
+        step_size: ``None`` takes the prefix and each answer whole.
     """
 
     def __init__(
         self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer, step_size: int | None = None
     ) -> None:
-        self.model = model
-        self.objective = objective
-        self.scorer = scorer
-        self.step_size = step_size
+        self.model, self.objective, self.scorer, self.step_size = model, objective, scorer, step_size
 
     def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
-        return one_by_one(pairs, lambda pair: self.pair_gradients(pair, share(pair), step))
+        return summed_over_groups(
+            [[pair] for pair in pairs], lambda group: self.of_pair(split_shared_prefix(group[0]), step)
+        )
 
-    def pair_gradients(self, pair: PreferencePair, cut: SharedPair, step: StepTotals) -> PairGradients:
+    def of_pair(self, split: SplitPair, step: StepTotals) -> PairGradients:
         """Return loss, scores and gradient of one pair."""
         caches = fresh_caches(self.model)
-        shared, shared_logps, shared_logits = self._remember_shared(cut.shared, caches)
-        chosen, rejected = (
+        prefix, prefix_logps, prefix_logits = self._remember_prefix(split.prefix, caches)
+        sides = [
             self._gradient(self._remember_start(side, forked(caches)), mx.array(1.0))
-            for side in (cut.chosen, cut.rejected)
-        )
-        logps = [(shared_logps + side.logps).reshape(1) for side in (chosen, rejected)]
-        logits = [(shared_logits + side.logits).reshape(1) for side in (chosen, rejected)]
-        losses, scores, slopes = loss_slopes(self.objective, pair, [*logps, *logits], step)
-
-        by_shared = [
-            (slopes[0] * x + slopes[1] * y).astype(x.dtype)
-            for x, y in zip(chosen.by_start, rejected.by_start, strict=True)
+            for side in (split.chosen, split.rejected)
         ]
-        before = self._gradient(shared, (slopes[0] + slopes[1]).reshape(()), by_shared)
-        answers = weighted_sum(slopes[0], chosen.by_parameters, slopes[1], rejected.by_parameters)
-        return PairGradients(losses, scores, {**answers, **added(answers, before.by_parameters)})
+        logps = [(prefix_logps + side.logps).reshape(1) for side in sides]
+        logits = [(prefix_logits + side.logits).reshape(1) for side in sides]
+        counts = [mx.array([float(count)]) for count in split.token_counts]
+        losses, scores, slopes = loss_grads_wrt_logps(self.objective, AnswerScores(*logps, *logits, *counts), step)
 
-    def _remember_shared(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
-        """Run the shared tokens through ``caches``; return their chain, and the sums over those that are scored."""
+        grad_end = [
+            (slopes[0] * x + slopes[1] * y).astype(x.dtype)
+            for x, y in zip(sides[0].grad_start, sides[1].grad_start, strict=True)
+        ]
+        before = self._gradient(prefix, (slopes[0] + slopes[1]).reshape(()), grad_end)
+        answers = weighted_sum(slopes, sides[0].grad_parameters, sides[1].grad_parameters)
+        return PairGradients(losses, scores, {**answers, **added(answers, before.grad_parameters)})
+
+    def _remember_prefix(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
+        """Run the prefix through ``caches``; return its chain, and the sums over its scored tokens."""
         segments = pieces(whole, self.step_size) if whole is not None else []
         starts, logps, logits = [], mx.array(0.0), mx.array(0.0)
         seeds = [_drawn_seed() for _ in segments]
@@ -102,7 +110,7 @@ class SegmentGradients:
             segment_logps, segment_logits = self.scorer.segment_sums(segment, caches, differentiate=False)
             logps, logits = logps + segment_logps, logits + segment_logits
             mx.eval(logps, logits, cache_arrays(caches))
-        return Chain(segments, [beginning(caches, start) for start in starts], seeds), logps, logits
+        return Chain(segments, [prefix_views(caches, start) for start in starts], seeds), logps, logits
 
     def _remember_start(self, whole: Segment, caches: list[Any]) -> Chain:
         """Run all but the last segment of an answer through ``caches``."""
@@ -113,19 +121,19 @@ class SegmentGradients:
             self.scorer.split.hidden(mx.array(segment.inputs), caches)
             starts.append(forked(caches))
             mx.eval(cache_arrays(caches))
-        return Chain(segments, [beginning(caches, start) for start in starts], seeds)
+        return Chain(segments, [prefix_views(caches, start) for start in starts], seeds)
 
-    def _gradient(self, chain: Chain, slope: mx.array, by_end: list[mx.array] | None = None) -> ChainGradient:
+    def _gradient(self, chain: Chain, slope: mx.array, grad_end: list[mx.array] | None = None) -> ChainGradient:
         """Return the gradient of ``slope`` times the chain's log-prob, and what flows on from later chains.
 
         Args:
-            by_end: gradient by what is remembered at the chain's end; ``None`` where nothing comes after it.
+            grad_end: gradient with respect to what is remembered at the chain's end; ``None``: nothing comes after it.
         """
         trainable = by_name(self.model.trainable_parameters())
         names, parameters = list(trainable), list(trainable.values())
         logps, logits = mx.array(0.0), mx.array(0.0)
         total: Gradient | None = None
-        goes_on = by_end is not None
+        goes_on = grad_end is not None
         for segment, start, seed in reversed(list(zip(chain.segments, chain.starts, chain.seeds, strict=True))):
             mx.random.seed(seed)  # dropout has to be that of the first pass
 
@@ -140,28 +148,14 @@ class SegmentGradients:
                 sums = self.scorer.segment_sums(segment, caches, differentiate=True)
                 return [*sums, *(cache_arrays(caches) if goes_on else [])]
 
-            cotangents = [slope, mx.array(0.0), *(by_end or [])]
-            sums, slopes = mx.vjp(forward, [*parameters, *cache_arrays(start)], cotangents)
+            cotangents = [slope, mx.array(0.0), *(grad_end or [])]
+            sums, grads = mx.vjp(forward, [*parameters, *cache_arrays(start)], cotangents)
             logps, logits = logps + sums[0], logits + sums[1]
-            total = added(total, dict(zip(names, slopes, strict=False)))
-            by_end, goes_on = slopes[len(names) :], True
-            mx.eval(logps, logits, total, by_end)
+            total = added(total, dict(zip(names, grads, strict=False)))
+            grad_end, goes_on = grads[len(names) :], True
+            mx.eval(logps, logits, total, grad_end)
         self.model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        return ChainGradient(logps, logits, total or {}, by_end or [])
-
-
-def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
-    """Cut a segment into consecutive ones of at most ``step_size`` tokens; ``None`` leaves it whole."""
-    if step_size is None:
-        return [segment]
-    positions = segment.positions
-    result = []
-    for start in range(0, segment.inputs.shape[1], step_size):
-        inside = np.flatnonzero((positions >= start) & (positions < start + step_size))
-        result.append(
-            Segment(segment.inputs[:, start : start + step_size], positions[inside] - start, segment.targets[inside])
-        )
-    return result
+        return ChainGradient(logps, logits, total or {}, grad_end or [])
 
 
 def _drawn_seed() -> int:

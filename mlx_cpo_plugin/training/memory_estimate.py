@@ -18,15 +18,15 @@ import numpy as np
 from mlx_cpo_plugin.data.batches import LENGTH_MULTIPLE, BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import current_device, device_memory
-from mlx_cpo_plugin.errors import is_device_fault
 from mlx_cpo_plugin.model.attention import QUERY_BLOCK
-from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.model.grouping import GROUP_SIZES, PAIR_BY_PAIR, Grouping, PairSize, grouping_for
+from mlx_cpo_plugin.model.buckets import GROUP_SIZES, Grouping, PairSize
 from mlx_cpo_plugin.model.head import BLOCK_ELEMENTS, FEWEST_ROWS, ROWS_ELEMENTS
-from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers, linear_layers, widths
-from mlx_cpo_plugin.model.parity import ARCHITECTURE_ERRORS, sample
-from mlx_cpo_plugin.model.products import is_half, widened_bytes
-from mlx_cpo_plugin.model.shared_prompt import TOGETHER_UP_TO, SharedPromptScorer, fit_together, share
+from mlx_cpo_plugin.model.layers import is_half, linear_layers, widths
+from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers
+from mlx_cpo_plugin.model.parity import sample
+from mlx_cpo_plugin.model.products import widened_bytes
+from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.shared_prompt import LONGEST_SIDE_BY_SIDE, SharedPromptScorer, can_batch_sides
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
 
@@ -184,17 +184,6 @@ def bytes_for(sizes: ModelSizes, pairs: Sequence[PreferencePair], way: Way) -> i
     return round(max(taken for taken, _ in _passes(sizes, pairs, way)))
 
 
-def expected_grouping(model: nn.Module) -> Grouping | None:
-    """Return which pairs will share a pass, as far as that shows without computing; ``None``: none of them."""
-    try:
-        caches = fresh_caches(model)
-    except ARCHITECTURE_ERRORS as error:
-        if is_device_fault(error):
-            raise
-        return None  # training will score its answers plainly
-    return grouping_for(model) if can_be_padded(caches) else PAIR_BY_PAIR
-
-
 Taken = tuple[float, str]
 
 
@@ -219,7 +208,7 @@ def _passes(sizes: ModelSizes, pairs: Sequence[PreferencePair], way: Way) -> lis
         others = (way.batch.tokens is not None or way.batch.pairs > count) * sizes.gradient
         taken.append((waiting + others + sizes.together(room, count), f"{count} pairs at once, up to {longest.source}"))
     waiting += _has_several(way.batch, pairs) * sizes.gradient
-    short = [p for p in whole if max(len(p.chosen), len(p.rejected)) <= TOGETHER_UP_TO]
+    short = [p for p in whole if max(len(p.chosen), len(p.rejected)) <= LONGEST_SIDE_BY_SIDE]
     for candidates in (whole, short):
         if candidates:
             pair = max(candidates, key=lambda pair: pair.tokens)
@@ -294,8 +283,8 @@ class ModelSizes:
 
     def alone(self, pair: PreferencePair) -> float:
         """Return what a pair takes that is computed by itself: both answers side by side, or one after the other."""
-        cut = share(pair)
-        if fit_together(cut.chosen, cut.rejected):
+        cut = split_shared_prefix(pair)
+        if can_batch_sides(cut):
             return self.together(PairSize.of(cut), 1)
         return self.in_parts(pair, None)
 
@@ -307,12 +296,12 @@ class ModelSizes:
 
     def in_parts(self, pair: PreferencePair, step_size: int | None) -> float:
         """Return what a pair takes whose shared tokens and answers follow each other, in pieces of ``step_size``."""
-        cut = share(pair)
-        shared = 0 if cut.shared is None else cut.shared.inputs.shape[1]
-        parts = [(cut.chosen, shared), (cut.rejected, shared)] + ([] if cut.shared is None else [(cut.shared, 0)])
+        cut = split_shared_prefix(pair)
+        shared = 0 if cut.prefix is None else len(cut.prefix)
+        parts = [(cut.chosen, shared), (cut.rejected, shared)] + ([] if cut.prefix is None else [(cut.prefix, 0)])
         most = 0.0
         for part, before in parts:
-            length = part.inputs.shape[1]
+            length = len(part)
             tokens = min(length, step_size or length)
             attention = [Attention(1, tokens, before + length)]
             head = self._head(min(len(part.targets), tokens))

@@ -70,7 +70,7 @@ class Objective:
         """Return the negative log-likelihood of each chosen answer in nats, summed over its tokens, float32 [B]."""
         return -scores.chosen_logps * scores.chosen_tokens if self.length_normalised else -scores.chosen_logps
 
-    def part_of_step(
+    def step_contribution(
         self, scores: AnswerScores, pairs: int | mx.array, chosen_tokens: int | mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return what B pairs add to the loss of an optimizer step, float32 [], and their preference losses [B].

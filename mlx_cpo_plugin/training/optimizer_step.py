@@ -19,7 +19,7 @@ from mlx_cpo_plugin.exchange import sum_over_ranks
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.gradients import Gradient, GradientMethod, added
+from mlx_cpo_plugin.training.gradient_methods import Gradient, GradientMethod, added
 
 _HALVES = (mx.bfloat16, mx.float16)
 # Rows that an error names.
@@ -63,8 +63,7 @@ class OptimizerStep:
     answers. Each micro-batch adds its share of these means, so nothing has to be rescaled at the end.
 
     Args:
-        gradients: computes gradients.
-        long_gradients: computes those of micro-batches with a pair longer than ``long_above`` tokens.
+        gradients: computes the gradients of micro-batches.
         max_norm: gradients are scaled down to it; ``None``: they are not.
 
     Attributes:
@@ -79,15 +78,11 @@ class OptimizerStep:
         model: nn.Module,
         optimizer: optimizers.Optimizer,
         gradients: GradientMethod,
-        long_gradients: GradientMethod,
-        long_above: float,
         max_norm: float | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.gradients = gradients
-        self.long_gradients = long_gradients
-        self.long_above = long_above
         self.max_norm = max_norm
         self.number = 1
         self.total: Gradient | None = None
@@ -119,8 +114,7 @@ class OptimizerStep:
         Raises:
             TrainingError: a loss is not finite; nothing was added.
         """
-        long = max(pair.length for pair in pairs) > self.long_above
-        result = (self.long_gradients if long else self.gradients)(pairs, totals, quantised)
+        result = self.gradients(pairs, totals, quantised)
         mx.eval(result.losses, result.scores, result.gradient)
         check_losses(result.losses, pairs, self.number)
         total = added(self.total, result.gradient)

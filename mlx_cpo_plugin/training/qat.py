@@ -15,8 +15,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from mlx_cpo_plugin.host import fake_quantizer
-from mlx_cpo_plugin.model.merging import MERGEABLE, dense_dtype, merged_weight
-from mlx_cpo_plugin.model.overrides import Call, overridden_calls
+from mlx_cpo_plugin.model.layers import ADAPTED, Call, dense_dtype, merged_weight, overridden_calls
 from mlx_cpo_plugin.settings.options import AUTO, HOST, MODES, mlx_quantises
 
 Quantizer = Callable[[mx.array, mx.Dtype], mx.array]
@@ -100,7 +99,7 @@ def quantizer_for(name: str, bits: int, group_size: int, mode: str = "affine") -
 
 def _linear_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers with an adapter, and the linear layers that are not inside one of these."""
-    adapters = [module for module in model.modules() if isinstance(module, MERGEABLE)]
+    adapters = [module for module in model.modules() if isinstance(module, ADAPTED)]
     inside = {id(adapter.linear) for adapter in adapters}
     return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 

@@ -11,10 +11,8 @@ import mlx.nn as nn
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.grouping import PairSize
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
-from mlx_cpo_plugin.model.shared_batch import score_together
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, normalised_pair, share
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.settings.cpo_options import MEASURES
 from mlx_cpo_plugin.training.metrics import PairMeans
 from mlx_cpo_plugin.training.objective import Objective
@@ -85,13 +83,7 @@ def _scored(
     if scorer is None:
         yield score_answers(model, collate(pairs), length_normalised), pairs
         return
-    cuts = [share(pair) for pair in pairs]
-    for group in scorer.grouping.groups([PairSize.of(cut) for cut in cuts]):
-        if len(group) == 1:
-            pair, cut = pairs[group[0]], cuts[group[0]]
-            yield normalised_pair(scorer.score(cut), pair, length_normalised), [pair]
-            continue
-        scores = score_together(scorer, [cuts[number] for number in group], length_normalised)
+    for group, scores in scorer.scored_groups(pairs, length_normalised):
         yield scores, [pairs[number] for number in group]
 
 

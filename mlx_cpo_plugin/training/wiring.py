@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,19 +15,17 @@ from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, training_plan
-from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
+from mlx_cpo_plugin.device import compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.model.activations import lean_activations
-from mlx_cpo_plugin.model.grouping import Grouping, PairSize, padding_rooms
+from mlx_cpo_plugin.model.buckets import Grouping
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod, SharedPromptGradients
-from mlx_cpo_plugin.training.long_context import SegmentGradients
+from mlx_cpo_plugin.training.gradients import gradients_for
 from mlx_cpo_plugin.training.memory_estimate import Way
 from mlx_cpo_plugin.training.memory_watch import MemoryWatch
 from mlx_cpo_plugin.training.metrics import MetricsFile
@@ -87,8 +84,10 @@ class Run:
 
         self.scorer = self._choose_scorer()
         self.memory = MemoryWatch(model, Way.of(args, None if self.scorer is None else self.scorer.grouping))
-        gradients, long_gradients, long_above = gradient_methods(model, objective, self.scorer, pairs, args)
-        self.step = OptimizerStep(model, optimizer, gradients, long_gradients, long_above, args.max_grad_norm)
+        gradients = gradients_for(
+            model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
+        )
+        self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
         self.state = TrainingState(
             model,
             self.step,
@@ -159,27 +158,6 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
         stack.callback(model.eval)
         model.train()
         yield quantisation
-
-
-def gradient_methods(
-    model: nn.Module,
-    objective: Objective,
-    scorer: SharedPromptScorer | None,
-    pairs: Sequence[PreferencePair],
-    args: CPOTrainingArgs,
-) -> tuple[GradientMethod, GradientMethod, float]:
-    """Return how gradients are computed, how those of long pairs, and above how many tokens a pair is long."""
-    long_above = args.seq_step_size if args.seq_step_size is not None else float("inf")
-    if scorer is None:
-        return BatchGradients(model, objective), AnswerGradients(model, objective), long_above
-    whole = SegmentGradients(model, objective, scorer)
-    in_segments = SegmentGradients(model, objective, scorer, args.seq_step_size)
-    compiled, grouping = compilation_pays(args.compile), scorer.grouping
-    if compiled:  # for few shapes; without compilation nothing is padded further than the longest of a group
-        sizes = [PairSize.of(share(pair)) for pair in pairs]
-        grouping = replace(grouping, rooms=padding_rooms(sizes, grouping.budget))
-    shared = SharedPromptGradients(model, objective, scorer, whole.pair_gradients, grouping, compiled)
-    return shared, in_segments, long_above
 
 
 def batch_size_of(args: CPOTrainingArgs) -> BatchSize:

@@ -8,12 +8,11 @@ from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.model import parity
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.training import memory_estimate
 
 MACHINE_FAULTS = [*OUT_OF_MEMORY, RuntimeError("[METAL] Command buffer execution failed"), KeyboardInterrupt()]
-PROBES = ["_scores_one_by_one", "score_together"]
+PROBES = ["_scores_one_by_one", "_scores_together"]
 
 
 def failing(error: BaseException) -> object:
@@ -41,7 +40,7 @@ def test_a_fault_of_the_machine_is_raised_as_it_is(
 def test_an_error_of_the_architecture_is_an_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     model = add_adapter(build_model())
-    monkeypatch.setattr(parity, "score_together", failing(error))
+    monkeypatch.setattr(parity, "_scores_together", failing(error))
     scorer = choose_scorer(model, build_pairs(3), "auto", told.append)
     assert scorer is not None
     assert scorer.grouping == PAIR_BY_PAIR
@@ -64,9 +63,9 @@ def test_the_probe_leaves_the_mode_of_the_model_as_it_was(monkeypatch: pytest.Mo
 
 
 def test_an_estimate_takes_no_memory_error_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_estimate, "fresh_caches", failing(MemoryError()))
+    monkeypatch.setattr(parity, "fresh_caches", failing(MemoryError()))
 
     with pytest.raises(MemoryError):
-        memory_estimate.expected_grouping(build_model())
-    monkeypatch.setattr(memory_estimate, "fresh_caches", failing(LookupError("a cache of its own")))
-    assert memory_estimate.expected_grouping(build_model()) is None
+        parity.expected_grouping(build_model())
+    monkeypatch.setattr(parity, "fresh_caches", failing(LookupError("a cache of its own")))
+    assert parity.expected_grouping(build_model()) is None

@@ -22,19 +22,15 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import memory_safe_recurrences
 from mlx_cpo_plugin.model import parity, shared_prompt
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize
 from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping, PairSize
 from mlx_cpo_plugin.model.logps import AnswerScores, score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, share
-from mlx_cpo_plugin.training.gradients import (
-    BatchGradients,
-    GradientMethod,
-    PaddedGradients,
-    PairGradients,
-    SharedPromptGradients,
-)
+from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.training.gradient_methods import BatchGradients, GradientMethod, PairGradients
+from mlx_cpo_plugin.training.gradients import SharedPromptGradients
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
@@ -63,7 +59,8 @@ def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPr
 
 
 def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
-    gradients = SharedPromptGradients(model, objective, scorer, pytest.fail, PAIR_BY_PAIR)
+    gradients = SharedPromptGradients(model, objective, scorer, PAIR_BY_PAIR)
+    gradients.one_after_the_other = pytest.fail
 
     def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
         with pytest.MonkeyPatch.context() as patch:
@@ -76,12 +73,12 @@ def side_by_side(model: nn.Module, objective: Objective, scorer: SharedPromptSco
 def in_one_pass(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
     if not can_be_padded(fresh_caches(model)):
         pytest.skip("what this model remembers cannot be padded")
-    gradients = PaddedGradients(model, objective, scorer)
+    gradients = BatchGradients(model, objective, scorer)
 
     def compute(pairs: list[PreferencePair], step: StepTotals) -> PairGradients:
-        cuts = [share(pair) for pair in pairs]
-        room = Grouping(0, 0).room([PairSize.of(cut) for cut in cuts])
-        return gradients(cuts, replace(room, shared=room.shared + 3, answer=room.answer + 2), step)
+        longest = Grouping(0, 0).bucket_for([PairSize.of(split_shared_prefix(pair)) for pair in pairs])
+        bucket = replace(longest, shared=longest.shared + 3, answer=longest.answer + 2)
+        return gradients(pairs, step, bucket=bucket)
 
     return compute
 
@@ -180,21 +177,21 @@ def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, wa
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))
 @settings(deadline=None, max_examples=60)
-def test_a_cut_pair_is_the_pair(seed: int, alike: int) -> None:
+def test_a_split_pair_is_the_pair(seed: int, alike: int) -> None:
     (pair,) = build_pairs(1, seed)
     alike = min(alike, len(pair.chosen), len(pair.rejected))
     pair.rejected[:alike] = pair.chosen[:alike]
 
-    cut = share(pair)
+    split = split_shared_prefix(pair)
 
-    shared = cut.shared.inputs[0].tolist() if cut.shared is not None else []
-    for side, answer in ((cut.chosen, pair.chosen), (cut.rejected, pair.rejected)):
+    shared = split.prefix.inputs[0].tolist() if split.prefix is not None else []
+    for side, answer in ((split.chosen, pair.chosen), (split.rejected, pair.rejected)):
         whole = [*pair.prompt.tolist(), *answer.tolist()]
         assert [*shared, *side.inputs[0].tolist()] == whole[:-1]
         at = (side.positions + len(shared) + 1).tolist()
         predicted = dict(zip(at, side.targets.tolist(), strict=True))
-        if cut.shared is not None:
-            predicted |= dict(zip((cut.shared.positions + 1).tolist(), cut.shared.targets.tolist(), strict=True))
+        if split.prefix is not None:
+            predicted |= dict(zip((split.prefix.positions + 1).tolist(), split.prefix.targets.tolist(), strict=True))
         assert predicted == {len(pair.prompt) + at: token for at, token in enumerate(answer.tolist())}
 
 
@@ -203,12 +200,12 @@ def test_what_the_answers_have_in_common_is_computed_once() -> None:
     chosen = np.array([7, 8, 9, 10, 11], np.int32)
     pair = PreferencePair(pair.prompt, chosen, np.array([7, 8, 9, 50], np.int32), np.ones(5, bool), np.ones(4, bool))
 
-    cut = share(pair)
+    split = split_shared_prefix(pair)
 
-    assert cut.shared is not None
-    assert cut.shared.inputs.shape[1] == len(pair.prompt) + 3 - 1
-    assert cut.chosen.inputs[0].tolist() == [9, 10]
-    assert cut.rejected.inputs[0].tolist() == [9]
+    assert split.prefix is not None
+    assert len(split.prefix) == len(pair.prompt) + 3 - 1
+    assert split.chosen.inputs[0].tolist() == [9, 10]
+    assert split.rejected.inputs[0].tolist() == [9]
 
 
 def test_answers_of_which_one_continues_the_other_are_scored() -> None:
@@ -218,7 +215,7 @@ def test_answers_of_which_one_continues_the_other_are_scored() -> None:
     )
     model = build_model()
 
-    shared, plain = SharedPromptScorer(model).score(share(pair)), score_answers(model, collate([pair]))
+    shared, plain = SharedPromptScorer(model).score(split_shared_prefix(pair)), score_answers(model, collate([pair]))
 
     np.testing.assert_allclose(np.array(shared.chosen_logps), np.array(plain.chosen_logps), rtol=1e-5)
     np.testing.assert_allclose(np.array(shared.rejected_logps), np.array(plain.rejected_logps), rtol=1e-5)

@@ -6,25 +6,16 @@ from collections.abc import Callable
 
 import mlx.nn as nn
 
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, Grouping
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
-from mlx_cpo_plugin.training.gradients import (
-    AnswerGradients,
-    BatchGradients,
-    GradientMethod,
-    SharedPromptGradients,
-)
+from mlx_cpo_plugin.training.gradient_methods import AnswerGradients, BatchGradients, GradientMethod
+from mlx_cpo_plugin.training.gradients import SharedPromptGradients
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective
 
 
 def shared_prompts(grouping: Grouping) -> Callable[[nn.Module, Objective], GradientMethod]:
-    def build(model: nn.Module, objective: Objective) -> GradientMethod:
-        scorer = SharedPromptScorer(model)
-        whole = SegmentGradients(model, objective, scorer)
-        return SharedPromptGradients(model, objective, scorer, whole.pair_gradients, grouping)
-
-    return build
+    return lambda model, objective: SharedPromptGradients(model, objective, SharedPromptScorer(model), grouping)
 
 
 def in_segments(model: nn.Module, objective: Objective) -> GradientMethod:

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import BatchSize, collate
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name

@@ -21,8 +21,10 @@ from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import CPU, METAL
 from mlx_cpo_plugin.model import memory
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR, grouping_for
-from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, grouping_for
+from mlx_cpo_plugin.model.layers import linear_layers
+from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import unevaluated_model
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training import memory_estimate
@@ -31,13 +33,16 @@ from mlx_cpo_plugin.training.memory_estimate import (
     Way,
     _widening,
     estimated_memory,
-    expected_grouping,
     memory_report,
 )
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 VOCABULARY = 2000
 TOLERANCE = 0.25
+
+
+def kept_bytes(model: nn.Module) -> int:
+    return sum(memory.kept_bytes_of_layers(model))
 
 
 def larger_model(**overrides: Any) -> nn.Module:
@@ -76,7 +81,7 @@ def estimate(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArg
 def measured(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArgs) -> int:
     """Train, and return the most bytes that MLX held, without those that other tests left behind."""
     gc.collect()
-    weights = sum(array.nbytes for array in memory.by_name(model.parameters()).values())
+    weights = sum(array.nbytes for array in by_name(model.parameters()).values())
     others = mx.get_active_memory() - weights
     mx.reset_peak_memory()
     train_cpo(model, optimizers.Adam(1e-4), pairs, None, args)
@@ -187,22 +192,20 @@ def test_layers_below_the_first_that_is_trained_keep_nothing() -> None:
 
 @pytest.mark.parametrize("change", ["half", "dropout", "dora"])
 def test_an_adapter_keeps_more_with_dropout_dora_or_a_model_in_half_precision(change: str) -> None:
-    plain = memory.kept_bytes_per_token(add_adapter(larger_model()))
+    plain = kept_bytes(add_adapter(larger_model()))
     model = larger_model()
     if change == "half":
         model.set_dtype(mx.bfloat16)
         plain //= 2
     with pretended(METAL if change == "half" else CPU):
-        changed = memory.kept_bytes_per_token(
-            add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0)
-        )
+        changed = kept_bytes(add_adapter(model, dora=change == "dora", dropout=0.1 if change == "dropout" else 0.0))
 
     assert changed > plain
 
 
 def test_fake_quantisation_keeps_the_weights_rounding_errors() -> None:
     pairs = pairs_of(100, 20, 20)
-    linear = sum(module.weight.nbytes for layer in larger_model().layers for module in memory.linear_layers(layer))
+    linear = sum(module.weight.nbytes for layer in larger_model().layers for module in linear_layers(layer))
 
     more = estimate_of(pairs, fake_quantised=True).total - estimate_of(pairs).total
 
@@ -297,7 +300,7 @@ def test_a_model_that_is_not_loaded_has_the_shapes_of_one_that_is(model_folder: 
 
     for parameters in ("parameters", "trainable_parameters"):
         shapes = [
-            {name: (array.shape, array.dtype) for name, array in memory.by_name(getattr(model, parameters)()).items()}
+            {name: (array.shape, array.dtype) for name, array in by_name(getattr(model, parameters)()).items()}
             for model in (lazy, loaded)
         ]
         assert shapes[0] == shapes[1]

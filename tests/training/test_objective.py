@@ -16,22 +16,21 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.training.gradients import AnswerGradients, BatchGradients, GradientMethod
+from mlx_cpo_plugin.training.gradient_methods import AnswerGradients, BatchGradients, GradientMethod
+from mlx_cpo_plugin.training.gradients import gradients_for
 from mlx_cpo_plugin.training.objective import Objective, objective_for
-from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo
-from mlx_cpo_plugin.training.wiring import gradient_methods
+from mlx_cpo_plugin.training.trainer import evaluate_cpo
 
 BETA, GAMMA, ALPHA, DELTA = 0.3, 0.7, 0.25, 3.0
 OPTIONS = {"beta": BETA, "simpo_gamma": GAMMA, "alphapo_alpha": ALPHA, "delta": DELTA}
 
 
 def shared(model: nn.Module, objective: Objective, pairs: Sequence[PreferencePair]) -> GradientMethod:
-    return gradient_methods(model, objective, choose_scorer(model, pairs, "shared"), pairs, CPOTrainingArgs())[0]
+    return gradients_for(model, objective, choose_scorer(model, pairs, "shared"), pairs)
 
 
 def segments(model: nn.Module, objective: Objective, pairs: Sequence[PreferencePair]) -> GradientMethod:
-    scorer, args = choose_scorer(model, pairs, "shared"), CPOTrainingArgs(seq_step_size=4)
-    return gradient_methods(model, objective, scorer, pairs, args)[1]
+    return gradients_for(model, objective, choose_scorer(model, pairs, "shared"), pairs, step_size=4)
 
 
 METHODS: dict[str, Callable[..., GradientMethod]] = {
@@ -123,7 +122,8 @@ def test_micro_batches_add_up_to_the_float64_gradient_of_their_step(
 
     added = {name: sum(np.array(part.gradient[name], np.float64) for part in parts) for name in gradient}
     assert_same(added, gradient, tolerance=2e-4)
-    assert sum(objective.part_of_step(part.scores, *step)[0].item() for part in parts) == pytest.approx(loss, rel=1e-5)
+    contributions = [objective.step_contribution(part.scores, *step)[0].item() for part in parts]
+    assert sum(contributions) == pytest.approx(loss, rel=1e-5)
 
 
 def test_without_the_likelihood_a_step_is_the_mean_over_pairs_to_the_bit() -> None:
@@ -134,7 +134,7 @@ def test_without_the_likelihood_a_step_is_the_mean_over_pairs_to_the_bit() -> No
 
     left, right = ({name: np.array(value) for name, value in result.gradient.items()} for result in (one, other))
     assert_same(left, right)
-    part, losses = objective_for("sigmoid", {}).part_of_step(one.scores, 7, 1)
+    part, losses = objective_for("sigmoid", {}).step_contribution(one.scores, 7, 1)
     assert mx.array_equal(part, losses.sum() / 7)
 
 
@@ -188,7 +188,7 @@ def test_a_pair_that_is_learned_long_since_has_no_gradient_and_the_others_have_t
 
     def part(chosen_logps: mx.array) -> mx.array:
         rest = mx.zeros(3)
-        return goal.part_of_step(AnswerScores(chosen_logps, *[rest] * 5), 3, 1)[0]
+        return goal.step_contribution(AnswerScores(chosen_logps, *[rest] * 5), 3, 1)[0]
 
     slopes = mx.grad(part)(margins)
 

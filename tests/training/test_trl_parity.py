@@ -19,11 +19,10 @@ from support.tiny import assert_same
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.training.gradients import BatchGradients
+from mlx_cpo_plugin.training.gradient_methods import BatchGradients
+from mlx_cpo_plugin.training.gradients import gradients_for
 from mlx_cpo_plugin.training.metrics import PairMeans
 from mlx_cpo_plugin.training.objective import Objective, objective_for
-from mlx_cpo_plugin.training.trainer import CPOTrainingArgs
-from mlx_cpo_plugin.training.wiring import gradient_methods
 
 ARRAYS, METADATA = mx.load(str(Path(__file__).with_name("trl_reference.safetensors")), return_metadata=True)
 CASES: list[dict[str, Any]] = json.loads(METADATA["cases"])
@@ -67,7 +66,7 @@ def test_loss_rewards_and_gradients_are_those_of_trl(number: int, scoring: str) 
     method = BatchGradients(model, objective)
     if scoring == "shared":
         scorer = choose_scorer(model, pairs, "shared")
-        method, _, _ = gradient_methods(model, objective, scorer, pairs, CPOTrainingArgs())
+        method = gradients_for(model, objective, scorer, pairs)
 
     result = method(pairs, StepTotals.of(pairs))
     means = PairMeans(objective)

@@ -22,7 +22,7 @@ from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.shapes import Shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model import parity
-from mlx_cpo_plugin.model.grouping import PAIR_BY_PAIR
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 

@@ -1,0 +1,106 @@
+"""Layers of a model: what they multiply with, with and without an adapter, and other calls in place of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+Call = Callable[..., Any]
+
+ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
+HALF_PRECISION = (mx.bfloat16, mx.float16)
+LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+
+
+@contextmanager
+def overridden_calls(
+    replacements: Sequence[tuple[nn.Module, Call]], method: str = "__call__", row_by_row: bool = False
+) -> Iterator[None]:
+    """Let ``call(module, *args, **kwargs)`` answer each module's call until the context ends, normally or not.
+
+    Only the modules given are touched, not their classes: another model in the same process keeps its behaviour.
+
+    Args:
+        method: the method to answer in place of the call.
+        row_by_row: what the new classes say of themselves: that each output depends on its own row of the weight alone.
+    """
+    originals = [(module, type(module)) for module, _ in replacements]
+    try:
+        for module, call in replacements:
+            original = type(module)
+            # The name stays, since mlx_lm and error messages tell layers by it.
+            body = {method: call, "__module__": original.__module__, "row_by_row": row_by_row}
+            module.__class__ = type(original.__name__, (original,), body)
+        yield
+    finally:
+        for module, original in reversed(originals):
+            module.__class__ = original
+
+
+def linear_layers(layer: nn.Module) -> list[nn.Module]:
+    """Return the linear layers inside a layer, quantised or not."""
+    return [module for module in layer.modules() if isinstance(module, LINEAR)]
+
+
+def is_half(module: nn.Module) -> bool:
+    """Whether a layer multiplies with weights of half precision."""
+    return isinstance(module, nn.Linear | nn.Embedding | SwitchLinear) and module.weight.dtype in HALF_PRECISION
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Return the inputs and outputs of a linear layer."""
+    outputs, inputs = module.weight.shape[-2:]
+    if isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear):
+        inputs = inputs * 32 // module.bits
+    return int(inputs), int(outputs)
+
+
+def stored_weight(layer: nn.Module, rows: slice | mx.array = slice(None)) -> mx.array:
+    """Return the weight [..., output, input] of a layer, dequantised to float32 where it is quantised.
+
+    Args:
+        rows: which outputs, of a layer with no more than these two dimensions.
+    """
+    if "scales" not in layer:
+        return layer.weight[rows]
+    scales, biases = layer.scales[rows], layer.get("biases")
+    if biases is not None:  # of half precision, scales and biases would have each product with them rounded
+        scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
+    return mx.dequantize(
+        layer.weight[rows],
+        scales,
+        biases,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
+    )
+
+
+def merged_weight(module: nn.Module) -> mx.array:
+    """Return the float32 weight [..., output, input] that a linear layer has once its adapter is fused into it."""
+    if isinstance(module, nn.Linear):
+        return module.weight.astype(mx.float32)
+    weight = stored_weight(module.linear).astype(mx.float32)
+    lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
+    if isinstance(module, LoRASwitchLinear):
+        return weight + module.scale * (lora_b @ lora_a)
+    weight = weight + module.scale * (lora_b.T @ lora_a.T)
+    if isinstance(module, DoRALinear):
+        weight = weight * (module.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None]
+    return weight
+
+
+def dense_dtype(module: nn.Module) -> mx.Dtype:
+    """Return the dtype of a linear layer's weight, with or without an adapter, once it is dequantised."""
+    linear = module.linear if isinstance(module, ADAPTED) else module
+    if "scales" not in linear:
+        return linear.weight.dtype
+    return linear.scales.dtype if "biases" in linear else mx.bfloat16  # the scales of other modes are integers
