@@ -39,7 +39,6 @@ LEVELS = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # (importing module, imported one) that are still to be moved.
 EXCEPTIONS: set[tuple[str, str]] = {
     ("activation.finder", "activation.patches"),
-    ("model.grouping", "model.shared_prompt"),
 }
 
 
