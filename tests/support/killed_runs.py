@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
+from mlx_cpo_plugin.checkpoints.folder import checkpoints_in, read_checkpoint
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.trainer import train_cpo
 from support.tiny import add_adapter, build_model, build_pairs
@@ -168,6 +171,14 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
+def reached(run: Path) -> int:
+    """The iteration of the newest whole checkpoint; 0 without one."""
+    for checkpoint in checkpoints_in(run / "checkpoints"):
+        with suppress(CheckpointError):
+            return read_checkpoint(checkpoint).iteration
+    return 0
+
+
 def goes_on(run: Path, before: dict[str, bytes], whole: Path) -> list[str]:
     """What is wrong with a run that goes on from where it was killed."""
     error = ""
@@ -199,11 +210,14 @@ def main() -> None:
     resume = str(base / resume) if resume not in (None, "auto") else resume
     in_a_process(partial(recorded, run, states, partial(train, run, resume)))
     faults: dict[str, list[str]] = {}
+    done = 0
     kills = sorted(path for path in states.iterdir() if path.is_dir())
     for state in kills:
         shutil.rmtree(run)
         state.rename(run)
-        found = goes_on(run, before, whole)
+        done, done_before = 0 if used else reached(run), done  # in a used folder older ones are put aside
+        found = [f"iteration {done_before} is lost"] if done < done_before else []
+        found += goes_on(run, before, whole)
         if found:
             faults[state.name] = found
     moments = int((states / "moments").read_text())
