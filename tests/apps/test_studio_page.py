@@ -126,9 +126,16 @@ def browser() -> Iterator[Any]:
         os.environ["LD_PRELOAD"] = preloaded
 
 
+@pytest.fixture(scope="module")
+def visits(browser: Any) -> Iterator[Any]:
+    """What visits of one person share: the token, and scripts that were fetched and compiled once."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        yield context
+
+
 @pytest.fixture
-def page(server: Server, browser: Any) -> Iterator[Any]:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+def page(server: Server, visits: Any) -> Iterator[Any]:
+    page = visits.new_page()
     page.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
     page.outside = []
@@ -264,25 +271,22 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     assert "<svg" in Path(download.value.path()).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(
-    server: Server, browser: Any, width: int, scheme: str
-) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.goto(server.address)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
     expect(page.locator("#verdict")).to_contain_text("Ready")
 
-    for name in ("Train", "Check", "Run", "Compare", "Runs"):
-        if width > 390 or name == "Train":
+    for width, names in ((1280, ("Check", "Run", "Compare", "Runs", "Train")), (390, ("Train",))):
+        page.set_viewport_size({"width": width, "height": 900})
+        for name in names:
             tab(page, name)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    tab(page, "Train")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
     unlabelled = page.evaluate(
         """() => [...document.querySelectorAll('[id^=field-] input, [id^=field-] textarea')]
             .filter(field => !field.labels?.length && !field.getAttribute('aria-label')).length"""
     )
     assert unlabelled == 0
-    page.close()
 
 
 def test_the_form_can_be_filled_by_keyboard_alone(page: Any) -> None:
