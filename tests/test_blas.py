@@ -107,6 +107,7 @@ def told_by(environment: FreshEnvironment, code: str, *flags: str, **variables: 
 
 @needs_package
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.slow
 def test_every_route_multiplies_with_openblas(environment: FreshEnvironment, route: str) -> None:
     file, _, _ = told_by(environment, ROUTES[route])
 
@@ -115,6 +116,7 @@ def test_every_route_multiplies_with_openblas(environment: FreshEnvironment, rou
 
 @needs_package
 @pytest.mark.parametrize("route", OWN_ROUTES)
+@pytest.mark.slow
 def test_where_start_up_files_are_not_read_the_plugins_own_calls_bind_it(
     environment: FreshEnvironment, route: str
 ) -> None:
@@ -127,6 +129,7 @@ def test_where_start_up_files_are_not_read_the_plugins_own_calls_bind_it(
 
 @needs_package
 @pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.slow
 def test_children_multiply_with_openblas(environment: FreshEnvironment, tmp_path: Path, method: str) -> None:
     work = "def work():\n    import mlx_lm_lora.train\n" + textwrap.indent(TELL, "    ")
     script = tmp_path / "parent.py"
@@ -148,6 +151,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "code", ["", "import mlx.core, mlx.nn", "import numpy; numpy.ones((9, 9)) @ numpy.ones((9, 9))"]
 )
+@pytest.mark.slow
 def test_a_process_without_the_host_is_left_alone(environment: FreshEnvironment, code: str) -> None:
     # Asking is done without MLX where MLX is not imported: no library called libmlx.so is loaded then.
     probe = TELL.replace('(slot,) = linkage.call_slots("libmlx.so", ["cblas_sgemm"]).values()', "import mlx.core")
@@ -164,6 +168,7 @@ def test_start_up_does_not_import_what_binding_needs(environment: FreshEnvironme
     assert not {"ctypes", "mlx_cpo_plugin.blas", "mlx_cpo_plugin.linkage"} & set(printed)
 
 
+@pytest.mark.slow
 def test_none_leaves_the_reference_blas(environment: FreshEnvironment) -> None:
     file, loaded, host_imported = told_by(environment, ROUTES["import mlx_lm_lora.train"], MLX_CPO_PLUGIN_BLAS="none")
 
@@ -172,6 +177,7 @@ def test_none_leaves_the_reference_blas(environment: FreshEnvironment) -> None:
     assert blas._is_reference(file)
 
 
+@pytest.mark.slow
 def test_a_switched_off_plugin_binds_nothing(environment: FreshEnvironment) -> None:
     file, loaded, _ = told_by(environment, ROUTES["import mlx_lm_lora.train"], MLX_CPO_PLUGIN_DISABLE="1")
 
@@ -180,6 +186,7 @@ def test_a_switched_off_plugin_binds_nothing(environment: FreshEnvironment) -> N
 
 
 @needs_package
+@pytest.mark.slow
 def test_a_path_is_what_products_go_to(environment: FreshEnvironment, tmp_path: Path) -> None:
     (tmp_path / "mine.so").symlink_to(linkage.file_of(next(blas._functions_found())["cblas_sgemm"]))
 
@@ -189,6 +196,7 @@ def test_a_path_is_what_products_go_to(environment: FreshEnvironment, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["missing", "not a library", "without products"])
+@pytest.mark.slow
 def test_a_library_that_cannot_be_used_is_one_sentence_and_exit_code_2(
     environment: FreshEnvironment, settings: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
@@ -207,6 +215,7 @@ def test_a_library_that_cannot_be_used_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "adapters").exists()
 
 
+@pytest.mark.slow
 def test_other_modes_do_not_mind_a_library_that_cannot_be_used(environment: FreshEnvironment) -> None:
     file, _, _ = told_by(environment, ROUTES["import mlx_lm_lora.train"], MLX_CPO_PLUGIN_BLAS="/none.so")
 

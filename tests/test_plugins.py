@@ -65,6 +65,7 @@ def write(tmp_path: Path, config: dict) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
     environment: FreshEnvironment, rank_config: dict, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
     assert "but must be a number >= 0" in refused_with_line.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, settings: dict, tmp_path: Path) -> None:
     add_plugin(environment, tmp_path, "broken-loss", "raise RuntimeError('half installed')")
 
@@ -102,6 +104,7 @@ def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, set
     assert "broken-loss 1.0 is skipped: RuntimeError: half installed" in ended.stderr
 
 
+@pytest.mark.slow
 def test_two_plugins_with_one_name_are_an_error_that_names_both(
     environment: FreshEnvironment, settings: dict, tmp_path: Path
 ) -> None:
@@ -119,6 +122,7 @@ def test_two_plugins_with_one_name_are_an_error_that_names_both(
     assert blocked.returncode == 0, blocked.stderr
 
 
+@pytest.mark.slow
 def test_the_trace_variable_prints_each_hook_call(environment: FreshEnvironment) -> None:
     traced = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses", MLX_CPO_PLUGIN_TRACE="1")
     silent = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses")

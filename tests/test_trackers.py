@@ -183,7 +183,7 @@ def test_the_key_wandb_names_the_project_of_the_one_run_that_report_to_begins(
     assert [begun["project"] for begun in client.begun] == ["ours"]
 
 
-@pytest.mark.parametrize("choice", [{}, {"report_to": "none"}, {"report_to": []}, {"project": "mine"}])
+@pytest.mark.parametrize("choice", [{"report_to": "none"}, {"project": "mine"}])
 def test_nothing_is_sent_unless_a_tracker_is_named(
     settings: Settings, run_main: RunMain, client: Client, choice: Settings
 ) -> None:

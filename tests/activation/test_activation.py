@@ -13,6 +13,8 @@ from support.fresh_environment import KINDS, PROJECT, FreshEnvironment, built_wh
 
 from mlx_cpo_plugin import blas
 
+pytestmark = pytest.mark.slow
+
 # The plugin refuses this value and mlx-lm-lora does not, so the refusal proves whose code ran.
 REFUSED = ["--train", "--train-mode", "cpo", "--beta=-1", "--model", "no-such-model"]
 REFUSAL = "beta is -1.0"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fresh_environment import installed_environment
+
+pytestmark = pytest.mark.slow
 
 # Calls the host with every function that would load or train replaced by one that records what it was given.
 RECORD = """
@@ -65,6 +66,8 @@ calls = json.load(open("calls.json"))
 print(json.dumps({name: outcome_of(arguments) for name, arguments in calls.items()}))
 """
 
+Outcomes = tuple[dict[str, Any], dict[str, Any]]
+
 YAML = """\
 train_mode: {mode}
 train: true
@@ -96,47 +99,41 @@ CALLS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def configs(tmp_path: Path) -> Path:
-    """A folder with configuration files."""
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What each call did with the plugin and without: functions, their arguments, how it ended, what it printed."""
+    folder = tmp_path_factory.mktemp("calls")
     for mode in ("sft", "dpo", "cpo"):
-        (tmp_path / f"{mode}.yaml").write_text(YAML.format(mode=mode))
-    (tmp_path / "broken.yaml").write_text("train_mode: sft\n  - [")
-    (tmp_path / "empty.yaml").write_text("")
-    return tmp_path
-
-
-def recorded(folder: Path, calls: dict[str, Any], **variables: str) -> dict[str, Any]:
-    """What each of the calls did: the functions it reached and their arguments, how it ended, what it printed."""
+        (folder / f"{mode}.yaml").write_text(YAML.format(mode=mode))
+    (folder / "broken.yaml").write_text("train_mode: sft\n  - [")
+    (folder / "empty.yaml").write_text("")
+    (folder / "calls.json").write_text(json.dumps({**CALLS, "cpo": ["--config", "cpo.yaml"]}))
     environment = installed_environment("wheel")
-    (folder / "calls.json").write_text(json.dumps(calls))
-    return json.loads(environment.run_python("-c", RECORD, folder=folder, **variables))
+    with_plugin = environment.run_python("-c", RECORD, folder=folder)
+    without = environment.run_python("-c", RECORD, folder=folder, MLX_CPO_PLUGIN_DISABLE="1")
+    return json.loads(with_plugin), json.loads(without)
 
 
-def test_other_modes_call_the_same_functions_with_the_same_arguments(configs: Path) -> None:
-    with_plugin = recorded(configs, CALLS)
-    without = recorded(configs, CALLS, MLX_CPO_PLUGIN_DISABLE="1")
+def test_other_modes_call_the_same_functions_with_the_same_arguments(outcomes: Outcomes) -> None:
+    with_plugin, without = outcomes
 
     for name in CALLS:
         assert with_plugin[name] == without[name], name
         assert with_plugin[name]["argv"] == "untouched", name
 
 
-def test_the_comparison_sees_what_runs_call(configs: Path) -> None:
-    outcomes = recorded(configs, CALLS, MLX_CPO_PLUGIN_DISABLE="1")
+def test_the_comparison_sees_what_runs_call(outcomes: Outcomes) -> None:
+    _, without = outcomes
 
-    reached = [name for name, _, _ in outcomes["dpo"]["calls"]]
+    reached = [name for name, _, _ in without["dpo"]["calls"]]
     expected = "from_pretrained load load_dataset train_dpo evaluate_dpo save_pretrained_merged"
-    assert reached == expected.split(), outcomes["dpo"]["ended"]
-    _, _, named = outcomes["sft with a config"]["calls"][2]
+    assert reached == expected.split(), without["dpo"]["ended"]
+    _, _, named = without["sft with a config"]["calls"][2]
     assert named["args"]["batch_size"] == 2
 
 
-def test_a_cpo_run_goes_another_way_with_the_plugin(configs: Path) -> None:
-    calls = {"cpo": ["--config", "cpo.yaml"]}
-
-    with_plugin = recorded(configs, calls)["cpo"]
-    without = recorded(configs, calls, MLX_CPO_PLUGIN_DISABLE="1")["cpo"]
+def test_a_cpo_run_goes_another_way_with_the_plugin(outcomes: Outcomes) -> None:
+    with_plugin, without = (outcome["cpo"] for outcome in outcomes)
 
     assert with_plugin["errors"].startswith("error: Unknown key unknown_key")
     assert with_plugin["calls"] == []

@@ -189,6 +189,7 @@ class TestMeasuring:
             run_worker(tmp_path, {}, quiet)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_process_that_is_being_measured_too() -> None:
     command = [sys.executable, "-m", "mlx_cpo_plugin", "bench", "--shape", "P512,C256,R256,B4", "--iters", "50"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as bench:
@@ -374,6 +375,7 @@ class TestGradientDifferences:
 
         assert f"{TINY.title}: {REFERENCE}, gradient of the first batch, pair 1 of 2" in said
 
+    @pytest.mark.slow
     def test_a_quantised_model_is_measured_against_the_host(self, settings: dict[str, Any], tmp_path: Path) -> None:
         model, config = quantised_copy(Path(settings["model"]), tmp_path / "model"), tmp_path / "my.yaml"
         config.write_text(yaml.safe_dump(settings | {"model": str(model)}))

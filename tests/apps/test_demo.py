@@ -127,6 +127,7 @@ def test_a_demo_that_changes_nothing_ends_with_exit_code_1(tmp_path: Path, monke
     assert run.run_demo(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_the_demo_turns_a_curt_model_into_a_helpful_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     exit_code = run.run_demo(tmp_path)
 

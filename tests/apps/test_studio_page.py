@@ -31,6 +31,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
     pytest.mark.xdist_group("studio page"),
+    pytest.mark.slow,
 ]
 PATIENCE = 120_000
 expect = playwright.expect
@@ -121,7 +122,7 @@ def server(root: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> I
 def browser() -> Iterator[Any]:
     preloaded = os.environ.pop("LD_PRELOAD", None)  # a BLAS is nothing for a browser
     with playwright.sync_playwright() as engine:
-        yield engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
     if preloaded is not None:
         os.environ["LD_PRELOAD"] = preloaded
 
@@ -129,7 +130,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def visits(browser: Any) -> Iterator[Any]:
     """What visits of one person share: the token, and scripts that were fetched and compiled once."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+    with browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce") as context:
         yield context
 
 
@@ -143,6 +144,7 @@ def page(server: Server, visits: Any) -> Iterator[Any]:
     page.goto(server.address)
     expect(page.locator("#yaml")).to_contain_text("train_mode")
     yield page
+    assert page.outside == []
     page.close()
 
 
@@ -160,8 +162,16 @@ def tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def test_a_mistake_is_told_beside_its_field_and_goes_when_it_is_fixed(page: Any) -> None:
-    write(page, "beta", "-1")
+def test_the_form_is_filled_by_keyboard_alone_and_a_mistake_is_told_beside_its_field_until_it_is_fixed(
+    page: Any,
+) -> None:
+    beta = page.locator("#field-beta").locator("input, textarea")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if beta.evaluate("field => field === document.activeElement"):
+            break
+    page.keyboard.press("Control+a")
+    page.keyboard.type("-1")
 
     expect(page.locator("#error-beta")).to_have_text("beta is -1 in the form, but must be a number > 0.")
     expect(page.locator("#verdict")).to_contain_text("beta is -1")
@@ -171,27 +181,12 @@ def test_a_mistake_is_told_beside_its_field_and_goes_when_it_is_fixed(page: Any)
     expect(page.locator("#verdict")).to_contain_text("Ready to train.")
     expect(page.locator("#yaml")).to_contain_text("beta: 0.05")
 
-
-def test_delta_can_be_written_with_dpop_alone(page: Any) -> None:
     delta = page.locator("#field-delta").locator("input, textarea")
     expect(delta).to_be_disabled()
-
     page.get_by_role("radio", name="DPOP").click()
     expect(delta).to_be_enabled()
     page.get_by_role("radio", name="Hinge").click()
     expect(delta).to_be_disabled()
-
-
-def test_a_saved_file_keeps_comments_and_keys_without_a_field(page: Any, root: Path) -> None:
-    write(page, "beta", "0.2")
-    expect(page.locator("#yaml")).to_contain_text("beta: 0.2")
-    page.locator("#file").locator("input").fill("mine/other.yaml")
-    page.keyboard.press("Enter")
-    page.click("#save")
-
-    expect(page.locator("#said")).to_contain_text("Saved mine/other.yaml")
-    text = (root / "mine" / "other.yaml").read_text()
-    assert text == (root / "my.yaml").read_text() + "beta: 0.2\n"
 
 
 def open_changed(page: Any, root: Path, name: str, **changes: Any) -> None:
@@ -204,7 +199,19 @@ def open_changed(page: Any, root: Path, name: str, **changes: Any) -> None:
     expect(page.locator("#said")).to_contain_text(f"Opened {name}")
 
 
-def test_opening_a_file_fills_the_form(page: Any, root: Path) -> None:
+def test_a_saved_file_keeps_comments_and_keys_without_a_field_and_an_opened_one_fills_the_form(
+    page: Any, root: Path
+) -> None:
+    write(page, "beta", "0.2")
+    expect(page.locator("#yaml")).to_contain_text("beta: 0.2")
+    page.locator("#file").locator("input").fill("mine/other.yaml")
+    page.keyboard.press("Enter")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("Saved mine/other.yaml")
+    text = (root / "mine" / "other.yaml").read_text()
+    assert text == (root / "my.yaml").read_text() + "beta: 0.2\n"
+
     open_changed(page, root, "second.yaml", beta=0.7, dpo_cpo_loss_type="dpop", delta=5)
 
     expect(page.locator("#field-beta").locator("input, textarea")).to_have_value("0.7")
@@ -212,8 +219,6 @@ def test_opening_a_file_fills_the_form(page: Any, root: Path) -> None:
     expect(page.locator("#field-delta").locator("input, textarea")).to_have_value("5")
     expect(page.locator("#yaml")).to_contain_text("dpo_cpo_loss_type: dpop")
 
-
-def test_a_file_outside_the_folder_is_neither_read_nor_written(page: Any, root: Path) -> None:
     page.locator("#file").locator("input").fill("../stolen.yaml")
     page.keyboard.press("Enter")
     page.click("#save")
@@ -222,17 +227,8 @@ def test_a_file_outside_the_folder_is_neither_read_nor_written(page: Any, root: 
     assert not (root.parent / "stolen.yaml").exists()
 
 
-def test_the_data_report_shows_rows_lengths_and_scored_tokens(page: Any) -> None:
-    tab(page, "Check")
-    page.click("#check")
-
-    expect(page.locator("#check-summary tbody tr").first).to_contain_text("10")
-    expect(page.locator("#check-pairs article mark").first).to_contain_text("apples in the basket")
-    expect(page.locator("#lengths-chosen canvas, #lengths-chosen svg").first).to_be_visible()
-
-
 def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_reported(
-    page: Any, browser: Any, server: Server, root: Path
+    page: Any, visits: Any, server: Server, root: Path
 ) -> None:
     tab(page, "Run")
     page.click("#start")
@@ -244,7 +240,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
 
     page.click("#resume")
     expect(page.locator("#status")).to_contain_text("Running")
-    again = browser.new_page()
+    again = visits.new_page()
     again.goto(server.address)
     tab(again, "Run")
     expect(again.locator("#status")).to_contain_text(re.compile("Running|Finished"), timeout=PATIENCE)
@@ -272,7 +268,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(page: Any, scheme: str) -> None:
+def test_nothing_is_too_wide_or_fetched_from_elsewhere_and_every_field_has_a_label(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.reload()
     expect(page.locator("#verdict")).to_contain_text("Ready")
@@ -287,24 +283,6 @@ def test_nothing_is_wider_than_the_window_and_every_field_has_a_label(page: Any,
             .filter(field => !field.labels?.length && !field.getAttribute('aria-label')).length"""
     )
     assert unlabelled == 0
-
-
-def test_the_form_can_be_filled_by_keyboard_alone(page: Any) -> None:
-    beta = page.locator("#field-beta").locator("input, textarea")
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if beta.evaluate("field => field === document.activeElement"):
-            break
-    page.keyboard.press("Control+a")
-    page.keyboard.type("0.3")
-
-    expect(page.locator("#yaml")).to_contain_text("beta: 0.3")
-
-
-def test_nothing_is_fetched_from_elsewhere(page: Any) -> None:
-    for name in ("Check", "Run", "Compare", "Runs"):
-        tab(page, name)
-
     assert page.outside == []
 
 
@@ -338,7 +316,7 @@ def modes(paths: list[Path]) -> list[int]:
     return [stat.S_IMODE(path.stat().st_mode) for path in paths]
 
 
-def test_paths_outside_the_folder_are_used_once_they_are_confirmed(
+def test_paths_outside_the_folder_are_used_once_confirmed_and_rows_lengths_and_scored_tokens_shown(
     page: Any, root: Path, tmp_path: Path, data_folder: Path
 ) -> None:
     (root / "linked").symlink_to(data_folder)
@@ -351,7 +329,9 @@ def test_paths_outside_the_folder_are_used_once_they_are_confirmed(
     expect(page.locator("#check-summary")).to_be_empty()
     page.locator("#check-outside input").check()
     page.click("#check")
-    expect(page.locator("#check-summary tbody tr").first).to_be_visible()
+    expect(page.locator("#check-summary tbody tr").first).to_contain_text("10")
+    expect(page.locator("#check-pairs article mark").first).to_contain_text("apples in the basket")
+    expect(page.locator("#lengths-chosen canvas, #lengths-chosen svg").first).to_be_visible()
 
     tab(page, "Run")
     page.click("#start")
@@ -381,7 +361,7 @@ def test_a_run_whose_rows_lie_outside_is_compared_once_they_are_confirmed(
 
 
 def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
-    page: Any, browser: Any, server: Server, root: Path
+    page: Any, visits: Any, server: Server, root: Path
 ) -> None:
     open_changed(page, root, "orphan.yaml", adapter_path="orphan", iters=100_000)
     tab(page, "Run")
@@ -389,7 +369,7 @@ def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
     expect(page.locator("#status progress")).to_be_visible()
     os.kill(json.loads((root / "orphan" / "studio_run.json").read_text())["pid"], signal.SIGKILL)
 
-    again = browser.new_page()
+    again = visits.new_page()
     again.goto(server.address)
     tab(again, "Run")
     expect(again.locator("#status")).to_contain_text("Running", timeout=PATIENCE)

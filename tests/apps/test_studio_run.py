@@ -50,6 +50,7 @@ def config(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings | {"iters": 4000, "save_every": 2000})
 
 
+@pytest.mark.slow
 def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
     config: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
     assert any("Resuming after iteration" in line for line in run_process.console_tail(folder, 400))
 
 
+@pytest.mark.slow
 def test_a_stop_right_after_the_start_stops(config: str, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
 
@@ -162,6 +164,7 @@ class TestWatch:
         assert not (folder / "began").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stopped(config: str, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     run_process.start(folder, config, tmp_path, resume=False)

@@ -40,6 +40,7 @@ def report_of(environment: FreshEnvironment, **variables: str) -> tuple[int, dic
     return ended.returncode, {finding["name"]: finding for finding in report["findings"]}
 
 
+@pytest.mark.slow
 def test_a_healthy_installation_is_found_healthy(environment: FreshEnvironment) -> None:
     code, findings = report_of(environment)
 
@@ -52,6 +53,7 @@ def test_a_healthy_installation_is_found_healthy(environment: FreshEnvironment) 
     assert findings["plugin mlx-cpo-plugin"]["about"]["loss_types"][:4] == ["sigmoid", "hinge", "ipo", "dpop"]
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_turned_off_is_a_failure(environment: FreshEnvironment) -> None:
     code, findings = report_of(environment, MLX_CPO_PLUGIN_DISABLE="1")
 
