@@ -12,11 +12,23 @@ import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
+from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
 
 # How long an example takes says how busy the machine is.
 hypothesis_settings.register_profile("without deadline", deadline=None)
 hypothesis_settings.load_profile("without deadline")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What worker processes share is made by the process that starts them."""
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(open_workshop())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -389,6 +389,7 @@ def test_another_account_reads_nothing_asks_nothing_and_sees_no_token(page: Any,
     expect(page.locator("#said")).to_contain_text("Saved hidden/private.yaml")
     tab(page, "Run")
     page.click("#start")
+    expect(page.locator("#console")).to_contain_text("private/adapters.safetensors")
     expect(page.locator("#status")).to_contain_text("Finished")
 
     written = [folder for name in ("hidden", "private") for folder in (root / name, *(root / name).rglob("*"))]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 PROJECT = Path(__file__).parents[2]
 KINDS = ("wheel", "editable")
+WORKSHOP = "MLX_CPO_TEST_WORKSHOP"
 
 HOST_SCRIPT = """\
 #!{python}
@@ -27,18 +31,20 @@ if __name__ == "__main__":
 class FreshEnvironment:
     """A virtual environment that borrows every dependency, but not the plugin, from the one that runs the tests.
 
-    The borrowed folder is only put on the path, so start-up files in it are not read.
+    The borrowed folder is only put on the path, so start-up files in it are not read. One that exists is used as it is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        _checked([sys.executable, "-m", "venv", "--without-pip", str(folder)])
         self.python = folder / "bin" / "python"
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.site_packages = folder / "lib" / version / "site-packages"
         self._dependencies = self.site_packages / "borrowed_dependencies.pth"
-        self._borrow()
         self.host_script = folder / "bin" / "mlx_lm_lora.train"
+        if folder.exists():
+            return
+        _checked([sys.executable, "-m", "venv", "--without-pip", str(folder)])
+        self._borrow()
         self.host_script.write_text(HOST_SCRIPT.format(python=self.python))
         self.host_script.chmod(0o755)
 
@@ -99,10 +105,18 @@ def _checked(command: list[str], folder: Path | None = None) -> None:
     assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
 
 
-@cache
-def _workshop() -> tempfile.TemporaryDirectory[str]:
-    """A folder that lives as long as the tests."""
-    return tempfile.TemporaryDirectory(prefix="mlx-cpo-fresh-")
+def open_workshop() -> Callable[[], None]:
+    """Make the folder in which wheels and environments are made once for all worker processes of this run of the tests.
+
+    Returns:
+        What removes it.
+    """
+    os.environ[WORKSHOP] = tempfile.mkdtemp(prefix="mlx-cpo-fresh-")
+    return partial(shutil.rmtree, os.environ[WORKSHOP])
+
+
+def _workshop() -> Path:
+    return Path(os.environ[WORKSHOP])
 
 
 @cache
@@ -112,9 +126,12 @@ def built_wheel(kind: str) -> Path:
         pytest.importorskip(module, reason=f"building and installing the plugin needs {module}")
     if not (PROJECT / "mlx_cpo_plugin").is_dir():
         pytest.skip("building the plugin needs its source beside the tests")
-    folder = Path(_workshop().name) / f"built-{kind}"
-    hook = {"wheel": "build_wheel", "editable": "build_editable"}[kind]
-    _checked([sys.executable, "-c", f"import hatchling.build as build; build.{hook}({str(folder)!r})"], PROJECT)
+    folder = _workshop() / f"built-{kind}"
+    with FileLock(_workshop() / "building.lock"):
+        if not folder.exists():
+            hook = {"wheel": "build_wheel", "editable": "build_editable"}[kind]
+            build = f"import hatchling.build as build; build.{hook}({str(folder)!r})"
+            _checked([sys.executable, "-c", build], PROJECT)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -122,8 +139,13 @@ def built_wheel(kind: str) -> Path:
 @cache
 def installed_environment(kind: str) -> FreshEnvironment:
     """The environment, one for all tests, in which the plugin is installed as ``kind``; tests must not change it."""
-    environment = FreshEnvironment(Path(_workshop().name) / kind)
-    environment.install(built_wheel(kind))
+    wheel = built_wheel(kind)
+    folder = _workshop() / kind
+    with FileLock(_workshop() / f"{kind}.lock"):
+        is_new = not folder.exists()
+        environment = FreshEnvironment(folder)
+        if is_new:
+            environment.install(wheel)
     return environment
 
 
