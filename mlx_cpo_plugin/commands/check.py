@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
-from mlx_cpo_plugin.data.encoding import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer

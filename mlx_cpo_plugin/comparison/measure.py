@@ -17,10 +17,10 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, RUN_SETTING
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.tokenization import prompt_tokens
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import prompt_tokens
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
 from mlx_cpo_plugin.host import load_chat_tokenizer

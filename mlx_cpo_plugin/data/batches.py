@@ -1,10 +1,10 @@
-"""Pairs -> padded batches: which pairs are seen when, and how they lie in arrays."""
+"""Pairs to padded batches: which pairs are seen when, and how they lie in arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import accumulate, chain, count, islice, takewhile
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -82,7 +82,7 @@ def _padded(parts: Sequence[NDArray[Any]], padding: int, value: int) -> mx.array
 
 def scored_tokens(pairs: Sequence[PreferencePair]) -> int:
     """Return how many tokens of both sides are scored."""
-    return sum(int(pair.chosen_scored.sum()) + int(pair.rejected_scored.sum()) for pair in pairs)
+    return sum(pair.chosen_tokens + int(pair.rejected_scored.sum()) for pair in pairs)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -180,46 +180,40 @@ def training_plan(
         iters: micro-batches to yield; a step that they cut short closes early and counts only what it holds.
     """
     remaining = iters
-    for epoch in count():
-        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
-            micro_batches = window[:remaining]
-            in_window = tuple(chain.from_iterable(micro_batches))
-            for number, indices in enumerate(micro_batches, 1):
-                yield MicroBatch(
-                    indices=tuple(indices[rank::world_size]),
-                    window=in_window,
-                    closes_window=number == len(micro_batches),
-                    epoch=epoch,
-                )
-            remaining -= len(micro_batches)
-            if remaining == 0:
-                return
+    for epoch, window in _windows(lengths, size, seed, count()):
+        micro_batches = window[:remaining]
+        in_window = tuple(chain.from_iterable(micro_batches))
+        for number, indices in enumerate(micro_batches, 1):
+            yield MicroBatch(tuple(indices[rank::world_size]), in_window, number == len(micro_batches), epoch)
+        remaining -= len(micro_batches)
+        if remaining == 0:
+            return
 
 
 def last_step_start(lengths: Sequence[int], size: BatchSize, *, iters: int, seed: int) -> int:
     """Return how many of the first ``iters`` micro-batches of :func:`training_plan` come before its last step."""
-    done = 0
-    for epoch in count():
+    ends = accumulate(len(window) for _, window in _windows(lengths, size, seed, count()))
+    return max(takewhile(lambda end: end < iters, ends), default=0)
+
+
+def micro_batches_of(epochs: int, lengths: Sequence[int], size: BatchSize, seed: int) -> int:
+    """Return how many micro-batches :func:`training_plan` has in its first epochs."""
+    return sum(len(window) for _, window in _windows(lengths, size, seed, range(epochs)))
+
+
+def _windows(
+    lengths: Sequence[int], size: BatchSize, seed: int, epochs: Iterable[int]
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yield the number of the epoch and the micro-batches of each optimizer step."""
+    for epoch in epochs:
         for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
-            if done + len(window) >= iters:
-                return done
-            done += len(window)
-    raise AssertionError("epochs have no end")
+            yield epoch, window
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     """Return the order in which an epoch sees the pairs; it depends on nothing else."""
     order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
     return order
-
-
-def micro_batches_of(epochs: int, lengths: Sequence[int], size: BatchSize, seed: int) -> int:
-    """Return how many micro-batches :func:`training_plan` has in its first epochs."""
-    return sum(
-        len(window)
-        for epoch in range(epochs)
-        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths)
-    )
 
 
 def evaluation_plan(

@@ -1,27 +1,25 @@
-"""Preference data sets: loaded, tokenised, cut to length, with a report of what was left out."""
+"""Pairs to data sets: every row of a split tokenised and cut, with a report of what was left out."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer, as_ids, common_prefix
 from mlx_cpo_plugin.data.files import numbered
-from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
-from mlx_cpo_plugin.data.tokenization import Side, split_pair
-from mlx_cpo_plugin.data.truncation import CUT, Lengths, OverlongRow, TruncatedPair, fit, truncate
-from mlx_cpo_plugin.errors import DataError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
+from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, fit, split_pair, truncate
+from mlx_cpo_plugin.errors import DataError, named
 
 UNCUT = sys.maxsize
 """The ``max_seq_length`` of pairs that are not cut."""
@@ -41,7 +39,6 @@ class DataReport:
         skipped: reason -> where the rows left out for it stand, e.g. ``train.jsonl:12``.
         prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
         lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
-        whole_lengths: the same before anything was cut.
         notes: what the user should know beside that, one sentence each.
     """
 
@@ -52,7 +49,6 @@ class DataReport:
     prompts_cut: int = 0
     answers_cut: int = 0
     lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
-    whole_lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,8 +62,9 @@ class DataReport:
             return f"{self.split.capitalize()}: " + (" ".join(self.notes) or "none.")
         parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
         if self.skipped:
-            shown = list(self.skipped.items())[:_REASONS_SHOWN]
-            reasons = "; ".join(f"{reason}: {_places(places)}" for reason, places in shown)
+            reasons = "; ".join(
+                f"{reason}: {_places(places)}" for reason, places in [*self.skipped.items()][:_REASONS_SHOWN]
+            )
             if len(self.skipped) > _REASONS_SHOWN:
                 reasons += f"; and {len(self.skipped) - _REASONS_SHOWN} more reasons"
             parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({reasons})")
@@ -88,28 +85,31 @@ class PreferenceDataset(Sequence[PreferencePair]):
         cut_to: makes the same of the rows for a ``max_seq_length``; ``None`` where that was known already.
     """
 
-    tokenizer = ""
     cut_to: Callable[[int], PreferenceDataset] | None = None
 
     def __init__(
         self,
         pairs: Sequence[TruncatedPair] = (),
         split: str = "train",
-        skipped: Mapping[str, tuple[str, ...]] | None = None,
+        skipped: Mapping[str, Sequence[str]] | None = None,
         notes: tuple[str, ...] = (),
+        tokenizer: str = "",
     ) -> None:
-        self._pairs = tuple(pairs)
-        skipped = skipped or {}
+        self._cut = tuple(pairs)
+        self._pairs = [cut.pair for cut in pairs]
         self._told = False
+        self.tokenizer = tokenizer
         self.report = DataReport(
             split=split,
-            rows=len(self._pairs) + sum(map(len, skipped.values())),
-            pairs=len(self._pairs),
-            skipped=skipped,
-            prompts_cut=sum(truncated.prompt_cut for truncated in self._pairs),
-            answers_cut=sum(truncated.answer_cut for truncated in self._pairs),
-            lengths=_by_part([Lengths.of(truncated.pair) for truncated in self._pairs]),
-            whole_lengths=_by_part([truncated.whole for truncated in self._pairs]),
+            rows=len(pairs) + sum(map(len, (skipped or {}).values())),
+            pairs=len(pairs),
+            skipped={reason: tuple(places) for reason, places in (skipped or {}).items()},
+            prompts_cut=sum(cut.prompt_cut for cut in pairs),
+            answers_cut=sum(cut.answer_cut for cut in pairs),
+            lengths={
+                part: np.array([len(getattr(pair, part)) for pair in self._pairs], dtype=np.int64)
+                for part in ("prompt", "chosen", "rejected")
+            },
             notes=notes,
         )
 
@@ -118,15 +118,10 @@ class PreferenceDataset(Sequence[PreferencePair]):
     @overload
     def __getitem__(self, index: slice) -> list[PreferencePair]: ...
     def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
-        if isinstance(index, slice):
-            return [truncated.pair for truncated in self._pairs[index]]
-        return self._pairs[index].pair
+        return self._pairs[index]
 
     def __len__(self) -> int:
         return len(self._pairs)
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        return (truncated.pair for truncated in self._pairs)
 
     def process(self, pair: PreferencePair) -> PreferencePair:
         """Return the pair: mlx-lm-lora's ``CacheDataset`` asks for it, and there is nothing left to do."""
@@ -143,15 +138,13 @@ class PreferenceDataset(Sequence[PreferencePair]):
         """Return the pairs of several data sets, at least one, as one."""
         if len(parts) == 1:
             return parts[0]
-        skipped: dict[str, tuple[str, ...]] = {}
+        skipped: dict[str, list[str]] = {}
         for part in parts:
             for reason, places in part.report.skipped.items():
-                skipped[reason] = (*skipped.get(reason, ()), *places)
-        pairs = [pair for part in parts for pair in part._pairs]
+                skipped.setdefault(reason, []).extend(places)
+        pairs = [cut for part in parts for cut in part._cut]
         notes = tuple(note for part in parts for note in part.report.notes)
-        whole = cls(pairs, parts[0].report.split, skipped, notes)
-        whole.tokenizer = parts[0].tokenizer
-        return whole
+        return cls(pairs, parts[0].report.split, skipped, notes, parts[0].tokenizer)
 
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
         """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.
@@ -163,22 +156,17 @@ class PreferenceDataset(Sequence[PreferencePair]):
             raise DataError("valid_fraction needs at least two usable training rows: add rows, or set it to 0.")
         size = min(max(1, round(fraction * len(self))), len(self) - 1)
         drawn = set(random.Random(seed).sample(range(len(self)), size))
-        kept = [pair for i, pair in enumerate(self._pairs) if i not in drawn]
-        carved = [pair for i, pair in enumerate(self._pairs) if i in drawn]
+        kept, carved = ([cut for i, cut in enumerate(self._cut) if (i in drawn) == taken] for taken in (False, True))
         note = f"Drawn from the training set (valid_fraction {fraction:g}, seed {seed})."
-        training = PreferenceDataset(kept, self.report.split, self.report.skipped, self.report.notes)
-        training.tokenizer = self.tokenizer
+        report = self.report
+        training = PreferenceDataset(kept, report.split, report.skipped, report.notes, self.tokenizer)
         return training, PreferenceDataset(carved, "valid", notes=(note,))
 
 
-def _by_part(lengths: Sequence[Lengths]) -> dict[str, NDArray[np.int64]]:
-    return {
-        part: np.array([getattr(of_pair, part) for of_pair in lengths], dtype=np.int64)
-        for part in ("prompt", "chosen", "rejected")
-    }
+Splits = tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]
 
 
-def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+def load_dataset(args: Any, tokenizer: Any) -> Splits:
     """Read, tokenise and cut the splits that ``args.train`` and ``args.test`` ask for; the others are empty.
 
     Args:
@@ -203,20 +191,16 @@ def require_splits(args: Any, splits: Sequence[PreferenceDataset]) -> None:
             raise DataError(f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.")
 
 
-def load_splits(
-    args: Any, tokenizer: Any, wanted: Sequence[str]
-) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+def load_splits(args: Any, tokenizer: Any, wanted: Sequence[str]) -> Splits:
     """As :func:`load_dataset`, for the ``wanted`` splits; those that the data lacks are empty."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, args)
-    overlong = getattr(args, "overlong", CUT)
     splits = {
-        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, overlong)
+        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, args)
         for split, groups in read_splits(args, wanted).items()
     }
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
     if "valid" in wanted and train and not valid:
-        fraction = getattr(args, "valid_fraction", 0) or 0
-        if fraction > 0:
+        if fraction := getattr(args, "valid_fraction", 0):
             train, valid = train.split_off(fraction, args.seed)
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
@@ -230,25 +214,16 @@ def pairs_of_rows(rows: Iterable[Any], tokenizer: Any, settings: Any, split: str
     Args:
         rows: mappings, as JSON Lines holds them.
         settings: with ``max_seq_length`` (``None``: nothing is cut yet), the column names and those on templates.
-
-    Raises:
-        DataError: a column is missing, or more than half of the rows are unusable.
     """
-    columns = Columns.from_settings(settings)
-    group = RowGroup("the data set", numbered(rows, "row", before=" "), columns)
-    if group.rows:
-        columns.check((row.value for row in group.rows), group.name)
-    overlong = getattr(settings, "overlong", CUT)
-    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
-    return _make_pairs([group], chat_tokenizer, split, settings.max_seq_length, overlong)
+    group = RowGroup("the data set", numbered(rows, "row", before=" "), Columns.from_settings(settings))
+    group.columns.check([row.value for row in group.rows], group.name)
+    return _make_pairs(
+        [group], ChatTokenizer.from_settings(tokenizer, settings), split, settings.max_seq_length, settings
+    )
 
 
 def as_pairs(
-    dataset: Any,
-    max_seq_length: int | None = None,
-    bos_token_id: int | None = None,
-    tokenizer: Any = None,
-    split: str = "train",
+    dataset: Any, max_seq_length: int | None = None, tokenizer: Any = None, split: str = "train"
 ) -> PreferenceDataset:
     """Pairs of any preference data, cut to ``max_seq_length`` where it is given.
 
@@ -256,8 +231,8 @@ def as_pairs(
         dataset: a PreferenceDataset, a sequence of PreferencePair, a sequence of raw rows, or a sequence of mappings
             with the token ids ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and
             ``rejected_prompt_length`` (without them the prompt is what both sides share); None is an empty one.
-        max_seq_length: tokens that either side may have, prompt included.
-        bos_token_id: the token that stays first where a prompt is cut; by default that with which all items begin.
+        max_seq_length: tokens that either side may have, prompt included. Where a prompt of token ids is cut, the token
+            with which all items begin stays first.
         tokenizer: turns raw rows into tokens.
         split: which one the report names.
 
@@ -267,13 +242,13 @@ def as_pairs(
     """
     if dataset is None:
         return PreferenceDataset(split=split)
+    digest = ""
     if isinstance(dataset, PreferenceDataset):
-        longest = max((pair.length for pair in dataset), default=0)
-        if max_seq_length is None or longest <= max_seq_length:
+        if max_seq_length is None or all(pair.length <= max_seq_length for pair in dataset):
             return dataset
         if dataset.cut_to is not None:
             return dataset.cut_to(max_seq_length)
-        split = dataset.report.split
+        split, digest = dataset.report.split, dataset.tokenizer
     items = [dataset[i] for i in range(len(dataset))]
     if items and all(_is_row(item) for item in items):
         if tokenizer is None:
@@ -288,38 +263,24 @@ def as_pairs(
         item if isinstance(item, PreferencePair) else _sides_of_item(item, source)
         for item, source in zip(items, sources, strict=True)
     ]
-    if bos_token_id is None:
-        bos_token_id = _shared_first_token(pairs)
+    bos_id = _shared_first_token(pairs)
 
-    def convert(numbered_pair: tuple[str, Any]) -> TruncatedPair:
-        source, item = numbered_pair
-        pair = item if isinstance(item, PreferencePair) else split_pair(item[0], item[1], source)
-        return (
-            TruncatedPair(pair, Lengths.of(pair))
-            if max_seq_length is None
-            else truncate(pair, max_seq_length, bos_token_id)
-        )
+    def convert(item: PreferencePair | tuple[Side, Side], source: str) -> TruncatedPair:
+        pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
+        return truncate(pair, UNCUT if max_seq_length is None else max_seq_length, bos_id)
 
-    result = _collect(list(zip(sources, pairs, strict=True)), convert, lambda item: item[0], split, "the data set")
-    result.tokenizer = dataset.tokenizer if isinstance(dataset, PreferenceDataset) else ""
-    return result
+    return _collect(zip(pairs, sources, strict=True), convert, "the data set", split, tokenizer=digest)
 
 
 def _is_row(item: Any) -> bool:
     """Whether an item is a raw row: text or messages stand where a tokenised one has its ids."""
-    if not isinstance(item, Mapping):
-        return False
-    sides = [item.get("chosen"), item.get("rejected")]
-    return not all(_are_ids(side) for side in sides)
+    return isinstance(item, Mapping) and not all(_are_ids(item.get(side)) for side in ("chosen", "rejected"))
 
 
 def _are_ids(side: Any) -> bool:
-    if side is None or isinstance(side, str | Mapping):
+    if not isinstance(side, Iterable) or isinstance(side, str | Mapping):
         return False
-    try:
-        return all(not isinstance(token, str | Mapping) for token in side)
-    except TypeError:
-        return False
+    return not any(isinstance(token, str | Mapping) for token in side)
 
 
 def _shared_first_token(pairs: Sequence[PreferencePair | tuple[Side, Side]]) -> int | None:
@@ -332,59 +293,61 @@ def _shared_first_token(pairs: Sequence[PreferencePair | tuple[Side, Side]]) -> 
 def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
     """Both sides of one item of mlx-lm-lora's tokenised data sets."""
     try:
-        sides = {part: as_ids(item[part]) for part in ("chosen", "rejected")}
+        ids = [as_ids(item[part]) for part in ("chosen", "rejected")]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
             f"{source} of the data set is no tokenised preference: give token ids as chosen and rejected."
         ) from None
-    size = common_prefix(sides["chosen"], sides["rejected"])
-    chosen, rejected = (
-        Side(ids, np.arange(len(ids)) >= item.get(f"{part}_prompt_length", size)) for part, ids in sides.items()
-    )
+    shared = common_prefix(*ids)
+    sizes = [item.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
+    chosen, rejected = (Side(side, np.arange(len(side)) >= size) for side, size in zip(ids, sizes, strict=True))
     return chosen, rejected
 
 
 def _make_pairs(
-    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
+    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, settings: Any
 ) -> PreferenceDataset:
-    rows = [(row, group.columns) for group in groups for row in group.rows]
+    rows = (((row.value, group.columns), row.source) for group in groups for row in group.rows)
+    overlong = getattr(settings, "overlong", CUT)
 
-    def convert(item: Any) -> TruncatedPair:
-        row, columns = item
+    def convert(item: tuple[Any, Columns], source: str) -> TruncatedPair:
         try:
-            return fit(parse_row(row.value, columns), tokenizer, row.source, max_length or UNCUT, overlong)
+            return fit(parse_row(*item), tokenizer, source, max_length or UNCUT, overlong)
         except RecursionError:
             raise UnusableRow("the row is nested too deeply") from None
 
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))
-    pairs = _collect(rows, convert, lambda item: item[0].source, split, name, notes)
-    pairs.tokenizer = tokenizer.digest()
+    pairs = _collect(rows, convert, name, split, notes, tokenizer.digest())
     if max_length is None:
-        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
+        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, settings)
     return pairs
 
 
-def _collect(
-    items: Iterable[Any],
-    convert: Callable[[Any], TruncatedPair],
-    source_of: Callable[[Any], str],
-    split: str,
-    name: str,
-    notes: tuple[str, ...] = (),
-) -> PreferenceDataset:
-    """Convert every item, set the unusable ones aside, and refuse data of which they are more than half.
+Item = TypeVar("Item")
 
-    Those that the settings want left out for their length do not count among them.
+
+def _collect(
+    items: Iterable[tuple[Item, str]],
+    convert: Callable[[Item, str], TruncatedPair],
+    name: str,
+    split: str,
+    notes: tuple[str, ...] = (),
+    tokenizer: str = "",
+) -> PreferenceDataset:
+    """Convert every item, of which each has a source, and set the unusable ones aside.
+
+    Raises:
+        DataError: more than half are unusable, those aside that the settings want left out for their length.
     """
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
     overlong = 0
-    for item in items:
+    for item, source in items:
         try:
-            pairs.append(convert(item))
+            pairs.append(convert(item, source))
         except UnusableRow as error:
-            skipped.setdefault(str(error), []).append(source_of(item))
+            skipped.setdefault(str(error), []).append(source)
             overlong += isinstance(error, OverlongRow)
     if overlong and not pairs:
         raise DataError(f"no row of {name} fits: raise max_seq_length, or set overlong: cut.")
@@ -395,7 +358,7 @@ def _collect(
             f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
             f"({_places(places)}): correct or remove them."
         )
-    return PreferenceDataset(pairs, split, {reason: tuple(places) for reason, places in skipped.items()}, notes)
+    return PreferenceDataset(pairs, split, skipped, notes, tokenizer)
 
 
 def _places(places: Sequence[str]) -> str:

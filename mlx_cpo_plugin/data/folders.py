@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from mlx_cpo_plugin.data.files import COMPRESSED, SUFFIXES, kind_of
-from mlx_cpo_plugin.errors import DataError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.errors import DataError, named
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -26,20 +25,9 @@ _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.
 _LARGEST_CARD = 1 << 18
 
 
-class _Claim(NamedTuple):
-    """What a name says of its split; of several claims on one split the least one holds.
-
-    Attributes:
-        folder: whether it is the name of a folder; files of the same split come first.
-        rank: 0 for the split's name alone, 1 for shards, 2 for pairs among other rows, 3 for a name before it.
-        alias: position of the split's name among its aliases.
-        words: the name without numbers, which shards of one set have in common.
-    """
-
-    folder: bool
-    rank: int
-    alias: int
-    words: tuple[str, ...]
+# What a name says of its split, of which the least holds: whether it is a folder's; 0 for the split's name alone, 1 for
+# shards, 2 for pairs among other rows, 3 for a name before it; and the position of the split's name among its aliases.
+_Claim = tuple[bool, int, int]
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -57,30 +45,26 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     Raises:
         DataError: several sets, configurations or names compete, or a shard is missing.
     """
-    described = _described(folder)
-    if described:
-        return described
-    here = _named_splits(folder)
+    here = _described(folder) or _named_splits(folder)
     if here:
         return here
     children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    inside = {child: found for child in children if (found := _named_splits(child))}
-    names = [child.name for child in inside]
-    chosen = next((child for child in inside if child.name in ("data", "default") or len(inside) == 1), None)
+    inside = {child.name: found for child in children if (found := _named_splits(child))}
+    chosen = next((name for name in inside if name in ("data", "default") or len(inside) == 1), None)
     if chosen is not None:
         return inside[chosen]
     if inside:
         raise DataError(
-            f"{named(str(folder))} holds several data sets ({named(', '.join(names))}): let data name one of them."
+            f"{named(str(folder))} holds several data sets ({named(', '.join(inside))}): let data name one of them."
         )
     for place in (folder, folder / "data"):
-        files = _data_files(place) if place.is_dir() else []
+        files = _data_files(place)
         if len({_words(file.name) for file in files}) == 1:
             return {"train": _whole(_best_of_each_stem(files))}
     return {}
 
 
-def pick_splits(names: Iterable[str]) -> dict[str, str]:
+def pick_splits(names: Collection[str]) -> dict[str, str]:
     """Return which of the splits that a data set has is its train, valid and test split.
 
     A split of pairs is known by its name, as in ``train_prefs``; the only one there is counts as the training set.
@@ -88,38 +72,37 @@ def pick_splits(names: Iterable[str]) -> dict[str, str]:
     Raises:
         DataError: two names have an equal claim to a split.
     """
-    names = list(names)
-    claims: dict[str, list[tuple[_Claim, str]]] = {}
-    for name in names:
-        for split, claim in _claim(name).items():
-            claims.setdefault(split, []).append((claim, name))
-    if not claims and len(names) == 1:
-        return {"train": names[0]}
-    return {split: _least(split, found)[0] for split, found in claims.items()}
+    picked = {split: found[0] for split, found in _claimed(dict.fromkeys(names, False)).items()}
+    return {"train": next(iter(names))} if not picked and len(names) == 1 else picked
 
 
-def _least(split: str, found: Sequence[tuple[_Claim, str]]) -> list[str]:
-    """Return the names with the best claim: one, or the shards of one set."""
-    least = min(claim[:3] for claim, _ in found)
-    best = [(claim.words, name) for claim, name in found if claim[:3] == least]
-    if len({words for words, _ in best}) > 1:
-        names = ", ".join(named(name, 60) for _, name in best[:4])
-        raise DataError(f"{names} may each be the {split} split: keep one of them, or let data name the file.")
-    return [name for _, name in best]
+def _claimed(names: Mapping[str, bool]) -> dict[str, list[str]]:
+    """Return the names with the best claim to each split: one, or the shards of one set.
+
+    Args:
+        names: name -> whether it is that of a folder.
+    """
+    claims: dict[str, dict[str, _Claim]] = {}
+    for name, folder in names.items():
+        if claim := _claim(name, folder):
+            claims.setdefault(claim[0], {})[name] = claim[1]
+    best = {}
+    for split, found in claims.items():
+        least = min(found.values())
+        best[split] = [name for name, claim in found.items() if claim == least]
+        if len({_words(name) for name in best[split]}) > 1:
+            listed = ", ".join(named(name, 60) for name in best[split][:4])
+            raise DataError(f"{listed} may each be the {split} split: keep one of them, or let data name the file.")
+    return best
 
 
-def _claim(name: str) -> dict[str, _Claim]:
-    """Return the split that a name stands for, if it does, with its claim to it."""
+def _claim(name: str, folder: bool) -> tuple[str, _Claim] | None:
+    """Return the split that a name stands for, if it does, and its claim to it."""
     words = _words(name)
-    found = [
-        (split, aliases.index(word), word)
-        for word in words
-        for split, aliases in SPLIT_NAMES.items()
-        if word in aliases
-    ]
+    found = [(split, word) for word in words for split, aliases in SPLIT_NAMES.items() if word in aliases]
     if len(found) != 1 or _OF_OTHER_ROWS & set(words):
-        return {}
-    split, alias, word = found[0]
+        return None
+    split, word = found[0]
     others = set(words) - {word} - _OF_SHARDS
     if not others:
         rank = 0 if _stem(name).lower() == word else 1
@@ -128,8 +111,8 @@ def _claim(name: str) -> dict[str, _Claim]:
     elif words[-1] == word:
         rank = 3
     else:
-        return {}
-    return {split: _Claim(False, rank, alias, words)}
+        return None
+    return split, (folder, rank, SPLIT_NAMES[split].index(word))
 
 
 def _stem(name: str) -> str:
@@ -141,13 +124,15 @@ def _stem(name: str) -> str:
 
 
 def _words(name: str) -> tuple[str, ...]:
+    """Return the words of a name, which are the same for all shards of a set."""
     return tuple(word for word in re.split(r"[^a-z]+", _stem(name).lower()) if word and word != "of")
 
 
 def _data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder; none where it is none."""
     return [
         path
-        for path in sorted(folder.iterdir(), key=_natural)
+        for path in sorted(folder.iterdir() if folder.is_dir() else (), key=_natural)
         if kind_of(path.name) in SUFFIXES
         and path.name.lower() not in _METADATA
         and not path.name.startswith(".")
@@ -162,31 +147,22 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _named_splits(folder: Path) -> dict[str, list[Path]]:
     """Return the splits that files, or subfolders full of files, are named after."""
-    claims: dict[str, list[tuple[_Claim, str]]] = {}
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir(), key=_natural):
-        holds = _data_files(path) if path.is_dir() else [path] if path in _data_files(folder) else []
-        for split, claim in _claim(path.name).items() if holds else ():
-            files[path.name] = holds
-            claims.setdefault(split, []).append((claim._replace(folder=path.is_dir()), path.name))
+    here = _data_files(folder)
+    entries = {path: [path] if path in here else [] for path in sorted(folder.iterdir(), key=_natural)}
+    files = {path.name: found for path, alone in entries.items() if (found := alone or _data_files(path))}
+    claimed = _claimed({name: (folder / name).is_dir() for name in files})
     return {
-        split: _whole(_best_of_each_stem([file for name in _least(split, found) for file in files[name]]))
-        for split, found in claims.items()
+        split: _whole(_best_of_each_stem([file for name in names for file in files[name]]))
+        for split, names in claimed.items()
     }
 
 
 def _best_of_each_stem(files: Sequence[Path]) -> list[Path]:
     """Of one set written in several ways, keep the first in the order of SUFFIXES, and the uncompressed one."""
-
-    def order(path: Path) -> tuple[int, int]:
-        return SUFFIXES.index(kind_of(path.name)), len(path.name)
-
     best: dict[tuple[Path, str], Path] = {}
-    for file in files:
-        key = (file.parent, _stem(file.name).lower())
-        if key not in best or order(file) < order(best[key]):
-            best[key] = file
-    return list(best.values())
+    for file in sorted(files, key=lambda file: (SUFFIXES.index(kind_of(file.name)), len(file.name))):
+        best.setdefault((file.parent, _stem(file.name).lower()), file)
+    return sorted(best.values(), key=files.index)
 
 
 def _whole(files: list[Path]) -> list[Path]:
@@ -210,26 +186,28 @@ def _whole(files: list[Path]) -> list[Path]:
 def _described(folder: Path) -> dict[str, list[Path]]:
     """Return the files that the card of a hub repository, its README.md, gives to each split; none without one."""
     configurations = list(_configurations(folder))
-    names = [str(configuration.get("config_name", "default")) for configuration in configurations]
-    if not configurations:
-        return {}
-    marked = [i for i, entry in enumerate(configurations) if names[i] == "default" or entry.get("default") is True]
-    if len(configurations) > 1 and not marked:
+    names = [str(entry.get("config_name", "default")) for entry in configurations]
+    default = [
+        entry
+        for entry, name in zip(configurations, names, strict=True)
+        if name == "default" or entry.get("default") is True
+    ]
+    if len(configurations) > 1 and not default:
         raise DataError(
             f"{named(str(folder))} has the configurations {named(', '.join(names))}: write hf_dataset with that folder "
             "as path: and one of them as config:."
         )
-    chosen = configurations[marked[0] if marked else 0]
-    base = folder / str(chosen.get("data_dir") or "")
-    given = chosen["data_files"]
+    chosen = next(iter(default or configurations), None)
+    if chosen is None:
+        return {}
+    base, given = folder / str(chosen.get("data_dir") or ""), chosen["data_files"]
     if isinstance(given, Mapping):
         given = [{"split": split, "path": path} for split, path in given.items()]
     elif not isinstance(given, list) or not all(isinstance(entry, Mapping) for entry in given):
         given = [{"split": "train", "path": given}]
     files: dict[str, list[Path]] = {}
     for entry in given:
-        found = _matching(base, entry.get("path"))
-        if found:
+        if found := _matching(base, entry.get("path")):
             files.setdefault(str(entry.get("split", "train")), []).extend(found)
     return {split: _whole(files[name]) for split, name in pick_splits(files).items()}
 

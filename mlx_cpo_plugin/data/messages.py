@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import math
+import operator
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_cpo_plugin.wording import shown
+from mlx_cpo_plugin.errors import shown
 
 Message = dict[str, Any]
 
@@ -33,7 +34,7 @@ ROLES = {
 }
 UNDECODABLE = "text that looks like a list of messages cannot be decoded"
 
-_COLUMNS = (("role", "content"), ("from", "value"))
+_COLUMNS = ({"role", "content"}, {"from", "value"})
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
 _WRITTEN_ROLE = re.compile(r"""(?:(['"])(?:role|from)\1\s*:|\brole=)\s*['"](\w+)['"]""")
@@ -51,30 +52,21 @@ def parse_messages(value: Any) -> list[Message]:
         UnusableRow: it is something else, or one of them is not a message of text.
     """
     if isinstance(value, Mapping):
-        if not any(isinstance(value.get(role), list) and isinstance(value.get(text), list) for role, text in _COLUMNS):
-            return [parse_message(value)]
-        value = _rows_of(value)
+        lists = {name: values for name, values in value.items() if isinstance(values, list)}
+        if not any(lists.keys() >= columns for columns in _COLUMNS):
+            return [_parse_message(value)]
+        if len({len(values) for values in lists.values()}) != 1:
+            raise UnusableRow("the messages have columns of different lengths")
+        value = [as_json(dict(zip(lists, values, strict=True))) for values in zip(*lists.values(), strict=True)]
     if not isinstance(value, list):
-        raise UnusableRow(f"messages are expected, not {kind_of(value)}")
-    return [parse_message(decode_messages(message)) for message in value]
+        raise UnusableRow(f"messages are expected, not {_kind_of(value)}")
+    return [_parse_message(decode_messages(message)) for message in value]
 
 
-def _rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lists = {name: values for name, values in columns.items() if isinstance(values, list)}
-    if len({len(values) for values in lists.values()}) != 1:
-        raise UnusableRow("the messages have columns of different lengths")
-    rows = (dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True))
-    return [as_json(row) for row in rows]
-
-
-def parse_message(value: Any) -> Message:
-    """One message with OpenAI's keys, a usual role and text as content; keys of other kinds stay.
-
-    Raises:
-        UnusableRow: it is no object, its role is unknown or missing, or its content is not text.
-    """
+def _parse_message(value: Any) -> Message:
+    """One message with OpenAI's keys, a usual role and text as content; keys of other kinds stay."""
     if not isinstance(value, Mapping):
-        raise UnusableRow(f"a message is not an object with role and content but {kind_of(value)}")
+        raise UnusableRow(f"a message is not an object with role and content but {_kind_of(value)}")
     fields = dict(value)
     if "from" in fields and "role" not in fields:
         fields = {"role": fields.pop("from"), "content": fields.pop("value", ""), **fields}
@@ -82,24 +74,25 @@ def parse_message(value: Any) -> Message:
     speaker = role.lower() if isinstance(role, str) else None
     if speaker not in ROLES:
         raise UnusableRow("a message has no role" if role == "" else f"a message has the unknown role {shown(role)}")
-    message: Message = {**fields, "role": ROLES[speaker], "content": _text(fields.get("content"))}
-    calls = _tool_calls(fields, speaker, message["content"])
+    content = _text(fields.get("content"))
+    calls = _tool_calls(fields, content if speaker == "function_call" else None)
+    message = {**fields, "role": ROLES[speaker], "content": "" if calls and speaker == "function_call" else content}
     message.pop("tool_calls", None)
     message.pop("function_call", None)
-    if calls:
-        message["tool_calls"] = calls
-        if speaker == "function_call":
-            message["content"] = ""
-    return message
+    return {**message, "tool_calls": calls} if calls else message
 
 
-def _tool_calls(fields: Mapping[str, Any], speaker: str, content: str) -> list[Any]:
-    """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise."""
+def _tool_calls(fields: Mapping[str, Any], written: str | None) -> list[Any]:
+    """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise.
+
+    Args:
+        written: the functions as JSON, where these are what the message says.
+    """
     calls = fields.get("tool_calls") or []
     if not isinstance(calls, list):
         raise UnusableRow("the tool calls are not a list")
-    if speaker == "function_call":
-        parsed = parse_json(content)
+    if written is not None:
+        parsed = parse_json(written)
         calls = [{"type": "function", "function": call} for call in (parsed if isinstance(parsed, list) else [parsed])]
     elif not calls and fields.get("function_call"):
         calls = [{"function": fields["function_call"]}]
@@ -131,7 +124,7 @@ def _text(content: Any) -> str:
                 kind = part.get("type") if isinstance(part, Mapping) else None
                 raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
         return "".join(str(part["text"]) for part in content)
-    raise UnusableRow(f"a message's content is not text but {kind_of(content)}")
+    raise UnusableRow(f"a message's content is not text but {_kind_of(content)}")
 
 
 def parse_dialogue(text: str) -> list[Message] | None:
@@ -202,10 +195,12 @@ def _said(message: Message) -> tuple[Any, ...]:
     return message["role"], unicodedata.normalize("NFC", message["content"]).strip(), calls
 
 
-def shared_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+def shared_messages(
+    chosen: Sequence[Message], rejected: Sequence[Message], alike: Callable[[Message, Message], bool] = operator.eq
+) -> int:
     """How many leading messages both sides have in common, at least the last of either left out."""
     limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    return next((i for i in range(limit) if not alike(chosen[i], rejected[i])), limit)
 
 
 def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -244,7 +239,7 @@ def _is_hollow(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(map(_is_hollow, value.values())))
 
 
-def kind_of(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     """What a value is, in words."""
     if value is None:
         return "null"

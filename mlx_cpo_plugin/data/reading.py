@@ -1,10 +1,10 @@
-"""Files, folders and Hugging Face datasets to raw rows, each with the place it came from."""
+"""The settings' files, folders and Hugging Face datasets to raw rows, each with the place it came from."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,9 +13,8 @@ from typing import Any
 
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import is_saved_dataset, pick_splits, split_files
-from mlx_cpo_plugin.data.formats import Columns
-from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory
-from mlx_cpo_plugin.wording import named, printable, shown
+from mlx_cpo_plugin.data.rows import Columns
+from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
 DEFAULT_TRAIN_SPLIT = "train[:90%]"
@@ -39,7 +38,10 @@ class RowGroup:
     note: str = ""
 
 
-def read_splits(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+Splits = dict[str, list[RowGroup]]
+
+
+def read_splits(settings: Any, wanted: Collection[str]) -> Splits:
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
     ``settings.hf_dataset`` goes before ``settings.data``, which is a folder, a file (the training set) or the name of
@@ -52,15 +54,13 @@ def read_splits(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGro
         splits = _read_entries(settings, wanted)
     else:
         splits = _read_data(str(settings.data), Columns.from_settings(settings), wanted)
-    result = {split: splits.get(split, []) for split in wanted}
-    for groups in result.values():
+    for groups in splits.values():
         for group in groups:
-            if group.rows:
-                group.columns.check((row.value for row in group.rows), group.name)
-    return result
+            group.columns.check([row.value for row in group.rows], group.name)
+    return {split: splits.get(split, []) for split in wanted}
 
 
-def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
     try:
         path = Path(data).expanduser()
         if path.is_file():
@@ -77,12 +77,17 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> dict[str
     if near is not None or _looks_like_path(data):
         advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
         raise DataError(f"data names {named(data)}, which does not exist: {advice}")
-    return _read_hub(data, columns, wanted)
+    return _of_library(data, data, _load_from_hub(data, {}), columns, wanted)
 
 
-def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Splits:
     if is_saved_dataset(folder):
-        return _read_saved(folder, columns, wanted)
+        import datasets
+
+        with _library(f"{named(str(folder))} cannot be loaded", "save the data set again"):
+            found = datasets.load_from_disk(str(folder))
+        by_split = found if isinstance(found, Mapping) else {"train": found}
+        return _of_library(folder.name, str(folder), by_split, columns, wanted)
     files = split_files(folder)
     splits = {}
     for split in wanted:
@@ -97,29 +102,9 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> dic
     return splits
 
 
-def _read_saved(folder: Path, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
-    """Read what ``save_to_disk`` of the ``datasets`` library wrote: one data set, or one for each split."""
-    import datasets
-
-    try:
-        with _without_partial_torch():
-            found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # The library raises whatever its files make it raise.
-        if is_out_of_memory(error):
-            raise
-        reason = printable(first_line(error))
-        raise DataError(f"{named(str(folder))} cannot be loaded ({reason}): save the data set again.") from error
-    by_split = found if isinstance(found, Mapping) else {"train": found}
-    return _of_library(named(folder.name, 100), str(folder), by_split, columns, wanted)
-
-
-def _read_hub(name: str, columns: Columns, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
-    return _of_library(named(name, 100), name, _load_from_hub(name, {}), columns, wanted)
-
-
 def _of_library(
     label: str, name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]
-) -> dict[str, list[RowGroup]]:
+) -> Splits:
     """Rows of the ``datasets`` library; ``name`` is what the user calls the data set, ``label`` what rows do."""
     picked = pick_splits(by_split)
     if not picked:
@@ -128,32 +113,52 @@ def _of_library(
             "with path: and train_split:."
         )
     splits = {}
-    for split in set(wanted) & set(picked):
-        where = f"{label} {named(picked[split], 100)}"
+    for split in (split for split in wanted if split in picked):
+        where = f"{named(label, 100)} {named(picked[split], 100)}"
         splits[split] = [RowGroup(where, _library_rows(name, by_split[picked[split]], where), columns)]
     return splits
 
 
-def _read_entries(settings: Any, wanted: Collection[str]) -> dict[str, list[RowGroup]]:
+def _read_entries(settings: Any, wanted: Collection[str]) -> Splits:
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
     entries = settings.hf_dataset
-    carve = bool(getattr(settings, "valid_fraction", 0))
-    splits: dict[str, list[RowGroup]] = {split: [] for split in wanted}
+    carve = bool(getattr(settings, "valid_fraction", 0))  # which takes rows of the training set
+    splits: Splits = {split: [] for split in wanted}
     for entry in [entries] if isinstance(entries, Mapping) else entries:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
-        options = _options_of(entry)
+        _check_entry(entry)
+        config = entry.get("config") or {}
+        options = {"name": config} if isinstance(config, str) else dict(config)
         columns = Columns.from_settings(settings, entry)
-        names = _splits_of(entry, carve)
+        names = {
+            "train": entry.get("train_split", "train" if carve else DEFAULT_TRAIN_SPLIT),
+            "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
+            "test": entry.get("test_split"),
+        }
         label = " ".join([entry["path"], *([options["name"]] if isinstance(options.get("name"), str) else [])])
-        for split in splits:
+        for split, groups in splits.items():
             if names[split] is None:
                 continue
-            where = _unlike(named(f"{label} {names[split]}", 100), (group.name for group in splits[split]))
-            found = _load_split(entry["path"], options, str(names[split]))
-            rows = _library_rows(entry["path"], found, where)
-            splits[split].append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
+            name = named(f"{label} {names[split]}", 100)
+            numbered_names = (name, *(f"{name} ({number})" for number in range(2, len(groups) + 2)))
+            where = next(new for new in numbered_names if new not in [group.name for group in groups])
+            rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
+            groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
     return splits
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise DataError where an ``hf_dataset`` entry, which apps give unchecked, is of the wrong kind."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
+    config = entry.get("config")
+    if config and not isinstance(config, str | Mapping):
+        raise DataError(f"hf_dataset has an entry with config {shown(config)}: write the name of a configuration.")
+    for key in ("train_split", "valid_split", "test_split"):
+        if not isinstance(entry.get(key), str | None):
+            raise DataError(
+                f"hf_dataset has an entry with {key} {shown(entry[key])}: write the name of a split, such as "
+                "train[:80%]."
+            )
 
 
 def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
@@ -165,22 +170,6 @@ def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
     return rows.select(part) if part else []
 
 
-def _splits_of(entry: Mapping[str, Any], carve: bool) -> dict[str, str | None]:
-    """What an ``hf_dataset`` entry reads for each split; all training rows where ``carve`` will take some of them."""
-    names = {
-        "train": entry.get("train_split", "train" if carve else DEFAULT_TRAIN_SPLIT),
-        "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
-        "test": entry.get("test_split"),
-    }
-    for split, name in names.items():
-        if name is not None and not isinstance(name, str):
-            raise DataError(
-                f"hf_dataset has an entry with {split}_split {shown(name)}: write the name of a split, such as "
-                "train[:80%]."
-            )
-    return names
-
-
 def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, str | None], where: str) -> str:
     if split == "train" and names["train"] == DEFAULT_TRAIN_SPLIT and "train_split" not in entry:
         rest = "the rest is validated on" if names["valid"] == DEFAULT_VALID_SPLIT else "the rest is not used"
@@ -190,63 +179,46 @@ def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, st
     return ""
 
 
-def _unlike(name: str, others: Iterable[str]) -> str:
-    """Return ``name``, numbered where another group of rows has it already."""
-    others = set(others)
-    return next(new for new in (name, *(f"{name} ({number})" for number in range(2, 10**6))) if new not in others)
-
-
-def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config`` of an ``hf_dataset`` entry means as arguments of ``datasets.load_dataset``."""
-    config = entry.get("config") or {}
-    if isinstance(config, str):
-        return {"name": config}
-    if not isinstance(config, Mapping):
-        raise DataError(f"hf_dataset has an entry with config {shown(config)}: write the name of a configuration.")
-    return dict(config)
-
-
 def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
-    try:
-        with _without_partial_torch():
+    with _library(f"the dataset {shown(name)} cannot be loaded", "check its settings"):
+        try:
             return datasets.load_dataset(name, **options)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(
-            f"no dataset {shown(name)} was found, neither as a local path nor on the Hugging Face hub: check data or "
-            "hf_dataset."
-        ) from error
-    except Exception as error:  # The library raises whatever its builders and the network raise.
-        if is_out_of_memory(error):
-            raise
-        reason = printable(first_line(error))
-        raise DataError(f"the dataset {shown(name)} cannot be loaded ({reason}): check its settings.") from error
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise DataError(
+                f"no dataset {shown(name)} was found, neither as a local path nor on the Hugging Face hub: check "
+                "data or hf_dataset."
+            ) from error
 
 
 def _library_rows(name: str, rows: Any, where: str) -> list[Row]:
-    try:
-        with _without_partial_torch():
-            return numbered(rows, where)
-    except Exception as error:  # Images and the like are decoded only now, by whatever library is there.
-        if is_out_of_memory(error):
-            raise
-        reason = printable(first_line(error))
-        raise DataError(f"a row of the dataset {shown(name)} cannot be read ({reason}): check its columns.") from error
+    # Images and the like are decoded only now, by whatever library is there.
+    with _library(f"a row of the dataset {shown(name)} cannot be read", "check its columns"):
+        return numbered(rows, where)
 
 
 @contextmanager
-def _without_partial_torch() -> Iterator[None]:
-    """Hide a ``torch`` that is no PyTorch, but which ``datasets`` would take for it, until the context ends."""
+def _library(failure: str, advice: str) -> Iterator[None]:
+    """The ``datasets`` library at work, whose builders, network and decoders may raise anything.
+
+    A ``torch`` that is no PyTorch, which the library would take for it, is hidden meanwhile.
+    """
     torch = sys.modules.get("torch")
-    if torch is None or hasattr(torch, "Tensor"):
-        yield
-        return
-    del sys.modules["torch"]
+    partial = {"torch": torch} if torch is not None and not hasattr(torch, "Tensor") else {}
+    for name in partial:
+        del sys.modules[name]
     try:
         yield
+    except DataError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{failure} ({printable(first_line(error))}): {advice}.") from error
     finally:
-        sys.modules.setdefault("torch", torch)
+        for name, module in partial.items():
+            sys.modules.setdefault(name, module)
 
 
 def _looks_like_path(name: str) -> bool:

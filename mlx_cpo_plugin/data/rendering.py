@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer, common_start
-from mlx_cpo_plugin.data.formats import EMPTY_ANSWER, Conversation
 from mlx_cpo_plugin.data.messages import Message, UnusableRow, shared_messages, split_system
+from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, Conversation
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, common_start
 
 # A private-use character, which no template knows: it shows where the content of a message is rendered.
 _STAND_IN = "\ue000"
@@ -17,8 +17,7 @@ NOT_LOCATED = "the chat template does not show where an answer starts and ends"
 CALL_LEFT_OUT = "the chat template leaves out the tool calls of an answer"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Characters ``start`` to ``end`` of a text, which hold one answer.
 
     ``start`` is where generation would start, ``end`` the end of the turn, or of its content where
@@ -31,8 +30,7 @@ class Span:
     said_until: int = 0
 
 
-@dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """One side as text.
 
     Attributes:
@@ -48,8 +46,7 @@ class Rendering:
     fits: bool
 
 
-@dataclass(frozen=True)
-class _Start:
+class _Start(NamedTuple):
     """Where generation starts, and whether a whole generation prompt stands before it."""
 
     character: int
@@ -72,7 +69,8 @@ def render(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rend
             return sides
         except UnusableRow as error:
             failure = failure or error
-    raise failure or UnusableRow(NOT_LOCATED)
+    assert failure is not None
+    raise failure
 
 
 def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
@@ -91,12 +89,10 @@ def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
 def _system_forms(row: Conversation) -> Iterator[Conversation]:
     """The row itself, with one system message at most, and with none: all in order at the next user message."""
     yield row
-    if any(message["role"] == "system" for message in (*row.chosen, *row.rejected)):
-        for keep_first in (True, False):
-            chosen, rejected = _fold_system(row.chosen, keep_first), _fold_system(row.rejected, keep_first)
-            shared = shared_messages(chosen, rejected)
-            if (chosen, rejected) != (row.chosen, row.rejected):
-                yield replace(row, chosen=chosen, rejected=rejected, shared=shared)
+    for keep_first in (True, False):
+        chosen, rejected = _fold_system(row.chosen, keep_first), _fold_system(row.rejected, keep_first)
+        if (chosen, rejected) != (row.chosen, row.rejected):
+            yield replace(row, chosen=chosen, rejected=rejected, shared=shared_messages(chosen, rejected))
 
 
 def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
@@ -110,16 +106,20 @@ def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
     if keep_first and waiting:
         folded.append({**leading[0], "content": "\n\n".join(waiting)})
         waiting = []
+    last_user = None
     for message in rest:
         if message["role"] == "system":
             waiting.append(message["content"])
             continue
         if message["role"] == "user":
+            last_user = len(folded)
             message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
             waiting = []
-        elif waiting and any(earlier["role"] == "user" for earlier in folded):
-            last = max(i for i, earlier in enumerate(folded) if earlier["role"] == "user")
-            folded[last] = {**folded[last], "content": "\n\n".join([folded[last]["content"], *waiting])}
+        elif waiting and last_user is not None:
+            folded[last_user] = {
+                **folded[last_user],
+                "content": "\n\n".join([folded[last_user]["content"], *waiting]),
+            }
             waiting = []
         folded.append(message)
     return folded if not waiting else messages
@@ -167,24 +167,22 @@ def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenize
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
     """Both sides under the template variant whose generation prompt fits and leaves least to the answers."""
-    best: tuple[Rendering, Rendering] | None = None
+    found = []
     failure = UnusableRow(NOT_LOCATED)
     for variant in tokenizer.template_variants(row.template_kwargs):
         try:
-            sides = _Renderer(row, tokenizer, variant).sides()
+            found.append(_Renderer(row, tokenizer, variant).sides())
         except UnusableRow as error:
             failure = error
-            continue
-        if best is None or _preference(sides) > _preference(best):
-            best = sides
-    if best is None:
+    if not found:
         raise failure
-    return best
-
-
-def _preference(sides: tuple[Rendering, Rendering]) -> tuple[bool, int]:
-    left_to_answers = sum(len(side.text) - side.answers[0].start for side in sides)
-    return all(side.fits for side in sides), -left_to_answers
+    return max(
+        found,
+        key=lambda sides: (
+            all(side.fits for side in sides),
+            -sum(len(side.text) - side.answers[0].start for side in sides),
+        ),
+    )
 
 
 class _Renderer:
@@ -209,11 +207,10 @@ class _Renderer:
                 continue
             start = first if first and i == self._row.shared else self._start(i, (messages, text))
             fits = fits and start.fits
-            answer = self._answer(messages, i, text, start.character)
-            for call in messages[i].get("tool_calls", ()):
-                if call["function"]["name"] not in text[answer.start : answer.end]:
-                    raise UnusableRow(CALL_LEFT_OUT)
-            answers.append(answer)
+            answers.append(self._answer(messages, i, text, start.character))
+            said = text[answers[-1].start : answers[-1].end]
+            if any(call["function"]["name"] not in said for call in messages[i].get("tool_calls", ())):
+                raise UnusableRow(CALL_LEFT_OUT)
         return Rendering(text, answers, messages[-1]["content"], fits)
 
     def _start(self, i: int, *sides: tuple[list[Message], str]) -> _Start:
@@ -248,13 +245,12 @@ class _Renderer:
             prompt = ""
         if prompt and all(text.startswith(prompt) for text in texts):
             return _Start(len(prompt), True)
-        starts = set()
+        starts, begins = [], row.partial.strip()
         for messages, text in sides:
             content = self._content(messages, row.shared, text)[0]
-            begins = row.partial.strip()
             if content is None or not text[content:].lstrip().startswith(begins):
                 raise UnusableRow(NOT_LOCATED)
-            starts.add(text.index(begins, content) + len(begins))
+            starts.append(text.index(begins, content) + len(begins))
         return _Start(min(starts), False)
 
     def _generation_prompts(self, messages: list[Message]) -> list[str]:

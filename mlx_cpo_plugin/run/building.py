@@ -22,7 +22,7 @@ from mlx_lm_lora.visuals import Colors, print_info
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
-from mlx_cpo_plugin.data.encoding import read_template
+from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings

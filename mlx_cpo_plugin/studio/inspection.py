@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx_cpo_plugin.commands.check import run_check, scored_runs
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.settings.config import resolve

@@ -97,13 +97,14 @@ def test_the_report_counts_what_was_cut_and_how_long_the_parts_are(tmp_path):
     items = [*rows(2), {"prompt": "cat " * 40, "chosen": "Yes.", "rejected": "No."}]
     items.append({"prompt": "Who?", "chosen": "dog " * 40, "rejected": "No."})
 
-    report = load(write(tmp_path / "train.jsonl", items), max_seq_length=32)[0].report
+    file = write(tmp_path / "train.jsonl", items)
+    report, whole = (load(file, max_seq_length=length)[0].report for length in (32, 512))
 
     assert (report.prompts_cut, report.answers_cut) == (1, 1)
     assert report.summary() == "Train: 4 rows, 4 pairs, prompt cut in 1, answer cut in 1."
     assert report.lengths["prompt"][3] + report.lengths["chosen"][3] == 32
-    assert report.whole_lengths["chosen"][3] > 32
-    assert report.whole_lengths["prompt"][2] > report.lengths["prompt"][2]
+    assert whole.lengths["chosen"][3] > 32
+    assert whole.lengths["prompt"][2] > report.lengths["prompt"][2]
     assert report.lengths["prompt"][2] + report.lengths["chosen"][2] <= 32
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from support.data_tokenizers import CHATML, make_tokenizer, tokenizer_named
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import Columns, PlainText, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow, decode_messages
-from mlx_cpo_plugin.data.tokenization import tokenize
+from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import tokenize
 
 
 def user(content, **more):

@@ -180,7 +180,7 @@ def test_a_module_that_only_looks_like_torch_is_put_back(
     stub = ModuleType("torch")
     monkeypatch.setitem(sys.modules, "torch", stub)
 
-    with ending(error), reading._without_partial_torch():
+    with ending(error), reading._library("it cannot be loaded", "load it again"):
         assert "torch" not in sys.modules
         if error is not None:
             raise error

@@ -10,9 +10,9 @@ from mlx_lm_lora.chat_template import ensure_chat_template
 from support.data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_named
 from tokenizers import normalizers
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer, read_template
-from mlx_cpo_plugin.data.formats import Columns, parse_row
-from mlx_cpo_plugin.data.tokenization import prompt_tokens, tokenize
+from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
+from mlx_cpo_plugin.data.tokens import prompt_tokens, tokenize
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.state import check_identity
 

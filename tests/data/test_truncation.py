@@ -6,12 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.data_tokenizers import tokenizer_named
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import Columns, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.tokenization import tokenize
-from mlx_cpo_plugin.data.truncation import PROMPT_SHARE, Lengths, OverlongRow, fit, truncate
+from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import PROMPT_SHARE, OverlongRow, fit, tokenize, truncate
 from mlx_cpo_plugin.errors import DataError
 
 BOS = 1
@@ -145,14 +144,14 @@ def test_the_oldest_turns_go_first_and_what_is_left_is_a_conversation():
     assert seen[:3] == [rendered([SYSTEM, *TURNS[first:]]) for first in (0, 2, 4)]
 
 
-def test_the_lengths_before_the_cut_are_kept():
+def test_a_conversation_says_what_was_cut():
     whole, _ = fitted([SYSTEM, *TURNS], 10_000)
 
     cut, _ = fitted([SYSTEM, *TURNS], whole.pair.length - 1)
 
-    assert cut.whole == whole.whole == Lengths.of(whole.pair)
+    assert (whole.prompt_cut, whole.answer_cut) == (False, False)
     assert (cut.prompt_cut, cut.answer_cut) == (True, False)
-    assert len(cut.pair.prompt) < cut.whole.prompt
+    assert len(cut.pair.prompt) < len(whole.pair.prompt)
 
 
 @pytest.mark.parametrize("kind", ["chatml", "headers", "no_system", "thinking", "mode_in_system"])

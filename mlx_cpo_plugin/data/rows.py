@@ -1,9 +1,9 @@
-"""One raw row to a conversation or to plain text, told apart row by row."""
+"""A raw row to a conversation or to plain text, told apart row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_cpo_plugin.data.messages import (
@@ -19,8 +19,7 @@ from mlx_cpo_plugin.data.messages import (
     shared_messages,
     split_system,
 )
-from mlx_cpo_plugin.errors import DataError
-from mlx_cpo_plugin.wording import named, shown
+from mlx_cpo_plugin.errors import DataError, named, shown
 
 AUTO = "auto"
 # Column names under which the parts of a preference are published, the commonest first.
@@ -52,14 +51,12 @@ EMPTY_ANSWER = "an answer is empty"
 EMPTY_PROMPT = "the prompt is empty"
 NO_PROMPT = "there is no prompt before the answers"
 NOT_FROM_ASSISTANT = "an answer does not end with an assistant message"
-
 TWO_QUESTIONS = "the answers begin with a question that is not the prompt's"
 TWO_ANSWERS = "the prompt ends with an answer that is neither of the two"
 
 # Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
 _TASKS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation", "messages")
-_SPEAKERS = ("user", "assistant")
 _COLUMNS_SHOWN = 12
 
 
@@ -78,21 +75,19 @@ class Columns:
     @classmethod
     def from_settings(cls, settings: Any, overrides: Mapping[str, Any] | None = None) -> Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
-        names = {}
-        for part in ALIASES:
-            key = f"{part}_feature"
-            names[part] = str((overrides or {}).get(key) or getattr(settings, key, None) or AUTO)
-        return cls(**names)
+        keys = {part: f"{part}_feature" for part in ALIASES}
+        given = overrides or {}
+        return cls(**{part: str(given.get(key) or getattr(settings, key, None) or AUTO) for part, key in keys.items()})
 
-    def check(self, rows: Iterable[Any], where: str) -> None:
-        """Raise DataError, with the columns found, where the rows cannot have what is asked for."""
+    def check(self, rows: Sequence[Any], where: str) -> None:
+        """Raise DataError, with the columns found, where there are rows, but none has what is asked for."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
         more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
         names = ", ".join(named(name, 60) for name in found[:_COLUMNS_SHOWN])
         listed = f"one of the columns found ({names or 'none'}{more})"
-        for part, aliases in ALIASES.items():
+        for part, aliases in ALIASES.items() if rows else ():
             name = getattr(self, part)
-            missing = [column for column in _parts(name, part, found) if column not in found]
+            missing = [column for column in _columns_in(name, part, found) if column not in found]
             if name != AUTO and missing:
                 raise DataError(f"{where} has no column {shown(missing[0])}, which {part}_feature names: use {listed}.")
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
@@ -105,24 +100,16 @@ class Columns:
         """
         name = getattr(self, part)
         if name != AUTO:
-            parts = [row.get(column) for column in _parts(name, part, row)]
-            texts = [text for text in parts if isinstance(text, str) and text.strip()]
-            return name, "\n".join(texts) if len(texts) > 1 else next(iter(texts), parts[0])
+            values = [row.get(column) for column in _columns_in(name, part, row)]
+            texts = [text for text in values if isinstance(text, str) and text.strip()]
+            return name, "\n".join(texts) if len(texts) > 1 else next(iter(texts), values[0])
         there = [alias for alias in ALIASES[part] if not is_null(row.get(alias))]
         telling = [alias for alias in there if part in ("prompt", "system") and not _is_blank(row[alias])]
         column = next(iter(telling or there), "")
         return column, row.get(column)
 
-    def value(self, row: Mapping[str, Any], part: str) -> Any:
-        """The row's value for ``part``, None where it has none."""
-        return self.find(row, part)[1]
 
-    def holds_prompts(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row's prompt is surely that, and no whole conversation."""
-        return self.prompt != AUTO or self.find(row, "prompt")[0] not in _CONVERSATIONS
-
-
-def _parts(name: str, part: str, there: Iterable[str]) -> list[str]:
+def _columns_in(name: str, part: str, there: Iterable[str]) -> list[str]:
     """The columns that ``name`` stands for: itself, unless only its parts around each ``+`` may be there."""
     joins = part == "prompt" and "+" in name and name not in there
     return [column.strip() for column in name.split("+")] if joins else [name]
@@ -164,14 +151,14 @@ def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
     """
     if not isinstance(row, Mapping):
         raise UnusableRow("the row is not a JSON object")
-    chosen, rejected = (decode_messages(as_json(columns.value(row, part))) for part in ("chosen", "rejected"))
+    chosen, rejected = (decode_messages(as_json(columns.find(row, part)[1])) for part in ("chosen", "rejected"))
     for part, value in (("chosen", chosen), ("rejected", rejected)):
         if is_null(value):
             raise UnusableRow(f"the {part} answer is missing")
         if isinstance(value, str) and not value.strip():
             raise UnusableRow(EMPTY_ANSWER)
-    prompt, tools = _prompt_and_tools(row, columns)
-    system = _system_messages(columns.value(row, "system"))
+    prompt_column, prompt, tools = _prompt_and_tools(row, columns)
+    system = _system_messages(columns.find(row, "system")[1])
     template_kwargs = _template_kwargs(row)
 
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -184,36 +171,37 @@ def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
             if chosen == rejected:
                 raise UnusableRow(IDENTICAL)
             return PlainText(chosen, rejected)
-    answers = _answer_messages(chosen), _answer_messages(rejected)
-    if isinstance(prompt, str) and not prompt.strip() and not any(_has_user(answer) for answer in answers):
+    answers = [_answer_messages(answer) for answer in (chosen, rejected)]
+    speakers = {message["role"] for answer in answers for message in answer}
+    if isinstance(prompt, str) and not prompt.strip() and "user" not in speakers:
         raise UnusableRow(EMPTY_PROMPT)
-    before, sides, partial = _continue(_prompt_messages(prompt), answers, columns.holds_prompts(row))
-    sides = [_union(system, _join(before, side)) for side in sides]
-    return _conversation(sides[0], sides[1], Conversation([], [], 0, tools, template_kwargs, partial))
+    holds_prompts = columns.prompt != AUTO or prompt_column not in _CONVERSATIONS
+    before, answers, partial = _continue(_prompt_messages(prompt), answers, holds_prompts)
+    chosen, rejected = (_union(system, _join(before, answer)) for answer in answers)
+    _check_preference(chosen, rejected)
+    return Conversation(chosen, rejected, shared_messages(chosen, rejected), tools, template_kwargs, partial)
 
 
-def _conversation(chosen: list[Message], rejected: list[Message], row: Conversation) -> Conversation:
-    """``row`` with both sides, checked, and split from what they share."""
+def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
+    """Raise UnusableRow unless both sides answer a prompt, and differently."""
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant":
             raise UnusableRow(NOT_FROM_ASSISTANT)
     if chosen == rejected:
         raise UnusableRow(IDENTICAL)
-    limit = min(len(chosen), len(rejected)) - 1
-    alike = next((i for i in range(limit) if not same_message(chosen[i], rejected[i])), limit)
+    alike = shared_messages(chosen, rejected, same_message)
     for side in (chosen, rejected):
         if side[0]["role"] == "assistant" and not alike:
             raise UnusableRow(NO_PROMPT)
         for message in side[alike:]:
             if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
                 raise UnusableRow(EMPTY_ANSWER)
-    return replace(row, chosen=chosen, rejected=rejected, shared=shared_messages(chosen, rejected))
 
 
-def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, list[Any] | None]:
-    """The prompt as the row gives it, and the tools that the model may call."""
+def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[str, Any, list[Any] | None]:
+    """The prompt's column, the prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
-    prompt, tools = decode_messages(as_json(prompt)), as_json({"tools": row.get("tools")}).get("tools")
+    prompt, tools = decode_messages(as_json(prompt)), _value(row, "tools")
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
         prompt = decode_messages(prompt["messages"])
@@ -223,24 +211,28 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[Any, li
         tools = parse_json(tools)
         if isinstance(tools, str):
             raise UnusableRow("the tools are not valid JSON")
-    if tools and not isinstance(tools, list):
+    if not tools:
+        return column, prompt, None
+    if not isinstance(tools, list):
         raise UnusableRow("the tools are not a list")
-    return prompt, [parse_json(tool) for tool in tools] if tools else None
+    return column, prompt, [parse_json(tool) for tool in tools]
 
 
 def _with_material(task: str, row: Mapping[str, Any]) -> Any:
     """A task in Alpaca's style with what it is about, and with the turns before it."""
-    material, history = row.get("input"), as_json({"history": row.get("history")}).get("history") or []
+    material, history = row.get("input"), _value(row, "history")
     if isinstance(material, str) and material.strip() and material.strip() not in task:
         task = f"{task}\n{material}"
+    if not history:
+        return task
     if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
         raise UnusableRow("the history is not a list of questions with their answers")
-    before = [{"role": role, "content": text} for turns in history for role, text in zip(_SPEAKERS, turns, strict=True)]
-    return [*before, {"role": "user", "content": task}] if before else task
+    turns = [*(text for turn in history for text in turn), task]
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    values = parse_json(as_json(row.get("chat_template_kwargs")))
+    values = parse_json(_value(row, "chat_template_kwargs"))
     if is_null(values) or values == "":
         return {}
     if not isinstance(values, dict):
@@ -251,12 +243,10 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 def _prompt_messages(prompt: Any) -> list[Message]:
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         return []
-    if isinstance(prompt, str):
-        dialogue = parse_dialogue(prompt)
-        if dialogue is None:
-            return [{"role": "user", "content": prompt}]
-        return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue
-    return parse_messages(prompt)
+    if not isinstance(prompt, str):
+        return parse_messages(prompt)
+    dialogue = parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
+    return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue
 
 
 def _answer_messages(answer: Any) -> list[Message]:
@@ -278,10 +268,6 @@ def _system_messages(system: Any) -> list[Message]:
     if not isinstance(system, str):
         raise UnusableRow("the system message is not text")
     return [{"role": "system", "content": system}]
-
-
-def _has_user(messages: list[Message]) -> bool:
-    return any(message["role"] == "user" for message in messages)
 
 
 def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:
@@ -327,11 +313,7 @@ def _union(system: list[Message], messages: list[Message]) -> list[Message]:
 
 
 def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """Prompt and answer as one conversation, without the turns that the answer's list holds already.
-
-    Raises:
-        UnusableRow: the answer begins with a question that is not the prompt's.
-    """
+    """Prompt and answer as one conversation, without the turns that the answer's list holds already."""
     prompt_system, prompt_turns = split_system(prompt)
     side_system, side_turns = split_system(side)
     system = _union(prompt_system, side_system)
@@ -343,15 +325,17 @@ def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
         if any(same_message(message, question) for message in side_turns for question in asked):
             return system + side_turns
         if prompt_turns[-1]["role"] == "user":
-            if len(prompt_turns) == 1 and _is_part(prompt_turns[0], side_turns):
+            # A single question may be part of a longer one in the answer's list.
+            said = [message["content"] for message in side_turns if message["role"] == "user"]
+            if len(prompt_turns) == 1 and any(prompt_turns[0]["content"].strip() in text for text in said):
                 return system + side_turns
             raise UnusableRow(TWO_QUESTIONS)
     return system + prompt_turns + side_turns
 
 
-def _is_part(question: Message, messages: list[Message]) -> bool:
-    """Whether a user message says the question and something beside it."""
-    return any(message["role"] == "user" and question["content"].strip() in message["content"] for message in messages)
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    return None if is_null(value) else as_json(value)
 
 
 def _is_blank(value: Any) -> bool:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import random
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
+from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
-from mlx_cpo_plugin.data.template_inputs import inputs_held_at
-from mlx_cpo_plugin.errors import ConfigError, first_line
-from mlx_cpo_plugin.wording import printable, shown
+from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
 
 TokenIds = NDArray[np.int32]
 
@@ -26,6 +28,9 @@ TokenIds = NDArray[np.int32]
 _SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, 敏捷的棕色狐狸 🦊\n\tdef f(x):\n"
 # Text that a tokenizer which rewrites its input would encode differently when asked for offsets.
 _PROBE = "a b\n<n>\n\nc"
+_LOCK = RLock()
+# Templates are told the same time as long as the process lives.
+_STARTED = datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ class ChatTokenizer:
         tokenizer: either of the two.
         chat_template: Jinja text to use in place of the tokenizer's own template.
         template_kwargs: arguments of the template, such as ``enable_thinking``.
-        now: the time that a template is told; by default that of the first tokenizer of this process.
+        now: the time that a template is told; by default that at which the process began to read.
 
     Attributes:
         bos_id, eos_id: the tokenizer's own; None where it has none.
         end_ids: the tokens that end generation.
         special_ids: the tokens that can close a turn: ``end_ids`` and every other special one but BOS and unknown.
+        always_opens_answer: whether the template ends with the header of the next answer even where none is asked for.
     """
 
     def __init__(
@@ -82,46 +88,40 @@ class ChatTokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         now: datetime | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
         wrapped = hasattr(type(tokenizer), "eos_token_ids")
         self._inner = tokenizer._tokenizer if wrapped else tokenizer
         self.bos_id: int | None = self._inner.bos_token_id
         self.eos_id: int | None = self._inner.eos_token_id
         ends = set(tokenizer.eos_token_ids) if wrapped else set()
-        self.end_ids: frozenset[int] = frozenset(ends | ({self.eos_id} if self.eos_id is not None else set()))
+        self.end_ids: frozenset[int] = frozenset((ends | {self.eos_id}) - {None})
         added = getattr(self._inner, "added_tokens_decoder", {})
         special = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
         special = (special | set(self._inner.all_special_ids)) - {self.bos_id, self._inner.unk_token_id}
         self.special_ids: frozenset[int] = frozenset(special) | self.end_ids
-        self._end_texts = [str(self._inner.convert_ids_to_tokens(token_id)) for token_id in sorted(self.end_ids)]
-        self._end_id_of = dict(zip(self._end_texts, sorted(self.end_ids), strict=True))
-        self._has_offsets = self._can_give_offsets()
-        self._prepare_template(chat_template, template_kwargs or {}, now or process_start())
-
-    def _prepare_template(self, chat_template: str | None, kwargs: Mapping[str, Any], now: datetime) -> None:
-        own = getattr(self._inner, "chat_template", None)
-        self.has_chat_template = bool(getattr(self._tokenizer, "has_chat_template", False) or own or chat_template)
-        self._thinks = bool(getattr(self._tokenizer, "has_thinking", False)) or "enable_thinking" in str(
-            chat_template or own
+        self._end_ids = {str(self._inner.convert_ids_to_tokens(end)): end for end in sorted(self.end_ids)}
+        self._has_offsets = bool(getattr(self._inner, "is_fast", False)) and (
+            self._inner(_PROBE, add_special_tokens=False)["input_ids"]
+            == self._inner.encode(_PROBE, add_special_tokens=False)
         )
-        self._thinking_keys = {"enable_thinking", getattr(self._tokenizer, "_thinking_kwarg", "enable_thinking")}
-        self._template_kwargs = dict(kwargs)
-        self._now = now
+
+        own = getattr(self._inner, "chat_template", None)
+        self.has_chat_template = bool(getattr(tokenizer, "has_chat_template", False) or own or chat_template)
+        self._thinks = getattr(tokenizer, "has_thinking", False) or "enable_thinking" in str(chat_template or own)
+        self._thinking_keys = {"enable_thinking", getattr(tokenizer, "_thinking_kwarg", "enable_thinking")}
+        self._template_kwargs = dict(template_kwargs or {})
+        self._now = now or _STARTED
         # A template of Python code in the wrapper would go before the one that is given.
-        by_code = chat_template and getattr(self._tokenizer, "_chat_template", None) is not None
-        self._renders = self._inner if by_code else self._tokenizer
+        by_code = chat_template and getattr(tokenizer, "_chat_template", None) is not None
+        self._renders = self._inner if by_code else tokenizer
         self._given_template = {"chat_template": chat_template} if chat_template else {}
         # mlx-lm puts the tokenizer's BOS before the prompts of a model without a template.
-        self._puts_bos = not chat_template and _is_fallback(own) and self._begins_with_bos()
+        starts_with_bos = self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
+        self._puts_bos = not chat_template and starts_with_bos and _is_fallback(own)
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
 
     @classmethod
     def from_settings(cls, tokenizer: Any, settings: Any) -> ChatTokenizer:
-        """The tokenizer under ``chat_template`` and ``chat_template_kwargs`` of a run, at the time when it began.
-
-        Raises:
-            ConfigError: ``chat_template`` names a file that cannot be read.
-        """
+        """The tokenizer under ``chat_template`` and ``chat_template_kwargs`` of a run, at the time when it began."""
         return cls(
             tokenizer,
             read_template(getattr(settings, "chat_template", None)),
@@ -132,8 +132,7 @@ class ChatTokenizer:
     def template_variants(self, row_kwargs: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any], ...]:
         """Template arguments to try: thinking templates need to be told when an answer has no thoughts.
 
-        Args:
-            row_kwargs: a row's own arguments, which go before those of the run.
+        A row's own arguments, ``row_kwargs``, go before those of the run.
         """
         kwargs = {**self._template_kwargs, **(row_kwargs or {})}
         if not self._thinks or self._thinking_keys & set(kwargs):
@@ -146,21 +145,22 @@ class ChatTokenizer:
         tools: list[Any] | None,
         add_generation_prompt: bool = False,
         variant: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
+        **kwargs: Any,
     ) -> str:
-        """The text of ``messages`` under the chat template; with ``continue_final_message`` the last one stays open.
+        """The text of ``messages`` under the chat template.
+
+        Args:
+            variant, kwargs: arguments of the template, and further ones of ``apply_chat_template``.
 
         Raises:
-            UnusableRow: the template refuses the messages.
+            UnusableRow: there is no template, or it refuses the messages.
         """
         if not self.has_chat_template:
             raise UnusableRow("the tokenizer has no chat template")
-        kwargs = {**self._given_template, **(variant or {})}
-        if continue_final_message:
-            kwargs["continue_final_message"] = True
+        kwargs = {**self._given_template, **(variant or {}), **kwargs}
         try:
             # Templates are code from elsewhere: they may change what they are given, and raise anything.
-            with inputs_held_at(self._now):
+            with _inputs_held_at(self._now):
                 return str(
                     self._renders.apply_chat_template(
                         [dict(message) for message in messages],
@@ -195,14 +195,16 @@ class ChatTokenizer:
         _check_unicode(text)
         if self._has_offsets:
             encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids, offsets = as_ids(encoding["input_ids"]), encoding["offset_mapping"]
-            if self._lacks_bos(ids):
-                ids, offsets = as_ids([self.bos_id, *ids]), [(0, 0), *offsets]
-            # Tokens of one character's bytes share its place; a token without text gets that of the one before.
-            starts, ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)).T
-            return EncodedText(text, ids, starts, ends, self)
-        ids = as_ids(self._inner.encode(text, add_special_tokens=False))
-        return EncodedText(text, as_ids([self.bos_id, *ids]) if self._lacks_bos(ids) else ids, None, None, self)
+            ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        else:
+            ids, offsets = self._inner.encode(text, add_special_tokens=False), None
+        if self._puts_bos and ids[:1] != [self.bos_id]:
+            ids, offsets = [self.bos_id, *ids], None if offsets is None else [(0, 0), *offsets]
+        if offsets is None:
+            return EncodedText(text, as_ids(ids), None, None, self)
+        # Tokens of one character's bytes share its place; a token without text gets that of the one before.
+        starts, ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64).reshape(-1, 2)).T
+        return EncodedText(text, as_ids(ids), starts, ends, self)
 
     def reads_alike(self, first: str, second: str) -> bool:
         """Whether two texts are the same tokens, as they may be in different Unicode forms."""
@@ -221,11 +223,7 @@ class ChatTokenizer:
         return text[max(start, 1) :]
 
     def encode_plain(self, text: str) -> TokenIds:
-        """Tokens of text that has no template: the tokenizer's BOS once in front, no end token.
-
-        Raises:
-            UnusableRow: the text is not Unicode.
-        """
+        """Tokens of text that has no template: the tokenizer's BOS once in front, no end token."""
         _check_unicode(text)
         ids = list(self._inner.encode(text))
         while len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
@@ -241,10 +239,10 @@ class ChatTokenizer:
             stop = kept
             while stop and text[stop - 1].isspace():
                 stop -= 1
-            spelled = next((end for end in self._end_texts if end and text.endswith(end, 0, stop)), None)
+            spelled = next((end for end in self._end_ids if end and text.endswith(end, 0, stop)), None)
             if spelled is None:
                 return text[:kept], end_id
-            kept, end_id = stop - len(spelled), self._end_id_of[spelled]
+            kept, end_id = stop - len(spelled), self._end_ids[spelled]
 
     def is_blank(self, token_id: int) -> bool:
         """Whether a token is only white space."""
@@ -254,14 +252,7 @@ class ChatTokenizer:
         """Text of ``ids``, special tokens included."""
         return str(self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
 
-    def _lacks_bos(self, ids: TokenIds) -> bool:
-        return self._puts_bos and (not len(ids) or int(ids[0]) != self.bos_id)
-
-    def _begins_with_bos(self) -> bool:
-        return self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
-
     def _always_opens_answer(self) -> bool:
-        """Whether the template ends with the header of the next answer even where none is asked for."""
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
         try:
             kwargs = self.template_variants()[0]
@@ -271,13 +262,6 @@ class ChatTokenizer:
             return False
         ending = common_start([text[::-1] for text in texts])
         return asked == texts[0] and bool(texts[0][len(texts[0]) - ending :].strip())
-
-    def _can_give_offsets(self) -> bool:
-        if not getattr(self._inner, "is_fast", False):
-            return False
-        return self._inner(_PROBE, add_special_tokens=False)["input_ids"] == self._inner.encode(
-            _PROBE, add_special_tokens=False
-        )
 
 
 def read_template(given: str | None) -> str | None:
@@ -307,10 +291,26 @@ def _is_fallback(template: Any) -> bool:
     return bool(template == DEFAULT_CHAT_TEMPLATE)
 
 
-@cache
-def process_start() -> datetime:
-    """The time at which this was asked for first: templates are told the same one as long as the process lives."""
-    return datetime.now(UTC)
+@contextmanager
+def _inputs_held_at(now: datetime) -> Iterator[None]:
+    """Within it, ``strftime_now`` of templates tells ``now``, and what they draw by chance is always the same.
+
+    `transformers` gives templates its own ``datetime``, and nothing to replace it by; where it has none, time goes on.
+    """
+    from transformers.utils import chat_template_utils  # costly, and there before any tokenizer
+
+    names = vars(chat_template_utils)
+    with _LOCK:
+        clock, chance = names.get("datetime"), random.getstate()
+        try:
+            if clock is not None:
+                names["datetime"] = SimpleNamespace(now=lambda *_: now)
+            random.seed(0)
+            yield
+        finally:
+            random.setstate(chance)
+            if clock is not None:
+                names["datetime"] = clock
 
 
 def _check_unicode(text: str) -> None:
@@ -326,14 +326,13 @@ def as_ids(ids: Any) -> TokenIds:
     return np.asarray(ids, dtype=np.int32).reshape(-1)
 
 
-def common_prefix(first: TokenIds, second: TokenIds, limit: int | None = None) -> int:
-    """How many leading tokens both share, ``limit`` at most."""
-    size = min(len(first), len(second)) if limit is None else min(len(first), len(second), limit)
+def common_prefix(first: TokenIds, second: TokenIds) -> int:
+    """How many leading tokens both share."""
+    size = min(len(first), len(second))
     different = np.flatnonzero(first[:size] != second[:size])
     return int(different[0]) if len(different) else size
 
 
 def common_start(texts: Sequence[str]) -> int:
     """How many leading characters all ``texts`` have in common."""
-    first, last = min(texts), max(texts)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - characters are meant, not parts of paths

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_cpo_plugin.data.formats import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow, parse_dialogue
+from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.errors import DataError
 
 

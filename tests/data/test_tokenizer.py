@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import NewlineTokenizer
 from support.data_tokenizers import tokenizer_named
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
 from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 
 
 @pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "no offsets"])

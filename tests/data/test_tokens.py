@@ -6,10 +6,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.data_tokenizers import CHATML, THINKING, make_tokenizer, tokenizer_named
 
-from mlx_cpo_plugin.data.encoding import ChatTokenizer
-from mlx_cpo_plugin.data.formats import Columns, PlainText, parse_row
 from mlx_cpo_plugin.data.messages import UnusableRow
-from mlx_cpo_plugin.data.tokenization import tokenize
+from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import tokenize
 
 CLOSING_KINDS = ["chatml", "headers", "thinking", "open_thinking", "either_thinking", "no_system", "two_ends"]
 CHAT_KINDS = [*CLOSING_KINDS, "next_speaker", "bare", "no_end"]

@@ -1,0 +1,337 @@
+"""Rows to token pairs: what is prompt, what is answer, which tokens are scored, and what is cut to fit."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.messages import Message, UnusableRow, split_system
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.rendering import Rendering, render, share_what_renders_alike
+from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, IDENTICAL, Columns, Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
+from mlx_cpo_plugin.errors import DataError
+
+CUT, DROP, ERROR = OVERLONG = ("cut", "drop", "error")
+PROMPT_SHARE = 4
+"""A long answer leaves its prompt at least ``max_seq_length`` over this many tokens."""
+
+NOTHING_BEFORE = "nothing stands before the answers, and the tokenizer has neither a BOS nor an EOS token"
+NOTHING_SCORED = "no token of an answer is left to score"
+
+
+class OverlongRow(UnusableRow):
+    """A row that is left out since it is too long, as the settings ask for."""
+
+
+class Side(NamedTuple):
+    """One answer with everything before it.
+
+    Attributes:
+        ids: int32 [T].
+        scored: bool [T].
+    """
+
+    ids: TokenIds
+    scored: NDArray[np.bool_]
+
+
+class TruncatedPair(NamedTuple):
+    """A pair that fits, and which of its parts were cut for that."""
+
+    pair: PreferencePair
+    prompt_cut: bool = False
+    answer_cut: bool = False
+
+
+def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair:
+    """Turn one row into a pair in which exactly the answers' own tokens, end token included, are scored.
+
+    Where a token holds both the last characters of the prompt and the first of an answer, it is scored: the prompt
+    then ends one token earlier for both sides. Where the sides share no token at all, BOS (else EOS) is the prompt.
+
+    Raises:
+        UnusableRow: an answer is empty, both are the same, or the chat template does not take the messages.
+    """
+    if isinstance(row, PlainText):
+        chosen, rejected = _tokenize_texts(row, tokenizer)
+    else:
+        chosen, rejected = (_tokenize_side(side, tokenizer) for side in render(row, tokenizer))
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise UnusableRow(IDENTICAL)
+    if chosen.ids[0] != rejected.ids[0] or chosen.scored[0] or rejected.scored[0]:
+        context = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if context is None:
+            raise UnusableRow(NOTHING_BEFORE)
+        chosen, rejected = (
+            Side(np.append(as_ids([context]), side.ids), np.append(False, side.scored)) for side in (chosen, rejected)
+        )
+    return split_pair(chosen, rejected, source)
+
+
+def prompt_tokens(text: str, tokenizer: ChatTokenizer) -> TokenIds:
+    """Return the tokens, int32 [P], behind which a model answers ``text``: those of a row with that prompt."""
+    # Two answers that share nothing: what both sides have in common is then the prompt.
+    row = parse_row({"prompt": text, "chosen": "A", "rejected": "B"}, Columns())
+    return tokenize(row, tokenizer).prompt
+
+
+def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:
+    """Split two sides into their shared prompt and what follows it; scored tokens are never part of the prompt."""
+    if not chosen.scored.any() or not rejected.scored.any():
+        raise UnusableRow(NOTHING_SCORED)
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise UnusableRow(IDENTICAL)
+    first_scored = min(int(np.argmax(side.scored)) for side in (chosen, rejected))
+    size = common_prefix(chosen.ids[:first_scored], rejected.ids)
+    if not size:
+        raise UnusableRow(NOTHING_BEFORE)
+    return PreferencePair(
+        prompt=chosen.ids[:size],
+        chosen=chosen.ids[size:],
+        rejected=rejected.ids[size:],
+        chosen_scored=chosen.scored[size:],
+        rejected_scored=rejected.scored[size:],
+        source=source,
+    )
+
+
+def _tokenize_texts(row: PlainText, tokenizer: ChatTokenizer) -> tuple[Side, Side]:
+    """Both texts as they stand; what they share as tokens is the prompt."""
+    sides = []
+    for text in (row.chosen, row.rejected):
+        content, end_id = tokenizer.without_end(text)
+        if not content.strip():
+            raise UnusableRow(EMPTY_ANSWER)
+        ids = tokenizer.encode_plain(content)
+        end_id = tokenizer.eos_id if end_id is None else end_id
+        sides.append(ids if end_id is None else np.append(ids, as_ids([end_id])))
+    size = common_prefix(*sides)
+    chosen, rejected = (Side(ids, np.arange(len(ids)) >= size) for ids in sides)
+    return chosen, rejected
+
+
+def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
+    """The tokens up to the end of the last answer, and which of them are scored."""
+    encoded = tokenizer.encode(side.text)
+    tokens: list[int] = encoded.ids.tolist()
+    last = side.answers[-1]
+    first = encoded.tokens_before(last.start)
+    stop = _last_turn_end(tokens, encoded.tokens_covering(last.said_until), tokenizer)
+    if stop is not None:
+        ids = encoded.ids[:stop]
+    else:
+        text = side.text[: last.said_until] if tokenizer.always_opens_answer else _without_template_space(side)
+        ids = encoded.ids if text == side.text else tokenizer.encode(text).ids
+        if tokenizer.eos_id is not None:
+            ids = np.append(ids, as_ids([tokenizer.eos_id]))
+    scored = np.zeros(len(ids), dtype=np.bool_)
+    scored[first:] = True
+    for answer in side.answers[:-1]:
+        start, stop = encoded.tokens_before(answer.start), encoded.tokens_covering(answer.end)
+        closing = tokenizer.end_ids if answer.holds_turn_end else tokenizer.special_ids
+        scored[start : _turn_end(tokens, start, stop, closing, tokenizer)] = True
+    return Side(ids, scored)
+
+
+def _last_turn_end(tokens: list[int], said: int, tokenizer: ChatTokenizer) -> int | None:
+    """Where the last turn ends, all of which is said in the first ``said`` tokens: behind the first end token.
+
+    A template may go on behind it, with the header of a next answer. Where no token ends generation, the turn ends
+    with the special ones right behind it, or with the first of them if something is written behind those.
+    """
+    special = [i for i in range(said, len(tokens)) if tokens[i] in tokenizer.special_ids]
+    ending = [i for i in special if tokens[i] in tokenizer.end_ids]
+    if ending or not special:
+        return ending[0] + 1 if ending else None
+    behind = set(tokens[special[0] :]) - tokenizer.special_ids
+    written = tokenizer.always_opens_answer or not all(tokenizer.is_blank(token) for token in behind)
+    return special[0 if written else -1] + 1
+
+
+def _turn_end(tokens: list[int], start: int, stop: int, closing: frozenset[int], tokenizer: ChatTokenizer) -> int:
+    """Where the answer in tokens ``start`` to ``stop`` ends: behind the first end token after its text.
+
+    Without an end token it ends behind the last special one, or behind the one of the ``closing`` that follows the
+    answer: templates let the next turn's first token end the last one.
+    """
+    tail = stop
+    while tail > start and (tokens[tail - 1] in tokenizer.special_ids or tokenizer.is_blank(tokens[tail - 1])):
+        tail -= 1
+    special = [i for i in range(tail, stop) if tokens[i] in tokenizer.special_ids]
+    ending = [i for i in special if tokens[i] in tokenizer.end_ids]
+    if special:
+        return (ending[0] if ending else special[-1]) + 1
+    return stop + 1 if tokens[stop] in closing else stop
+
+
+def _without_template_space(side: Rendering) -> str:
+    """The text without the white space that the template, not the answer, puts at its end."""
+    text = side.text.rstrip()
+    own = side.last_content[len(side.last_content.rstrip()) :]
+    return text + own if side.text[len(text) :].startswith(own) else text
+
+
+def fit(
+    row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str, max_seq_length: int, overlong: str = CUT
+) -> TruncatedPair:
+    """Turn one row into a pair of at most ``max_seq_length`` tokens a side.
+
+    The prompt of a conversation loses its oldest turns first, then the beginnings of its longest messages; its system
+    message and last question stay, and so does all that the template writes. Plain text is cut as
+    :func:`truncate` does.
+
+    Raises:
+        DataError: the row is too long and ``overlong`` is ``error``.
+        UnusableRow: the row has no pair, or none that fits.
+    """
+    pair = tokenize(row, tokenizer, source)
+    whole = len(pair.prompt)
+    if pair.length <= max_seq_length:
+        return TruncatedPair(pair)
+    if overlong == ERROR:
+        raise DataError(
+            f"{source} has {pair.length} tokens, more than max_seq_length {max_seq_length}: raise max_seq_length, or "
+            "set overlong to cut or drop."
+        )
+    if overlong == DROP:
+        raise OverlongRow(f"longer than max_seq_length {max_seq_length}")
+    least = max_seq_length // PROMPT_SHARE
+    if isinstance(row, Conversation) and whole > least:
+        row = share_what_renders_alike(row, tokenizer)
+        least = min(least + _template_tokens(row, tokenizer), max_seq_length - least)
+        pair = _shorten_prompt(row, tokenizer, source, max_seq_length, least)
+    cut = truncate(pair, max_seq_length, tokenizer.bos_id, least)
+    return cut._replace(prompt_cut=len(cut.pair.prompt) < whole)
+
+
+def truncate(
+    pair: PreferencePair, max_seq_length: int, bos_id: int | None = None, least: int | None = None
+) -> TruncatedPair:
+    """Fit both sides into ``max_seq_length`` tokens, as tokens.
+
+    The prompt is cut from its left (a leading ``bos_id`` stays first) to what the longer answer leaves, but not below
+    ``least`` tokens, by default ``max_seq_length`` over :data:`PROMPT_SHARE`; answers that do not fit behind that are
+    cut at their end. Both sides keep the same prompt.
+
+    Raises:
+        DataError: ``max_seq_length`` is below 2.
+        UnusableRow: what is left is the same on both sides, or holds no scored token.
+    """
+    if max_seq_length < 2:
+        raise DataError(
+            f"max_seq_length is {max_seq_length}, but a prompt token and an answer token need 2: raise max_seq_length."
+        )
+    if pair.length <= max_seq_length:
+        return TruncatedPair(pair)
+    least = max_seq_length // PROMPT_SHARE if least is None else least
+    keep = min(len(pair.prompt), _prompt_room(pair, max_seq_length, least))
+    room = max_seq_length - keep
+    head = 1 if pair.prompt[0] == bos_id and keep < len(pair.prompt) else 0
+    cut = replace(
+        pair,
+        prompt=np.concatenate([pair.prompt[:head], pair.prompt[len(pair.prompt) - (keep - head) :]]),
+        chosen=pair.chosen[:room],
+        rejected=pair.rejected[:room],
+        chosen_scored=pair.chosen_scored[:room],
+        rejected_scored=pair.rejected_scored[:room],
+    )
+    if not cut.chosen_scored.any() or not cut.rejected_scored.any():
+        raise UnusableRow(f"{NOTHING_SCORED} within max_seq_length {max_seq_length}")
+    if np.array_equal(cut.chosen, cut.rejected):
+        raise UnusableRow(f"{IDENTICAL} within max_seq_length {max_seq_length}")
+    longest = max(len(pair.chosen), len(pair.rejected))
+    return TruncatedPair(cut, prompt_cut=keep < len(pair.prompt), answer_cut=longest > room)
+
+
+def _prompt_room(pair: PreferencePair, max_seq_length: int, least: int) -> int:
+    """Tokens that the prompt may have: what the longer answer leaves, and never less than ``least``."""
+    return max(max_seq_length - max(len(pair.chosen), len(pair.rejected)), least, 1)
+
+
+def _template_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
+    """Tokens of the prompt that no row's text makes shorter, once its oldest turns are gone."""
+    for shorter in reversed([row, *_without_oldest_turns(row)]):
+        empty = {i: "" for i, message in enumerate(shorter.chosen[: shorter.shared]) if message["role"] != "assistant"}
+        try:
+            return len(tokenize(_with_contents(shorter, empty), tokenizer).prompt)
+        except UnusableRow:  # the template does not take what is left
+            continue
+    return 0
+
+
+def _with_contents(row: Conversation, contents: dict[int, str]) -> Conversation:
+    """The row with other texts as the contents of shared messages, by their positions."""
+
+    def changed(side: list[Message]) -> list[Message]:
+        return [{**message, "content": contents.get(i, message["content"])} for i, message in enumerate(side)]
+
+    return replace(row, chosen=changed(row.chosen), rejected=changed(row.rejected))
+
+
+def _shorten_prompt(
+    row: Conversation, tokenizer: ChatTokenizer, source: str, max_seq_length: int, least: int
+) -> PreferencePair:
+    """The pair of the row with as much of its prompt as fits."""
+    shorter = [row, *_without_oldest_turns(row)]
+
+    @cache
+    def pair_of(turns: int) -> PreferencePair | None:
+        try:
+            return tokenize(shorter[turns], tokenizer, source)
+        except UnusableRow:  # the template does not take what is left
+            return None
+
+    def fits(turns: int) -> bool:
+        pair = pair_of(turns)
+        return pair is not None and len(pair.prompt) <= _prompt_room(pair, max_seq_length, least)
+
+    turns = bisect_left(range(len(shorter)), True, key=fits)
+    pair = pair_of(turns) if turns < len(shorter) else None
+    if pair is not None:
+        return pair
+    row = next((shorter[i] for i in reversed(range(len(shorter))) if pair_of(i) is not None), row)
+    while True:
+        pair = tokenize(row, tokenizer, source)
+        excess = len(pair.prompt) - _prompt_room(pair, max_seq_length, least)
+        if excess <= 0:
+            return pair
+        row = _with_shorter_messages(row, tokenizer, excess, max_seq_length)
+
+
+def _without_oldest_turns(row: Conversation) -> list[Conversation]:
+    """The row without its first turn, its first two, and so on; system messages and the last question stay."""
+    system, _ = split_system(row.chosen[: row.shared])
+    start = len(system)
+    shorter = []
+    for first in range(start + 1, row.shared + 1):
+        if row.chosen[first]["role"] == "user":
+            chosen, rejected = ([*side[:start], *side[first:]] for side in (row.chosen, row.rejected))
+            shorter.append(replace(row, chosen=chosen, rejected=rejected, shared=start + row.shared - first))
+    return shorter
+
+
+def _with_shorter_messages(
+    row: Conversation, tokenizer: ChatTokenizer, excess: int, max_seq_length: int
+) -> Conversation:
+    """The row with ``excess`` tokens fewer at the beginnings of its longest shared messages that are no answers.
+
+    They are cut to one length, below which no message is cut.
+    """
+    texts = {i: m["content"] for i, m in enumerate(row.chosen[: row.shared]) if m["role"] != "assistant"}
+    sizes = {i: len(tokenizer.encode(text).ids) for i, text in texts.items() if text}
+    if not sizes:
+        raise UnusableRow(f"max_seq_length {max_seq_length} leaves no room beside what the chat template writes")
+    left = sum(sizes.values()) - excess
+    # The largest cap under which the messages have no more tokens than that.
+    caps = range(max(sizes.values()))
+    longest = max(bisect_right(caps, left, key=lambda cap: sum(min(size, cap) for size in sizes.values())) - 1, 0)
+    return _with_contents(
+        row,
+        {i: tokenizer.without_first_tokens(texts[i], size - longest) for i, size in sizes.items() if size > longest},
+    )
