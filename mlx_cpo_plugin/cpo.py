@@ -19,6 +19,7 @@ from mlx_cpo_plugin.types import LossType, TrainMode
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.data import PreferenceDataset
+    from mlx_cpo_plugin.settings.config import RunSettings
 
 
 @hookimpl
@@ -97,7 +98,7 @@ def register_loss_types() -> list[LossType]:
     ]
 
 
-def load_dataset(args: Any, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+def load_dataset(args: RunSettings, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
     """Read and tokenise the preference rows that ``args`` names: train, valid and test."""
     from mlx_cpo_plugin import data
 
@@ -109,7 +110,7 @@ def train(
     optimizer: Any,
     train_dataset: Sequence[Any],
     val_dataset: Sequence[Any],
-    args: Any,
+    args: RunSettings,
     adapter_file: Path,
     training_callback: Any = None,
 ) -> None:
@@ -129,7 +130,7 @@ def train(
     )
 
 
-def evaluate(model: Any, dataset: Sequence[Any], args: Any) -> Mapping[str, float]:
+def evaluate(model: Any, dataset: Sequence[Any], args: RunSettings) -> Mapping[str, float]:
     """Return loss, accuracies, margins and the other means over the pairs of ``dataset``."""
     from mlx_cpo_plugin.training.trainer import evaluate_cpo
 

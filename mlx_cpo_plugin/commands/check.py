@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin import cpo
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -19,19 +21,21 @@ from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
 from mlx_cpo_plugin.run.mode import adapter_file
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.memory_estimate import Way, estimated_memory
 from mlx_cpo_plugin.training.optimizer_step import in_float32
+from mlx_cpo_plugin.types import TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
-def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) -> None:
+def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = None, examples: int = 3) -> None:
     """Load tokenizer and data, and print what a training run would make of them.
 
     Args:
-        settings: as for :func:`mlx_cpo_plugin.data.load_dataset`, and for a training run;
-            every split that the data has is checked.
+        settings: of a training run; every split that the data has is checked.
+        mode: one that reads its rows otherwise than CPO gets them counted.
         stream: where to print; standard output by default.
         examples: pairs of the first split to show as text.
 
@@ -41,6 +45,9 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
     """
     stream = sys.stdout if stream is None else stream
     tokenizer = load_chat_tokenizer(settings.model)
+    if mode.load_dataset is not cpo.load_dataset:
+        _print_counts(mode.load_dataset(settings, tokenizer), settings, stream)
+        return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if not any(splits):
         raise DataError("the data holds no rows: check data or hf_dataset.")
@@ -50,7 +57,7 @@ def run_check(settings: Any, stream: TextIO | None = None, examples: int = 3) ->
         if dataset:
             _print_lengths(dataset, settings.max_seq_length, stream)
     if splits[0]:
-        _print_steps(splits[0], settings, stream)
+        _print_steps(*_iterations(splits[0], settings), settings, stream)
         for line in _memory_lines(splits[0], settings):
             print(line, file=stream)
     _print_examples(
@@ -77,19 +84,30 @@ def _figures(lengths: NDArray[np.int64]) -> str:
     return f"{median:>16.0f} {high:>8.0f} {lengths.max():>8}"
 
 
-def _print_steps(pairs: PreferenceDataset, settings: Any, stream: TextIO) -> None:
+def _print_counts(
+    splits: tuple[Sequence[Any], Sequence[Any], Sequence[Any]], settings: RunSettings, stream: TextIO
+) -> None:
+    for name, rows in zip(("Train", "Valid", "Test"), splits, strict=True):
+        print(f"{name}: {len(rows)} rows.", file=stream)
+    _print_steps(math.ceil(len(splits[0]) / settings.batch_size), f"batch_size {settings.batch_size}", settings, stream)
+
+
+def _iterations(pairs: PreferenceDataset, settings: RunSettings) -> tuple[int, str]:
+    """Return the micro-batches of an epoch, and the setting that says how large they are."""
     if settings.batch_tokens is None:
-        batches, size = math.ceil(len(pairs) / settings.batch_size), f"batch_size {settings.batch_size}"
-    else:
-        tokens = BatchSize(settings.batch_size, settings.batch_tokens)
-        batches = micro_batches_of(1, [pair.tokens for pair in pairs], tokens, settings.seed)
-        size = f"batch_tokens {settings.batch_tokens}"
+        return math.ceil(len(pairs) / settings.batch_size), f"batch_size {settings.batch_size}"
+    size = BatchSize(settings.batch_size, settings.batch_tokens)
+    batches = micro_batches_of(1, [pair.tokens for pair in pairs], size, settings.seed)
+    return batches, f"batch_tokens {settings.batch_tokens}"
+
+
+def _print_steps(batches: int, size: str, settings: RunSettings, stream: TextIO) -> None:
     steps = math.ceil(batches / settings.gradient_accumulation_steps)
     print(f"\nSteps per epoch: {batches} iterations, {steps} optimizer steps", end=" ", file=stream)
     print(f"({size}, gradient_accumulation_steps {settings.gradient_accumulation_steps})", file=stream)
 
 
-def _memory_lines(pairs: PreferenceDataset, settings: Any) -> list[str]:
+def _memory_lines(pairs: PreferenceDataset, settings: RunSettings) -> list[str]:
     """What training would take, by the shapes of the model's arrays; none of them is loaded."""
     try:
         model = unevaluated_model(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -82,6 +83,15 @@ class Finding:
     detail: str
     remedy: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.add_argument("--selftest", action="store_true", help="compute on this device and compare with float64")
+    parser.add_argument(
+        "--config", metavar="FILE", help="self-test the model and first rows of this configuration, too"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_doctor(as_json: bool = False, selftest: bool = False, config_file: str | None = None) -> int:

@@ -17,6 +17,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings.config import resolve
 
 EXAMPLES = 20
@@ -31,7 +32,7 @@ def inspect(config: Path) -> dict[str, Any]:
     """
     settings = resolve({"train": True}, config).settings
     printed = io.StringIO()
-    run_check(settings, printed, examples=0)
+    run_check(settings, train_modes()[settings.train_mode], printed, examples=0)
     tokenizer = load_chat_tokenizer(settings.model)
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)

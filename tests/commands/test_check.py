@@ -3,16 +3,21 @@
 import io
 import json
 import re
-from types import SimpleNamespace
+import sys
 
 import mlx.core as mx
 import pytest
 from support.data_tokenizers import tokenizer_named
+from support.stranger_plugins import JudgedPlugin, registered
 
+from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.commands import check
 from mlx_cpo_plugin.commands.check import run_check
 from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.types import TrainMode
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def checked(tmp_path):
             "valid_fraction": 0,
         }
         stream = stream or io.StringIO()
-        run_check(SimpleNamespace(**{**settings, **others}), stream=stream, examples=1)
+        run_check(RunSettings.of({**settings, **others}), train_modes()["cpo"], stream=stream, examples=1)
         return stream.getvalue()
 
     return run
@@ -85,7 +90,7 @@ def test_it_estimates_memory_without_loading_the_model(model_folder, data_folder
     stream, before = io.StringIO(), mx.get_active_memory()
     mx.reset_peak_memory()
 
-    run_check(settings, stream=stream)
+    run_check(settings, train_modes()["cpo"], stream=stream)
 
     assert mx.get_peak_memory() - before < 100_000
     assert re.search(
@@ -152,3 +157,25 @@ def test_a_set_that_the_run_asks_for_and_does_not_have_is_an_error_after_the_rep
 def test_data_without_rows_is_an_error(checked):
     with pytest.raises(DataError, match=r"^the data holds no rows: check data or hf_dataset\.$"):
         checked([])
+
+
+def test_a_mode_that_reads_its_rows_itself_gets_them_counted(model_folder):
+    mode = TrainMode("odd", "Odd", "", lambda *_: ([1, 2, 3], [4], []), lambda *_: None, lambda *_: {})
+    settings = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_folder), "batch_size": 2})
+    stream = io.StringIO()
+
+    run_check(settings.settings, mode, stream=stream)
+
+    assert stream.getvalue() == (
+        "Train: 3 rows.\nValid: 1 rows.\nTest: 0 rows.\n\n"
+        "Steps per epoch: 2 iterations, 2 optimizer steps (batch_size 2, gradient_accumulation_steps 1)\n"
+    )
+
+
+def test_check_knows_every_registered_mode(monkeypatch, model_folder, capsys):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with registered(JudgedPlugin()):
+        code = cli.main(["check", "--train-mode", "judged", "--temper", "2", "--model", str(model_folder)])
+
+    assert code == 0
+    assert "Train: 0 rows." in capsys.readouterr().out

@@ -28,7 +28,7 @@ def command_line_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings that the data check was called with."""
     calls: list[Any] = []
-    monkeypatch.setattr(data_check, "run_check", calls.append)
+    monkeypatch.setattr(data_check, "run_check", lambda settings, mode: calls.append(settings))
     return calls
 
 
@@ -188,7 +188,7 @@ def test_a_mistake_is_one_sentence_without_a_traceback(
 def test_a_mistake_that_shows_later_is_one_sentence_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise ConfigError("something is wrong with the data.")
 
     monkeypatch.setattr(data_check, "run_check", refuse)

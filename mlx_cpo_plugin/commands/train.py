@@ -1,0 +1,71 @@
+"""``mlx-cpo train`` and ``mlx-cpo check``, which take the arguments of ``mlx_lm_lora.train``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mlx_cpo_plugin.activation import finder
+from mlx_cpo_plugin.errors import ConfigError, PluginError
+
+
+def run_train(words: Sequence[str]) -> int:
+    """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files."""
+    activate()
+    import mlx_lm_lora.train as host_train
+
+    with command_line("mlx-cpo train", words):
+        host_train.main()
+    return 0
+
+
+def run_check(words: Sequence[str]) -> int:
+    """Print what a training run would make of its data.
+
+    Raises:
+        UserError: the settings, the model's tokenizer or the data are at fault.
+    """
+    activate()
+    from mlx_cpo_plugin.commands import check
+    from mlx_cpo_plugin.settings import config
+
+    with command_line("mlx-cpo check", words):
+        mode = config.requested_mode(words)
+        if mode is None:
+            file = config.explicit(words).get("config")
+            if file:
+                config.read_yaml(file)  # says so where the file is what is wrong
+            raise ConfigError(
+                f"{file or 'the command line'} asks for no train mode that `mlx-cpo check` knows; "
+                "write train_mode: cpo into the configuration file or pass --train-mode cpo.",
+                key="train_mode",
+            )
+        # What is looked at is a training run, whether or not the configuration file has `train: true`.
+        resolved = config.resolve([*words, "--train"], mode=mode)
+    for note in resolved.notes:
+        print(f"note: {note}")
+    check.run_check(resolved.settings, mode)
+    return 0
+
+
+def activate() -> None:
+    """Hook into mlx-lm-lora.
+
+    Raises:
+        PluginError: the environment turns the plugin off.
+    """
+    if finder.disabled():
+        raise PluginError(f"{finder.DISABLE_VARIABLE} turns the plugin off; unset it to train with CPO.")
+    finder.install()
+
+
+@contextmanager
+def command_line(program: str, words: Sequence[str]) -> Iterator[None]:
+    """Let the host's parser read ``words`` as the process's own command line until the context ends."""
+    arguments = sys.argv
+    sys.argv = [program, *words]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
