@@ -22,7 +22,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import prompt_tokens
 from mlx_cpo_plugin.device import compile_where_it_pays
-from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault
+from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line, is_device_fault, named, shown
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
@@ -30,7 +30,6 @@ from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.training.objective import objective_for
-from mlx_cpo_plugin.wording import named, shown
 
 ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG)
 USER_PROMPT = "prompt"

@@ -32,8 +32,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
     put_trackers,
     tell_of_intervals,
 )
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.errors import ConfigError, named
 
 MARKS = ("base_model", "rl", "micro_batch_size", "sequence_len")
 CUSTOM_COLUMNS = {

@@ -11,9 +11,8 @@ from types import ModuleType
 from mlx_cpo_plugin.convert import axolotl, llama_factory, simpo, trl
 from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
-from mlx_cpo_plugin.wording import named, shown
 
 SOURCES: dict[str, tuple[ModuleType, Converter]] = {
     "axolotl": (axolotl, axolotl.convert_axolotl),

@@ -7,12 +7,11 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, shown
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
 from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
 from mlx_cpo_plugin.types import Option
-from mlx_cpo_plugin.wording import shown
 
 _DEFAULTS = {option.name: option.default for option in COMMON_OPTIONS}
 

@@ -23,9 +23,8 @@ from mlx_cpo_plugin.convert.training_arguments import (
     convert_tracking,
     convert_training_arguments,
 )
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
-from mlx_cpo_plugin.wording import named, shown
 
 MARKS = ("stage", "finetuning_type", "pref_loss", "pref_beta", "cutoff_len", "dataset_dir")
 INFO_FILE = "dataset_info.json"

@@ -10,8 +10,7 @@ from typing import Any
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
 from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.data.messages import ROLES
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.errors import ConfigError, named
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 ALL_LINEAR = ("all", "all-linear", ["all"], ["all-linear"])

@@ -22,8 +22,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
     convert_tracking,
     convert_training_arguments,
 )
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.errors import ConfigError, named
 
 ONLY_CPO = ("cpo_alpha", "simpo_gamma")
 ONLY_CPO_LOSSES = ("simpo", "alphapo")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.convert.conversion import Account, Conversion, Source
+from mlx_cpo_plugin.errors import named, printable
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
-from mlx_cpo_plugin.wording import named, printable
 
 WIDTH = 110
 ORDER = (

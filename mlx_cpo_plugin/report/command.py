@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_cpo_plugin.wording import named
+from mlx_cpo_plugin.errors import named
 
 FORMATS = (".html", ".png", ".svg")
 DEFAULT_NAME = "report.html"

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
-from mlx_cpo_plugin.errors import ConfigError, UserError, first_line
+from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
-from mlx_cpo_plugin.wording import named
 
 SEARCH_DEPTH = 4
 
