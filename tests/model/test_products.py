@@ -163,8 +163,9 @@ def quantised_dora() -> nn.Module:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("around", ["", *(pytest.param(a, marks=pytest.mark.slow) for a in ("checkpointing", "qat"))])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "around"), [*((dtype, "") for dtype in HALF), (HALF[0], "checkpointing"), (HALF[1], "qat")], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_computes_what_its_float32_copy_does(
     kind: str, dtype: mx.Dtype, around: str, way: str

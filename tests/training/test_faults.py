@@ -46,6 +46,12 @@ def long_run(settings: Settings) -> Settings:
     return settings | {"batch_size": 1, "iters": ROWS, "seed": seed, "save_every": 2, "max_seq_length": 8192}
 
 
+@pytest.fixture
+def short_run(settings: Settings) -> Settings:
+    """Settings of a run that goes on for a while after the fault."""
+    return settings | {"batch_size": 1, "iters": AT + 3, "save_every": 2}
+
+
 def harmed(fault: str, settings: Settings, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command until the fault ends it."""
     config = folder / "config.json"  # which is YAML, too
@@ -81,12 +87,12 @@ def test_memory_that_ends_on_a_cpu_was_warned_of_and_costs_nothing_that_was_done
 @pytest.mark.parametrize("fault", list(SENTENCES))
 @pytest.mark.slow
 def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
-    fault: str, long_run: Settings, run_main: RunMain, tmp_path: Path
+    fault: str, short_run: Settings, run_main: RunMain, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_main(long_run | {"adapter_path": str(whole)})
+    run_main(short_run | {"adapter_path": str(whole)})
 
-    ended = harmed(fault, long_run | {"adapter_path": str(broken)}, tmp_path)
+    ended = harmed(fault, short_run | {"adapter_path": str(broken)}, tmp_path)
 
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -97,5 +103,5 @@ def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
     assert not [path for path in broken.rglob(".*") if path.name != ".lock"]  # nothing half-written
     for folder in (broken, broken / "checkpoints"):
         folder.chmod(0o755)
-    run_main(long_run | {"adapter_path": str(broken), "resume": "auto"})
+    run_main(short_run | {"adapter_path": str(broken), "resume": "auto"})
     assert saved_arrays(broken / "adapters.safetensors") == saved_arrays(whole / "adapters.safetensors")
