@@ -16,7 +16,7 @@ from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
 
 # How long an example takes says how busy the machine is.
-hypothesis_settings.register_profile("without deadline", deadline=None)
+hypothesis_settings.register_profile("without deadline", deadline=None, max_examples=50)
 hypothesis_settings.load_profile("without deadline")
 
 

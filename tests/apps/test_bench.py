@@ -115,7 +115,7 @@ class TestMeasuring:
         config, figures = tmp_path / "my.yaml", tmp_path / "figures.json"
         plugin_only = {"cpo_alpha": 0.5, "label_smoothing": 0.1}
         config.write_text(yaml.safe_dump(settings | plugin_only | {"gradient_accumulation_steps": 4, "test": True}))
-        words = ["--config", str(config), "--rows", "6", "--iters", "2", "--repeats", "2", "--json", str(figures)]
+        words = ["--config", str(config), "--rows", "6", "--iters", "2", "--repeats", "1", "--json", str(figures)]
 
         assert cli.main(["bench", *words]) == 0
 
@@ -127,7 +127,7 @@ class TestMeasuring:
         assert 0 < case["gradient_difference"]["host"] < 1e-5
         assert 0 < case["gradient_difference"]["plugin"] < 1e-5
         for trainer in ("host", "plugin"):
-            assert np.shape(case[trainer]["seconds"]) == (2, 2)
+            assert np.shape(case[trainer]["seconds"]) == (1, 2)
             assert case[trainer]["pairs"] == [2, 2]
             assert 0 < case[trainer]["peak_memory"] < case[trainer]["peak_resident"]
         # The host pads both answers of the second batch to the longest of them, and leaves out the last token.

@@ -24,7 +24,10 @@ from mlx_cpo_plugin.host import load_chat_tokenizer
 
 TOOL = SHARED / "tools" / "real_tokenizers.py"
 ROOT = Path(tempfile.gettempdir()) / "real-tokenizers"
-pytestmark = pytest.mark.skipif(not TOOL.is_file(), reason=f"{TOOL} is not there, which brings the tokenizers")
+pytestmark = [
+    pytest.mark.skipif(not TOOL.is_file(), reason=f"{TOOL} is not there, which brings the tokenizers"),
+    pytest.mark.xdist_group("real tokenizers"),  # so that each is loaded once
+]
 
 
 @dataclass(frozen=True)
