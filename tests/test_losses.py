@@ -217,7 +217,7 @@ def test_rewards_of_alphapo_have_its_shape() -> None:
         (
             "hinge",
             {"label_smoothing": 0.1},
-            r"^label_smoothing is 0\.1 in the call, but the loss hinge does not read it; "
+            r"^label_smoothing is 0\.1 in the call, but is not used by the loss hinge; "
             r"remove it, or use one of sigmoid, simpo, alphapo\.$",
         ),
         (
