@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where tests/support is
 
 
 import hostile_configs
