@@ -18,7 +18,11 @@ from mlx_cpo_plugin.settings.cpo_options import (
 from mlx_cpo_plugin.types import LossType, TrainMode
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx.optimizers import Optimizer
+
     from mlx_cpo_plugin.data import PreferenceDataset
+    from mlx_cpo_plugin.host import TrainingCallback
     from mlx_cpo_plugin.settings.config import RunSettings
 
 
@@ -106,13 +110,13 @@ def load_dataset(args: RunSettings, tokenizer: Any) -> tuple[PreferenceDataset, 
 
 
 def train(
-    model: Any,
-    optimizer: Any,
+    model: nn.Module,
+    optimizer: Optimizer,
     train_dataset: Sequence[Any],
     val_dataset: Sequence[Any],
     args: RunSettings,
     adapter_file: Path,
-    training_callback: Any = None,
+    training_callback: TrainingCallback | None = None,
 ) -> None:
     """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.training.trainer.train_cpo`."""
     from mlx_cpo_plugin.settings.run_settings import recorded_settings
@@ -130,7 +134,7 @@ def train(
     )
 
 
-def evaluate(model: Any, dataset: Sequence[Any], args: RunSettings) -> Mapping[str, float]:
+def evaluate(model: nn.Module, dataset: Sequence[Any], args: RunSettings) -> Mapping[str, float]:
     """Return loss, accuracies, margins and the other means over the pairs of ``dataset``."""
     from mlx_cpo_plugin.training.trainer import evaluate_cpo
 

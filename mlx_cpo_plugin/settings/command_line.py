@@ -126,11 +126,6 @@ def host_defaults() -> dict[str, Any]:
     return {**parsed, **CONFIG_DEFAULTS, **{key: value for key, value in parsed.items() if value is not None}}
 
 
-def is_words(call: Call) -> bool:
-    """Whether a call is a command line."""
-    return not isinstance(call, Mapping | argparse.Namespace | SimpleNamespace)
-
-
 def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
     """Return what a call gave, without any default.
 
@@ -141,18 +136,16 @@ def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: the command line holds an unknown option or one without its value.
-        PluginError: two plugins claim one name.
     """
-    if isinstance(call, Mapping):
-        return {key: value for key, value in call.items() if value is not None}
-    if isinstance(call, argparse.Namespace | SimpleNamespace):
-        defaults = vars(host_parser().parse_args([]))
-        return {key: value for key, value in vars(call).items() if value is not None and value != defaults.get(key)}
-    parser = build_parser(host_parser(), mode)
-    values, rest = parser.parse_known_args(list(call))
-    if rest:
-        raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, ON_THE_COMMAND_LINE)
-    return vars(values)
+    if isinstance(call, Sequence):
+        parser = build_parser(host_parser(), mode)
+        values, rest = parser.parse_known_args(list(call))
+        if rest:
+            raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, ON_THE_COMMAND_LINE)
+        return vars(values)
+    defaults = {} if isinstance(call, Mapping) else vars(host_parser().parse_args([]))
+    given = call if isinstance(call, Mapping) else vars(call)
+    return {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
 
 
 def requested_mode(call: Call) -> TrainMode | None:
@@ -169,12 +162,9 @@ def requested_mode(call: Call) -> TrainMode | None:
 
 
 def _requested_name(call: Call) -> str:
-    if isinstance(call, Mapping):
-        values: Mapping[str, Any] = call
-    elif isinstance(call, argparse.Namespace | SimpleNamespace):
-        values = vars(call)
-    else:
-        values = vars(_lenient_parser().parse_known_args(list(call))[0])
+    if isinstance(call, Sequence):
+        call = _lenient_parser().parse_known_args(list(call))[0]
+    values = call if isinstance(call, Mapping) else vars(call)
     mode = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
     return mode if isinstance(mode, str) else ""
 

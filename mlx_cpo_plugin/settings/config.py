@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +20,6 @@ from mlx_cpo_plugin.settings.command_line import (
     build_parser,
     explicit,
     host_defaults,
-    is_words,
     known_options,
     requested_mode,
 )
@@ -157,7 +156,7 @@ def resolve(
     in_call = explicit(call, mode)
     file = config_file or in_call.get("config")
     in_file = file if isinstance(file, YamlSettings) else read_yaml(file) if file else None
-    place = call_place or (ON_THE_COMMAND_LINE if is_words(call) else IN_THE_CALL)
+    place = call_place or (ON_THE_COMMAND_LINE if isinstance(call, Sequence) else IN_THE_CALL)
     given = _Given(in_call, place, in_file)
 
     mode = _mode(given)

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
+from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 
 # Steps at which learning-rate schedules are compared.
@@ -130,7 +130,7 @@ def _update_in_place(old: Any, new: Any) -> None:
 
 
 def identity(
-    args: Any, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
+    args: CPOTrainingArgs, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
 ) -> dict[str, Any]:
     """Return all that determines the trained weights, as plain values by key."""
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
