@@ -1,4 +1,4 @@
-"""Pairs to padded batches: which pairs are seen when, and how they lie in arrays."""
+"""Batch pairs: which pairs are seen when, and how they are laid out in arrays."""
 
 from __future__ import annotations
 

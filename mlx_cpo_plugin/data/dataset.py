@@ -1,4 +1,4 @@
-"""Pairs to data sets: every row of a split tokenised and cut, with a report of what was left out."""
+"""Build the data set of each split: its rows as pairs that fit, with a report of what was left out."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _REASONS_SHOWN = 8
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of one split.
+    """What the rows of one split were made into.
 
     Attributes:
         split: ``train``, ``valid`` or ``test``.
         rows: rows read.
         pairs: pairs made of them.
-        skipped: reason -> where the rows left out for it stand, e.g. ``train.jsonl:12``.
+        skipped: reason -> the sources of the rows left out for it, e.g. ``train.jsonl:12``.
         prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
         lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
-        notes: what the user should know beside that, one sentence each.
+        notes: what else the user should know, one sentence each.
     """
 
     split: str
@@ -80,9 +80,9 @@ class PreferenceDataset(Sequence[PreferencePair]):
     """The usable pairs of one split, in the order of their rows.
 
     Attributes:
-        report: what became of the rows.
-        tokenizer: what tells the tokenizer that read them from another one; empty where that is not known.
-        cut_to: makes the same of the rows for a ``max_seq_length``; ``None`` where that was known already.
+        report: rows read, skipped and cut.
+        tokenizer: fingerprint of the tokenizer; empty where it is not known.
+        cut_to: makes the data set again for a ``max_seq_length``; None where the pairs were cut already.
     """
 
     cut_to: Callable[[int], PreferenceDataset] | None = None
@@ -124,18 +124,18 @@ class PreferenceDataset(Sequence[PreferencePair]):
         return len(self._pairs)
 
     def process(self, pair: PreferencePair) -> PreferencePair:
-        """Return the pair: mlx-lm-lora's ``CacheDataset`` asks for it, and there is nothing left to do."""
+        """Return the pair as it is; mlx-lm-lora's ``CacheDataset`` calls this."""
         return pair
 
     def tell(self, say: Callable[[str], object]) -> None:
-        """Say what became of the rows, unless it has been said."""
+        """Pass the summary to ``say``, the first time only."""
         if not self._told:
             say(self.report.summary())
         self._told = True
 
     @classmethod
     def joined(cls, parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
-        """Return the pairs of several data sets, at least one, as one."""
+        """Concatenate data sets, at least one."""
         if len(parts) == 1:
             return parts[0]
         skipped: dict[str, list[str]] = {}
@@ -192,7 +192,7 @@ def require_splits(args: Any, splits: Sequence[PreferenceDataset]) -> None:
 
 
 def load_splits(args: Any, tokenizer: Any, wanted: Sequence[str]) -> Splits:
-    """As :func:`load_dataset`, for the ``wanted`` splits; those that the data lacks are empty."""
+    """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, args)
     splits = {
         split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, args)
@@ -273,7 +273,7 @@ def as_pairs(
 
 
 def _is_row(item: Any) -> bool:
-    """Whether an item is a raw row: text or messages stand where a tokenised one has its ids."""
+    """Whether an item is a raw row, with text or messages in place of token ids."""
     return isinstance(item, Mapping) and not all(_are_ids(item.get(side)) for side in ("chosen", "rejected"))
 
 
@@ -284,7 +284,7 @@ def _are_ids(side: Any) -> bool:
 
 
 def _shared_first_token(pairs: Sequence[PreferencePair | tuple[Side, Side]]) -> int | None:
-    """The token with which all of several pairs begin; ids do not say which one is BOS."""
+    """The token that all of several pairs begin with, as BOS is not known from ids alone."""
     firsts = [pair.prompt[:1] if isinstance(pair, PreferencePair) else pair[0].ids[:1] for pair in pairs]
     tokens = {int(first[0]) for first in firsts if len(first)}
     return tokens.pop() if len(pairs) > 1 and len(tokens) == 1 else None
@@ -335,10 +335,10 @@ def _collect(
     notes: tuple[str, ...] = (),
     tokenizer: str = "",
 ) -> PreferenceDataset:
-    """Convert every item, of which each has a source, and set the unusable ones aside.
+    """Convert items, each given with its source, and set the unusable ones aside.
 
     Raises:
-        DataError: more than half are unusable, those aside that the settings want left out for their length.
+        DataError: more than half are unusable, not counting those that the settings leave out for their length.
     """
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""A data file to raw rows, by what is in it: the name is a hint at most."""
+"""Read the raw rows of a data file, told apart by content: its name is only a hint."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _GAP = re.compile(f"[{_BLANK}]*")
 
 
 class Row(NamedTuple):
-    """A raw row and where it stands, e.g. ``train.jsonl:12``."""
+    """A raw row and where it comes from, e.g. ``train.jsonl:12``."""
 
     value: Any
     source: str
 
 
 def kind_of(name: str) -> str:
-    """Return the suffix that says what a file holds, in lower case: ``.jsonl`` of ``train.jsonl.gz``."""
+    """Return the suffix of a file name in lower case, without that of compression: ``.jsonl`` of ``train.jsonl.gz``."""
     name = name.lower()
     packing = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
     return Path(name.removesuffix(packing)).suffix
@@ -78,16 +78,16 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     if _is_table(text, kind):
         return _table_rows(text.lstrip(_BLANK), file, kind, name)
     if "\0" in text or text.lstrip(_BLANK)[0] not in _JSON_BEGINS:
-        raise _no_data(file)
+        raise _unreadable(file)
     return _json_rows(text, file, kind, name)
 
 
-def _no_data(file: str) -> DataError:
+def _unreadable(file: str) -> DataError:
     return DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.")
 
 
 def numbered(rows: Iterable[Any], name: str, before: str = ":") -> list[Row]:
-    """Return rows that know their number, counted from 1, behind ``name``."""
+    """Return rows whose source is ``name`` and their number, counted from 1."""
     return [Row(value, f"{name}{before}{number}") for number, value in enumerate(rows, start=1)]
 
 
@@ -141,7 +141,7 @@ def _decoded(content: bytes, file: str) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         if b"\0" in content:
-            raise _no_data(file) from error
+            raise _unreadable(file) from error
         line = content.count(b"\n", 0, error.start) + 1
         kind = encoding.removesuffix("-sig").upper()
         raise DataError(f"{file}:{line} is not valid {kind}: save the file as UTF-8.") from error
@@ -163,9 +163,9 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
 
 
 def _lines(text: str, file: str) -> list[tuple[Any, int]]:
-    """The JSON value on each line, and the line's number; none where the first two lines are not values.
+    """The JSON value on each line and the line's number; empty unless the first two lines are JSON.
 
-    One of these may be damaged.
+    One of these two may be damaged.
     """
     lines = [(line, number) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip(_BLANK))]
     first, second = (lines[i][0] if len(lines) > 1 else "" for i in (0, 1))
@@ -176,7 +176,7 @@ def _lines(text: str, file: str) -> list[tuple[Any, int]]:
         try:
             values.append((json.loads(line), number))
         except (ValueError, RecursionError) as error:
-            raise _no_json(error, file, number) from error
+            raise _invalid_json(error, file, number) from error
     return values
 
 
@@ -196,17 +196,17 @@ def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
         try:
             value, place = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise _no_json(error, file, line) from error
+            raise _invalid_json(error, file, line) from error
         yield value, line
         line += text.count("\n", start, place)
 
 
-def _no_json(error: ValueError | RecursionError, file: str, line: int) -> DataError:
-    """The error for a JSON value that begins on ``line``."""
-    if isinstance(error, json.JSONDecodeError):  # which counts lines from 1 where it was given one alone
+def _invalid_json(error: ValueError | RecursionError, file: str, line: int) -> DataError:
+    """Return the error for a JSON value that begins on ``line``."""
+    if isinstance(error, json.JSONDecodeError):  # its line is 1 where a line was parsed by itself
         line, reason = max(line, error.lineno), f"{error.msg}, column {error.colno}"
         return DataError(f"{file}:{line} is not valid JSON ({reason}): correct that line.")
-    # A number of thousands of digits, or brackets without end.
+    # A number with thousands of digits, or brackets nested too deeply.
     return DataError(f"{file}:{line} holds JSON that cannot be read ({first_line(error)}): correct it.")
 
 

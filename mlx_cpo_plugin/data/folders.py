@@ -1,4 +1,4 @@
-"""Folders as other tools write them: which of their files hold which split."""
+"""Find the files of each split in a folder, as other tools lay it out."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.
 _LARGEST_CARD = 1 << 18
 
 
-# What a name says of its split, of which the least holds: whether it is a folder's; 0 for the split's name alone, 1 for
-# shards, 2 for pairs among other rows, 3 for a name before it; and the position of the split's name among its aliases.
+# How well a name matches a split; the least wins. Whether it is a folder's name; 0 for the split's name alone, 1 for
+# shards, 2 for pairs among other rows, 3 for another name in front; and the position among the split's aliases.
 _Claim = tuple[bool, int, int]
 
 
@@ -37,7 +37,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the data files of each split of a folder; none where their names do not tell.
+    """Return the data files of each split of a folder; empty where their names do not say.
 
     What the card of a downloaded hub repository says comes first, then names in the folder, then those in its only
     subfolder with splits, or in ``data``. Files of one set without the name of a split are the training set.
@@ -67,7 +67,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 def pick_splits(names: Collection[str]) -> dict[str, str]:
     """Return which of the splits that a data set has is its train, valid and test split.
 
-    A split of pairs is known by its name, as in ``train_prefs``; the only one there is counts as the training set.
+    Splits of pairs are recognised among others by name, as in ``train_prefs``; a single split is the training set.
 
     Raises:
         DataError: two names have an equal claim to a split.
@@ -97,7 +97,7 @@ def _claimed(names: Mapping[str, bool]) -> dict[str, list[str]]:
 
 
 def _claim(name: str, folder: bool) -> tuple[str, _Claim] | None:
-    """Return the split that a name stands for, if it does, and its claim to it."""
+    """Return the split that a name stands for, if any, and its claim to it."""
     words = _words(name)
     found = [(split, word) for word in words for split, aliases in SPLIT_NAMES.items() if word in aliases]
     if len(found) != 1 or _OF_OTHER_ROWS & set(words):
@@ -116,7 +116,7 @@ def _claim(name: str, folder: bool) -> tuple[str, _Claim] | None:
 
 
 def _stem(name: str) -> str:
-    """Return a file's name without the suffixes that say how it is written."""
+    """Return a file's name without the suffixes of format and compression."""
     for suffix in (*COMPRESSED, *SUFFIXES):
         if name.lower().endswith(suffix):
             name = name[: -len(suffix)]
@@ -124,12 +124,12 @@ def _stem(name: str) -> str:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """Return the words of a name, which are the same for all shards of a set."""
+    """Return the words of a name; all shards of a set have the same."""
     return tuple(word for word in re.split(r"[^a-z]+", _stem(name).lower()) if word and word != "of")
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder; none where it is none."""
+    """Return the data files of a folder; empty where the path is no folder."""
     return [
         path
         for path in sorted(folder.iterdir() if folder.is_dir() else (), key=_natural)
@@ -184,7 +184,7 @@ def _whole(files: list[Path]) -> list[Path]:
 
 
 def _described(folder: Path) -> dict[str, list[Path]]:
-    """Return the files that the card of a hub repository, its README.md, gives to each split; none without one."""
+    """Return the files of each split by the card of a hub repository, its README.md; empty without one."""
     configurations = list(_configurations(folder))
     names = [str(entry.get("config_name", "default")) for entry in configurations]
     default = [

@@ -1,4 +1,4 @@
-"""One message as chat templates read it, whatever shape a row gives it in."""
+"""Bring messages, in whatever form a row has them, into the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
-UNDECODABLE = "text that looks like a list of messages cannot be decoded"
 
 _COLUMNS = ({"role", "content"}, {"from", "value"})
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -42,7 +41,7 @@ _WRITTEN_LIST = re.compile(r"\s*(?:array\()?\[\s*(?:\{|\w+\()")
 
 
 class UnusableRow(Exception):
-    """One row cannot become a pair; the message is the reason under which it is counted."""
+    """A row cannot become a pair; the message is the reason that the report counts it under."""
 
 
 def parse_messages(value: Any) -> list[Message]:
@@ -146,7 +145,7 @@ def parse_dialogue(text: str) -> list[Message] | None:
 
 
 def decode_messages(value: Any) -> Any:
-    """What ``value`` holds where it is messages written as JSON or as Python; any other text, and value, as it is.
+    """Decode messages that are written as JSON or Python; return any other text or value as it is.
 
     Raises:
         UnusableRow: it is a list of messages, but neither JSON nor Python.
@@ -162,7 +161,7 @@ def decode_messages(value: Any) -> Any:
             parsed = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             if _WRITTEN_LIST.match(value) and not _goes_on_behind_json(value):
-                raise UnusableRow(UNDECODABLE) from None
+                raise UnusableRow("text that looks like a list of messages cannot be decoded") from None
             return value
     return as_json(parsed) if _are_messages(parsed) else value
 
@@ -177,7 +176,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _goes_on_behind_json(text: str) -> bool:
-    """Whether text begins with a JSON value, but says more behind it, as prose about messages does."""
+    """Whether more text follows a JSON value, as in prose about messages."""
     try:
         json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError):
@@ -186,7 +185,7 @@ def _goes_on_behind_json(text: str) -> bool:
 
 
 def same_message(first: Message, second: Message) -> bool:
-    """Whether two messages say the same: role, calls and text, whatever Unicode form and white space at its ends."""
+    """Whether role, calls and text are the same, up to Unicode normalisation and surrounding white space."""
     return _said(first) == _said(second)
 
 
@@ -198,7 +197,7 @@ def _said(message: Message) -> tuple[Any, ...]:
 def shared_messages(
     chosen: Sequence[Message], rejected: Sequence[Message], alike: Callable[[Message, Message], bool] = operator.eq
 ) -> int:
-    """How many leading messages both sides have in common, at least the last of either left out."""
+    """How many leading messages both sides have in common, not counting the last one of either."""
     limit = min(len(chosen), len(rejected)) - 1
     return next((i for i in range(limit) if not alike(chosen[i], rejected[i])), limit)
 
@@ -210,7 +209,7 @@ def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]
 
 
 def parse_json(value: Any) -> Any:
-    """The JSON value in a text; the text itself where it is none, and any other value as it is."""
+    """Parse JSON; return text that is not JSON, and any other value, as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -220,7 +219,7 @@ def parse_json(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """``value`` in the types of JSON, without the nulls that columnar files put into objects for other rows' fields."""
+    """``value`` in JSON's types, without the nulls that columnar files fill in for fields of other rows."""
     if isinstance(value, Mapping):
         return {name: as_json(field) for name, field in value.items() if not is_null(field)}
     if isinstance(value, list | tuple):
@@ -231,7 +230,7 @@ def as_json(value: Any) -> Any:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value is null, or the not-a-number that tables write for it."""
+    """Whether a value is null, or the NaN that tables write for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -240,7 +239,7 @@ def _is_hollow(value: Any) -> bool:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, in words."""
+    """Describe the type of a value."""
     if value is None:
         return "null"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}

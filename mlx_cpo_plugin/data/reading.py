@@ -1,4 +1,4 @@
-"""The settings' files, folders and Hugging Face datasets to raw rows, each with the place it came from."""
+"""Read the raw rows of each split from the files, folders or Hugging Face datasets in the settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RowGroup:
         name: what to call them in messages.
         rows: the raw rows, in order.
         columns: the columns to read.
-        note: something the user should know about how they were chosen; empty for nothing.
+        note: what the user should know about how they were chosen, if anything.
     """
 
     name: str
@@ -105,7 +105,7 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
 def _of_library(
     label: str, name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]
 ) -> Splits:
-    """Rows of the ``datasets`` library; ``name`` is what the user calls the data set, ``label`` what rows do."""
+    """Rows of a dataset of the ``datasets`` library: ``name`` is the user's, for messages; ``label`` is for sources."""
     picked = pick_splits(by_split)
     if not picked:
         raise DataError(
@@ -200,9 +200,9 @@ def _library_rows(name: str, rows: Any, where: str) -> list[Row]:
 
 @contextmanager
 def _library(failure: str, advice: str) -> Iterator[None]:
-    """The ``datasets`` library at work, whose builders, network and decoders may raise anything.
+    """Turn whatever the builders, network and decoders of the ``datasets`` library raise into DataError.
 
-    A ``torch`` that is no PyTorch, which the library would take for it, is hidden meanwhile.
+    A module ``torch`` that is not PyTorch, which would mislead the library, is hidden meanwhile.
     """
     torch = sys.modules.get("torch")
     partial = {"torch": torch} if torch is not None and not hasattr(torch, "Tensor") else {}
@@ -227,7 +227,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _nearest(path: Path) -> str | None:
-    """Return the path that is there and was probably meant by one that is not."""
+    """Return the existing path that was probably meant by a missing one."""
     parent, missing = path.parent, path.name
     while parent != parent.parent and not parent.is_dir():
         parent, missing = parent.parent, parent.name

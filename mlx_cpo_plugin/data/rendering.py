@@ -1,4 +1,4 @@
-"""A conversation to the chat template's text, and where each answer stands in that text."""
+"""Render a conversation with the chat template, and locate the answers in the text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from mlx_cpo_plugin.data.messages import Message, UnusableRow, shared_messages, 
 from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, Conversation
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, common_start
 
-# A private-use character, which no template knows: it shows where the content of a message is rendered.
+# A private-use character, which no template contains: it marks where the content of a message is rendered.
 _STAND_IN = "\ue000"
 
 NOT_LOCATED = "the chat template does not show where an answer starts and ends"
-CALL_LEFT_OUT = "the chat template leaves out the tool calls of an answer"
 
 
 class Span(NamedTuple):
-    """Characters ``start`` to ``end`` of a text, which hold one answer.
+    """The characters of one answer, ``start`` to ``end``.
 
-    ``start`` is where generation would start, ``end`` the end of the turn, or of its content where
-    ``holds_turn_end`` is false. Of a last answer ``said_until`` is the end of all that it says itself.
+    ``start`` is where generation would start, ``end`` the end of the turn, or of its content if ``holds_turn_end`` is
+    false. For the last answer, ``said_until`` is the end of its own text and calls.
     """
 
     start: int
@@ -74,7 +73,7 @@ def render(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rend
 
 
 def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
-    """Messages whose answers do not spell out the end token, which the template adds anyway."""
+    """Messages without end tokens spelled out in answers: the template adds them."""
     cleaned = []
     for message in messages:
         if message["role"] == "assistant" and message["content"]:
@@ -87,7 +86,7 @@ def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
 
 
 def _system_forms(row: Conversation) -> Iterator[Conversation]:
-    """The row itself, with one system message at most, and with none: all in order at the next user message."""
+    """The row as it is, with its leading system messages merged, and with all of them folded into user messages."""
     yield row
     for keep_first in (True, False):
         chosen, rejected = _fold_system(row.chosen, keep_first), _fold_system(row.rejected, keep_first)
@@ -96,9 +95,9 @@ def _system_forms(row: Conversation) -> Iterator[Conversation]:
 
 
 def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
-    """Messages whose system texts stand in front of the next user's, or behind the last one's where none follows.
+    """Move system messages into the next user message, or the previous one where none follows before the answer.
 
-    With ``keep_first`` those at the beginning are one system message instead.
+    With ``keep_first``, those at the beginning become one system message instead.
     """
     leading, rest = split_system(messages)
     folded: list[Message] = []
@@ -126,7 +125,7 @@ def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
 
 
 def share_what_renders_alike(row: Conversation, tokenizer: ChatTokenizer) -> Conversation:
-    """The row with those messages shared, too, that differ only in what the template does not show."""
+    """The row with messages counted as shared that differ only in what the template does not render."""
     variant = tokenizer.template_variants(row.template_kwargs)[0]
     chosen, rejected, shared = row.chosen, row.rejected, row.shared
 
@@ -149,7 +148,7 @@ def share_what_renders_alike(row: Conversation, tokenizer: ChatTokenizer) -> Con
 
 
 def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenizer: ChatTokenizer) -> None:
-    """Refuse what the template drops without a word: a role or a further system message that it does not know."""
+    """Raise UnusableRow for what the template silently drops: an unknown role or a second system message."""
     variant = tokenizer.template_variants(row.template_kwargs)[0]
     for messages, side in zip((row.chosen, row.rejected), sides, strict=True):
         for i, message in enumerate(messages):
@@ -160,13 +159,13 @@ def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenize
             try:
                 shown = _STAND_IN in tokenizer.render(marked, row.tools, False, variant)
             except UnusableRow:
-                continue  # it is read, or it could not be refused
+                continue  # a template that refuses the content has read it
             if not shown:
                 raise UnusableRow(f"the chat template leaves out a message of the role {message['role']}")
 
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
-    """Both sides under the template variant whose generation prompt fits and leaves least to the answers."""
+    """Both sides under the template variant whose generation prompt fits and leaves the shortest answers."""
     found = []
     failure = UnusableRow(NOT_LOCATED)
     for variant in tokenizer.template_variants(row.template_kwargs):
@@ -210,7 +209,7 @@ class _Renderer:
             answers.append(self._answer(messages, i, text, start.character))
             said = text[answers[-1].start : answers[-1].end]
             if any(call["function"]["name"] not in said for call in messages[i].get("tool_calls", ())):
-                raise UnusableRow(CALL_LEFT_OUT)
+                raise UnusableRow("the chat template leaves out the tool calls of an answer")
         return Rendering(text, answers, messages[-1]["content"], fits)
 
     def _start(self, i: int, *sides: tuple[list[Message], str]) -> _Start:
@@ -236,7 +235,7 @@ class _Renderer:
         return _Start(min(known), False)
 
     def _partial_start(self, *sides: tuple[list[Message], str]) -> _Start:
-        """Where generation goes on behind the beginning of an answer that the prompt holds."""
+        """Where generation continues an answer whose beginning is part of the prompt."""
         row, texts = self._row, [text for _, text in sides]
         begun = [*row.chosen[: row.shared], {"role": "assistant", "content": row.partial}]
         try:
@@ -264,7 +263,7 @@ class _Renderer:
             return []
 
     def _answer(self, messages: list[Message], i: int, text: str, start: int) -> Span:
-        """Where answer ``i`` stands, whose generation starts at ``start``."""
+        """The span of answer ``i``, whose generation starts at ``start``."""
         if i == len(messages) - 1:
             return Span(start, len(text), said_until=self._said_until(messages, i, text, start))
         turns = self._text(messages[: i + 1])
@@ -277,7 +276,7 @@ class _Renderer:
         return Span(start, end, holds_turn_end=False)
 
     def _said_until(self, messages: list[Message], i: int, text: str, start: int) -> int:
-        """The character behind all that answer ``i`` says, as far as it can be told."""
+        """Where the text and calls of answer ``i`` end, as far as can be found."""
         ends = [start, self._content(messages, i, text)[1] or start]
         for call in messages[i].get("tool_calls", ()):
             words = (call["function"]["name"], *_leaves(call["function"]["arguments"]))
@@ -306,7 +305,7 @@ class _Renderer:
 
 
 def _leaves(value: Any) -> list[str]:
-    """The texts and numbers inside of a value, as they are written."""
+    """The strings and numbers in a value, as text."""
     if isinstance(value, Mapping):
         return [leaf for field in value.values() for leaf in _leaves(field)]
     if isinstance(value, list):

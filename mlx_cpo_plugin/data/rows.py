@@ -1,4 +1,4 @@
-"""A raw row to a conversation or to plain text, told apart row by row."""
+"""Parse a raw row of any format into a conversation or plain text."""
 
 from __future__ import annotations
 
@@ -48,11 +48,7 @@ ALIASES = {
 }
 IDENTICAL = "both answers are the same"
 EMPTY_ANSWER = "an answer is empty"
-EMPTY_PROMPT = "the prompt is empty"
 NO_PROMPT = "there is no prompt before the answers"
-NOT_FROM_ASSISTANT = "an answer does not end with an assistant message"
-TWO_QUESTIONS = "the answers begin with a question that is not the prompt's"
-TWO_ANSWERS = "the prompt ends with an answer that is neither of the two"
 
 # Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
 _TASKS = ("instruction", "question", "query")
@@ -80,7 +76,7 @@ class Columns:
         return cls(**{part: str(given.get(key) or getattr(settings, key, None) or AUTO) for part, key in keys.items()})
 
     def check(self, rows: Sequence[Any], where: str) -> None:
-        """Raise DataError, with the columns found, where there are rows, but none has what is asked for."""
+        """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
         more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
         names = ", ".join(named(name, 60) for name in found[:_COLUMNS_SHOWN])
@@ -94,9 +90,9 @@ class Columns:
                 raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
 
     def find(self, row: Mapping[str, Any], part: str) -> tuple[str, Any]:
-        """The column that the row has for ``part``, and its value; None where it has none.
+        """The row's column for ``part`` and its value; None where it has none.
 
-        Of several columns that may be the prompt, one that says something goes first.
+        Of several columns for the prompt or the system message, the first that is not blank is taken.
         """
         name = getattr(self, part)
         if name != AUTO:
@@ -110,7 +106,7 @@ class Columns:
 
 
 def _columns_in(name: str, part: str, there: Iterable[str]) -> list[str]:
-    """The columns that ``name`` stands for: itself, unless only its parts around each ``+`` may be there."""
+    """The columns that ``name`` stands for: its parts around each ``+``, unless there is a column of that name."""
     joins = part == "prompt" and "+" in name and name not in there
     return [column.strip() for column in name.split("+")] if joins else [name]
 
@@ -124,7 +120,7 @@ class Conversation:
     Attributes:
         tools: what the model may call.
         template_kwargs: the row's own arguments of the chat template.
-        partial: how the first answer of both sides begins where the prompt already says that much of it.
+        partial: the beginning of both answers, where the prompt already contains it.
     """
 
     chosen: list[Message]
@@ -144,7 +140,7 @@ class PlainText:
 
 
 def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
-    """Understand one raw row.
+    """Parse one raw row.
 
     Raises:
         UnusableRow: the row lacks a side, is of the wrong type, or holds no preference.
@@ -174,7 +170,7 @@ def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
     answers = [_answer_messages(answer) for answer in (chosen, rejected)]
     speakers = {message["role"] for answer in answers for message in answer}
     if isinstance(prompt, str) and not prompt.strip() and "user" not in speakers:
-        raise UnusableRow(EMPTY_PROMPT)
+        raise UnusableRow("the prompt is empty")
     holds_prompts = columns.prompt != AUTO or prompt_column not in _CONVERSATIONS
     before, answers, partial = _continue(_prompt_messages(prompt), answers, holds_prompts)
     chosen, rejected = (_union(system, _join(before, answer)) for answer in answers)
@@ -183,10 +179,10 @@ def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
 
 
 def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
-    """Raise UnusableRow unless both sides answer a prompt, and differently."""
+    """Raise UnusableRow unless both sides answer a prompt and differ."""
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant":
-            raise UnusableRow(NOT_FROM_ASSISTANT)
+            raise UnusableRow("an answer does not end with an assistant message")
     if chosen == rejected:
         raise UnusableRow(IDENTICAL)
     alike = shared_messages(chosen, rejected, same_message)
@@ -219,7 +215,7 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[str, An
 
 
 def _with_material(task: str, row: Mapping[str, Any]) -> Any:
-    """A task in Alpaca's style with what it is about, and with the turns before it."""
+    """A task in Alpaca's format with its input and its history."""
     material, history = row.get("input"), _value(row, "history")
     if isinstance(material, str) and material.strip() and material.strip() not in task:
         task = f"{task}\n{material}"
@@ -271,7 +267,7 @@ def _system_messages(system: Any) -> list[Message]:
 
 
 def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:
-    """Whether a dialogue holds the prompt, so that it is no answer that happens to be written like one."""
+    """Whether a dialogue repeats the prompt, and is not an answer that happens to be written as a dialogue."""
     if isinstance(prompt, str) and prompt.strip() in text:
         return True
     return any(same_message(message, turn) for message in _prompt_messages(prompt) for turn in dialogue) or not prompt
@@ -280,7 +276,7 @@ def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:
 def _continue(
     prompt: list[Message], answers: Sequence[list[Message]], holds_prompts: bool
 ) -> tuple[list[Message], list[list[Message]], str]:
-    """Prompt and answers where both have the assistant's turn: an answer's own, or the beginning of both.
+    """Merge an assistant message at the end of the prompt: it is one of the answers, or the beginning of both.
 
     Returns the messages before the answers, the answers, and how both begin.
     """
@@ -292,7 +288,7 @@ def _continue(
     if any(same_message(last, side[0]) for side in speaking):
         return before, sides, ""
     if not holds_prompts or "tool_calls" in last or len(speaking) < len(sides):
-        raise UnusableRow(TWO_ANSWERS)
+        raise UnusableRow("the prompt ends with an answer that is neither of the two")
     partial = last["content"]
     for side in sides:
         said = side[0]["content"]
@@ -307,13 +303,13 @@ def _continue(
 
 
 def _union(system: list[Message], messages: list[Message]) -> list[Message]:
-    """System messages in front of a conversation, without those that it brings itself."""
+    """System messages in front of a conversation, without those that it already has."""
     own, _ = split_system(messages)
     return [message for message in system if not any(same_message(message, other) for other in own)] + messages
 
 
 def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """Prompt and answer as one conversation, without the turns that the answer's list holds already."""
+    """Prompt and answer as one conversation, without the turns that the answer repeats."""
     prompt_system, prompt_turns = split_system(prompt)
     side_system, side_turns = split_system(side)
     system = _union(prompt_system, side_system)
@@ -329,7 +325,7 @@ def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
             said = [message["content"] for message in side_turns if message["role"] == "user"]
             if len(prompt_turns) == 1 and any(prompt_turns[0]["content"].strip() in text for text in said):
                 return system + side_turns
-            raise UnusableRow(TWO_QUESTIONS)
+            raise UnusableRow("the answers begin with a question that is not the prompt's")
     return system + prompt_turns + side_turns
 
 

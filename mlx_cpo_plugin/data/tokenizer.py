@@ -1,4 +1,4 @@
-"""A tokenizer as the data needs it: template text, token ids with their place in the text, and special tokens."""
+"""Wrap a tokenizer with what data needs: its chat template, tokens with their offsets, and special tokens."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
 
 TokenIds = NDArray[np.int32]
 
-# Text of many kinds, which two versions of a tokenizer hardly encode alike.
+# Varied text, which two versions of a tokenizer are unlikely to encode alike.
 _SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, 敏捷的棕色狐狸 🦊\n\tdef f(x):\n"
-# Text that a tokenizer which rewrites its input would encode differently when asked for offsets.
+# Text that a tokenizer which rewrites its input encodes differently when asked for offsets.
 _PROBE = "a b\n<n>\n\nc"
 _LOCK = RLock()
-# Templates are told the same time as long as the process lives.
+# Templates see the same time throughout a process.
 _STARTED = datetime.now(UTC)
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids of a text, and where each token ends in it.
+    """Token ids of a text and their offsets.
 
     Attributes:
         text: what was encoded.
         ids: int32 [T].
-        starts, ends: int [T], the first character of each token and the one after it; None for tokenizers that cannot
-            tell. Where a tokenizer composes characters, there may be some between two tokens.
+        starts, ends: int [T], the first character of each token and the one behind its last; None for tokenizers
+            without offsets. Where a tokenizer composes characters, some may lie between two tokens.
     """
 
     text: str
@@ -51,13 +51,13 @@ class EncodedText:
     tokenizer: ChatTokenizer
 
     def tokens_before(self, character: int) -> int:
-        """How many tokens lie wholly in the first ``character`` characters."""
+        """How many tokens lie entirely in the first ``character`` characters."""
         if self.ends is not None:
             return int(np.searchsorted(self.ends, character, side="right"))
         return common_prefix(self.ids, self.tokenizer.encode(self.text[:character]).ids)
 
     def tokens_covering(self, character: int) -> int:
-        """How many tokens it takes to hold the first ``character`` characters."""
+        """How many tokens it takes to cover the first ``character`` characters."""
         if self.starts is not None:
             return int(np.searchsorted(self.starts, character, side="left"))
         alone = self.tokenizer.encode(self.text[:character]).ids
@@ -66,13 +66,13 @@ class EncodedText:
 
 
 class ChatTokenizer:
-    """What turns conversations into tokens: mlx-lm's tokenizer wrapper, or the tokenizer inside it.
+    """Renders and tokenises conversations with mlx-lm's tokenizer wrapper, or the tokenizer inside it.
 
     Args:
         tokenizer: either of the two.
         chat_template: Jinja text to use in place of the tokenizer's own template.
         template_kwargs: arguments of the template, such as ``enable_thinking``.
-        now: the time that a template is told; by default that at which the process began to read.
+        now: the time that templates see; by default that of this module's import.
 
     Attributes:
         bos_id, eos_id: the tokenizer's own; None where it has none.
@@ -175,7 +175,7 @@ class ChatTokenizer:
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
 
     def digest(self) -> str:
-        """What tells this tokenizer, its template included, from another one or from another version of it."""
+        """A fingerprint of this tokenizer and its template."""
         parts = (
             type(self._inner).__name__,
             len(self._inner),
@@ -207,7 +207,7 @@ class ChatTokenizer:
         return EncodedText(text, as_ids(ids), starts, ends, self)
 
     def reads_alike(self, first: str, second: str) -> bool:
-        """Whether two texts are the same tokens, as they may be in different Unicode forms."""
+        """Whether two texts have the same tokens, which different Unicode forms may have."""
         if first == second or unicodedata.normalize("NFC", first) != unicodedata.normalize("NFC", second):
             return first == second
         return np.array_equal(self.encode(first).ids, self.encode(second).ids)
@@ -265,7 +265,7 @@ class ChatTokenizer:
 
 
 def read_template(given: str | None) -> str | None:
-    """The Jinja text that ``chat_template`` means: itself, or what the file of that name holds.
+    """The Jinja text given by ``chat_template``, which is that text or the name of a file.
 
     Raises:
         ConfigError: it is neither Jinja nor a file that can be read.
@@ -293,9 +293,9 @@ def _is_fallback(template: Any) -> bool:
 
 @contextmanager
 def _inputs_held_at(now: datetime) -> Iterator[None]:
-    """Within it, ``strftime_now`` of templates tells ``now``, and what they draw by chance is always the same.
+    """Make ``strftime_now`` of templates return ``now``, and seed what they draw at random.
 
-    `transformers` gives templates its own ``datetime``, and nothing to replace it by; where it has none, time goes on.
+    `transformers` passes its own ``datetime`` to templates, without a way to replace it; where it has none, time moves.
     """
     from transformers.utils import chat_template_utils  # costly, and there before any tokenizer
 
@@ -314,7 +314,7 @@ def _inputs_held_at(now: datetime) -> Iterator[None]:
 
 
 def _check_unicode(text: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """Raise UnusableRow for lone surrogates, which JSON can spell but no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

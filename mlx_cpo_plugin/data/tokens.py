@@ -1,4 +1,4 @@
-"""Rows to token pairs: what is prompt, what is answer, which tokens are scored, and what is cut to fit."""
+"""Tokenise rows into pairs: what is prompt, which tokens of the answers are scored, and what is cut to fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, IDENTICAL, Columns, Conversat
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
 from mlx_cpo_plugin.errors import DataError
 
-CUT, DROP, ERROR = OVERLONG = ("cut", "drop", "error")
+CUT, DROP, ERROR = "cut", "drop", "error"
 PROMPT_SHARE = 4
 """A long answer leaves its prompt at least ``max_seq_length`` over this many tokens."""
 
@@ -26,7 +26,7 @@ NOTHING_SCORED = "no token of an answer is left to score"
 
 
 class OverlongRow(UnusableRow):
-    """A row that is left out since it is too long, as the settings ask for."""
+    """A row that is left out because it is too long, as the settings ask."""
 
 
 class Side(NamedTuple):
@@ -42,7 +42,7 @@ class Side(NamedTuple):
 
 
 class TruncatedPair(NamedTuple):
-    """A pair that fits, and which of its parts were cut for that."""
+    """A pair that fits, and which of its parts were cut to make it fit."""
 
     pair: PreferencePair
     prompt_cut: bool = False
@@ -82,7 +82,7 @@ def prompt_tokens(text: str, tokenizer: ChatTokenizer) -> TokenIds:
 
 
 def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:
-    """Split two sides into their shared prompt and what follows it; scored tokens are never part of the prompt."""
+    """Split two sides into their shared prompt and what follows; scored tokens are never part of the prompt."""
     if not chosen.scored.any() or not rejected.scored.any():
         raise UnusableRow(NOTHING_SCORED)
     if np.array_equal(chosen.ids, rejected.ids):
@@ -140,10 +140,10 @@ def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
 
 
 def _last_turn_end(tokens: list[int], said: int, tokenizer: ChatTokenizer) -> int | None:
-    """Where the last turn ends, all of which is said in the first ``said`` tokens: behind the first end token.
+    """Where the last turn ends, whose text and calls are in the first ``said`` tokens: behind the first end token.
 
-    A template may go on behind it, with the header of a next answer. Where no token ends generation, the turn ends
-    with the special ones right behind it, or with the first of them if something is written behind those.
+    The template may continue after it, with the header of a next answer. Without an end token, the turn ends with the
+    special tokens that follow, or with the first of them if text comes after those; None without any.
     """
     special = [i for i in range(said, len(tokens)) if tokens[i] in tokenizer.special_ids]
     ending = [i for i in special if tokens[i] in tokenizer.end_ids]
@@ -171,7 +171,7 @@ def _turn_end(tokens: list[int], start: int, stop: int, closing: frozenset[int],
 
 
 def _without_template_space(side: Rendering) -> str:
-    """The text without the white space that the template, not the answer, puts at its end."""
+    """The text without trailing white space that comes from the template and not from the answer."""
     text = side.text.rstrip()
     own = side.last_content[len(side.last_content.rstrip()) :]
     return text + own if side.text[len(text) :].startswith(own) else text
@@ -255,7 +255,7 @@ def _prompt_room(pair: PreferencePair, max_seq_length: int, least: int) -> int:
 
 
 def _template_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
-    """Tokens of the prompt that no row's text makes shorter, once its oldest turns are gone."""
+    """Tokens of the prompt that the template writes by itself, once the oldest turns are gone."""
     for shorter in reversed([row, *_without_oldest_turns(row)]):
         empty = {i: "" for i, message in enumerate(shorter.chosen[: shorter.shared]) if message["role"] != "assistant"}
         try:
@@ -266,7 +266,7 @@ def _template_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
 
 
 def _with_contents(row: Conversation, contents: dict[int, str]) -> Conversation:
-    """The row with other texts as the contents of shared messages, by their positions."""
+    """The row with the contents of shared messages replaced, by position."""
 
     def changed(side: list[Message]) -> list[Message]:
         return [{**message, "content": contents.get(i, message["content"])} for i, message in enumerate(side)]
@@ -305,7 +305,7 @@ def _shorten_prompt(
 
 
 def _without_oldest_turns(row: Conversation) -> list[Conversation]:
-    """The row without its first turn, its first two, and so on; system messages and the last question stay."""
+    """The row without its first turn, without its first two, and so on; system messages and the last question stay."""
     system, _ = split_system(row.chosen[: row.shared])
     start = len(system)
     shorter = []
@@ -319,9 +319,9 @@ def _without_oldest_turns(row: Conversation) -> list[Conversation]:
 def _with_shorter_messages(
     row: Conversation, tokenizer: ChatTokenizer, excess: int, max_seq_length: int
 ) -> Conversation:
-    """The row with ``excess`` tokens fewer at the beginnings of its longest shared messages that are no answers.
+    """The row with ``excess`` tokens fewer, cut from the beginnings of its longest messages before the answers.
 
-    They are cut to one length, below which no message is cut.
+    All that are longer than a common limit are cut to it; answers of earlier turns are left as they are.
     """
     texts = {i: m["content"] for i, m in enumerate(row.chosen[: row.shared]) if m["role"] != "assistant"}
     sizes = {i: len(tokenizer.encode(text).ids) for i, text in texts.items() if text}
