@@ -38,7 +38,8 @@ def fake_quantizer() -> FakeQuantizer:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"qat_enable needs {module}.{name}, which mlx-lm-lora {host_version()} does not have; "
-            f"set qat_enable: false, or {_install_tested_host()}."
+            f"set qat_enable: false, or {_install_tested_host()}.",
+            key="qat_enable",
         ) from error
     return quantizer
 
@@ -120,7 +121,8 @@ def load_chat_tokenizer(model: str) -> Any:
             raise
         raise ConfigError(
             f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "
-            "give a local folder or the name of a model on the hub."
+            "give a local folder or the name of a model on the hub.",
+            key="model",
         ) from error
     give_chat_template(tokenizer)
     return tokenizer

@@ -181,7 +181,8 @@ def require_clients(settings: RunSettings) -> None:
             key = f"report_to names {name}" if name in (settings.report_to or ()) else "wandb is set"
             raise ConfigError(
                 f"{key}, but its client {module} is missing; run pip install 'mlx-cpo-plugin[{name}]', or remove "
-                f"{f'{name} from report_to' if key.startswith('report_to') else 'the key'}."
+                f"{f'{name} from report_to' if key.startswith('report_to') else 'the key'}.",
+                key=key.partition(" ")[0],
             ) from error
 
 

@@ -132,7 +132,7 @@ def _own_run(folder: Path, usable: Usable, hashed: bool) -> Start | None:
             path = folder / CHECKPOINTS / path.name
         return Start(record, _Search(usable, hashed).wanted(path), notes=search.notes)
     if any(of_all_ranks(search.seen)):
-        raise ConfigError(f"resume is auto, but {search.why_none(folder)}")
+        raise ConfigError(f"resume is auto, but {search.why_none(folder)}", key="resume")
     return None
 
 
@@ -179,23 +179,27 @@ class _Search:
             if found is not None:
                 return found
             if any(of_all_ranks(self.seen)):
-                raise ConfigError(f"resume is {str(path)!r}, but {self.why_none(path)}")
+                raise ConfigError(f"resume is {str(path)!r}, but {self.why_none(path)}", key="resume")
             raise ConfigError(
-                f"resume is {str(path)!r}, but there is no whole checkpoint in it; give another, or auto."
+                f"resume is {str(path)!r}, but there is no whole checkpoint in it; give another, or auto.",
+                key="resume",
             )
         mine = path
         if path.parent.name.startswith(CHECKPOINTS):
             mine = folder_of_rank(path.parent.parent) / path.name
         elif mx.distributed.init().rank() > 0:
             raise ConfigError(
-                f"resume is {str(path)!r}, which belongs to the first rank alone; give the adapter folder."
+                f"resume is {str(path)!r}, which belongs to the first rank alone; give the adapter folder.",
+                key="resume",
             )
         try:
             checkpoint = read_checkpoint(mine, self.hashed)
         except CheckpointError as error:
-            raise ConfigError(f"resume is {str(path)!r}: {error}") from error
+            raise ConfigError(f"resume is {str(path)!r}: {error}", key="resume") from error
         if not self.usable(checkpoint.values):
-            raise ConfigError(f"resume is {str(path)!r}: {_in_last_step(checkpoint)}; give an earlier one.")
+            raise ConfigError(
+                f"resume is {str(path)!r}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume"
+            )
         return checkpoint
 
     def why_none(self, folder: Path) -> str:

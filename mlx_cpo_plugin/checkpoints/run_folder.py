@@ -80,10 +80,13 @@ def _locked(folder: Path) -> BaseFileLock:
     except Timeout:
         holder = _process_in(file) or _process_in(soft_file) or "unknown"
         raise ConfigError(
-            f"Another run, process {holder}, is writing to {folder}; wait until it ends or give another adapter_path."
+            f"Another run, process {holder}, is writing to {folder}; wait until it ends or give another adapter_path.",
+            key="adapter_path",
         ) from None
     except OSError as error:
-        raise ConfigError(f"adapter_path {folder} cannot be written to ({error}); give another folder.") from error
+        raise ConfigError(
+            f"adapter_path {folder} cannot be written to ({error}); give another folder.", key="adapter_path"
+        ) from error
     return lock
 
 
@@ -144,7 +147,10 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
         return None
     previous = adapter_folder / PREVIOUS
     if previous.is_symlink():
-        raise ConfigError(f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.")
+        raise ConfigError(
+            f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.",
+            key="adapter_path",
+        )
     aside = previous / record.run.id
     remove_partials(aside)
     _write(aside, replace(record, successor=None))

@@ -278,7 +278,8 @@ def read_template(given: str | None) -> str | None:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(
             f"chat_template is {shown(given)}, which is neither Jinja nor a file that can be read "
-            f"({printable(reason)}): give a template's text or its file."
+            f"({printable(reason)}): give a template's text or its file.",
+            key="chat_template",
         ) from error
 
 

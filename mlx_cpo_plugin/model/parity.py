@@ -62,7 +62,9 @@ def choose_scorer(
         scorer.grouping = _grouping(scorer, pairs)
         return scorer
     if wanted == "shared":
-        raise ConfigError(f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.")
+        raise ConfigError(
+            f"scoring is 'shared', but this model cannot share prompts ({fault}); use auto or plain.", key="scoring"
+        )
     say(f"This model cannot share the prompt between two answers ({fault}); each is scored by itself.")
     return None
 

@@ -54,14 +54,15 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
         if is_device_fault(error):
             raise
         raise ConfigError(
-            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model."
+            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model.",
+            key="model",
         ) from error
     if settings.resume_adapter_file is not None and settings.train:
         _check_resumed_adapter(settings, len(model.layers))
     precision = quantised_load(settings)
     if precision:
         if "quantization" in load_config(model_folder(settings.model)):
-            raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.")
+            raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.", key=precision)
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
@@ -119,7 +120,8 @@ def quantise_base(model: nn.Module, key: str) -> str:
     packing = {"group_size": group_size_for(model), **QUANTISED_LOADS[key]}
     if packing["group_size"] is None:
         raise ConfigError(
-            f"{key} needs layers whose width divides by {min(GROUP_SIZES)}; remove it: the model has none."
+            f"{key} needs layers whose width divides by {min(GROUP_SIZES)}; remove it: the model has none.",
+            key=key,
         )
     left_out = [module for module in _quantisable_layers(model) if module.weight.shape[-1] % packing["group_size"]]
     kept = {id(module) for module in left_out}
@@ -167,7 +169,9 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     try:
         saved = _adapter_settings(json.loads(config_file.read_text(encoding="utf-8")), layers)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{config_file} cannot be read ({first_line(error)}); restore or remove it.") from error
+        raise ConfigError(
+            f"{config_file} cannot be read ({first_line(error)}); restore or remove it.", key="resume_adapter_file"
+        ) from error
     wanted: dict[str, Any] = {
         "train_type": settings.train_type,
         "num_layers": _number_of_layers(settings.num_layers, layers),
@@ -180,7 +184,8 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     if differing:
         told = ", ".join(f"{key} {value} (here {wanted.get(key, 'all')})" for key, value in differing.items())
         raise ConfigError(
-            f"resume_adapter_file {str(file)!r} was trained with {told}, as {config_file} says; set these likewise."
+            f"resume_adapter_file {str(file)!r} was trained with {told}, as {config_file} says; set these likewise.",
+            key="resume_adapter_file",
         )
     if dropout is not None:
         here = wanted["lora_parameters.dropout"]
@@ -216,11 +221,13 @@ def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
     try:
         rate = build_schedule(settings.lr_schedule) if settings.lr_schedule else settings.learning_rate
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise ConfigError(f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.") from error
+        raise ConfigError(
+            f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.", key="lr_schedule"
+        ) from error
     try:
         return _OPTIMIZERS[name](learning_rate=rate, **settings.optimizer_config.get(name, {}))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.") from error
+        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.", key="optimizer_config") from error
 
 
 def iterations(settings: RunSettings, train_set: Sequence[Any]) -> int:

@@ -183,29 +183,34 @@ def check_destinations(settings: RunSettings) -> None:
             test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
     """
     if settings.train and not settings.adapter_path:
-        raise ConfigError("adapter_path is empty; give a folder for the adapter.")
+        raise ConfigError("adapter_path is empty; give a folder for the adapter.", key="adapter_path")
     if settings.train:
         check_writable(Path(settings.adapter_path))
         require_clients(settings)
     elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
         raise ConfigError(
-            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder."
+            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder.",
+            key="adapter_path",
         )
     resume = settings.resume_adapter_file
     if resume is not None and not os.path.isfile(resume):
         raise ConfigError(
-            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter."
+            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter.",
+            key="resume_adapter_file",
         )
     if settings.fuse and settings.train:
         try:
             fused = fused_folder(settings)
         except FileNotFoundError as error:
-            raise ConfigError(f"lm_studio_name is set, but {error}; install LM Studio or remove the key.") from error
+            raise ConfigError(
+                f"lm_studio_name is set, but {error}; install LM Studio or remove the key.", key="lm_studio_name"
+            ) from error
         if os.path.realpath(fused) == os.path.realpath(settings.model):
             key = "adapter_path" if settings.lm_studio_name is None else "lm_studio_name"
             raise ConfigError(
                 f"{key} is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
-                "give another, or set fuse: false."
+                "give another, or set fuse: false.",
+                key=key,
             )
 
 
@@ -219,4 +224,6 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fault = "is a file" if there.is_file() else "cannot be written to"
-        raise ConfigError(f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.")
+        raise ConfigError(
+            f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.", key="adapter_path"
+        )

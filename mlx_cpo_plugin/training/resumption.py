@@ -47,7 +47,7 @@ def _why_finished(run: Run) -> str | None:
     if done >= iters and start.checkpoint.values["iters"] != iters:
         done_already = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
         if not start.continues:
-            raise ConfigError(f"{done_already}; raise iters to go on from it.")
+            raise ConfigError(f"{done_already}; raise iters to go on from it.", key="iters")
         return f"{done_already}: nothing was changed; raise iters to go on."
     ends = ["iters"] * (done >= iters) + ["early_stopping_patience"] * run.best.out_of_patience
     if start.continues and TRAINED in start.record.done and ends:

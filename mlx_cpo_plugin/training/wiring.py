@@ -71,7 +71,9 @@ class Run:
         self.start = find_start(folder, args.resume, args.run_identity, usable)
         run_id = self.start.record.run.id
         if args.run_identity not in (None, self.start.record.run):
-            raise ConfigError(f"Another run has used {folder} since this one was started; start it again.")
+            raise ConfigError(
+                f"Another run has used {folder} since this one was started; start it again.", key="adapter_path"
+            )
 
         metrics_file = MetricsFile(folder / METRICS_FILE if mx.distributed.init().rank() == 0 else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
