@@ -54,8 +54,8 @@ class StoppedError(UserError):
         exit_code: of the process, as shells know it for a process that a signal ended.
     """
 
-    def __init__(self, iteration: int, signal_number: int, how_to_go_on: str) -> None:
-        after = f"stopped after iteration {iteration}, which is saved; {how_to_go_on}."
+    def __init__(self, iteration: int, signal_number: int, how_to_resume: str) -> None:
+        after = f"stopped after iteration {iteration}, which is saved; {how_to_resume}."
         super().__init__(after if iteration else "stopped before iteration 1; nothing is trained yet: start it again.")
         self.exit_code = 128 + signal_number
 

@@ -39,7 +39,7 @@ class LostRankError(UserError):
         )
 
 
-def of_all_ranks(mine: Any) -> list[Any]:
+def gather(mine: Any) -> list[Any]:
     """Return what each rank gives, in the order of the ranks; all of them have to call this at the same point.
 
     Args:
@@ -74,7 +74,7 @@ def sum_over_ranks(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
     with _lost_rank_reported():
         sums = {name: value * size for name, value in by_name(average_gradients(dict(arrays))).items()}
         mx.eval(sums)
-    of_all_ranks(None)
+    gather(None)
     return sums
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_cpo_plugin import exchange
-from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks, sum_over_ranks
+from mlx_cpo_plugin.exchange import LostRankError, gather, sum_over_ranks
 
 Gather = Callable[[np.ndarray], np.ndarray]
 
@@ -40,14 +40,14 @@ def row_of(rank: int, mine: np.ndarray) -> np.ndarray:
 def test_one_rank_is_told_what_it_gives() -> None:
     value: Any = {"sums": [0.1, float("inf")]}
 
-    assert of_all_ranks(value) == [value]
+    assert gather(value) == [value]
 
 
 def test_each_rank_gives_a_value_to_all(second_of_three: Callable[[Gather], None]) -> None:
     second_of_three(lambda mine: np.concatenate([row_of(0, mine), mine, row_of(2, mine)]))
 
-    assert of_all_ranks(5) == [0, 5, 2000]
-    assert of_all_ranks(0.1) == [0, 0.1, 2000]
+    assert gather(5) == [0, 5, 2000]
+    assert gather(0.1) == [0, 0.1, 2000]
 
 
 def silence(mine: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_a_row_that_did_not_arrive_is_a_lost_rank(second_of_three: Callable[[Gat
     second_of_three(lambda mine: np.concatenate([row_of(0, mine), mine, received(mine)]))
 
     with pytest.raises(LostRankError, match=r"^rank 2 was killed or ended .*, so rank 1 stops, too; .* resume: auto"):
-        of_all_ranks(5)
+        gather(5)
 
 
 def test_what_memory_still_holds_of_an_earlier_exchange_is_no_answer(
@@ -84,10 +84,10 @@ def test_what_memory_still_holds_of_an_earlier_exchange_is_no_answer(
         return np.concatenate([gathered[0][:1], mine, gathered[0][2:]])
 
     second_of_three(stale)
-    assert of_all_ranks(5) == [0, 5, 2000]
+    assert gather(5) == [0, 5, 2000]
 
     with pytest.raises(LostRankError, match=r"^rank 0 was killed"):
-        of_all_ranks(5)
+        gather(5)
 
 
 def raise_error(error: Exception) -> Gather:
@@ -101,14 +101,14 @@ def test_a_connection_that_mlx_finds_lost_is_a_lost_rank(second_of_three: Callab
     second_of_three(raise_error(RuntimeError("[ring] connection to a peer was lost")))
 
     with pytest.raises(LostRankError, match=r"^another rank was killed or ended .*, so rank 1 stops, too"):
-        of_all_ranks(5)
+        gather(5)
 
 
 def test_a_device_that_fails_in_an_exchange_is_no_lost_rank(second_of_three: Callable[[Gather], None]) -> None:
     second_of_three(raise_error(RuntimeError("[metal::malloc] Unable to allocate")))
 
     with pytest.raises(RuntimeError, match="Unable to allocate"):
-        of_all_ranks(5)
+        gather(5)
 
 
 def test_a_gradient_that_not_every_rank_has_added_to_is_not_used(
@@ -128,4 +128,4 @@ def test_a_value_that_is_too_long_is_a_mistake_of_the_caller(second_of_three: Ca
     second_of_three(lambda mine: pytest.fail("exchanged"))
 
     with pytest.raises(AssertionError, match="longer than"):
-        of_all_ranks("x" * exchange._BYTES)
+        gather("x" * exchange._BYTES)

@@ -15,7 +15,7 @@ from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.folder import MANIFEST, Checkpoint, checkpoints_in, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import Origin, RunIdentity, RunRecord, read_record
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import gather
 
 AUTO = "auto"
 
@@ -106,7 +106,7 @@ def once_put_aside(checkpoint: Checkpoint, adapter_folder: Path) -> Path:
 def _new_run(run: RunIdentity | None, starts_from: RunIdentity | None = None) -> RunIdentity:
     """Return the identity of a new run, the same on all ranks."""
     mine = run or RunIdentity.new(None if starts_from is None else starts_from.begun)
-    return RunIdentity.from_plain(of_all_ranks(mine.plain())[0])
+    return RunIdentity.from_plain(gather(mine.plain())[0])
 
 
 def _record_in(folder: Path) -> tuple[RunRecord | None, bool]:
@@ -115,7 +115,7 @@ def _record_in(folder: Path) -> tuple[RunRecord | None, bool]:
     shared = None
     if record is not None:
         shared = [replace(record.successor or record, files=()).plain(), record.successor is not None]
-    first = of_all_ranks(shared)[0]
+    first = gather(shared)[0]
     return (None, False) if first is None else (RunRecord.from_plain(first[0]), first[1])
 
 
@@ -131,7 +131,7 @@ def _own_run(folder: Path, usable: Usable, hashed: bool) -> Start | None:
         if not path.exists():  # nor had it put aside what it started from
             path = folder / CHECKPOINTS / path.name
         return Start(record, _Search(usable, hashed).wanted(path), notes=search.notes)
-    if any(of_all_ranks(search.seen)):
+    if any(gather(search.seen)):
         raise ConfigError(f"resume is auto, but {search.why_none(folder)}", key="resume")
     return None
 
@@ -158,10 +158,10 @@ class _Search:
         if about_to_begin:
             return None  # what lies there is another run's, and about to be put aside
         mine = self._whole(folder_of_rank(folder))
-        run_id = of_all_ranks(record.run.id if record else mine[0].run.id if mine else None)[0]
+        run_id = gather(record.run.id if record else mine[0].run.id if mine else None)[0]
         mine = [checkpoint for checkpoint in mine if checkpoint.run.id == run_id]
         # Every rank needs one of the same iteration; fifty numbers fit into an exchange.
-        common = set.intersection(*map(set, of_all_ranks([checkpoint.iteration for checkpoint in mine[:50]])))
+        common = set.intersection(*map(set, gather([checkpoint.iteration for checkpoint in mine[:50]])))
         best = next((checkpoint for checkpoint in mine if checkpoint.iteration in common), None)
         if best is not None:
             newer = [fault for number, fault in self.faults if number > best.iteration]
@@ -178,7 +178,7 @@ class _Search:
             found = self.newest(path)
             if found is not None:
                 return found
-            if any(of_all_ranks(self.seen)):
+            if any(gather(self.seen)):
                 raise ConfigError(f"resume is {str(path)!r}, but {self.why_none(path)}", key="resume")
             raise ConfigError(
                 f"resume is {str(path)!r}, but there is no whole checkpoint in it; give another, or auto.",

@@ -22,7 +22,7 @@ from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import gather
 
 LOCK_NAME = ".lock"
 LOG_FOLDER = "runs"
@@ -131,7 +131,7 @@ def begin_run(
                 aside = finish_moving(adapter_folder, in_use)
                 say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they have been moved to {aside}.")
         _write(adapter_folder, record)
-    of_all_ranks(None)
+    gather(None)
     mine = folder_of_rank(adapter_folder)
     if mx.distributed.init().rank() > 0 and mine.is_dir() and not mine.is_symlink():
         # Another machine's disk, where the first rank has put nothing aside.

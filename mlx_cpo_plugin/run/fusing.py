@@ -26,7 +26,7 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, kept_of_margin, told
+from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, margin_retained, rounding_cost
 
 # A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
 ENOUGH = 0.9
@@ -81,8 +81,8 @@ class Fusing:
                 "The adapter is intact, and nothing of the fused model is left."
             ) from error
         if self.before is not None and trained is not None and fused is not None:
-            self.say(told("The fused model", self.before, trained, fused))
-            kept = kept_of_margin(self.before, trained, fused)
+            self.say(rounding_cost("The fused model", self.before, trained, fused))
+            kept = margin_retained(self.before, trained, fused)
             if kept is not None and kept < ENOUGH:
                 self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")
         return target
@@ -122,7 +122,7 @@ class Fusing:
             return False
         model.update_modules(tree_unflatten([(name, module.fuse()) for name, module in adapters]))
         merged = self._scores(model)
-        kept = None if merged is None else kept_of_margin(self.before, trained, merged)
+        kept = None if merged is None else margin_retained(self.before, trained, merged)
         if kept is not None and kept >= ENOUGH:
             model.args.quantization = model.args.quantization_config = quantization
             return True

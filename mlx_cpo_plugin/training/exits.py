@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cpo_plugin.errors import OUT_OF_MEMORY, StoppedError, TrainingError, UserError, is_out_of_memory
-from mlx_cpo_plugin.exchange import LostRankError, of_all_ranks
+from mlx_cpo_plugin.exchange import LostRankError, gather
 
 # SIGHUP comes when the terminal closes.
 _SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -35,7 +35,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all of them have to call this at the same point."""
-        wanted = max(of_all_ranks(self.signal_number))
+        wanted = max(gather(self.signal_number))
         if wanted:  # only then: a signal that arrives meanwhile counts the next time
             self.signal_number = wanted
         return wanted != 0
@@ -63,7 +63,7 @@ def stop_requests() -> Iterator[StopRequest]:
         if sys.__stderr__ is None:  # closed from the start: another file may have its number
             return
         with suppress(OSError):  # not print, which may be what was interrupted
-            os.write(2, b"\nStopping after this micro-batch; once more to stop without saving.\n")
+            os.write(2, b"\nStopping after this micro-batch; press Ctrl-C again to stop without saving.\n")
 
     previous: dict[signal.Signals, Any] = {
         each: signal.signal(each, ask)
@@ -80,7 +80,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def saved_on_the_way_out(save: Callable[[], str], stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
+def saved_on_failure(save: Callable[[], str], stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
     """Save where an exception ends the context, and append what was saved to its message, or say it.
 
     A stop has saved already, a second request wants nothing saved, and ranks have no common state once one is lost.
@@ -110,7 +110,7 @@ def saved_on_the_way_out(save: Callable[[], str], stop: StopRequest, say: Callab
 
 
 @contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def out_of_memory_explained() -> Iterator[None]:
     """Turn an out-of-memory error into a TrainingError with a readable message."""
     try:
         yield

@@ -107,21 +107,21 @@ def score_saved(run: Run) -> None:
         elif not saved.is_like(trained):
             run.reporter.warn(
                 f"{file} {margin}, and the model in memory, which has the same parameters, {trained.margin:+.3f}: this "
-                "device does not compute alike twice."
+                "device gives different results for the same computation."
             )
 
 
-def kept_of_margin(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> float | None:
+def margin_retained(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> float | None:
     """Return the share of the margin won in training that ``handed_on`` has; ``None`` where hardly any was won."""
     won = trained.margin - before.margin
     return (handed_on.margin - before.margin) / won if abs(won) >= SMALL else None
 
 
-def told(name: str, before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
+def rounding_cost(name: str, before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
     """Return one sentence on what rounding cost."""
     sentence = (
         f"{name} gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; trained were "
         f"{trained.margin:+.3f}, from {before.margin:+.3f}"
     )
-    kept = kept_of_margin(before, trained, handed_on)
+    kept = margin_retained(before, trained, handed_on)
     return f"{sentence}." if kept is None else f"{sentence}: {kept:.0%} of what was learned."

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.exchange import of_all_ranks
+from mlx_cpo_plugin.exchange import gather
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
@@ -87,7 +87,7 @@ class PairMeans(Resumable):
         The means of no pairs at all are NaN.
         """
         mine = [*self.sums, self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]
-        totals = np.sum(of_all_ranks(mine), axis=0)
+        totals = np.sum(gather(mine), axis=0)
         chosen_nll, chosen_tokens, pairs, tokens = totals[-4:].tolist()
         if not pairs:
             return dict.fromkeys((*PAIR_METRICS, "nll_loss"), np.nan), 0
@@ -115,7 +115,7 @@ class MetricsFile:
         self.rows = 0
         self._told = False
 
-    def go_on(self, source: Path, run_id: str, rows: int, iteration: int) -> tuple[set[tuple[str, int]], str | None]:
+    def resume(self, source: Path, run_id: str, rows: int, iteration: int) -> tuple[set[tuple[str, int]], str | None]:
         """Reduce the file to what a run had reported when it wrote a checkpoint.
 
         Args:

@@ -121,9 +121,9 @@ class Outputs:
         """Return what ends a run that was asked to stop, once its newest checkpoint has been read back."""
         if self.newest is not None:
             read_checkpoint(self.newest)
-        return StoppedError(self.state.iteration, signal_number, self.how_to_go_on)
+        return StoppedError(self.state.iteration, signal_number, self.how_to_resume)
 
-    def save_on_the_way_out(self) -> str:
+    def save_after_failure(self) -> str:
         """Save what is whole after something has failed; return a sentence on what was saved."""
         if not self.is_main:
             return ""
@@ -138,10 +138,10 @@ class Outputs:
         fault = _fault_of(lambda: read_checkpoint(self.save_checkpoint()))
         if fault:
             return f"{weights}; no checkpoint could be written after it ({fault})."
-        return f"{weights}, and all that it takes to go on in {self.newest}: {self.how_to_go_on}."
+        return f"{weights}, and a checkpoint in {self.newest}: {self.how_to_resume}."
 
     @property
-    def how_to_go_on(self) -> str:
+    def how_to_resume(self) -> str:
         """What to do after a run that ended early, by the route that started it."""
         if self.args.run_settings is not None:
             return (

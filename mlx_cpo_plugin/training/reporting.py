@@ -132,7 +132,7 @@ class ProgressReporter(Resumable):
             "epoch": epoch,
         }
         if self.is_main:
-            self.bar.set_postfix({name: f"{means[key]:.3f}" for key, name in _BAR_LABELS.items()})
+            self.bar.set_postfix(**{name: f"{means[key]:.3f}" for key, name in _BAR_LABELS.items()})
             norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
             tqdm.write(
                 f"\nIter {iteration}: {_labelled(means, _TRAIN_LABELS)}, lr {learning_rate:.3e}, "
@@ -158,7 +158,7 @@ class ProgressReporter(Resumable):
             self.callback.on_val_loss_report(info)
 
     def start_trackers(self) -> None:
-        """Let the trackers begin their run, or continue it after :meth:`go_on_in_trackers`."""
+        """Let the trackers begin their run, or continue it after :meth:`resume_trackers`."""
         if isinstance(self.callback, ResumableCallback):
             self.callback.start()
 
@@ -173,24 +173,24 @@ class ProgressReporter(Resumable):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what was collected; :meth:`go_on` does the rest."""
+        """Restore what was collected; :meth:`resume` does the rest."""
         super().restore(state)
         self.seconds, self.elapsed = state["seconds"], state["elapsed"]
         self.resumed = time.perf_counter()
 
-    def go_on(self, metrics: Path, checkpoint: Checkpoint) -> None:
+    def resume(self, metrics: Path, checkpoint: Checkpoint) -> None:
         """Continue after the reports in ``metrics``, a file of the checkpoint's run, that preceded the checkpoint.
 
         Trackers continue their run if the checkpoint is of this run.
         """
         rows, run_id = checkpoint.values["reporter"]["metrics_rows"], checkpoint.run.id
-        told, missing = self.metrics_file.go_on(metrics, run_id, rows, checkpoint.iteration)
+        told, missing = self.metrics_file.resume(metrics, run_id, rows, checkpoint.iteration)
         if missing is not None:
             self.say(missing)
         if run_id == self.metrics_file.run_id:
-            self.go_on_in_trackers(checkpoint, told)
+            self.resume_trackers(checkpoint, told)
 
-    def go_on_in_trackers(self, checkpoint: Checkpoint, told: Collection[tuple[str, int]] = ()) -> None:
+    def resume_trackers(self, checkpoint: Checkpoint, told: Collection[tuple[str, int]] = ()) -> None:
         """Let the trackers continue the runs that they had when a checkpoint of the same run was written."""
         state = checkpoint.values["reporter"].get("trackers")
         if isinstance(self.callback, ResumableCallback) and state is not None:

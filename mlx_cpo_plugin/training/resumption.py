@@ -29,7 +29,7 @@ def begin(run: Run) -> bool:
         finished = _why_finished(run)
         if finished is not None:
             say(finished)
-            run.reporter.go_on_in_trackers(checkpoint)  # a test may still have to be reported there
+            run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
             return False
     for line in memory_report(run.model, run.step.optimizer, run.pairs, run.scorer, run.args):
         say(line)
@@ -72,7 +72,7 @@ def _take_folder(run: Run) -> None:
     if checkpoint is None:
         return
     there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, outputs.folder)
-    run.reporter.go_on(there.parent.parent / METRICS_FILE, checkpoint)
+    run.reporter.resume(there.parent.parent / METRICS_FILE, checkpoint)
     outputs.restore_best(checkpoint, there / BEST_ADAPTER_FILE)
     if not start.continues:
         outputs.save_checkpoint()

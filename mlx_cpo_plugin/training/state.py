@@ -102,7 +102,7 @@ class TrainingState:
         mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})
 
 
-def can_go_on(values: Mapping[str, Any], iters: int, last_step_start: int) -> bool:
+def can_resume(values: Mapping[str, Any], iters: int, last_step_start: int) -> bool:
     """Return whether a run of ``iters`` iterations can continue from a checkpoint with these values.
 
     The last optimizer step of a run may hold fewer micro-batches than the others, whose gradients then weigh more. With

@@ -26,7 +26,7 @@ from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.call import pairs_of, training_arguments
-from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_told, saved_on_the_way_out, stop_requests
+from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, saved_on_failure, stop_requests
 from mlx_cpo_plugin.training.held_out import score_saved
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.resumption import begin
@@ -78,7 +78,7 @@ def train_cpo(
         lasting_output(),
         only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
-        out_of_memory_told(),
+        out_of_memory_explained(),
         training_environment(model, args) as quantisation,
     ):
         run = Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
@@ -89,7 +89,7 @@ def train_cpo(
             validate(run, iteration=1, before_training=True)
             if run.last_step_start == 0:
                 run.outputs.save_checkpoint()
-        with saved_on_the_way_out(run.outputs.save_on_the_way_out, stop, run.reporter.say):
+        with saved_on_failure(run.outputs.save_after_failure, stop, run.reporter.say):
             train(run, stop)
         finish(run)
         if stop.agreed():
@@ -231,7 +231,7 @@ def evaluate_cpo(
         raise DataError("There is no preference pair to evaluate on; check the data with 'mlx-cpo check'.")
     if not pairs.report.all_used:
         pairs.tell(print)
-    with out_of_memory_told(), compile_where_it_pays(), float32_products(model):
+    with out_of_memory_explained(), compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring)
         means, tokens = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer

@@ -34,7 +34,7 @@ from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.outputs import Outputs
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.reporting import DisplacementAlarm, ProgressReporter
-from mlx_cpo_plugin.training.state import TrainingState, can_go_on, data_digest, identity
+from mlx_cpo_plugin.training.state import TrainingState, can_resume, data_digest, identity
 from mlx_cpo_plugin.training.validation import BestSoFar, PlateauAdvice
 
 
@@ -67,7 +67,7 @@ class Run:
         folder = Path(args.adapter_file).parent
         lengths = [pair.tokens for pair in pairs]
         self.last_step_start = last_step_start(lengths, batch_size_of(args), iters=args.iters, seed=args.seed or 0)
-        usable = partial(can_go_on, iters=args.iters, last_step_start=self.last_step_start)
+        usable = partial(can_resume, iters=args.iters, last_step_start=self.last_step_start)
         self.start = find_start(folder, args.resume, args.run_identity, usable)
         run_id = self.start.record.run.id
         if args.run_identity not in (None, self.start.record.run):

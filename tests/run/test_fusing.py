@@ -428,6 +428,6 @@ def test_held_out_rows_are_a_few_short_ones_of_the_first_split_that_has_any() ->
 def test_the_share_that_is_kept_is_that_of_the_margin_won() -> None:
     before, trained, rounded = (HeldOutScores(np.array([[chosen], [-5.0]])) for chosen in (-6.0, -2.0, -3.0))
 
-    assert fusing.kept_of_margin(before, trained, rounded) == pytest.approx(0.75)
-    assert fusing.kept_of_margin(before, before, rounded) is None
-    assert "75% of what was learned" in fusing.told("It", before, trained, rounded)
+    assert fusing.margin_retained(before, trained, rounded) == pytest.approx(0.75)
+    assert fusing.margin_retained(before, before, rounded) is None
+    assert "75% of what was learned" in fusing.rounding_cost("It", before, trained, rounded)

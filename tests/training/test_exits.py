@@ -37,7 +37,7 @@ MODULES = (
 # They only look something up, many times.
 LOOK_UPS = {"iteration", "run", "state", "_describe", "_fault", "_hash", "_read", "_seconds", "_tree", "checkpoints_in"}
 # They are called once more when a run is over, to undo things.
-ENDS = {"saved_on_the_way_out", "out_of_memory_told", "training_environment", "stop_requests"}
+ENDS = {"saved_on_failure", "out_of_memory_explained", "training_environment", "stop_requests"}
 Arrays = dict[str, np.ndarray]
 Strike = Callable[..., None]
 

@@ -39,7 +39,7 @@ def test_scores_that_differ_more_than_additions_do_are_told_and_end_nothing(
 
     train(tmp_path)
 
-    assert any("does not compute alike twice" in text for text in warnings(tmp_path))
+    assert any("gives different results for the same computation" in text for text in warnings(tmp_path))
 
 
 def test_scores_in_another_order_of_additions_are_the_same() -> None:

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memo
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.training import memory_watch
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.exits import out_of_memory_told
+from mlx_cpo_plugin.training.exits import out_of_memory_explained
 from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
 from mlx_cpo_plugin.training.memory_watch import MemoryWatch
 from mlx_cpo_plugin.training.trainer import train_cpo
@@ -130,11 +130,11 @@ def test_other_errors_are_not_out_of_memory(error: Exception, of_the_device: boo
 def test_what_a_gpu_says_when_memory_ends_becomes_a_sentence(error: Exception) -> None:
     with (
         pytest.raises(TrainingError, match=r"^The device is out of memory; lower max_seq_length, batch_size or"),
-        out_of_memory_told(),
+        out_of_memory_explained(),
     ):
         raise error
 
 
 def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match=r"^\[matmul\] shapes"), out_of_memory_told():
+    with pytest.raises(RuntimeError, match=r"^\[matmul\] shapes"), out_of_memory_explained():
         raise RuntimeError("[matmul] shapes do not fit")

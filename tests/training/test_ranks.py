@@ -116,7 +116,7 @@ def test_a_stop_that_is_asked_for_while_ranks_agree_counts_the_next_time(monkeyp
         request.signal_number = signal.SIGTERM
         return [mine, 0]
 
-    monkeypatch.setattr(exits, "of_all_ranks", exchange)
+    monkeypatch.setattr(exits, "gather", exchange)
 
     assert [request.agreed(), request.agreed()] == [False, True]
 
