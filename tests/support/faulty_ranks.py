@@ -107,7 +107,6 @@ def main() -> None:
     import mlx.core as mx
     import mlx.optimizers as optimizers
 
-    from mlx_cpo_plugin.activation.patches import exit_with
     from mlx_cpo_plugin.errors import UserError
     from mlx_cpo_plugin.losses import sigmoid_loss
     from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
@@ -140,7 +139,8 @@ def main() -> None:
     try:
         train_cpo(add_adapter(build_model()), optimizers.SGD(0.05), build_pairs(12), None, settings, loss_fn=loss)
     except UserError as error:
-        exit_with(error)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
