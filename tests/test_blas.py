@@ -196,13 +196,24 @@ def test_a_path_is_what_products_go_to(environment: FreshEnvironment, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["missing", "not a library", "without products"])
+def test_a_library_that_cannot_be_used_is_named(
+    reference_in_use: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "text.so").write_text("no library")
+    file = {"missing": "none.so", "not a library": str(tmp_path / "text.so"), "without products": "libm.so.6"}[kind]
+    monkeypatch.setenv(blas.VARIABLE, file)
+
+    with pytest.raises(ConfigError, match=f"{blas.VARIABLE} is {file}"):
+        blas.use_fast_blas()
+
+
 @pytest.mark.slow
 def test_a_library_that_cannot_be_used_is_one_sentence_and_exit_code_2(
-    environment: FreshEnvironment, settings: dict[str, Any], tmp_path: Path, kind: str
+    environment: FreshEnvironment, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "my.yaml").write_text(json.dumps(settings))
     (tmp_path / "text.so").write_text("no library")
-    file = {"missing": "none.so", "not a library": "text.so", "without products": "libm.so.6"}[kind]
+    file = "text.so"
 
     ended = environment.run(
         environment.host_script, "--config", "my.yaml", folder=tmp_path, MLX_CPO_PLUGIN_BLAS=file, LD_PRELOAD=""

@@ -64,7 +64,6 @@ def test_the_environment_holds_the_plugin_itself(environment: FreshEnvironment) 
 @pytest.mark.parametrize(
     ("kind", "entry"),
     [
-        ("wheel", "console script"),
         ("wheel", "-m mlx_lm_lora train"),
         ("wheel", "-m mlx_lm_lora.train"),
         ("editable", "console script"),

@@ -103,9 +103,7 @@ def reference_logps(model: Any, pair: Any) -> list[float]:
     return logps
 
 
-@pytest.mark.parametrize(
-    "choice", [{"train_type": "lora"}, {"train_type": "dora"}, {"train_type": "full"}, {"preset": "cpo-simpo"}]
-)
+@pytest.mark.parametrize("choice", [{"train_type": "dora"}, {"train_type": "full"}, {"preset": "cpo-simpo"}])
 def test_the_figures_are_those_of_the_runs_first_validation_and_of_its_final_test(
     settings: Settings, run_main: RunMain, choice: Settings
 ) -> None:

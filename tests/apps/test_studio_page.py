@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -358,27 +357,6 @@ def test_a_run_whose_rows_lie_outside_is_compared_once_they_are_confirmed(
 
     expect(page.locator("#compare-said")).to_contain_text(f"data: {data_folder}")
     expect(page.locator("#compare-outside input")).not_to_be_checked()
-
-
-def test_a_run_whose_watcher_is_killed_is_found_shown_and_stopped(
-    page: Any, visits: Any, server: Server, root: Path
-) -> None:
-    open_changed(page, root, "orphan.yaml", adapter_path="orphan", iters=100_000)
-    tab(page, "Run")
-    page.click("#start")
-    expect(page.locator("#status progress")).to_be_visible()
-    os.kill(json.loads((root / "orphan" / "studio_run.json").read_text())["pid"], signal.SIGKILL)
-
-    again = visits.new_page()
-    again.goto(server.address)
-    tab(again, "Run")
-    expect(again.locator("#status")).to_contain_text("Running", timeout=PATIENCE)
-    page.click("#start")
-    expect(page.locator("#run-said")).to_contain_text("A run is already writing to")
-    again.click("#stop")
-    expect(again.locator("#status")).to_contain_text("Ended, cause unknown", timeout=PATIENCE)
-    expect(again.locator("#console")).to_contain_text(re.compile("stopped (after|before) iteration"))
-    again.close()
 
 
 def test_another_account_reads_nothing_asks_nothing_and_sees_no_token(page: Any, server: Server, root: Path) -> None:

@@ -188,6 +188,7 @@ def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stoppe
 
     assert "stopped after iteration" in run_process.console_tail(folder)[-1]
     assert run_process.state(folder).status == "lost"
+    assert "Ended, cause unknown" in status_html(folder, read_metrics(folder))
 
 
 def test_what_earlier_runs_printed_stays_in_the_file_and_is_not_shown(tmp_path: Path) -> None:

@@ -54,14 +54,12 @@ def test_a_healthy_installation_is_found_healthy(environment: FreshEnvironment) 
 
 
 @pytest.mark.slow
-def test_a_plugin_that_is_turned_off_is_a_failure(environment: FreshEnvironment) -> None:
-    code, findings = report_of(environment, MLX_CPO_PLUGIN_DISABLE="1")
+def test_a_plugin_that_is_turned_off_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_CPO_PLUGIN_DISABLE", "1")
+    name, command = "mlx_lm_lora.trainer.cpo_trainer", doctor.routes()["mlx_lm_lora.trainer.cpo_trainer"]
 
-    assert code == 1
-    assert findings["switch"]["remedy"] == "unset MLX_CPO_PLUGIN_DISABLE"
-    assert {(findings[name]["status"], findings[name]["remedy"]) for name in ROUTES} == {
-        ("failed", "unset MLX_CPO_PLUGIN_DISABLE")
-    }
+    for finding in (*doctor.check_switch(), doctor.check_route(name, command)):
+        assert (finding.status, finding.remedy) == ("failed", "unset MLX_CPO_PLUGIN_DISABLE")
 
 
 def test_both_start_up_files_beside_each_other_are_fine(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def named_checkpoints(text: str) -> list[Path]:
         (signal.SIGINT, 41),
         (signal.SIGTERM, 43),
         (signal.SIGHUP, 47),
-        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
@@ -186,7 +186,7 @@ def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("error", "every"),
     [
-        pytest.param(MemoryError(), 2, marks=pytest.mark.slow),
+        pytest.param(MemoryError(), 3, marks=pytest.mark.slow),
         (MemoryError(), 41),
         (RuntimeError("[metal::malloc] Unable to allocate"), 43),
         (LookupError("a fault"), 47),
