@@ -15,7 +15,7 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.atomic_files import replace_whole
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG
 from mlx_cpo_plugin.errors import UserError, is_out_of_memory
 from mlx_cpo_plugin.parameters import by_name
 
@@ -35,16 +35,6 @@ def save_adapter(model: nn.Module, adapter_file: Path, metadata: Mapping[str, st
     """
     weights = by_name(model.trainable_parameters())
     write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights, dict(metadata or {})))
-
-
-def save_checkpoint(
-    model: nn.Module, adapter_file: Path, iteration: int, metadata: Mapping[str, str] | None = None
-) -> Path:
-    """Write ``adapter_file`` and, beside it, ``0000100_adapters.safetensors``; return the latter."""
-    numbered = adapter_file.parent / f"{iteration:07d}_{ADAPTER_FILE}"
-    for file in (adapter_file, numbered):
-        save_adapter(model, file, metadata)
-    return numbered
 
 
 def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:

@@ -9,14 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints import RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
-
-FILE_NAME = "run_settings.yaml"
 
 _DISTRIBUTIONS = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
 _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
@@ -61,7 +60,7 @@ def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: there is a record, but it cannot be read.
     """
-    file = folder / FILE_NAME
+    file = folder / RUN_SETTINGS
     if not file.exists():
         return {}, ""
     values = read_yaml(file).values

@@ -10,13 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST_ADAPTER_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import (
     describe_adapter,
     save_adapter,
     save_adapter_config,
     save_and_verify,
-    save_checkpoint,
     write_atomically,
 )
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank, read_checkpoint
@@ -84,7 +83,9 @@ class Outputs:
     def save_numbered(self, iteration: int) -> None:
         """Write the adapter as it is, and once more under the number of the iteration."""
         if self.is_main:
-            numbered = save_checkpoint(self.model, self.adapter_file, iteration, self.metadata)
+            numbered = self.folder / f"{iteration:07d}_{ADAPTER_FILE}"
+            for file in (self.adapter_file, numbered):
+                save_adapter(self.model, file, self.metadata)
             self.say(f"Iter {iteration}: Saved adapter weights to {self.adapter_file} and {numbered}.")
 
     def save_best(self, iteration: int) -> None:

@@ -55,16 +55,6 @@ def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_fold
     assert isinstance(generate(loaded, tokenizer, prompt="There are", max_tokens=3), str)
 
 
-def test_a_checkpoint_is_written_beside_the_adapter_under_the_hosts_name(tmp_path: Path) -> None:
-    model = add_adapter(build_model())
-
-    path = checkpoints.save_checkpoint(model, tmp_path / "adapters.safetensors", 100)
-
-    assert path == tmp_path / "0000100_adapters.safetensors"
-    assert path.read_bytes() == (tmp_path / "adapters.safetensors").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_a_failed_write_leaves_the_older_adapter_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(add_adapter(build_model()), tmp_path)
     before = path.read_bytes()

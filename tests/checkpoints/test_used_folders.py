@@ -55,6 +55,16 @@ def test_a_run_bears_one_identity_in_all_that_it_leaves(tmp_path: Path) -> None:
         assert said["run"] == run.id
 
 
+def test_every_save_is_kept_under_the_number_of_its_iteration_too(tmp_path: Path) -> None:
+    train(tmp_path, iters=4)
+
+    assert sorted(path.name for path in tmp_path.glob("0*.safetensors")) == [
+        "0000002_adapters.safetensors",
+        "0000004_adapters.safetensors",
+    ]
+    assert (tmp_path / "0000004_adapters.safetensors").read_bytes() == (tmp_path / "adapters.safetensors").read_bytes()
+
+
 def test_a_new_run_puts_an_older_one_aside_and_loses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
