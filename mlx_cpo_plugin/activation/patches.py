@@ -149,8 +149,10 @@ def _mode_of(call: Any) -> TrainMode | None:
     except Exception as fault:
         hook_state.record_fault(__name__, fault)
         mode = None
-    if mode is None or hook_state.faults:
+    if mode is None:
         hook_state.refuse_if_cpo(call)
+    elif hook_state.faults:
+        hook_state.refuse_cpo()
     return mode
 
 

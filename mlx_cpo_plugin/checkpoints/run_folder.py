@@ -25,7 +25,6 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather
 
 LOCK_NAME = ".lock"
-LOG_FOLDER = "runs"
 # The page writes them while a run is at work, and the next run keeps them.
 _OF_THE_PAGE = ("console.log", "studio.yaml", "studio_run.json")
 
@@ -197,11 +196,11 @@ def is_done(adapter_folder: Path, part: str, run: RunIdentity) -> bool:
 
 @contextmanager
 def written_files_recorded(adapter_folder: Path) -> Iterator[None]:
-    """Record what a tracker or a fused model writes into the folder inside the context as files of the run."""
+    """Record what a fused model writes into the folder inside the context as files of the run."""
     before = _entries(adapter_folder)
     yield
     record = read_record(adapter_folder)
-    made = [name for name, written in _entries(adapter_folder).items() if before.get(name) != written]
+    made = {name for name, *_ in _entries(adapter_folder) - before}
     if record is not None:
         _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *made}))))
 
@@ -216,13 +215,13 @@ def _write(folder: Path, record: RunRecord) -> None:
     write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _entries(folder: Path) -> dict[str, object]:
-    """Return the files in a folder and when they were written, and the folders; without those that every run has."""
-    entries: dict[str, object] = {}
-    for path in (*folder.glob("*"), *(folder / LOG_FOLDER).glob("*")) if folder.is_dir() else ():
-        name, status = path.relative_to(folder).as_posix(), path.lstat()
-        if not name.startswith(".") and name not in (LOG_FOLDER, *_OF_THE_PAGE) and not _is_of_runs(name):
-            entries[name] = None if path.is_dir() else (status.st_ino, status.st_mtime_ns)
+def _entries(folder: Path) -> set[tuple[str, int, int]]:
+    """Return folders, and files with inode and time of writing; without those that every run or the page has."""
+    entries = set()
+    for path in folder.iterdir():
+        if not path.name.startswith(".") and path.name not in (PREVIOUS, *_OF_THE_PAGE) and not _is_of_runs(path.name):
+            status = path.lstat()
+            entries.add((path.name, 0, 0) if path.is_dir() else (path.name, status.st_ino, status.st_mtime_ns))
     return entries
 
 

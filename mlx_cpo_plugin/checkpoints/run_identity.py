@@ -77,7 +77,7 @@ class RunRecord:
     Attributes:
         origin: ``None`` where the run began with a fresh adapter.
         done: which parts of it are complete: ``trained``, ``tested``, ``fused``.
-        files: what it wrote into the folder beside what every run does: its fused model, its trackers' folders.
+        files: what it wrote into the folder beside what every run does: the files of its fused model.
         successor: the record of a new run that is about to begin here, while files are being put aside for it.
     """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import once_put_aside
-from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on, written_files_recorded
+from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.memory_estimate import memory_report
@@ -34,8 +34,7 @@ def begin(run: Run) -> bool:
     for line in memory_report(run.model, run.step.optimizer, run.pairs, run.scorer, run.args):
         say(line)
     _take_folder(run)
-    with written_files_recorded(run.outputs.folder):
-        run.reporter.start_trackers()
+    run.reporter.start_trackers()
     run.outputs.save_settings()
     return True
 

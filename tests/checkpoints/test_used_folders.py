@@ -17,7 +17,7 @@ from support.tiny import assert_same, build_pairs, saved_arrays
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
-from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
+from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, written_files_recorded
 from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
@@ -99,6 +99,29 @@ def test_what_was_there_before_runs_had_identities_is_put_aside_under_its_date(t
     aside = tmp_path / "previous" / "19700102T000000Z-undated"
     assert (aside / "adapters.safetensors").read_bytes() == b"older"
     assert (aside / "checkpoints" / "0000900").is_dir()
+
+
+def test_what_a_fused_model_adds_or_replaces_is_put_aside_with_its_run_and_nothing_else(tmp_path: Path) -> None:
+    train(tmp_path, iters=1)
+    older = run_in(tmp_path)
+    assert older is not None
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    for name in ("runs", "previous"):
+        (tmp_path / name).mkdir()
+    with written_files_recorded(tmp_path):
+        (tmp_path / "README.md").unlink()
+        for name in ("README.md", "additional_chat_templates/tool.jinja", "runs/events", "previous/before/README.md"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("the model's")
+
+    train(tmp_path, iters=1, beta=0.3)
+
+    aside = contents(tmp_path / "previous" / older.id)
+    assert {"README.md", "additional_chat_templates/tool.jinja"} < aside.keys()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"notes.txt", "runs", "previous"} < left
+    assert not {"README.md", "additional_chat_templates"} & left
 
 
 def test_an_adapter_config_stays_where_another_program_has_written_it(tmp_path: Path) -> None:
