@@ -1,4 +1,4 @@
-"""Errors the user can fix, each with a one-sentence message, and how messages show what comes from outside."""
+"""Errors the user can fix, each with a one-sentence message, and formatting of values in such messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST_NAME = 300
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong.
+    """An error in what the user provided.
 
     The message is one sentence: what is wrong, where (file, line, key), what to do.
     Commands print it without a traceback and end with its exit code.
@@ -27,7 +27,7 @@ class ConfigError(UserError):
         place: where it was given, e.g. ``in my.yaml, line 3``.
         allowed: what it may be.
 
-    Each is in words, and empty where the error is not about one setting.
+    Each is empty where it is unknown or the error is not about one setting.
     """
 
     def __init__(self, message: str, *, key: str = "", place: str = "", allowed: str = "") -> None:
@@ -60,16 +60,16 @@ class StoppedError(UserError):
         self.exit_code = 128 + signal_number
 
 
-# How the allocators of Metal, CUDA, CPUs and C++ begin, or what they say, when memory ends.
+# Parts of the messages of Metal's, CUDA's, the CPU's and C++'s allocators when memory runs out.
 _OUT_OF_MEMORY = ("[malloc", "[metal::malloc]", "insufficient memory", "out of memory", "alloc_failed", "bad_alloc")
 LOWER_THESE = "lower max_seq_length, batch_size or batch_tokens, or switch on grad_checkpoint or efficient_long_context"
 OUT_OF_MEMORY = f"The device is out of memory; {LOWER_THESE}."
-# How MLX's messages begin where a device or its compiler failed, and not what it was to compute.
+# Beginnings of MLX's messages when the device or its compiler fails, whatever is computed.
 _DEVICE_FAULTS = ("[metal", "[compile", "[cuda", "cuda", "cublas", "cudnn")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that memory is at an end: Python's, MLX's or the system's."""
+    """Whether an error, or its cause, is an out-of-memory error of Python, MLX or the system."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
@@ -79,18 +79,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether an error tells of the machine, its memory included, and nothing of the model that was computed."""
+    """Whether an error is due to the device or its memory, not to the model."""
     text = str(error).lower()
     return (isinstance(error, RuntimeError) and text.startswith(_DEVICE_FAULTS)) or is_out_of_memory(error)
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign exception says, cut to fit into a sentence; its type where it says nothing."""
+    """Return the first line of an exception's message, shortened; its type where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML would write it, on one line and cut to fit a sentence."""
+    """Return a value roughly as in YAML, on one line and shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = printable(repr(value))
@@ -98,7 +98,7 @@ def shown(value: Any) -> str:
 
 
 def named(name: object, longest: int = LONGEST_NAME) -> str:
-    """Return the name of a key, file or column as it stands, but printable and cut in the middle."""
+    """Return the name of a key, file or column, printable and shortened in the middle."""
     text = printable(name if isinstance(name, str) else shown(name))
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
 

@@ -2,7 +2,7 @@
 
 Each takes the log-probs of the chosen and of the rejected answers (float32, [B]) and returns one loss a pair
 (float32, [B]). With ``logits = chosen_logps - rejected_logps`` there is no reference model in any of them: the gap
-is held against an absolute target. Reference: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417.
+is compared with an absolute target. Reference: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417.
 
 The paper's second term, the negative log-likelihood of the chosen answers, is no part of a loss: ``cpo_alpha`` adds it
 to any of them, see :class:`mlx_cpo_plugin.training.objective.Objective`.
@@ -108,7 +108,7 @@ def alphapo_rewards(logps: mx.array, beta: float, alphapo_alpha: float, **_: flo
 def smoothed(margins: mx.array, label_smoothing: float) -> mx.array:
     """Return ``(1 - label_smoothing) * -log sigmoid(margins) + label_smoothing * -log sigmoid(-margins)``.
 
-    That is the expected loss where labels are the wrong way round with this probability.
+    That is the expected loss if labels are swapped with this probability.
     Source: Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO", conservative DPO.
     """
     # -log sigmoid(-x) is x more than -log sigmoid(x)

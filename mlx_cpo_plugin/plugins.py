@@ -1,4 +1,4 @@
-"""Which plugins there are, and which train modes and losses they register."""
+"""The plugin manager, and the train modes and losses that plugins register."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlx_cpo_plugin.errors import PluginError
 from mlx_cpo_plugin.types import LossType, TrainMode
 
 BUILT_IN = "mlx-cpo-plugin"
-# By name: what a plugin imports may import this module.
+# Modules by name, imported late, since what they import may import this module.
 BUILT_IN_PLUGINS = {BUILT_IN: "mlx_cpo_plugin.cpo"}
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
 TRACE_VARIABLE = "MLX_CPO_PLUGIN_TRACE"
@@ -35,7 +35,7 @@ Claims = tuple[tuple[str, Any], ...]
 def get_plugin_manager() -> pluggy.PluginManager:
     """Return the plugin manager, with the built-in plugin and all entry points loaded.
 
-    A plugin that cannot be imported or registered is named in a warning and left out. The names in the environment
+    A plugin that cannot be imported or registered is skipped with a warning. The names in the environment
     variable ``MLX_CPO_PLUGIN_BLOCK`` (separated by commas) are never loaded. ``MLX_CPO_PLUGIN_TRACE=1`` prints
     every hook call to standard error.
     """
@@ -104,7 +104,7 @@ def loss_types() -> dict[str, LossType]:
 
 
 def claimed_mode(name: str) -> TrainMode | None:
-    """Return the train mode of this name, if there is one; the first, where two plugins claim it."""
+    """Return the train mode of this name, if any; the first one if two plugins register it."""
     return next((mode for _, mode in _claims("register_train_modes") if mode.name == name), None)
 
 
@@ -128,7 +128,7 @@ def _claims(hook: str) -> Claims:
 
 @lru_cache(maxsize=32)
 def _called(hook: str, plugins: tuple[tuple[str, Any], ...]) -> Claims:
-    """Call ``hook`` once for each set of plugins, plugin by plugin: one that raises is named and left out."""
+    """Call ``hook`` plugin by plugin, once for each set of plugins; one that raises is skipped with a warning."""
     manager = get_plugin_manager()
     claims: list[tuple[str, Any]] = []
     for name, plugin in plugins:

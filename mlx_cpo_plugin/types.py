@@ -1,4 +1,4 @@
-"""What hooks return: train modes, loss types and options, as plain data."""
+"""Data types that hooks return: train modes, loss types and options."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _TYPES_IN_WORDS: dict[type, str] = {
     dict: "a mapping",
     list: "a list",
 }
+# Words of names as they are written in a form.
+_CAPITALS = {"alphapo": "AlphaPO", "cpo": "CPO", "lora": "LoRA", "mxfp4": "MXFP4", "qat": "QAT", "simpo": "SimPO"}
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class Option:
         type: ``int``, ``float``, ``bool``, ``str``, ``dict`` or ``list``.
         default: value when neither the command line nor the YAML file sets it.
         help: one sentence.
-        title: label in a form; the name in words when empty.
+        title: label in a form; derived from the name when empty.
         minimum, maximum: inclusive bounds of a number.
         above: exclusive lower bound of a number.
         choices: the allowed values; empty means any.
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
         below: exclusive upper bound of a number.
-        inside: a further check, ``(value, key, place) -> value to use``, of a value of the right type and range; see
+        inside: a further check, ``(value, key, place) -> value to use``, after type and range; see
             :mod:`mlx_cpo_plugin.settings.nested`.
-        free_on_resume: whether a run may be resumed with another value: this one has no part in the trained weights.
+        free_on_resume: whether a run may be resumed with another value, since the trained weights do not depend on it.
     """
 
     name: str
@@ -59,11 +61,12 @@ class Option:
 
     @property
     def label(self) -> str:
-        """The title, or the name in words."""
-        return self.title or self.name.replace("_", " ").capitalize()
+        """The title, or one derived from the name."""
+        words = " ".join(_CAPITALS.get(word, word) for word in self.name.split("_"))
+        return self.title or words[:1].upper() + words[1:]
 
     def allowed(self) -> str:
-        """The allowed values in words, e.g. ``a number > 0``."""
+        """A phrase for the allowed values, e.g. ``a number > 0``."""
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         words = _TYPES_IN_WORDS.get(self.type, self.type.__name__)

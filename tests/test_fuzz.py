@@ -197,6 +197,7 @@ def test_lm_studio_gets_the_model_in_a_folder_of_its_own(name: str) -> None:
     [
         ({"optimizer_config": {"adam": {"betas": "x"}}}, "optimizer_config.adam.betas is 'x' in the call, but must be"),
         ({"optimizer_config": {"adam": {"betas": [0.9]}}}, "must be a list of 2 numbers."),
+        ({"optimizer_config": {"adam": {"betas": [0.9, float("nan")]}}}, "must be a list of 2 numbers."),
         ({"optimizer_config": {"adamw": {"eps": float("nan")}}}, "optimizer_config.adamw.eps is nan in the call, but"),
         (
             {"hf_dataset": {"path": "x", "train_split": 5}},

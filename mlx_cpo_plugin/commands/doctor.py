@@ -1,4 +1,4 @@
-"""``mlx-cpo doctor``: is everything in place for CPO, and if not, what is to be done."""
+"""``mlx-cpo doctor``: checks the installation, and says how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def check_plugins() -> list[Finding]:
             plugins.train_modes()
             plugins.loss_types()
             registered = plugins.registered_distributions()
-        # A stranger's hook may raise anything, and the doctor is there to say so.
+        # A third party's hook may raise anything, which is a finding, too.
         except Exception as error:
             return [Finding("plugins", "failed", f"{type(error).__name__}: {error}", "fix, block or uninstall it")]
     loaded = [Finding(f"plugin {plugin['plugin']}", "ok", _summary(plugin), about=plugin) for plugin in registered]

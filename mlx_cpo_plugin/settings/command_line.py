@@ -1,4 +1,4 @@
-"""The command line of a registered train mode, and what a call really gave."""
+"""The command line of a registered train mode, and the settings that a call gives explicitly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CommandLineParser(argparse.ArgumentParser):
         raise ConfigError(f"Command line: {message}; --help lists what is allowed.", place=ON_THE_COMMAND_LINE)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Let a flag that only the plugin has not make an abbreviation of one of mlx-lm-lora's flags ambiguous."""
+        """Keep abbreviations of mlx-lm-lora's flags valid where a flag of a plugin begins likewise."""
         matches = super()._get_option_tuples(option_string)
         of_the_host = [match for match in matches if match[1] in self.host_flags]
         return of_the_host or matches
@@ -43,7 +43,7 @@ class CommandLineParser(argparse.ArgumentParser):
 def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = None) -> CommandLineParser:
     """Return the command line of ``mode``: mlx-lm-lora's flags, and one for every registered option.
 
-    The parsed namespace holds only what was given. Values of the plugin's own options that do not fit their type are
+    The parsed namespace contains only what was given. Values of the plugin's own options that do not fit their type are
     kept as text, for :func:`mlx_cpo_plugin.settings.config.resolve` to refuse.
 
     Args:
@@ -83,8 +83,8 @@ def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dic
 
 
 def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str]) -> None:
-    words = option.help if option.default is None else f"{option.help} (default: {option.default})"
-    arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
+    help = option.help if option.default is None else f"{option.help} (default: {option.default})"
+    arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
     if option.type is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
         return
@@ -95,7 +95,7 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
 
 
 def _reader(kind: type) -> Callable[[str], Any]:
-    """Return the function that turns a command-line word into a value, or leaves it text when it does not fit."""
+    """Return the function that parses a command-line argument; what does not parse stays text."""
     if kind is str:
         return str
     if kind not in (int, float):
@@ -119,7 +119,7 @@ def host_parser() -> argparse.ArgumentParser:
 
 
 def host_defaults() -> dict[str, Any]:
-    """Return every setting that mlx-lm-lora knows with the value that it has when nothing is given."""
+    """Return every setting of mlx-lm-lora with its default."""
     from mlx_lm_lora.train import CONFIG_DEFAULTS
 
     parsed = vars(host_parser().parse_args([]))
@@ -127,15 +127,15 @@ def host_defaults() -> dict[str, Any]:
 
 
 def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
-    """Return what a call gave, without any default.
+    """Return the settings that a call gives, without any default.
 
     Args:
-        call: the words of a command line; the mapping of ``main({...})``, where None means not given; or the
+        call: the arguments of a command line; the mapping of ``main({...})``, where None means not given; or the
             namespace of ``run(namespace)``, where an attribute at the default of mlx-lm-lora's parser is not given.
         mode: the train mode whose options the command line has; every registered one when it is None.
 
     Raises:
-        ConfigError: the command line holds an unknown option or one without its value.
+        ConfigError: the command line contains an unknown option or one without its value.
     """
     if isinstance(call, Sequence):
         parser = build_parser(host_parser(), mode)
@@ -149,11 +149,10 @@ def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
 
 
 def requested_mode(call: Call) -> TrainMode | None:
-    """Return the registered train mode that a call asks for, or None when mlx-lm-lora is to act on its own.
+    """Return the registered train mode that a call asks for, or None to leave the call to mlx-lm-lora.
 
-    The call's own ``train_mode`` comes before that of its YAML file. Nothing is printed or raised: what cannot be
-    understood is None, and mlx-lm-lora then says what is wrong. That two plugins claim one name is for
-    :func:`mlx_cpo_plugin.settings.config.resolve` to say.
+    The call's own ``train_mode`` takes precedence over that of its YAML file. Nothing is printed or raised here: errors
+    are for whatever handles the call then, mlx-lm-lora or :func:`mlx_cpo_plugin.settings.config.resolve`.
     """
     try:
         return claimed_mode(_requested_name(call))
@@ -180,7 +179,7 @@ def _lenient_parser() -> CommandLineParser:
 
 
 def _mode_in_yaml(file: Any) -> str | None:
-    """Return the ``train_mode`` of a YAML file, even of one with a mistake elsewhere."""
+    """Return the ``train_mode`` of a YAML file, even of one that is not valid YAML."""
     if not isinstance(file, str | Path) or not file:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The settings of a run: command line > YAML file > preset > default, each one known and within its range."""
+"""Resolve the settings of a run: command line > YAML file > preset > default, each one checked."""
 
 from __future__ import annotations
 
@@ -55,17 +55,16 @@ LARGE_BETA = 0.1
 
 @dataclass
 class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings, QatSettings, CPOSettings):
-    """Every setting of a run under its key.
+    """Every setting of a run, by key.
 
-    The options of other train modes and losses are attributes, too, and so are the keys that mlx-lm-lora reads in
-    modes of its own.
+    Options of other train modes and losses are attributes as well, and so are the keys of mlx-lm-lora's own modes.
 
     Attributes:
         loss_options: the options of the chosen loss, by keyword.
-        config: always None: nobody is to read the YAML file again.
-        config_file: the YAML file.
-        run_identity: which run this is; it is set when the run begins, and ``begun`` with it.
-        plugin_resolved: tells these settings from a call's.
+        config: always None, so that mlx-lm-lora does not read the YAML file again.
+        config_file: path of the YAML file, if there is one.
+        run_identity, begun: the run's identity and start time, set when the run starts.
+        plugin_resolved: marks resolved settings when they come back from mlx-lm-lora.
     """
 
     train_mode: str = ""
@@ -93,10 +92,10 @@ class Resolved:
 
 
 class _Given:
-    """What the call, the YAML file and a preset give, and where each key stands.
+    """The values that the call, the YAML file and a preset give, and where each was given.
 
     Attributes:
-        values: key -> value, without those that are null and so left at their defaults.
+        values: key -> value; null values are left out, since they mean the default.
     """
 
     def __init__(self, call: Mapping[str, Any], call_place: str, yaml: YamlSettings | None) -> None:
@@ -109,21 +108,21 @@ class _Given:
             self.values["lora_parameters"] = {**parts[0], **parts[1]}
 
     def all_keys(self) -> list[Any]:
-        """Return the keys that were given, null ones, too."""
+        """Return all keys that were given, including those with null values."""
         return [*self._call, *(self._yaml.values if self._yaml else ())]
 
     def value(self, option: Option) -> Any:
-        """Return what an option is set to, by the preset if by nobody else."""
+        """Return the value of an option: as given, else of the preset, else the default."""
         preset = self.preset.values if self.preset else {}
         return self.values.get(option.name, preset.get(option.name, deepcopy(option.default)))
 
     def checked(self, option: Option) -> Any:
-        """Return the same, if the option allows it."""
+        """Return the same, checked against the option."""
         value = self.value(option)
         return None if value is None else check(option, value, self.place)
 
     def place(self, key: str) -> str:
-        """Return where a key, or one inside it such as ``lora_parameters.rank``, was given, in words."""
+        """Describe where a key, or a nested one such as ``lora_parameters.rank``, was given."""
         name, _, inner = str(key).partition(".")
         in_call = self._call.get(name)
         merged = name == "lora_parameters" and isinstance(in_call, Mapping) and inner and inner not in in_call
@@ -147,7 +146,7 @@ def resolve(
         call: a command line, a mapping or a namespace, see :func:`explicit`.
         config_file: the YAML file, or what was read from it; by default the one that the call names.
         mode: the train mode whose options the command line has.
-        call_place: what the call is in messages.
+        call_place: how messages refer to the call; by default by its kind.
 
     Raises:
         ConfigError: a key is unknown, or its value has the wrong type, is out of range or contradicts another.
@@ -200,7 +199,7 @@ def _preset(mode: TrainMode, options: Mapping[str, Option], given: _Given) -> Pr
 
 
 def _with_options_of(loss: LossType | None, options: dict[str, Option]) -> dict[str, Option]:
-    """Let the chosen loss have its own default and range for an option that other losses have, too."""
+    """Let the chosen loss override default and range of an option that other losses share."""
     common = {option.name for option in COMMON_OPTIONS}
     return options | {option.name: option for option in (loss.options if loss else ()) if option.name not in common}
 
@@ -208,9 +207,9 @@ def _with_options_of(loss: LossType | None, options: dict[str, Option]) -> dict[
 def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
     precisions = [name for name in PRECISIONS if values[name]]
     if len(precisions) > 1:
-        told = " and ".join(f"{name} ({given.place(name)})" for name in precisions)
+        both = " and ".join(f"{name} ({given.place(name)})" for name in precisions)
         raise ConfigError(
-            f"{told} are true together, but a model has one precision; set all but one to false.",
+            f"{both} are both true, but a model has one precision; set all but one to false.",
             key=precisions[1],
             place=given.place(precisions[1]),
         )
@@ -223,7 +222,7 @@ def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
 
 
 def _refuse_overridden(loss: LossType, given: _Given) -> None:
-    """Refuse another loss than the preset's: its other values, such as beta, belong to that one."""
+    """Refuse a loss other than the preset's, whose other values, such as beta, were chosen for it."""
     preset = given.preset
     if preset and preset.values[LOSS_OPTION] != loss.name:
         raise ConfigError(
@@ -242,7 +241,7 @@ def _refuse_unread(
     values: Mapping[str, Any],
     given: _Given,
 ) -> None:
-    """Refuse a setting that only other losses read, unless it is at its default and so means nothing."""
+    """Refuse a setting that only other losses use, unless it has its default value."""
     where = given.place(LOSS_OPTION)
     if given.preset and LOSS_OPTION not in given.values:
         where = f"by the preset {given.place('preset')}"
@@ -268,7 +267,7 @@ def _notes(
     preset = given.preset.values if given.preset else {}
     set_by_user = {name for name in options if name in given.values or name in preset}
     changed = {name for name in set_by_user if getattr(settings, name) != options[name].default}
-    # Means of log-probs are as much smaller than their sums as answers have tokens.
+    # Means of log-probs are smaller than sums by a factor of the answer's length, and want a larger beta.
     takes_sums = loss is not None and loss.reads("beta") and not loss.length_normalised
     if takes_sums and "beta" in changed and settings.beta > LARGE_BETA:
         notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")

@@ -1,4 +1,4 @@
-"""The options of CPO beside those that every train mode has, and the presets of the papers' values."""
+"""CPO's own options, and presets with published values."""
 
 from __future__ import annotations
 
@@ -70,48 +70,37 @@ PRESETS: tuple[Preset, ...] = (
 class CPOSettings:
     """The options of CPO, in the order in which the command line lists them."""
 
-    beta: float = option(
-        0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", title="Beta", above=0
-    )
+    beta: float = option(0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", above=0)
     delta: float = option(
-        50.0,
-        "Coefficient of the drift penalty; only used with dpop.",
-        title="Delta",
-        minimum=0,
-        shown_when={LOSS_OPTION: ("dpop",)},
+        50.0, "Coefficient of the drift penalty; only used with dpop.", minimum=0, shown_when={LOSS_OPTION: ("dpop",)}
     )
     dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
     cpo_alpha: float = option(
         0.0,
         "Weight of the negative log-likelihood of the chosen answers, added to any loss; the CPO paper's is 1.",
-        title="CPO alpha",
         minimum=0,
     )
     label_smoothing: float = option(
         0.0,
-        "Probability with which chosen and rejected are taken to be the wrong way round.",
-        title="Label smoothing",
+        "Assumed probability that chosen and rejected are swapped.",
         minimum=0,
         below=0.5,
         shown_when={LOSS_OPTION: ("sigmoid", "simpo", "alphapo")},
     )
     simpo_gamma: float = option(
         0.5,
-        "Margin that SimPO and AlphaPO want between the rewards of the two answers.",
-        title="SimPO gamma",
+        "Target margin between the rewards of the two answers, in SimPO and AlphaPO.",
         minimum=0,
         shown_when={LOSS_OPTION: ("simpo", "alphapo")},
     )
     alphapo_alpha: float = option(
         0.25,
         "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO.",
-        title="AlphaPO alpha",
         shown_when={LOSS_OPTION: ("alphapo",)},
     )
     preset: str | None = option(
         None,
         "Fill the loss and its options with published values; explicit settings take precedence.",
-        title="Preset",
         choices=tuple(preset.name for preset in PRESETS),
     )
     reference_model_path: str | None = option(
@@ -123,14 +112,12 @@ class CPOSettings:
     )
     overlong: str = option(
         "cut",
-        "What becomes of rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
+        "What to do with rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
         title="Overlong rows",
         choices=("cut", "drop", "error"),
     )
     chat_template: str | None = option(
-        None,
-        "Chat template in place of the tokenizer's own: Jinja text, or a file that holds it.",
-        title="Chat template",
+        None, "Chat template in place of the tokenizer's own: Jinja text, or the path of a file with it."
     )
     chat_template_kwargs: dict[str, Any] | None = option(
         None,
@@ -139,14 +126,12 @@ class CPOSettings:
     )
     scoring: str = option(
         "auto",
-        "Compute a prompt once for both answers (shared) or for each (plain); auto tries whether the model allows it.",
-        title="Scoring",
+        "Compute a prompt once for both answers (shared) or for each (plain); auto tests whether the model allows it.",
         choices=("auto", "shared", "plain"),
     )
     batch_tokens: int | None = option(
         None,
         "Most tokens in a batch, prompts and both answers of its pairs together, instead of batch_size pairs.",
-        title="Batch tokens",
         minimum=1,
     )
     max_grad_norm: float | None = option(
@@ -155,28 +140,25 @@ class CPOSettings:
     resume: str | None = option(
         None,
         "Resume training: 'auto' for the latest checkpoint in adapter_path, or a path.",
-        title="Resume",
         inside=home_expanded,
         free_on_resume=True,
     )
     keep_checkpoints: int = option(
         2,
-        "How many checkpoints to keep; each holds what resuming needs.",
+        "How many checkpoints to keep for resuming.",
         title="Checkpoints",
         minimum=1,
         free_on_resume=True,
     )
     save_best: str | None = option(
         None,
-        "Keep the adapter of the best validation, too, by margin, accuracy or loss.",
-        title="Save best",
+        "Also keep the adapter of the best validation, by margin, accuracy or loss.",
         choices=tuple(MEASURES),
         free_on_resume=True,
     )
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many validations without improvement (metric: save_best, default loss).",
-        title="Early stopping patience",
         minimum=1,
         free_on_resume=True,
     )

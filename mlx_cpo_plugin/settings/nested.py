@@ -1,12 +1,13 @@
-"""What else a value must be than its type and range say, above all inside mappings and lists.
+"""Checks beyond type and range, mostly of values inside mappings and lists: the functions for ``Option.inside``.
 
-Each function takes a value of the right type, its key and the places of keys. It returns the value to use, or raises
-``ConfigError``: they are what ``Option.inside`` names.
+Each takes a value of the right type, its key and the places of keys, and returns the value to use or raises
+``ConfigError``.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,26 +46,26 @@ SCHEDULE_OPTIONS = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init
 
 
 def home_expanded(path: str, key: str, place: Place) -> str:
-    """Return a path with ``~`` or ``~user`` at its beginning as the folder that it stands for."""
+    """Expand ``~`` or ``~user`` at the beginning of a path."""
     return os.path.expanduser(path)
 
 
 def folder_name(name: str, key: str, place: Place) -> str:
-    """Refuse a name that would lead out of the folder that it is looked up in."""
+    """Refuse a name that would lead outside the folder it is looked up in."""
     if {"/", "\\"} & set(name) or not name.strip(". "):
         raise refused(key, name, place(key), "the name of a folder without / and \\, or null")
     return name
 
 
 def count_or_all(batches: int, key: str, place: Place) -> int:
-    """Refuse 0 of what -1 means all of."""
+    """Refuse 0 where -1 means all."""
     if batches == 0:
         raise refused(key, batches, place(key), "a whole number >= 1, or -1 for all")
     return batches
 
 
 def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
-    """Return rank, dropout and scale; what is left out has its default."""
+    """Return rank, dropout and scale, with defaults for those that are left out."""
     _only_known(value, [option.name for option in LORA_PARAMETERS], key, place)
     return {
         option.name: check(option, value.get(option.name, option.default), place, f"{key}.{option.name}")
@@ -73,7 +74,7 @@ def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, 
 
 
 def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
-    """Return the arguments of every optimizer by its name, each of a type that the optimizer takes."""
+    """Return the arguments of each optimizer by name, checked against its signature."""
     import mlx.optimizers as optimizers
 
     classes = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
@@ -91,7 +92,7 @@ def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str,
 
 
 def _check_like(default: Any, value: Any, key: str, place: Place) -> None:
-    """Refuse an argument that is of another type than its default."""
+    """Refuse an argument whose type differs from that of its default."""
     if isinstance(default, bool | int | float):
         check(Option(key, type(default), default, ""), value, place)
     elif isinstance(default, list | tuple) and not (_is_numbers(value) and len(value) == len(default)):
@@ -100,12 +101,12 @@ def _check_like(default: Any, value: Any, key: str, place: Place) -> None:
 
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in value
+        isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
     )
 
 
 def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
-    """Return a schedule's name and arguments, the latter as many numbers as MLX's schedule takes."""
+    """Return a schedule's name and arguments, checked against the signature of MLX's schedule."""
     import mlx.optimizers.schedulers as schedulers
 
     schedules = {
@@ -138,7 +139,7 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
 
 
 def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]:
-    """Return the entries, each of which has a path and only keys that are read."""
+    """Return the entries, each with a path and known keys only."""
     for position, entry in enumerate(value):
         inner = f"{key}.{position}"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
@@ -162,7 +163,7 @@ def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]
 
 
 def report_to(value: list[Any], key: str, place: Place) -> list[str] | None:
-    """Return each tracker once; ``none`` alone is no tracker."""
+    """Return each tracker once, or None for ``none``."""
     for position, name in enumerate(value):
         if name not in (*TRACKERS, "none"):
             raise refused(key, name, place(f"{key}.{position}"), f"one of {', '.join(TRACKERS)}, none")

@@ -1,6 +1,6 @@
-"""The settings that every train mode shares, each one written once: type, default, range and help.
+"""The options that all train modes share; each field states type, default, range and help once.
 
-The defaults are mlx-lm-lora's own; a setting that mlx-lm-lora lacks defaults to what it does without it.
+Defaults are mlx-lm-lora's. An option that mlx-lm-lora lacks defaults to mlx-lm-lora's behaviour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AUTO, MLX, HOST = "auto", "mlx", "host"
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-# Mode of mx.quantize -> the bits and group size that it brings along.
+# Mode of mx.quantize -> its fixed bits and group size.
 MODES: dict[str, dict[str, Any]] = {
     "affine": {},
     "mxfp4": {"group_size": 32, "bits": 4},
@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Return a dataclass field that is an option; its name and type are the field's, and ``| None`` makes it optional.
+    """Return a dataclass field that describes an option; its annotation is the type, ``| None`` makes it optional.
 
     Args:
         limits: further attributes of :class:`mlx_cpo_plugin.types.Option`.
@@ -38,7 +38,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 
 def options_of(group: type) -> tuple[Option, ...]:
-    """Return the options that the fields of a dataclass are."""
+    """Return the fields of a dataclass as options."""
     hints = get_type_hints(group)
     return tuple(_option(own.name, hints[own.name], own.metadata) for own in fields(group))
 
@@ -58,7 +58,7 @@ class ModelSettings:
     load_in_4bits: bool = option(False, "Quantise the base model to 4 bits while loading.", title="Load in 4 bits")
     load_in_6bits: bool = option(False, "Quantise the base model to 6 bits while loading.", title="Load in 6 bits")
     load_in_8bits: bool = option(False, "Quantise the base model to 8 bits while loading.", title="Load in 8 bits")
-    load_in_mxfp4: bool = option(False, "Quantise the base model to MXFP4 while loading.", title="Load in MXFP4")
+    load_in_mxfp4: bool = option(False, "Quantise the base model to MXFP4 while loading.")
     train_type: str = option(
         "lora",
         "Which weights are trained: LoRA or DoRA adapters, or the full layers.",
@@ -68,7 +68,6 @@ class ModelSettings:
     lora_parameters: dict[str, Any] = option(
         {own.name: own.default for own in nested.LORA_PARAMETERS},
         "Rank, dropout and scale of the adapters; what is left out keeps its default.",
-        title="LoRA parameters",
         shown_when={"train_type": ("lora", "dora")},
         inside=nested.lora_parameters,
     )
@@ -174,7 +173,6 @@ class OutputSettings:
     report_to: list[str] | None = option(
         None,
         "Trackers that get the metrics under TRL's names: wandb, tensorboard, trackio, swanlab, or none.",
-        title="Report to",
         inside=nested.report_to,
     )
     project: str | None = option(
@@ -195,19 +193,13 @@ class QatSettings:
     """Quantisation-aware training."""
 
     qat_enable: bool = option(False, "Train the model to be deployed quantised.", title="QAT")
-    qat_bits: int = option(
-        8, "Bits of the fake quantisation.", title="QAT bits", minimum=2, maximum=16, shown_when=_IF_QAT
-    )
+    qat_bits: int = option(8, "Bits of the fake quantisation.", minimum=2, maximum=16, shown_when=_IF_QAT)
     qat_group_size: int = option(
-        64,
-        "Weights that share one scale; 0 or less means the whole tensor.",
-        title="QAT group size",
-        shown_when=_IF_QAT,
+        64, "Weights that share one scale; 0 or less means the whole tensor.", shown_when=_IF_QAT
     )
     qat_mode: str = option(
         "affine",
-        "Mode of MLX's quantisation; all but affine bring their own bits and group size.",
-        title="QAT mode",
+        "Mode of MLX's quantisation; all but affine have fixed bits and group size.",
         choices=tuple(MODES),
         shown_when=_IF_QAT,
     )
@@ -215,16 +207,11 @@ class QatSettings:
         AUTO,
         "Whose quantisation to train for: MLX's (mlx) or mlx-lm-lora's symmetric one (host); auto takes MLX's where it "
         "has the bits and group size.",
-        title="QAT quantizer",
         choices=(AUTO, MLX, HOST),
         shown_when=_IF_QAT,
     )
-    qat_start_step: int = option(
-        1, "First optimizer step with fake quantisation.", title="QAT start step", minimum=1, shown_when=_IF_QAT
-    )
-    qat_interval: int = option(
-        1, "Apply fake quantisation every N optimizer steps.", title="QAT interval", minimum=1, shown_when=_IF_QAT
-    )
+    qat_start_step: int = option(1, "First optimizer step with fake quantisation.", minimum=1, shown_when=_IF_QAT)
+    qat_interval: int = option(1, "Apply fake quantisation every N optimizer steps.", minimum=1, shown_when=_IF_QAT)
 
 
 MODEL_OPTIONS, DATA_OPTIONS, TRAINING_OPTIONS, OUTPUT_OPTIONS, QAT_OPTIONS = (
@@ -252,16 +239,12 @@ UNCHECKED_KEYS = (
 
 
 def mlx_quantises(bits: int, group_size: int, mode: str = "affine") -> bool:
-    """Whether ``mx.quantize`` takes these together."""
+    """Whether ``mx.quantize`` supports this combination."""
     return mode != "affine" or (bits in BITS and group_size in GROUP_SIZES)
 
 
 def check_quantizer(quantizer: str, bits: int, group_size: int, mode: str) -> None:
-    """Refuse what the quantiser of ``qat_quantizer`` does not do.
-
-    Raises:
-        ConfigError: says what it takes.
-    """
+    """Raise ``ConfigError`` for a combination that the quantiser of ``qat_quantizer`` does not support."""
     if quantizer == MLX and not mlx_quantises(bits, group_size, mode):
         raise ConfigError(
             f"qat_quantizer is mlx, which takes qat_bits {_listed(BITS)} and qat_group_size {_listed(GROUP_SIZES)}, "

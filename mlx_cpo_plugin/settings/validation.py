@@ -13,11 +13,11 @@ from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.types import LossType, Option
 
 Place = Callable[[str], str]
-"""Maps a key, e.g. ``lora_parameters.rank``, to where it was given, e.g. ``in my.yaml, line 3``."""
+"""Key, e.g. ``lora_parameters.rank`` -> where it was given, e.g. ``in my.yaml, line 3``."""
 
 
 def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
-    """Return ``value`` as the type of ``option``: a whole number becomes a float where a float is asked for.
+    """Return ``value`` converted to the type of ``option``, after all checks; integers are accepted as floats.
 
     Args:
         place: where each key was given.
@@ -38,14 +38,14 @@ def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
 
 
 def refused(key: str, value: Any, where: str, allowed: str) -> ConfigError:
-    """Return the error for a value that is not among the allowed ones, which are given in words, as its place is."""
+    """Return the error for a value that is not allowed; ``where`` and ``allowed`` are phrases of the sentence."""
     return ConfigError(
         f"{key} is {shown(value)} {where}, but must be {allowed}.", key=key, place=where, allowed=allowed
     )
 
 
 def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: str = "") -> ConfigError:
-    """Return the error for a key or option that nobody reads, with the nearest known one.
+    """Return the error for an unknown key or option; it suggests the nearest known one.
 
     Args:
         kind: what it is, e.g. ``key``.
@@ -68,7 +68,7 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
 def not_read(
     option: str, value: object, where: str, loss: LossType, losses: Iterable[LossType], chosen: str = ""
 ) -> ConfigError:
-    """Return the error for an option that must not be set with a loss that does not read it.
+    """Return the error for an option that is set, but not used by the loss.
 
     Args:
         where: where it was given, in words.

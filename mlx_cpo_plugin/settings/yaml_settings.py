@@ -30,14 +30,14 @@ def _without(resolvers: dict[Any, Any], *tags: str) -> dict[Any, Any]:
 class SettingsLoader(yaml.SafeLoader):
     """PyYAML's safe loader, in which ``1e-5`` is a number, and ``12:30``, ``010`` and a date are text.
 
-    YAML 1.1 would read 750, 8 and a date, so that a slip trains with a number that nobody wrote.
+    YAML 1.1 reads 750, 8 and a date, so that a typo would train with a number that nobody wrote.
     """
 
     yaml_implicit_resolvers = _without(yaml.SafeLoader.yaml_implicit_resolvers, FLOAT_TAG, INTEGER_TAG, DATE_TAG)
 
 
 class SettingsDumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which also quotes the text that :class:`SettingsLoader` would read as a number."""
+    """PyYAML's safe dumper, which also quotes text that :class:`SettingsLoader` would read as a number."""
 
     yaml_implicit_resolvers = _without(yaml.SafeDumper.yaml_implicit_resolvers)
 
@@ -103,7 +103,7 @@ def read_yaml(path: str | Path) -> YamlSettings:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return what is in a configuration file.
+    """Return the content of a configuration file.
 
     Raises:
         ConfigError: it cannot be read.
@@ -130,7 +130,7 @@ _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError,
 
 
 def parse_settings(text: str, path: str | Path) -> YamlSettings:
-    """Read settings that stand, or are to stand, in the file ``path``; raises as :func:`read_yaml` does."""
+    """Parse the text of a configuration file; ``path`` is its name in messages. Raises as :func:`read_yaml` does."""
     lines: dict[str, int] = {}
     try:
         loader = SettingsLoader(text)
@@ -165,7 +165,7 @@ def _refused(path: str | Path, line: int | None, fault: str, key: str = "") -> C
 
 
 def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], path: str | Path) -> None:
-    """Note the line of every key under ``node`` and refuse a key that one mapping gives twice."""
+    """Collect the line of every key under ``node``, and refuse duplicate keys."""
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             lines[f"{prefix}{position}"] = item.start_mark.line + 1
