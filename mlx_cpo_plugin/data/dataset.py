@@ -296,7 +296,7 @@ def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
         ids = [as_ids(item[part]) for part in ("chosen", "rejected")]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
-            f"{source} of the data set is no tokenised preference: give token ids as chosen and rejected."
+            f"{source} of the data set is not a tokenised preference: give token ids as chosen and rejected."
         ) from None
     shared = common_prefix(*ids)
     sizes = [item.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]

@@ -139,8 +139,8 @@ def _read_entries(settings: Any, wanted: Collection[str]) -> Splits:
             if names[split] is None:
                 continue
             name = named(f"{label} {names[split]}", 100)
-            numbered_names = (name, *(f"{name} ({number})" for number in range(2, len(groups) + 2)))
-            where = next(new for new in numbered_names if new not in [group.name for group in groups])
+            candidates = (name, *(f"{name} ({number})" for number in range(2, len(groups) + 2)))
+            where = next(new for new in candidates if new not in [group.name for group in groups])
             rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
             groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
     return splits

@@ -235,7 +235,7 @@ def test_items_that_are_not_tokenised_are_an_error(item):
         as_pairs([item])
 
     assert str(caught.value) == (
-        "item 0 of the data set is no tokenised preference: give token ids as chosen and rejected."
+        "item 0 of the data set is not a tokenised preference: give token ids as chosen and rejected."
     )
 
 
