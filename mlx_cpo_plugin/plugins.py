@@ -111,12 +111,13 @@ def claimed_mode(name: str) -> TrainMode | None:
 def _by_name(kind: str, claims: Claims) -> dict[str, Any]:
     owners: dict[str, str] = {}
     for plugin, entry in claims:
-        owner = owners.setdefault(entry.name, plugin)
-        if owner != plugin:
+        if entry.name in owners:
+            first, second = _distribution_of(owners[entry.name]), _distribution_of(plugin)
             raise PluginError(
-                f"The {kind} {entry.name!r} is registered twice, by {_distribution_of(owner)} and by "
-                f"{_distribution_of(plugin)}; uninstall one of them or block it with {BLOCK_VARIABLE}."
+                f"The {kind} {entry.name!r} is registered twice, by {first} and by {second}; "
+                f"uninstall one of them or block it with {BLOCK_VARIABLE}."
             )
+        owners[entry.name] = plugin
     return {entry.name: entry for _, entry in claims}
 
 

@@ -71,9 +71,7 @@ class CPOSettings:
     """The options of CPO, in the order in which the command line lists them."""
 
     beta: float = option(0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", above=0)
-    delta: float = option(
-        50.0, "Coefficient of the drift penalty; only used with dpop.", minimum=0, shown_when={LOSS_OPTION: ("dpop",)}
-    )
+    delta: float = option(50.0, "Coefficient of the drift penalty; only used with dpop.", minimum=0)
     dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
     cpo_alpha: float = option(
         0.0,
@@ -81,22 +79,13 @@ class CPOSettings:
         minimum=0,
     )
     label_smoothing: float = option(
-        0.0,
-        "Assumed probability that chosen and rejected are swapped.",
-        minimum=0,
-        below=0.5,
-        shown_when={LOSS_OPTION: ("sigmoid", "simpo", "alphapo")},
+        0.0, "Assumed probability that chosen and rejected are swapped.", minimum=0, below=0.5
     )
     simpo_gamma: float = option(
-        0.5,
-        "Target margin between the rewards of the two answers, in SimPO and AlphaPO.",
-        minimum=0,
-        shown_when={LOSS_OPTION: ("simpo", "alphapo")},
+        0.5, "Target margin between the rewards of the two answers, in SimPO and AlphaPO.", minimum=0
     )
     alphapo_alpha: float = option(
-        0.25,
-        "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO.",
-        shown_when={LOSS_OPTION: ("alphapo",)},
+        0.25, "Shape of AlphaPO's rewards (1 - p ** -alphapo_alpha) / alphapo_alpha; 0 makes it SimPO."
     )
     preset: str | None = option(
         None,
@@ -144,11 +133,7 @@ class CPOSettings:
         free_on_resume=True,
     )
     keep_checkpoints: int = option(
-        2,
-        "How many checkpoints to keep for resuming.",
-        title="Checkpoints",
-        minimum=1,
-        free_on_resume=True,
+        2, "How many checkpoints to keep for resuming.", title="Checkpoints", minimum=1, free_on_resume=True
     )
     save_best: str | None = option(
         None,

@@ -24,21 +24,10 @@ LORA_PARAMETERS: tuple[Option, ...] = (
     ),
     Option("scale", float, 10.0, "Factor on the adapter's output.", above=0),
 )
+_COLUMNS = ("chosen", "rejected", "prompt", "system", "text", "chat", "completion")
 DATASET_KEYS = (
-    "path",
-    "config",
-    "train_split",
-    "valid_split",
-    "test_split",
-    "chosen_feature",
-    "rejected_feature",
-    "prompt_feature",
-    "system_feature",
-    "train_mode",
-    "mask_prompt",
-    "text_feature",
-    "chat_feature",
-    "completion_feature",
+    *("path", "config", "train_mode", "mask_prompt", "train_split", "valid_split", "test_split"),
+    *(f"{column}_feature" for column in _COLUMNS),
 )
 # What is passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
 DATASET_CONFIG_KEYS = ("name", "data_dir", "data_files", "revision", "token")

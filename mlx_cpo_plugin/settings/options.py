@@ -222,18 +222,8 @@ COMMON_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_OPT
 PRECISIONS = ("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4")
 
 UNCHECKED_KEYS = (
-    "train_mode",
-    "config",
-    "text_feature",
-    "chat_feature",
-    "completion_feature",
-    "answer_feature",
-    "type_feature",
-    "preference_score_feature",
-    "end_answer_token",
-    "top_p",
-    "top_k",
-    "min_p",
+    *("train_mode", "config", "text_feature", "chat_feature", "completion_feature", "answer_feature", "type_feature"),
+    *("preference_score_feature", "end_answer_token", "top_p", "top_k", "min_p"),
 )
 """Keys that mlx-lm-lora reads from YAML for other train modes without listing them among its defaults."""
 
