@@ -99,26 +99,24 @@ def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
 
     With ``keep_first``, those at the beginning become one system message instead.
     """
+
+    def joined(message: Message, *texts: str) -> Message:
+        return {**message, "content": "\n\n".join(texts)}
+
     leading, rest = split_system(messages)
     folded: list[Message] = []
-    waiting = [message["content"] for message in leading]
+    waiting, last_user = [message["content"] for message in leading], None
     if keep_first and waiting:
-        folded.append({**leading[0], "content": "\n\n".join(waiting)})
-        waiting = []
-    last_user = None
+        folded, waiting = [joined(leading[0], *waiting)], []
     for message in rest:
         if message["role"] == "system":
             waiting.append(message["content"])
             continue
         if message["role"] == "user":
             last_user = len(folded)
-            message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
-            waiting = []
+            message, waiting = joined(message, *waiting, message["content"]), []
         elif waiting and last_user is not None:
-            folded[last_user] = {
-                **folded[last_user],
-                "content": "\n\n".join([folded[last_user]["content"], *waiting]),
-            }
+            folded[last_user] = joined(folded[last_user], folded[last_user]["content"], *waiting)
             waiting = []
         folded.append(message)
     return folded if not waiting else messages

@@ -220,18 +220,13 @@ def truncate(
     cut at their end. Both sides keep the same prompt.
 
     Raises:
-        DataError: ``max_seq_length`` is below 2.
         UnusableRow: what is left is the same on both sides, or holds no scored token.
     """
-    if max_seq_length < 2:
-        raise DataError(
-            f"max_seq_length is {max_seq_length}, but a prompt token and an answer token need 2: raise max_seq_length."
-        )
     if pair.length <= max_seq_length:
         return TruncatedPair(pair)
     least = max_seq_length // PROMPT_SHARE if least is None else least
     keep = min(len(pair.prompt), _prompt_room(pair, max_seq_length, least))
-    room = max_seq_length - keep
+    room = max(max_seq_length - keep, 0)
     head = 1 if pair.prompt[0] == bos_id and keep < len(pair.prompt) else 0
     cut = replace(
         pair,

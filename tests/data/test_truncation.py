@@ -69,9 +69,10 @@ def test_an_answer_whose_scored_tokens_lie_behind_the_cut_is_unusable():
     assert str(caught.value) == "no token of an answer is left to score within max_seq_length 3"
 
 
-def test_a_length_without_room_for_an_answer_is_an_error():
-    with pytest.raises(DataError, match=r"^max_seq_length is 1, but .* need 2: raise max_seq_length\.$"):
-        truncate(make_pair([4], [7], [8]), 1)
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_length_without_room_for_an_answer_makes_a_pair_unusable(length):
+    with pytest.raises(UnusableRow, match=rf"left to score within max_seq_length {length}$"):
+        truncate(make_pair([4], [7], [8]), length)
 
 
 IDS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
