@@ -32,8 +32,8 @@ class Outputs:
 
     Args:
         record: which run it is.
-        last_step_start: the iteration before the run's last optimizer step; its checkpoint is kept besides the newest.
-        constants: what every checkpoint holds besides the state, by key.
+        constants: what every checkpoint holds besides the state, by key; ``last_step_start`` is the iteration before
+            the last optimizer step, whose checkpoint is kept besides the newest.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Outputs:
         best: BestSoFar,
         args: CPOTrainingArgs,
         record: RunRecord,
-        last_step_start: int,
         constants: Mapping[str, Any],
         say: Callable[[str], None],
     ) -> None:
@@ -58,8 +57,10 @@ class Outputs:
         self.metadata = {"run": record.run.id}
         # A rank may die before it has written what the others have: the one before is what all of them have.
         keep = args.keep_checkpoints if self.saves_alone else max(args.keep_checkpoints, 2)
-        self.checkpoints = CheckpointFolder(folder_of_rank(self.folder), record.run.id, keep, last_step_start)
-        self.constants = {"run": record.run.plain(), "last_step_start": last_step_start, **constants}
+        self.checkpoints = CheckpointFolder(
+            folder_of_rank(self.folder), record.run.id, keep, constants["last_step_start"]
+        )
+        self.constants = {"run": record.run.plain(), **constants}
         self.newest: Path | None = None
 
     def save_settings(self) -> None:

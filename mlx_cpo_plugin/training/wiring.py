@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -90,34 +90,29 @@ class Run:
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
-        self.state = TrainingState(
-            model,
-            self.step,
-            {
-                "reporter": self.reporter,
-                "best": self.best,
-                "plateau": self.plateau,
-                "displacement": self.displacement,
-            },
-        )
+        resumable = {name: getattr(self, name) for name in ("reporter", "best", "plateau", "displacement")}
+        self.state = TrainingState(model, self.step, resumable)
         self.identity = identity(args, model, optimizer, pairs)
-        self.outputs = Outputs(
-            model,
-            self.state,
-            self.best,
-            args,
-            self.start.record,
-            self.last_step_start,
-            {"identity": self.identity, "iters": args.iters, "scorer": scorer_values(self.scorer)},
-            self.reporter.say,
-        )
+        grouping = None if self.scorer is None else self.scorer.grouping
+        constants = {
+            "identity": self.identity,
+            "iters": args.iters,
+            "scorer": grouping and {"overhead": grouping.overhead, "budget": grouping.budget},
+            "last_step_start": self.last_step_start,
+        }
+        self.outputs = Outputs(model, self.state, self.best, args, self.start.record, constants, self.reporter.say)
 
     def _choose_scorer(self) -> SharedPromptScorer | None:
-        """Return the scorer of the run that is resumed, or one that the model allows."""
+        """Return a scorer that the model allows; what a probe found holds for the whole run, resumed or not."""
         checkpoint = self.start.checkpoint
-        if checkpoint is not None and checkpoint.values["identity"].get("scoring") == self.args.scoring:
-            return scorer_of(self.model, checkpoint.values["scorer"])
-        return choose_scorer(self.model, self.pairs, self.args.scoring, self.reporter.say)
+        if checkpoint is None or checkpoint.values["identity"].get("scoring") != self.args.scoring:
+            return choose_scorer(self.model, self.pairs, self.args.scoring, self.reporter.say)
+        found = checkpoint.values["scorer"]
+        if found is None:
+            return None
+        scorer = SharedPromptScorer(self.model)
+        scorer.grouping = Grouping(found["overhead"], found["budget"])
+        return scorer
 
     def plan(self) -> Iterator[MicroBatch]:
         """Return the micro-batches of the whole run, as this rank has them."""
@@ -165,17 +160,3 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
 def batch_size_of(args: CPOTrainingArgs) -> BatchSize:
     """Return the size of a micro-batch and of a step."""
     return BatchSize(args.batch_size, args.batch_tokens, args.gradient_accumulation_steps)
-
-
-def scorer_values(scorer: SharedPromptScorer | None) -> dict[str, float] | None:
-    """Return how pairs are scored, as plain values: what a probe found holds for the whole run."""
-    return None if scorer is None else {"overhead": scorer.grouping.overhead, "budget": scorer.grouping.budget}
-
-
-def scorer_of(model: nn.Module, values: Mapping[str, float] | None) -> SharedPromptScorer | None:
-    """Return the scorer that :func:`scorer_values` described."""
-    if values is None:
-        return None
-    scorer = SharedPromptScorer(model)
-    scorer.grouping = Grouping(values["overhead"], values["budget"])
-    return scorer
