@@ -137,7 +137,7 @@ def objective_for(
     smoothing = settings.get(LABEL_SMOOTHING.name)
     if smoothing and not loss.reads(LABEL_SMOOTHING.name):
         raise not_read(LABEL_SMOOTHING.name, smoothing, _in_the_call(""), loss, known.values())
-    beta = float(options.get("beta", settings.get("beta", 0.1)))
+    beta = float(options.get("beta", settings.get("beta", BETA.default)))
     if takes_masks:
         options = {"beta": beta, "delta": settings.get("delta", DELTA.default), "loss_type": loss_type}
     elif loss_fn is not None:
