@@ -48,13 +48,9 @@ def refuse_cpo(*_arguments: Any, **_named: Any) -> Any:
 
 
 def refuse_if_cpo(call: Any) -> None:
-    """Refuse a call of the host's ``main`` or ``run`` whose argument asks for CPO; let any other pass.
+    """Refuse a call whose argument asks for CPO: a mapping, or an object with the settings as attributes.
 
-    Args:
-        call: a mapping, or an object with the settings as attributes; of a command line the host makes one first.
-
-    Raises:
-        PluginError: see :func:`refuse_cpo`.
+    A command line passes: the host makes a namespace of it and calls ``run``, which refuses then.
     """
     from collections.abc import Mapping
 

@@ -137,11 +137,7 @@ def _as_call(args: Any) -> Any:
 
 
 def _mode_of(call: Any) -> TrainMode | None:
-    """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes.
-
-    Raises:
-        PluginError: CPO is asked for, but no plugin registers it or not everything is hooked.
-    """
+    """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes."""
     from mlx_cpo_plugin.settings import config
 
     try:
@@ -181,11 +177,7 @@ def exit_with(message: str, code: int) -> NoReturn:
 
 
 def announce(mode: TrainMode) -> None:
-    """Print one line: versions, active hooks and, on a Linux CPU, the BLAS; warn once if the host is untested.
-
-    Raises:
-        ConfigError: the environment names a BLAS that cannot be used.
-    """
+    """Print one line: versions, active hooks and, on a Linux CPU, the BLAS; warn once if the host is untested."""
     blas.use_fast_blas()
     products = blas.description()
     print(

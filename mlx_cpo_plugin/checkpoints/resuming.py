@@ -169,11 +169,7 @@ class _Search:
         return best
 
     def wanted(self, path: Path) -> Checkpoint:
-        """Return the checkpoint that a path names, or the newest of the adapter folder that it names.
-
-        Raises:
-            ConfigError: there is none that is whole and usable.
-        """
+        """Return the checkpoint that a path names, or the newest of the adapter folder that it names."""
         if not (os.path.isfile(path / MANIFEST) or (_is_in_adapter_folder(path) and os.path.isdir(path))):
             found = self.newest(path)
             if found is not None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, PREVIOUS, RECORD
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, METRICS_FILE, PREVIOUS, RECORD, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
@@ -30,7 +30,8 @@ _OF_THE_PAGE = ("console.log", "studio.yaml", "studio_run.json")
 
 # The checkpoints go first: a run without any cannot be resumed by mistake.
 _LEFT_BY_EVERY_RUN = re.compile(
-    rf"{CHECKPOINTS}(-rank-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors|metrics\.jsonl|run_settings\.yaml"
+    rf"{CHECKPOINTS}(-rank-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
+    rf"|{re.escape(METRICS_FILE)}|{re.escape(RUN_SETTINGS)}"
 )
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())

@@ -89,11 +89,7 @@ class RunRecord:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> RunRecord:
-        """Return the record that :meth:`plain` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
+        """Return the record that :meth:`plain` returned; raise as :meth:`RunIdentity.from_plain` does."""
         origin, successor = values.get("origin"), values.get("successor")
         files = tuple(map(str, values.get("files", ())))
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):

@@ -153,12 +153,6 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``.
 
     Without this an adapter of another scale, which its file does not show, would begin as something else.
-
-    Args:
-        layers: how many the model has.
-
-    Raises:
-        ConfigError: the adapter is of another kind, rank, scale or number of layers than the settings ask for.
     """
     file = Path(settings.resume_adapter_file or "")
     folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith(CHECKPOINTS) else [])

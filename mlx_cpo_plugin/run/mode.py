@@ -164,11 +164,7 @@ def adapter_file(settings: RunSettings) -> Path:
 
 
 def run_identity(settings: RunSettings) -> RunIdentity:
-    """Return which run this is going to be, or whose adapter is tested.
-
-    Raises:
-        ConfigError: it is to be resumed, and there is nothing to resume from.
-    """
+    """Return which run this is going to be, or whose adapter is tested."""
     folder = Path(settings.adapter_path or "")
     if settings.train:
         return planned_run(folder, settings.resume)
