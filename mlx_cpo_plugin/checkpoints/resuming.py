@@ -226,8 +226,8 @@ class _Search:
 
 def _in_last_step(checkpoint: Checkpoint) -> str:
     return (
-        f"it is inside the last optimizer step of a run of {checkpoint.values.get('iters')} iterations, which holds "
-        "fewer micro-batches than others"
+        f"it is inside the last optimizer step of a run of {checkpoint.values.get('iters')} iterations, which may "
+        "hold fewer micro-batches than others"
     )
 
 
