@@ -43,7 +43,9 @@ def install() -> None:
         return
     for name in TARGETS:
         module = sys.modules.get(name)
-        if module is not None and not _is_hooked(module) and not getattr(module.__spec__, "_initializing", False):
+        if module is None or "_mlx_cpo_plugin_hooked" in vars(module):
+            continue
+        if not getattr(module.__spec__, "_initializing", False):
             hook(module)
 
 
@@ -60,10 +62,6 @@ def hook(module: ModuleType) -> None:
             if name in sys.modules:
                 _bar_cpo(sys.modules[name])
     module.__dict__["_mlx_cpo_plugin_hooked"] = True
-
-
-def _is_hooked(module: ModuleType) -> bool:
-    return module.__dict__.get("_mlx_cpo_plugin_hooked", False)
 
 
 def _bar_cpo(module: ModuleType) -> None:
@@ -120,7 +118,7 @@ def _spec_of_others(
 
 
 class HookingLoader:
-    """The host's own loader, after which the module is hooked; in everything else the host's own loader."""
+    """The host's own loader, except that it hooks the module once it has run."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -129,10 +127,6 @@ class HookingLoader:
         if name == "_loader":
             raise AttributeError(name)
         return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """The wrapped loader's module."""
-        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module as the host wrote it, then hook it."""
