@@ -26,8 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(open_workshop())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that no worker is left alone with it at the end."""
+    """Whole runs are slow; begin with what is, so that no worker is left alone with it at the end."""
+    for item in items:
+        if "run_main" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

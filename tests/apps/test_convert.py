@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
@@ -648,7 +648,6 @@ def test_every_key_without_a_counterpart_is_named_in_the_head(name: str) -> None
 
 @with_each_source
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
 def test_every_key_at_every_depth_is_carried_over_or_named(name: str, data: st.DataObject) -> None:
     before = with_everything(name)
     holder: Any = data.draw(st.sampled_from(list(mappings_in(before))))
@@ -710,7 +709,6 @@ INFO = {
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
 def test_every_key_of_a_data_set_description_is_carried_over_or_named(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -858,7 +856,6 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(sorted(EXAMPLES)),
     st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=3),
