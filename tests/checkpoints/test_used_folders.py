@@ -22,6 +22,8 @@ from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
 
+pytestmark = pytest.mark.slow
+
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file of a folder, with when it was written; the lock is no one's."""

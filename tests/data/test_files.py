@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
@@ -148,6 +148,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=20)
 @given(
     st.lists(st.dictionaries(st.text().filter(lambda key: key != "data"), VALUES, min_size=1), min_size=1, max_size=4)
 )

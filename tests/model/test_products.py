@@ -128,6 +128,7 @@ def with_weights_of(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 @pytest.mark.parametrize("way", ["plain batches", "shared prompts, pair by pair", "segments"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
 def test_a_model_of_half_precision_computes_what_its_float32_copy_does(name: str, way: str) -> None:
     model = with_weights_of(add_adapter(build_architecture(name), scale=1.0), mx.bfloat16)
 
@@ -164,9 +165,15 @@ def quantised_dora() -> nn.Module:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("dtype", "around"), [*((dtype, "") for dtype in HALF), (HALF[0], "checkpointing"), (HALF[1], "qat")], ids=str
+    ("kind", "dtype", "around"),
+    [
+        *((kind, mx.bfloat16, "") for kind in KINDS),
+        ("lora", mx.float16, ""),
+        ("4 bits", mx.float16, "checkpointing"),
+        ("dora over biases", mx.bfloat16, "qat"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_computes_what_its_float32_copy_does(
     kind: str, dtype: mx.Dtype, around: str, way: str
 ) -> None:
@@ -179,6 +186,7 @@ def test_every_kind_of_training_computes_what_its_float32_copy_does(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_no_product_of_a_pass_has_an_operand_of_half_precision(
     kind: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,8 +121,14 @@ def test_every_architecture_has_the_plain_gradient(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo"])
+@pytest.mark.parametrize(
+    ("loss_type", "cpo_alpha"),
+    [
+        *((loss_type, 0.0) for loss_type in ("sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo")),
+        ("sigmoid", 0.7),
+        ("simpo", 0.7),
+    ],
+)
 def test_every_loss_has_the_plain_gradient(loss_type: str, cpo_alpha: float, way: str) -> None:
     compare(add_adapter(build_model()), way, loss_type, cpo_alpha=cpo_alpha)
 
@@ -148,8 +154,17 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("around", ["nothing", "checkpointing", "qat", "checkpointing and qat"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [
+        *((kind, "nothing") for kind in KINDS),
+        ("lora", "checkpointing"),
+        ("lora", "qat"),
+        ("dora", "checkpointing and qat"),
+        ("full", "checkpointing and qat"),
+        ("quantised base", "checkpointing and qat"),
+    ],
+)
 def test_every_kind_of_training_has_the_plain_gradient(kind: str, around: str, way: str) -> None:
     model = KINDS[kind]()
     with ExitStack() as stack:
