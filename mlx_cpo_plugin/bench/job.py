@@ -14,7 +14,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 
 HOST = "mlx-lm-lora"
 PLUGIN = "mlx-cpo-plugin"
-# No trainer: computes the gradient that the two are held against.
+# No trainer: computes the gradient that the two are compared with.
 REFERENCE = "float64"
 
 # What a line of a process's output begins with that tells the number of finished iterations; REFERENCE counts pairs.

@@ -1,4 +1,4 @@
-"""The gradient that both trainers are held against, computed in float64.
+"""The gradient that both trainers are compared with, computed in float64.
 
 In float32 a sum over a large vocabulary or a long row is itself off by more than the two trainers should differ, so
 neither can tell how good the other is. This is the plainest way to the same gradient: one answer at a time through
