@@ -1,6 +1,6 @@
-"""What callers of :func:`train_cpo` and :func:`evaluate_cpo` give, as the trainer takes it.
+"""Arguments and data sets of a call of train_cpo or evaluate_cpo, converted for the trainer.
 
-Apps and scripts call both as mlx-lm-lora's own: with its arguments, its data sets and its defaults.
+Apps and scripts call both like mlx-lm-lora's own, with its arguments, data sets and defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def training_arguments(args: Any) -> CPOTrainingArgs:
     """Return the arguments of a call, complete and checked.
 
     Args:
-        args: CPOTrainingArgs, the host's own, or another object whose attributes are named as they are; ``None`` stands
-            for the defaults. Without an ``adapter_file`` the default one is written; without a ``seed`` it is the
-            caller's, see :func:`caller_seed`.
+        args: CPOTrainingArgs, the host's own, or another object with attributes of the same names; ``None``: the
+            defaults. Without an ``adapter_file`` the default one is written; without a ``seed`` it is that of
+            :func:`caller_seed`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -55,19 +55,19 @@ def caller_seed() -> int:
     _, seeded, start, *_ = np.random.RandomState(seed).get_state(legacy=True)
     if position == start and np.array_equal(keys, seeded):
         return seed
-    # Drawing makes a 64-bit number of the seed, and so does MLX of the time where nobody has seeded it.
+    # Drawing turns the seed into a 64-bit number; so does MLX with the time, if nobody has seeded it.
     return random_seed() if random_seed() < 2**32 else 0
 
 
 def pairs_of(dataset: Any, max_seq_length: int, tokenizer: Any = None, split: str = "train") -> PreferenceDataset:
-    """Return the pairs of any data set that a caller may have, cut to ``max_seq_length``.
+    """Return the pairs of a caller's data set, truncated to ``max_seq_length``.
 
     Args:
         dataset: as :func:`mlx_cpo_plugin.data.as_pairs` takes it, also inside the host's ``CacheDataset`` and
             ``ConcatenatedDataset``; ``None`` is an empty one.
 
     Raises:
-        DataError: there is no tokenizer for raw rows, or what is there is no preference.
+        DataError: raw rows come without a tokenizer, or rows are not preferences.
     """
     parts: Sequence[Any] = parts_of(dataset) or [None]
     return PreferenceDataset.joined(

@@ -51,7 +51,7 @@ class HeldOutScores:
 
 
 def held_out_rows(*splits: Sequence[Any]) -> list[PreferencePair]:
-    """Return a few short pairs of the first split that has any; other rows than pairs do not count."""
+    """Return a few short pairs of the first split that has any."""
     for rows in splits:
         pairs = [pair for pair in rows[:AMONG] if isinstance(pair, PreferencePair)]
         if pairs:
