@@ -107,7 +107,12 @@ def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:
     return AnswerScores(*(mx.concatenate(list(column)) for column in zip(*scores, strict=True)))
 
 
-def sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def _evaluated(scores: AnswerScores) -> AnswerScores:
+    mx.eval(scores)  # one after the other: each holds the logits of all its tokens
+    return scores
+
+
+def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Return two pairs with prompts of two lengths, cut short, since plain scoring holds the logits of all tokens."""
     return [_shortened(pairs[0], prompt=20, answer=12), _shortened(pairs[-1], prompt=11, answer=16)]
 
@@ -120,7 +125,7 @@ def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair
 
 def _fault(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> str:
     """Return how log-probs differ from plain ones, if they do."""
-    difference = _largest_difference(scorer, score, sample(pairs))
+    difference = _largest_difference(scorer, score, _sample(pairs))
     tolerance = HALF_TOLERANCE if scorer.split.dtype in HALF_PRECISION else FLOAT32_TOLERANCE
     return f"log-probs differ by {difference:.1e}" if difference > tolerance else ""
 
@@ -128,7 +133,7 @@ def _fault(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferenceP
 def _largest_difference(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> float:
     """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
     with evaluation_mode(scorer.model):
-        plain = _joined([score_answers(scorer.model, collate([pair])) for pair in pairs])
+        plain = _joined([_evaluated(score_answers(scorer.model, collate([pair]))) for pair in pairs])
         shared = score(scorer, pairs)
         mx.eval(plain, shared)
     differences = []

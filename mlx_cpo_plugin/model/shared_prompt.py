@@ -25,9 +25,8 @@ LONGEST_SIDE_BY_SIDE = 256
 PADDING_ALLOWED = 0.25
 
 
-def can_batch_sides(pair: SplitPair) -> bool:
-    """Whether both answers are so short and alike that one larger product beats the padding and memory it costs."""
-    lengths = len(pair.chosen), len(pair.rejected)
+def can_batch_sides(*lengths: int) -> bool:
+    """Whether answers are so short and alike that one larger product beats the padding and memory it costs."""
     return max(lengths) <= LONGEST_SIDE_BY_SIDE and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
 
 
@@ -121,7 +120,7 @@ class SharedPromptScorer:
         if pair.prefix is not None:
             logps, logits = self.segment_sums(pair.prefix, caches, differentiate)
         sides = (pair.chosen, pair.rejected)
-        if can_batch_sides(pair):
+        if can_batch_sides(*map(len, sides)):
             sums = self._side_by_side(sides, caches, differentiate)
         else:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]

@@ -112,7 +112,7 @@ class SharedPromptGradients:
             first, bucket = splits[group[0]], self.grouping.bucket_for([sizes[number] for number in group])
             if len(group) > 1 or (self.compiled and bucket.tokens <= self.grouping.budget):
                 return self.in_one_pass([pairs[number] for number in group], step, quantised, bucket)
-            if can_batch_sides(first):
+            if can_batch_sides(len(first.chosen), len(first.rejected)):
                 return self.side_by_side(first, step)
             return self.one_after_the_other.of_pair(first, step)
 

@@ -8,8 +8,9 @@ from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import once_put_aside
 from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
+from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.memory_estimate import memory_report
+from mlx_cpo_plugin.training.memory_estimate import estimated_memory
 from mlx_cpo_plugin.training.state import check_identity
 from mlx_cpo_plugin.training.wiring import Run
 
@@ -31,7 +32,8 @@ def begin(run: Run) -> bool:
             say(finished)
             run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
             return False
-    for line in memory_report(run.model, run.step.optimizer, run.pairs, run.scorer, run.args):
+    memory = estimated_memory(run.model, run.step.optimizer, run.pairs, run.args, run.grouping)
+    for line in memory.lines(device_memory()):
         say(line)
     _take_folder(run)
     run.reporter.start_trackers()

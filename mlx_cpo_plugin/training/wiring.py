@@ -26,8 +26,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.gradients import gradients_for
-from mlx_cpo_plugin.training.memory_estimate import Way
-from mlx_cpo_plugin.training.memory_watch import MemoryWatch
+from mlx_cpo_plugin.training.memory_estimate import MemoryWatch, PassMemory
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
@@ -85,7 +84,8 @@ class Run:
         self.displacement = DisplacementAlarm(args.loss_type)
 
         self.scorer = self._choose_scorer()
-        self.memory = MemoryWatch(model, Way.of(args, None if self.scorer is None else self.scorer.grouping))
+        self.grouping = None if self.scorer is None else self.scorer.grouping
+        self.memory = MemoryWatch(PassMemory(model, args, self.grouping))
         gradients = gradients_for(
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,28 +18,21 @@ from support.architectures import ARCHITECTURES, build_architecture
 from support.devices import pretended
 from support.tiny import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import CPU, METAL
 from mlx_cpo_plugin.model import memory
-from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, grouping_for
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.model.layers import linear_layers
 from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import unevaluated_model
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.training import memory_estimate
-from mlx_cpo_plugin.training.memory_estimate import (
-    MemoryEstimate,
-    Way,
-    _widening,
-    estimated_memory,
-    memory_report,
-)
+from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate, estimated_memory
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 VOCABULARY = 2000
-TOLERANCE = 0.25
+# How far above the measured peak an estimate may be.
+MOST = 1.5
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -75,7 +69,7 @@ def estimate(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArg
     optimizer = optimizers.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
     scorer = choose_scorer(model, pairs, args.scoring)
-    return estimated_memory(model, optimizer, pairs, Way.of(args, None if scorer is None else scorer.grouping))
+    return estimated_memory(model, optimizer, pairs, args, None if scorer is None else scorer.grouping)
 
 
 def measured(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArgs) -> int:
@@ -115,7 +109,7 @@ CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow
-def test_the_estimate_is_within_a_quarter_of_what_is_measured(name: str, tmp_path: Path) -> None:
+def test_the_estimate_is_at_least_what_is_measured_and_not_far_above(name: str, tmp_path: Path) -> None:
     adapter, sizes, pairs, settings = CASES[name]
     model = larger_model(**{name: value for name, value in sizes.items() if name != "dtype"})
     model.set_dtype(sizes.get("dtype", mx.float32))
@@ -128,23 +122,27 @@ def test_the_estimate_is_within_a_quarter_of_what_is_measured(name: str, tmp_pat
     expected = estimate(model, pairs, args)
     peak = measured(model, pairs, args)
 
-    assert expected.total == pytest.approx(peak, rel=TOLERANCE)
+    print(name, expected.total / peak, peak / 1e6, expected)
+    assert peak <= expected.total <= MOST * peak
     assert peak - expected.weights > 8e6
 
 
-def estimate_of(pairs: list[PreferencePair], model: nn.Module | None = None, **way: Any) -> MemoryEstimate:
+def estimate_of(
+    pairs: list[PreferencePair],
+    model: nn.Module | None = None,
+    grouping: Grouping | None = PAIR_BY_PAIR,
+    **settings: Any,
+) -> MemoryEstimate:
     """An estimate of a model with an adapter, pairs one by one."""
     model = model or add_adapter(larger_model())
     optimizer = optimizers.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
-    return estimated_memory(model, optimizer, pairs, Way(**({"batch": BatchSize(1), "grouping": PAIR_BY_PAIR} | way)))
+    return estimated_memory(model, optimizer, pairs, CPOTrainingArgs(**({"batch_size": 1} | settings)), grouping)
 
 
 def test_the_longest_pair_counts_and_is_named() -> None:
     pairs = [*pairs_of(20, 10, 10), *pairs_of(200, 40, 40), *pairs_of(20, 10, 10)]
-    longest = PreferencePair(
-        pairs[2].prompt, pairs[2].chosen, pairs[2].rejected, pairs[2].chosen_scored, pairs[2].rejected_scored, "row 7"
-    )
+    longest = replace(pairs[2], source="row 7")
     pairs[2] = longest
 
     found = estimate_of([*pairs[:3], *pairs[4:]])
@@ -160,18 +158,28 @@ def test_answers_side_by_side_can_take_more_than_longer_ones_in_turn() -> None:
     assert estimate_of(side_by_side + in_turn).computing == estimate_of(side_by_side).computing
 
 
-def test_several_pairs_in_a_pass_count_together() -> None:
+@pytest.mark.parametrize("batch", [{"batch_size": 4}, {"batch_tokens": 200}], ids=str)
+def test_several_pairs_in_a_pass_count_together(batch: dict[str, Any]) -> None:
     pairs = pairs_of(20, 15, 15, count=8)
 
-    grouped = estimate_of(pairs, batch=BatchSize(4), grouping=grouping_for(larger_model()))
+    grouped = estimate_of(pairs, grouping=grouping_for(larger_model()), **batch)
 
-    assert grouped.largest == "4 pairs at once, up to row 3"
-    assert grouped.computing > estimate_of(pairs, batch=BatchSize(4)).computing
-    by_tokens = estimate_of(pairs, batch=BatchSize(1, tokens=120), grouping=grouping_for(larger_model()))
-    assert by_tokens.largest == "2 pairs at once, up to row 1"
+    assert grouped.largest == "several pairs at once, up to row 0"
+    assert grouped.computing > estimate_of(pairs, **batch).computing
 
 
-@pytest.mark.parametrize("setting", [{"checkpointed": True}, {"step_size": 64}])
+@pytest.mark.parametrize("scoring", [PAIR_BY_PAIR, None])
+def test_an_accumulated_gradient_is_held_beside_the_new_one(scoring: Grouping | None) -> None:
+    model, pairs = larger_model(), pairs_of(20, 10, 10)
+    gradient = sum(value.nbytes for value in by_name(model.trainable_parameters()).values())
+
+    one = estimate_of(pairs, model, scoring)
+    accumulated = estimate_of(pairs, model, scoring, gradient_accumulation_steps=2)
+
+    assert accumulated.computing - one.computing == pytest.approx(gradient, rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", [{"grad_checkpoint": True}, {"seq_step_size": 64}])
 def test_what_saves_memory_lowers_the_estimate(setting: dict[str, Any]) -> None:
     model = add_adapter(larger_model(num_hidden_layers=12))
     pairs = pairs_of(400, 50, 50)
@@ -207,7 +215,7 @@ def test_fake_quantisation_keeps_the_weights_rounding_errors() -> None:
     pairs = pairs_of(100, 20, 20)
     linear = sum(module.weight.nbytes for layer in larger_model().layers for module in linear_layers(layer))
 
-    more = estimate_of(pairs, fake_quantised=True).total - estimate_of(pairs).total
+    more = estimate_of(pairs, qat_enable=True).total - estimate_of(pairs).total
 
     assert more == pytest.approx(linear, abs=2)
 
@@ -255,22 +263,20 @@ def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there() -> 
     on_gpu = larger_model()
     on_gpu.set_dtype(mx.bfloat16)
     with pretended(METAL):
-        assert _widening(on_gpu) == 0
+        assert estimate_of(pairs, on_gpu).widening == 0
 
 
-def test_a_run_reports_what_its_own_settings_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_estimate, "device_memory", lambda: 1_000_000)
-    model, pairs = add_adapter(larger_model()), pairs_of(200, 40, 40)
-    optimizer = optimizers.Adam(1e-4)
-    optimizer.init(model.trainable_parameters())
-    scorer = choose_scorer(model, pairs, "auto")
+def test_a_run_reports_what_its_own_settings_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, said = pairs_of(200, 40, 40), []
+    for number, saving in enumerate([{}, {"grad_checkpoint": True}]):
+        file = str(tmp_path / str(number) / "adapters.safetensors")
+        args = CPOTrainingArgs(batch_size=1, iters=1, adapter_file=file, **saving)
+        train_cpo(add_adapter(larger_model()), optimizers.Adam(1e-4), pairs, None, args)
+        said += [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory: ")]
 
-    line, warning = memory_report(model, optimizer, pairs, scorer, CPOTrainingArgs(batch_size=1))
-    saving, _ = memory_report(model, optimizer, pairs, scorer, CPOTrainingArgs(batch_size=1, grad_checkpoint=True))
-
-    assert re.fullmatch(r"Memory: about 0\.0\d+ GB at most \(.* for the longest pair, row 0\), of 0\.001 GB .*", line)
-    assert warning.startswith("Warning: ")
-    assert saving != line
+    line = r"Memory: about 0\.0\d+ GB at most \(.* for the longest pair, row 0\), of .*"
+    assert all(re.fullmatch(line, each) for each in said)
+    assert said[0] != said[1]
 
 
 def settings_for(model_folder: Path, **given: Any) -> SimpleNamespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,13 @@ from mlx.utils import tree_flatten
 from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
-from mlx_cpo_plugin.data.batches import BatchSize
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memory
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.training import memory_watch
+from mlx_cpo_plugin.training import memory_estimate
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
-from mlx_cpo_plugin.training.memory_estimate import ModelSizes, Way, bytes_for
-from mlx_cpo_plugin.training.memory_watch import MemoryWatch
+from mlx_cpo_plugin.training.memory_estimate import MemoryWatch, PassMemory
 from mlx_cpo_plugin.training.trainer import train_cpo
 
 
@@ -30,15 +29,30 @@ def test_where_what_is_free_is_not_known_nothing_is_stopped(monkeypatch: pytest.
     assert watch_of(None, monkeypatch).risk(build_pairs(2), step=1) is None
 
 
+def passes() -> PassMemory:
+    return PassMemory(add_adapter(build_model()), CPOTrainingArgs(batch_size=2), grouping=None)
+
+
 def watch_of(free: int | None, monkeypatch: pytest.MonkeyPatch) -> MemoryWatch:
-    monkeypatch.setattr(memory_watch, "free_memory", lambda: free)
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda: free)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
-    return MemoryWatch(add_adapter(build_model()), Way(BatchSize(2), grouping=None))
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 0)
+    return MemoryWatch(passes())
 
 
 def estimate(pairs: list[PreferencePair]) -> int:
-    way = Way(BatchSize(2), grouping=None)
-    return bytes_for(ModelSizes(add_adapter(build_model()), way), pairs, way)
+    return math.ceil(passes().largest(pairs)[0])
+
+
+def test_what_a_micro_batch_took_corrects_the_estimate_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = build_pairs(2)
+    held, taken = 10**6, 3 * estimate(pairs)
+    watch = watch_of(2 * estimate(pairs), monkeypatch)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: held)
+
+    assert watch.risk(pairs, step=1) is None
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: held + taken)
+    assert f"may need about {taken / 1e9:.2f} GB" in (watch.risk(pairs, step=2) or "")
 
 
 def test_an_estimate_above_what_is_free_is_a_warning_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +82,8 @@ def test_a_gradient_for_which_there_is_no_memory_stops_the_run(monkeypatch: pyte
 
 def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_pairs = build_pairs(6)
-    monkeypatch.setattr(memory_watch, "free_memory", lambda: 2**40 if not risky else 2**20)
-    monkeypatch.setattr(memory_watch, "bytes_for", lambda *_: 2**30)
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda: 2**40 if not risky else 2**20)
+    monkeypatch.setattr(PassMemory, "largest", lambda *_: (2**30, "row 0"))
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
     risky: list[int] = []
     saved_at: list[list[str]] = []
