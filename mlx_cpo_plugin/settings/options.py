@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import nested
+from mlx_cpo_plugin.settings.validation import Place
 from mlx_cpo_plugin.types import Option
 
 # What MLX's quantiser takes.
@@ -233,17 +234,21 @@ def mlx_quantises(bits: int, group_size: int, mode: str = "affine") -> bool:
     return mode != "affine" or (bits in BITS and group_size in GROUP_SIZES)
 
 
-def check_quantizer(quantizer: str, bits: int, group_size: int, mode: str) -> None:
+def check_quantizer(quantizer: str, bits: int, group_size: int, mode: str, place: Place) -> None:
     """Raise ``ConfigError`` for a combination that the quantiser of ``qat_quantizer`` does not support."""
     if quantizer == MLX and not mlx_quantises(bits, group_size, mode):
         raise ConfigError(
-            f"qat_quantizer is mlx, which takes qat_bits {_listed(BITS)} and qat_group_size {_listed(GROUP_SIZES)}, "
-            f"not {bits} and {group_size}; change them, or set qat_quantizer: host.",
+            f"qat_quantizer is mlx {place('qat_quantizer')}, which takes qat_bits {_listed(BITS)} and qat_group_size "
+            f"{_listed(GROUP_SIZES)}, not {bits} and {group_size}; change them, or set qat_quantizer: host.",
             key="qat_quantizer",
+            place=place("qat_quantizer"),
         )
     if quantizer == HOST and mode != "affine":
         raise ConfigError(
-            f"qat_mode is {mode}, which qat_quantizer: host does not have; set qat_quantizer: mlx.", key="qat_mode"
+            f"qat_mode is {mode} {place('qat_mode')}, which qat_quantizer: host does not have; set qat_quantizer: mlx.",
+            key="qat_mode",
+            place=place("qat_mode"),
+            allowed="affine",
         )
 
 

@@ -290,5 +290,10 @@ def test_mode_that_nobody_registers(name: Any) -> None:
         ({"qat_quantizer": "host", "qat_mode": "mxfp4"}, "qat_mode"),
     ],
 )
-def test_a_quantiser_that_lacks_what_is_asked_of_it(changes: dict[str, Any], key: str) -> None:
-    assert refusal({"train_mode": "cpo", "train": True, "qat_enable": True, **changes}).key == key
+def test_a_quantiser_that_lacks_what_is_asked_of_it(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+    file = write(tmp_path, {"train_mode": "cpo", "train": True, "qat_enable": True, **changes})
+    line = file.read_text().splitlines().index(f"{key}: {changes[key]}") + 1
+
+    error = refusal(["-c", str(file)])
+
+    assert (error.key, error.place) == (key, f"in {file}, line {line}")
