@@ -214,9 +214,10 @@ def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
             place=given.place(precisions[1]),
         )
     if values["qat_enable"]:
-        check_quantizer(
-            *(values[f"qat_{key}"] for key in ("quantizer", "bits", "group_size", "mode")), place=given.place
+        quantizer, bits, group_size, mode = (
+            values[f"qat_{key}"] for key in ("quantizer", "bits", "group_size", "mode")
         )
+        check_quantizer(quantizer, bits, group_size, mode, given.place)
     if not values["train"] and not values["test"]:
         raise ConfigError(
             "Neither train nor test is true; set 'train: true' in the YAML file or give --train.", key="train"
