@@ -127,4 +127,4 @@ def test_other_commands_say_in_one_sentence_that_the_disk_under_their_output_is_
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=200, check=False)
 
     assert ended.returncode == 2
-    assert ended.stderr == "error: the disk under the output is full; free space or let it go elsewhere.\n"
+    assert ended.stderr == "error: the disk under the output is full; free space or write elsewhere.\n"

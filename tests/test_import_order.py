@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,3 +179,13 @@ def test_a_circle_is_found_whatever_leads_to_it() -> None:
 
     assert circle(found) == found[1:4]
     assert circle([*found[:3], found[4]]) == []
+
+
+def test_the_picture_of_the_folders_has_the_order_of_imports() -> None:
+    page = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    (picture,) = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    lines = [re.findall(r"\b[a-z_]+\b", re.split(r"\s{3,}", line)[0]) for line in picture.splitlines()]
+    levels = [[LEVELS[part] for part in line] for line in lines]
+
+    assert all(min(upper) > max(lower) for upper, lower in pairwise(levels))
+    assert set(LEVELS) - {part for line in lines for part in line} <= set(ORDER[0])  # "..."

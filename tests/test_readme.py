@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 from mlx_lm.utils import load_tokenizer
-from test_import_order import LEVELS, ORDER
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import cli, data, plugins
@@ -190,12 +188,3 @@ def test_every_module_and_test_that_is_named_exists(page: str) -> None:
     package = Path(mlx_cpo_plugin.__file__).parent
     for name in set(re.findall(r"`(?:mlx_cpo_plugin/)?((?:[a-z_]+/)*[a-z_]+\.py)`", PAGES[page])):
         assert (ROOT if name.startswith("tests/") else package).joinpath(name).exists(), name
-
-
-def test_the_picture_of_the_folders_has_the_order_of_imports() -> None:
-    (picture,) = blocks("text", "ARCHITECTURE.md")
-    lines = [re.findall(r"\b[a-z_]+\b", re.split(r"\s{3,}", line)[0]) for line in picture.splitlines()]
-    levels = [[LEVELS[part] for part in line] for line in lines]
-
-    assert all(min(upper) > max(lower) for upper, lower in pairwise(levels))
-    assert set(LEVELS) - {part for line in lines for part in line} <= set(ORDER[0])  # "..."
