@@ -161,6 +161,7 @@ def test_a_process_without_the_host_is_left_alone(environment: FreshEnvironment,
     assert json.loads(printed) == [False, False, False]
 
 
+@pytest.mark.slow
 def test_start_up_does_not_import_what_binding_needs(environment: FreshEnvironment) -> None:
     printed = environment.run_python("-c", "import sys; print(*sys.modules)").split()
 

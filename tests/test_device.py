@@ -55,6 +55,7 @@ def test_the_kind_follows_from_the_default_device(
 
 
 @pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.slow
 def test_every_field_that_differs_between_devices_is_read_under_each(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_every_key_in_yaml_exists(page: str) -> None:
 OF_OTHERS = {"rl", "stage", "pref_loss", "enable_thinking"}
 
 
+@pytest.mark.slow
 def test_the_commands_exist_and_none_is_missing() -> None:
     def help_of(*words: str) -> str:
         ended = subprocess.run(

@@ -418,6 +418,7 @@ class TestCases:
         with pytest.raises(ConfigError, match="has no loss 'sigmoid' to compare with"):
             case_of_config(config, None)
 
+    @pytest.mark.slow
     def test_the_suite_adds_real_rows_where_model_and_data_are_given(self, shared: Path) -> None:
         alone = cases.suite(None, None, rows=2)
         with_real_rows = cases.suite(shared / "models" / "stories260k-chat", shared / "data", rows=20)

@@ -191,6 +191,7 @@ def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stoppe
     assert "Ended, cause unknown" in status_html(folder, read_metrics(folder))
 
 
+@pytest.mark.slow
 def test_what_earlier_runs_printed_stays_in_the_file_and_is_not_shown(tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()
@@ -220,6 +221,7 @@ def test_a_link_is_not_written_through(name: str, tmp_path: Path) -> None:
     assert not run_process.state(folder).running
 
 
+@pytest.mark.slow
 def test_a_link_in_the_place_of_a_record_is_replaced(tmp_path: Path) -> None:
     foreign, folder = tmp_path / "foreign", tmp_path / "adapters"
     foreign.write_text("mine\n")
@@ -241,6 +243,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         run_process.start(tmp_path / "file" / "adapters", "", tmp_path, resume=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
 

@@ -25,6 +25,7 @@ def runs(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_them(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +53,7 @@ def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_
     assert (folder / "losses-rows.svg").read_bytes() == plot
 
 
+@pytest.mark.slow
 def test_an_unfinished_sweep_can_be_drawn(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     with pytest.raises(SystemExit, match="no run on rows yet"):

@@ -58,6 +58,7 @@ def test_a_command_that_does_not_exist_ends_with_exit_code_2(words: list[str]) -
     assert ended.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
     command = [sys.executable, "-m", "mlx_cpo_plugin", "losses"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

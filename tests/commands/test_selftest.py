@@ -58,6 +58,7 @@ def test_an_adapter_that_mlx_lm_loads_scores_alike() -> None:
     assert checks.check_saved_adapter().status == "ok"
 
 
+@pytest.mark.slow
 def test_a_run_is_killed_where_it_says(tmp_path: Path) -> None:
     run_in_child(tmp_path, kill_at=KILLED_AT)
     assert not (tmp_path / "adapters.safetensors").exists() or (tmp_path / "checkpoints").is_dir()
@@ -156,6 +157,7 @@ def test_a_model_too_large_for_float64_is_compared_with_plain_scoring_and_says_s
     assert "plain batches on this device" in outcome.detail
 
 
+@pytest.mark.slow
 def test_the_doctor_judges_the_host_that_is_imported_not_the_one_that_is_installed(tmp_path: Path) -> None:
     vendored = tmp_path / "mlx_lm_lora"
     vendored.mkdir()
@@ -170,6 +172,7 @@ def test_the_doctor_judges_the_host_that_is_imported_not_the_one_that_is_install
     assert str(vendored) in child.stdout
 
 
+@pytest.mark.slow
 def test_a_run_with_a_host_that_is_too_old_ends_in_one_sentence(tmp_path: Path) -> None:
     shutil.copytree(Path(mlx_lm_lora.__file__).parent, tmp_path / "mlx_lm_lora")
     (tmp_path / "mlx_lm_lora" / "_version.py").write_text('__version__ = "3.1.2"\n')

@@ -33,6 +33,7 @@ def last_answer(row, name):
 
 
 @pytest.mark.parametrize(("name", "count"), FILES.items())
+@pytest.mark.slow
 def test_every_row_is_used_and_scores_its_own_answer_and_end(name, count, tokenizer):
     path = SHARED / "data" / name
     settings = SimpleNamespace(

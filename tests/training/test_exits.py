@@ -160,6 +160,7 @@ def named_checkpoints(text: str) -> list[Path]:
         pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
     number: signal.Signals, every: int, tmp_path: Path, uninterrupted: Arrays
 ) -> None:

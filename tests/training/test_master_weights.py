@@ -92,6 +92,7 @@ def movement(dtype: mx.Dtype, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.slow
 def test_many_small_steps_end_where_those_in_float32_end(tmp_path: Path, dtype: mx.Dtype) -> None:
     before, after = movement(mx.float32, tmp_path / "wide")
     narrow_before, narrow_after = movement(dtype, tmp_path / "narrow")

@@ -146,6 +146,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.slow
 def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path, change: str) -> None:
     train(tmp_path, iters=2)
     arguments, told = CHANGES[change]
@@ -211,6 +212,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     def train_where_files_end_at(size: int) -> str:
         command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path / "run"), str(size)]
@@ -241,6 +243,7 @@ def test_what_a_killed_run_had_not_finished_is_swept_away(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mlx_cpo_plugin.checkpoints.run_folder import only_run_in\n"

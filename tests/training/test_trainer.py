@@ -383,6 +383,7 @@ def test_the_loss_that_is_reported_holds_the_likelihood(tmp_path: Path) -> None:
         assert with_nll[f"{kind}_loss"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_likelihood_term_makes_the_chosen_answers_more_likely(tmp_path: Path) -> None:
     def chosen_nll(cpo_alpha: float) -> float:
         callback = Recorder()
@@ -410,6 +411,7 @@ def test_every_report_is_appended_to_the_metrics_file(tmp_path: Path) -> None:
     assert all(np.isfinite(line["train_loss"]) for line in lines if line["kind"] == "train")
 
 
+@pytest.mark.slow
 def test_training_prefers_the_chosen_answers_in_the_end(tmp_path: Path) -> None:
     model, pairs = build_model(), build_pairs(12)
     for pair in pairs:  # what there is to learn: chosen answers use the first half of the vocabulary

@@ -148,6 +148,7 @@ def test_an_iteration_computes_exactly_this_much(
     assert work.passes == [passes]
 
 
+@pytest.mark.slow
 def test_an_epoch_of_mixed_lengths_computes_exactly_this_much(tmp_path: Path) -> None:
     pairs = build_pairs(60, longest=100)
 
