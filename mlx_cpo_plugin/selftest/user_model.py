@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +21,7 @@ from mlx_cpo_plugin.selftest.float64_gradient import physical_memory
 from mlx_cpo_plugin.selftest.models import shortened, unquantised
 from mlx_cpo_plugin.selftest.reference import Reference, reference_of
 from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.wiring import training_environment
 
@@ -47,7 +47,7 @@ def checks_of_config(config_file: str) -> list[Check]:
 class _UserModel:
     """A user's model beside its float64 counterpart's results, computed when the first check asks for them."""
 
-    def __init__(self, settings: Any, pairs: Sequence[PreferencePair]) -> None:
+    def __init__(self, settings: RunSettings, pairs: Sequence[PreferencePair]) -> None:
         self.settings, self.pairs = settings, pairs
         self._model: nn.Module | None = None
         self._reference: Reference | None = None

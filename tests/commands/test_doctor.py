@@ -142,10 +142,10 @@ def test_a_plugin_that_was_skipped_is_a_warning(monkeypatch: pytest.MonkeyPatch)
 def test_only_a_failure_makes_the_exit_code_1(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "diagnose", lambda: [Finding("thing", status, "seen", "mend it")])
+    monkeypatch.setattr(doctor, "diagnose", lambda: [Finding("thing", status, "seen", "fix it")])
 
     assert doctor.run_doctor() == code
 
     printed = capsys.readouterr().out
     assert "thing: seen" in printed
-    assert "-> mend it" in printed
+    assert "-> fix it" in printed
