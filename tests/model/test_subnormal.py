@@ -96,6 +96,7 @@ def test_pairs_that_are_learned_long_since_bring_none(way: str, size: str) -> No
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_real_weights_are_free_of_them(way: str, shared: Path) -> None:
     model = add_adapter(load(str(shared / "models/stories260k-chat"))[0])
 

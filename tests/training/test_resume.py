@@ -175,6 +175,7 @@ def foreign(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, altered, without_manifest, foreign])
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
