@@ -16,6 +16,8 @@ from mlx_cpo_plugin.parameters import by_name
 
 # The parameters of an output layer, quantised or not, that have one row per token id.
 _PER_TOKEN_PARAMETERS = ("weight", "scales", "biases", "bias")
+# Token ids whose logits are compared: half of a large vocabulary, widened, would be the peak of a run.
+PROBED_IDS = 4096
 _BACKBONE_PATHS = ("model", "language_model.model", "backbone", "transformer", "model.language_model")
 
 
@@ -86,9 +88,10 @@ class SplitModel:
             if not vars(type(layer)).get("row_by_row", known) or len(layer.weight) != self.vocabulary:
                 continue
             self.output_layer = layer
-            with self.vocabulary_slice(slice(0, self.vocabulary // 2)):
-                half = self.logits(probe)
-            difference = mx.abs(half - logits[:, : self.vocabulary // 2]).max() if half.size < logits.size else mx.inf
+            count = min(PROBED_IDS, self.vocabulary // 2)
+            with self.vocabulary_slice(slice(0, count)):
+                part = self.logits(probe)
+            difference = mx.abs(part - logits[:, :count]).max() if part.size < logits.size else mx.inf
             if difference <= 0.01 * mx.abs(logits).max():
                 return layer
         return None

@@ -6,6 +6,7 @@ on a CPU; on a GPU nothing was measured.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ LAYER_WORKING, LAYER_RECOMPUTED = 1.25, 3.75
 # Arrays that are alive at once: scores of a layer's attention, blocks of logits, updates of the largest parameter, and
 # keys and values of a pair in segments.
 SCORES_AT_ONCE, LOGITS_AT_ONCE, UPDATES_AT_ONCE, KEYS_AT_ONCE = 12, 5, 3, 8
+# What an activation other than the lean SwiGLU keeps, as a multiple of its width; fitted to the GELU of Gemma 3.
+ACTIVATION_KEPT = 7
+# Scored tokens of a short pair, for which a head in half precision is widened in the largest blocks.
+FEW_SCORED = 64
 # Plain scoring: all logits and their gradient; those that are scored, in float32, on their way to a log-prob and back.
 PLAIN_LOGITS, PLAIN_SCORED = 2, 7
 
@@ -140,12 +145,16 @@ class PassMemory:
         shape: Any = getattr(model, "args", None)
         hidden = int(getattr(shape, "hidden_size", None) or widths(linear[0][0])[0])
         self.heads = int(getattr(shape, "num_attention_heads", None) or 0)
+        trained_layers = sum(size > 0 for size in kept)
         self.kept, self.working = float(sum(kept)), LAYER_WORKING * widest
+        if not hasattr(sys.modules[type(model.layers[0]).__module__], "swiglu"):
+            widest_output = max(widths(module)[1] for layer in linear for module in layer)
+            self.kept += ACTIVATION_KEPT * widest_output * self.size * trained_layers
         if args.grad_checkpoint:
             self.kept, self.working = hidden * self.size * len(kept), LAYER_RECOMPUTED * max(kept)
         key_heads = int(getattr(shape, "num_key_value_heads", None) or self.heads)
         head_size = int(getattr(shape, "head_dim", None) or hidden // max(self.heads, 1))
-        self.keys = (2 * key_heads * head_size or 2 * hidden) * self.size * sum(size > 0 for size in kept)
+        self.keys = (2 * key_heads * head_size or 2 * hidden) * self.size * trained_layers
         # QAT keeps by how much each weight is rounded.
         weights = [m.weight.size * 32 // getattr(m, "bits", 32) for layer in linear for m in layer]
         self.constant = widened_bytes(model) + self.size * sum(weights) * args.qat_enable
@@ -153,6 +162,8 @@ class PassMemory:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
         self.vocabulary = max((len(embedding.weight) for embedding in embeddings), default=0)
         self.head = LOGITS_AT_ONCE * BLOCK_ELEMENTS * 4
+        if any(map(is_half, embeddings)) and not current_device().fast_half_products:
+            self.head += LOGITS_AT_ONCE * min(self.vocabulary, BLOCK_ELEMENTS // FEW_SCORED) * hidden * 4
         if any("layers" not in name.split(".") for name in trainable):  # its gradient comes in blocks of rows
             rows = max(FEWEST_ROWS, ROWS_ELEMENTS // max(self.vocabulary, 1))
             self.head = self.vocabulary * (LOGITS_AT_ONCE * rows * 4 + UPDATES_AT_ONCE * hidden * self.size)
