@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,10 +25,13 @@ TRAINING_COMMANDS = {"train": train.run_train, "check": train.run_check}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand with ``arguments`` (the process's own by default) and return its exit code."""
     keep_standard_descriptors()
+    if sys.stdout is None:  # closed when Python started, as standard error may be
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

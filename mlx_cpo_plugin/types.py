@@ -71,14 +71,19 @@ class Option:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         words = _TYPES_IN_WORDS.get(self.type, self.type.__name__)
         limits = [
-            f"{sign} {limit:g}"
+            f"{sign} {_plain(limit)}"
             for sign, limit in ((">", self.above), (">=", self.minimum), ("<", self.below), ("<=", self.maximum))
             if limit is not None
         ]
         if self.minimum is not None and self.maximum is not None:
-            limits = [f"from {self.minimum:g} to {self.maximum:g}"]
+            limits = [f"from {_plain(self.minimum)} to {_plain(self.maximum)}"]
         words = " ".join([words, " and ".join(limits)]).rstrip()
         return words + (" or null" if self.optional else "")
+
+
+def _plain(limit: float) -> str:
+    """Write a whole number with all its digits, which ``:g`` does not."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 @dataclass(frozen=True)

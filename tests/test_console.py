@@ -120,6 +120,20 @@ def test_other_commands_end_well_whoever_reads_them(output: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_the_data_check_ends_well_without_standard_streams(
+    closed: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings))
+    command = f"{sys.executable} -m mlx_cpo_plugin check --config {config} {closed}"
+
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=200, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_other_commands_say_in_one_sentence_that_the_disk_under_their_output_is_full() -> None:
     command = [sys.executable, "-m", "mlx_cpo_plugin", "losses"]
 

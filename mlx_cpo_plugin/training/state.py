@@ -89,14 +89,24 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore everything from a checkpoint of a run that has the same parameters and parts."""
+        """Restore everything from a checkpoint of a run that has the same parameters and parts.
+
+        Raises:
+            ConfigError: another version of the plugin wrote it.
+        """
         values = checkpoint.values
+        try:
+            for name, part in self.parts.items():
+                part.restore(values[name])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"The checkpoint {checkpoint.folder} was written by another version of mlx-cpo-plugin; continue "
+                "with that version, or start anew with another adapter_path, from its weights with resume_adapter_file."
+            ) from error
         self.iteration, self.step.number = values["iteration"], values["optimizer_step"]
         self.step.masters.set(checkpoint.arrays("adapters"))
         _update_in_place(self.step.optimizer.state, tree_unflatten(list(checkpoint.arrays("optimizer").items())))
         self.step.total = checkpoint.arrays("gradient") or None
-        for name, part in self.parts.items():
-            part.restore(values[name])
         mx.random.seed(values["random_seed"])
         # The files may be moved before anything is computed with them.
         mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})

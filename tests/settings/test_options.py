@@ -74,6 +74,10 @@ def test_defaults_of_the_parser_of_mlx_lm_lora_are_the_same() -> None:
     assert all(parsed[name] == OPTIONS[name].default for name in shared)
 
 
+def test_limits_are_written_with_all_their_digits() -> None:
+    assert OPTIONS["seed"].allowed() == f"a whole number from 0 to {2**32 - 1}"
+
+
 @by_name
 def test_default_is_within_the_limits(option: Option) -> None:
     value = None if option.default is None else check(option, option.default, nowhere)

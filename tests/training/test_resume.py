@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -189,6 +190,23 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(
     assert "0000005 is incomplete or corrupt" in printed
     assert "Resuming after iteration 4" in printed
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("lost", ["best", "last", "sums"])
+def test_a_checkpoint_of_another_version_is_an_error_that_says_so(tmp_path: Path, lost: str) -> None:
+    stopped(tmp_path, 5)
+    folder = tmp_path / "checkpoints" / "0000005"
+    values = folder / "values.json"
+    values.write_text(values.read_text().replace(f'"{lost}"', '"renamed"'))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["values.json"] = {
+        "bytes": values.stat().st_size,
+        "sha256": hashlib.sha256(values.read_bytes()).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(ConfigError, match="another version of mlx-cpo-plugin"):
+        train(tmp_path, resume="auto")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
