@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from mlx.utils import tree_flatten
 from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
 
-# How long an example takes says how busy the machine is.
-hypothesis_settings.register_profile("without deadline", deadline=None, max_examples=50)
-hypothesis_settings.load_profile("without deadline")
+# How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
+hypothesis_settings.register_profile("own", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+hypothesis_settings.load_profile("own")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -181,7 +181,7 @@ class TestDocument:
         assert run.beta == float(beta)
         assert run.lora_parameters["rank"] == int(rank)
         assert (run.batch_size, run.dpo_cpo_loss_type) == (int(batch_size), loss)
-        assert (run.qat_enable, run.model) == (qat, name)
+        assert (run.qat_enable, run.model) == (qat, os.path.expanduser(name))
         assert document.contents_of(text, form_fields())["model"] == name
 
     @settings(deadline=None)
