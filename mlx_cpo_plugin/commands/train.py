@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlx_cpo_plugin.activation import finder
-from mlx_cpo_plugin.errors import ConfigError, PluginError
+from mlx_cpo_plugin.errors import ConfigError, PluginError, named
 
 
 def run_train(words: Sequence[str]) -> int:
-    """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files."""
+    """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files.
+
+    Raises:
+        ConfigError: there is no configuration file of the name given.
+    """
     activate()
     import mlx_lm_lora.train as host_train
 
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--config")
+    file = parser.parse_known_args(words)[0].config
+    if file and not os.path.exists(file):
+        raise ConfigError(f"There is no configuration file {named(file)}; correct --config.", key="config")
     with command_line("mlx-cpo train", words):
         host_train.main()
     return 0

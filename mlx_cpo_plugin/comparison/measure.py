@@ -133,7 +133,7 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
     model, tokenizer = load_base(settings)
     comparison.base = answers(model, tokenizer, questions, max_tokens, "base model", say)
     comparison.before = measured(model, comparison, "base model", say)
-    say(f"Putting on {adapter_path}.")
+    say(f"Loading the adapter {adapter_path}.")
     try:
         load_adapters(model, str(adapter_path))  # over the layers as they are, of full training over the weights
     except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:

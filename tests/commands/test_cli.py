@@ -50,6 +50,15 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
         assert f"    {command} " in printed
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_configuration_file_that_is_not_there_is_one_sentence(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--config", str(tmp_path / "none.yaml")]) == 2
+
+    assert "none.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["doctor", "--nonsense"]])
 def test_a_command_that_does_not_exist_ends_with_exit_code_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -115,14 +124,16 @@ def test_doctor_gives_its_exit_code(words: list[str], as_json: bool, monkeypatch
     assert calls == [as_json]
 
 
-def test_train_hands_its_arguments_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_hands_its_arguments_to_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import mlx_lm_lora.train as host
 
+    config = tmp_path / "my.yaml"
+    config.write_text("train_mode: sft\n")
     seen = []
     monkeypatch.setattr(host, "main", lambda: seen.append(sys.argv[1:]))
 
-    assert cli.main(["train", "--config", "my.yaml", "--help"]) == 0
-    assert seen == [["--config", "my.yaml", "--help"]]
+    assert cli.main(["train", "--config", str(config), "--help"]) == 0
+    assert seen == [["--config", str(config), "--help"]]
 
 
 @pytest.mark.parametrize("command", ["train", "check", "demo"])
