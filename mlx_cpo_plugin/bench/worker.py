@@ -25,6 +25,7 @@ from mlx_lm.utils import get_total_parameters
 from mlx_cpo_plugin.bench import host_trainer
 from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, load_pairs
+from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import build_optimizer, load_model
@@ -68,6 +69,7 @@ def main() -> None:
     """Do the job in the folder that the command line names, and leave what was found there."""
     folder = Path(sys.argv[1])
     job = Job.load(folder)
+    use_fast_blas()  # so that both trainers multiply with the same one
     if job.trainer == REFERENCE:
         compute_reference(job, folder)
     else:

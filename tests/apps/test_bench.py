@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, compare, growth, report
+from mlx_cpo_plugin.bench import cases, compare, growth, report, worker
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, MeasurementError, TrainerResult, run_worker
-from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Measurement, gradient_file, load_pairs, save_pairs
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Job, Measurement, gradient_file, load_pairs, save_pairs
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
@@ -310,6 +310,26 @@ def gradients_of_workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[floa
     gradients[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = [3.0, 4.0]
     monkeypatch.setattr(compare, "run_worker", work)
     return gradients
+
+
+@pytest.mark.parametrize("trainer", [HOST, PLUGIN])
+def test_both_trainers_multiply_with_the_same_blas(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Job(trainer, "time", {}, None, [], "").save(tmp_path)
+    steps: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+    monkeypatch.setattr(worker, "use_fast_blas", lambda: steps.append("blas"))
+
+    def measure(job: Job, folder: Path) -> Any:
+        steps.append(job.trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        worker.main()
+
+    assert steps == ["blas", trainer]
 
 
 class TestGradientDifferences:
