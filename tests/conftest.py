@@ -11,13 +11,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
 from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
 
 # How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
-hypothesis_settings.register_profile("own", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+hypothesis_settings.register_profile(
+    "own",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=50,
+    derandomize="CI" in os.environ,
+)
 hypothesis_settings.load_profile("own")
 
 

@@ -143,15 +143,15 @@ def test_a_long_cell_and_an_index_column_are_no_obstacle(tmp_path: Path) -> None
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
+ROWS = st.dictionaries(st.text(max_size=8).filter(lambda key: key != "data"), VALUES, min_size=1, max_size=4)
 
 
 @settings(max_examples=20)
-@given(
-    st.lists(st.dictionaries(st.text().filter(lambda key: key != "data"), VALUES, min_size=1), min_size=1, max_size=4)
-)
+@given(st.lists(ROWS, min_size=1, max_size=4))
 def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("rows")
     forms = [
