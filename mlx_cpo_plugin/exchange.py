@@ -39,6 +39,11 @@ class LostRankError(UserError):
         )
 
 
+def is_first_rank() -> bool:
+    """Whether this is the rank that prints, reports and writes; the only one of most runs."""
+    return bool(mx.distributed.init().rank() == 0)
+
+
 def gather(mine: Any) -> list[Any]:
     """Return what each rank gives, in the order of the ranks; all of them have to call this at the same point.
 

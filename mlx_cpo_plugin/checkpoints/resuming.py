@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_cpo_plugin.checkpoints import CHECKPOINTS, PREVIOUS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.folder import MANIFEST, Checkpoint, checkpoints_in, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import Origin, RunIdentity, RunRecord, read_record
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.exchange import gather
+from mlx_cpo_plugin.exchange import gather, is_first_rank
 
 AUTO = "auto"
 
@@ -183,7 +181,7 @@ class _Search:
         mine = path
         if path.parent.name.startswith(CHECKPOINTS):
             mine = folder_of_rank(path.parent.parent) / path.name
-        elif mx.distributed.init().rank() > 0:
+        elif not is_first_rank():
             raise ConfigError(
                 f"resume is {str(path)!r}, which belongs to the first rank alone; give the adapter folder.",
                 key="resume",

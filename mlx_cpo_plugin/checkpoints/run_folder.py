@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
@@ -22,7 +21,7 @@ from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.exchange import gather
+from mlx_cpo_plugin.exchange import gather, is_first_rank
 
 LOCK_NAME = ".lock"
 # The page writes them while a run is at work, and the next run keeps them.
@@ -47,7 +46,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         ConfigError: another run is in it, or it cannot be written to.
     """
     name = os.path.realpath(folder)
-    if mx.distributed.init().rank() > 0 or name in _held.get():
+    if not is_first_rank() or name in _held.get():
         yield
         return
     lock = _locked(folder)
@@ -121,7 +120,7 @@ def begin_run(
         ConfigError: there is a link in the way.
         CheckpointError: it cannot be written.
     """
-    if mx.distributed.init().rank() == 0:
+    if is_first_rank():
         finish_moving(adapter_folder, in_use)
         current = read_record(adapter_folder)
         if current is None or current.run != record.run:
@@ -133,7 +132,7 @@ def begin_run(
         _write(adapter_folder, record)
     gather(None)
     mine = folder_of_rank(adapter_folder)
-    if mx.distributed.init().rank() > 0 and mine.is_dir() and not mine.is_symlink():
+    if not is_first_rank() and mine.is_dir() and not mine.is_symlink():
         # Another machine's disk, where the first rank has put nothing aside.
         for path in mine.iterdir():
             if path.is_dir() and _run_of_checkpoint(path) != record.run.id:
@@ -207,7 +206,7 @@ def written_files_recorded(adapter_folder: Path) -> Iterator[None]:
 
 
 def _update(adapter_folder: Path, record: RunRecord) -> None:
-    if mx.distributed.init().rank() == 0 and read_record(adapter_folder) != record:
+    if is_first_rank() and read_record(adapter_folder) != record:
         _write(adapter_folder, record)
 
 

@@ -26,6 +26,7 @@ from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
 
 QUANTISED_LOADS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,6 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
     "load_in_8bits": {"bits": 8},
     "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }
-_OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
 
 
 def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
@@ -219,7 +219,7 @@ def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
             f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.", key="lr_schedule"
         ) from error
     try:
-        return _OPTIMIZERS[name](learning_rate=rate, **settings.optimizer_config.get(name, {}))
+        return getattr(optimizers, OPTIMIZERS[name])(learning_rate=rate, **settings.optimizer_config.get(name, {}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.", key="optimizer_config") from error
 

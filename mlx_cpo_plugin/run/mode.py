@@ -20,6 +20,7 @@ from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_d
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
@@ -151,11 +152,6 @@ def report_test(
         MetricsFile(Path(settings.adapter_path) / METRICS_FILE, settings.run_identity.id).append("test", named)
     if isinstance(callback, TrackerCallback):
         callback.on_test_report(named)
-
-
-def is_first_rank() -> bool:
-    """Whether this is the rank that prints, reports and writes; the only one of most runs."""
-    return mx.distributed.init().rank() == 0
 
 
 def adapter_file(settings: RunSettings) -> Path:

@@ -162,8 +162,9 @@ def resolve(
     losses = loss_types()
     options = known_options([mode], losses.values())
     defaults = host_defaults()
+    known = {*options, *defaults, *UNCHECKED_KEYS}
     for key in given.all_keys():
-        if key not in (known := {*options, *defaults, *UNCHECKED_KEYS}):
+        if key not in known:
             raise unknown("key", key, known, given.place(key))
     given.preset = _preset(mode, options, given)
     loss = losses[given.checked(options[LOSS_OPTION])] if mode.has(LOSS_OPTION) else None

@@ -16,6 +16,8 @@ from mlx_cpo_plugin.errors import ConfigError, shown
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.types import Option
 
+# Value of ``optimizer`` -> its class in mlx.optimizers, which is imported where it is needed.
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
 LORA_PARAMETERS: tuple[Option, ...] = (
     Option("rank", int, 8, "Rank of the adapter matrices.", minimum=1),
@@ -66,18 +68,17 @@ def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str,
     """Return the arguments of each optimizer by name, checked against its signature."""
     import mlx.optimizers as optimizers
 
-    classes = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon}
-    _only_known(value, classes, key, place)
+    _only_known(value, OPTIMIZERS, key, place)
     for optimizer, arguments in value.items():
         inner = f"{key}.{optimizer}"
         if not isinstance(arguments, Mapping):
             raise refused(inner, arguments, place(inner), "a mapping")
-        parameters = inspect.signature(classes[optimizer]).parameters
+        parameters = inspect.signature(getattr(optimizers, OPTIMIZERS[optimizer])).parameters
         defaults = {name: parameter.default for name, parameter in parameters.items() if name != "learning_rate"}
         _only_known(arguments, defaults, inner, place)
         for name, argument in arguments.items():
             _check_like(defaults[name], argument, f"{inner}.{name}", place)
-    return {optimizer: dict(value.get(optimizer, {})) for optimizer in classes}
+    return {optimizer: dict(value.get(optimizer, {})) for optimizer in OPTIMIZERS}
 
 
 def _check_like(default: Any, value: Any, key: str, place: Place) -> None:

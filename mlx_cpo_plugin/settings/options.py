@@ -109,9 +109,9 @@ class TrainingSettings:
 
     train: bool = option(False, "Train the model.")
     test: bool = option(False, "Evaluate on the test set, after training if both are asked for.")
-    optimizer: str = option("adam", "Optimizer.", choices=("adam", "adamw", "muon"))
+    optimizer: str = option("adam", "Optimizer.", choices=tuple(nested.OPTIMIZERS))
     optimizer_config: dict[str, Any] = option(
-        {"adam": {}, "adamw": {}, "muon": {}},
+        {name: {} for name in nested.OPTIMIZERS},
         "Further arguments of each optimizer, by the optimizer's name.",
         inside=nested.optimizer_config,
     )

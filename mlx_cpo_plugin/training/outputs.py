@@ -21,6 +21,7 @@ from mlx_cpo_plugin.checkpoints.adapter import (
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.errors import StoppedError, first_line
+from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.settings.run_settings import as_yaml
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import TrainingState
@@ -46,10 +47,9 @@ class Outputs:
         constants: Mapping[str, Any],
         say: Callable[[str], None],
     ) -> None:
-        world = mx.distributed.init()
-        self.is_main = world.rank() == 0
+        self.is_main = is_first_rank()
         # A checkpoint that no other rank writes is one to continue from.
-        self.saves_alone = world.size() == 1
+        self.saves_alone = mx.distributed.init().size() == 1
         self.model, self.state, self.best, self.args, self.record, self.say = model, state, best, args, record, say
         self.adapter_file = Path(args.adapter_file)
         self.folder = self.adapter_file.parent

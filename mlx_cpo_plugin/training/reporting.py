@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
+from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
@@ -71,7 +72,7 @@ class ProgressReporter(Resumable):
         self.callback = callback
         self.stream = own_stream(callback)
         self.metrics_file = metrics_file
-        self.is_main = mx.distributed.init().rank() == 0
+        self.is_main = is_first_rank()
         self.trained_tokens = 0
         self.elapsed = 0.0
         self.loop_began = 0.0

@@ -17,6 +17,7 @@ from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, training_plan
 from mlx_cpo_plugin.device import compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.buckets import Grouping
@@ -74,7 +75,7 @@ class Run:
                 f"Another run has used {folder} since this one was started; start it again.", key="adapter_path"
             )
 
-        metrics_file = MetricsFile(folder / METRICS_FILE if mx.distributed.init().rank() == 0 else None, run_id)
+        metrics_file = MetricsFile(folder / METRICS_FILE if is_first_rank() else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
         validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
         self.best = BestSoFar(

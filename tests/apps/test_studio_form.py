@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import LIKE_OTHER_YAML
 
@@ -155,7 +155,6 @@ class TestDocument:
 
         assert set(keys) == {"train", "train_mode"}
 
-    @settings(deadline=None)
     @given(
         beta=st.floats(1e-6, 10).map(str),
         rank=st.integers(1, 64).map(str),
@@ -184,7 +183,6 @@ class TestDocument:
         assert (run.qat_enable, run.model) == (qat, os.path.expanduser(name))
         assert document.contents_of(text, form_fields())["model"] == name
 
-    @settings(deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(LIKE_OTHER_YAML))
     def test_text_of_a_control_is_the_same_text_in_a_run(self, text: str) -> None:
         data = [{"path": text, "train_split": text}]

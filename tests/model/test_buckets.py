@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build_architecture
 from support.devices import pretended
@@ -42,7 +42,6 @@ def cost(groups: list[list[int]], sizes: list[PairSize], grouping: Grouping) -> 
 
 
 @given(st.lists(SIZES, min_size=1, max_size=20), st.integers(0, 500), st.integers(0, 3000))
-@settings(deadline=None)
 def test_every_pair_is_in_one_group_within_the_budget(sizes: list[PairSize], overhead: int, budget: int) -> None:
     grouping = Grouping(overhead, budget)
 
@@ -82,7 +81,6 @@ def test_a_group_is_padded_to_the_smallest_bucket_that_it_fits_in() -> None:
 
 
 @given(st.lists(SIZES, min_size=1, max_size=60), st.integers(0, 5000))
-@settings(deadline=None)
 def test_there_are_few_shapes_and_a_bucket_for_every_pair(sizes: list[PairSize], budget: int) -> None:
     buckets = bucket_shapes(sizes, budget)
 

@@ -191,7 +191,7 @@ def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, wa
 
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_split_pair_is_the_pair(seed: int, alike: int) -> None:
     (pair,) = build_pairs(1, seed)
     alike = min(alike, len(pair.chosen), len(pair.rejected))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from mlx_lm_lora.train import build_parser as build_host_parser
-from support.stranger_plugins import CompetingPlugin, JudgedPlugin, RankPlugin, registered
+from support.stranger_plugins import CompetingPlugin, registered
 
 from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import PluginError
@@ -22,18 +22,6 @@ def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
     file = folder / "my.yaml"
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(dict(content)), encoding="utf-8")
     return file
-
-
-@pytest.fixture
-def rank() -> Iterator[None]:
-    with registered(RankPlugin()):
-        yield
-
-
-@pytest.fixture
-def judged() -> Iterator[None]:
-    with registered(JudgedPlugin()):
-        yield
 
 
 @pytest.fixture

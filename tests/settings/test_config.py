@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
-from support.stranger_plugins import JudgedPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import ConfigError
@@ -146,18 +145,6 @@ def notes(**values: Any) -> tuple[str, ...]:
     return config.resolve({"train_mode": "cpo", "train": True, **values}).notes
 
 
-@pytest.fixture
-def rank() -> Iterator[None]:
-    with registered(RankPlugin()):
-        yield
-
-
-@pytest.fixture
-def judged() -> Iterator[None]:
-    with registered(JudgedPlugin()):
-        yield
-
-
 def test_the_table_of_values_covers_every_key() -> None:
     mode = plugins.train_modes()["cpo"]
 
@@ -280,7 +267,7 @@ CONTRADICTING = ("train", "qat_quantizer", *PRECISIONS)
 CHECKED = [option for option in (*COMMON_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in CONTRADICTING]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries({}, optional={option.name: valid_value(option) for option in CHECKED}))
 def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> None:
     call = {"train_mode": "cpo", "train": True, "dpo_cpo_loss_type": "dpop", **values}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from support.stranger_plugins import PlainPlugin, RankPlugin, registered
+from support.stranger_plugins import PlainPlugin, registered
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
@@ -47,12 +47,6 @@ def fields_of(error: ConfigError) -> tuple[str, str, str]:
 def refusal_of_yaml(file: Path, content: str) -> ConfigError:
     file.write_text(f"train_mode: cpo\ntrain: true\n{content}\n", encoding="utf-8")
     return refusal(["--config", str(file)])
-
-
-@pytest.fixture
-def rank() -> Iterator[None]:
-    with registered(RankPlugin()):
-        yield
 
 
 # Lines of a file after the first two, the key that is refused, its line, and what would be allowed.

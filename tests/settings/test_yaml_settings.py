@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import LIKE_OTHER_YAML
 
@@ -47,7 +47,6 @@ def test_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
 
 
 @given(st.floats(allow_nan=False))
-@settings(max_examples=50, deadline=None)
 def test_every_float_as_python_or_json_writes_it_is_read_back(number: float) -> None:
 
     text = repr(number).replace("inf", ".inf")
@@ -78,7 +77,6 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=3), st.booleans())
-@settings(deadline=None)
 def test_what_is_written_is_read_back_here_and_by_every_user_of_pyyaml(values: dict[str, Any], flow: bool) -> None:
     text = dump_settings(values, flow=flow)
 
