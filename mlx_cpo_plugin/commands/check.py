@@ -23,7 +23,7 @@ from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
 from mlx_cpo_plugin.run.mode import adapter_file
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.memory_estimate import estimated_memory
+from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
 from mlx_cpo_plugin.types import TrainMode
 
@@ -117,7 +117,7 @@ def _memory_lines(pairs: PreferenceDataset, settings: RunSettings) -> list[str]:
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
     grouping = expected_grouping(model) if settings.scoring != "plain" else None
-    return estimated_memory(model, optimizer, pairs, args, grouping).lines(device_memory())
+    return MemoryEstimate(model, optimizer, pairs, args, grouping).lines(device_memory())
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_cpo_plugin.device import current_device, device_memory
-from mlx_cpo_plugin.model.layers import LINEAR, widths
+from mlx_cpo_plugin.model.layers import LINEAR, linear_layers, widths
 from mlx_cpo_plugin.parameters import by_name
 
 # Share of the memory that is free after loading the model which the activations of a pass may take.
 SHARE_FOR_ACTIVATIONS = 0.5
+# Arrays that the gradient of a GELU reads besides those that products keep: the argument of its tanh, half of x, tanh
+# plus one, and the result.
+GELU_KEEPS = 4
 
 
 def tokens_that_fit(model: nn.Module) -> float:
@@ -24,28 +29,30 @@ def tokens_that_fit(model: nn.Module) -> float:
 def kept_bytes_of_layers(model: nn.Module) -> list[int]:
     """Return about how many bytes each layer keeps of a token for the backward pass.
 
-    These are the inputs and outputs of its products; below the first layer that is trained nothing is kept.
+    These are the inputs and outputs of its products, and what a GELU keeps; below the first trained layer it is none.
     """
     size = activation_size(model)
-    kept = [sum(_kept_bytes(module, size) for module in layer.modules()) for layer in model.layers]
-    trained = [number for number, layer in enumerate(model.layers) if by_name(layer.trainable_parameters())]
-    inside = sum(len(by_name(model.layers[number].trainable_parameters())) for number in trained)
-    if not trained or inside < len(by_name(model.trainable_parameters())):
+    lean = hasattr(sys.modules[type(model.layers[0]).__module__], "swiglu")
+    kept = [
+        sum(_kept_bytes(module, size) for module in layer.modules())
+        + (not lean) * GELU_KEEPS * size * max((widths(module)[1] for module in linear_layers(layer)), default=0)
+        for layer in model.layers
+    ]
+    trained = [len(by_name(layer.trainable_parameters())) for layer in model.layers]
+    if sum(trained) < len(by_name(model.trainable_parameters())):  # an embedding, too
         return kept
-    return [bytes_kept if number >= trained[0] else 0 for number, bytes_kept in enumerate(kept)]
+    first = next((number for number, parameters in enumerate(trained) if parameters), 0)
+    return [0] * first + kept[first:]
 
 
 def _kept_bytes(module: nn.Module, size: int) -> int:
     """Return what a module by itself keeps of a token, in activations of ``size`` bytes."""
-    if isinstance(module, LoRALinear | DoRALinear):
-        inputs, outputs = widths(module.linear)
-        kept = outputs * size if isinstance(module, DoRALinear) else 0
-        if module.lora_a.dtype.size > size:  # the adapter reads a wider copy of what the layer reads
-            kept += inputs * module.lora_a.dtype.size
-        if module.dropout._p_1 < 1:
-            kept += inputs * (size + 1)
-        return kept
-    return sum(widths(module)) * size if isinstance(module, LINEAR) else 0
+    if not isinstance(module, LoRALinear | DoRALinear):
+        return sum(widths(module)) * size if isinstance(module, LINEAR) else 0
+    inputs, outputs = widths(module.linear)
+    wider = module.lora_a.dtype.size  # the adapter may read a copy of what the layer reads
+    dropped = (size + 1) * (module.dropout._p_1 < 1)
+    return inputs * (wider * (wider > size) + dropped) + outputs * size * isinstance(module, DoRALinear)
 
 
 def activation_size(model: nn.Module) -> int:

@@ -10,7 +10,6 @@ from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.memory_estimate import estimated_memory
 from mlx_cpo_plugin.training.state import check_identity
 from mlx_cpo_plugin.training.wiring import Run
 
@@ -32,8 +31,7 @@ def begin(run: Run) -> bool:
             say(finished)
             run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
             return False
-    memory = estimated_memory(run.model, run.step.optimizer, run.pairs, run.args, run.grouping)
-    for line in memory.lines(device_memory()):
+    for line in run.memory.lines(device_memory()):
         say(line)
     _take_folder(run)
     run.reporter.start_trackers()

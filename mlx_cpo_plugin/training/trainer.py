@@ -130,6 +130,9 @@ def iterate(run: Run, stop: StopRequest) -> None:
                 reporter.warn(run.displacement.warning(iteration, scores))
             norm = step.apply() if micro_batch.closes_window else None
         reporter.count_iteration(norm)
+        if norm is not None:
+            for line in run.memory.corrected():
+                reporter.say(line)
 
         last = iteration == args.iters
         if last or iteration % args.steps_per_report == 0:

@@ -27,7 +27,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.gradients import gradients_for
-from mlx_cpo_plugin.training.memory_estimate import MemoryWatch, PassMemory
+from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
@@ -85,16 +85,15 @@ class Run:
         self.displacement = DisplacementAlarm(args.loss_type)
 
         self.scorer = self._choose_scorer()
-        self.grouping = None if self.scorer is None else self.scorer.grouping
-        self.memory = MemoryWatch(PassMemory(model, args, self.grouping))
+        grouping = None if self.scorer is None else self.scorer.grouping
         gradients = gradients_for(
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
         resumable = {name: getattr(self, name) for name in ("reporter", "best", "plateau", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
+        self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
         self.identity = identity(args, model, optimizer, pairs)
-        grouping = None if self.scorer is None else self.scorer.grouping
         constants = {
             "identity": self.identity,
             "iters": args.iters,

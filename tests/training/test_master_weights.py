@@ -18,7 +18,7 @@ from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.logps import score_answers
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.memory_estimate import estimated_memory
+from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep, in_float32
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
@@ -158,7 +158,7 @@ def test_the_estimate_counts_float32_copies_and_moments() -> None:
     def estimate(model: nn.Module) -> Any:
         optimizer = optimizers.Adam(1e-3)
         optimizer.init(in_float32(model.trainable_parameters()))
-        return estimated_memory(model, optimizer, build_pairs(4), CPOTrainingArgs(batch_size=1), PAIR_BY_PAIR)
+        return MemoryEstimate(model, optimizer, build_pairs(4), CPOTrainingArgs(batch_size=1), PAIR_BY_PAIR)
 
     size = sum(value.size for value in by_name(narrow.parameters()).values())
     assert estimate(narrow).weights == 2 * size + 4 * size

@@ -1,8 +1,10 @@
-"""The peak of a run's memory, estimated before it, is what is measured afterwards."""
+"""The peak of a run's memory is estimated, corrected by its first step, and warned of where it may not suffice."""
 
 from __future__ import annotations
 
 import gc
+import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,13 @@ import numpy as np
 import pytest
 from support.architectures import ARCHITECTURES, build_architecture
 from support.devices import pretended
+from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import CPU, METAL
+from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memory
+from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.model import memory
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.model.layers import linear_layers
@@ -27,12 +32,14 @@ from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import unevaluated_model
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate, estimated_memory
+from mlx_cpo_plugin.training import memory_estimate
+from mlx_cpo_plugin.training.exits import out_of_memory_explained
+from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 VOCABULARY = 2000
-# How far above the measured peak an estimate may be.
-MOST = 1.5
+# How far from the measured peak an estimate may be.
+OFF = 1.3
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -69,7 +76,7 @@ def estimate(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArg
     optimizer = optimizers.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
     scorer = choose_scorer(model, pairs, args.scoring)
-    return estimated_memory(model, optimizer, pairs, args, None if scorer is None else scorer.grouping)
+    return MemoryEstimate(model, optimizer, pairs, args, None if scorer is None else scorer.grouping)
 
 
 def measured(model: nn.Module, pairs: list[PreferencePair], args: CPOTrainingArgs) -> int:
@@ -109,7 +116,7 @@ CASES: dict[str, tuple[bool, dict[str, Any], list[PreferencePair], dict[str, Any
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow
-def test_the_estimate_is_at_least_what_is_measured_and_not_far_above(name: str, tmp_path: Path) -> None:
+def test_the_estimate_is_near_what_is_measured(name: str, tmp_path: Path) -> None:
     adapter, sizes, pairs, settings = CASES[name]
     model = larger_model(**{name: value for name, value in sizes.items() if name != "dtype"})
     model.set_dtype(sizes.get("dtype", mx.float32))
@@ -122,7 +129,7 @@ def test_the_estimate_is_at_least_what_is_measured_and_not_far_above(name: str, 
     expected = estimate(model, pairs, args)
     peak = measured(model, pairs, args)
 
-    assert peak <= expected.total <= MOST * peak
+    assert peak / OFF <= expected.total <= OFF * peak
     assert peak - expected.weights > 8e6
 
 
@@ -136,7 +143,7 @@ def estimate_of(
     model = model or add_adapter(larger_model())
     optimizer = optimizers.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
-    return estimated_memory(model, optimizer, pairs, CPOTrainingArgs(**({"batch_size": 1} | settings)), grouping)
+    return MemoryEstimate(model, optimizer, pairs, CPOTrainingArgs(**({"batch_size": 1} | settings)), grouping)
 
 
 def test_the_longest_pair_counts_and_is_named() -> None:
@@ -146,7 +153,7 @@ def test_the_longest_pair_counts_and_is_named() -> None:
 
     found = estimate_of([*pairs[:3], *pairs[4:]])
 
-    assert found.largest == "the longest pair, row 7"
+    assert found.largest == longest
     assert found.computing == estimate_of([longest]).computing
 
 
@@ -163,7 +170,6 @@ def test_several_pairs_in_a_pass_count_together(batch: dict[str, Any]) -> None:
 
     grouped = estimate_of(pairs, grouping=grouping_for(larger_model()), **batch)
 
-    assert grouped.largest == "several pairs at once, up to row 0"
     assert grouped.computing > estimate_of(pairs, **batch).computing
 
 
@@ -176,6 +182,16 @@ def test_an_accumulated_gradient_is_held_beside_the_new_one(scoring: Grouping | 
     accumulated = estimate_of(pairs, model, scoring, gradient_accumulation_steps=2)
 
     assert accumulated.computing - one.computing == pytest.approx(gradient, rel=1e-6)
+
+
+def test_a_gelu_keeps_what_its_gradient_reads_and_a_lean_swiglu_nothing() -> None:
+    model = build_architecture("gemma3_text")
+    inner = max(module.weight.shape[0] for module in linear_layers(model.layers[0]))
+    products = sum(sum(module.weight.shape) for module in linear_layers(model.layers[0]))
+
+    assert memory.kept_bytes_of_layers(model)[0] == 4 * (products + 4 * inner)
+    llama = larger_model()
+    assert kept_bytes(llama) == 4 * sum(sum(m.weight.shape) for layer in llama.layers for m in linear_layers(layer))
 
 
 @pytest.mark.parametrize("setting", [{"grad_checkpoint": True}, {"seq_step_size": 64}])
@@ -216,7 +232,7 @@ def test_fake_quantisation_keeps_the_weights_rounding_errors() -> None:
 
     more = estimate_of(pairs, qat_enable=True).total - estimate_of(pairs).total
 
-    assert more == pytest.approx(linear, abs=2)
+    assert more == pytest.approx(linear, rel=0.1)  # those of the norms and the adapter are counted, too
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -229,21 +245,92 @@ def test_every_architecture_has_an_estimate(name: str) -> None:
 
 
 def test_the_line_gives_the_parts_in_gigabytes() -> None:
-    estimated = MemoryEstimate(540_000_000, 110_000_000, 480_000_000, "the longest pair, train.jsonl:12")
+    found = estimate_of(pairs_of(20, 10, 10))
+    found.weights, found.optimizer, found.computing = 540_000_000, 110_000_000, 480_000_000
 
-    assert estimated.lines(18_800_000_000) == [
-        "Memory: about 1.1 GB at most (weights 0.5 GB, optimizer 0.1 GB, gradients and activations 0.5 GB for the "
-        "longest pair, train.jsonl:12), of 18.8 GB on this device."
+    assert found.lines(18_800_000_000) == [
+        "About 1.1 GB of memory are needed (weights 0.5 GB, optimizer 0.1 GB, gradients and activations 0.5 GB with "
+        "the largest pair, row 0); this device has 18.8 GB."
     ]
 
 
 def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower() -> None:
-    _, warning = MemoryEstimate(3_000_000_000, 0, 1, "the longest pair").lines(3_000_000_000)
+    found = estimate_of(pairs_of(20, 10, 10))
 
+    assert len(found.lines(found.total)) == 1
+    _, warning = found.lines(found.total - 1)
     assert warning == (
         "Warning: this device has less memory than that; lower max_seq_length, batch_size or batch_tokens, or switch "
         "on grad_checkpoint or efficient_long_context."
     )
+
+
+@pytest.fixture
+def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The peak that MLX reports, on a device with so much memory that small models matter."""
+    peak = [0]
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: peak[0])
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda: 10**8)
+    return peak
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.1, 2.0])
+def test_the_first_step_corrects_the_estimate_and_one_line_says_so_where_it_was_far_off(
+    peak: list[int], factor: float
+) -> None:
+    short, long = pairs_of(100, 60, 60), pairs_of(250, 60, 60)
+    found, first = estimate_of(short + long), estimate_of(short)
+    fixed, before = found.weights + found.optimizer, found.total
+
+    found.risk(short, step=1)
+    peak[0] = round(fixed + factor * first.computing)
+    lines = found.corrected()
+
+    assert found.total - fixed == pytest.approx(factor * (before - fixed), rel=1e-6)
+    if factor == 1.1:
+        assert lines == []
+    else:
+        assert lines == [
+            f"The first step took {peak[0] / 1e9:.3f} GB and not {first.total / 1e9:.3f} GB: about "
+            f"{found.total / 1e9:.3f} GB of memory are needed with the largest pair, row 0."
+        ]
+    peak[0] *= 2
+    assert found.corrected() == []  # once
+
+
+def test_a_corrected_estimate_that_the_device_has_not_is_warned_of(peak: list[int]) -> None:
+    found = estimate_of(pairs_of(100, 60, 60))
+
+    found.risk([found.largest], step=1)
+    peak[0] = 10**8 + 1
+    _, warning = found.corrected()
+
+    assert warning.startswith("Warning: this device has less memory than that; lower ")
+
+
+def test_a_peak_from_before_the_run_corrects_nothing(peak: list[int]) -> None:
+    peak[0] = 10**8
+    found = estimate_of(pairs_of(100, 60, 60))
+    before = found.total
+
+    found.risk([found.largest], step=1)
+
+    assert found.corrected() == []
+    assert found.total == before
+
+
+def test_no_line_looks_like_a_report_of_training(peak: list[int]) -> None:
+    found = estimate_of(pairs_of(100, 60, 60))
+    found.widening = 1
+    lines = found.lines(found.total + 1)
+    found.risk([found.largest], step=1)
+    peak[0] = 10**8 + 1
+    lines += found.corrected()
+
+    # What MLX LoRA Studio takes for one.
+    reports = ("loss", "memory:", "peak mem", "peak_mem", "it/s")
+    assert len(lines) == 4
+    assert not [line for line in lines if any(part in line.lower() for part in reports)]
 
 
 def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there() -> None:
@@ -271,9 +358,9 @@ def test_a_run_reports_what_its_own_settings_take(tmp_path: Path, capsys: pytest
         file = str(tmp_path / str(number) / "adapters.safetensors")
         args = CPOTrainingArgs(batch_size=1, iters=1, adapter_file=file, **saving)
         train_cpo(add_adapter(larger_model()), optimizers.Adam(1e-4), pairs, None, args)
-        said += [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory: ")]
+        said += [line for line in capsys.readouterr().out.splitlines() if " of memory are " in line]
 
-    line = r"Memory: about 0\.0\d+ GB at most \(.* for the longest pair, row 0\), of .*"
+    line = r"About 0\.0\d+ GB of memory are needed \(.* with the largest pair, row 0\); this device has .*"
     assert all(re.fullmatch(line, each) for each in said)
     assert said[0] != said[1]
 
@@ -317,3 +404,127 @@ def test_how_pairs_share_a_pass_shows_without_computing(model_folder: Path) -> N
     assert expected_grouping(unevaluated_model(settings_for(model_folder))) is not None
     assert expected_grouping(build_architecture("qwen3_next")) == PAIR_BY_PAIR
     assert expected_grouping(nn.Linear(1, 1)) is None
+
+
+@pytest.fixture
+def free(peak: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """What is free."""
+    free: list[int | None] = [None]
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda: free[0])
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    return free
+
+
+def test_where_what_is_free_is_not_known_nothing_is_warned_of(free: list[int | None]) -> None:
+    found = estimate_of(build_pairs(2))
+
+    assert found.risk(build_pairs(2), step=1) is None
+    free[0] = 0
+    assert found.risk(build_pairs(2, longest=40), step=1) is not None
+
+
+def test_a_micro_batch_that_may_need_more_than_is_free_is_a_warning(free: list[int | None]) -> None:
+    pairs = build_pairs(2)
+    needed = math.ceil(estimate_of(pairs).computing)
+
+    free[0] = needed
+    assert estimate_of(pairs).risk(pairs, step=3) is None
+    free[0] = needed - 1
+    line = estimate_of(pairs).risk(pairs, step=3)
+    assert re.match(r"Step 3: the micro-batch with row [01] may need about .* GB are free; if the process", line or "")
+
+
+def test_what_the_first_step_took_corrects_what_later_ones_need(free: list[int | None], peak: list[int]) -> None:
+    short, long = pairs_of(100, 60, 60), pairs_of(250, 60, 60)
+    found = estimate_of(short + long)
+    free[0] = round(1.5 * estimate_of(long).computing)
+
+    assert found.risk(short, step=1) is None
+    peak[0] = round(found.weights + found.optimizer + 2 * estimate_of(short).computing)
+    found.corrected()
+
+    assert found.risk(long, step=2) is not None
+
+
+def test_what_was_computed_once_is_no_risk_the_second_time(free: list[int | None]) -> None:
+    short, long = build_pairs(2, longest=4), build_pairs(2, longest=400)
+    found = estimate_of(short + long)
+    free[0] = 0
+
+    risks = [found.risk(pairs, step=1) is not None for pairs in (short, short, long, short, long)]
+
+    assert risks == [True, False, True, False, False]
+
+
+def test_before_a_risk_a_run_warns_and_saves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_pairs = build_pairs(6)
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda: 2**40 if not risky else 2**20)
+    monkeypatch.setattr(MemoryEstimate, "_computing", lambda *_: 2**30)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    risky: list[int] = []
+    saved_at: list[list[str]] = []
+
+    class Callback(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            saved_at.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("0*")))
+            if train_info["iteration"] == 2:
+                risky.append(1)
+
+    train_cpo(
+        add_adapter(build_model()),
+        optimizers.Adam(learning_rate=1e-3),
+        run_pairs,
+        args=CPOTrainingArgs(
+            adapter_file=str(tmp_path / "adapters.safetensors"), batch_size=1, iters=5, steps_per_report=1
+        ),
+        training_callback=Callback(),
+    )
+
+    assert saved_at == [[], [], ["0000002"], ["0000002"], ["0000002", "0000004"]]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("warning") == 1
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_known_on_every_device_and_behind_other_errors(error: Exception) -> None:
+    wrapped = ValueError("the layer failed")
+    wrapped.__cause__ = error
+
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_device"),
+    [
+        (RuntimeError("[matmul] Last dimension of first input with shape (1,2) must match"), False),
+        (ValueError("out of memory of the cache"), False),
+        (RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error"), True),
+        (RuntimeError("[Compile::eval_cpu] Failed to compile function"), True),
+    ],
+)
+def test_other_errors_are_not_out_of_memory(error: Exception, of_the_device: bool) -> None:
+    assert not is_out_of_memory(error)
+    assert is_device_fault(error) == of_the_device
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU)"),
+        RuntimeError("cudaMallocAsync(&data, size) failed: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_what_a_gpu_says_when_memory_ends_becomes_a_sentence(error: Exception) -> None:
+    with (
+        pytest.raises(TrainingError, match=r"^The device is out of memory; lower max_seq_length, batch_size or"),
+        out_of_memory_explained(),
+    ):
+        raise error
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match=r"^\[matmul\] shapes"), out_of_memory_explained():
+        raise RuntimeError("[matmul] shapes do not fit")
