@@ -81,7 +81,7 @@ class Fusing:
                 "The adapter is intact, and nothing of the fused model is left."
             ) from error
         if self.before is not None and trained is not None and fused is not None:
-            self.say(rounding_cost("The fused model", self.before, trained, fused))
+            self.say(rounding_cost(self.before, trained, fused))
             kept = margin_retained(self.before, trained, fused)
             if kept is not None and kept < ENOUGH:
                 self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import fields
 from typing import Any
 
@@ -30,13 +29,8 @@ def training_arguments(args: Any) -> CPOTrainingArgs:
     Raises:
         ConfigError: a value is out of range.
     """
-    if args is None:
-        args = CPOTrainingArgs()
-    elif isinstance(args, CPOTrainingArgs):
-        args = copy(args)
-    else:
-        names = [field.name for field in fields(CPOTrainingArgs) if hasattr(args, field.name)]
-        args = CPOTrainingArgs(**{name: getattr(args, name) for name in names})
+    given = {own.name: getattr(args, own.name) for own in fields(CPOTrainingArgs) if hasattr(args, own.name)}
+    args = CPOTrainingArgs(**given)
     args.adapter_file = os.path.expanduser(args.adapter_file or CPOTrainingArgs.adapter_file)
     args.resume = None if args.resume is None else os.path.expanduser(args.resume)
     args.seed = caller_seed() if args.seed is None else args.seed

@@ -60,10 +60,9 @@ def stop_requests() -> Iterator[StopRequest]:
             os.kill(os.getpid(), number)
             return
         request.signal_number = number
-        if sys.__stderr__ is None:  # closed from the start: another file may have its number
-            return
-        with suppress(OSError):  # not print, which may be what was interrupted
-            os.write(2, b"\nStopping after this micro-batch; press Ctrl-C again to stop without saving.\n")
+        if sys.__stderr__ is not None:  # closed from the start, another file may have its number
+            with suppress(OSError):  # not print, which may be what was interrupted
+                os.write(2, b"\nStopping after this micro-batch; press Ctrl-C again to stop without saving.\n")
 
     previous: dict[signal.Signals, Any] = {
         each: signal.signal(each, ask)

@@ -15,7 +15,7 @@ from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_in_place
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
-from mlx_cpo_plugin.model.logps import score_answers
+from mlx_cpo_plugin.model.logps import evaluation_mode, score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
@@ -32,7 +32,7 @@ SMALL = 0.05
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """The log-probs that a model gives the answers of some pairs.
+    """The log-probs that a model gives the answers of N pairs.
 
     Attributes:
         logps: float64 [2, N], in nats: of the chosen and of the rejected answers.
@@ -60,31 +60,20 @@ def held_out_rows(*splits: Sequence[Any]) -> list[PreferencePair]:
 
 
 def held_out_scores(model: nn.Module, pairs: Sequence[PreferencePair], scoring: str = "auto") -> HeldOutScores:
-    """Score ``pairs`` on this rank alone, one after the other; the model's mode is restored afterwards.
-
-    Args:
-        scoring: the setting of that name.
-    """
+    """Score ``pairs`` on this rank alone, one after the other; ``scoring`` is the setting of that name."""
     with compile_where_it_pays(), float32_products(model):
         return scores_of(model, pairs, choose_scorer(model, pairs, scoring, lambda _: None))
 
 
 def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedPromptScorer | None) -> HeldOutScores:
     """Score ``pairs`` as :func:`held_out_scores` does, with a scorer that was chosen before."""
-    was_training = model.training
-    model.eval()
-    try:
-        logps = []
+    logps = []
+    with evaluation_mode(model):
         for pair in pairs:
-            if scorer is None:
-                scores = score_answers(model, collate([pair]))
-            else:
-                scores = scorer.score(split_shared_prefix(pair))
+            scores = scorer.score(split_shared_prefix(pair)) if scorer else score_answers(model, collate([pair]))
             mx.eval(scores)
             logps.append(np.array([scores.chosen_logps, scores.rejected_logps], np.float64).reshape(2))
-        return HeldOutScores(np.stack(logps, axis=1))
-    finally:
-        model.train(was_training)
+    return HeldOutScores(np.stack(logps, axis=1))
 
 
 def score_saved(run: Run) -> None:
@@ -117,11 +106,11 @@ def margin_retained(before: HeldOutScores, trained: HeldOutScores, handed_on: He
     return (handed_on.margin - before.margin) / won if abs(won) >= SMALL else None
 
 
-def rounding_cost(name: str, before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
-    """Return one sentence on what rounding cost."""
+def rounding_cost(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
+    """Return one sentence on what rounding cost the fused model, ``handed_on``."""
     sentence = (
-        f"{name} gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; trained were "
-        f"{trained.margin:+.3f}, from {before.margin:+.3f}"
+        f"The fused model gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; "
+        f"trained were {trained.margin:+.3f}, from {before.margin:+.3f}"
     )
     kept = margin_retained(before, trained, handed_on)
     return f"{sentence}." if kept is None else f"{sentence}: {kept:.0%} of what was learned."

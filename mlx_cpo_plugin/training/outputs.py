@@ -27,6 +27,11 @@ from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import TrainingState
 from mlx_cpo_plugin.training.validation import BestSoFar
 
+HOW_TO_RESUME = (
+    "start it again with resume: auto (or --resume auto, or resume='auto' in the arguments of train_cpo) to go on, or "
+    "start another run with these weights as resume_adapter_file"
+)
+
 
 class Outputs:
     """The files of a run; each rank writes its checkpoints, and only the first one anything else.
@@ -123,7 +128,7 @@ class Outputs:
         """Return what ends a run that was asked to stop, once its newest checkpoint has been read back."""
         if self.newest is not None:
             read_checkpoint(self.newest)
-        return StoppedError(self.state.iteration, signal_number, self.how_to_resume)
+        return StoppedError(self.state.iteration, signal_number, HOW_TO_RESUME)
 
     def save_after_failure(self) -> str:
         """Save what is whole after something has failed; return a sentence on what was saved."""
@@ -140,20 +145,7 @@ class Outputs:
         fault = _fault_of(lambda: read_checkpoint(self.save_checkpoint()))
         if fault:
             return f"{weights}; no checkpoint could be written after it ({fault})."
-        return f"{weights}, and a checkpoint in {self.newest}: {self.how_to_resume}."
-
-    @property
-    def how_to_resume(self) -> str:
-        """What to do after a run that ended early, by the route that started it."""
-        if self.args.run_settings is not None:
-            return (
-                "run the same command with resume: auto (or --resume auto) to go on, or with other settings and these "
-                "weights as resume_adapter_file"
-            )
-        return (
-            "call train_cpo once more with resume='auto' in its arguments to go on, or start another run with these "
-            "weights as resume_adapter_file"
-        )
+        return f"{weights}, and a checkpoint in {self.newest}: {HOW_TO_RESUME}."
 
 
 def _fault_of(action: Callable[[], object]) -> str:

@@ -23,11 +23,9 @@ Quantizer = Callable[[mx.array, mx.Dtype], mx.array]
 
 @dataclass
 class FakeQuantisation:
-    """When fake quantisation is in effect.
+    """When fake quantisation applies: every ``interval``-th optimizer step from ``start_step`` on, counted from 1.
 
     Attributes:
-        start_step: the first optimizer step, counted from 1, that it applies to.
-        interval: it applies to every ``interval``-th step from there on.
         active: whether the forward passes that run now are fake-quantised.
     """
 
@@ -36,7 +34,7 @@ class FakeQuantisation:
     active: bool = False
 
     def applies_to(self, optimizer_step: int) -> bool:
-        """Whether the optimizer step with this number, counted from 1, is fake-quantised."""
+        """Whether the optimizer step with this number is fake-quantised."""
         since_start = optimizer_step - self.start_step
         return since_start >= 0 and since_start % self.interval == 0
 
@@ -62,9 +60,6 @@ def fake_quantised(
         bits: 2 to 16.
         group_size: weights that share a scale along the input dimension; 0 or less: one scale for the whole tensor.
         quantizer, mode: see :func:`quantizer_for`.
-
-    Raises:
-        ConfigError: this version of the host has no quantiser.
     """
     schedule = FakeQuantisation(start_step, interval)
     round_trip = quantizer_for(quantizer, bits, group_size, mode)

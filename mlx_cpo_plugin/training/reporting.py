@@ -32,7 +32,6 @@ _TRAIN_LABELS = {
     "accuracies": "acc",
     "margins": "margin",
 }
-_BAR_LABELS = {"loss": "loss", "accuracies": "acc", "margins": "margin"}
 _VALID_LABELS = {
     "loss": "Val loss",
     "chosen_reward": "Val chosen reward",
@@ -47,16 +46,17 @@ CERTAIN = 3.0
 
 @runtime_checkable
 class ResumableCallback(Protocol):
-    """A training callback that continues its own runs, such as those of trackers, when training is resumed."""
+    """A training callback that continues its own runs, such as those of trackers, when training is resumed.
 
-    def start(self) -> None:
-        """Begin, or continue after :meth:`resume`."""
+    ``start`` begins; after ``resume`` it continues from what ``state`` returned, plain values, with ``told``, the kinds
+    and iterations of the reports that were made after it.
+    """
 
-    def state(self) -> dict[str, Any]:
-        """Return what :meth:`resume` needs, as plain values."""
+    def start(self) -> None: ...
 
-    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None:
-        """Continue from ``state``; ``told`` are the kinds and iterations of reports that were made after it."""
+    def state(self) -> dict[str, Any]: ...
+
+    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None: ...
 
 
 class ProgressReporter(Resumable):
@@ -70,12 +70,11 @@ class ProgressReporter(Resumable):
     def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
         self.objective = objective
         self.callback = callback
+        self.trackers = callback if isinstance(callback, ResumableCallback) else None
         self.stream = own_stream(callback)
         self.metrics_file = metrics_file
         self.is_main = is_first_rank()
-        self.trained_tokens = 0
-        self.elapsed = 0.0
-        self.loop_began = 0.0
+        self.trained_tokens, self.elapsed, self.loop_began = 0, 0.0, 0.0
         self.bar: Any = None
         self._reset()
 
@@ -133,7 +132,7 @@ class ProgressReporter(Resumable):
             "epoch": epoch,
         }
         if self.is_main:
-            self.bar.set_postfix(**{name: f"{means[key]:.3f}" for key, name in _BAR_LABELS.items()})
+            self.bar.set_postfix({_TRAIN_LABELS[key]: f"{means[key]:.3f}" for key in ("accuracies", "loss", "margins")})
             norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
             tqdm.write(
                 f"\nIter {iteration}: {_labelled(means, _TRAIN_LABELS)}, lr {learning_rate:.3e}, "
@@ -160,8 +159,8 @@ class ProgressReporter(Resumable):
 
     def start_trackers(self) -> None:
         """Let the trackers begin their run, or continue it after :meth:`resume_trackers`."""
-        if isinstance(self.callback, ResumableCallback):
-            self.callback.start()
+        if self.trackers is not None:
+            self.trackers.start()
 
     def state(self) -> dict[str, Any]:
         """Return what was collected since the last report, what the run has taken so far, and what it has reported."""
@@ -170,11 +169,10 @@ class ProgressReporter(Resumable):
             "seconds": self._seconds(),
             "elapsed": self.elapsed + (time.perf_counter() - self.loop_began if self.bar is not None else 0.0),
             "metrics_rows": self.metrics_file.rows,
-            "trackers": self.callback.state() if isinstance(self.callback, ResumableCallback) else None,
+            "trackers": None if self.trackers is None else self.trackers.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what was collected; :meth:`resume` does the rest."""
         super().restore(state)
         self.seconds, self.elapsed = state["seconds"], state["elapsed"]
         self.resumed = time.perf_counter()
@@ -186,16 +184,15 @@ class ProgressReporter(Resumable):
         """
         rows, run_id = checkpoint.values["reporter"]["metrics_rows"], checkpoint.run.id
         told, missing = self.metrics_file.resume(metrics, run_id, rows, checkpoint.iteration)
-        if missing is not None:
-            self.say(missing)
+        self.say(missing)
         if run_id == self.metrics_file.run_id:
             self.resume_trackers(checkpoint, told)
 
     def resume_trackers(self, checkpoint: Checkpoint, told: Collection[tuple[str, int]] = ()) -> None:
         """Let the trackers continue the runs that they had when a checkpoint of the same run was written."""
-        state = checkpoint.values["reporter"].get("trackers")
-        if isinstance(self.callback, ResumableCallback) and state is not None:
-            self.callback.resume(state, told)
+        state = checkpoint.values["reporter"]["trackers"]
+        if self.trackers is not None and state is not None:
+            self.trackers.resume(state, told)
 
     def warn(self, line: str | None) -> None:
         """Print a warning, if there is one, and write it to the metrics file."""
@@ -203,9 +200,9 @@ class ProgressReporter(Resumable):
             self.say(f"Warning: {line}")
             self.metrics_file.append_warning(line)
 
-    def say(self, line: str) -> None:
-        """Print a line without tearing the progress bar, and to the callback's stream if that is elsewhere."""
-        if not self.is_main:
+    def say(self, line: str | None) -> None:
+        """Print a line, if there is one, around the progress bar, and to the callback's stream if that is elsewhere."""
+        if line is None or not self.is_main:
             return
         tqdm.write(line)
         if self.stream is not None and not _ends_in(sys.stdout, self.stream):
@@ -225,9 +222,8 @@ class DisplacementAlarm(Resumable):
 
     def warning(self, iteration: int, scores: AnswerScores) -> str | None:
         """Record a micro-batch; return the warning, if it is due."""
-        chosen, rejected = np.array(scores.chosen_logps, np.float64), np.array(scores.rejected_logps, np.float64)
-        mean = (float(chosen.mean()), float((chosen - rejected).mean()))
-        self.means = [*self.means, mean][-2 * WINDOW :]
+        chosen, rejected = np.array([scores.chosen_logps, scores.rejected_logps], np.float64)
+        self.means = [*self.means, (float(chosen.mean()), float((chosen - rejected).mean()))][-2 * WINDOW :]
         if self.told or len(self.means) < 2 * WINDOW:
             return None
         earlier, later = np.array(self.means)[:WINDOW], np.array(self.means)[WINDOW:]
@@ -236,12 +232,11 @@ class DisplacementAlarm(Resumable):
         if not (moved[1] > CERTAIN * error[1] and moved[0] < -CERTAIN * error[0]):
             return None
         self.told = True
-        advice = (
-            "raise delta or lower beta" if self.loss_type == "dpop" else "try dpo_cpo_loss_type: dpop, or a lower beta"
-        )
+        dpop = self.loss_type == "dpop"
         return (
             f"Iter {iteration}: the margin rose by {moved[1]:.1f} while the chosen answers' log-prob fell by "
-            f"{-moved[0]:.1f} (likelihood displacement); {advice}."
+            f"{-moved[0]:.1f} (likelihood displacement); "
+            + ("raise delta or lower beta." if dpop else "try dpo_cpo_loss_type: dpop, or a lower beta.")
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, METRICS_FILE
+from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import once_put_aside
 from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
@@ -24,13 +25,12 @@ def begin(run: Run) -> bool:
     if checkpoint is not None:
         check_identity(checkpoint.values["identity"], run.identity, checkpoint)
         run.state.restore(checkpoint)
-        for note in run.start.notes:
-            say(note)
-        finished = _why_finished(run)
-        if finished is not None:
-            say(finished)
-            run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
-            return False
+    for note in run.start.notes:
+        say(note)
+    if checkpoint is not None and (finished := _why_finished(run, checkpoint)):
+        say(finished)
+        run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
+        return False
     for line in run.memory.lines(device_memory()):
         say(line)
     _take_folder(run)
@@ -39,22 +39,20 @@ def begin(run: Run) -> bool:
     return True
 
 
-def _why_finished(run: Run) -> str | None:
-    """Return why a restored run has nothing left to do; ``None`` where it has."""
+def _why_finished(run: Run, checkpoint: Checkpoint) -> str:
+    """Return why a restored run has nothing left to do; empty where it has."""
     start, done, iters = run.start, run.state.iteration, run.args.iters
-    assert start.checkpoint is not None
-    if done >= iters and start.checkpoint.values["iters"] != iters:
-        done_already = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
+    enough = done >= iters
+    if enough and checkpoint.values["iters"] != iters:
+        finished = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
         if not start.continues:
-            raise ConfigError(f"{done_already}; raise iters to go on from it.", key="iters")
-        return f"{done_already}: nothing was changed; raise iters to go on."
-    ends = ["iters"] * (done >= iters) + ["early_stopping_patience"] * run.best.out_of_patience
-    if start.continues and TRAINED in start.record.done and ends:
-        return (
-            f"The run in {run.outputs.folder} finished at iteration {done}: nothing was changed; raise "
-            f"{' and '.join(ends)} to go on."
-        )
-    return None
+            raise ConfigError(f"{finished}; raise iters to go on from it.", key="iters")
+    elif start.continues and TRAINED in start.record.done and (enough or run.best.out_of_patience):
+        finished = f"The run in {start.folder} finished at iteration {done}"
+    else:
+        return ""
+    ends = ["iters"] * enough + ["early_stopping_patience"] * run.best.out_of_patience
+    return f"{finished}: nothing was changed; raise {' and '.join(ends)} to go on."
 
 
 def _take_folder(run: Run) -> None:
@@ -64,8 +62,6 @@ def _take_folder(run: Run) -> None:
     if start.continues:
         goes_on(outputs.folder, start.record)
     else:
-        for note in start.notes if checkpoint is None else ():
-            say(note)
         in_use = [Path(path) for key in ("model", "data") if isinstance(path := settings.get(key), str)]
         begin_run(outputs.folder, start.record, say, in_use)
     if checkpoint is None:

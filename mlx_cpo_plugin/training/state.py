@@ -56,10 +56,7 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, step: OptimizerStep, parts: Mapping[str, Resumable]) -> None:
-        self.model = model
-        self.step = step
-        self.parts = parts
-        self.iteration = 0
+        self.model, self.step, self.parts, self.iteration = model, step, parts, 0
         self._before: tuple[dict[str, mx.array], dict[str, Any]] | None = None
 
     @contextmanager
@@ -166,8 +163,8 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any], checkpo
         differing.remove("tokenizer")
     if not differing:
         return
-    in_words = {"model": "model", "data": "data", "optimizer": "optimizer", "tokenizer": "tokenizer or chat template"}
-    told = ", ".join(in_words.get(key, f"{key} (was {saved.get(key)}, is {present.get(key)})") for key in differing)
+    digests = {"model": "model", "data": "data", "optimizer": "optimizer", "tokenizer": "tokenizer or chat template"}
+    told = ", ".join(digests.get(key, f"{key} (was {saved.get(key)}, is {present.get(key)})") for key in differing)
     raise ConfigError(
         f"The run in {checkpoint.folder} cannot be resumed with other settings: {told}; set them back, or start anew "
         "with another adapter_path, from its weights with resume_adapter_file."
@@ -199,10 +196,8 @@ def data_digest(pairs: Iterable[PreferencePair]) -> str:
 def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
     """Return the class, its numbers, and its learning rate or some values of its schedule."""
     numbers = {key: value for key, value in sorted(vars(optimizer).items()) if _is_plain(value) and key[0] != "_"}
-    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate")
-    rates = (
-        [float(schedule(mx.array(step))) for step in _SCHEDULE_STEPS] if schedule else [float(optimizer.learning_rate)]
-    )
+    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
+    rates = [float(schedule(mx.array(step))) for step in _SCHEDULE_STEPS]
     return f"{type(optimizer).__name__} {numbers} {rates}"
 
 

@@ -100,8 +100,8 @@ def introduce(run: Run) -> None:
     """Say who trains, where a call started the run, and what became of the rows."""
     if run.args.run_settings is None:
         run.reporter.say(f"mlx-cpo-plugin {__version__} trains CPO in mlx-lm-lora {host_version()}.")
-    for pairs in (run.pairs, run.val_pairs):
-        pairs.tell(run.reporter.say)
+    run.pairs.tell(run.reporter.say)
+    run.val_pairs.tell(run.reporter.say)
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -168,14 +168,8 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
     args, best, started = run.args, run.best, time.perf_counter()
     run.quantisation.active = False  # whatever step it follows, so that validations are comparable
     with run.reporter.pause():
-        means, _ = evaluate_pairs(
-            run.model,
-            run.val_pairs,
-            run.objective,
-            batch_size=args.batch_size,
-            num_batches=args.val_batches,
-            scorer=run.scorer,
-        )
+        size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
+        means, _ = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
         seconds = time.perf_counter() - started
         advice = None
         if not before_training:

@@ -32,14 +32,9 @@ def evaluate_pairs(
     num_batches: int = -1,
     scorer: SharedPromptScorer | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Return the means over the pairs of all ranks, and the number of scored tokens.
+    """Return the means over the pairs of all ranks, each of the same weight, and the number of scored tokens.
 
-    Every pair counts once and has the same weight, whatever the batch size. Dropout is off; the model's mode is
-    restored afterwards.
-
-    Args:
-        num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
-        scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
+    The arguments are those of :func:`scored_batches`.
     """
     means = PairMeans(objective)
     for scores, scored_pairs in scored_batches(
@@ -62,33 +57,28 @@ def scored_batches(
 ) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
     """Yield the evaluated scores of pairs computed together, with these pairs; each pair of this rank comes once.
 
-    The arguments are those of :func:`evaluate_pairs`; the model is in evaluation mode until the last one is taken.
+    Dropout is off until the last one is taken; the model's mode is then restored.
+
+    Args:
+        num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
+        scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
     """
     world = mx.distributed.init()
     with evaluation_mode(model):
-        for batch_pairs in evaluation_plan(
+        for batch in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            for scores, scored_pairs in _scored(model, batch_pairs, length_normalised, scorer):
+            if scorer is None:
+                groups = iter([(list(range(len(batch))), score_answers(model, collate(batch), length_normalised))])
+            else:
+                groups = scorer.scored_groups(batch, length_normalised)
+            for group, scores in groups:
                 mx.eval(*scores)
-                yield scores, scored_pairs
-
-
-def _scored(
-    model: nn.Module,
-    pairs: Sequence[PreferencePair],
-    length_normalised: bool,
-    scorer: SharedPromptScorer | None,
-) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
-    if scorer is None:
-        yield score_answers(model, collate(pairs), length_normalised), pairs
-        return
-    for group, scores in scorer.scored_groups(pairs, length_normalised):
-        yield scores, [pairs[number] for number in group]
+                yield scores, [batch[number] for number in group]
 
 
 class BestSoFar(Resumable):
-    """The best validation of a run.
+    """The best validation of a run, with its ``value`` and ``iteration``; ``None`` and 0 before the first.
 
     Args:
         measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`.
@@ -97,9 +87,7 @@ class BestSoFar(Resumable):
         saved: whether the adapter of the best validation is saved.
 
     Attributes:
-        value: of the best validation; ``None`` before the first.
-        iteration: of the best validation.
-        waited: validations since then.
+        waited: validations since the best.
         last: iteration of the last validation.
     """
 
@@ -165,6 +153,5 @@ class PlateauAdvice(BestSoFar):
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``."""
         super().restore(state)
         self.told = state["told"]

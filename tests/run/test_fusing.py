@@ -430,4 +430,4 @@ def test_the_share_that_is_kept_is_that_of_the_margin_won() -> None:
 
     assert fusing.margin_retained(before, trained, rounded) == pytest.approx(0.75)
     assert fusing.margin_retained(before, before, rounded) is None
-    assert "75% of what was learned" in fusing.rounding_cost("It", before, trained, rounded)
+    assert "75% of what was learned" in fusing.rounding_cost(before, trained, rounded)

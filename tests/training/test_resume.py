@@ -62,9 +62,7 @@ def test_a_stop_saves_says_how_to_go_on_and_loses_nothing(tmp_path: Path, number
     error = stopped(tmp_path / "run", 5, number)
 
     assert error.exit_code == 128 + number
-    assert str(error).startswith(
-        "stopped after iteration 5, which is saved; call train_cpo once more with resume='auto'"
-    )
+    assert str(error).startswith("stopped after iteration 5, which is saved; start it again with resume: auto (or ")
     assert checkpoints(tmp_path / "run")[-1] == "0000005"
     assert_same(train(tmp_path / "run", resume="auto"), whole)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
