@@ -135,16 +135,11 @@ class MetricsFile:
             lines = source.read_bytes().split(b"\n")
         except OSError:
             lines = []
-        found = [(line, row) for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
+        found = [row for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
         last = max(iteration, 1)  # what was there before training is reported as of the first iteration
-        kept = [(line, row) for line, row in found[:rows] if row.get("iteration", 0) <= last]
-        later = {
-            (row["kind"], row["iteration"]) for _, row in found[len(kept) :] if "kind" in row and "iteration" in row
-        }
-        if run_id == self.run_id:
-            text = b"".join(line + b"\n" for line, _ in kept)
-        else:
-            text = "".join(json.dumps({**row, "run": self.run_id}) + "\n" for _, row in kept).encode()
+        kept = [row for row in found[:rows] if row.get("iteration", 0) <= last]
+        later = {(row["kind"], row["iteration"]) for row in found[len(kept) :] if "kind" in row and "iteration" in row}
+        text = "".join(json.dumps({**row, "run": self.run_id}) + "\n" for row in kept).encode()
         self.rows = len(kept)
         if text != (self.path.read_bytes() if self.path.is_file() and not self.path.is_symlink() else b""):
             try:
@@ -158,18 +153,16 @@ class MetricsFile:
         missing = rows - len(kept)
         return later, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
-    def append(self, kind: str, values: Mapping[str, float]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid`` or ``test``. Values that are not finite become null."""
-        self._write(kind, {name: value if math.isfinite(value) else None for name, value in values.items()})
-
-    def append_warning(self, text: str) -> None:
-        """Write a line of the kind ``warning``."""
-        self._write("warning", {"text": text})
-
-    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+    def append(self, kind: str, values: Mapping[str, float | str]) -> None:
+        """Write a line; ``kind`` is ``train``, ``valid``, ``test`` or ``warning``. Non-finite values become null."""
         if self.path is None:
             return
-        line = json.dumps({"kind": kind, "run": self.run_id, "time": round(time.time(), 3), **values}) + "\n"
+        row = {"kind": kind, "run": self.run_id, "time": round(time.time(), 3), **values}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        line = json.dumps(finite) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, line.encode())
@@ -184,11 +177,9 @@ class MetricsFile:
 
 def _append(path: Path, line: bytes) -> None:
     """Append a line, after one that was torn, too; a link is not followed."""
-    with os.fdopen(
-        os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0
-    ) as file:
-        end = file.seek(0, os.SEEK_END)
-        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)) as file:
+        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         line = b"\n" + line if torn else line
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

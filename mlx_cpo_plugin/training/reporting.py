@@ -198,7 +198,7 @@ class ProgressReporter(Resumable):
         """Print a warning, if there is one, and write it to the metrics file."""
         if line is not None and self.is_main:
             self.say(f"Warning: {line}")
-            self.metrics_file.append_warning(line)
+            self.metrics_file.append("warning", {"text": line})
 
     def say(self, line: str | None) -> None:
         """Print a line, if there is one, around the progress bar, and to the callback's stream if that is elsewhere."""
