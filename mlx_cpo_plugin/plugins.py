@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -18,17 +18,10 @@ from mlx_cpo_plugin.errors import PluginError
 from mlx_cpo_plugin.types import LossType, TrainMode
 
 BUILT_IN = "mlx-cpo-plugin"
-# Modules by name, imported late, since what they import may import this module.
-BUILT_IN_PLUGINS = {BUILT_IN: "mlx_cpo_plugin.cpo"}
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
-TRACE_VARIABLE = "MLX_CPO_PLUGIN_TRACE"
 
 # What each hook returns.
 KINDS = {"register_train_modes": TrainMode, "register_loss_types": LossType}
-
-
-Claims = tuple[tuple[str, Any], ...]
-"""(plugin's name, train mode or loss) of each that a plugin registers."""
 
 
 @lru_cache(maxsize=1)
@@ -36,19 +29,15 @@ def get_plugin_manager() -> pluggy.PluginManager:
     """Return the plugin manager, with the built-in plugin and all entry points loaded.
 
     A plugin that cannot be imported or registered is skipped with a warning. The names in the environment
-    variable ``MLX_CPO_PLUGIN_BLOCK`` (separated by commas) are never loaded. ``MLX_CPO_PLUGIN_TRACE=1`` prints
-    every hook call to standard error.
+    variable ``MLX_CPO_PLUGIN_BLOCK`` (separated by commas) are never loaded.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
-    if os.environ.get(TRACE_VARIABLE, "") not in ("", "0"):
-        manager.trace.root.setwriter(lambda text: print(f"mlx-cpo-plugin trace: {text.strip()}", file=sys.stderr))
-        manager.enable_tracing()
     for name in os.environ.get(BLOCK_VARIABLE, "").split(","):
         if name.strip():
             manager.set_blocked(name.strip())
-    for name, module in BUILT_IN_PLUGINS.items():
-        manager.register(import_module(module), name=name)
+    # Imported late, since what it imports imports this module.
+    manager.register(import_module("mlx_cpo_plugin.cpo"), name=BUILT_IN)
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
         _load(manager, entry_point)
     return manager
@@ -77,7 +66,7 @@ def _warn_skipped(plugin: str, error: BaseException) -> None:
 
 def _distribution_of(plugin: str) -> str:
     """Return the distribution that a plugin came from, with its version, e.g. ``rank-loss 1.0``."""
-    if plugin in BUILT_IN_PLUGINS:
+    if plugin == BUILT_IN:
         return f"{BUILT_IN} {__version__}"
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP, name=plugin):
         if entry_point.dist is not None:
@@ -86,21 +75,13 @@ def _distribution_of(plugin: str) -> str:
 
 
 def train_modes() -> dict[str, TrainMode]:
-    """Return every registered train mode by name.
-
-    Raises:
-        PluginError: two plugins claim one name.
-    """
-    return _by_name("train mode", _claims("register_train_modes"))
+    """Return every registered train mode by name; raises ``PluginError`` where two plugins claim one name."""
+    return _by_name("train mode", "register_train_modes")
 
 
 def loss_types() -> dict[str, LossType]:
-    """Return every registered loss by name; the built-in ones come first.
-
-    Raises:
-        PluginError: two plugins claim one name.
-    """
-    return _by_name("loss type", _claims("register_loss_types"))
+    """Return every registered loss by name, the built-in ones first; raises as :func:`train_modes` does."""
+    return _by_name("loss type", "register_loss_types")
 
 
 def claimed_mode(name: str) -> TrainMode | None:
@@ -108,44 +89,43 @@ def claimed_mode(name: str) -> TrainMode | None:
     return next((mode for _, mode in _claims("register_train_modes") if mode.name == name), None)
 
 
-def _by_name(kind: str, claims: Claims) -> dict[str, Any]:
-    owners: dict[str, str] = {}
-    for plugin, entry in claims:
-        if entry.name in owners:
-            first, second = _distribution_of(owners[entry.name]), _distribution_of(plugin)
+def _by_name(kind: str, hook: str) -> dict[str, Any]:
+    found: dict[str, tuple[str, Any]] = {}
+    for plugin, entry in _claims(hook):
+        if entry.name in found:
+            first, second = _distribution_of(found[entry.name][0]), _distribution_of(plugin)
             raise PluginError(
                 f"The {kind} {entry.name!r} is registered twice, by {first} and by {second}; "
                 f"uninstall one of them or block it with {BLOCK_VARIABLE}."
             )
-        owners[entry.name] = plugin
-    return {entry.name: entry for _, entry in claims}
+        found[entry.name] = plugin, entry
+    return {name: entry for name, (_, entry) in found.items()}
 
 
-def _claims(hook: str) -> Claims:
+def _claims(hook: str) -> list[tuple[str, Any]]:
     """Return what each plugin returns from ``hook``, with the plugin's name, in the order of registration."""
     implementations = getattr(get_plugin_manager().hook, hook).get_hookimpls()
-    return _called(hook, tuple((each.plugin_name, each.plugin) for each in implementations))
+    return [
+        (each.plugin_name, entry)
+        for each in implementations
+        for entry in _returned(hook, each.plugin_name, each.function)
+    ]
 
 
-@lru_cache(maxsize=32)
-def _called(hook: str, plugins: tuple[tuple[str, Any], ...]) -> Claims:
-    """Call ``hook`` plugin by plugin, once for each set of plugins; one that raises is skipped with a warning."""
-    manager = get_plugin_manager()
-    claims: list[tuple[str, Any]] = []
-    for name, plugin in plugins:
-        others = [other for _, other in plugins if other is not plugin]
-        try:
-            entries = [entry for result in manager.subset_hook_caller(hook, others)() for entry in result]
-            for entry in entries:
-                if not isinstance(entry, KINDS[hook]):
-                    raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
-        except Exception as error:  # whatever a third party's hook raises, the other plugins go on
-            if name in BUILT_IN_PLUGINS:
-                raise
-            _warn_skipped(name, error)
-        else:
-            claims += [(name, entry) for entry in entries]
-    return tuple(claims)
+@lru_cache(maxsize=64)
+def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> tuple[Any, ...]:
+    """Return what a plugin's implementation of ``hook`` returns, nothing if it raises; it is called once only."""
+    try:
+        entries = tuple(function())
+        for entry in entries:
+            if not isinstance(entry, KINDS[hook]):
+                raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
+    except Exception as error:  # whatever a third party's hook raises, the other plugins go on
+        if plugin == BUILT_IN:
+            raise
+        _warn_skipped(plugin, error)
+        return ()
+    return entries
 
 
 def registered_distributions() -> list[dict[str, Any]]:

@@ -10,11 +10,10 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -22,13 +21,6 @@ from mlx_cpo_plugin.errors import ConfigError, StoppedError, first_line
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import plain_values
-
-DEFAULT_PROJECT = "mlx-cpo"
-LOG_FOLDER = "runs"
-FLUSH_SECONDS = 1
-
-Told = Collection[tuple[str, int]]
-"""Reports that were made before a run was resumed: kind (``train`` or ``valid``) and iteration."""
 
 _PREFIXES = {"train_": "", "val_": "eval_", "test_": "test_"}
 _TRL_NAMES = {
@@ -45,14 +37,8 @@ _TRL_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class RunDescription:
-    """Description of a run for trackers.
-
-    Attributes:
-        folder: the run's adapter folder, where clients keep their files.
-        settings: the run's settings by key, as plain values.
-    """
+class RunDescription(NamedTuple):
+    """What trackers are told of a run: the folder is that of its adapter, the settings are plain values by key."""
 
     project: str
     name: str
@@ -73,43 +59,50 @@ class Tracker(Protocol):
         """End the run, and wait until everything has arrived."""
 
 
-class _RunOfClient:
-    """Base of the clients whose run is an object that takes metrics."""
+class ClientTracker:
+    """W&B, Trackio or SwanLab, whose modules have an ``init``, and its run a ``log`` and a ``finish``.
+
+    ``WANDB_MODE=offline`` and ``SWANLAB_MODE=offline`` keep a run on this machine, where Trackio has it anyway.
+    """
 
     run: Any
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+
+    def start(self, run: RunDescription, run_id: str | None) -> str:
+        arguments: dict[str, Any] = {"id": run_id, "resume": "allow" if run_id else None}
+        if self.client == "trackio":
+            arguments = {"name": run_id or run.name, "resume": "allow" if run_id else "never", "embed": False}
+        elif self.client == "wandb":
+            arguments["dir"] = str(run.folder)
+        else:
+            arguments["log_dir"] = str(run.folder / "swanlog")
+        init = import_module(self.client).init
+        self.run = init(**{"project": run.project, "name": run.name, "config": dict(run.settings), **arguments})
+        return str(self.run.name if self.client == "trackio" else self.run.id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
 
-
-class WandbTracker(_RunOfClient):
-    """Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine."""
-
-    def start(self, run: RunDescription, run_id: str | None) -> str:
-        self.run = import_module("wandb").init(
-            project=run.project,
-            name=run.name,
-            dir=str(run.folder),
-            config=dict(run.settings),
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
-        return str(self.run.id)
-
     def finish(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        outcomes: dict[str, dict[str, Any]] = {
+            "wandb": {"exit_code": int(failed)},
+            "swanlab": {"state": "crashed" if failed else "success"},
+        }
+        self.run.finish(**outcomes.get(self.client, {}))
 
 
 class TensorboardTracker:
     """Event files in ``runs`` inside the adapter folder, one folder a run, its name being the id."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
-        folder = run.folder / LOG_FOLDER
+        folder = run.folder / "runs"
         names = (run.name if number == 1 else f"{run.name}-{number}" for number in count(1))
         run_id = run_id or next(name for name in names if not (folder / name).exists())
         # The suffix distinguishes the files of two processes that start within one second.
         self.writer = import_module("tensorboardX").SummaryWriter(
-            logdir=str(folder / run_id), flush_secs=FLUSH_SECONDS, filename_suffix=f".{time.time_ns()}"
+            logdir=str(folder / run_id), flush_secs=1, filename_suffix=f".{time.time_ns()}"
         )
         self.writer.add_text("settings", f"```json\n{json.dumps(run.settings, indent=2)}\n```")
         return run_id
@@ -122,72 +115,35 @@ class TensorboardTracker:
         self.writer.close()
 
 
-class TrackioTracker(_RunOfClient):
-    """Trackio, which keeps runs in a database on this machine unless its own settings say otherwise."""
-
-    def start(self, run: RunDescription, run_id: str | None) -> str:
-        self.run = import_module("trackio").init(
-            project=run.project,
-            name=run_id or run.name,
-            config=dict(run.settings),
-            resume="allow" if run_id else "never",
-            embed=False,
-        )
-        return str(self.run.name)
-
-    def finish(self, failed: bool) -> None:
-        self.run.finish()
-
-
-class SwanlabTracker(_RunOfClient):
-    """SwanLab; ``SWANLAB_MODE=offline`` keeps it on this machine."""
-
-    def start(self, run: RunDescription, run_id: str | None) -> str:
-        self.run = import_module("swanlab").init(
-            project=run.project,
-            name=run.name,
-            log_dir=str(run.folder / "swanlog"),
-            config=dict(run.settings),
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
-        return str(self.run.id)
-
-    def finish(self, failed: bool) -> None:
-        self.run.finish(state="crashed" if failed else "success")
-
-
-CLIENTS: dict[str, tuple[type[Tracker], str, str]] = {
-    "wandb": (WandbTracker, "wandb", "init"),
-    "tensorboard": (TensorboardTracker, "tensorboardX", "SummaryWriter"),
-    "trackio": (TrackioTracker, "trackio", "init"),
-    "swanlab": (SwanlabTracker, "swanlab", "init"),
+CLIENTS = {
+    "wandb": ("wandb", "init"),
+    "tensorboard": ("tensorboardX", "SummaryWriter"),
+    "trackio": ("trackio", "init"),
+    "swanlab": ("swanlab", "init"),
 }
-"""Value of ``report_to`` -> its class, the module of its client, and an attribute that this module must have."""
+"""Value of ``report_to`` -> the module of its client, and an attribute that this module must have."""
 
 
 def require_clients(settings: RunSettings) -> None:
-    """Check that the client of each tracker that the settings name can be imported.
-
-    Raises:
-        ConfigError: one cannot.
-    """
-    for name in trackers_of(settings):
-        _, module, attribute = CLIENTS[name]
+    """Raise ``ConfigError`` where the client of a tracker that the settings name cannot be imported."""
+    for name in _trackers_of(settings):
+        module, attribute = CLIENTS[name]
         try:
             # A folder of logs with the module's name in the working directory can be imported, too, but is empty.
             getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            key = f"report_to names {name}" if name in (settings.report_to or ()) else "wandb is set"
+            listed = name in (settings.report_to or ())
+            what, remove = (
+                (f"report_to names {name}", f"{name} from report_to") if listed else ("wandb is set", "the key")
+            )
             raise ConfigError(
-                f"{key}, but its client {module} is missing; run pip install 'mlx-cpo-plugin[{name}]', or remove "
-                f"{f'{name} from report_to' if key.startswith('report_to') else 'the key'}.",
-                key=key.partition(" ")[0],
+                f"{what}, but its client {module} is missing; run pip install 'mlx-cpo-plugin[{name}]', or remove "
+                f"{remove}.",
+                key="report_to" if listed else "wandb",
             ) from error
 
 
-def trackers_of(settings: RunSettings) -> list[str]:
-    """Return the trackers that ``report_to`` and ``wandb`` name."""
+def _trackers_of(settings: RunSettings) -> list[str]:
     names = list(settings.report_to or ())
     return names if settings.wandb is None or "wandb" in names else [*names, "wandb"]
 
@@ -198,20 +154,20 @@ def tracked_run(settings: RunSettings, callback: TrainingCallback | None) -> Ite
 
     A run that was stopped on purpose has not failed. Without any tracker the callback is returned unchanged.
     """
-    names = trackers_of(settings)
+    names = _trackers_of(settings)
     if not names:
         yield callback
         return
     folder = Path(settings.adapter_path)
     values = {key: value for key, value in vars(settings).items() if key not in ("run_identity", "begun")}
     run = RunDescription(
-        project=settings.project or settings.wandb or DEFAULT_PROJECT,
-        name=settings.run_name or folder.resolve().name,
-        folder=folder,
-        settings={"run_id": settings.run_identity.id, **plain_values(values)},
+        settings.project or settings.wandb or "mlx-cpo",
+        settings.run_name or folder.resolve().name,
+        folder,
+        {"run_id": settings.run_identity.id, **plain_values(values)},
     )
-    with_host_names = set(names) - set(settings.report_to or ())
-    tracking = TrackerCallback({name: CLIENTS[name][0]() for name in names}, run, callback, with_host_names)
+    trackers = {name: TensorboardTracker() if name == "tensorboard" else ClientTracker(name) for name in names}
+    tracking = TrackerCallback(trackers, run, callback, set(names) - set(settings.report_to or ()))
     failed = True
     try:
         yield tracking
@@ -230,13 +186,8 @@ class TrackerCallback(TrainingCallback):
 
     Args:
         trackers: by name.
-        run: description of the run.
         wrapped: another callback, which gets the same reports first.
         with_host_names: names of trackers whose metrics keep the host's names instead of TRL's.
-
-    Attributes:
-        run_ids: id of the run by tracker, once started.
-        last_step: iteration of the last report.
     """
 
     def __init__(
@@ -246,14 +197,12 @@ class TrackerCallback(TrainingCallback):
         wrapped: TrainingCallback | None = None,
         with_host_names: Collection[str] = (),
     ) -> None:
-        self.trackers = dict(trackers)
-        self.run = run
-        self.wrapped = wrapped
+        self.trackers, self.run, self.wrapped = dict(trackers), run, wrapped
         self.with_host_names = with_host_names
         self.run_ids: dict[str, str] = {}
         self.last_step = 0
         self._started = False
-        self._told: Told = ()
+        self._told: Collection[tuple[str, int]] = ()
         self._warned: set[str] = set()
 
     def start(self) -> None:
@@ -294,13 +243,12 @@ class TrackerCallback(TrainingCallback):
         """Return what a resumed run has to know."""
         return {"run_ids": dict(self.run_ids), "last_step": self.last_step}
 
-    def resume(self, state: Mapping[str, Any], told: Told) -> None:
+    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None:
         """Continue the runs of :meth:`state`; reports in ``told``, made after it, are not sent a second time.
 
         Those that a client had not passed on when its process was killed do not get out later either.
         """
-        self.run_ids, self.last_step = dict(state["run_ids"]), state["last_step"]
-        self._told = told
+        self.run_ids, self.last_step, self._told = dict(state["run_ids"]), state["last_step"], told
 
     def _send(self, kind: str, report: Mapping[str, float], step: int) -> None:
         self.start()
@@ -312,12 +260,11 @@ class TrackerCallback(TrainingCallback):
             values = finite if name in self.with_host_names else trl_names(finite)
             self._guarded(name, "updated", tracker.log, values, step)
 
-    def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: object) -> Any:
         """Call ``action``; where it raises, warn of the tracker once and return ``None``."""
         try:
             return action(*arguments)
-        # Clients raise anything, and none of it is worth ending a run of hours.
-        except Exception as error:
+        except Exception as error:  # clients raise anything, and none of it is worth ending a run of hours
             if name not in self._warned:
                 self._warned.add(name)
                 tqdm.write(f"Warning: {name} could not be {done} ({first_line(error)}); training continues.")
@@ -330,12 +277,9 @@ def trl_names(report: Mapping[str, float]) -> dict[str, float]:
     ``train_`` falls away, ``val_`` becomes ``eval_``: ``train_margins`` is ``rewards/margins``, ``val_loss`` is
     ``eval_loss``. Metrics that TRL has no name for keep their own, e.g. ``tokens_per_second``.
     """
-    return {_trl_name(name): value for name, value in report.items()}
-
-
-def _trl_name(name: str) -> str:
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-    if prefix is None:
-        return name
-    metric = name.removeprefix(prefix)
-    return _PREFIXES[prefix] + _TRL_NAMES.get(metric, metric)
+    named = {}
+    for name, value in report.items():
+        prefix = next(filter(name.startswith, _PREFIXES), "")
+        metric = name.removeprefix(prefix)
+        named[_PREFIXES[prefix] + _TRL_NAMES.get(metric, metric) if prefix else name] = value
+    return named

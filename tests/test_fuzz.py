@@ -26,7 +26,7 @@ from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import ConfigError, DataError, named, shown
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import load_model
-from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings import command_line, config
 
 HEAD = "train_mode: cpo\ntrain: true\n"
 PAIR = {"prompt": "What is the answer?", "chosen": "Yes, it is.", "rejected": "No."}
@@ -37,7 +37,7 @@ def refusal(folder: Path, content: str | bytes) -> str:
     file = folder / "my.yaml"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     call = {"config": str(file)}
-    config.requested_mode(call)
+    command_line.requested_mode(call)
     with pytest.raises(ConfigError) as caught:
         config.resolve(call)
     fuzz.check_sentence(str(caught.value))
@@ -143,7 +143,7 @@ def test_a_file_runs_no_code(value: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
 
     assert "could not determine a constructor" in refusal(tmp_path, f"{HEAD}model: {value}\n")
-    assert config.explicit(["--lora-parameters", value])["lora_parameters"] == value
+    assert command_line.explicit(["--lora-parameters", value])["lora_parameters"] == value
     assert not (tmp_path / "canary").exists()
 
 
@@ -170,8 +170,8 @@ def test_a_configuration_that_is_no_path_is_refused() -> None:
 def test_a_train_mode_that_is_not_text_asks_for_no_mode(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("train_mode: [cpo]\n")
 
-    assert config.requested_mode({"train_mode": 5}) is None
-    assert config.requested_mode({"config": str(tmp_path / "my.yaml")}) is None
+    assert command_line.requested_mode({"train_mode": 5}) is None
+    assert command_line.requested_mode({"config": str(tmp_path / "my.yaml")}) is None
 
 
 def test_keys_of_a_call_that_are_not_text_are_unknown() -> None:

@@ -122,15 +122,6 @@ def test_two_plugins_with_one_name_are_an_error_that_names_both(
     assert blocked.returncode == 0, blocked.stderr
 
 
-@pytest.mark.slow
-def test_the_trace_variable_prints_each_hook_call(environment: FreshEnvironment) -> None:
-    traced = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses", MLX_CPO_PLUGIN_TRACE="1")
-    silent = environment.run(environment.python, "-m", "mlx_cpo_plugin", "losses")
-
-    assert "mlx-cpo-plugin trace: register_loss_types" in traced.stderr
-    assert "trace" not in silent.stderr
-
-
 def test_the_built_in_mode_and_losses_come_through_the_hooks() -> None:
     manager = plugins.get_plugin_manager()
 

@@ -199,27 +199,25 @@ def test_several_trackers_are_a_list_or_divided_by_commas(form: Any) -> None:
     assert resolved.report_to == ["wandb", "trackio"]
 
 
+ANY_TRACKER = "one of wandb, tensorboard, trackio, swanlab, none"
+
+
 @pytest.mark.parametrize(
-    ("value", "sentence"),
+    ("value", "allowed"),
     [
-        ("mlflow", "report_to is 'mlflow' in the call, but must be one of wandb, tensorboard, trackio, swanlab, none."),
-        ("all", "report_to is 'all' in the call, but must be one of wandb, tensorboard, trackio, swanlab, none."),
-        (
-            ["wandb", 3],
-            "report_to is 3 in the call, but must be one of wandb, tensorboard, trackio, swanlab, none.",
-        ),
-        (
-            ["none", "wandb"],
-            "report_to is ['none', 'wandb'] in the call, but none stands alone; remove one of them.",
-        ),
-        (True, "report_to is true in the call, but must be a list or null."),
+        ("mlflow", ANY_TRACKER),
+        ("all", ANY_TRACKER),
+        (["wandb", 3], ANY_TRACKER),
+        (["none", "wandb"], "none alone, or trackers without it"),
+        (True, "a list or null"),
     ],
 )
-def test_what_is_no_tracker_is_refused(value: Any, sentence: str) -> None:
+def test_what_is_no_tracker_is_refused(value: Any, allowed: str) -> None:
     with pytest.raises(ConfigError) as refused:
         config.resolve({"train_mode": "cpo", "train": True, "report_to": value})
 
-    assert str(refused.value) == sentence
+    error = refused.value
+    assert (error.key, error.place, error.allowed) == ("report_to", "in the call", allowed)
 
 
 @pytest.mark.parametrize("tracker", CLIENTS)
@@ -228,7 +226,7 @@ def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
     settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, tracker: str, what: str
 ) -> None:
     monkeypatch.setattr(host_run, "load_chat_tokenizer", lambda model: pytest.fail("the tokenizer was loaded"))
-    module = CLIENTS[tracker][1]
+    module, _ = CLIENTS[tracker]
     monkeypatch.setitem(sys.modules, module, None if what == "missing" else ModuleType(module))  # type: ignore[arg-type]  # None: no such module
 
     with pytest.raises(
@@ -243,7 +241,7 @@ def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
 
 def test_every_tracker_has_an_extra_of_its_name() -> None:
     extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for tracker, (_, module, _) in CLIENTS.items():
+    for tracker, (module, _) in CLIENTS.items():
         assert extras["optional-dependencies"][tracker][0].startswith(module)
     assert tuple(CLIENTS) == TRACKERS
 

@@ -11,12 +11,12 @@ import functools
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_cpo_plugin import blas
@@ -90,6 +90,8 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             mode = _mode_of(call)
             if mode is None:
+                if on_console:
+                    _refuse_mistakes(call)
                 return host_main(*positional, **named)
             signature(host_main).bind(*positional, **named)  # raises what the host would
             with lasting_output(of_process=on_console):
@@ -131,17 +133,17 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _as_call(args: Any) -> Any:
     """Return the argument of ``main`` or ``run`` as a mapping or namespace; the host takes any object."""
-    if isinstance(args, Mapping | Namespace | SimpleNamespace) or not hasattr(args, "__dict__"):
+    if isinstance(args, Mapping | Namespace) or not hasattr(args, "__dict__"):
         return args
-    return SimpleNamespace(**vars(args))
+    return Namespace(**vars(args))
 
 
 def _mode_of(call: Any) -> TrainMode | None:
     """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes."""
-    from mlx_cpo_plugin.settings import config
+    from mlx_cpo_plugin.settings import command_line
 
     try:
-        mode = config.requested_mode(call)
+        mode = command_line.requested_mode(call)
     except Exception as fault:
         hook_state.record_fault(__name__, fault)
         mode = None
@@ -152,7 +154,19 @@ def _mode_of(call: Any) -> TrainMode | None:
     return mode
 
 
-def _taken_back(args: SimpleNamespace) -> RunSettings:
+def _refuse_mistakes(words: Sequence[str]) -> None:
+    """Refuse what mlx-lm-lora would end in a traceback; no other fault may stop its own modes."""
+    from mlx_cpo_plugin.settings import command_line
+
+    try:
+        command_line.refuse_mistakes(words)
+    except ConfigError:
+        raise
+    except Exception as fault:
+        hook_state.record_fault(__name__, fault)
+
+
+def _taken_back(args: Namespace) -> RunSettings:
     """Return the settings that ``main`` gave to the host, and the host to ``run``."""
     from mlx_cpo_plugin.settings.config import RunSettings
 

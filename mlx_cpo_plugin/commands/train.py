@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlx_cpo_plugin.activation import finder
-from mlx_cpo_plugin.errors import ConfigError, PluginError, named
+from mlx_cpo_plugin.errors import ConfigError, PluginError
 
 
 def run_train(words: Sequence[str]) -> int:
-    """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files.
-
-    Raises:
-        ConfigError: there is no configuration file of the name given.
-    """
+    """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files."""
     activate()
     import mlx_lm_lora.train as host_train
 
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("-c", "--config")
-    file = parser.parse_known_args(words)[0].config
-    if file and not os.path.exists(file):
-        raise ConfigError(f"There is no configuration file {named(file)}; correct --config.", key="config")
     with command_line("mlx-cpo train", words):
         host_train.main()
     return 0
@@ -39,14 +28,15 @@ def run_check(words: Sequence[str]) -> int:
     """
     activate()
     from mlx_cpo_plugin.commands import check
-    from mlx_cpo_plugin.settings import config
+    from mlx_cpo_plugin.settings import command_line as calls
+    from mlx_cpo_plugin.settings import config, yaml_settings
 
     with command_line("mlx-cpo check", words):
-        mode = config.requested_mode(words)
+        mode = calls.requested_mode(words)
         if mode is None:
-            file = config.explicit(words).get("config")
+            file = calls.explicit(words).get("config")
             if file:
-                config.read_yaml(file)  # says so where the file is what is wrong
+                yaml_settings.read_yaml(file)  # says so where the file is what is wrong
             raise ConfigError(
                 f"{file or 'the command line'} asks for no train mode that `mlx-cpo check` knows; "
                 "write train_mode: cpo into the configuration file or pass --train-mode cpo.",

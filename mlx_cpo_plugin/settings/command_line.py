@@ -6,22 +6,25 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
+
+import yaml
 
 from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.plugins import claimed_mode, loss_types, train_modes
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
-from mlx_cpo_plugin.settings.validation import unknown
-from mlx_cpo_plugin.settings.yaml_settings import parse_value, read_yaml
+from mlx_cpo_plugin.settings.validation import refused, unknown
+from mlx_cpo_plugin.settings.yaml_settings import NOT_YAML, parse_value, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
 HOST_DEFAULT_MODE = "sft"
 IN_THE_CALL, ON_THE_COMMAND_LINE = "in the call", "on the command line"
 
-Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace | SimpleNamespace
+Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace
+"""A command line, the mapping of ``main({...})``, or the namespace of ``run(namespace)``."""
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -31,7 +34,12 @@ class CommandLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = named(" ".join(message.split()))
-        raise ConfigError(f"Command line: {message}; --help lists what is allowed.", place=ON_THE_COMMAND_LINE)
+        flag = re.search(r"--([\w-]+)", message)
+        raise ConfigError(
+            f"Command line: {message}; --help lists what is allowed.",
+            key=flag[1].replace("-", "_") if flag else "",
+            place=ON_THE_COMMAND_LINE,
+        )
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Keep abbreviations of mlx-lm-lora's flags valid where a flag of a plugin begins likewise."""
@@ -51,8 +59,7 @@ def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = 
         mode: the train mode; every registered one when it is None.
     """
     modes = train_modes()
-    losses = loss_types()
-    options = known_options([mode] if mode else modes.values(), losses.values())
+    options = known_options([mode] if mode else modes.values(), loss_types().values())
     parser = CommandLineParser(prog=host_parser.prog, description=host_parser.description, add_help=False)
     parser.host_flags = frozenset(flag for action in host_parser._actions for flag in action.option_strings)
     for action in host_parser._actions:
@@ -96,10 +103,6 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
 
 def _reader(kind: type) -> Callable[[str], Any]:
     """Return the function that parses a command-line argument; what does not parse stays text."""
-    if kind is str:
-        return str
-    if kind not in (int, float):
-        return parse_value
 
     def number(text: str) -> Any:
         try:
@@ -107,7 +110,7 @@ def _reader(kind: type) -> Callable[[str], Any]:
         except ValueError:
             return text
 
-    return number
+    return str if kind is str else number if kind in (int, float) else parse_value
 
 
 def host_parser() -> argparse.ArgumentParser:
@@ -130,8 +133,7 @@ def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
     """Return the settings that a call gives, without any default.
 
     Args:
-        call: the arguments of a command line; the mapping of ``main({...})``, where None means not given; or the
-            namespace of ``run(namespace)``, where an attribute at the default of mlx-lm-lora's parser is not given.
+        call: None in a mapping means not given, and so does the default of mlx-lm-lora's parser in a namespace.
         mode: the train mode whose options the command line has; every registered one when it is None.
 
     Raises:
@@ -155,41 +157,58 @@ def requested_mode(call: Call) -> TrainMode | None:
     are for whatever handles the call then, mlx-lm-lora or :func:`mlx_cpo_plugin.settings.config.resolve`.
     """
     try:
-        return claimed_mode(_requested_name(call))
+        values = _leniently(call)
     except ConfigError:
         return None
-
-
-def _requested_name(call: Call) -> str:
-    if isinstance(call, Sequence):
-        call = _lenient_parser().parse_known_args(list(call))[0]
-    values = call if isinstance(call, Mapping) else vars(call)
     mode = values.get("train_mode") or _mode_in_yaml(values.get("config")) or HOST_DEFAULT_MODE
-    return mode if isinstance(mode, str) else ""
+    return claimed_mode(mode) if isinstance(mode, str) else None
 
 
-def _lenient_parser() -> CommandLineParser:
-    """Return a parser of mlx-lm-lora's flags that takes any value for each, and prints no help."""
+def refuse_mistakes(words: Sequence[str]) -> None:
+    """Refuse a command line that would end in a traceback of mlx-lm-lora, whichever mode it asks for.
+
+    Raises:
+        ConfigError: mlx-lm-lora cannot read the YAML file, or the file misspells a registered train mode.
+    """
+    try:
+        values = _leniently(words)
+    except ConfigError:
+        return  # mlx-lm-lora's parser says what is wrong
+    file = values.get("config")
+    if not file or values.get("help"):
+        return
+    try:
+        with open(file) as stream:  # as mlx-lm-lora does, which takes files that read_yaml refuses
+            mode = yaml.safe_load(stream).get("train_mode")
+    except (OSError, AttributeError, *NOT_YAML):
+        read_yaml(file)
+        return
+    of_the_host = next((action.choices for action in host_parser()._actions if action.dest == "train_mode"), None)
+    known = [*(of_the_host or ()), *train_modes()]
+    misspelt = isinstance(mode, str) and mode not in known and get_close_matches(mode.lower(), train_modes(), n=1)
+    if misspelt and not values.get("train_mode"):
+        allowed = f"one of {', '.join(dict.fromkeys(known))}"
+        raise refused("train_mode", mode, read_yaml(file).place("train_mode"), allowed)
+
+
+def _leniently(call: Call) -> Mapping[str, Any]:
+    """Return the settings of a call; a command line may give any value to each flag, and prints no help."""
+    if isinstance(call, Mapping):
+        return call
+    if not isinstance(call, Sequence):
+        return vars(call)
     parser = CommandLineParser(add_help=False)
     for action in host_parser()._actions:
         action.type = action.choices = None
         is_help = isinstance(action, argparse._HelpAction)
         parser._add_action(argparse._StoreTrueAction(action.option_strings, "help") if is_help else action)
-    return parser
+    return vars(parser.parse_known_args(list(call))[0])
 
 
-def _mode_in_yaml(file: Any) -> str | None:
-    """Return the ``train_mode`` of a YAML file, even of one that is not valid YAML."""
-    if not isinstance(file, str | Path) or not file:
-        return None
+def _mode_in_yaml(file: str | Path | None) -> Any:
+    """Return the ``train_mode`` of a YAML file, also of one that :func:`read_yaml` refuses."""
     try:
-        mode = read_yaml(file).values.get("train_mode")
-        return mode if isinstance(mode, str) else None
-    except ConfigError:
-        pass
-    try:
-        text = Path(file).read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError):
+        values = parse_value(Path(file or "").read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, TypeError):
         return None
-    found = re.search(r"""^train_mode\s*:\s*["']?([\w-]+)""", text, re.MULTILINE)
-    return found.group(1) if found else None
+    return values.get("train_mode") if isinstance(values, dict) else None

@@ -17,11 +17,9 @@ from mlx_cpo_plugin.settings.command_line import (
     IN_THE_CALL,
     ON_THE_COMMAND_LINE,
     Call,
-    build_parser,
     explicit,
     host_defaults,
     known_options,
-    requested_mode,
 )
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, CPOSettings, Preset
 from mlx_cpo_plugin.settings.options import (
@@ -39,25 +37,12 @@ from mlx_cpo_plugin.settings.validation import check, not_read, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode
 
-__all__ = [
-    "Resolved",
-    "RunSettings",
-    "YamlSettings",
-    "build_parser",
-    "explicit",
-    "read_yaml",
-    "requested_mode",
-    "resolve",
-]
-
 LARGE_BETA = 0.1
 
 
 @dataclass
 class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings, QatSettings, CPOSettings):
-    """Every setting of a run, by key.
-
-    Options of other train modes and losses are attributes as well, and so are the keys of mlx-lm-lora's own modes.
+    """Every setting of a run, by key, those of other train modes and losses included.
 
     Attributes:
         loss_options: the options of the chosen loss, by keyword.
@@ -92,11 +77,7 @@ class Resolved:
 
 
 class _Given:
-    """The values that the call, the YAML file and a preset give, and where each was given.
-
-    Attributes:
-        values: key -> value; null values are left out, since they mean the default.
-    """
+    """The values that the call, the YAML file and a preset give, and where each was given; null means the default."""
 
     def __init__(self, call: Mapping[str, Any], call_place: str, yaml: YamlSettings | None) -> None:
         in_yaml = {key: value for key, value in yaml.values.items() if value is not None} if yaml else {}
@@ -107,18 +88,10 @@ class _Given:
         if len(parts) == 2 and all(isinstance(part, Mapping) for part in parts):
             self.values["lora_parameters"] = {**parts[0], **parts[1]}
 
-    def all_keys(self) -> list[Any]:
-        """Return all keys that were given, including those with null values."""
-        return [*self._call, *(self._yaml.values if self._yaml else ())]
-
-    def value(self, option: Option) -> Any:
-        """Return the value of an option: as given, else of the preset, else the default."""
-        preset = self.preset.values if self.preset else {}
-        return self.values.get(option.name, preset.get(option.name, deepcopy(option.default)))
-
     def checked(self, option: Option) -> Any:
-        """Return the same, checked against the option."""
-        value = self.value(option)
+        """Return the value of an option, checked: as given, else of the preset, else the default."""
+        preset = self.preset.values if self.preset else {}
+        value = self.values.get(option.name, preset.get(option.name, deepcopy(option.default)))
         return None if value is None else check(option, value, self.place)
 
     def place(self, key: str) -> str:
@@ -163,16 +136,19 @@ def resolve(
     options = known_options([mode], losses.values())
     defaults = host_defaults()
     known = {*options, *defaults, *UNCHECKED_KEYS}
-    for key in given.all_keys():
+    for key in [*in_call, *(in_file.values if in_file else ())]:
         if key not in known:
             raise unknown("key", key, known, given.place(key))
-    given.preset = _preset(mode, options, given)
+    if mode.has(LOSS_OPTION) and mode.has("preset"):
+        name = given.checked(options["preset"])
+        given.preset = next((preset for preset in PRESETS if preset.name == name), None)
     loss = losses[given.checked(options[LOSS_OPTION])] if mode.has(LOSS_OPTION) else None
-    options = _with_options_of(loss, options)
+    # The chosen loss overrides default and range of an option that other losses share.
+    common = {option.name for option in COMMON_OPTIONS}
+    options |= {option.name: option for option in (loss.options if loss else ()) if option.name not in common}
     values = deepcopy(defaults) | given.values | {name: given.checked(option) for name, option in options.items()}
     _refuse_contradictions(values, given)
     if loss:
-        _refuse_overridden(loss, given)
         _refuse_unread(loss, losses, options, values, given)
     values |= {
         "train_mode": mode.name,
@@ -181,7 +157,7 @@ def resolve(
         "loss_options": {option.name: values[option.name] for option in loss.options} if loss else {},
     }
     settings = RunSettings.of(values)
-    return Resolved(settings, (*_preset_notes(given), *_notes(mode, loss, options, settings, given)))
+    return Resolved(settings, (*_preset_notes(given), *_notes(loss, settings, given)))
 
 
 def _mode(given: _Given) -> TrainMode:
@@ -190,19 +166,6 @@ def _mode(given: _Given) -> TrainMode:
     if not isinstance(name, str) or name not in modes:
         raise refused("train_mode", name, given.place("train_mode"), f"one of {', '.join(modes)}")
     return modes[name]
-
-
-def _preset(mode: TrainMode, options: Mapping[str, Option], given: _Given) -> Preset | None:
-    if not mode.has(LOSS_OPTION) or not mode.has("preset"):
-        return None
-    name = given.checked(options["preset"])
-    return next((preset for preset in PRESETS if preset.name == name), None)
-
-
-def _with_options_of(loss: LossType | None, options: dict[str, Option]) -> dict[str, Option]:
-    """Let the chosen loss override default and range of an option that other losses share."""
-    common = {option.name for option in COMMON_OPTIONS}
-    return options | {option.name: option for option in (loss.options if loss else ()) if option.name not in common}
 
 
 def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
@@ -215,26 +178,11 @@ def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
             place=given.place(precisions[1]),
         )
     if values["qat_enable"]:
-        quantizer, bits, group_size, mode = (
-            values[f"qat_{key}"] for key in ("quantizer", "bits", "group_size", "mode")
-        )
-        check_quantizer(quantizer, bits, group_size, mode, given.place)
+        quantizer, bits, group_size = values["qat_quantizer"], values["qat_bits"], values["qat_group_size"]
+        check_quantizer(quantizer, bits, group_size, values["qat_mode"], given.place)
     if not values["train"] and not values["test"]:
         raise ConfigError(
             "Neither train nor test is true; set 'train: true' in the YAML file or give --train.", key="train"
-        )
-
-
-def _refuse_overridden(loss: LossType, given: _Given) -> None:
-    """Refuse a loss other than the preset's, whose other values, such as beta, were chosen for it."""
-    preset = given.preset
-    if preset and preset.values[LOSS_OPTION] != loss.name:
-        raise ConfigError(
-            f"preset is {preset.name} {given.place('preset')}, whose loss is {preset.values[LOSS_OPTION]}, but "
-            f"{LOSS_OPTION} is {loss.name} {given.place(LOSS_OPTION)}; remove one of the two.",
-            key=LOSS_OPTION,
-            place=given.place(LOSS_OPTION),
-            allowed=preset.values[LOSS_OPTION],
         )
 
 
@@ -245,9 +193,17 @@ def _refuse_unread(
     values: Mapping[str, Any],
     given: _Given,
 ) -> None:
-    """Refuse a setting that only other losses use, unless it has its default value."""
-    where = given.place(LOSS_OPTION)
-    if given.preset and LOSS_OPTION not in given.values:
+    """Refuse a loss other than the preset's, and a setting that only other losses use, unless it is the default."""
+    where, preset = given.place(LOSS_OPTION), given.preset
+    if preset and preset.values[LOSS_OPTION] != loss.name:
+        raise ConfigError(
+            f"preset is {preset.name} {given.place('preset')}, whose loss is {preset.values[LOSS_OPTION]}, but "
+            f"{LOSS_OPTION} is {loss.name} {where}; remove one of the two.",
+            key=LOSS_OPTION,
+            place=where,
+            allowed=preset.values[LOSS_OPTION],
+        )
+    if preset and LOSS_OPTION not in given.values:
         where = f"by the preset {given.place('preset')}"
     for name in {option.name: None for other in losses.values() for option in other.options}:
         if name in given.values and not loss.reads(name) and values[name] != options[name].default:
@@ -264,19 +220,14 @@ def _preset_notes(given: _Given) -> list[str]:
     return [f"preset {given.preset.name} sets {', '.join(filled)}."]
 
 
-def _notes(
-    mode: TrainMode, loss: LossType | None, options: Mapping[str, Option], settings: RunSettings, given: _Given
-) -> list[str]:
+def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[str]:
     notes = []
-    preset = given.preset.values if given.preset else {}
-    set_by_user = {name for name in options if name in given.values or name in preset}
-    changed = {name for name in set_by_user if getattr(settings, name) != options[name].default}
     # Means of log-probs are smaller than sums by a factor of the answer's length, and want a larger beta.
-    takes_sums = loss is not None and loss.reads("beta") and not loss.length_normalised
-    if takes_sums and "beta" in changed and settings.beta > LARGE_BETA:
+    usual = [LARGE_BETA, *(option.default for option in loss.options if option.name == "beta")] if loss else []
+    if loss and loss.reads("beta") and not loss.length_normalised and settings.beta > max(usual):
         notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")
-    if "reference_model_path" in changed and loss is not None:
-        notes.append(f"reference_model_path has no effect: {mode.name} uses no reference model.")
+    if settings.reference_model_path and loss is not None:
+        notes.append(f"reference_model_path has no effect: {settings.train_mode} uses no reference model.")
     if settings.iters is not None and settings.epochs is not None:
         notes.append(f"epochs has no effect: iters is set, too, to {settings.iters}.")
     if settings.batch_tokens is not None and "batch_size" in given.values:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx_cpo_plugin.errors import ConfigError, shown
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.types import Option
 
@@ -81,7 +80,7 @@ def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str,
     return {optimizer: dict(value.get(optimizer, {})) for optimizer in OPTIMIZERS}
 
 
-def _check_like(default: Any, value: Any, key: str, place: Place) -> None:
+def _check_like(default: object, value: Any, key: str, place: Place) -> None:
     """Refuse an argument whose type differs from that of its default."""
     if isinstance(default, bool | int | float):
         check(Option(key, type(default), default, ""), value, place)
@@ -113,13 +112,8 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
     except TypeError:
         fits = False
     if not fits:
-        where, allowed = place(f"{key}.arguments"), ", ".join(schedules[name].parameters)
-        raise ConfigError(
-            f"{key}.arguments is {shown(arguments)} {where}, but {name} takes the numbers {allowed}.",
-            key=f"{key}.arguments",
-            place=where,
-            allowed=allowed,
-        )
+        numbers = ", ".join(schedules[name].parameters)
+        raise refused(f"{key}.arguments", arguments, place(f"{key}.arguments"), f"a list of {name}'s numbers {numbers}")
     given = {
         option.name: check(option, value[option.name], place, f"{key}.{option.name}")
         for option in SCHEDULE_OPTIONS
@@ -133,13 +127,7 @@ def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]
     for position, entry in enumerate(value):
         inner = f"{key}.{position}"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            where = place(inner)
-            raise ConfigError(
-                f"{key} has the entry {shown(entry)} {where}, but each entry must be a mapping with a path.",
-                key=inner,
-                place=where,
-                allowed="a mapping with a path",
-            )
+            raise refused(inner, entry, place(inner), "a mapping with a path")
         _only_known(entry, DATASET_KEYS, inner, place, told_as=key)
         for name in entry:
             if name.endswith(("_split", "_feature")):
@@ -159,10 +147,7 @@ def report_to(value: list[Any], key: str, place: Place) -> list[str] | None:
             raise refused(key, name, place(f"{key}.{position}"), f"one of {', '.join(TRACKERS)}, none")
     trackers = list(dict.fromkeys(name for name in value if name != "none"))
     if trackers and "none" in value:
-        where = place(key)
-        raise ConfigError(
-            f"{key} is {shown(value)} {where}, but none stands alone; remove one of them.", key=key, place=where
-        )
+        raise refused(key, value, place(key), "none alone, or trackers without it")
     return trackers or None
 
 

@@ -15,12 +15,14 @@ from mlx_cpo_plugin.types import LossType, Option
 Place = Callable[[str], str]
 """Key, e.g. ``lora_parameters.rank`` -> where it was given, e.g. ``in my.yaml, line 3``."""
 
+LARGEST_INTEGER = 2**31 - 1
+"""What an option without a maximum may be: MLX's own integers have 32 bits."""
 
-def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
+
+def check(option: Option, value: object, place: Place, key: str = "") -> Any:
     """Return ``value`` converted to the type of ``option``, after all checks; integers are accepted as floats.
 
     Args:
-        place: where each key was given.
         key: the name to use in messages, when it is not the option's own.
 
     Raises:
@@ -34,10 +36,12 @@ def check(option: Option, value: Any, place: Place, key: str = "") -> Any:
         converted = converted.lower()
     if converted is None or not _within(option, converted):
         raise refused(key, value, place(key), option.allowed())
+    if option.type is int and option.maximum is None and abs(converted) > LARGEST_INTEGER:
+        raise refused(key, value, place(key), f"a whole number up to {LARGEST_INTEGER}")
     return converted if option.inside is None else option.inside(converted, key, place)
 
 
-def refused(key: str, value: Any, where: str, allowed: str) -> ConfigError:
+def refused(key: str, value: object, where: str, allowed: str) -> ConfigError:
     """Return the error for a value that is not allowed; ``where`` and ``allowed`` are phrases of the sentence."""
     return ConfigError(
         f"{key} is {shown(value)} {where}, but must be {allowed}.", key=key, place=where, allowed=allowed
@@ -45,13 +49,9 @@ def refused(key: str, value: Any, where: str, allowed: str) -> ConfigError:
 
 
 def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: str = "") -> ConfigError:
-    """Return the error for an unknown key or option; it suggests the nearest known one.
+    """Return the error for an unknown ``kind`` of name, such as a key; it suggests the nearest known one.
 
     Args:
-        kind: what it is, e.g. ``key``.
-        name: the name as it was given.
-        known: the names that there are.
-        where: where it was given, in words.
         inside: the mapping that it stands in, with a dot at its end.
     """
     known = sorted(known)
@@ -68,13 +68,7 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
 def not_read(
     option: str, value: object, where: str, loss: LossType, losses: Iterable[LossType], chosen: str = ""
 ) -> ConfigError:
-    """Return the error for an option that is set, but not used by the loss.
-
-    Args:
-        where: where it was given, in words.
-        losses: all that there are.
-        chosen: what the loss is and where that was given; "the loss ..." when it is empty.
-    """
+    """Return the error for an option that is set, but not used by the loss; ``chosen`` says which loss and where."""
     readers = ", ".join(other.name for other in losses if other.reads(option))
     return ConfigError(
         f"{option} is {shown(value)} {where}, but is not used by {chosen or f'the loss {loss.name}'}; "
@@ -85,7 +79,7 @@ def not_read(
     )
 
 
-def _convert(kind: type, value: Any) -> Any:
+def _convert(kind: type, value: object) -> Any:
     """Return the value as ``kind``, or None when it is something else."""
     if kind is bool:
         return value if isinstance(value, bool) else None
@@ -115,12 +109,10 @@ def _finite(value: Real) -> float | None:
 
 
 def _within(option: Option, value: Any) -> bool:
-    if option.choices and value not in option.choices:
-        return False
-    if option.above is not None and not value > option.above:
-        return False
-    if option.minimum is not None and value < option.minimum:
-        return False
-    if option.below is not None and not value < option.below:
-        return False
-    return option.maximum is None or value <= option.maximum
+    return (
+        (not option.choices or value in option.choices)
+        and (option.above is None or value > option.above)
+        and (option.minimum is None or value >= option.minimum)
+        and (option.below is None or value < option.below)
+        and (option.maximum is None or value <= option.maximum)
+    )

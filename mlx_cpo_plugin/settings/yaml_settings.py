@@ -114,19 +114,21 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"The configuration file {named(str(path))} cannot be read: {reason}.") from error
+        raise ConfigError(
+            f"The configuration file {named(str(path))} cannot be read: {reason}.", key="config"
+        ) from error
 
 
 def parse_value(text: str) -> Any:
     """Return the value of one piece of YAML, e.g. ``{rank: 8}`` from the command line; bad YAML stays text."""
     try:
         return yaml.load(text, SettingsLoader)
-    except _NOT_YAML:
+    except NOT_YAML:
         return text
 
 
 # Beside its own errors, PyYAML raises these for a value that does not fit its tag, such as `!!bool x`.
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 def parse_settings(text: str, path: str | Path) -> YamlSettings:
@@ -147,7 +149,7 @@ def parse_settings(text: str, path: str | Path) -> YamlSettings:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise _refused(path, line, _not_valid(error.reason)) from error
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         raise _refused(path, None, _not_valid(first_line(error))) from error
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"

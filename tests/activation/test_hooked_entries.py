@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_cpo_plugin._version import host_version
 from mlx_cpo_plugin.activation import hook_state, patches
 from mlx_cpo_plugin.errors import ConfigError, DataError, PluginError
 from mlx_cpo_plugin.run import mode as host_run
-from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings import command_line
 
 mlx_cpo_plugin.activate()
 
@@ -207,6 +208,38 @@ def test_a_mistake_that_the_run_finds_is_one_sentence_too(
     assert capsys.readouterr().err == "error: train.jsonl, line 3 is no JSON.\n"
 
 
+@pytest.mark.parametrize("content", ["train_mode: cop\n", None])
+def test_what_the_host_would_end_in_a_traceback_is_one_sentence_on_the_command_line(
+    host_function: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+) -> None:
+    file = tmp_path / "my.yaml"
+    if content:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--config", str(file)])
+
+    with pytest.raises(SystemExit) as ended:
+        patches.wrapped_main(host_function)()
+
+    assert ended.value.code == 2
+    assert str(file) in capsys.readouterr().err
+    assert host_function.calls == []
+
+
+def test_a_fault_while_looking_for_mistakes_does_not_keep_the_host_from_its_own_modes(
+    host_function: Recorder, nothing_hooked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "refuse_mistakes", lambda words: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--train-mode", "sft"])
+
+    patches.wrapped_main(host_function)()
+
+    assert len(host_function.calls) == 1
+
+
 def test_a_mistake_in_a_call_from_python_is_raised(host_function: Recorder) -> None:
     with pytest.raises(ConfigError, match="beta is 0 in the call"):
         patches.wrapped_main(host_function)(CPO | {"beta": 0})
@@ -220,7 +253,7 @@ def test_a_fault_while_asking_for_the_mode_bars_cpo_and_nothing_else(
     def fail(call: Any) -> None:
         raise RuntimeError("a fault for the test")
 
-    monkeypatch.setattr(config, "requested_mode", fail)
+    monkeypatch.setattr(command_line, "requested_mode", fail)
     main, run = patches.wrapped_main(host_function), patches.wrapped_run(host_function)
 
     main({"train_mode": "sft"})
@@ -237,7 +270,7 @@ def test_a_fault_while_asking_for_the_mode_bars_cpo_and_nothing_else(
 def test_cpo_without_a_plugin_that_registers_it_does_not_reach_the_hosts(
     host_function: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "requested_mode", lambda call: None)
+    monkeypatch.setattr(command_line, "requested_mode", lambda call: None)
 
     with pytest.raises(PluginError, match="No loaded plugin registers the train mode 'cpo'"):
         patches.wrapped_run(host_function)(SimpleNamespace(**CPO))

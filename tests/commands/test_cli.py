@@ -54,8 +54,12 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_configuration_file_that_is_not_there_is_one_sentence(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([command, "--config", str(tmp_path / "none.yaml")]) == 2
+    try:
+        code: object = cli.main([command, "--config", str(tmp_path / "none.yaml")])
+    except SystemExit as ended:
+        code = ended.code
 
+    assert code == 2
     assert "none.yaml" in capsys.readouterr().err
 
 

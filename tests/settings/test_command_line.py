@@ -14,8 +14,8 @@ from mlx_lm_lora.train import build_parser as build_host_parser
 from support.stranger_plugins import CompetingPlugin, registered
 
 from mlx_cpo_plugin import plugins
-from mlx_cpo_plugin.errors import PluginError
-from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.errors import ConfigError, PluginError
+from mlx_cpo_plugin.settings import command_line, config
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
@@ -71,7 +71,7 @@ def test_mode_that_a_command_line_asks_for(
     write(tmp_path, "train_mode: cpo\n")
     monkeypatch.chdir(tmp_path)
 
-    mode = config.requested_mode(line)
+    mode = command_line.requested_mode(line)
 
     assert (mode and mode.name) == name
     assert capfd.readouterr() == ("", "")
@@ -88,22 +88,84 @@ def test_mode_that_a_command_line_asks_for(
         ("beta: 0.1\n", None),
         ("", None),
         ("- train_mode\n", None),
-        ("train_mode: cpo\nbeta: [\n", "cpo"),
+        ("train_mode: cpo\nbeta: [\n", None),
         ('"train_mode": "cpo"\nbeta: 1\n', "cpo"),
         ('train_mode : "cpo"\nbeta: 1\nbeta: 2\n', "cpo"),
-        ("beta: [\ntrain_mode: cpo\n", "cpo"),
-        ("# train_mode: cpo\nbeta: [\n", None),
-        ("x:\n  train_mode: cpo\nbeta: [\n", None),
+        ("beta: 1\n# caf\xe9\ntrain_mode: cpo\n", "cpo"),
+        ("x:\n  train_mode: cpo\n", None),
     ],
 )
-def test_mode_that_a_yaml_file_asks_for_even_a_broken_one(content: str, name: str | None, tmp_path: Path) -> None:
+def test_mode_that_a_yaml_file_asks_for_even_one_that_is_refused(
+    content: str, name: str | None, tmp_path: Path
+) -> None:
     file = write(tmp_path, content)
 
     found = [
-        config.requested_mode(call) for call in (["-c", str(file)], {"config": file}, SimpleNamespace(config=file))
+        command_line.requested_mode(call)
+        for call in (["-c", str(file)], {"config": file}, SimpleNamespace(config=file))
     ]
 
     assert [mode and mode.name for mode in found] == [name] * 3
+
+
+def mistake(*line: str) -> ConfigError | None:
+    """What a command line that is left to mlx-lm-lora is refused for."""
+    try:
+        command_line.refuse_mistakes(line)
+    except ConfigError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", ["cop", "CPO", "cpo_", "ccpo"])
+def test_a_misspelt_mode_in_a_file_is_refused_with_its_line_and_the_modes_that_there_are(
+    name: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path, f"train: true\ntrain_mode: {name}\n")
+
+    error = mistake("--config", str(file))
+
+    assert error is not None
+    assert (error.key, error.place) == ("train_mode", f"in {file}, line 2")
+    assert {"sft", "cpo"} <= set(error.allowed.removeprefix("one of ").split(", "))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo", "orpo", "grpo", "klpo", "xpo", "kto", "7", "[cpo]", ""])
+def test_modes_of_mlx_lm_lora_and_those_that_resemble_none_of_ours_are_left_to_it(name: str, tmp_path: Path) -> None:
+    assert mistake("-c", str(write(tmp_path, f"train_mode: {name}\n"))) is None
+
+
+@pytest.mark.parametrize(
+    "line", [[], ["--train-mode", "sft"], ["--beta", "high"], ["--config"], ["-h", "-c", "no.yaml"]]
+)
+def test_a_command_line_without_a_file_is_left_to_mlx_lm_lora(line: list[str]) -> None:
+    assert mistake(*line) is None
+
+
+def test_a_file_whose_mode_the_command_line_overrides_may_misspell_it(tmp_path: Path) -> None:
+    assert mistake("-c", str(write(tmp_path, "train_mode: cop\n")), "--train-mode", "sft") is None
+
+
+@pytest.mark.parametrize("content", ["train_mode: sft\nbeta: 1\nbeta: 2\n", "train_mode: sft\n1: 2\n"])
+def test_a_file_that_mlx_lm_lora_takes_is_left_to_it(content: str, tmp_path: Path) -> None:
+    assert mistake("-c", str(write(tmp_path, content))) is None
+
+
+@pytest.mark.parametrize("content", ["", "- sft\n", "train_mode: sft\nbeta: [\n"])
+def test_a_file_that_mlx_lm_lora_cannot_read_is_refused_whichever_mode_it_names(content: str, tmp_path: Path) -> None:
+    file = write(tmp_path, content)
+
+    error = mistake("-c", str(file))
+
+    assert error is not None
+    assert error.place.startswith(f"in {file}")
+
+
+def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    error = mistake("-c", str(tmp_path / "no.yaml"), "--train-mode", "sft")
+
+    assert error is not None
+    assert error.key == "config"
 
 
 @pytest.mark.parametrize(
@@ -119,14 +181,14 @@ def test_mode_that_a_yaml_file_asks_for_even_a_broken_one(content: str, name: st
     ],
 )
 def test_mode_that_a_call_asks_for(call: Any, name: str | None) -> None:
-    mode = config.requested_mode(call)
+    mode = command_line.requested_mode(call)
 
     assert (mode and mode.name) == name
 
 
 @pytest.mark.usefixtures("judged")
 def test_mode_from_elsewhere_is_found() -> None:
-    mode = config.requested_mode(["--train-mode", "judged", "--temper", "2"])
+    mode = command_line.requested_mode(["--train-mode", "judged", "--temper", "2"])
 
     assert mode is not None
     assert mode.name == "judged"
@@ -134,31 +196,31 @@ def test_mode_from_elsewhere_is_found() -> None:
 
 @pytest.mark.usefixtures("competitor")
 def test_other_modes_go_on_while_two_plugins_claim_one() -> None:
-    assert config.requested_mode(["--train-mode", "sft"]) is None
+    assert command_line.requested_mode(["--train-mode", "sft"]) is None
 
 
 @pytest.mark.usefixtures("competitor")
 @pytest.mark.parametrize("call", [["--train-mode", "cpo"], {"train_mode": "cpo"}])
 def test_claim_of_two_plugins_on_cpo_is_told_when_cpo_is_asked_for(call: Any) -> None:
-    assert config.requested_mode(call) is not None
+    assert command_line.requested_mode(call) is not None
     with pytest.raises(PluginError, match="registered twice"):
         config.resolve(call)
 
 
 def test_command_line_holds_only_what_was_given() -> None:
-    assert vars(config.build_parser(build_host_parser()).parse_args(["--train"])) == {"train": True}
+    assert vars(command_line.build_parser(build_host_parser()).parse_args(["--train"])) == {"train": True}
 
 
 def test_command_line_accepts_all_flags_of_mlx_lm_lora() -> None:
     flags = {flag for action in build_host_parser()._actions for flag in action.option_strings}
 
-    assert flags <= set(config.build_parser(build_host_parser())._option_string_actions)
+    assert flags <= set(command_line.build_parser(build_host_parser())._option_string_actions)
 
 
 @pytest.mark.usefixtures("rank", "judged")
 def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        config.explicit(["--help"])
+        command_line.explicit(["--help"])
 
     shown = capsys.readouterr().out
     assert caught.value.code == 0
@@ -170,7 +232,7 @@ def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("judged", "rank")
 def test_parser_of_one_mode_lacks_the_options_of_the_others() -> None:
-    flags = config.build_parser(build_host_parser(), plugins.train_modes()["judged"])._option_string_actions
+    flags = command_line.build_parser(build_host_parser(), plugins.train_modes()["judged"])._option_string_actions
 
     assert "--temper" in flags
     assert "--rank-margin" not in flags

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.tiny import LIKE_OTHER_YAML
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings import config, yaml_settings
 from mlx_cpo_plugin.settings.yaml_settings import SettingsLoader, dump_settings, parse_settings, parse_value
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(LIKE_OTHER_YAML)
@@ -30,10 +30,17 @@ def from_words(*line: str) -> SimpleNamespace:
     return config.resolve(list(line)).settings
 
 
+def refusal(file: Path) -> ConfigError:
+    """The error for a file."""
+    with pytest.raises(ConfigError) as caught:
+        yaml_settings.read_yaml(file)
+    return caught.value
+
+
 def test_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
     file = write(tmp_path, "a: 1e-5\nb: -2E+3\nc: .5\nd: 1.\ne: 12\nf: 1e\ng: .inf\nh: e5\ni: 1:30.5\n")
 
-    assert config.read_yaml(file).values == {
+    assert yaml_settings.read_yaml(file).values == {
         "a": 1e-5,
         "b": -2000.0,
         "c": 0.5,
@@ -59,9 +66,10 @@ def test_every_float_as_python_or_json_writes_it_is_read_back(number: float) -> 
 def test_what_yaml_1_1_makes_another_number_of_is_text(value: str, tmp_path: Path) -> None:
     file = write(tmp_path, f"train_mode: cpo\ntrain: true\niters: {value}\n")
 
-    assert config.read_yaml(file).values["iters"] == value
-    with pytest.raises(ConfigError, match=rf"^iters is '{value}' in {file}, line 3, but must be a whole number >= 1"):
+    assert yaml_settings.read_yaml(file).values["iters"] == value
+    with pytest.raises(ConfigError) as caught:
         from_words("-c", str(file))
+    assert (caught.value.key, caught.value.place) == ("iters", f"in {file}, line 3")
 
 
 @pytest.mark.parametrize(("value", "number"), [("0", 0), ("-12", -12), ("1_000", 1000), ("0x1f", 31), ("0b101", 5)])
@@ -94,7 +102,7 @@ def test_other_users_of_pyyaml_see_no_change() -> None:
 def test_lines_of_nested_keys_are_known(tmp_path: Path) -> None:
     file = write(tmp_path, "model: m\nlora_parameters:\n  rank: 4\nhf_dataset:\n- path: p\n  config: {name: x}\n")
 
-    assert config.read_yaml(file).lines == {
+    assert yaml_settings.read_yaml(file).lines == {
         "model": 1,
         "lora_parameters": 2,
         "lora_parameters.rank": 3,
@@ -115,57 +123,49 @@ def test_anchors_and_merges_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "key", "line"),
     [
-        ("", "my.yaml is empty; write settings such as 'train_mode: cpo' into it."),
-        ("# only a comment\n", "my.yaml is empty; write settings such as 'train_mode: cpo' into it."),
-        ("- beta\n- delta\n", "my.yaml holds a list where 'key: value' lines are expected."),
-        ("beta\n", "my.yaml holds a single value where 'key: value' lines are expected."),
-        ("beta: 1\nbeta: 2\n", "my.yaml, line 2 gives beta again after line 1; keep one of the two."),
-        (
-            "lora_parameters:\n  rank: 1\n  rank: 2\n",
-            "my.yaml, line 3 gives lora_parameters.rank again after line 2; keep one of the two.",
-        ),
-        ("beta: 1\ndelta: 2: 3\n", "my.yaml, line 2 is not valid YAML: mapping values are not allowed here."),
-        ("a: 1\n---\nb: 2\n", "my.yaml, line 2 is not valid YAML: but found another document."),
-        ("a: 1\nb: \x07\n", "my.yaml, line 2 is not valid YAML: special characters are not allowed."),
-        ("a: !!timestamp 2024-99-99\n", "my.yaml is not valid YAML: month must be in 1..12."),
-        (
-            "a: 1\nb: !!python/object/apply:os.getcwd []\n",
-            "my.yaml, line 2 is not valid YAML: could not determine a constructor for the tag "
-            "'tag:yaml.org,2002:python/object/apply:os.getcwd'.",
-        ),
+        ("", "", None),
+        ("# only a comment\n", "", None),
+        ("- beta\n- delta\n", "", None),
+        ("beta\n", "", None),
+        ("beta: 1\nbeta: 2\n", "beta", 2),
+        ("lora_parameters:\n  rank: 1\n  rank: 2\n", "lora_parameters.rank", 3),
+        ("a: 1\n? [b]\n: 2\n", "", 2),
+        ("beta: 1\ndelta: 2: 3\n", "", 2),
+        ("a: 1\n---\nb: 2\n", "", 2),
+        ("a: 1\nb: \x07\n", "", 2),
+        ("a: !!timestamp 2024-99-99\n", "", None),
+        ("a: 1\nb: !!python/object/apply:os.getcwd []\n", "", 2),
     ],
 )
-def test_file_that_cannot_be_used(content: str, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_used_is_refused_with_the_line(
+    content: str, key: str, line: int | None, tmp_path: Path
+) -> None:
     file = write(tmp_path, content)
 
-    with pytest.raises(ConfigError) as caught:
-        config.read_yaml(file)
+    error = refusal(file)
 
-    assert str(caught.value).replace(str(file), "my.yaml") == sentence
-
-
-def test_file_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^The configuration file .*/no\.yaml cannot be read: No such file"):
-        config.read_yaml(tmp_path / "no.yaml")
+    assert (error.key, error.place) == (key, f"in {file}" + (f", line {line}" if line else ""))
 
 
-def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        config.read_yaml(tmp_path)
+@pytest.mark.parametrize("name", ["no.yaml", ".", "a\0b"])
+def test_a_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path / name).key == "config"
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_bytes(b"beta: 0.1\n# caf\xe9\n")
 
-    with pytest.raises(ConfigError, match=r"my\.yaml, line 2 holds bytes that are not UTF-8; save the file as UTF-8\."):
-        config.read_yaml(file)
+    error = refusal(file)
+
+    assert error.place == f"in {file}, line 2"
+    assert "UTF-8" in str(error)
 
 
 def test_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_bytes(b"\xef\xbb\xbfbeta: 0.1\n")
 
-    assert config.read_yaml(file).values == {"beta": 0.1}
+    assert yaml_settings.read_yaml(file).values == {"beta": 0.1}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mlx_cpo_plugin.plugins import loss_types, train_modes
-from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings import command_line, config
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.options import UNCHECKED_KEYS
 from mlx_cpo_plugin.types import Option
@@ -158,7 +158,7 @@ def run(case: Case, folder: Path) -> None:
         call = {**case["mapping"]}
         if case["yaml"] is not None:
             call.setdefault("config", str(file))
-    mode = config.requested_mode(call)
+    mode = command_line.requested_mode(call)
     resolved = config.resolve(call, mode=mode)
     assert not (folder / CANARY).exists(), "the file ran code"
     for name, option in options().items():
