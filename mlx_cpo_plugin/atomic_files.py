@@ -6,17 +6,13 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# ".<machine>-<process>-<what for>-<name>": beside the file, so that it can be renamed to it.
-_PARTIAL = re.compile(
-    r"\.(?:(?P<machine>\w+)-)?(?P<process>\d+)-(?:(?:partial|replaced|removed)-)?(?P<name>.+)", re.DOTALL
-)
-_MACHINE = re.sub(r"\W", "_", socket.gethostname())
+# ".<process>-<what for>-<name>": beside the file, so that it can be renamed to it.
+_PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -44,23 +40,20 @@ def partial_of(path: Path, purpose: str = "partial") -> Path:
     """Return the name beside ``path`` of a file or folder on its way to that name, or from it.
 
     Args:
-        purpose: ``partial``, ``replaced`` or ``removed``.
+        purpose: ``partial`` or ``removed``.
     """
-    return path.with_name(f".{_MACHINE}-{os.getpid()}-{purpose}-{path.name}")
+    return path.with_name(f".{os.getpid()}-{purpose}-{path.name}")
 
 
 def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove what dead processes had not finished in a folder.
+    """Remove what killed processes had not finished of the files that only the caller may write in a folder.
 
     Args:
-        owned: whether only the caller may write the file of this name, so that a partial one can only be left over;
-            one of another name is removed if its process is known to be dead.
+        owned: whether a file of this name is one of them.
     """
-    if not os.path.isdir(folder):
-        return
-    for path in list(folder.iterdir()):
+    for path in list(folder.iterdir()) if os.path.isdir(folder) else ():
         match = _PARTIAL.fullmatch(path.name)
-        if match and (owned(match["name"]) or (match["machine"] == _MACHINE and not _is_alive(int(match["process"])))):
+        if match and owned(match["name"]):
             remove(path)
 
 
@@ -96,16 +89,5 @@ def check_safetensors(file: Path) -> None:
         header = int.from_bytes(stream.read(8), "little")
         entries = json.loads(stream.read(header))
     data = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    size = file.stat().st_size
-    if size != 8 + header + data:
+    if (size := file.stat().st_size) != 8 + header + data:
         raise OSError(f"{file.name} has {size} bytes instead of {8 + header + data}")
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

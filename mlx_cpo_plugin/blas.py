@@ -37,17 +37,13 @@ _FAST = re.compile(r"openblas|mkl|blis|flexiblas|armpl|nvpl|atlas")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-# The speed of the reference BLAS does not grow with the matrices, the time for a product of 1024 rows would.
-_ROWS_FOR_REFERENCE = 256
-
 
 @dataclass(frozen=True)
 class Blas:
     """The library that multiplies MLX's matrices.
 
     Attributes:
-        file: its path.
-        name: its name, with the version if known.
+        name: with the version, if known.
         is_reference: whether it is the slow one of MLX's wheels.
     """
 
@@ -67,11 +63,20 @@ def use_fast_blas() -> None:
     wanted = os.environ.get(VARIABLE, "").strip() or AUTO
     if not is_used_here() or wanted.lower() == NONE:
         return
-    if wanted.lower() == AUTO and _is_reference(_file_in_use()):
-        with suppress(OSError):  # where the kernel forbids it, only speed is lost
-            _bind(next(_functions_found(), {}))
-    elif wanted.lower() != AUTO:
-        _bind_to_named(wanted)
+    if wanted.lower() == AUTO:
+        if _is_reference(_file_in_use()):
+            with suppress(OSError):  # where the kernel forbids it, only speed is lost
+                _bind(next(_functions_found(), {}))
+        return
+    file = Path(wanted).expanduser()
+    try:
+        _bind(_functions_of(ctypes.CDLL(str(file.absolute()) if file.exists() else wanted)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{VARIABLE} is {wanted}, which cannot be used ({error}); "
+            f"set it to the path of a BLAS library for this machine, to {AUTO} or to {NONE}.",
+            key=VARIABLE,
+        ) from error
 
 
 def is_used_here() -> bool:
@@ -88,8 +93,7 @@ def in_use() -> Blas | None:
     if not is_used_here():
         return None
     file = _file_in_use()
-    is_reference = _is_reference(file)
-    return Blas(file, "the reference BLAS of MLX's wheel" if is_reference else _name(file), is_reference)
+    return Blas(file, _name(file), _is_reference(file))
 
 
 def gigaflops(rows: int = 1024, seconds: float = 0.05) -> float:
@@ -112,7 +116,8 @@ def description() -> str:
     blas = in_use()
     if blas is None:
         return ""
-    rate = gigaflops(_ROWS_FOR_REFERENCE) if blas.is_reference else gigaflops()
+    # The speed of the reference BLAS does not grow with the matrices, the time for a product of 1024 rows would.
+    rate = gigaflops(256) if blas.is_reference else gigaflops()
     return f"{blas.name}, {rate:.0f} GFLOP/s"
 
 
@@ -141,17 +146,19 @@ def _is_reference(file: str) -> bool:
 
 
 def _name(file: str) -> str:
-    library = ctypes.CDLL(file)
+    if _is_reference(file):
+        return "the reference BLAS of MLX's wheel"
+    return " ".join(_openblas_config(ctypes.CDLL(file)).split()[:2]) or os.path.basename(file)
+
+
+def _openblas_config(library: ctypes.CDLL) -> str:
+    """Return version and build options of an OpenBLAS; empty for any other library."""
     for prefix in PREFIXES:
         if hasattr(library, f"{prefix}openblas_get_config"):
-            return " ".join(_openblas_config(library, prefix).split()[:2])
-    return os.path.basename(file)
-
-
-def _openblas_config(library: ctypes.CDLL, prefix: str) -> str:
-    get_config = library[f"{prefix}openblas_get_config"]
-    get_config.restype = ctypes.c_char_p
-    return os.fsdecode(get_config())
+            get_config = library[f"{prefix}openblas_get_config"]
+            get_config.restype = ctypes.c_char_p
+            return os.fsdecode(get_config())
+    return ""
 
 
 def _functions_found() -> Iterator[dict[str, int]]:
@@ -166,29 +173,16 @@ def _functions_found() -> Iterator[dict[str, int]]:
             continue
 
 
-def _bind_to_named(wanted: str) -> None:
-    file = Path(wanted).expanduser()
-    try:
-        _bind(_functions_of(ctypes.CDLL(str(file.absolute()) if file.exists() else wanted)))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{VARIABLE} is {wanted}, which cannot be used ({error}); "
-            f"set it to the path of a BLAS library for this machine, to {AUTO} or to {NONE}."
-        ) from error
-
-
 def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
     """Return the addresses of :data:`FUNCTIONS` in a library that is about to be used.
 
     Raises:
         ValueError: it lacks them, or takes integers of 64 bits where MLX passes 32.
     """
-    for prefix in PREFIXES:
-        if all(hasattr(library, prefix + name) for name in FUNCTIONS):
-            break
-    else:
+    prefix = next((prefix for prefix in PREFIXES if all(hasattr(library, prefix + name) for name in FUNCTIONS)), None)
+    if prefix is None:
         raise ValueError(f"it has no function {FUNCTIONS[0]}")
-    if hasattr(library, f"{prefix}openblas_get_config") and "USE64BITINT" in _openblas_config(library, prefix):
+    if "USE64BITINT" in _openblas_config(library):
         raise ValueError("its integers have 64 bits, MLX's 32")
     _leave_a_core(library, prefix)
     return {name: ctypes.cast(library[prefix + name], ctypes.c_void_p).value or 0 for name in FUNCTIONS}

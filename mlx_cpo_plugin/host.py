@@ -88,23 +88,16 @@ def _models_restored(change: Callable[[], object]) -> Iterator[None]:
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
     before: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*modules, *classes)}
-    changed: list[tuple[Any, str, Any]] = []
     try:
-        try:
-            change()
-        finally:
-            for owner, names in before.items():
-                now = vars(owner).items()
-                changed += [(owner, name, value) for name, value in now if names.get(name) is not value]
+        change()
         yield
     finally:
-        for owner, name, value in changed:
-            if vars(owner).get(name) is not value:  # somebody else has replaced it since
-                continue
-            if name in before[owner]:
-                setattr(owner, name, before[owner][name])
-            else:
-                delattr(owner, name)
+        for owner, names in before.items():
+            for name, value in list(vars(owner).items()):
+                if name not in names:
+                    delattr(owner, name)
+                elif names[name] is not value:
+                    setattr(owner, name, names[name])
 
 
 def load_chat_tokenizer(model: str) -> Any:

@@ -10,30 +10,18 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 
-_MAPPINGS = Path("/proc/self/maps")
-_PROT_READ, _PROT_WRITE = 1, 2
 _RTLD_DI_LINKMAP = 2
 # Tags of the dynamic section.
-_DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_PLTREL, _DT_JMPREL = 0, 2, 5, 6, 20, 23
-_DT_RELA = 7
+_DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_JMPREL = 0, 2, 5, 6, 23
 _ENTRY = struct.Struct("=qQ")
 _RELOCATION = struct.Struct("=QQq")
 _SYMBOL_SIZE = 24
 
 
 class _LinkMap(ctypes.Structure):
-    pass
-
-
-_LinkMap._fields_ = [
-    ("base", ctypes.c_uint64),
-    ("path", ctypes.c_char_p),
-    ("dynamic_section", ctypes.c_void_p),
-    ("next", ctypes.POINTER(_LinkMap)),
-]
+    _fields_ = [("base", ctypes.c_uint64), ("path", ctypes.c_char_p), ("dynamic_section", ctypes.c_void_p)]
 
 
 class _SymbolInfo(ctypes.Structure):
@@ -53,16 +41,20 @@ def call_slots(library: str, names: Collection[str]) -> dict[str, int]:
     Args:
         library: the name of its file, such as ``libmlx.so``.
     """
-    link_map = next(
-        (loaded for loaded in _loaded_libraries() if os.path.basename(loaded.path) == library.encode()), None
-    )
-    if link_map is None or struct.calcsize("P") != 8:
+    try:
+        handle = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)._handle
+    except OSError:
         return {}
-    section = _dynamic_section(link_map)
-    if section.get(_DT_PLTREL) != _DT_RELA:
+    link_map = ctypes.POINTER(_LinkMap)()
+    ctypes.CDLL(None).dlinfo(ctypes.c_void_p(handle), _RTLD_DI_LINKMAP, ctypes.byref(link_map))
+    base, section = link_map.contents.base, {}
+    position = link_map.contents.dynamic_section
+    while (entry := _ENTRY.unpack(ctypes.string_at(position, _ENTRY.size)))[0] != _DT_NULL:
+        section[entry[0]] = entry[1]
+        position += _ENTRY.size
+    if _DT_JMPREL not in section:
         return {}
     # glibc turns these offsets into addresses when it loads a library, musl does not.
-    base = link_map.base
     symbols, strings, relocations = (
         section[tag] if section[tag] >= base else section[tag] + base for tag in (_DT_SYMTAB, _DT_STRTAB, _DT_JMPREL)
     )
@@ -73,28 +65,6 @@ def call_slots(library: str, names: Collection[str]) -> dict[str, int]:
         if name in names:
             slots[name] = base + offset
     return slots
-
-
-def _loaded_libraries() -> Iterator[_LinkMap]:
-    program = ctypes.CDLL(None)
-    link_map = ctypes.POINTER(_LinkMap)()
-    if program.dlinfo(ctypes.c_void_p(program._handle), _RTLD_DI_LINKMAP, ctypes.byref(link_map)):
-        return
-    while link_map:
-        yield link_map.contents
-        link_map = link_map.contents.next
-
-
-def _dynamic_section(link_map: _LinkMap) -> dict[int, int]:
-    """Tag -> value."""
-    entries: dict[int, int] = {}
-    position = link_map.dynamic_section
-    while True:
-        tag, value = _ENTRY.unpack(ctypes.string_at(position, _ENTRY.size))
-        if tag == _DT_NULL:
-            return entries
-        entries[tag] = value
-        position += _ENTRY.size
 
 
 def target(slot: int) -> int:
@@ -111,30 +81,13 @@ def file_of(address: int) -> str:
 
 
 def redirect(slot: int, address: int) -> None:
-    """Redirect calls through a slot to ``address``.
+    """Redirect calls through a slot to ``address``; its page stays writable.
 
     Raises:
         OSError: the system does not allow it.
     """
-    writable = _is_writable(slot)
-    if not writable:  # the linker protects the slots of libraries that are linked with `-z now`
-        _protect(slot, _PROT_READ | _PROT_WRITE)
-    ctypes.c_uint64.from_address(slot).value = address
-    if not writable:
-        _protect(slot, _PROT_READ)
-
-
-def _is_writable(address: int) -> bool:
-    for line in _MAPPINGS.read_text(errors="replace").splitlines():
-        bounds, permissions, *_ = line.split()
-        first, end = (int(bound, 16) for bound in bounds.split("-"))
-        if first <= address < end:
-            return "w" in permissions
-    raise OSError(f"nothing is mapped at {address:#x}")
-
-
-def _protect(address: int, protection: int) -> None:
-    page = address & -mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), protection):
+    # The linker protects the slots of libraries that are linked with `-z now`.
+    page, libc = slot & -mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE):
         raise OSError(ctypes.get_errno(), "mprotect failed")
+    ctypes.c_uint64.from_address(slot).value = address

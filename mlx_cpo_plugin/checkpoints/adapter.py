@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,7 @@ class CheckpointError(UserError):
 
 
 def save_adapter(model: nn.Module, adapter_file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the trainable parameters to ``adapter_file`` (safetensors) with metadata, atomically.
-
-    Raises:
-        CheckpointError: the file cannot be written; an older one is left as it was.
-    """
+    """Write the trainable parameters to ``adapter_file`` (safetensors) with metadata, atomically."""
     weights = by_name(model.trainable_parameters())
     write_atomically(adapter_file, lambda path: mx.save_safetensors(str(path), weights, dict(metadata or {})))
 
@@ -40,23 +36,18 @@ def save_adapter(model: nn.Module, adapter_file: Path, metadata: Mapping[str, st
 def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
     """Write ``adapter_config.json`` so that ``mlx_lm.load(..., adapter_path=)`` rebuilds the adapter's layers.
 
-    The fine-tune type, rank, scale, dropout and number of layers are read from the model itself. Other keys of an
-    existing file are kept.
+    What :func:`describe_adapter` returns is written into it; other keys of an existing file are kept.
     """
     path = adapter_file.parent / ADAPTER_CONFIG
     config: dict[str, Any] = {}
-    if path.exists():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = {}  # a torn file of an earlier run: all that matters is written below
-    config.update(describe_adapter(model))
-    text = json.dumps(config, indent=4, sort_keys=True, default=str)
+    with suppress(OSError, ValueError):  # none, or a torn one: all that matters is written below
+        config = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(config | describe_adapter(model), indent=4, sort_keys=True, default=str)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
-    """Return ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` as mlx_lm's loader reads them."""
+    """Return ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` of a model as mlx_lm's loader reads them."""
     adapters = [module for module in model.modules() if isinstance(module, _ADAPTED_LAYERS)]
     if not adapters:
         return {"fine_tune_type": "full", "num_layers": -1, "lora_parameters": {}}
@@ -87,11 +78,7 @@ def load_adapter(model: nn.Module, adapter_file: Path) -> None:
 
 @contextmanager
 def adapter_in_place(model: nn.Module, adapter_file: Path) -> Iterator[None]:
-    """Give ``model`` the parameters in ``adapter_file`` until the context ends; then it has its own again.
-
-    Raises:
-        CheckpointError: see :func:`load_adapter`; the model is unchanged.
-    """
+    """Give ``model`` the parameters in ``adapter_file`` until the context ends; then it has its own again."""
     own = by_name(model.trainable_parameters())
     load_adapter(model, adapter_file)
     try:
@@ -119,11 +106,7 @@ def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
 def save_and_verify(
     model: nn.Module, adapter_file: Path, say: Callable[[str], None], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Save the adapter and read it back; if something has happened to the file, say so and write it once more.
-
-    Raises:
-        CheckpointError: it cannot be written, or the second file is wrong, too.
-    """
+    """Save the adapter and read it back; if something has happened to the file, say so and write it once more."""
     save_adapter(model, adapter_file, metadata)
     try:
         verify_adapter(model, adapter_file)
@@ -160,7 +143,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside ``path``, flush to the disk, then rename: ``path`` is never half-written.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written; an older file is left as it was.
     """
     try:
         replace_whole(path, write)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,7 @@ Arrays = Mapping[str, mx.array]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole: plain values by name, and arrays in files.
-
-    Attributes:
-        run: the run that wrote it.
-        iteration: after which it was written.
-    """
+    """A checkpoint that was found whole: plain values by name, and arrays in files; who wrote it, and when."""
 
     folder: Path
     values: dict[str, Any]
@@ -74,7 +70,7 @@ class CheckpointFolder:
         """Write a checkpoint, then remove those of the same run that are too old, or beyond this one.
 
         Args:
-            arrays: files of arrays by name; one without arrays is left out.
+            arrays: arrays by the names of their files; a file without arrays is left out.
             values: with ``run`` and ``iteration``, by which the checkpoint is told from others.
             files: existing files to hold by name; they are linked, so nobody may write into them afterwards.
 
@@ -89,8 +85,8 @@ class CheckpointFolder:
             partial.mkdir()
             for name, content in arrays.items():
                 if content:
-                    mx.save_safetensors(str(partial / f"{name}.safetensors"), dict(content))
-                    check_safetensors(partial / f"{name}.safetensors")
+                    mx.save_safetensors(str(file := partial / f"{name}.safetensors"), dict(content))
+                    check_safetensors(file)
             for name, file in (files or {}).items():
                 _link(file, partial / name)
             (partial / VALUES).write_text(json.dumps(values), encoding="utf-8")
@@ -101,50 +97,37 @@ class CheckpointFolder:
             for path in (*partial.iterdir(), partial):
                 flush(path)
             if os.path.lexists(target):  # torn, or from beyond the one that the run was resumed from
-                target.rename(partial_of(target, "replaced"))
+                target.rename(partial_of(target, "removed"))
             partial.rename(target)
             flush(self.folder)
         except (OSError, RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
-                f"{target} cannot be written ({error}); free space or change adapter_path.{self._left()}"
+                f"{target} cannot be written ({error}); free space or change adapter_path."
             ) from error
         finally:
             remove(partial)
-        remove(partial_of(target, "replaced"))
+        remove(partial_of(target, "removed"))
         self._prune(iteration)
         return target
 
     def _prune(self, newest: int) -> None:
         """Remove what is too old, and what is beyond the newest: the run was resumed from an older one."""
-        mine = self._whole(hashed=False)
-        counted = [checkpoint for checkpoint in mine if checkpoint.iteration <= newest]
-        also = [checkpoint for checkpoint in counted[1:] if checkpoint.iteration == self.keep_also]
-        others = [checkpoint for checkpoint in counted if checkpoint not in also]
-        kept = also + others[: max(self.keep - len(also), 1)]
-        for checkpoint in mine:
-            if checkpoint not in kept:
-                # The name goes first: what is half removed is no checkpoint.
-                aside = partial_of(checkpoint.folder, "removed")
-                checkpoint.folder.rename(aside)
-                remove(aside)
-
-    def _left(self) -> str:
-        whole = self._whole(hashed=True)
-        return f" The checkpoint before it, {whole[0].folder}, is whole; continue with resume: auto." if whole else ""
-
-    def _whole(self, hashed: bool) -> list[Checkpoint]:
-        """Return this run's checkpoints that are whole, the newest first."""
-        mine = []
+        mine = {}
         for folder in checkpoints_in(self.folder):
-            try:
-                checkpoint = read_checkpoint(folder, hashed)
-            except CheckpointError:
-                continue
-            if checkpoint.run.id == self.run_id:
-                mine.append(checkpoint)
-        return sorted(mine, key=lambda checkpoint: checkpoint.iteration, reverse=True)
+            with suppress(CheckpointError):
+                checkpoint = read_checkpoint(folder, hashed=False)
+                if checkpoint.run.id == self.run_id:
+                    mine[checkpoint.iteration] = folder
+        done = sorted((iteration for iteration in mine if iteration <= newest), reverse=True)
+        kept = {self.keep_also}.intersection(done[1:])
+        kept |= set([iteration for iteration in done if iteration not in kept][: max(self.keep - len(kept), 1)])
+        for iteration in mine.keys() - kept:
+            # The name goes first: what is half removed is no checkpoint.
+            aside = partial_of(mine[iteration], "removed")
+            mine[iteration].rename(aside)
+            remove(aside)
 
 
 def folder_of_rank(adapter_folder: Path) -> Path:
@@ -173,20 +156,15 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name in {VALUES: None, **manifest}:
-            _check(folder / name, manifest[name], hashed)
+            if (size := (folder / name).stat().st_size) != (expected := manifest[name]["bytes"]):
+                raise ValueError(f"{name} has {size} bytes instead of {expected}")
+            if hashed and _hash(folder / name) != manifest[name]["sha256"]:
+                raise ValueError(f"{name} has another content than was written")
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         return Checkpoint(folder, values, RunIdentity.from_plain(values["run"]), int(values["iteration"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fault = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"The checkpoint {folder} is incomplete or corrupt ({fault}).") from error
-
-
-def _check(file: Path, described: Mapping[str, Any], hashed: bool) -> None:
-    size = file.stat().st_size
-    if size != described["bytes"]:
-        raise ValueError(f"{file.name} has {size} bytes instead of {described['bytes']}")
-    if hashed and _hash(file) != described["sha256"]:
-        raise ValueError(f"{file.name} has another content than was written")
 
 
 def _hash(file: Path) -> str:

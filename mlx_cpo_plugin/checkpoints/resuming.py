@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +70,30 @@ def find_start(
     """
     if resume is None:
         return Start(RunRecord(_new_run(run)))
+    own = _search(adapter_folder, usable, hashed)
     if resume == AUTO:
+        if own.checkpoint is not None:
+            return Start(own.record or RunRecord(own.checkpoint.run), own.checkpoint, continues=True, notes=own.notes)
+        if own.record is not None and own.record.origin is not None:
+            # It was killed before it had a checkpoint of its own.
+            path = Path(own.record.origin.checkpoint)
+            if not path.exists():  # nor had it put aside what it started from
+                path = adapter_folder / CHECKPOINTS / path.name
+            return Start(own.record, _named(path, usable, hashed)[0])
+        if own.some_there:
+            raise ConfigError(f"resume is auto, but {own.why_none(adapter_folder)}", key="resume")
         none = f"There is no checkpoint in {adapter_folder / CHECKPOINTS} to resume; training from the beginning."
-        return _own_run(adapter_folder, usable, hashed) or Start(RunRecord(_new_run(run)), notes=(none,))
-    found = _Search(usable, hashed)
-    checkpoint = found.wanted(Path(resume))
-    own = _Search(usable, hashed).newest(adapter_folder)
-    newest = own is not None and (own.run.id, own.iteration) == (checkpoint.run.id, checkpoint.iteration)
-    if own is not None and newest and run in (None, own.run):
-        record, _ = _record_in(adapter_folder)
-        if record is None or record.run.id == own.run.id:
-            return Start(record or RunRecord(own.run), own, continues=True, notes=found.notes)
+        return Start(RunRecord(_new_run(run)), notes=(none,))
+    checkpoint, notes = _named(Path(resume), usable, hashed)
+    newest = own.checkpoint
+    is_newest = newest and (newest.run.id, newest.iteration) == (checkpoint.run.id, checkpoint.iteration)
+    if newest and is_newest and run in (None, newest.run):
+        return Start(own.record or RunRecord(newest.run), newest, continues=True, notes=notes)
     place = once_put_aside(checkpoint, adapter_folder)
     if _is_in_adapter_folder(place):  # that of the first rank
         place = place.parent.with_name(CHECKPOINTS) / place.name
     origin = Origin(checkpoint.run.id, checkpoint.iteration, str(place))
-    return Start(RunRecord(_new_run(run, checkpoint.run), origin), checkpoint, notes=found.notes)
+    return Start(RunRecord(_new_run(run, checkpoint.run), origin), checkpoint, notes=notes)
 
 
 def planned_run(adapter_folder: Path, resume: str | None) -> RunIdentity:
@@ -107,119 +115,84 @@ def _new_run(run: RunIdentity | None, starts_from: RunIdentity | None = None) ->
     return RunIdentity.from_plain(gather(mine.plain())[0])
 
 
-def _record_in(folder: Path) -> tuple[RunRecord | None, bool]:
-    """Return the record of a folder's run as the first rank has it, and whether that was only about to begin there."""
-    record = read_record(folder)
-    shared = None
-    if record is not None:
-        shared = [replace(record.successor or record, files=()).plain(), record.successor is not None]
-    first = gather(shared)[0]
-    return (None, False) if first is None else (RunRecord.from_plain(first[0]), first[1])
-
-
-def _own_run(folder: Path, usable: Usable, hashed: bool) -> Start | None:
-    """Return where the run of a folder continues; ``None`` where none ever had a checkpoint."""
-    search, (record, _) = _Search(usable, hashed), _record_in(folder)
-    checkpoint = search.newest(folder)
-    if checkpoint is not None:
-        return Start(record or RunRecord(checkpoint.run), checkpoint, continues=True, notes=search.notes)
-    if record is not None and record.origin is not None:
-        # It was killed before it had a checkpoint of its own.
-        path = Path(record.origin.checkpoint)
-        if not path.exists():  # nor had it put aside what it started from
-            path = folder / CHECKPOINTS / path.name
-        return Start(record, _Search(usable, hashed).wanted(path), notes=search.notes)
-    if any(gather(search.seen)):
-        raise ConfigError(f"resume is auto, but {search.why_none(folder)}", key="resume")
-    return None
-
-
-@dataclass
-class _Search:
-    """A search for a checkpoint that all ranks have whole.
+@dataclass(frozen=True)
+class _Found:
+    """What a search of an adapter folder found, the same on all ranks but for this rank's part of the checkpoint.
 
     Attributes:
-        faults: number and what is wrong of those that cannot be used.
-        seen: how many there are of this rank, whole or not.
-        notes: sentences for the user, once one is found.
+        record: the record of the folder's run.
+        checkpoint: the newest of that run which every rank has whole and can use; ``None`` if there is none.
+        faults: what is wrong with newer ones of this rank.
+        some_there: whether any rank has a checkpoint, whole or not.
     """
 
-    usable: Usable
-    hashed: bool
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    seen: int = 0
-    notes: tuple[str, ...] = ()
+    record: RunRecord | None
+    checkpoint: Checkpoint | None
+    faults: list[str]
+    some_there: bool
 
-    def newest(self, folder: Path) -> Checkpoint | None:
-        """Return the newest checkpoint of the run whose folder it is."""
-        record, about_to_begin = _record_in(folder)
-        if about_to_begin:
-            return None  # what lies there is another run's, and about to be put aside
-        mine = self._whole(folder_of_rank(folder))
-        run_id = gather(record.run.id if record else mine[0].run.id if mine else None)[0]
-        mine = [checkpoint for checkpoint in mine if checkpoint.run.id == run_id]
-        # Every rank needs one of the same iteration; fifty numbers fit into an exchange.
-        common = set.intersection(*map(set, gather([checkpoint.iteration for checkpoint in mine[:50]])))
-        best = next((checkpoint for checkpoint in mine if checkpoint.iteration in common), None)
-        if best is not None:
-            newer = [fault for number, fault in self.faults if number > best.iteration]
-            self.notes = tuple(f"{fault} Using {best.folder}." for fault in newer)
-        return best
-
-    def wanted(self, path: Path) -> Checkpoint:
-        """Return the checkpoint that a path names, or the newest of the adapter folder that it names."""
-        if not (os.path.isfile(path / MANIFEST) or (_is_in_adapter_folder(path) and os.path.isdir(path))):
-            found = self.newest(path)
-            if found is not None:
-                return found
-            if any(gather(self.seen)):
-                raise ConfigError(f"resume is {str(path)!r}, but {self.why_none(path)}", key="resume")
-            raise ConfigError(
-                f"resume is {str(path)!r}, but there is no whole checkpoint in it; give another, or auto.",
-                key="resume",
-            )
-        mine = path
-        if path.parent.name.startswith(CHECKPOINTS):
-            mine = folder_of_rank(path.parent.parent) / path.name
-        elif not is_first_rank():
-            raise ConfigError(
-                f"resume is {str(path)!r}, which belongs to the first rank alone; give the adapter folder.",
-                key="resume",
-            )
-        try:
-            checkpoint = read_checkpoint(mine, self.hashed)
-        except CheckpointError as error:
-            raise ConfigError(f"resume is {str(path)!r}: {error}", key="resume") from error
-        if not self.usable(checkpoint.values):
-            raise ConfigError(
-                f"resume is {str(path)!r}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume"
-            )
-        return checkpoint
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"{fault} Using {self.checkpoint.folder}." for fault in self.faults) if self.checkpoint else ()
 
     def why_none(self, folder: Path) -> str:
         """Say why none of the checkpoints of a folder can be used."""
-        faults = " ".join(fault for _, fault in self.faults) or "They are of other runs, or other ranks lack them."
+        if not self.some_there:
+            return "there is no whole checkpoint in it; give another, or auto."
+        faults = " ".join(self.faults) or "They are of other runs, or other ranks lack them."
         return (
             f"none of the checkpoints in {folder_of_rank(folder)} can be resumed. {faults} Nothing was changed; "
             "restore them, start from an adapter with resume_adapter_file, or leave out resume to begin anew."
         )
 
-    def _whole(self, folder: Path) -> list[Checkpoint]:
-        """Return those that are whole and usable, the newest first."""
-        found = []
-        for path in checkpoints_in(folder):
-            self.seen += 1
-            try:
-                checkpoint = read_checkpoint(path, self.hashed)
-            except CheckpointError as error:
-                self.faults.append((int(path.name), str(error)))
-                continue
-            if self.usable(checkpoint.values):
-                found.append(checkpoint)
+
+def _search(folder: Path, usable: Usable, hashed: bool) -> _Found:
+    """Look for the newest checkpoint of the run whose folder it is."""
+    there = read_record(folder)
+    first = gather(there and [replace(there.successor or there, files=()).plain(), there.successor is not None])[0]
+    record, about_to_begin = (RunRecord.from_plain(first[0]), first[1]) if first else (None, False)
+    whole: list[Checkpoint] = []
+    faults: dict[int, str] = {}
+    # What lies there before the run begins is another run's, and about to be put aside.
+    for path in () if about_to_begin else checkpoints_in(folder_of_rank(folder)):
+        try:
+            checkpoint = read_checkpoint(path, hashed)
+            if usable(checkpoint.values):
+                whole.append(checkpoint)
             else:
-                fault = f"The checkpoint {path} cannot be resumed with these iters: {_in_last_step(checkpoint)}."
-                self.faults.append((int(path.name), fault))
-        return sorted(found, key=lambda checkpoint: checkpoint.iteration, reverse=True)
+                reason = f"The checkpoint {path} cannot be resumed with these iters: {_in_last_step(checkpoint)}."
+                faults[int(path.name)] = reason
+        except CheckpointError as error:
+            faults[int(path.name)] = str(error)
+    run_id = gather(record.run.id if record else whole[0].run.id if whole else None)[0]
+    mine = {checkpoint.iteration: checkpoint for checkpoint in whole if checkpoint.run.id == run_id}
+    # Every rank needs one of the same iteration; fifty numbers fit into an exchange.
+    common = set.intersection(*map(set, gather(sorted(mine)[-50:])))
+    best = max(common, default=-1)
+    newer = [fault for number, fault in faults.items() if number > best]
+    return _Found(record, mine.get(best), newer, any(gather(bool(whole or faults))))
+
+
+def _named(path: Path, usable: Usable, hashed: bool) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Return the checkpoint that a path names, or the newest of the adapter folder that it names, and notes on it."""
+    wanted = f"resume is {str(path)!r}"
+    if not (os.path.isfile(path / MANIFEST) or (_is_in_adapter_folder(path) and os.path.isdir(path))):
+        found = _search(path, usable, hashed)
+        if found.checkpoint is None:
+            raise ConfigError(f"{wanted}, but {found.why_none(path)}", key="resume")
+        return found.checkpoint, found.notes
+    mine = path
+    if path.parent.name.startswith(CHECKPOINTS):
+        mine = folder_of_rank(path.parent.parent) / path.name
+    elif not is_first_rank():
+        raise ConfigError(f"{wanted}, which belongs to the first rank alone; give the adapter folder.", key="resume")
+    try:
+        checkpoint = read_checkpoint(mine, hashed)
+    except CheckpointError as error:
+        raise ConfigError(f"{wanted}: {error}", key="resume") from error
+    if not usable(checkpoint.values):
+        raise ConfigError(f"{wanted}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume")
+    return checkpoint, ()
 
 
 def _in_last_step(checkpoint: Checkpoint) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,22 +16,17 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from mlx_cpo_plugin.atomic_files import remove_partials
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, METRICS_FILE, PREVIOUS, RECORD, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
-from mlx_cpo_plugin.checkpoints.folder import folder_of_rank, read_checkpoint
+from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 
 LOCK_NAME = ".lock"
-# The page writes them while a run is at work, and the next run keeps them.
-_OF_THE_PAGE = ("console.log", "studio.yaml", "studio_run.json")
 
-# The checkpoints go first: a run without any cannot be resumed by mistake.
 _LEFT_BY_EVERY_RUN = re.compile(
     rf"{CHECKPOINTS}(-rank-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
     rf"|{re.escape(METRICS_FILE)}|{re.escape(RUN_SETTINGS)}"
 )
-_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-_held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
 
 
 @contextmanager
@@ -45,64 +38,43 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is in it, or it cannot be written to.
     """
-    name = os.path.realpath(folder)
-    if not is_first_rank() or name in _held.get():
+    if not is_first_rank():
         yield
         return
     lock = _locked(folder)
-    token = _held.set(_held.get() | {name})
     try:
-        remove_partials(folder, _is_of_runs)
+        remove_partials(
+            folder, lambda name: name in (RECORD, ADAPTER_CONFIG) or bool(_LEFT_BY_EVERY_RUN.fullmatch(name))
+        )
         for checkpoints in folder.glob(f"{CHECKPOINTS}*"):
             remove_partials(checkpoints)
         yield
     finally:
-        _held.reset(token)
         lock.release()
 
 
 def _locked(folder: Path) -> BaseFileLock:
     """Return the lock of a folder, which ends with the process; its file stays."""
-    file, soft_file = folder / LOCK_NAME, folder / f"{LOCK_NAME}.soft"
+    file = os.path.realpath(folder) + os.sep + LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock: BaseFileLock = FileLock(file)
-            lock.acquire(blocking=False)
-            if file.stat().st_size == 0 or _process_in(file).isdecimal():  # else filelock has fallen back to a soft one
-                _write_process(file)
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in _NO_FLOCK):
-                raise
-            lock = SoftFileLock(soft_file)  # holds nobody once its process is dead
-            lock.acquire(blocking=False)
+            lock: BaseFileLock = FileLock(file, blocking=False, is_singleton=True)
+            lock.acquire()
+        except Timeout:
+            raise
+        except (OSError, NotImplementedError):  # a file system without locks
+            lock = SoftFileLock(f"{file}.soft", blocking=False, is_singleton=True)  # a dead process holds none
+            lock.acquire()
     except Timeout:
-        holder = _process_in(file) or _process_in(soft_file) or "unknown"
         raise ConfigError(
-            f"Another run, process {holder}, is writing to {folder}; wait until it ends or give another adapter_path.",
-            key="adapter_path",
+            f"Another run is writing to {folder}; wait until it ends or give another adapter_path.", key="adapter_path"
         ) from None
     except OSError as error:
         raise ConfigError(
             f"adapter_path {folder} cannot be written to ({error}); give another folder.", key="adapter_path"
         ) from error
     return lock
-
-
-def _write_process(file: Path) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
-    try:
-        os.write(descriptor, str(os.getpid()).encode())
-    finally:
-        os.close(descriptor)
-
-
-def _process_in(file: Path) -> str:
-    """Return the number of the process that a lock file names; empty where it names none."""
-    with suppress(OSError, ValueError):
-        found = re.search(r"(?:^|pid=)(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        return found[1] if found else ""
-    return ""
 
 
 def begin_run(
@@ -114,29 +86,25 @@ def begin_run(
     :func:`finish_moving` can do the rest after a kill. All ranks have to call this.
 
     Args:
-        in_use: files and folders that the new run reads, which stay where they are.
+        in_use: folders that the new run reads; a fused model in one of them stays where it is.
 
     Raises:
         ConfigError: there is a link in the way.
         CheckpointError: it cannot be written.
     """
+    moved = None
     if is_first_rank():
-        finish_moving(adapter_folder, in_use)
-        current = read_record(adapter_folder)
-        if current is None or current.run != record.run:
-            run = run_in(adapter_folder)
-            if run is not None and _left_by(current, adapter_folder, in_use):
-                _write(adapter_folder, replace(current or RunRecord(run), successor=record))
-                aside = finish_moving(adapter_folder, in_use)
-                say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they have been moved to {aside}.")
+        moved = finish_moving(adapter_folder, in_use)
+        current, run = read_record(adapter_folder), run_in(adapter_folder)
+        if run is not None and run != record.run and _left_by(current, adapter_folder, in_use):
+            _write(adapter_folder, replace(current or RunRecord(run), successor=record))
+            moved = finish_moving(adapter_folder, in_use)
+            say(f"Files of an earlier run, {run.id}, were in {adapter_folder}; they have been moved to {moved}.")
         _write(adapter_folder, record)
-    gather(None)
+    older = gather(moved and moved.name)[0]
     mine = folder_of_rank(adapter_folder)
-    if not is_first_rank() and mine.is_dir() and not mine.is_symlink():
-        # Another machine's disk, where the first rank has put nothing aside.
-        for path in mine.iterdir():
-            if path.is_dir() and _run_of_checkpoint(path) != record.run.id:
-                _move(path, adapter_folder / PREVIOUS / _run_of_checkpoint(path) / mine.name)
+    if not is_first_rank() and mine.is_dir():  # on another machine's disk
+        _move(mine, adapter_folder / PREVIOUS / (older or "unknown"))
 
 
 def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path | None:
@@ -162,18 +130,18 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
     return aside
 
 
-def put_aside_what_is_not_the_runs(adapter_folder: Path, paths: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Put aside those of some files in an adapter folder that its run has not written itself."""
+def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], None]) -> None:
+    """Record that a fused model is going to write these names in the folder of its run; put aside what is not its."""
     record = read_record(adapter_folder)
     if record is None:
         return
-    foreign = [path for path in paths if path.relative_to(adapter_folder).parts[0] not in record.files]
+    foreign = [name for name in names if name not in record.files and os.path.lexists(adapter_folder / name)]
+    aside = adapter_folder / PREVIOUS / f"before-{record.run.id}"
+    for name in foreign:
+        _move(adapter_folder / name, aside)
     if foreign:
-        aside = adapter_folder / PREVIOUS / f"before-{record.run.id}"
-        for path in foreign:
-            _move(path, aside)
-        names = ", ".join(path.name for path in foreign)
-        say(f"{names} in {adapter_folder} would have been overwritten; what was there has been moved to {aside}.")
+        say(f"{', '.join(foreign)} in {adapter_folder} would have been overwritten; what was there is in {aside}.")
+    _write(adapter_folder, replace(record, files=tuple(sorted({*record.files, *names}))))
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:
@@ -194,17 +162,6 @@ def is_done(adapter_folder: Path, part: str, run: RunIdentity) -> bool:
     return record is not None and record.run == run and part in record.done
 
 
-@contextmanager
-def written_files_recorded(adapter_folder: Path) -> Iterator[None]:
-    """Record what a fused model writes into the folder inside the context as files of the run."""
-    before = _entries(adapter_folder)
-    yield
-    record = read_record(adapter_folder)
-    made = {name for name, *_ in _entries(adapter_folder) - before}
-    if record is not None:
-        _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *made}))))
-
-
 def _update(adapter_folder: Path, record: RunRecord) -> None:
     if is_first_rank() and read_record(adapter_folder) != record:
         _write(adapter_folder, record)
@@ -215,28 +172,14 @@ def _write(folder: Path, record: RunRecord) -> None:
     write_atomically(folder / RECORD, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _entries(folder: Path) -> set[tuple[str, int, int]]:
-    """Return folders, and files with inode and time of writing; without those that every run or the page has."""
-    entries = set()
-    for path in folder.iterdir():
-        if not path.name.startswith(".") and path.name not in (PREVIOUS, *_OF_THE_PAGE) and not _is_of_runs(path.name):
-            status = path.lstat()
-            entries.add((path.name, 0, 0) if path.is_dir() else (path.name, status.st_ino, status.st_mtime_ns))
-    return entries
-
-
 def _left_by(record: RunRecord | None, folder: Path, in_use: Collection[Path]) -> list[Path]:
     """Return what a run has left in a folder, in the order in which it is put aside."""
     names = sorted(path.name for path in folder.iterdir() if _LEFT_BY_EVERY_RUN.fullmatch(path.name))
+    # A run without checkpoints cannot be resumed by mistake.
     names.sort(key=lambda name: not name.startswith(CHECKPOINTS))
-    used = [Path(os.path.realpath(path)) for path in in_use]
-    if record is not None and Path(os.path.realpath(folder)) not in used:  # it may train the fused model
+    if record is not None and not any(os.path.realpath(path) == os.path.realpath(folder) for path in in_use):
         names += [name for name in record.files if os.path.lexists(folder / name)]
-    return [
-        folder / name
-        for name in names
-        if not any(path.is_relative_to(os.path.realpath(folder / name)) and (folder / name).is_dir() for path in used)
-    ]
+    return [folder / name for name in names]
 
 
 def _move(path: Path, into: Path) -> None:
@@ -245,15 +188,3 @@ def _move(path: Path, into: Path) -> None:
     while os.path.lexists(target):
         target, number = into / f"{path.stem}-{number}{path.suffix}", number + 1
     path.rename(target)
-
-
-def _run_of_checkpoint(folder: Path) -> str:
-    try:
-        return read_checkpoint(folder, hashed=False).run.id
-    except ValueError:
-        return "unknown"
-
-
-def _is_of_runs(name: str) -> bool:
-    """Whether only the run whose folder it is writes the file of this name."""
-    return name in (RECORD, ADAPTER_CONFIG) or _LEFT_BY_EVERY_RUN.fullmatch(name) is not None

@@ -45,13 +45,10 @@ class RunIdentity:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        run_id = values["id"]
-        if not isinstance(run_id, str) or not run_id or Path(run_id).name != run_id:
-            raise ValueError(f"{run_id!r} is no identity of a run")
-        return cls(run_id, datetime.fromisoformat(values["begun"]))
+        return cls(values["id"], datetime.fromisoformat(values["begun"]))
 
     def plain(self) -> dict[str, str]:
-        """Return it as values for JSON."""
+        """Return it as plain values."""
         return {"id": self.id, "begun": self.begun.isoformat()}
 
 
@@ -60,8 +57,7 @@ class Origin:
     """The checkpoint of another run that a run started from.
 
     Attributes:
-        run_id: of the run that wrote it.
-        iteration: after which it was written.
+        run_id, iteration: the run that wrote it, and after which iteration.
         checkpoint: its folder, that of the first rank.
     """
 
@@ -77,7 +73,7 @@ class RunRecord:
     Attributes:
         origin: ``None`` where the run began with a fresh adapter.
         done: which parts of it are complete: ``trained``, ``tested``, ``fused``.
-        files: what it wrote into the folder beside what every run does: the files of its fused model.
+        files: names in the folder, beside those of every run, that are its fused model's.
         successor: the record of a new run that is about to begin here, while files are being put aside for it.
     """
 
@@ -90,26 +86,23 @@ class RunRecord:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> RunRecord:
         """Return the record that :meth:`plain` returned; raise as :meth:`RunIdentity.from_plain` does."""
-        origin, successor = values.get("origin"), values.get("successor")
-        files = tuple(map(str, values.get("files", ())))
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise ValueError(f"{files} are not all inside the run's folder")
+        origin, successor = values["origin"], values["successor"]
         return cls(
             RunIdentity.from_plain(values),
-            None if origin is None else Origin(**origin),
-            tuple(map(str, values.get("done", ()))),
-            files,
-            None if successor is None else cls.from_plain(successor),
+            origin and Origin(**origin),
+            tuple(values["done"]),
+            tuple(values["files"]),
+            successor and cls.from_plain(successor),
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return it as values for JSON."""
+        """Return it as plain values."""
         return {
             **self.run.plain(),
-            "origin": None if self.origin is None else vars(self.origin),
-            "done": list(self.done),
-            "files": list(self.files),
-            "successor": None if self.successor is None else self.successor.plain(),
+            "origin": self.origin and vars(self.origin),
+            "done": self.done,
+            "files": self.files,
+            "successor": self.successor and self.successor.plain(),
         }
 
 

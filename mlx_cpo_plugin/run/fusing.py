@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_mod
 from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
 
 from mlx_cpo_plugin.atomic_files import check_safetensors, flush
-from mlx_cpo_plugin.checkpoints.run_folder import put_aside_what_is_not_the_runs
+from mlx_cpo_plugin.checkpoints.run_folder import make_way
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
 from mlx_cpo_plugin.model.layers import ADAPTED, dense_dtype, merged_weight
@@ -72,7 +72,7 @@ class Fusing:
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
                 fused = self._scores(written)
-                publish(staging, target, self._put_aside)
+                publish(staging, target, self._make_way)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error):
                 raise
@@ -87,9 +87,9 @@ class Fusing:
                 self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")
         return target
 
-    def _put_aside(self, replaced: Sequence[Path]) -> None:
+    def _make_way(self, names: Collection[str]) -> None:
         if self.settings.lm_studio_name is None:
-            put_aside_what_is_not_the_runs(Path(self.settings.adapter_path), replaced, self.say)
+            make_way(Path(self.settings.adapter_path), names, self.say)
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
         return held_out_scores(model, self.pairs, getattr(self.settings, "scoring", "auto")) if self.pairs else None
@@ -215,15 +215,15 @@ def staging_folder(target: Path) -> Iterator[Path]:
                 target.rmdir()
 
 
-def publish(staging: Path, target: Path, put_aside: Callable[[Sequence[Path]], None] = lambda replaced: None) -> None:
+def publish(staging: Path, target: Path, make_way: Callable[[Collection[str]], None] = lambda names: None) -> None:
     """Move a whole model from ``staging`` into ``target``, in place of a model that is there.
 
     At no moment does the folder hold a ``config.json`` with weights that are not its own: without the former it is no
     model to any program. Links in ``target`` are replaced, not followed.
 
     Args:
-        put_aside: gets the files in ``target`` that are going to be replaced or removed, those of a model first, and
-            may move them elsewhere.
+        make_way: gets the names in ``target`` that are going to be replaced or removed, those of a model first, and may
+            move them elsewhere.
 
     Raises:
         OSError: a file is cut short, or cannot be moved.
@@ -234,13 +234,12 @@ def publish(staging: Path, target: Path, put_aside: Callable[[Sequence[Path]], N
             check_safetensors(staging / file)
         flush(staging / file)
     config = Path("config.json")
-    weights = [*target.glob("model*.safetensors"), target / "model.safetensors.index.json"]
-    replaced = dict.fromkeys((target / config, *weights, *(target / file for file in files)))
-    put_aside([path for path in replaced if os.path.lexists(path)])
+    weights = [path.name for path in target.glob("model*.safetensors")] + ["model.safetensors.index.json"]
+    make_way(list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))))
     (target / config).unlink(missing_ok=True)
-    for file in weights:
-        if file.relative_to(target) not in files:
-            file.unlink(missing_ok=True)
+    for name in weights:
+        if Path(name) not in files:
+            (target / name).unlink(missing_ok=True)
     for file in [file for file in files if file != config] + [config]:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         (staging / file).replace(target / file)

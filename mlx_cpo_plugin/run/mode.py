@@ -16,7 +16,7 @@ from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
-from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done, written_files_recorded
+from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import ConfigError
@@ -86,8 +86,7 @@ def train_test_and_fuse(
     mx.clear_cache()
     if fusing is not None and not is_done(folder, FUSED, run):
         print_section("Fusing Model")
-        with written_files_recorded(folder):
-            fused = fusing.fuse(model, tokenizer)
+        fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
 

@@ -73,17 +73,6 @@ def test_the_hosts_recurrences_are_put_back(name: str, error: type[BaseException
     assert [key for key in before if after[key] is not before[key]] == []
 
 
-@pytest.mark.usefixtures("recurrent_models")
-def test_what_somebody_else_has_replaced_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    gated_delta = import_module("mlx_lm.models.gated_delta")
-    monkeypatch.setattr(gated_delta, "gated_delta_ops", gated_delta.gated_delta_ops)
-
-    with memory_safe_recurrences(build_architecture("qwen3_next"), chunk_size=4):
-        gated_delta.gated_delta_ops = names_of_models
-
-    assert gated_delta.gated_delta_ops is names_of_models
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3_next"])
 def test_a_host_without_recurrences_costs_only_these(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlx_lm_lora.recurrent_patch", None)

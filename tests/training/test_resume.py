@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_pa
 def test_what_a_killed_run_had_not_finished_is_swept_away(tmp_path: Path) -> None:
     run = RunIdentity.new()
     folder = CheckpointFolder(tmp_path, run.id, keep=2)
-    for name in (".machine-123-partial-0000001", ".123-0000001"):
+    for name in (".123-partial-0000001", ".123-removed-0000003"):
         (tmp_path / name).mkdir()
 
     folder.save(2, {"adapters": {"a": mx.ones(3)}}, {"iteration": 2, "run": run.plain()})
@@ -272,9 +272,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(
-            ConfigError, match=rf"^Another run, process {other.pid}, is writing to .*; wait until it ends"
-        ):
+        with pytest.raises(ConfigError, match=r"^Another run is writing to .*; wait until it ends"):
             train(tmp_path)
         other.kill()
 
