@@ -197,8 +197,8 @@ def _named(path: Path, usable: Usable, hashed: bool) -> tuple[Checkpoint, tuple[
 
 def _in_last_step(checkpoint: Checkpoint) -> str:
     return (
-        f"it is inside the last optimizer step of a run of {checkpoint.values.get('iters')} iterations, which may "
-        "hold fewer micro-batches than others"
+        f"it is of the last optimizer step of a run of {checkpoint.values.get('iters')} iterations, and others may not "
+        "end a step, report or validate there"
     )
 
 

@@ -38,8 +38,8 @@ class Outputs:
 
     Args:
         record: which run it is.
-        constants: what every checkpoint holds besides the state, by key; ``last_step_start`` is the iteration before
-            the last optimizer step, whose checkpoint is kept besides the newest.
+        constants: what every checkpoint holds besides the state, by key; ``extends_from`` is the iteration that a run
+            with more ``iters`` goes on from, whose checkpoint is kept besides the newest.
     """
 
     def __init__(
@@ -62,9 +62,7 @@ class Outputs:
         self.metadata = {"run": record.run.id}
         # A rank may die before it has written what the others have: the one before is what all of them have.
         keep = args.keep_checkpoints if self.saves_alone else max(args.keep_checkpoints, 2)
-        self.checkpoints = CheckpointFolder(
-            folder_of_rank(self.folder), record.run.id, keep, constants["last_step_start"]
-        )
+        self.checkpoints = CheckpointFolder(folder_of_rank(self.folder), record.run.id, keep, constants["extends_from"])
         self.constants = {"run": record.run.plain(), **constants}
         self.newest: Path | None = None
 

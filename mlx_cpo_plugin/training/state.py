@@ -109,15 +109,17 @@ class TrainingState:
         mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})
 
 
-def can_resume(values: Mapping[str, Any], iters: int, last_step_start: int) -> bool:
+def can_resume(values: Mapping[str, Any], iters: int, extends_from: int) -> bool:
     """Return whether a run of ``iters`` iterations can continue from a checkpoint with these values.
 
     The last optimizer step of a run may hold fewer micro-batches than the others, whose gradients then weigh more. With
     other ``iters`` it is another step, so the run continues from before it, unless it is over already.
+
+    Args:
+        extends_from: up to where the run does what one with more iterations does.
     """
-    same_plan: bool = values["iters"] == iters
-    before_last_step = values["iteration"] <= min(values["last_step_start"], last_step_start)
-    return same_plan or before_last_step or bool(values["iteration"] >= iters)
+    iteration: int = values["iteration"]
+    return values["iters"] == iters or iteration >= iters or iteration <= min(values["extends_from"], extends_from)
 
 
 def random_seed() -> int:
@@ -167,7 +169,8 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any], checkpo
     told = ", ".join(digests.get(key, f"{key} (was {saved.get(key)}, is {present.get(key)})") for key in differing)
     raise ConfigError(
         f"The run in {checkpoint.folder} cannot be resumed with other settings: {told}; set them back, or start anew "
-        "with another adapter_path, from its weights with resume_adapter_file."
+        "with another adapter_path, from its weights with resume_adapter_file.",
+        key=differing[0].removeprefix("loss option ") if len(differing) == 1 else "",
     )
 
 

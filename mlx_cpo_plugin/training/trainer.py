@@ -87,7 +87,7 @@ def train_cpo(
             return
         if run.start.checkpoint is None:
             validate(run, iteration=1, before_training=True)
-            if run.last_step_start == 0:
+            if run.extends_from == 0:
                 run.outputs.save_checkpoint()
         with saved_on_failure(run.outputs.save_after_failure, stop, run.reporter.say):
             train(run, stop)
@@ -144,7 +144,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
         save_due = iteration % args.steps_per_save == 0
         if save_due:
             outputs.save_numbered(iteration)
-        if save_due or last or stopping or out_of_patience or iteration == run.last_step_start:
+        if save_due or last or stopping or out_of_patience or iteration == run.extends_from:
             outputs.save_checkpoint()
         if stopping:
             outputs.save_adapter()

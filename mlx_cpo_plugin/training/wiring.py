@@ -45,7 +45,7 @@ class Run:
         start: where it begins.
         scorer: ``None`` where the model cannot share prompts.
         identity: all that determines the trained weights, by key.
-        last_step_start: the iteration before the last optimizer step.
+        extends_from: the iteration that a run with more ``iters`` goes on from.
 
     Raises:
         ConfigError: there is nothing to resume, or another run has used the folder meanwhile.
@@ -66,8 +66,11 @@ class Run:
         self.pairs, self.val_pairs = pairs, val_pairs
         folder = Path(args.adapter_file).parent
         lengths = [pair.tokens for pair in pairs]
-        self.last_step_start = last_step_start(lengths, batch_size_of(args), iters=args.iters, seed=args.seed or 0)
-        usable = partial(can_resume, iters=args.iters, last_step_start=self.last_step_start)
+        # At its end a run reports and validates where one with more iters may not.
+        ends_alike = not args.iters % args.steps_per_report and not (val_pairs and args.iters % args.steps_per_eval)
+        within = args.iters + ends_alike
+        self.extends_from = last_step_start(lengths, batch_size_of(args), iters=within, seed=args.seed or 0)
+        usable = partial(can_resume, iters=args.iters, extends_from=self.extends_from)
         self.start = find_start(folder, args.resume, args.run_identity, usable)
         run_id = self.start.record.run.id
         if args.run_identity not in (None, self.start.record.run):
@@ -98,7 +101,7 @@ class Run:
             "identity": self.identity,
             "iters": args.iters,
             "scorer": grouping and {"overhead": grouping.overhead, "budget": grouping.budget},
-            "last_step_start": self.last_step_start,
+            "extends_from": self.extends_from,
         }
         self.outputs = Outputs(model, self.state, self.best, args, self.start.record, constants, self.reporter.say)
 

@@ -370,6 +370,20 @@ def test_more_iterations_than_a_finished_run_had_end_like_never_interrupted(
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("report", "evaluate", "last"), [(3, 2, 6), (1, 6, 6), (4, 2, 3), (2, 4, 3)])
+def test_a_longer_run_goes_on_after_the_last_iteration_if_nothing_there_was_due_to_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: int, evaluate: int, last: int
+) -> None:
+    due = VALIDATED | {"steps_per_report": report, "steps_per_eval": evaluate}
+    train(tmp_path / "run", **due | {"iters": 6})
+
+    resumed = train(tmp_path / "run", resume="auto", **due)
+
+    assert f"Resuming after iteration {last} " in capsys.readouterr().out
+    assert_same(resumed, train(tmp_path / "whole", **due))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def test_every_setting_that_may_change_is_tried() -> None:
     tried = {name for change in CHANGES.values() for name in change} | {"iters"}
     only_about_files_and_names = {"adapter_file", "resume", "run_settings", "run_identity"}

@@ -130,7 +130,7 @@ def test_several_ranks_keep_the_checkpoint_that_all_of_them_have(
 
     args = CPOTrainingArgs(keep_checkpoints=keep, adapter_file=str(tmp_path / "adapters.safetensors"))
     nothing: Any = None
-    outputs = Outputs(nothing, nothing, nothing, args, RunRecord(RunIdentity.new()), {"last_step_start": 0}, print)
+    outputs = Outputs(nothing, nothing, nothing, args, RunRecord(RunIdentity.new()), {"extends_from": 0}, print)
     assert outputs.checkpoints.keep == kept
 
 
