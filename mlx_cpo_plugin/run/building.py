@@ -97,7 +97,7 @@ def model_folder(model: str) -> Path:
 
 
 def _freeze_untrained_layers(model: nn.Module, settings: RunSettings) -> None:
-    """In full training of some layers, leave only the last ``num_layers`` trainable."""
+    """In full training, leave only the last ``num_layers`` trainable."""
     if settings.train_type == "full" and settings.num_layers > 0:
         model.freeze()
         for layer in model.layers[-settings.num_layers :]:
@@ -118,22 +118,24 @@ def quantise_base(model: nn.Module, key: str) -> str:
         ConfigError: there is no layer that can be quantised.
     """
     packing = {"group_size": group_size_for(model), **QUANTISED_LOADS[key]}
-    if packing["group_size"] is None:
+    size = packing["group_size"]
+    if size is None:
         raise ConfigError(
             f"{key} needs layers whose width divides by {min(GROUP_SIZES)}; remove it: the model has none.",
             key=key,
         )
-    left_out = [module for module in _quantisable_layers(model) if module.weight.shape[-1] % packing["group_size"]]
-    kept = {id(module) for module in left_out}
-    nn.quantize(
-        model, **packing, class_predicate=lambda _, module: hasattr(module, "to_quantized") and id(module) not in kept
-    )
+
+    def is_packed(_: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+
+    left_out = [module.weight.shape[-1] for module in _quantisable_layers(model) if not is_packed("", module)]
+    nn.quantize(model, **packing, class_predicate=is_packed)
     if hasattr(model, "args"):
         model.args.quantization = model.args.quantization_config = {"mode": "affine", **packing}
-    sentence = f"{key}: weights of {packing['bits']} bits, in groups of {packing['group_size']}"
+    sentence = f"{key}: weights of {packing['bits']} bits, in groups of {size}"
     if not left_out:
         return f"{sentence}."
-    widths = ", ".join(str(width) for width in sorted({module.weight.shape[-1] for module in left_out}))
+    widths = ", ".join(map(str, sorted(set(left_out))))
     return f"{sentence}; {len(left_out)} layers, {widths} wide, do not divide by that and stay as they are."
 
 
@@ -150,7 +152,7 @@ def _quantisable_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
-    """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``.
+    """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``, by mlx_lm or mlx-lm-lora.
 
     Without this an adapter of another scale, which its file does not show, would begin as something else.
     """
@@ -160,18 +162,29 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     if config_file is None:
         print_info(f"There is no {ADAPTER_CONFIG} beside {file}: lora_parameters and num_layers are the settings'.")
         return
+
+    def adapted(num_layers: int) -> int:
+        return layers if num_layers < 1 else min(num_layers, layers)
+
+    wanted: dict[str, Any] = {"train_type": settings.train_type, "num_layers": adapted(settings.num_layers)}
+    wanted |= {f"lora_parameters.{key}": value for key, value in settings.lora_parameters.items()}
     try:
-        saved = _adapter_settings(json.loads(config_file.read_text(encoding="utf-8")), layers)
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        parameters = config.get("lora_parameters") or {}
+        kind = config.get("fine_tune_type") or config.get("train_type")
+        if kind is None and "use_dora" in parameters:
+            kind = "dora" if parameters["use_dora"] else "lora"
+        number = config.get("num_layers", parameters.get("num_layers"))
+        saved = {
+            "train_type": kind,
+            "num_layers": None if number is None else adapted(int(number)),
+            **{f"lora_parameters.{key}": parameters.get(key) for key in ("rank", "scale", "dropout", "keys")},
+        }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{config_file} cannot be read ({first_line(error)}); restore or remove it.", key="resume_adapter_file"
         ) from error
-    wanted: dict[str, Any] = {
-        "train_type": settings.train_type,
-        "num_layers": _number_of_layers(settings.num_layers, layers),
-        **{f"lora_parameters.{key}": value for key, value in settings.lora_parameters.items()},
-    }
-    if saved["train_type"] == "full" or wanted["train_type"] == "full":
+    if "full" in (saved["train_type"], wanted["train_type"]):
         saved = {"train_type": saved["train_type"]}
     differing = {key: value for key, value in saved.items() if value is not None and wanted.get(key) != value}
     dropout = differing.pop("lora_parameters.dropout", None)
@@ -184,25 +197,6 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     if dropout is not None:
         here = wanted["lora_parameters.dropout"]
         print_info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
-
-
-def _adapter_settings(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Return what an ``adapter_config.json`` of mlx_lm or mlx-lm-lora says, under the names of the settings."""
-    parameters = config.get("lora_parameters") or {}
-    kind = config.get("fine_tune_type") or config.get("train_type")
-    if kind is None and "use_dora" in parameters:
-        kind = "dora" if parameters["use_dora"] else "lora"
-    number = config.get("num_layers", parameters.get("num_layers"))
-    return {
-        "train_type": kind,
-        "num_layers": None if number is None else _number_of_layers(int(number), layers),
-        **{f"lora_parameters.{key}": parameters.get(key) for key in ("rank", "scale", "dropout", "keys")},
-    }
-
-
-def _number_of_layers(num_layers: int, layers: int) -> int:
-    """Return how many layers ``num_layers`` means; below 1 it means all."""
-    return layers if num_layers < 1 else min(num_layers, layers)
 
 
 def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:

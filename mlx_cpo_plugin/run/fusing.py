@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
-from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model, save_config
+from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model
 from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
 
 from mlx_cpo_plugin.atomic_files import check_safetensors, flush
@@ -67,7 +66,11 @@ class Fusing:
         precision = self._merge(model, base, trained)
         self._check_room(model, parts, base, target, precision)
         try:
-            with staging_folder(target) as staging:
+            target.mkdir(parents=True, exist_ok=True)
+            for left in target.glob(f"{_STAGING}*"):  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
+            with TemporaryDirectory(prefix=_STAGING, dir=target) as folder:
+                staging = Path(folder)
                 _save(model, tokenizer, parts, staging)
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
@@ -80,7 +83,7 @@ class Fusing:
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space or set fuse: false. "
                 "The adapter is intact, and nothing of the fused model is left."
             ) from error
-        if self.before is not None and trained is not None and fused is not None:
+        if self.before and trained and fused:
             self.say(rounding_cost(self.before, trained, fused))
             kept = margin_retained(self.before, trained, fused)
             if kept is not None and kept < ENOUGH:
@@ -92,7 +95,7 @@ class Fusing:
             make_way(Path(self.settings.adapter_path), names, self.say)
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
-        return held_out_scores(model, self.pairs, getattr(self.settings, "scoring", "auto")) if self.pairs else None
+        return held_out_scores(model, self.pairs, self.settings.scoring) if self.pairs else None
 
     def _merge(self, model: nn.Module, base: Path, trained: HeldOutScores | None) -> str:
         """Merge the adapter, give the weights the precision of the fused model, and return a description of it."""
@@ -118,11 +121,11 @@ class Fusing:
     ) -> bool:
         """Merge into a base that is quantised on disk in its own bits, where that keeps what was learned."""
         quantization = load_config(base).get("quantization")
-        if quantization is None or self.before is None or trained is None:
+        if not (quantization and self.before and trained):
             return False
         model.update_modules(tree_unflatten([(name, module.fuse()) for name, module in adapters]))
         merged = self._scores(model)
-        kept = None if merged is None else margin_retained(self.before, trained, merged)
+        kept = margin_retained(self.before, trained, merged) if merged else None
         if kept is not None and kept >= ENOUGH:
             model.args.quantization = model.args.quantization_config = quantization
             return True
@@ -135,8 +138,9 @@ class Fusing:
         self, model: nn.Module, parts: TextAndTowers | None, base: Path, target: Path, precision: str
     ) -> None:
         """Say how large the model will be, before anything of it is computed or written."""
-        size = sum(array.nbytes for array in by_name(model.parameters()).values())
-        size += 0 if parts is None else parts.towers_size
+        size = sum(
+            array.nbytes for array in [*by_name(model.parameters()).values(), *(parts.towers.values() if parts else ())]
+        )
         base_size = sum(file.stat().st_size for file in base.glob("model*.safetensors")) or size
         self.say(
             f"The fused model, {precision}, takes {_bytes(size)}: {size / base_size:.1f} times the {_bytes(base_size)} "
@@ -170,7 +174,7 @@ def _merged_layer(name: str, module: nn.Module) -> nn.Module:
 
 def _save(model: nn.Module, tokenizer: Any, parts: TextAndTowers | None, folder: Path) -> None:
     """Have the host write the model, whose arrays are freed shard by shard."""
-    if parts is not None:
+    if parts:
         whole = parts.joined(model)
         model.update(tree_map(lambda _: mx.array([]), model.parameters()))
         model = whole
@@ -183,36 +187,14 @@ def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> N
     These are the keys of the base model's ``config.json`` that the model class itself does not read, among them
     ``eos_token_id``, its ``generation_config.json``, and code of its own; with towers, what belongs to these.
     """
-    base_config = load_config(base_folder)
     # Whether the fused model is quantised, only the host's own file says.
-    base = {key: value for key, value in base_config.items() if not key.startswith("quantization")}
-    save_config({**base, **load_config(folder)}, folder / "config.json")
-    patterns = ["generation_config.json", "*.py"]
-    if parts is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | parts.config(base_config)
-        (folder / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True), encoding="utf-8")
-        patterns.append("*processor*.json")
-    for pattern in patterns:
+    left_out = {"quantization", "quantization_config", "_name_or_path", *(() if parts else ("vision_config",))}
+    base = {key: value for key, value in load_config(base_folder).items() if key not in left_out}
+    config = json.dumps({**base, **load_config(folder)}, indent=4, sort_keys=True)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    for pattern in ("generation_config.json", "*.py", *(("*processor*.json",) if parts else ())):
         for file in base_folder.glob(pattern):
             shutil.copy(file, folder)
-
-
-@contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder inside ``target``, which is removed in the end, as is what killed processes left there."""
-    is_new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob(f"{_STAGING}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    staging = target / f"{_STAGING}{os.getpid()}"
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # unless the model is in it
-                target.rmdir()
 
 
 def publish(staging: Path, target: Path, make_way: Callable[[Collection[str]], None] = lambda names: None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -126,17 +126,11 @@ def report_on_test_set(
     test_set: Sequence[Any],
     callback: TrainingCallback | None = None,
 ) -> None:
-    """Evaluate the model on the test set, and report the metrics on the first rank."""
+    """Evaluate the model, print the metrics in the host's shape, and send them to metrics file and trackers."""
     print_section("Testing")
     metrics = mode.evaluate(model, test_set, settings)
-    if is_first_rank():
-        report_test(settings, mode, metrics, callback)
-
-
-def report_test(
-    settings: RunSettings, mode: TrainMode, metrics: Mapping[str, float], callback: TrainingCallback | None
-) -> None:
-    """Print the test metrics in the host's shape, append them to the metrics file, and send them to the trackers."""
+    if not is_first_rank():
+        return
     print(f"{Colors.BOLD}Test Results:{Colors.RESET}")
     labels = {"loss": "Loss", "accuracies": "Accuracy", "margins": "Margin"}
     for name, label in labels.items():

@@ -16,7 +16,6 @@ from mlx_cpo_plugin.errors import first_line, is_device_fault
 from mlx_cpo_plugin.parameters import by_name
 
 _TOWER_CONFIGS = ("vision_config", "audio_config", "video_config", "speech_config")
-_LANGUAGE_ALONE = "the fused model will be its language model alone"
 # Parts of names that only the language model has.
 _OF_TEXT = {"language_model", "text_model", "lm_head", "embed_tokens"}
 
@@ -33,11 +32,6 @@ class TextAndTowers:
     towers: Mapping[str, mx.array]
     names: Mapping[str, str]
 
-    @property
-    def towers_size(self) -> int:
-        """Bytes of the towers."""
-        return sum(array.nbytes for array in self.towers.values())
-
     def joined(self, model: nn.Module) -> nn.Module:
         """Return a module with the language model's present weights and the towers, all by their names on disk."""
         weights = {self._on_disk(name): value for name, value in by_name(model.parameters()).items()}
@@ -46,18 +40,6 @@ class TextAndTowers:
             whole[key] = value
         whole.args = model.args
         return whole
-
-    def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keys of the base model's configuration that belong to the towers."""
-        kept = {key: base[key] for key in _TOWER_CONFIGS if key in base}
-        if any(name.endswith(".scales") for name in self.towers) and "quantization" in base:
-            prefixes = {name.rsplit(".", 1)[0] for name in self.towers}
-            kept["quantization"] = {
-                key: value
-                for key, value in base["quantization"].items()
-                if not isinstance(value, dict) or key in prefixes
-            }
-        return kept
 
     def _on_disk(self, name: str) -> str:
         if name in self.names:
@@ -77,6 +59,7 @@ def text_and_towers(model: nn.Module, base: Path, say: Callable[[str], None]) ->
     weights: dict[str, mx.array] = {}
     for file in sorted(base.glob("model*.safetensors")):
         weights |= mx.load(str(file))  # type: ignore[arg-type]  # safetensors: a dict
+    fault, kept = "", weights
     try:
         model_class: Any = type(model)
         fresh = model_class(model.args)  # sanitize changes the model, too; no array of this one is ever computed
@@ -84,23 +67,23 @@ def text_and_towers(model: nn.Module, base: Path, say: Callable[[str], None]) ->
     except Exception as error:  # architectures raise of many kinds
         if is_device_fault(error):
             raise
-        say(f"The base model is multimodal, but {_LANGUAGE_ALONE} ({first_line(error)}).")
-        return None
+        fault = first_line(error)
     passed_on = {id(array): name for name, array in kept.items()}
     names = {passed_on[id(array)]: name for name, array in weights.items() if id(array) in passed_on}
-    towers = {
-        name: array
-        for name, array in weights.items()
-        if id(array) not in passed_on and not _OF_TEXT & set(name.split("."))
-    }
-    # An adapter's layers are one level deeper than those on disk.
-    own = {name.replace(".linear.", ".").replace(".embedding.", ".") for name in by_name(model.parameters())}
-    strange = [name for name in own if name not in names and not name.endswith((".lora_a", ".lora_b", ".m"))]
-    strange = [name for name in strange if f"{name.rpartition('.')[0]}.weight" not in names]
+    towers = {name: array for name, array in weights.items() if id(array) not in passed_on}
+    towers = {name: array for name, array in towers.items() if not _OF_TEXT & set(name.split("."))}
     if not towers:
         return None
+    # An adapter's layers are one level deeper than those on disk.
+    own = {name.replace(".linear.", ".").replace(".embedding.", ".") for name in by_name(model.parameters())}
+    own = {name for name in own if name not in names and not name.endswith((".lora_a", ".lora_b", ".m"))}
+    strange = [name for name in own if f"{name.rpartition('.')[0]}.weight" not in names]
     if strange:
-        say(f"The base model is multimodal, but {_LANGUAGE_ALONE} ({strange[0]} has no counterpart in its files).")
+        fault = fault or f"{min(strange)} has no counterpart in its files"
+    if any(name.endswith(".scales") for name in towers):
+        fault = fault or "its towers are quantised"
+    if fault:
+        say(f"The base model is multimodal, but the fused model will be its language model alone ({fault}).")
         return None
     say(f"The base model is multimodal: its {len(towers)} other weights go into the fused model as they are.")
     return TextAndTowers(towers, names)

@@ -26,7 +26,7 @@ from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run import fusing
-from mlx_cpo_plugin.run.fusing import publish, staging_folder
+from mlx_cpo_plugin.run.fusing import publish
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_rows, held_out_scores
 
@@ -243,13 +243,13 @@ def test_a_fused_model_takes_the_place_of_an_older_one_as_a_whole(tmp_path: Path
     target.mkdir()
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"):
         (target / name).write_text("older")
-    with staging_folder(target) as staging:
-        mx.save_safetensors(str(staging / "model.safetensors"), {"weight": mx.ones(3)})
-        (staging / "config.json").write_text("new")
-        (staging / "templates").mkdir()
-        (staging / "templates" / "chat.jinja").write_text("new")
+    staging = tmp_path / "staging"
+    (staging / "templates").mkdir(parents=True)
+    mx.save_safetensors(str(staging / "model.safetensors"), {"weight": mx.ones(3)})
+    (staging / "config.json").write_text("new")
+    (staging / "templates" / "chat.jinja").write_text("new")
 
-        publish(staging, target)
+    publish(staging, target)
 
     files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert files == {"model.safetensors", "config.json", "notes.txt", "templates/chat.jinja"}
