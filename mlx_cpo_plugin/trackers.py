@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -46,23 +46,11 @@ class RunDescription(NamedTuple):
     settings: Mapping[str, Any]
 
 
-class Tracker(Protocol):
-    """A tracker as the callback sees it. Any method may raise what its client raises."""
-
-    def start(self, run: RunDescription, run_id: str | None) -> str:
-        """Begin a run, or continue the one that ``run_id`` names; return the run's id."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Send metrics by name."""
-
-    def finish(self, failed: bool) -> None:
-        """End the run, and wait until everything has arrived."""
-
-
-class ClientTracker:
+class Tracker:
     """W&B, Trackio or SwanLab, whose modules have an ``init``, and its run a ``log`` and a ``finish``.
 
-    ``WANDB_MODE=offline`` and ``SWANLAB_MODE=offline`` keep a run on this machine, where Trackio has it anyway.
+    ``WANDB_MODE=offline`` and ``SWANLAB_MODE=offline`` keep a run on this machine, where Trackio has it anyway. Any
+    method may raise what the client raises.
     """
 
     run: Any
@@ -71,6 +59,7 @@ class ClientTracker:
         self.client = client
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
+        """Begin a run, or continue the one that ``run_id`` names; return the run's id."""
         arguments: dict[str, Any] = {"id": run_id, "resume": "allow" if run_id else None}
         if self.client == "trackio":
             arguments = {"name": run_id or run.name, "resume": "allow" if run_id else "never", "embed": False}
@@ -83,9 +72,11 @@ class ClientTracker:
         return str(self.run.name if self.client == "trackio" else self.run.id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send metrics by name."""
         self.run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
+        """End the run, and wait until everything has arrived."""
         outcomes: dict[str, dict[str, Any]] = {
             "wandb": {"exit_code": int(failed)},
             "swanlab": {"state": "crashed" if failed else "success"},
@@ -93,7 +84,7 @@ class ClientTracker:
         self.run.finish(**outcomes.get(self.client, {}))
 
 
-class TensorboardTracker:
+class TensorboardTracker(Tracker):
     """Event files in ``runs`` inside the adapter folder, one folder a run, its name being the id."""
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
@@ -115,23 +106,20 @@ class TensorboardTracker:
         self.writer.close()
 
 
-CLIENTS = {
-    "wandb": ("wandb", "init"),
-    "tensorboard": ("tensorboardX", "SummaryWriter"),
-    "trackio": ("trackio", "init"),
-    "swanlab": ("swanlab", "init"),
-}
-"""Value of ``report_to`` -> the module of its client, and an attribute that this module must have."""
+def client_of(tracker: str) -> str:
+    """Return the module of the client of a value of ``report_to``."""
+    return "tensorboardX" if tracker == "tensorboard" else tracker
 
 
 def require_clients(settings: RunSettings) -> None:
     """Raise ``ConfigError`` where the client of a tracker that the settings name cannot be imported."""
     for name in _trackers_of(settings):
-        module, attribute = CLIENTS[name]
+        module = client_of(name)
         try:
-            # A folder of logs with the module's name in the working directory can be imported, too, but is empty.
-            getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            # A folder of logs with the module's name in the working directory can be imported, too, but is no file.
+            if import_module(module).__file__ is None:
+                raise ImportError
+        except ImportError as error:
             listed = name in (settings.report_to or ())
             what, remove = (
                 (f"report_to names {name}", f"{name} from report_to") if listed else ("wandb is set", "the key")
@@ -166,7 +154,7 @@ def tracked_run(settings: RunSettings, callback: TrainingCallback | None) -> Ite
         folder,
         {"run_id": settings.run_identity.id, **plain_values(values)},
     )
-    trackers = {name: TensorboardTracker() if name == "tensorboard" else ClientTracker(name) for name in names}
+    trackers = {name: (TensorboardTracker if name == "tensorboard" else Tracker)(name) for name in names}
     tracking = TrackerCallback(trackers, run, callback, set(names) - set(settings.report_to or ()))
     failed = True
     try:

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.run import mode as host_run
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.nested import TRACKERS
 from mlx_cpo_plugin.settings.run_settings import plain_values
-from mlx_cpo_plugin.trackers import CLIENTS, RunDescription, TensorboardTracker, TrackerCallback, trl_names
+from mlx_cpo_plugin.trackers import RunDescription, TensorboardTracker, TrackerCallback, client_of, trl_names
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.trainer import train_cpo
 
@@ -54,6 +54,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
     """The one client that W&B, Trackio and SwanLab have together."""
     client = Client()
     module = ModuleType("stand_in")
+    module.__file__ = "stand_in.py"
     module.init = client.init  # type: ignore[attr-defined]  # a module of this test's own
     for name in ("wandb", "trackio", "swanlab"):
         monkeypatch.setitem(sys.modules, name, module)
@@ -220,14 +221,16 @@ def test_what_is_no_tracker_is_refused(value: Any, allowed: str) -> None:
     assert (error.key, error.place, error.allowed) == ("report_to", "in the call", allowed)
 
 
-@pytest.mark.parametrize("tracker", CLIENTS)
+@pytest.mark.parametrize("tracker", TRACKERS)
 @pytest.mark.parametrize("what", ["missing", "a folder of logs"])
 def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
     settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, tracker: str, what: str
 ) -> None:
     monkeypatch.setattr(host_run, "load_chat_tokenizer", lambda model: pytest.fail("the tokenizer was loaded"))
-    module, _ = CLIENTS[tracker]
-    monkeypatch.setitem(sys.modules, module, None if what == "missing" else ModuleType(module))  # type: ignore[arg-type]  # None: no such module
+    module = client_of(tracker)
+    folder = ModuleType(module)
+    folder.__file__ = None
+    monkeypatch.setitem(sys.modules, module, None if what == "missing" else folder)  # type: ignore[arg-type]  # None: no such module
 
     with pytest.raises(
         ConfigError,
@@ -241,9 +244,8 @@ def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
 
 def test_every_tracker_has_an_extra_of_its_name() -> None:
     extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for tracker, (module, _) in CLIENTS.items():
-        assert extras["optional-dependencies"][tracker][0].startswith(module)
-    assert tuple(CLIENTS) == TRACKERS
+    for tracker in TRACKERS:
+        assert extras["optional-dependencies"][tracker][0].startswith(client_of(tracker))
 
 
 @pytest.mark.parametrize("failing", ["log", "finish"])
@@ -272,6 +274,7 @@ def test_a_tracker_that_cannot_start_is_left_out_while_others_are_told(
     settings: Settings, run_main: RunMain, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("swanlab")
+    module.__file__ = "swanlab.py"
     module.init = lambda **_: 1 / 0  # type: ignore[attr-defined]  # a module of this test's own
     monkeypatch.setitem(sys.modules, "swanlab", module)
 
@@ -470,7 +473,7 @@ def test_tensorboard_files_hold_every_report_of_a_run(settings: Settings, run_ma
 
 @pytest.mark.usefixtures("tensorboard")
 def test_tensorboard_has_one_folder_for_a_resumed_run_and_another_for_a_new_one(tmp_path: Path) -> None:
-    interrupted, resumed, anew = TensorboardTracker(), TensorboardTracker(), TensorboardTracker()
+    interrupted, resumed, anew = (TensorboardTracker("tensorboard") for _ in range(3))
     with pytest.raises(InterruptedError):
         train(tmp_path, interrupted, end_at=5)
     interrupted.finish(failed=True)

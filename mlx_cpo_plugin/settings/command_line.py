@@ -28,9 +28,7 @@ Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """A parser that raises ``ConfigError`` and reads abbreviations as mlx-lm-lora does."""
-
-    host_flags: frozenset[str] = frozenset()
+    """A parser that raises ``ConfigError``."""
 
     def error(self, message: str) -> NoReturn:
         message = named(" ".join(message.split()))
@@ -40,12 +38,6 @@ class CommandLineParser(argparse.ArgumentParser):
             key=flag[1].replace("-", "_") if flag else "",
             place=ON_THE_COMMAND_LINE,
         )
-
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Keep abbreviations of mlx-lm-lora's flags valid where a flag of a plugin begins likewise."""
-        matches = super()._get_option_tuples(option_string)
-        of_the_host = [match for match in matches if match[1] in self.host_flags]
-        return of_the_host or matches
 
 
 def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = None) -> CommandLineParser:
@@ -61,7 +53,6 @@ def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = 
     modes = train_modes()
     options = known_options([mode] if mode else modes.values(), loss_types().values())
     parser = CommandLineParser(prog=host_parser.prog, description=host_parser.description, add_help=False)
-    parser.host_flags = frozenset(flag for action in host_parser._actions for flag in action.option_strings)
     for action in host_parser._actions:
         option = options.pop(action.dest, None)
         if option is not None:

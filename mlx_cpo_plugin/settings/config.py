@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.errors import ConfigError
@@ -68,8 +68,7 @@ class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings,
         return settings
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """The settings of a run, and advice on them, one sentence each."""
 
     settings: RunSettings

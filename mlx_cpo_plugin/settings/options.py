@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import nested
-from mlx_cpo_plugin.settings.validation import Place
+from mlx_cpo_plugin.settings.validation import Place, refused
 from mlx_cpo_plugin.types import Option
 
 # What MLX's quantiser takes.
@@ -236,21 +235,10 @@ def mlx_quantises(bits: int, group_size: int, mode: str = "affine") -> bool:
 
 def check_quantizer(quantizer: str, bits: int, group_size: int, mode: str, place: Place) -> None:
     """Raise ``ConfigError`` for a combination that the quantiser of ``qat_quantizer`` does not support."""
-    if quantizer == MLX and not mlx_quantises(bits, group_size, mode):
-        raise ConfigError(
-            f"qat_quantizer is mlx {place('qat_quantizer')}, which takes qat_bits {_listed(BITS)} and qat_group_size "
-            f"{_listed(GROUP_SIZES)}, not {bits} and {group_size}; change them, or set qat_quantizer: host.",
-            key="qat_quantizer",
-            place=place("qat_quantizer"),
-        )
+    if quantizer == MLX and mode == "affine":
+        for key, value, supported in (("qat_bits", bits, BITS), ("qat_group_size", group_size, GROUP_SIZES)):
+            if value not in supported:
+                listed = ", ".join(map(str, supported))
+                raise refused(key, value, place(key), f"one of {listed} with qat_quantizer: mlx")
     if quantizer == HOST and mode != "affine":
-        raise ConfigError(
-            f"qat_mode is {mode} {place('qat_mode')}, which qat_quantizer: host does not have; set qat_quantizer: mlx.",
-            key="qat_mode",
-            place=place("qat_mode"),
-            allowed="affine",
-        )
-
-
-def _listed(values: tuple[int, ...]) -> str:
-    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
+        raise refused("qat_mode", mode, place("qat_mode"), "affine with qat_quantizer: host")

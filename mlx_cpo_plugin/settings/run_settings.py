@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,6 @@ from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
 
 _DISTRIBUTIONS = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
 _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
-# `resume` says how a run went on, not what it is.
-_LEFT_OUT = frozenset({"resume"})
-_SECRETS = frozenset({"token"})
 
 
 def recorded_settings(settings: RunSettings) -> dict[str, Any]:
@@ -75,26 +72,17 @@ def _version(distribution: str) -> str:
         return "of unknown version"
 
 
-def plain_values(value: Any, is_left_out: Callable[[str, Any], bool] = lambda key, item: False) -> Any:
-    """Return a value with the types of YAML and JSON only, without access tokens.
-
-    Args:
-        is_left_out: ``is_left_out(key, item)``, whether an item of a mapping is left out, too.
-    """
+def plain_values(value: object) -> Any:
+    """Return a value with the types of YAML and JSON only, without access tokens."""
     if isinstance(value, Mapping):
-        return {
-            str(key): plain_values(item, is_left_out)
-            for key, item in value.items()
-            if key not in _SECRETS and not is_left_out(key, item)
-        }
+        return {str(key): plain_values(item) for key, item in value.items() if key != "token"}
     if isinstance(value, list | tuple):
-        return [plain_values(item, is_left_out) for item in value]
+        return [plain_values(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
 
 
 def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return :func:`plain_values` without what is not set, and what is no part of the run."""
-    plain: dict[str, Any] = plain_values(values, lambda key, item: item is None or key in _LEFT_OUT)
-    return plain
+    """Return :func:`plain_values` of what is set, except ``resume``, which says how a run went on, not what it is."""
+    return {key: plain_values(value) for key, value in values.items() if value is not None and key != "resume"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -86,7 +87,10 @@ def _convert(kind: type, value: object) -> Any:
     if kind is int:
         return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if kind is float:
-        return _finite(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+        with suppress(OverflowError):
+            if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        return None
     if kind is str:
         return os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if kind is dict:
@@ -98,14 +102,6 @@ def _convert(kind: type, value: object) -> Any:
             return [value]
         return list(value) if isinstance(value, list | tuple) else None
     return value
-
-
-def _finite(value: Real) -> float | None:
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _within(option: Option, value: Any) -> bool:

@@ -143,22 +143,17 @@ def parse_settings(text: str, path: str | Path) -> YamlSettings:
         values = loader.construct_document(root)
     except ConfigError:
         raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise _refused(path, mark.line + 1 if mark else None, _not_valid(error.problem or error.context)) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _refused(path, line, _not_valid(error.reason)) from error
     except NOT_YAML as error:
-        raise _refused(path, None, _not_valid(first_line(error))) from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = mark.line + 1 if mark else None
+        if isinstance(error, yaml.reader.ReaderError):
+            line, problem = text.count("\n", 0, error.position) + 1, error.reason
+        problem = printable(" ".join(str(problem or first_line(error)).split()))[:200].rstrip(".")
+        raise _refused(path, line, f"is not valid YAML: {problem}") from error
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
         raise _refused(path, None, f"holds {kind} where 'key: value' lines are expected")
     return YamlSettings(str(path), {key if isinstance(key, str) else named(key): values[key] for key in values}, lines)
-
-
-def _not_valid(problem: object) -> str:
-    return f"is not valid YAML: {printable(' '.join(str(problem).split()))[:200].rstrip('.')}"
 
 
 def _refused(path: str | Path, line: int | None, fault: str, key: str = "") -> ConfigError:

@@ -312,13 +312,6 @@ def test_loss_from_elsewhere_sets_the_range_of_its_options() -> None:
         from_call(dpo_cpo_loss_type="rank", beta=11)
 
 
-@pytest.mark.usefixtures("rank")
-def test_flag_from_elsewhere_makes_no_abbreviation_ambiguous() -> None:
-    words = ("--train-m", "cpo", "--train", "--val", "3", "--dpo-cpo-loss-type", "rank", "--rank-m", "1")
-
-    assert from_words(*words).val_batches == 3
-
-
 @pytest.mark.usefixtures("judged")
 def test_mode_without_losses_has_no_loss_options_and_every_common_setting() -> None:
     resolved = from_words("--train-mode", "judged", "--train", "--temper", "2")

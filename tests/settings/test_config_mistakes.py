@@ -292,7 +292,8 @@ def test_mode_that_nobody_registers(name: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"qat_quantizer": "mlx", "qat_bits": 7}, "qat_quantizer"),
+        ({"qat_quantizer": "mlx", "qat_bits": 7}, "qat_bits"),
+        ({"qat_quantizer": "mlx", "qat_group_size": 0}, "qat_group_size"),
         ({"qat_quantizer": "host", "qat_mode": "mxfp4"}, "qat_mode"),
     ],
 )
