@@ -138,7 +138,7 @@ def test_bits_that_mlx_does_not_have_are_those_of_the_host_unless_mlx_is_asked_f
     assert np.array_equal(output(bits=7, group_size=64), output(bits=7, group_size=64, quantizer="host"))
     with pytest.raises(ConfigError, match=r"^qat_bits is 7"):
         check_training_args(CPOTrainingArgs(qat_enable=True, qat_bits=7, qat_quantizer="mlx"))
-    with pytest.raises(ConfigError, match=r"^qat_mode is mxfp4"):
+    with pytest.raises(ConfigError, match=r"^qat_mode is 'mxfp4'"):
         check_training_args(CPOTrainingArgs(qat_enable=True, qat_mode="mxfp4", qat_quantizer="host"))
     check_training_args(CPOTrainingArgs(qat_bits=7, qat_quantizer="mlx"))  # QAT is off
 
