@@ -6,8 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +14,24 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.reading import RowGroup, read_splits
-from mlx_cpo_plugin.data.rows import Columns, parse_row
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
+from mlx_cpo_plugin.data.reading import RowGroup, SourceSettings, read_splits
+from mlx_cpo_plugin.data.rows import Columns, first_few, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TemplateSettings, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, fit, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
 
 UNCUT = sys.maxsize
 """The ``max_seq_length`` of pairs that are not cut."""
 
-_LOCATIONS_SHOWN = 3
-_REASONS_SHOWN = 8
+
+class DataSettings(SourceSettings, TemplateSettings, Protocol):
+    """The settings that decide on pairs, by the keys of the YAML file."""
+
+    train: bool
+    test: bool
+    max_seq_length: int
+    overlong: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,7 @@ class DataReport:
 
     Attributes:
         split: ``train``, ``valid`` or ``test``.
-        rows: rows read.
-        pairs: pairs made of them.
+        rows, pairs: rows read, and pairs made of them.
         skipped: reason -> the sources of the rows left out for it, e.g. ``train.jsonl:12``.
         prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
         lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
@@ -45,7 +50,7 @@ class DataReport:
     split: str
     rows: int = 0
     pairs: int = 0
-    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
     prompts_cut: int = 0
     answers_cut: int = 0
     lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -58,25 +63,21 @@ class DataReport:
 
     def summary(self) -> str:
         """One line: ``Train: 1360 rows, 1358 pairs, 2 skipped (an answer is empty: train.jsonl:3, train.jsonl:9)``."""
+        notes = " ".join(self.notes)
         if not self.rows:
-            return f"{self.split.capitalize()}: " + (" ".join(self.notes) or "none.")
+            return f"{self.split.capitalize()}: {notes or 'none.'}"
         parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
         if self.skipped:
-            reasons = "; ".join(
-                f"{reason}: {_places(places)}" for reason, places in [*self.skipped.items()][:_REASONS_SHOWN]
-            )
-            if len(self.skipped) > _REASONS_SHOWN:
-                reasons += f"; and {len(self.skipped) - _REASONS_SHOWN} more reasons"
-            parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({reasons})")
+            reasons = [f"{reason}: {first_few(places, 3)}" for reason, places in self.skipped.items()]
+            parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({first_few(reasons, 8, '; ')})")
         if self.prompts_cut:
             parts.append(f"prompt cut in {self.prompts_cut}")
         if self.answers_cut:
             parts.append(f"answer cut in {self.answers_cut}")
-        notes = "".join(f" {note}" for note in self.notes)
-        return f"{self.split.capitalize()}: {', '.join(parts)}.{notes}"
+        return f"{self.split.capitalize()}: {', '.join(parts)}. {notes}".rstrip()
 
 
-class PreferenceDataset(Sequence[PreferencePair]):
+class PreferenceDataset(list[PreferencePair]):
     """The usable pairs of one split, in the order of their rows.
 
     Attributes:
@@ -95,33 +96,24 @@ class PreferenceDataset(Sequence[PreferencePair]):
         notes: tuple[str, ...] = (),
         tokenizer: str = "",
     ) -> None:
-        self._cut = tuple(pairs)
-        self._pairs = [cut.pair for cut in pairs]
+        super().__init__(cut.pair for cut in pairs)
+        self._cut = pairs
         self._told = False
         self.tokenizer = tokenizer
+        skipped = skipped or {}
         self.report = DataReport(
             split=split,
-            rows=len(pairs) + sum(map(len, (skipped or {}).values())),
+            rows=len(pairs) + sum(map(len, skipped.values())),
             pairs=len(pairs),
-            skipped={reason: tuple(places) for reason, places in (skipped or {}).items()},
+            skipped=skipped,
             prompts_cut=sum(cut.prompt_cut for cut in pairs),
             answers_cut=sum(cut.answer_cut for cut in pairs),
             lengths={
-                part: np.array([len(getattr(pair, part)) for pair in self._pairs], dtype=np.int64)
+                part: np.array([len(getattr(pair, part)) for pair in self], dtype=np.int64)
                 for part in ("prompt", "chosen", "rejected")
             },
             notes=notes,
         )
-
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
-    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
-        return self._pairs[index]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
     def process(self, pair: PreferencePair) -> PreferencePair:
         """Return the pair as it is; mlx-lm-lora's ``CacheDataset`` calls this."""
@@ -166,60 +158,62 @@ class PreferenceDataset(Sequence[PreferencePair]):
 Splits = tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]
 
 
-def load_dataset(args: Any, tokenizer: Any) -> Splits:
-    """Read, tokenise and cut the splits that ``args.train`` and ``args.test`` ask for; the others are empty.
+def load_dataset(settings: DataSettings, tokenizer: Any) -> Splits:
+    """Read, tokenise and cut the splits that ``train`` and ``test`` ask for; the others are empty.
 
     Args:
-        args: settings with ``data`` or ``hf_dataset``, ``train``, ``test``, ``max_seq_length``, ``seed``,
-            ``valid_fraction`` and the column names.
         tokenizer: mlx-lm's tokenizer wrapper, or the tokenizer inside it.
 
     Raises:
         DataError: data is missing or unreadable, a column is missing, or more than half of the rows are unusable.
     """
-    wanted = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
-    splits = load_splits(args, tokenizer, wanted)
-    require_splits(args, splits)
+    wanted = (["train", "valid"] if settings.train else []) + (["test"] if settings.test else [])
+    splits = load_splits(settings, tokenizer, wanted)
+    require_splits(settings, splits)
     return splits
 
 
-def require_splits(args: Any, splits: Sequence[PreferenceDataset]) -> None:
-    """Raise DataError where ``args.train`` or ``args.test`` asks for a set that has no pairs."""
+def require_splits(settings: DataSettings, splits: Sequence[PreferenceDataset]) -> None:
+    """Raise DataError where ``train`` or ``test`` is on and that set has no pairs."""
     for split in splits:
         name = split.report.split
-        if name != "valid" and getattr(args, name) and not split:
+        if name != "valid" and getattr(settings, name) and not split:
             raise DataError(f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.")
 
 
-def load_splits(args: Any, tokenizer: Any, wanted: Sequence[str]) -> Splits:
+def load_splits(settings: DataSettings, tokenizer: Any, wanted: Sequence[str]) -> Splits:
     """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
-    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, args)
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     splits = {
-        split: _make_pairs(groups, chat_tokenizer, split, args.max_seq_length, args)
-        for split, groups in read_splits(args, wanted).items()
+        split: _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
+        for split, groups in read_splits(settings, wanted).items()
     }
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
     if "valid" in wanted and train and not valid:
-        if fraction := getattr(args, "valid_fraction", 0):
-            train, valid = train.split_off(fraction, args.seed)
+        if settings.valid_fraction:
+            train, valid = train.split_off(settings.valid_fraction, settings.seed)
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
             valid = PreferenceDataset(split="valid", notes=(note,))
     return train, valid, test
 
 
-def pairs_of_rows(rows: Iterable[Any], tokenizer: Any, settings: Any, split: str = "train") -> PreferenceDataset:
+def pairs_of_rows(
+    rows: Iterable[Any], tokenizer: Any, settings: DataSettings, split: str = "train"
+) -> PreferenceDataset:
     """Tokenise and cut raw rows of any accepted format, as :func:`load_dataset` does those of a file.
 
-    Args:
-        rows: mappings, as JSON Lines holds them.
-        settings: with ``max_seq_length`` (``None``: nothing is cut yet), the column names and those on templates.
+    Where ``max_seq_length`` is None, they are cut when it is known, by ``cut_to``.
     """
-    group = RowGroup("the data set", numbered(rows, "row", before=" "), Columns.from_settings(settings))
-    group.columns.check([row.value for row in group.rows], group.name)
-    return _make_pairs(
-        [group], ChatTokenizer.from_settings(tokenizer, settings), split, settings.max_seq_length, settings
-    )
+    groups = _rows_as_group(rows, Columns.from_settings(settings))
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
+    return _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
+
+
+def _rows_as_group(rows: Iterable[Any], columns: Columns) -> list[RowGroup]:
+    group = RowGroup("the data set", numbered(rows, "row", before=" "), columns)
+    columns.check([row.value for row in group.rows], group.name)
+    return [group]
 
 
 def as_pairs(
@@ -256,14 +250,17 @@ def as_pairs(
                 "The data set holds rows, not token ids: give their tokenizer as tokenizer=, or the data set that "
                 "create_dataset or load_dataset of mlx-lm-lora makes of them with train_mode 'cpo'."
             )
-        return pairs_of_rows(items, tokenizer, SimpleNamespace(max_seq_length=max_seq_length), split)
+        return _make_pairs(_rows_as_group(items, Columns()), ChatTokenizer(tokenizer), split, max_seq_length, CUT)
 
     sources = [f"item {i}" for i in range(len(items))]
     pairs = [
         item if isinstance(item, PreferencePair) else _sides_of_item(item, source)
         for item, source in zip(items, sources, strict=True)
     ]
-    bos_id = _shared_first_token(pairs)
+    # BOS is not known from ids alone: it is what all of several items begin with.
+    firsts = [pair.prompt[:1] if isinstance(pair, PreferencePair) else pair[0].ids[:1] for pair in pairs]
+    beginnings = {int(first[0]) for first in firsts if len(first)}
+    bos_id = beginnings.pop() if len(pairs) > 1 and len(beginnings) == 1 else None
 
     def convert(item: PreferencePair | tuple[Side, Side], source: str) -> TruncatedPair:
         pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
@@ -283,13 +280,6 @@ def _are_ids(side: Any) -> bool:
     return not any(isinstance(token, str | Mapping) for token in side)
 
 
-def _shared_first_token(pairs: Sequence[PreferencePair | tuple[Side, Side]]) -> int | None:
-    """The token that all of several pairs begin with, as BOS is not known from ids alone."""
-    firsts = [pair.prompt[:1] if isinstance(pair, PreferencePair) else pair[0].ids[:1] for pair in pairs]
-    tokens = {int(first[0]) for first in firsts if len(first)}
-    return tokens.pop() if len(pairs) > 1 and len(tokens) == 1 else None
-
-
 def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
     """Both sides of one item of mlx-lm-lora's tokenised data sets."""
     try:
@@ -305,10 +295,9 @@ def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
 
 
 def _make_pairs(
-    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, settings: Any
+    groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
     rows = (((row.value, group.columns), row.source) for group in groups for row in group.rows)
-    overlong = getattr(settings, "overlong", CUT)
 
     def convert(item: tuple[Any, Columns], source: str) -> TruncatedPair:
         try:
@@ -320,7 +309,7 @@ def _make_pairs(
     name = named(" and ".join(group.name for group in groups))
     pairs = _collect(rows, convert, name, split, notes, tokenizer.digest())
     if max_length is None:
-        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, settings)
+        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
     return pairs
 
 
@@ -356,11 +345,6 @@ def _collect(
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
         raise DataError(
             f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
-            f"({_places(places)}): correct or remove them."
+            f"({first_few(places, 3)}): correct or remove them."
         )
     return PreferenceDataset(pairs, split, skipped, notes, tokenizer)
-
-
-def _places(places: Sequence[str]) -> str:
-    more = f" and {len(places) - _LOCATIONS_SHOWN} more" if len(places) > _LOCATIONS_SHOWN else ""
-    return ", ".join(places[:_LOCATIONS_SHOWN]) + more

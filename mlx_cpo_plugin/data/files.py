@@ -21,16 +21,9 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2, .xz, .zst)"
 
-# How files that are mistaken for data begin, and what to do about each.
-_FOREIGN: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
-    (b"pk\x03\x04", "a ZIP archive or a spreadsheet: unpack it, or export it as CSV"),
-    (b"version https://git-lfs", "a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`"),
-    ((b"<!doctype html", b"<html"), "a web page and not a data file: download the file itself"),
-)
 _HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
 _JSON_BEGINS = '{["-0123456789tfn'
-_BLANK = " \t\r\n\ufeff\x1e"
-_GAP = re.compile(f"[{_BLANK}]*")
+_GAP = re.compile(r"[\s\ufeff]*")
 
 
 class Row(NamedTuple):
@@ -61,23 +54,25 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     file, kind, name = named(str(path)), kind_of(path.name), named(name or path.name)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        reason = printable(error.strerror or first_line(error))
+        unpack = next((unpack for mark, unpack in _UNPACKERS.items() if content.startswith(mark)), bytes)
+        content = unpack(content)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = printable(getattr(error, "strerror", None) or first_line(error))
         raise DataError(f"{file} cannot be read ({reason}): check the file.") from error
-    content = _unpacked(content, file)
-    for mark, what in _FOREIGN:
-        if content[:64].lstrip().lower().startswith(mark):
-            raise DataError(f"{file} is {what}.")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.")
     if content.startswith(b"PAR1") or kind == ".parquet":
         return numbered(_columnar_rows(content, file, "Parquet"), name)
     if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or kind == ".arrow":
         return numbered(_columnar_rows(content, file, "Arrow"), name)
     text = _decoded(content, file)
-    if not text.strip(_BLANK):
+    start = _GAP.match(text).end()  # type: ignore[union-attr]  # matches anything
+    if start == len(text):
         return []
-    if _is_table(text, kind):
-        return _table_rows(text.lstrip(_BLANK), file, kind, name)
-    if "\0" in text or text.lstrip(_BLANK)[0] not in _JSON_BEGINS:
+    first = text[start:].partition("\n")[0]
+    if not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _HEADER.fullmatch(first)):
+        return _table_rows(text[start:], file, kind, name)
+    if "\0" in text or first[0] not in _JSON_BEGINS:
         raise _unreadable(file)
     return _json_rows(text, file, kind, name)
 
@@ -89,15 +84,6 @@ def _unreadable(file: str) -> DataError:
 def numbered(rows: Iterable[Any], name: str, before: str = ":") -> list[Row]:
     """Return rows whose source is ``name`` and their number, counted from 1."""
     return [Row(value, f"{name}{before}{number}") for number, value in enumerate(rows, start=1)]
-
-
-def _unpacked(content: bytes, file: str) -> bytes:
-    unpack = next((unpack for mark, unpack in _UNPACKERS.items() if content.startswith(mark)), bytes)
-    try:
-        return unpack(content)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        reason = printable(first_line(error))
-        raise DataError(f"{file} cannot be decompressed ({reason}): fetch or make it again.") from error
 
 
 def _unpack_zstandard(content: bytes) -> bytes:
@@ -148,7 +134,7 @@ def _decoded(content: bytes, file: str) -> str:
 
 
 def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
-    documents = list(_lines(text, file) or _documents(text, file))
+    documents = list(_documents(text, file))
     if len(documents) > 1:
         if len({line for _, line in documents}) == len(documents):
             return [Row(value, f"{name}:{line}") for value, line in documents]
@@ -162,32 +148,6 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
     raise DataError(f'{file} holds no rows: write a list of rows, or an object with that list under "data".')
 
 
-def _lines(text: str, file: str) -> list[tuple[Any, int]]:
-    """The JSON value on each line and the line's number; empty unless the first two lines are JSON.
-
-    One of these two may be damaged.
-    """
-    lines = [(line, number) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip(_BLANK))]
-    first, second = (lines[i][0] if len(lines) > 1 else "" for i in (0, 1))
-    if not _is_json(first) and not (first.startswith("{") and _is_json(second)):
-        return []
-    values = []
-    for line, number in lines:
-        try:
-            values.append((json.loads(line), number))
-        except (ValueError, RecursionError) as error:
-            raise _invalid_json(error, file, number) from error
-    return values
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
     """Each JSON value of a text, however it is laid out, and the line on which it begins."""
     decoder, place, line = json.JSONDecoder(), 0, 1
@@ -195,24 +155,10 @@ def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", place, start)
         try:
             value, place = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            raise _invalid_json(error, file, line) from error
+        except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+            raise DataError(f"{file}:{line} is not valid JSON ({first_line(error)}): correct it.") from error
         yield value, line
         line += text.count("\n", start, place)
-
-
-def _invalid_json(error: ValueError | RecursionError, file: str, line: int) -> DataError:
-    """Return the error for a JSON value that begins on ``line``."""
-    if isinstance(error, json.JSONDecodeError):  # its line is 1 where a line was parsed by itself
-        line, reason = max(line, error.lineno), f"{error.msg}, column {error.colno}"
-        return DataError(f"{file}:{line} is not valid JSON ({reason}): correct that line.")
-    # A number with thousands of digits, or brackets nested too deeply.
-    return DataError(f"{file}:{line} holds JSON that cannot be read ({first_line(error)}): correct it.")
-
-
-def _is_table(text: str, kind: str) -> bool:
-    first = text.lstrip(_BLANK).partition("\n")[0]
-    return not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _HEADER.fullmatch(first) is not None)
 
 
 def _table_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
@@ -238,7 +184,4 @@ def _table_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
         raise DataError(f"{file}:{line} is not valid CSV ({error}): correct it.") from error
     finally:
         csv.field_size_limit(longest)
-    repeated = sorted({column for column in header if column and header.count(column) > 1})
-    if repeated:
-        raise DataError(f"{file} has two columns called {named(repeated[0], 60)}: rename one of them.")
     return rows

@@ -47,9 +47,10 @@ class UnusableRow(Exception):
 def parse_messages(value: Any) -> list[Message]:
     """Messages of a list of objects, of one object, or of an object of lists, which is how `datasets` may store them.
 
-    Raises:
-        UnusableRow: it is something else, or one of them is not a message of text.
+    Any of these may be text, and may stand under ``messages``. UnusableRow says what is no message of text.
     """
+    if isinstance(value, Mapping) and "messages" in value:
+        value = decode_messages(value["messages"])
     if isinstance(value, Mapping):
         lists = {name: values for name, values in value.items() if isinstance(values, list)}
         if not any(lists.keys() >= columns for columns in _COLUMNS):

@@ -9,16 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import is_saved_dataset, pick_splits, split_files
-from mlx_cpo_plugin.data.rows import Columns
+from mlx_cpo_plugin.data.rows import Columns, ColumnSettings
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
 DEFAULT_TRAIN_SPLIT = "train[:90%]"
 DEFAULT_VALID_SPLIT = "train[90%:]"
+
+
+class SourceSettings(ColumnSettings, Protocol):
+    """The settings that say where rows are."""
+
+    data: str
+    hf_dataset: list[dict[str, Any]] | None
+    valid_fraction: float
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,6 @@ class RowGroup:
 
     Attributes:
         name: what to call them in messages.
-        rows: the raw rows, in order.
-        columns: the columns to read.
         note: what the user should know about how they were chosen, if anything.
     """
 
@@ -41,19 +47,19 @@ class RowGroup:
 Splits = dict[str, list[RowGroup]]
 
 
-def read_splits(settings: Any, wanted: Collection[str]) -> Splits:
+def read_splits(settings: SourceSettings, wanted: Collection[str]) -> Splits:
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
     ``settings.hf_dataset`` goes before ``settings.data``, which is a folder, a file (the training set) or the name of
     a dataset on the Hugging Face hub.
 
     Raises:
-        DataError: a path does not exist, a file cannot be read, a dataset is not found, or a column is missing.
+        DataError: a path does not exist, a dataset is not found, or a column is missing.
     """
-    if getattr(settings, "hf_dataset", None):
-        splits = _read_entries(settings, wanted)
+    if settings.hf_dataset:
+        splits = _read_entries(settings, settings.hf_dataset, wanted)
     else:
-        splits = _read_data(str(settings.data), Columns.from_settings(settings), wanted)
+        splits = _read_data(settings.data, Columns.from_settings(settings), wanted)
     for groups in splits.values():
         for group in groups:
             group.columns.check([row.value for row in group.rows], group.name)
@@ -68,12 +74,9 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
         if path.is_dir():
             return _read_folder(path, columns, wanted)
         near = _nearest(path)
-    except OSError as error:
-        raise DataError(
-            f"data names {named(data)}, which cannot be read ({error.strerror}): check the path."
-        ) from error
-    except RuntimeError as error:  # ~somebody, who is not known here
-        raise DataError(f"data names {named(data)}, whose home folder is not known: give the whole path.") from error
+    except (OSError, RuntimeError) as error:  # the latter for ~somebody, who is not known here
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"data names {named(data)}, which cannot be read ({reason}): check the path.") from error
     if near is not None or _looks_like_path(data):
         advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
         raise DataError(f"data names {named(data)}, which does not exist: {advice}")
@@ -89,11 +92,11 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
         by_split = found if isinstance(found, Mapping) else {"train": found}
         return _of_library(folder.name, str(folder), by_split, columns, wanted)
     files = split_files(folder)
-    splits = {}
+    splits: Splits = {}
     for split in wanted:
-        names = {file: file.relative_to(folder).as_posix() for file in files.get(split, ())}
-        if names:
-            splits[split] = [RowGroup(named(name), read_file(file, name), columns) for file, name in names.items()]
+        for file in files.get(split, ()):
+            name = file.relative_to(folder).as_posix()
+            splits.setdefault(split, []).append(RowGroup(named(name), read_file(file, name), columns))
     if not splits:
         names_there = sorted(path.name for path in folder.iterdir())[:8]
         found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"
@@ -119,46 +122,31 @@ def _of_library(
     return splits
 
 
-def _read_entries(settings: Any, wanted: Collection[str]) -> Splits:
+def _read_entries(settings: SourceSettings, entries: Any, wanted: Collection[str]) -> Splits:
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
-    entries = settings.hf_dataset
-    carve = bool(getattr(settings, "valid_fraction", 0))  # which takes rows of the training set
+    carve = settings.valid_fraction > 0  # which takes rows of the training set
     splits: Splits = {split: [] for split in wanted}
     for entry in [entries] if isinstance(entries, Mapping) else entries:
-        _check_entry(entry)
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):  # as apps may give it
+            raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
         config = entry.get("config") or {}
-        options = {"name": config} if isinstance(config, str) else dict(config)
+        options = dict(config) if isinstance(config, Mapping) else {"name": config}
         columns = Columns.from_settings(settings, entry)
         names = {
             "train": entry.get("train_split", "train" if carve else DEFAULT_TRAIN_SPLIT),
             "valid": entry.get("valid_split", None if carve else DEFAULT_VALID_SPLIT),
             "test": entry.get("test_split"),
         }
-        label = " ".join([entry["path"], *([options["name"]] if isinstance(options.get("name"), str) else [])])
+        label = " ".join(str(part) for part in (entry["path"], options.get("name")) if part)
         for split, groups in splits.items():
             if names[split] is None:
                 continue
-            name = named(f"{label} {names[split]}", 100)
-            candidates = (name, *(f"{name} ({number})" for number in range(2, len(groups) + 2)))
-            where = next(new for new in candidates if new not in [group.name for group in groups])
+            where = named(f"{label} {names[split]}", 100)
+            if where in [group.name for group in groups]:
+                where = f"{where} ({len(groups) + 1})"
             rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
             groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
     return splits
-
-
-def _check_entry(entry: Any) -> None:
-    """Raise DataError where an ``hf_dataset`` entry, which apps give unchecked, is of the wrong kind."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
-    config = entry.get("config")
-    if config and not isinstance(config, str | Mapping):
-        raise DataError(f"hf_dataset has an entry with config {shown(config)}: write the name of a configuration.")
-    for key in ("train_split", "valid_split", "test_split"):
-        if not isinstance(entry.get(key), str | None):
-            raise DataError(
-                f"hf_dataset has an entry with {key} {shown(entry[key])}: write the name of a split, such as "
-                "train[:80%]."
-            )
 
 
 def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
@@ -205,9 +193,8 @@ def _library(failure: str, advice: str) -> Iterator[None]:
     A module ``torch`` that is not PyTorch, which would mislead the library, is hidden meanwhile.
     """
     torch = sys.modules.get("torch")
-    partial = {"torch": torch} if torch is not None and not hasattr(torch, "Tensor") else {}
-    for name in partial:
-        del sys.modules[name]
+    if torch is not None and not hasattr(torch, "Tensor"):
+        del sys.modules["torch"]
     try:
         yield
     except DataError:
@@ -217,8 +204,8 @@ def _library(failure: str, advice: str) -> Iterator[None]:
             raise
         raise DataError(f"{failure} ({printable(first_line(error))}): {advice}.") from error
     finally:
-        for name, module in partial.items():
-            sys.modules.setdefault(name, module)
+        if torch is not None:
+            sys.modules.setdefault("torch", torch)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -227,15 +214,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _nearest(path: Path) -> str | None:
-    """Return the existing path that was probably meant by a missing one."""
-    parent, missing = path.parent, path.name
-    while parent != parent.parent and not parent.is_dir():
-        parent, missing = parent.parent, parent.name
-    try:
-        there = [name for name in os.listdir(parent) if (parent / name).is_dir() or kind_of(name) in SUFFIXES]
-    except OSError:
-        return None
-    for name in get_close_matches(missing, there, n=1, cutoff=0.7):
-        meant = parent / name / path.relative_to(parent / missing)
-        return str(meant) if meant.exists() else None
-    return None
+    """The existing file or folder beside a missing one whose name is nearly the same."""
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = [other.name for other in there if other.is_dir() or kind_of(other.name) in SUFFIXES]
+    return next((str(path.parent / name) for name in get_close_matches(path.name, names, n=1, cutoff=0.7)), None)

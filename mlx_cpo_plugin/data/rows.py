@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_cpo_plugin.data.messages import (
     Message,
@@ -53,7 +53,15 @@ NO_PROMPT = "there is no prompt before the answers"
 # Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
 _TASKS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation", "messages")
-_COLUMNS_SHOWN = 12
+
+
+class ColumnSettings(Protocol):
+    """The settings that name columns."""
+
+    chosen_feature: str
+    rejected_feature: str
+    prompt_feature: str
+    system_feature: str
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,16 @@ class Columns:
     system: str = AUTO
 
     @classmethod
-    def from_settings(cls, settings: Any, overrides: Mapping[str, Any] | None = None) -> Columns:
+    def from_settings(cls, settings: ColumnSettings, overrides: Mapping[str, Any] | None = None) -> Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}
-        return cls(**{part: str(given.get(key) or getattr(settings, key, None) or AUTO) for part, key in keys.items()})
+        return cls(**{part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()})
 
     def check(self, rows: Sequence[Any], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
-        more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
-        names = ", ".join(named(name, 60) for name in found[:_COLUMNS_SHOWN])
-        listed = f"one of the columns found ({names or 'none'}{more})"
+        listed = f"one of the columns found ({first_few([named(name, 60) for name in found], 12) or 'none'})"
         for part, aliases in ALIASES.items() if rows else ():
             name = getattr(self, part)
             missing = [column for column in _columns_in(name, part, found) if column not in found]
@@ -103,6 +109,12 @@ class Columns:
         telling = [alias for alias in there if part in ("prompt", "system") and not _is_blank(row[alias])]
         column = next(iter(telling or there), "")
         return column, row.get(column)
+
+
+def first_few(items: Sequence[str], count: int, separator: str = ", ") -> str:
+    """The first ``count`` items, and how many more there are."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + more
 
 
 def _columns_in(name: str, part: str, there: Iterable[str]) -> list[str]:
@@ -140,11 +152,7 @@ class PlainText:
 
 
 def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
-    """Parse one raw row.
-
-    Raises:
-        UnusableRow: the row lacks a side, is of the wrong type, or holds no preference.
-    """
+    """Parse one raw row; UnusableRow says why it holds no preference."""
     if not isinstance(row, Mapping):
         raise UnusableRow("the row is not a JSON object")
     chosen, rejected = (decode_messages(as_json(columns.find(row, part)[1])) for part in ("chosen", "rejected"))
@@ -200,14 +208,10 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[str, An
     prompt, tools = decode_messages(as_json(prompt)), _value(row, "tools")
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
-        prompt = decode_messages(prompt["messages"])
     if columns.prompt == AUTO and column in _TASKS and isinstance(prompt, str):
         prompt = _with_material(prompt, row)
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json(tools)
-        if isinstance(tools, str):
-            raise UnusableRow("the tools are not valid JSON")
-    if not tools:
+    tools = parse_json(tools)
+    if not tools or _is_blank(tools):
         return column, prompt, None
     if not isinstance(tools, list):
         raise UnusableRow("the tools are not a list")
@@ -228,16 +232,14 @@ def _with_material(task: str, row: Mapping[str, Any]) -> Any:
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    values = parse_json(_value(row, "chat_template_kwargs"))
-    if is_null(values) or values == "":
-        return {}
+    values = parse_json(_value(row, "chat_template_kwargs")) or {}
     if not isinstance(values, dict):
         raise UnusableRow("the chat_template_kwargs are not an object")
     return values
 
 
 def _prompt_messages(prompt: Any) -> list[Message]:
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+    if prompt is None or _is_blank(prompt):
         return []
     if not isinstance(prompt, str):
         return parse_messages(prompt)
@@ -248,22 +250,16 @@ def _prompt_messages(prompt: Any) -> list[Message]:
 def _answer_messages(answer: Any) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    if isinstance(answer, Mapping) and "messages" in answer:
-        return parse_messages(decode_messages(answer["messages"]))
-    if isinstance(answer, Mapping) and "role" not in answer and "from" not in answer:
-        return parse_messages({"role": "assistant", **answer})
+    if isinstance(answer, Mapping) and not answer.keys() & {"role", "from", "messages"}:
+        answer = {"role": "assistant", **answer}
     return parse_messages(answer)
 
 
 def _system_messages(system: Any) -> list[Message]:
     system = decode_messages(as_json(system))
-    if is_null(system) or (isinstance(system, str) and not system.strip()):
+    if is_null(system) or _is_blank(system):
         return []
-    if isinstance(system, Mapping | list):
-        return parse_messages(system)
-    if not isinstance(system, str):
-        raise UnusableRow("the system message is not text")
-    return [{"role": "system", "content": system}]
+    return [{"role": "system", "content": system}] if isinstance(system, str) else parse_messages(system)
 
 
 def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:

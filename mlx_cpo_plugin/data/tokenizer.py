@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,14 @@ class EncodedText:
         alone = self.tokenizer.encode(self.text[:character]).ids
         whole = common_prefix(self.ids, alone)
         return whole if whole == len(alone) else whole + 1
+
+
+class TemplateSettings(Protocol):
+    """The settings that decide on what a template writes."""
+
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    begun: datetime | None
 
 
 class ChatTokenizer:
@@ -120,14 +128,9 @@ class ChatTokenizer:
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
 
     @classmethod
-    def from_settings(cls, tokenizer: Any, settings: Any) -> ChatTokenizer:
-        """The tokenizer under ``chat_template`` and ``chat_template_kwargs`` of a run, at the time when it began."""
-        return cls(
-            tokenizer,
-            read_template(getattr(settings, "chat_template", None)),
-            getattr(settings, "chat_template_kwargs", None),
-            getattr(settings, "begun", None),
-        )
+    def from_settings(cls, tokenizer: Any, settings: TemplateSettings) -> ChatTokenizer:
+        """The tokenizer under the chat template and its arguments of a run, at the time when the run began."""
+        return cls(tokenizer, read_template(settings.chat_template), settings.chat_template_kwargs, settings.begun)
 
     def template_variants(self, row_kwargs: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any], ...]:
         """Template arguments to try: thinking templates need to be told when an answer has no thoughts.

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from support.data_tokenizers import tokenizer_named
 
 from mlx_cpo_plugin.data import DataReport, PreferenceDataset, PreferencePair, as_pairs, load_dataset
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.settings.config import RunSettings
 
 
 def rows(count):
@@ -23,8 +23,8 @@ def write(path, items):
 
 
 def load(data, **others):
-    defaults = {"hf_dataset": None, "train": True, "test": False, "max_seq_length": 512, "seed": 3, "valid_fraction": 0}
-    return load_dataset(SimpleNamespace(data=str(data), **{**defaults, **others}), tokenizer_named("chatml"))
+    settings = RunSettings.of({"data": str(data), "train": True, "max_seq_length": 512, "seed": 3, **others})
+    return load_dataset(settings, tokenizer_named("chatml"))
 
 
 def prompts(dataset):
@@ -70,8 +70,8 @@ def test_unusable_rows_are_counted_by_reason_with_their_lines(tmp_path):
     train, _, _ = load(write(tmp_path / "train.jsonl", items))
 
     assert train.report.skipped == {
-        "both answers are the same": ("train.jsonl:2", "train.jsonl:5"),
-        "an answer is empty": ("train.jsonl:7",),
+        "both answers are the same": ["train.jsonl:2", "train.jsonl:5"],
+        "an answer is empty": ["train.jsonl:7"],
     }
     assert train.report.summary() == (
         "Train: 9 rows, 6 pairs, 3 skipped "

@@ -6,7 +6,6 @@ import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -16,6 +15,7 @@ from pyarrow import parquet
 from mlx_cpo_plugin.data.folders import split_files
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.settings.config import RunSettings
 
 ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(10)]
 ALL = ("train", "valid", "test")
@@ -31,7 +31,7 @@ def write(path: Path, rows: list[Any] = ROWS) -> None:
 
 
 def read(folder: Path) -> Mapping[str, list[Any]]:
-    splits = read_splits(SimpleNamespace(data=str(folder), hf_dataset=None, valid_fraction=0.0), ALL)
+    splits = read_splits(RunSettings.of({"data": str(folder)}), ALL)
     return {split: [row.value for group in groups for row in group.rows] for split, groups in splits.items()}
 
 
@@ -88,6 +88,8 @@ def found(folder: Path) -> dict[str, list[str]]:
         (["preferences.jsonl", "README.md", "dataset_info.json"], {"train": ["preferences.jsonl"]}),
         (["data/part-0.parquet", "data/part-1.parquet"], {"train": ["data/part-0.parquet", "data/part-1.parquet"]}),
         (["a.jsonl", "b.jsonl"], {}),
+        # What other programs leave beside the rows is no data.
+        ([".cache/train.jsonl", "en/train.jsonl"], {"train": ["en/train.jsonl"]}),
         ([".train.jsonl", "train.txt", "trainer_state.json", "test_results.json"], {}),
     ],
 )
@@ -152,11 +154,6 @@ def test_a_card_that_names_no_files_here_leaves_the_names_to_decide(card: str, t
     [
         (["en/train.jsonl", "de/train.jsonl"], "", "holds several data sets (de, en): let data name one of them."),
         (
-            ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"],
-            "",
-            "lacks 1 of the 3 files of train, first of all train-00001-of-00003: fetch the data set again.",
-        ),
-        (
             ["a.jsonl", "b.jsonl"],
             "---\nconfigs:\n- {config_name: en, data_files: a.jsonl}\n- {config_name: de, data_files: b.jsonl}\n---\n",
             "has the configurations en, de: write hf_dataset with that folder as path: and one of them as config:.",
@@ -212,7 +209,7 @@ def test_rows_of_shards_know_their_file(tmp_path: Path) -> None:
     for name in ("train/0000.parquet", "test/0000.parquet"):
         write(tmp_path / name, ROWS[:2])
 
-    splits = read_splits(SimpleNamespace(data=str(tmp_path), hf_dataset=None, valid_fraction=0.0), ("train", "test"))
+    splits = read_splits(RunSettings.of({"data": str(tmp_path)}), ("train", "test"))
 
     sources = [row.source for groups in splits.values() for group in groups for row in group.rows]
     assert sources == ["train/0000.parquet:1", "train/0000.parquet:2", "test/0000.parquet:1", "test/0000.parquet:2"]

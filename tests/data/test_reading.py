@@ -11,12 +11,13 @@ from pyarrow import parquet
 from mlx_cpo_plugin.data.files import ACCEPTED
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.settings.config import RunSettings
 
 ROWS = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(10)]
 
 
 def settings(data="", hf_dataset=None, **others):
-    return SimpleNamespace(**{"data": str(data), "hf_dataset": hf_dataset, "valid_fraction": 0.0, **others})
+    return RunSettings.of({"data": str(data), "hf_dataset": hf_dataset, **others})
 
 
 def write(path, rows=ROWS):
@@ -82,7 +83,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up_elsewhere(data, monkeypatch
 
 @pytest.mark.parametrize(
     ("data", "meant"),
-    [("data/trian", "data/train"), ("rowz", "rows"), ("dta/train", "data/train"), ("./rowz/", "rows")],
+    [("data/trian", "data/train"), ("rowz", "rows"), ("./rowz/", "rows")],
 )
 def test_a_misspelt_path_is_told_with_the_one_that_is_there(data, meant, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

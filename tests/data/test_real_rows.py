@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.settings.config import RunSettings
 
 SHARED = Path(__file__).parents[3] / "shared"
 FILES = {
@@ -36,9 +36,7 @@ def last_answer(row, name):
 @pytest.mark.slow
 def test_every_row_is_used_and_scores_its_own_answer_and_end(name, count, tokenizer):
     path = SHARED / "data" / name
-    settings = SimpleNamespace(
-        data=str(path), hf_dataset=None, train=True, test=False, max_seq_length=100_000, seed=0, valid_fraction=0.0
-    )
+    settings = RunSettings.of({"data": str(path), "train": True, "max_seq_length": 100_000})
 
     train, _, _ = load_dataset(settings, tokenizer)
 

@@ -279,9 +279,9 @@ UNUSABLE = [
         {**PROMPT, "chosen": [assistant([{"type": "image", "url": "x"}])], "rejected": [BAD]},
         "a message holds a part of type 'image', and only text can be trained on",
     ),
-    ({**PROMPT, "chosen": "a", "rejected": "b", "tools": "{broken"}, "the tools are not valid JSON"),
+    ({**PROMPT, "chosen": "a", "rejected": "b", "tools": "{broken"}, "the tools are not a list"),
     ({**PROMPT, "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "the tools are not a list"),
-    ({**PROMPT, "chosen": "a", "rejected": "b", "system": 3}, "the system message is not text"),
+    ({**PROMPT, "chosen": "a", "rejected": "b", "system": 3}, "messages are expected, not a number"),
     (
         {**PROMPT, "chosen": {"from": "function_call", "value": "no JSON"}, "rejected": BAD},
         "a tool call does not name its function",

@@ -14,6 +14,7 @@ from mlx_cpo_plugin.data.rows import Columns, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
 from mlx_cpo_plugin.data.tokens import prompt_tokens, tokenize
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.state import check_identity
 
 ROW = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
@@ -45,7 +46,7 @@ BEGUN = datetime(2024, 2, 29, 23, 59, 58, tzinfo=UTC)
 
 
 def test_a_template_is_told_the_time_at_which_the_run_began():
-    tokenizer = ChatTokenizer.from_settings(make_tokenizer(DATED), SimpleNamespace(begun=BEGUN))
+    tokenizer = ChatTokenizer.from_settings(make_tokenizer(DATED), RunSettings.of({"begun": BEGUN}))
 
     assert parts(ROW, tokenizer)[0].startswith("29 Feb 2024 23:59:58\n")
     assert tokenizer.decode(prompt_tokens("Is it?", tokenizer)).startswith("29 Feb 2024 23:59:58\n")
@@ -79,7 +80,7 @@ MOOD = "{{ mood | default('none') }}:" + CHATML
 
 
 def test_the_arguments_of_the_settings_reach_the_template_and_those_of_a_row_go_first():
-    settings = SimpleNamespace(chat_template_kwargs={"mood": "calm"})
+    settings = RunSettings.of({"chat_template_kwargs": {"mood": "calm"}})
     tokenizer = ChatTokenizer.from_settings(make_tokenizer(MOOD), settings)
 
     assert parts(ROW, tokenizer)[0].startswith("calm:")
@@ -103,7 +104,7 @@ def test_the_template_of_the_settings_goes_before_the_tokenizers_own(tmp_path):
     file.write_text(MOOD)
 
     for given in (MOOD, str(file)):
-        tokenizer = ChatTokenizer.from_settings(tokenizer_named("headers"), SimpleNamespace(chat_template=given))
+        tokenizer = ChatTokenizer.from_settings(tokenizer_named("headers"), RunSettings.of({"chat_template": given}))
         assert parts(ROW, tokenizer)[0].startswith("none:<|im_start|>user")
 
 

@@ -14,6 +14,7 @@ from mlx_lm_lora.trainer import datasets as host_datasets
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin.data import PreferencePair, load_dataset
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.call import pairs_of
 
 mlx_cpo_plugin.activate()
@@ -205,7 +206,7 @@ Route = Callable[[list[RawRow], Path, Any], Sequence[PreferencePair]]
 
 
 def load(data: Path, tokenizer: Any) -> Sequence[PreferencePair]:
-    settings = SimpleNamespace(data=str(data), train=True, test=False, max_seq_length=UNLIMITED, seed=0)
+    settings = RunSettings.of({"data": str(data), "train": True, "max_seq_length": UNLIMITED})
     return load_dataset(settings, tokenizer)[0]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +21,7 @@ from support.data_tokenizers import tokenizer_named
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.dataset import PreferenceDataset
+from mlx_cpo_plugin.settings.config import RunSettings
 
 TOKENIZERS = (
     "chatml",
@@ -296,7 +296,7 @@ def run(case: Case, folder: Path) -> None:
         UserError: the data is refused.
         AssertionError: a pair cannot be trained on, or the report is more than a line.
     """
-    settings = SimpleNamespace(**{"data": str(folder), "seed": 0, "hf_dataset": None, **case["settings"]})
+    settings = RunSettings.of({"data": str(folder), **case["settings"]})
     files = place(case, folder, settings)
     try:
         with mock.patch.object(datasets, "load_dataset", hub(case)):
@@ -322,7 +322,7 @@ def check_pairs(split: PreferenceDataset, max_seq_length: int) -> None:
             assert scored.any()
 
 
-def place(case: Case, folder: Path, settings: SimpleNamespace) -> list[Path]:
+def place(case: Case, folder: Path, settings: RunSettings) -> list[Path]:
     """Write the files of a case, let ``settings`` name them, and return them."""
     if case["form"] == "path":
         if case["name"] == "loop":
