@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2, .xz, .zst)"
+COMPRESSED = (".gz", ".bz2", ".zst")
+ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2, .zst)"
 
 _HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
 _JSON_BEGINS = '{["-0123456789tfn'
@@ -53,10 +49,8 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     """
     file, kind, name = named(str(path)), kind_of(path.name), named(name or path.name)
     try:
-        content = path.read_bytes()
-        unpack = next((unpack for mark, unpack in _UNPACKERS.items() if content.startswith(mark)), bytes)
-        content = unpack(content)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        content = _unpacked(path.read_bytes())
+    except OSError as error:
         reason = printable(getattr(error, "strerror", None) or first_line(error))
         raise DataError(f"{file} cannot be read ({reason}): check the file.") from error
     if content.startswith(b"version https://git-lfs"):
@@ -73,12 +67,8 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     if not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _HEADER.fullmatch(first)):
         return _table_rows(text[start:], file, kind, name)
     if "\0" in text or first[0] not in _JSON_BEGINS:
-        raise _unreadable(file)
+        raise DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.")
     return _json_rows(text, file, kind, name)
-
-
-def _unreadable(file: str) -> DataError:
-    return DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.")
 
 
 def numbered(rows: Iterable[Any], name: str, before: str = ":") -> list[Row]:
@@ -86,20 +76,15 @@ def numbered(rows: Iterable[Any], name: str, before: str = ":") -> list[Row]:
     return [Row(value, f"{name}{before}{number}") for number, value in enumerate(rows, start=1)]
 
 
-def _unpack_zstandard(content: bytes) -> bytes:
-    import pyarrow
+def _unpacked(content: bytes) -> bytes:
+    codecs = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
+    for mark, codec in codecs.items():
+        if content.startswith(mark):
+            import pyarrow
 
-    with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd") as stream:
-        unpacked: bytes = stream.read()
-    return unpacked
-
-
-_UNPACKERS: Mapping[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
-    b"\x28\xb5\x2f\xfd": _unpack_zstandard,
-}
+            with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), codec) as stream:
+                return bytes(stream.read())
+    return content
 
 
 def _columnar_rows(content: bytes, file: str, kind: str) -> list[Any]:
@@ -122,15 +107,11 @@ def _columnar_rows(content: bytes, file: str, kind: str) -> list[Any]:
 
 
 def _decoded(content: bytes, file: str) -> str:
-    encoding = json.detect_encoding(content)
     try:
-        return content.decode(encoding)
+        return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        if b"\0" in content:
-            raise _unreadable(file) from error
         line = content.count(b"\n", 0, error.start) + 1
-        kind = encoding.removesuffix("-sig").upper()
-        raise DataError(f"{file}:{line} is not valid {kind}: save the file as UTF-8.") from error
+        raise DataError(f"{file}:{line} is not valid {error.encoding.upper()}: save the file as UTF-8.") from error
 
 
 def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:

@@ -15,25 +15,14 @@ from mlx_cpo_plugin.errors import shown
 
 Message = dict[str, Any]
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
+_SPEAKERS = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "chatgpt", "model", "function_call"),
+    "tool": ("tool", "function", "function_response", "observation"),
 }
+ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 
-_COLUMNS = ({"role", "content"}, {"from", "value"})
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
 _WRITTEN_ROLE = re.compile(r"""(?:(['"])(?:role|from)\1\s*:|\brole=)\s*['"](\w+)['"]""")
@@ -45,19 +34,13 @@ class UnusableRow(Exception):
 
 
 def parse_messages(value: Any) -> list[Message]:
-    """Messages of a list of objects, of one object, or of an object of lists, which is how `datasets` may store them.
+    """Messages of a list of objects, or of one; each may be text, and all may stand under ``messages``.
 
-    Any of these may be text, and may stand under ``messages``. UnusableRow says what is no message of text.
+    Raises:
+        UnusableRow: it is something else, or one of them is not a message of text.
     """
-    if isinstance(value, Mapping) and "messages" in value:
-        value = decode_messages(value["messages"])
     if isinstance(value, Mapping):
-        lists = {name: values for name, values in value.items() if isinstance(values, list)}
-        if not any(lists.keys() >= columns for columns in _COLUMNS):
-            return [_parse_message(value)]
-        if len({len(values) for values in lists.values()}) != 1:
-            raise UnusableRow("the messages have columns of different lengths")
-        value = [as_json(dict(zip(lists, values, strict=True))) for values in zip(*lists.values(), strict=True)]
+        value = decode_messages(value["messages"]) if "messages" in value else [value]
     if not isinstance(value, list):
         raise UnusableRow(f"messages are expected, not {_kind_of(value)}")
     return [_parse_message(decode_messages(message)) for message in value]
@@ -83,11 +66,7 @@ def _parse_message(value: Any) -> Message:
 
 
 def _tool_calls(fields: Mapping[str, Any], written: str | None) -> list[Any]:
-    """Calls in OpenAI's form, their arguments as objects, which is what chat templates serialise.
-
-    Args:
-        written: the functions as JSON, where these are what the message says.
-    """
+    """Calls in OpenAI's form, their arguments as objects, which templates serialise; ``written`` are some in JSON."""
     calls = fields.get("tool_calls") or []
     if not isinstance(calls, list):
         raise UnusableRow("the tool calls are not a list")
@@ -149,7 +128,7 @@ def decode_messages(value: Any) -> Any:
     """Decode messages that are written as JSON or Python; return any other text or value as it is.
 
     Raises:
-        UnusableRow: it is a list of messages, but neither JSON nor Python.
+        UnusableRow: it begins as a list of messages does, but is neither JSON nor Python.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array([")):
         return value
@@ -161,9 +140,8 @@ def decode_messages(value: Any) -> Any:
         try:
             parsed = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            if _WRITTEN_LIST.match(value) and not _goes_on_behind_json(value):
+            if _WRITTEN_LIST.match(value):
                 raise UnusableRow("text that looks like a list of messages cannot be decoded") from None
-            return value
     return as_json(parsed) if _are_messages(parsed) else value
 
 
@@ -176,23 +154,14 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_are_messages, value))
 
 
-def _goes_on_behind_json(text: str) -> bool:
-    """Whether more text follows a JSON value, as in prose about messages."""
-    try:
-        json.JSONDecoder().raw_decode(text.lstrip())
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def same_message(first: Message, second: Message) -> bool:
     """Whether role, calls and text are the same, up to Unicode normalisation and surrounding white space."""
-    return _said(first) == _said(second)
 
+    def said(message: Message) -> tuple[Any, ...]:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        return message["role"], unicodedata.normalize("NFC", message["content"]).strip(), calls
 
-def _said(message: Message) -> tuple[Any, ...]:
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    return message["role"], unicodedata.normalize("NFC", message["content"]).strip(), calls
+    return said(first) == said(second)
 
 
 def shared_messages(
@@ -240,7 +209,6 @@ def _is_hollow(value: Any) -> bool:
 
 
 def _kind_of(value: Any) -> str:
-    """Describe the type of a value."""
     if value is None:
         return "null"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}

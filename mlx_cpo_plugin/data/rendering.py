@@ -236,19 +236,10 @@ class _Renderer:
         """Where generation continues an answer whose beginning is part of the prompt."""
         row, texts = self._row, [text for _, text in sides]
         begun = [*row.chosen[: row.shared], {"role": "assistant", "content": row.partial}]
-        try:
-            prompt = self._tokenizer.render(begun, row.tools, False, self._variant, continue_final_message=True)
-        except UnusableRow:
-            prompt = ""
-        if prompt and all(text.startswith(prompt) for text in texts):
-            return _Start(len(prompt), True)
-        starts, begins = [], row.partial.strip()
-        for messages, text in sides:
-            content = self._content(messages, row.shared, text)[0]
-            if content is None or not text[content:].lstrip().startswith(begins):
-                raise UnusableRow(NOT_LOCATED)
-            starts.append(text.index(begins, content) + len(begins))
-        return _Start(min(starts), False)
+        prompt = self._tokenizer.render(begun, row.tools, False, self._variant, continue_final_message=True)
+        if not all(text.startswith(prompt) for text in texts):
+            raise UnusableRow(NOT_LOCATED)
+        return _Start(len(prompt), True)
 
     def _generation_prompts(self, messages: list[Message]) -> list[str]:
         """The generation prompt after ``messages`` under each variant; none where the template refuses them alone."""
@@ -275,7 +266,9 @@ class _Renderer:
 
     def _said_until(self, messages: list[Message], i: int, text: str, start: int) -> int:
         """Where the text and calls of answer ``i`` end, as far as can be found."""
-        ends = [start, self._content(messages, i, text)[1] or start]
+        said = messages[i]["content"]
+        as_it_is = said.strip() and text.startswith(said, start)  # which saves a rendering
+        ends = [start, start + len(said) if as_it_is else self._content(messages, i, text)[1] or start]
         for call in messages[i].get("tool_calls", ()):
             words = (call["function"]["name"], *_leaves(call["function"]["arguments"]))
             ends.extend(text.rfind(said, start) + len(said) for said in words if said in text[start:])

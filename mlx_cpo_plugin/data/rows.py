@@ -24,24 +24,10 @@ from mlx_cpo_plugin.errors import DataError, named, shown
 AUTO = "auto"
 # Column names under which the parts of a preference are published, the commonest first.
 ALIASES = {
-    "chosen": (
-        "chosen",
-        "preferred_output",
-        "preferred",
-        "chosen_response",
-        "chosen_answer",
-        "response_chosen",
-        "response_j",
-    ),
+    "chosen": ("chosen", "preferred_output", "chosen_response", "chosen_answer", "response_chosen", "response_j"),
     "rejected": (
-        "rejected",
-        "non_preferred_output",
-        "dispreferred",
-        "non_preferred",
-        "rejected_response",
-        "rejected_answer",
-        "response_rejected",
-        "response_k",
+        *("rejected", "non_preferred_output", "rejected_response", "rejected_answer"),
+        *("response_rejected", "response_k"),
     ),
     "prompt": ("prompt", "conversations", "conversation", "messages", "instruction", "question", "query", "input"),
     "system": ("system", "system_prompt"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import random
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,7 +162,7 @@ class ChatTokenizer:
         kwargs = {**self._given_template, **(variant or {}), **kwargs}
         try:
             # Templates are code from elsewhere: they may change what they are given, and raise anything.
-            with _inputs_held_at(self._now):
+            with _time_held_at(self._now):
                 return str(
                     self._renders.apply_chat_template(
                         [dict(message) for message in messages],
@@ -296,25 +295,17 @@ def _is_fallback(template: Any) -> bool:
 
 
 @contextmanager
-def _inputs_held_at(now: datetime) -> Iterator[None]:
-    """Make ``strftime_now`` of templates return ``now``, and seed what they draw at random.
-
-    `transformers` passes its own ``datetime`` to templates, without a way to replace it; where it has none, time moves.
-    """
+def _time_held_at(now: datetime) -> Iterator[None]:
+    """Make ``strftime_now`` of templates return ``now``: `transformers` passes its own ``datetime`` to templates."""
     from transformers.utils import chat_template_utils  # costly, and there before any tokenizer
 
-    names = vars(chat_template_utils)
     with _LOCK:
-        clock, chance = names.get("datetime"), random.getstate()
+        clock = chat_template_utils.datetime
+        chat_template_utils.datetime = SimpleNamespace(now=lambda *_: now)
         try:
-            if clock is not None:
-                names["datetime"] = SimpleNamespace(now=lambda *_: now)
-            random.seed(0)
             yield
         finally:
-            random.setstate(chance)
-            if clock is not None:
-                names["datetime"] = clock
+            chat_template_utils.datetime = clock
 
 
 def _check_unicode(text: str) -> None:

@@ -62,8 +62,6 @@ def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: st
         chosen, rejected = _tokenize_texts(row, tokenizer)
     else:
         chosen, rejected = (_tokenize_side(side, tokenizer) for side in render(row, tokenizer))
-    if np.array_equal(chosen.ids, rejected.ids):
-        raise UnusableRow(IDENTICAL)
     if chosen.ids[0] != rejected.ids[0] or chosen.scored[0] or rejected.scored[0]:
         context = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if context is None:
@@ -83,10 +81,10 @@ def prompt_tokens(text: str, tokenizer: ChatTokenizer) -> TokenIds:
 
 def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:
     """Split two sides into their shared prompt and what follows; scored tokens are never part of the prompt."""
-    if not chosen.scored.any() or not rejected.scored.any():
-        raise UnusableRow(NOTHING_SCORED)
     if np.array_equal(chosen.ids, rejected.ids):
         raise UnusableRow(IDENTICAL)
+    if not chosen.scored.any() or not rejected.scored.any():
+        raise UnusableRow(NOTHING_SCORED)
     first_scored = min(int(np.argmax(side.scored)) for side in (chosen, rejected))
     size = common_prefix(chosen.ids[:first_scored], rejected.ids)
     if not size:
@@ -253,11 +251,16 @@ def _template_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
     """Tokens of the prompt that the template writes by itself, once the oldest turns are gone."""
     for shorter in reversed([row, *_without_oldest_turns(row)]):
         empty = {i: "" for i, message in enumerate(shorter.chosen[: shorter.shared]) if message["role"] != "assistant"}
-        try:
-            return len(tokenize(_with_contents(shorter, empty), tokenizer).prompt)
-        except UnusableRow:  # the template does not take what is left
-            continue
+        if pair := _tokenized(_with_contents(shorter, empty), tokenizer):
+            return len(pair.prompt)
     return 0
+
+
+def _tokenized(row: Conversation, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair | None:
+    try:
+        return tokenize(row, tokenizer, source)
+    except UnusableRow:  # the template does not take what is left
+        return None
 
 
 def _with_contents(row: Conversation, contents: dict[int, str]) -> Conversation:
@@ -277,26 +280,24 @@ def _shorten_prompt(
 
     @cache
     def pair_of(turns: int) -> PreferencePair | None:
-        try:
-            return tokenize(shorter[turns], tokenizer, source)
-        except UnusableRow:  # the template does not take what is left
-            return None
+        return _tokenized(shorter[turns], tokenizer, source)
+
+    def excess(pair: PreferencePair) -> int:
+        return len(pair.prompt) - _prompt_room(pair, max_seq_length, least)
 
     def fits(turns: int) -> bool:
         pair = pair_of(turns)
-        return pair is not None and len(pair.prompt) <= _prompt_room(pair, max_seq_length, least)
+        return pair is not None and excess(pair) <= 0
 
     turns = bisect_left(range(len(shorter)), True, key=fits)
     pair = pair_of(turns) if turns < len(shorter) else None
-    if pair is not None:
-        return pair
-    row = next((shorter[i] for i in reversed(range(len(shorter))) if pair_of(i) is not None), row)
-    while True:
+    if pair is None:
+        row = next((shorter[i] for i in reversed(range(len(shorter))) if pair_of(i)), row)
         pair = tokenize(row, tokenizer, source)
-        excess = len(pair.prompt) - _prompt_room(pair, max_seq_length, least)
-        if excess <= 0:
-            return pair
-        row = _with_shorter_messages(row, tokenizer, excess, max_seq_length)
+        while excess(pair) > 0:
+            row = _with_shorter_messages(row, tokenizer, excess(pair), max_seq_length)
+            pair = tokenize(row, tokenizer, source)
+    return pair
 
 
 def _without_oldest_turns(row: Conversation) -> list[Conversation]:

@@ -268,7 +268,7 @@ def test_messages_in_a_text_that_cannot_be_decoded_are_left_out_with_that_reason
         "[{",
         '{"role": "admin", "name": "x"}',
         '[{"name": "x"}]',
-        '[{"role": "user", "content": "Hi"}] is what you send.',
+        'Send [{"role": "user", "content": "Hi"}].',
         "{ role: 'user' }",
         "[a](b) role",
         "",
@@ -282,16 +282,6 @@ def test_plain_text_that_begins_like_a_list_stays_plain():
     row = {"chosen": "[1] One.", "rejected": "[1] Two."}
 
     assert parse_row(row, Columns()) == PlainText("[1] One.", "[1] Two.")
-
-
-def test_messages_stored_as_an_object_of_lists_are_read():
-    row = {
-        "prompt": {"role": ["user"], "content": ["A story"]},
-        "chosen": {"role": ["assistant"], "content": ["Once."]},
-        "rejected": {"role": ["assistant"], "content": ["No."]},
-    }
-
-    assert texts(row) == texts(PLAIN)
 
 
 # Nulls that a schema brings.

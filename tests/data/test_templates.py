@@ -67,13 +67,6 @@ def test_the_templates_of_others_still_tell_the_time_afterwards():
     assert datetime.strptime(text.partition("\n")[0], "%d %b %Y %H:%M:%S").year > BEGUN.year
 
 
-def test_chance_in_a_template_is_the_same_each_time():
-    drawing = "{{ range(99999) | list | random }}\n" + CHATML
-    first, second = (parts(ROW, ChatTokenizer(make_tokenizer(drawing))) for _ in range(2))
-
-    assert first == second
-
-
 # The template of the settings and its arguments.
 
 MOOD = "{{ mood | default('none') }}:" + CHATML
