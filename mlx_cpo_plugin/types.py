@@ -25,15 +25,12 @@ class Option:
     Attributes:
         name: YAML key; ``--name-with-dashes`` on the command line.
         type: ``int``, ``float``, ``bool``, ``str``, ``dict`` or ``list``.
-        default: value when neither the command line nor the YAML file sets it.
         help: one sentence.
         title: label in a form; derived from the name when empty.
-        minimum, maximum: inclusive bounds of a number.
-        above: exclusive lower bound of a number.
+        minimum, maximum: inclusive bounds of a number; ``above`` and ``below`` are exclusive ones.
         choices: the allowed values; empty means any.
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
-        below: exclusive upper bound of a number.
         inside: a further check, ``(value, key, place) -> value to use``, after type and range; see
             :mod:`mlx_cpo_plugin.settings.nested`.
         free_on_resume: whether a run may be resumed with another value, since the trained weights do not depend on it.
@@ -69,21 +66,12 @@ class Option:
         """A phrase for the allowed values, e.g. ``a number > 0``."""
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
-        words = _TYPES_IN_WORDS.get(self.type, self.type.__name__)
-        limits = [
-            f"{sign} {_plain(limit)}"
-            for sign, limit in ((">", self.above), (">=", self.minimum), ("<", self.below), ("<=", self.maximum))
-            if limit is not None
-        ]
+        signs = ((">", self.above), (">=", self.minimum), ("<", self.below), ("<=", self.maximum))
+        limits = " and ".join(f"{sign} {limit}" for sign, limit in signs if limit is not None)
         if self.minimum is not None and self.maximum is not None:
-            limits = [f"from {_plain(self.minimum)} to {_plain(self.maximum)}"]
-        words = " ".join([words, " and ".join(limits)]).rstrip()
+            limits = f"from {self.minimum} to {self.maximum}"
+        words = f"{_TYPES_IN_WORDS.get(self.type, self.type.__name__)} {limits}".rstrip()
         return words + (" or null" if self.optional else "")
-
-
-def _plain(limit: float) -> str:
-    """Write a whole number with all its digits, which ``:g`` does not."""
-    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +79,10 @@ class LossType:
     """A preference loss that ``dpo_cpo_loss_type`` can name.
 
     Attributes:
-        name: value of ``dpo_cpo_loss_type``.
-        title: label in a form.
         fn: ``fn(chosen_logps, rejected_logps, **options) -> losses``; inputs and result are float32
             arrays of shape [B]; ``options`` holds exactly the options that this loss reads.
         formula: the loss in one line.
         source: paper and equation.
-        options: the options that ``fn`` reads, by keyword.
         length_normalised: whether the log-probs are means over the answer's tokens instead of sums.
         rewards: ``rewards(logps, **options)``, float32 [B] to [B]: what the metrics report as rewards and their
             margins; ``None``: ``beta`` times the log-probs.
@@ -124,9 +109,6 @@ class TrainMode:
     ``args`` has every resolved setting as an attribute, those of the mode's own options among them.
 
     Attributes:
-        name: value of ``train_mode``.
-        title: label in a form.
-        help: one sentence.
         load_dataset: ``(args, tokenizer) -> (train, valid, test)``; each is a sequence, possibly empty.
         train: ``(model, optimizer, train_dataset, val_dataset, args, adapter_file, training_callback)``.
         evaluate: ``(model, dataset, args) -> metrics``, a mapping from name to float; ``loss`` is one of them.

@@ -48,7 +48,7 @@ def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = 
 
     Args:
         host_parser: a fresh parser of mlx-lm-lora, whose actions are taken over and changed.
-        mode: the train mode; every registered one when it is None.
+        mode: every registered one when it is None.
     """
     modes = train_modes()
     options = known_options([mode] if mode else modes.values(), loss_types().values())
@@ -117,7 +117,7 @@ def host_defaults() -> dict[str, Any]:
     from mlx_lm_lora.train import CONFIG_DEFAULTS
 
     parsed = vars(host_parser().parse_args([]))
-    return {**parsed, **CONFIG_DEFAULTS, **{key: value for key, value in parsed.items() if value is not None}}
+    return parsed | CONFIG_DEFAULTS | {key: value for key, value in parsed.items() if value is not None}
 
 
 def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:

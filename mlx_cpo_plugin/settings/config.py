@@ -45,10 +45,8 @@ class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings,
     """Every setting of a run, by key, those of other train modes and losses included.
 
     Attributes:
-        loss_options: the options of the chosen loss, by keyword.
-        config: always None, so that mlx-lm-lora does not read the YAML file again.
-        config_file: path of the YAML file, if there is one.
-        run_identity, begun: the run's identity and start time, set when the run starts.
+        config: always None, so that mlx-lm-lora does not read the YAML file again; ``config_file`` is its path.
+        run_identity, begun: set when the run starts.
         plugin_resolved: marks resolved settings when they come back from mlx-lm-lora.
     """
 
@@ -94,7 +92,7 @@ class _Given:
         return None if value is None else check(option, value, self.place)
 
     def place(self, key: str) -> str:
-        """Describe where a key, or a nested one such as ``lora_parameters.rank``, was given."""
+        """Return where a key, or a nested one such as ``lora_parameters.rank``, was given."""
         name, _, inner = str(key).partition(".")
         in_call = self._call.get(name)
         merged = name == "lora_parameters" and isinstance(in_call, Mapping) and inner and inner not in in_call
@@ -115,7 +113,6 @@ def resolve(
     """Return the settings of a run in a registered train mode.
 
     Args:
-        call: a command line, a mapping or a namespace, see :func:`explicit`.
         config_file: the YAML file, or what was read from it; by default the one that the call names.
         mode: the train mode whose options the command line has.
         call_place: how messages refer to the call; by default by its kind.

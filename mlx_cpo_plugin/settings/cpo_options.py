@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.settings.nested import home_expanded
 from mlx_cpo_plugin.settings.options import option, options_of
@@ -15,16 +15,8 @@ MEASURES = {"margin": ("margins", 1), "accuracy": ("accuracies", 1), "loss": ("l
 """Value of ``save_best`` -> the metric that is compared, and whether more of it is better (1) or less (-1)."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Values of the loss and its options that belong together, under one name.
-
-    Attributes:
-        name: value of the option ``preset``.
-        title: what the values are, in a few words.
-        source: where they come from.
-        values: option's name -> value; what the command line or the YAML file gives takes precedence.
-    """
+class Preset(NamedTuple):
+    """Values of the loss and its options that belong together, under one name; explicit settings take precedence."""
 
     name: str
     title: str
@@ -32,8 +24,7 @@ class Preset:
     values: Mapping[str, Any]
 
 
-# The presets set options of the loss only: the learning rates and batch sizes of these papers are for full fine-tuning
-# of 7B models and more, and would mislead with an adapter.
+# Options of the loss only: the learning rates and batch sizes of these papers are for full fine-tuning of 7B models.
 PRESETS: tuple[Preset, ...] = (
     Preset(
         "cpo-paper",

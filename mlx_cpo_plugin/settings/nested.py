@@ -1,8 +1,4 @@
-"""Checks beyond type and range, mostly of values inside mappings and lists: the functions for ``Option.inside``.
-
-Each takes a value of the right type, its key and the places of keys, and returns the value to use or raises
-``ConfigError``.
-"""
+"""Checks beyond type and range, mostly of values inside mappings and lists: the functions for ``Option.inside``."""
 
 from __future__ import annotations
 
@@ -30,9 +26,7 @@ DATASET_KEYS = (
     *("path", "config", "train_mode", "mask_prompt", "train_split", "valid_split", "test_split"),
     *(f"{column}_feature" for column in _COLUMNS),
 )
-# What is passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
-DATASET_CONFIG_KEYS = ("name", "data_dir", "data_files", "revision", "token")
-SCHEDULE_OPTIONS = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
+_WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
 
 
 def home_expanded(path: str, key: str, place: Place) -> str:
@@ -103,7 +97,7 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
         for name, function in inspect.getmembers(schedulers, inspect.isfunction)
         if function.__module__ == schedulers.__name__ and name != "join_schedules"
     }
-    _only_known(value, ("name", "arguments", *(option.name for option in SCHEDULE_OPTIONS)), key, place)
+    _only_known(value, ("name", "arguments", *(own.name for own in _WARMUP)), key, place)
     name = check(Option("name", str, "", "", choices=tuple(schedules)), value.get("name"), place, f"{key}.name")
     arguments = check(Option("arguments", list, [], ""), value.get("arguments"), place, f"{key}.arguments")
     try:
@@ -114,12 +108,8 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
     if not fits:
         numbers = ", ".join(schedules[name].parameters)
         raise refused(f"{key}.arguments", arguments, place(f"{key}.arguments"), f"a list of {name}'s numbers {numbers}")
-    given = {
-        option.name: check(option, value[option.name], place, f"{key}.{option.name}")
-        for option in SCHEDULE_OPTIONS
-        if option.name in value
-    }
-    return {"name": name, "arguments": arguments, **given}
+    warmup = {own.name: check(own, value[own.name], place, f"{key}.{own.name}") for own in _WARMUP if own.name in value}
+    return {"name": name, "arguments": arguments, **warmup}
 
 
 def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]:
@@ -136,7 +126,8 @@ def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]
         if config is not None and not isinstance(config, str | Mapping):
             raise refused(f"{inner}.config", config, place(f"{inner}.config"), "a name or a mapping")
         if isinstance(config, Mapping):
-            _only_known(config, DATASET_CONFIG_KEYS, f"{inner}.config", place)
+            # Passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
+            _only_known(config, ("name", "data_dir", "data_files", "revision", "token"), f"{inner}.config", place)
     return [dict(entry) for entry in value]
 
 

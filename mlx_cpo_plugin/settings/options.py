@@ -14,9 +14,9 @@ from mlx_cpo_plugin.settings import nested
 from mlx_cpo_plugin.settings.validation import Place, refused
 from mlx_cpo_plugin.types import Option
 
-# What MLX's quantiser takes.
 AUTO, MLX, HOST = "auto", "mlx", "host"
 
+# What MLX's quantiser takes.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # Mode of mx.quantize -> its fixed bits and group size.
@@ -29,23 +29,20 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Return a dataclass field that describes an option; its annotation is the type, ``| None`` makes it optional.
-
-    Args:
-        limits: further attributes of :class:`mlx_cpo_plugin.types.Option`.
-    """
+    """Return a dataclass field that describes an option; its annotation is the type, ``| None`` makes it optional."""
     return field(default_factory=lambda: deepcopy(default), metadata={"default": default, "help": help, **limits})
 
 
 def options_of(group: type) -> tuple[Option, ...]:
     """Return the fields of a dataclass as options."""
+    options = []
     hints = get_type_hints(group)
-    return tuple(_option(own.name, hints[own.name], own.metadata) for own in fields(group))
-
-
-def _option(name: str, hint: Any, attributes: Any) -> Option:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
-    return Option(name, get_origin(kinds[0]) or kinds[0], optional=kinds[0] is not hint, **attributes)
+    for own in fields(group):
+        hint = hints[own.name]
+        optional = NoneType in get_args(hint)
+        kind = get_args(hint)[0] if optional else hint
+        options.append(Option(own.name, get_origin(kind) or kind, optional=optional, **own.metadata))
+    return tuple(options)
 
 
 @dataclass

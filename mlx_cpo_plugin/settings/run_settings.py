@@ -17,16 +17,11 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
 
-_DISTRIBUTIONS = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
 _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
 
 
 def recorded_settings(settings: RunSettings) -> dict[str, Any]:
-    """Return the settings that have a part in the run, by YAML key, as plain values without secrets.
-
-    Args:
-        settings: resolved settings, see :func:`mlx_cpo_plugin.settings.config.resolve`. Local paths become absolute.
-    """
+    """Return the settings that have a part in the run as plain values; local paths become absolute."""
     mode = train_modes()[settings.train_mode]
     losses = [loss_types()[settings.dpo_cpo_loss_type]] if mode.has(LOSS_OPTION) else []
     values = {name: getattr(settings, name, None) for name in known_options([mode], losses)}
@@ -41,7 +36,8 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
     """Return the text of the record; its first line is a comment that names versions and device, the second the run."""
     import mlx.core as mx
 
-    versions = ", ".join(f"{name} {_version(name)}" for name in _DISTRIBUTIONS)
+    names = ("mlx-cpo-plugin", "mlx-lm-lora", "mlx-lm", "mlx")
+    versions = ", ".join(f"{name} {_version(name)}" for name in names)
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     began = f"# run {run.run.id}, begun {run.run.begun.isoformat()}"
     if run.origin is not None:
@@ -52,11 +48,7 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
 
 
 def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the settings and the line of versions that a run left in its adapter folder; both empty without a record.
-
-    Raises:
-        ConfigError: there is a record, but it cannot be read.
-    """
+    """Return the settings and the line of versions that a run left in its adapter folder; both empty if it left none."""
     file = folder / RUN_SETTINGS
     if not file.exists():
         return {}, ""

@@ -95,13 +95,11 @@ def _convert(kind: type, value: object) -> Any:
         return os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if kind is dict:
         return dict(value) if isinstance(value, Mapping) else None
-    if kind is list:
-        if isinstance(value, str):  # as words of a command line
-            return [part.strip() for part in value.split(",")]
-        if isinstance(value, Mapping):  # a single entry needs no list around it
-            return [value]
-        return list(value) if isinstance(value, list | tuple) else None
-    return value
+    if isinstance(value, str):  # a list as words of a command line
+        return [part.strip() for part in value.split(",")]
+    if isinstance(value, Mapping):  # a single entry needs no list around it
+        return [value]
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _within(option: Option, value: Any) -> bool:

@@ -53,11 +53,7 @@ SettingsDumper.add_implicit_resolver(FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
 def dump_settings(values: Any, *, flow: bool = False, width: float = 80) -> str:
-    """Return YAML that this plugin, mlx-lm-lora and any program with PyYAML read back as the same values.
-
-    Args:
-        flow: on one line, as a value behind its key.
-    """
+    """Return YAML, with ``flow`` on one line, that any program with PyYAML reads back as the same values."""
     text: str = yaml.dump(
         values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=flow
     )
@@ -69,8 +65,6 @@ class YamlSettings:
     """A configuration file as read.
 
     Attributes:
-        file: the path as it was given.
-        values: key -> value.
         lines: key -> line, counted from 1; keys of nested mappings and lists are joined by dots, e.g.
             ``lora_parameters.rank`` or ``hf_dataset.0.path``.
     """
@@ -103,11 +97,7 @@ def read_yaml(path: str | Path) -> YamlSettings:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the content of a configuration file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return the content of a configuration file; raises ``ConfigError`` where it cannot be read."""
     if not isinstance(path, str | Path):
         raise ConfigError(f"config is {shown(path)}, but must be the path of a YAML file.", key="config")
     try:
