@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
 
 LONGEST_VALUE = 60
 LONGEST_NAME = 300
@@ -89,7 +88,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value roughly as in YAML, on one line and shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

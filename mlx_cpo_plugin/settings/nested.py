@@ -82,7 +82,7 @@ def _check_like(default: object, value: Any, key: str, place: Place) -> None:
         raise refused(key, value, place(key), f"a list of {len(default)} numbers")
 
 
-def _is_numbers(value: Any) -> bool:
+def _is_numbers(value: object) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
     )

@@ -48,7 +48,7 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
 
 
 def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the settings and the line of versions that a run left in its adapter folder; both empty if it left none."""
+    """Return the settings and the versions that a run left in its adapter folder; both empty if it left none."""
     file = folder / RUN_SETTINGS
     if not file.exists():
         return {}, ""

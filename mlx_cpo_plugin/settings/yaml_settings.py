@@ -52,7 +52,7 @@ SettingsDumper.add_representer(str, SettingsDumper.represent_str)
 SettingsDumper.add_implicit_resolver(FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
-def dump_settings(values: Any, *, flow: bool = False, width: float = 80) -> str:
+def dump_settings(values: object, *, flow: bool = False, width: float = 80) -> str:
     """Return YAML, with ``flow`` on one line, that any program with PyYAML reads back as the same values."""
     text: str = yaml.dump(
         values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=flow
