@@ -96,7 +96,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
             signature(host_main).bind(*positional, **named)  # raises what the host would
             with lasting_output(of_process=on_console):
                 # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
-                return host_main(vars(_resolved(call, mode)))
+                return host_main(vars(_resolved(call)))
         except UserError as error:
             if on_console:
                 exit_with(f"error: {error}", error.exit_code)
@@ -122,7 +122,7 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
         with lasting_output():
             is_resolved = getattr(args, "plugin_resolved", False)
-            settings = _taken_back(args) if is_resolved else _resolved(args, mode)
+            settings = _taken_back(args) if is_resolved else _resolved(args)
             announce(mode)
             from mlx_cpo_plugin.run.mode import run_mode
 
@@ -173,11 +173,11 @@ def _taken_back(args: Namespace) -> RunSettings:
     return RunSettings.of(vars(args))
 
 
-def _resolved(call: Any, mode: TrainMode) -> RunSettings:
+def _resolved(call: Any) -> RunSettings:
     """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
     from mlx_cpo_plugin.settings import config
 
-    resolved = config.resolve(call, mode=mode)
+    resolved = config.resolve(call)
     for note in resolved.notes:
         print(f"note: {note}")
     return resolved.settings

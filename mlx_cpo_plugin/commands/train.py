@@ -43,7 +43,7 @@ def run_check(words: Sequence[str]) -> int:
                 key="train_mode",
             )
         # What is looked at is a training run, whether or not the configuration file has `train: true`.
-        resolved = config.resolve([*words, "--train"], mode=mode)
+        resolved = config.resolve([*words, "--train"])
     for note in resolved.notes:
         print(f"note: {note}")
     check.run_check(resolved.settings, mode)

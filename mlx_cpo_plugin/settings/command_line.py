@@ -40,20 +40,17 @@ class CommandLineParser(argparse.ArgumentParser):
         )
 
 
-def build_parser(host_parser: argparse.ArgumentParser, mode: TrainMode | None = None) -> CommandLineParser:
-    """Return the command line of ``mode``: mlx-lm-lora's flags, and one for every registered option.
+def build_parser() -> CommandLineParser:
+    """Return the parser of mlx-lm-lora's flags, and of one for every registered option.
 
     The parsed namespace contains only what was given. Values of the plugin's own options that do not fit their type are
     kept as text, for :func:`mlx_cpo_plugin.settings.config.resolve` to refuse.
-
-    Args:
-        host_parser: a fresh parser of mlx-lm-lora, whose actions are taken over and changed.
-        mode: every registered one when it is None.
     """
     modes = train_modes()
-    options = known_options([mode] if mode else modes.values(), loss_types().values())
-    parser = CommandLineParser(prog=host_parser.prog, description=host_parser.description, add_help=False)
-    for action in host_parser._actions:
+    options = known_options(modes.values(), loss_types().values())
+    host = host_parser()
+    parser = CommandLineParser(prog=host.prog, description=host.description, add_help=False)
+    for action in host._actions:
         option = options.pop(action.dest, None)
         if option is not None:
             _add(parser, option, action.option_strings)
@@ -120,18 +117,16 @@ def host_defaults() -> dict[str, Any]:
     return parsed | CONFIG_DEFAULTS | {key: value for key, value in parsed.items() if value is not None}
 
 
-def explicit(call: Call, mode: TrainMode | None = None) -> dict[str, Any]:
+def explicit(call: Call) -> dict[str, Any]:
     """Return the settings that a call gives, without any default.
 
-    Args:
-        call: None in a mapping means not given, and so does the default of mlx-lm-lora's parser in a namespace.
-        mode: the train mode whose options the command line has; every registered one when it is None.
+    None in a mapping means not given, and so does the default of mlx-lm-lora's parser in a namespace.
 
     Raises:
         ConfigError: the command line contains an unknown option or one without its value.
     """
     if isinstance(call, Sequence):
-        parser = build_parser(host_parser(), mode)
+        parser = build_parser()
         values, rest = parser.parse_known_args(list(call))
         if rest:
             raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, ON_THE_COMMAND_LINE)

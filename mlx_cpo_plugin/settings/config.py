@@ -107,21 +107,19 @@ def resolve(
     call: Call,
     config_file: str | Path | YamlSettings | None = None,
     *,
-    mode: TrainMode | None = None,
     call_place: str = "",
 ) -> Resolved:
     """Return the settings of a run in a registered train mode.
 
     Args:
         config_file: the YAML file, or what was read from it; by default the one that the call names.
-        mode: the train mode whose options the command line has.
         call_place: how messages refer to the call; by default by its kind.
 
     Raises:
         ConfigError: a key is unknown, or its value has the wrong type, is out of range or contradicts another.
         PluginError: two plugins claim one name.
     """
-    in_call = explicit(call, mode)
+    in_call = explicit(call)
     file = config_file or in_call.get("config")
     in_file = file if isinstance(file, YamlSettings) else read_yaml(file) if file else None
     place = call_place or (ON_THE_COMMAND_LINE if isinstance(call, Sequence) else IN_THE_CALL)

@@ -13,7 +13,6 @@ import yaml
 from mlx_lm_lora.train import build_parser as build_host_parser
 from support.stranger_plugins import CompetingPlugin, registered
 
-from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import ConfigError, PluginError
 from mlx_cpo_plugin.settings import command_line, config
 
@@ -208,13 +207,13 @@ def test_claim_of_two_plugins_on_cpo_is_told_when_cpo_is_asked_for(call: Any) ->
 
 
 def test_command_line_holds_only_what_was_given() -> None:
-    assert vars(command_line.build_parser(build_host_parser()).parse_args(["--train"])) == {"train": True}
+    assert vars(command_line.build_parser().parse_args(["--train"])) == {"train": True}
 
 
 def test_command_line_accepts_all_flags_of_mlx_lm_lora() -> None:
     flags = {flag for action in build_host_parser()._actions for flag in action.option_strings}
 
-    assert flags <= set(command_line.build_parser(build_host_parser())._option_string_actions)
+    assert flags <= set(command_line.build_parser()._option_string_actions)
 
 
 @pytest.mark.usefixtures("rank", "judged")
@@ -228,11 +227,3 @@ def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFi
     assert "Margin of the ranking. (default: 0.5)" in shown
     assert "How strict the judge is, 1 being 100 %." in " ".join(shown.split())
     assert "--no-fuse" in shown
-
-
-@pytest.mark.usefixtures("judged", "rank")
-def test_parser_of_one_mode_lacks_the_options_of_the_others() -> None:
-    flags = command_line.build_parser(build_host_parser(), plugins.train_modes()["judged"])._option_string_actions
-
-    assert "--temper" in flags
-    assert "--rank-margin" not in flags

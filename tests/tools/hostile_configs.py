@@ -158,8 +158,8 @@ def run(case: Case, folder: Path) -> None:
         call = {**case["mapping"]}
         if case["yaml"] is not None:
             call.setdefault("config", str(file))
-    mode = command_line.requested_mode(call)
-    resolved = config.resolve(call, mode=mode)
+    command_line.requested_mode(call)
+    resolved = config.resolve(call)
     assert not (folder / CANARY).exists(), "the file ran code"
     for name, option in options().items():
         value = getattr(resolved.settings, name)
