@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_cpo_plugin.data.files import COMPRESSED, SUFFIXES, kind_of
 from mlx_cpo_plugin.errors import DataError, named
@@ -31,16 +30,27 @@ def is_saved_dataset(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in files)
 
 
+def has_card(folder: Path) -> bool:
+    """Whether the card of a downloaded hub repository, its README.md, says which files belong to which split."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return bool((metadata_load(folder / "README.md") or {}).get("configs"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
 def split_files(folder: Path) -> dict[str, list[Path]]:
     """Return the data files of each split of a folder; empty where their names do not say.
 
-    What the card of a downloaded hub repository says comes first, then names in the folder, then those in its only
-    subfolder with splits, or in ``data``. Files of one set without the name of a split are the training set.
+    Names in the folder come first, then those in its only subfolder with splits, or in ``data``. Files of one set
+    without the name of a split are the training set.
 
     Raises:
-        DataError: several sets, configurations or names compete.
+        DataError: several sets or names compete.
     """
-    here = _described(folder) or _named_splits(folder)
+    here = _named_splits(folder)
     if here:
         return here
     children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
@@ -124,12 +134,11 @@ def _data_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir() if folder.is_dir() else (), key=_natural)
-        if _is_data(path) and path.name.lower() not in _METADATA and not path.name.startswith(".")
+        if kind_of(path.name) in SUFFIXES
+        and path.name.lower() not in _METADATA
+        and not path.name.startswith(".")
+        and path.is_file()
     ]
-
-
-def _is_data(path: Path) -> bool:
-    return kind_of(path.name) in SUFFIXES and path.is_file()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -154,51 +163,3 @@ def _best_of_each_stem(files: Sequence[Path]) -> list[Path]:
     for file in sorted(files, key=lambda file: (SUFFIXES.index(kind_of(file.name)), len(file.name))):
         best.setdefault((file.parent, _stem(file.name)), file)
     return sorted(best.values(), key=files.index)
-
-
-def _described(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split by the card of a hub repository, its README.md; empty without one."""
-    configurations = [entry for entry in _configurations(folder) if entry.get("data_files")]
-    names = [str(entry.get("config_name", "default")) for entry in configurations]
-    default = [
-        entry
-        for entry, name in zip(configurations, names, strict=True)
-        if len(names) == 1 or name == "default" or entry.get("default") is True
-    ]
-    if names and not default:
-        raise DataError(
-            f"{named(str(folder))} has the configurations {named(', '.join(names))}: write hf_dataset with that folder "
-            "as path: and one of them as config:."
-        )
-    if not default:
-        return {}
-    base, given = folder / str(default[0].get("data_dir") or ""), default[0]["data_files"]
-    if isinstance(given, Mapping):
-        given = [{"split": split, "path": path} for split, path in given.items()]
-    elif not isinstance(given, list) or not all(isinstance(part, Mapping) for part in given):
-        given = [{"path": given}]
-    files: dict[str, list[Path]] = {}
-    for part in given:
-        patterns = part.get("path")
-        for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            found = sorted(base.glob(pattern), key=_natural) if _is_relative(pattern) else ()
-            files.setdefault(str(part.get("split", "train")), []).extend(filter(_is_data, found))
-    files = {split: list(dict.fromkeys(found)) for split, found in files.items() if found}
-    return {split: files[name] for split, name in pick_splits(files).items()}
-
-
-def _configurations(folder: Path) -> list[Mapping[str, Any]]:
-    """The entries of ``configs:`` in the front matter of README.md."""
-    import yaml
-    from huggingface_hub import metadata_load
-
-    try:
-        configurations = (metadata_load(folder / "README.md") or {}).get("configs")
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    entries = configurations if isinstance(configurations, list) else []
-    return [entry for entry in entries if isinstance(entry, Mapping)]
-
-
-def _is_relative(pattern: Any) -> bool:
-    return isinstance(pattern, str) and not pattern.startswith("/") and ".." not in pattern

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
-from mlx_cpo_plugin.data.folders import is_saved_dataset, pick_splits, split_files
+from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, pick_splits, split_files
 from mlx_cpo_plugin.data.rows import Columns, ColumnSettings
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
@@ -91,6 +91,8 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
             found = datasets.load_from_disk(str(folder))
         by_split = found if isinstance(found, Mapping) else {"train": found}
         return _of_library(folder.name, str(folder), by_split, columns, wanted)
+    if has_card(folder):
+        return _of_library(folder.name, str(folder), _load_from_hub(str(folder), {}), columns, wanted)
     files = split_files(folder)
     splits: Splits = {}
     for split in wanted:
@@ -202,7 +204,8 @@ def _library(failure: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise DataError(f"{failure} ({printable(first_line(error))}): {advice}.") from error
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise DataError(f"{failure} ({printable(reason)}): {advice}.") from error
     finally:
         if torch is not None:
             sys.modules.setdefault("torch", torch)

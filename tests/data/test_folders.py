@@ -118,15 +118,34 @@ configs:
 """
 
 
+@pytest.fixture
+def offline_datasets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real ``datasets`` library, with its cache in the test's own folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.usefixtures("offline_datasets")
 def test_the_card_of_a_hub_repository_says_which_files_are_which(tmp_path: Path) -> None:
-    for name in ("rows/a1.jsonl", "rows/a2.parquet", "rows/b1.jsonl", "rows/b2.jsonl", "other.jsonl", "train.jsonl"):
-        write(tmp_path / name)
+    for number, name in enumerate(("rows/a1.jsonl", "rows/a2.jsonl", "rows/b1.jsonl", "rows/b2.jsonl")):
+        write(tmp_path / name, ROWS[number : number + 1])
+    for name in ("other.jsonl", "train.jsonl"):
+        write(tmp_path / name, ROWS[5:])
     (tmp_path / "README.md").write_text(CARD)
 
-    assert found(tmp_path) == {
-        "train": ["rows/a1.jsonl", "rows/a2.parquet"],
-        "test": ["rows/b1.jsonl", "rows/b2.jsonl"],
-    }
+    assert read(tmp_path) == {"train": ROWS[:2], "valid": [], "test": ROWS[2:4]}
+
+
+@pytest.mark.usefixtures("offline_datasets")
+def test_a_card_with_several_configurations_is_refused_with_their_names(tmp_path: Path) -> None:
+    for name in ("en.jsonl", "de.jsonl"):
+        write(tmp_path / name)
+    card = "configs:\n- {config_name: en, data_files: en.jsonl}\n- {config_name: de, data_files: de.jsonl}\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+
+    with pytest.raises(DataError, match=r"cannot be loaded \(Config name is missing.*\['en', 'de'\]"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +153,7 @@ def test_the_card_of_a_hub_repository_says_which_files_are_which(tmp_path: Path)
     [
         "# no front matter",
         "---\nconfigs: [\n---\n",
-        "---\nconfigs: 3\n---\n",
-        "---\nconfigs:\n- data_files: ../outside.jsonl\n---\n",
-        "---\nconfigs:\n- data_files: /etc/*\n---\n",
-        "---\nconfigs:\n- data_files: hf://datasets/x\n---\n",
-        "---\nconfigs:\n- config_name: a\n---\n",
+        "---\nlicense: mit\n---\n",
     ],
 )
 def test_a_card_that_names_no_files_here_leaves_the_names_to_decide(card: str, tmp_path: Path) -> None:
@@ -149,28 +164,14 @@ def test_a_card_that_names_no_files_here_leaves_the_names_to_decide(card: str, t
     assert found(tmp_path / "set") == {"train": ["train.jsonl"]}
 
 
-@pytest.mark.parametrize(
-    ("files", "card", "message"),
-    [
-        (["en/train.jsonl", "de/train.jsonl"], "", "holds several data sets (de, en): let data name one of them."),
-        (
-            ["a.jsonl", "b.jsonl"],
-            "---\nconfigs:\n- {config_name: en, data_files: a.jsonl}\n- {config_name: de, data_files: b.jsonl}\n---\n",
-            "has the configurations en, de: write hf_dataset with that folder as path: and one of them as config:.",
-        ),
-    ],
-)
-def test_a_folder_that_does_not_tell_what_to_read_is_one_sentence(
-    files: list[str], card: str, message: str, tmp_path: Path
-) -> None:
-    for name in files:
-        write(tmp_path / name)
-    (tmp_path / "README.md").write_text(card)
+def test_a_folder_with_several_data_sets_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("en", "de"):
+        write(tmp_path / name / "train.jsonl")
 
     with pytest.raises(DataError) as caught:
         split_files(tmp_path)
 
-    assert str(caught.value) == f"{tmp_path} {message}"
+    assert str(caught.value) == f"{tmp_path} holds several data sets (de, en): let data name one of them."
 
 
 def test_two_sets_with_an_equal_claim_are_not_mixed(tmp_path: Path) -> None:
