@@ -90,12 +90,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class StepTotals(NamedTuple):
-    """What an optimizer step holds over all its micro-batches and ranks, which is what its means are over.
-
-    Attributes:
-        pairs: preference pairs.
-        chosen_tokens: scored tokens of their chosen answers.
-    """
+    """What the means of an optimizer step are over, all its micro-batches and ranks: pairs, and their chosen tokens."""
 
     pairs: int
     chosen_tokens: int

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +14,14 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.reading import RowGroup, SourceSettings, read_splits
-from mlx_cpo_plugin.data.rows import Columns, first_few, parse_row
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TemplateSettings, as_ids, common_prefix
+from mlx_cpo_plugin.data.reading import RowGroup, read_splits
+from mlx_cpo_plugin.data.rows import Columns, DataSettings, first_few, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, fit, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
 
 UNCUT = sys.maxsize
 """The ``max_seq_length`` of pairs that are not cut."""
-
-
-class DataSettings(SourceSettings, TemplateSettings, Protocol):
-    """The settings that decide on pairs, by the keys of the YAML file."""
-
-    train: bool
-    test: bool
-    max_seq_length: int
-    overlong: str
-    seed: int
 
 
 @dataclass(frozen=True)

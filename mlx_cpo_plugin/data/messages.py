@@ -34,11 +34,7 @@ class UnusableRow(Exception):
 
 
 def parse_messages(value: Any) -> list[Message]:
-    """Messages of a list of objects, or of one; each may be text, and all may stand under ``messages``.
-
-    Raises:
-        UnusableRow: it is something else, or one of them is not a message of text.
-    """
+    """Messages of a list of objects, or of one; each may be text, and all may stand under ``messages``."""
     if isinstance(value, Mapping):
         value = decode_messages(value["messages"]) if "messages" in value else [value]
     if not isinstance(value, list):
@@ -125,11 +121,7 @@ def parse_dialogue(text: str) -> list[Message] | None:
 
 
 def decode_messages(value: Any) -> Any:
-    """Decode messages that are written as JSON or Python; return any other text or value as it is.
-
-    Raises:
-        UnusableRow: it begins as a list of messages does, but is neither JSON nor Python.
-    """
+    """Decode messages that are written as JSON or Python; any other value, or text that is no list, stays as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array([")):
         return value
     role = _WRITTEN_ROLE.search(value)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, pick_splits, split_files
-from mlx_cpo_plugin.data.rows import Columns, ColumnSettings
+from mlx_cpo_plugin.data.rows import Columns, DataSettings
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
@@ -21,22 +21,9 @@ DEFAULT_TRAIN_SPLIT = "train[:90%]"
 DEFAULT_VALID_SPLIT = "train[90%:]"
 
 
-class SourceSettings(ColumnSettings, Protocol):
-    """The settings that say where rows are."""
-
-    data: str
-    hf_dataset: list[dict[str, Any]] | None
-    valid_fraction: float
-
-
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of one file or dataset split, which share their column names.
-
-    Attributes:
-        name: what to call them in messages.
-        note: what the user should know about how they were chosen, if anything.
-    """
+    """Rows of one file or dataset split, which share their columns, and a note for the user on how they were chosen."""
 
     name: str
     rows: Sequence[Row]
@@ -47,7 +34,7 @@ class RowGroup:
 Splits = dict[str, list[RowGroup]]
 
 
-def read_splits(settings: SourceSettings, wanted: Collection[str]) -> Splits:
+def read_splits(settings: DataSettings, wanted: Collection[str]) -> Splits:
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
     ``settings.hf_dataset`` goes before ``settings.data``, which is a folder, a file (the training set) or the name of
@@ -124,7 +111,7 @@ def _of_library(
     return splits
 
 
-def _read_entries(settings: SourceSettings, entries: Any, wanted: Collection[str]) -> Splits:
+def _read_entries(settings: DataSettings, entries: Any, wanted: Collection[str]) -> Splits:
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
     carve = settings.valid_fraction > 0  # which takes rows of the training set
     splits: Splits = {split: [] for split in wanted}

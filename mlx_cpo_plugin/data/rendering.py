@@ -17,16 +17,18 @@ NOT_LOCATED = "the chat template does not show where an answer starts and ends"
 
 
 class Span(NamedTuple):
-    """The characters of one answer, ``start`` to ``end``.
+    """The characters of one answer.
 
-    ``start`` is where generation would start, ``end`` the end of the turn, or of its content if ``holds_turn_end`` is
-    false. For the last answer, ``said_until`` is the end of its own text and calls.
+    Attributes:
+        start: where generation would start.
+        said_until: the end of its own text and calls.
+        end: the end of the turn, or of its content if ``holds_turn_end`` is false.
     """
 
     start: int
+    said_until: int
     end: int
     holds_turn_end: bool = True
-    said_until: int = 0
 
 
 class Rendering(NamedTuple):
@@ -45,21 +47,10 @@ class Rendering(NamedTuple):
     fits: bool
 
 
-class _Start(NamedTuple):
-    """Where generation starts, and whether a whole generation prompt stands before it."""
-
-    character: int
-    fits: bool
-
-
 def render(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
-    """Chosen and rejected side of ``row``; system messages join the user's where the template has no such role.
-
-    Raises:
-        UnusableRow: the template refuses or leaves out messages, or an answer is empty or not found in the text.
-    """
+    """Chosen and rejected side of ``row``; system messages join the user's where the template has no such role."""
     row = replace(row, chosen=_clean(row.chosen, tokenizer), rejected=_clean(row.rejected, tokenizer))
-    failure: UnusableRow | None = None
+    failures = []
     for form in _system_forms(row):
         try:
             form = share_what_renders_alike(form, tokenizer)
@@ -67,9 +58,8 @@ def render(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rend
             _check_shown(form, sides, tokenizer)
             return sides
         except UnusableRow as error:
-            failure = failure or error
-    assert failure is not None
-    raise failure
+            failures.append(error)
+    raise failures[0]
 
 
 def _clean(messages: list[Message], tokenizer: ChatTokenizer) -> list[Message]:
@@ -197,21 +187,21 @@ class _Renderer:
             first = self._partial_start(*sides) if row.partial else self._start(row.shared, *sides)
         return self._side(*sides[0], first), self._side(*sides[1], first)
 
-    def _side(self, messages: list[Message], text: str, first: _Start | None) -> Rendering:
+    def _side(self, messages: list[Message], text: str, first: tuple[int, bool] | None) -> Rendering:
         answers, fits = [], True
         for i in range(self._row.shared, len(messages)):
             if messages[i]["role"] != "assistant":
                 continue
-            start = first if first and i == self._row.shared else self._start(i, (messages, text))
-            fits = fits and start.fits
-            answers.append(self._answer(messages, i, text, start.character))
+            start, fitting = first if first and i == self._row.shared else self._start(i, (messages, text))
+            fits = fits and fitting
+            answers.append(self._answer(messages, i, text, start))
             said = text[answers[-1].start : answers[-1].end]
             if any(call["function"]["name"] not in said for call in messages[i].get("tool_calls", ())):
                 raise UnusableRow("the chat template leaves out the tool calls of an answer")
         return Rendering(text, answers, messages[-1]["content"], fits)
 
-    def _start(self, i: int, *sides: tuple[list[Message], str]) -> _Start:
-        """Where generation of answer ``i`` starts in the texts of ``sides``, which agree up to there.
+    def _start(self, i: int, *sides: tuple[list[Message], str]) -> tuple[int, bool]:
+        """Where generation of answer ``i`` starts in the texts of ``sides``, and whether behind a generation prompt.
 
         It is behind the longest generation prompt with which all texts begin. Where none fits, as one that opens a
         thinking block which an answer does not have, it is where the prompt and the texts part, or, if that is
@@ -221,25 +211,25 @@ class _Renderer:
         prompts = self._generation_prompts(messages)
         fitting = [len(prompt) for prompt in prompts if all(text.startswith(prompt) for text in texts)]
         if fitting:
-            return _Start(max(fitting), True)
+            return (max(fitting), True)
         contents = [self._content(messages, i, text)[0] for messages, text in sides]
         known = [start for start in contents if start is not None]
         parting = max((common_start([prompt, *texts]) for prompt in prompts), default=0)
         turns = self._text(messages) if prompts else ""
         if turns and parting >= len(turns) and all(text.startswith(turns) for text in texts):
-            return _Start(min([parting, *known]), False)
+            return (min([parting, *known]), False)
         if len(known) < len(sides):
             raise UnusableRow(NOT_LOCATED)
-        return _Start(min(known), False)
+        return (min(known), False)
 
-    def _partial_start(self, *sides: tuple[list[Message], str]) -> _Start:
-        """Where generation continues an answer whose beginning is part of the prompt."""
+    def _partial_start(self, *sides: tuple[list[Message], str]) -> tuple[int, bool]:
+        """The same for an answer whose beginning is part of the prompt."""
         row, texts = self._row, [text for _, text in sides]
         begun = [*row.chosen[: row.shared], {"role": "assistant", "content": row.partial}]
         prompt = self._tokenizer.render(begun, row.tools, False, self._variant, continue_final_message=True)
         if not all(text.startswith(prompt) for text in texts):
             raise UnusableRow(NOT_LOCATED)
-        return _Start(len(prompt), True)
+        return (len(prompt), True)
 
     def _generation_prompts(self, messages: list[Message]) -> list[str]:
         """The generation prompt after ``messages`` under each variant; none where the template refuses them alone."""
@@ -253,16 +243,17 @@ class _Renderer:
 
     def _answer(self, messages: list[Message], i: int, text: str, start: int) -> Span:
         """The span of answer ``i``, whose generation starts at ``start``."""
+        said_until = self._said_until(messages, i, text, start)
         if i == len(messages) - 1:
-            return Span(start, len(text), said_until=self._said_until(messages, i, text, start))
+            return Span(start, said_until, len(text))
         turns = self._text(messages[: i + 1])
         # A thinking template drops the thoughts of earlier answers, so the turns alone may read otherwise.
         if len(turns) > start and text.startswith(turns):
-            return Span(start, len(turns))
+            return Span(start, said_until, len(turns))
         end = self._content(messages, i, text)[1]
         if end is None or end <= start:
             raise UnusableRow(NOT_LOCATED)
-        return Span(start, end, holds_turn_end=False)
+        return Span(start, said_until, end, holds_turn_end=False)
 
     def _said_until(self, messages: list[Message], i: int, text: str, start: int) -> int:
         """Where the text and calls of answer ``i`` end, as far as can be found."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 from mlx_cpo_plugin.data.messages import (
@@ -41,9 +42,20 @@ _TASKS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation", "messages")
 
 
-class ColumnSettings(Protocol):
-    """The settings that name columns."""
+class DataSettings(Protocol):
+    """The settings that decide on rows and pairs, by the keys of the YAML file; ``begun``: when the run began."""
 
+    data: str
+    hf_dataset: list[dict[str, Any]] | None
+    train: bool
+    test: bool
+    valid_fraction: float
+    seed: int
+    max_seq_length: int
+    overlong: str
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    begun: datetime | None
     chosen_feature: str
     rejected_feature: str
     prompt_feature: str
@@ -63,7 +75,7 @@ class Columns:
     system: str = AUTO
 
     @classmethod
-    def from_settings(cls, settings: ColumnSettings, overrides: Mapping[str, Any] | None = None) -> Columns:
+    def from_settings(cls, settings: DataSettings, overrides: Mapping[str, Any] | None = None) -> Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}

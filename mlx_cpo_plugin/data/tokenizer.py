@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
+from mlx_cpo_plugin.data.rows import DataSettings
 from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
 
 TokenIds = NDArray[np.int32]
@@ -37,7 +38,6 @@ class EncodedText:
     """Token ids of a text and their offsets.
 
     Attributes:
-        text: what was encoded.
         ids: int32 [T].
         starts, ends: int [T], the first character of each token and the one behind its last; None for tokenizers
             without offsets. Where a tokenizer composes characters, some may lie between two tokens.
@@ -64,22 +64,8 @@ class EncodedText:
         return whole if whole == len(alone) else whole + 1
 
 
-class TemplateSettings(Protocol):
-    """The settings that decide on what a template writes."""
-
-    chat_template: str | None
-    chat_template_kwargs: dict[str, Any] | None
-    begun: datetime | None
-
-
 class ChatTokenizer:
     """Renders and tokenises conversations with mlx-lm's tokenizer wrapper, or the tokenizer inside it.
-
-    Args:
-        tokenizer: either of the two.
-        chat_template: Jinja text to use in place of the tokenizer's own template.
-        template_kwargs: arguments of the template, such as ``enable_thinking``.
-        now: the time that templates see; by default that of this module's import.
 
     Attributes:
         bos_id, eos_id: the tokenizer's own; None where it has none.
@@ -127,15 +113,12 @@ class ChatTokenizer:
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
 
     @classmethod
-    def from_settings(cls, tokenizer: Any, settings: TemplateSettings) -> ChatTokenizer:
+    def from_settings(cls, tokenizer: Any, settings: DataSettings) -> ChatTokenizer:
         """The tokenizer under the chat template and its arguments of a run, at the time when the run began."""
         return cls(tokenizer, read_template(settings.chat_template), settings.chat_template_kwargs, settings.begun)
 
     def template_variants(self, row_kwargs: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any], ...]:
-        """Template arguments to try: thinking templates need to be told when an answer has no thoughts.
-
-        A row's own arguments, ``row_kwargs``, go before those of the run.
-        """
+        """Template arguments to try, a row's own first: thinking templates are told when an answer has no thoughts."""
         kwargs = {**self._template_kwargs, **(row_kwargs or {})}
         if not self._thinks or self._thinking_keys & set(kwargs):
             return (kwargs,)
@@ -149,14 +132,7 @@ class ChatTokenizer:
         variant: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The text of ``messages`` under the chat template.
-
-        Args:
-            variant, kwargs: arguments of the template, and further ones of ``apply_chat_template``.
-
-        Raises:
-            UnusableRow: there is no template, or it refuses the messages.
-        """
+        """The text of ``messages`` under the chat template; UnusableRow where there is none or it refuses them."""
         if not self.has_chat_template:
             raise UnusableRow("the tokenizer has no chat template")
         kwargs = {**self._given_template, **(variant or {}), **kwargs}
@@ -189,11 +165,7 @@ class ChatTokenizer:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> EncodedText:
-        """Tokens of rendered text; the template has put the special tokens in, so none are added.
-
-        Raises:
-            UnusableRow: the text is not Unicode.
-        """
+        """Tokens of rendered text; the template has put the special tokens in, so none are added."""
         _check_unicode(text)
         if self._has_offsets:
             encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -267,11 +239,7 @@ class ChatTokenizer:
 
 
 def read_template(given: str | None) -> str | None:
-    """The Jinja text given by ``chat_template``, which is that text or the name of a file.
-
-    Raises:
-        ConfigError: it is neither Jinja nor a file that can be read.
-    """
+    """The Jinja text given by ``chat_template``: that text, or a file; ConfigError where it is neither."""
     if not given or "{{" in given or "{%" in given:
         return given or None
     try:

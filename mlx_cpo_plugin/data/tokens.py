@@ -30,12 +30,7 @@ class OverlongRow(UnusableRow):
 
 
 class Side(NamedTuple):
-    """One answer with everything before it.
-
-    Attributes:
-        ids: int32 [T].
-        scored: bool [T].
-    """
+    """One answer with everything before it: its tokens, int32 [T], and which of them are scored, bool [T]."""
 
     ids: TokenIds
     scored: NDArray[np.bool_]
@@ -54,9 +49,6 @@ def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: st
 
     Where a token holds both the last characters of the prompt and the first of an answer, it is scored: the prompt
     then ends one token earlier for both sides. Where the sides share no token at all, BOS (else EOS) is the prompt.
-
-    Raises:
-        UnusableRow: an answer is empty, both are the same, or the chat template does not take the messages.
     """
     if isinstance(row, PlainText):
         chosen, rejected = _tokenize_texts(row, tokenizer)
@@ -120,7 +112,7 @@ def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
     tokens: list[int] = encoded.ids.tolist()
     last = side.answers[-1]
     first = encoded.tokens_before(last.start)
-    stop = _last_turn_end(tokens, encoded.tokens_covering(last.said_until), tokenizer)
+    stop = _turn_end(tokens, encoded.tokens_covering(last.said_until), len(tokens), tokenizer)
     if stop is not None:
         ids = encoded.ids[:stop]
     else:
@@ -131,41 +123,27 @@ def _tokenize_side(side: Rendering, tokenizer: ChatTokenizer) -> Side:
     scored = np.zeros(len(ids), dtype=np.bool_)
     scored[first:] = True
     for answer in side.answers[:-1]:
-        start, stop = encoded.tokens_before(answer.start), encoded.tokens_covering(answer.end)
-        closing = tokenizer.end_ids if answer.holds_turn_end else tokenizer.special_ids
-        scored[start : _turn_end(tokens, start, stop, closing, tokenizer)] = True
+        said, stop = encoded.tokens_covering(answer.said_until), encoded.tokens_covering(answer.end)
+        end = _turn_end(tokens, said, stop, tokenizer)
+        if end is None:  # templates may let the next turn's first token end the last one
+            end = stop + (tokens[stop] in (tokenizer.end_ids if answer.holds_turn_end else tokenizer.special_ids))
+        scored[encoded.tokens_before(answer.start) : end] = True
     return Side(ids, scored)
 
 
-def _last_turn_end(tokens: list[int], said: int, tokenizer: ChatTokenizer) -> int | None:
-    """Where the last turn ends, whose text and calls are in the first ``said`` tokens: behind the first end token.
+def _turn_end(tokens: list[int], said: int, stop: int, tokenizer: ChatTokenizer) -> int | None:
+    """Where the turn ends whose text and calls are in the first ``said`` tokens: behind the first end token.
 
     The template may continue after it, with the header of a next answer. Without an end token, the turn ends with the
     special tokens that follow, or with the first of them if text comes after those; None without any.
     """
-    special = [i for i in range(said, len(tokens)) if tokens[i] in tokenizer.special_ids]
+    special = [i for i in range(said, stop) if tokens[i] in tokenizer.special_ids]
     ending = [i for i in special if tokens[i] in tokenizer.end_ids]
     if ending or not special:
         return ending[0] + 1 if ending else None
-    behind = set(tokens[special[0] :]) - tokenizer.special_ids
+    behind = set(tokens[special[0] : stop]) - tokenizer.special_ids
     written = tokenizer.always_opens_answer or not all(tokenizer.is_blank(token) for token in behind)
     return special[0 if written else -1] + 1
-
-
-def _turn_end(tokens: list[int], start: int, stop: int, closing: frozenset[int], tokenizer: ChatTokenizer) -> int:
-    """Where the answer in tokens ``start`` to ``stop`` ends: behind the first end token after its text.
-
-    Without an end token it ends behind the last special one, or behind the one of the ``closing`` that follows the
-    answer: templates let the next turn's first token end the last one.
-    """
-    tail = stop
-    while tail > start and (tokens[tail - 1] in tokenizer.special_ids or tokenizer.is_blank(tokens[tail - 1])):
-        tail -= 1
-    special = [i for i in range(tail, stop) if tokens[i] in tokenizer.special_ids]
-    ending = [i for i in special if tokens[i] in tokenizer.end_ids]
-    if special:
-        return (ending[0] if ending else special[-1]) + 1
-    return stop + 1 if tokens[stop] in closing else stop
 
 
 def _without_template_space(side: Rendering) -> str:
@@ -178,7 +156,7 @@ def _without_template_space(side: Rendering) -> str:
 def fit(
     row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str, max_seq_length: int, overlong: str = CUT
 ) -> TruncatedPair:
-    """Turn one row into a pair of at most ``max_seq_length`` tokens a side.
+    """Turn one row into a pair of at most ``max_seq_length`` tokens a side; UnusableRow says why it has none.
 
     The prompt of a conversation loses its oldest turns first, then the beginnings of its longest messages; its system
     message and last question stay, and so does all that the template writes. Plain text is cut as
@@ -186,7 +164,6 @@ def fit(
 
     Raises:
         DataError: the row is too long and ``overlong`` is ``error``.
-        UnusableRow: the row has no pair, or none that fits.
     """
     pair = tokenize(row, tokenizer, source)
     whole = len(pair.prompt)
