@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from mlx_cpo_plugin.data.rows import Columns, DataSettings, first_few, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, fit, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
-
-UNCUT = sys.maxsize
-"""The ``max_seq_length`` of pairs that are not cut."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +251,7 @@ def as_pairs(
 
     def convert(item: PreferencePair | tuple[Side, Side], source: str) -> TruncatedPair:
         pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
-        return truncate(pair, UNCUT if max_seq_length is None else max_seq_length, bos_id)
+        return truncate(pair, sys.maxsize if max_seq_length is None else max_seq_length, bos_id)
 
     return _collect(zip(pairs, sources, strict=True), convert, "the data set", split, tokenizer=digest)
 
@@ -291,7 +288,7 @@ def _make_pairs(
 
     def convert(item: tuple[Any, Columns], source: str) -> TruncatedPair:
         try:
-            return fit(parse_row(*item), tokenizer, source, max_length or UNCUT, overlong)
+            return fit(parse_row(*item), tokenizer, source, max_length or sys.maxsize, overlong)
         except RecursionError:
             raise UnusableRow("the row is nested too deeply") from None
 
@@ -303,12 +300,9 @@ def _make_pairs(
     return pairs
 
 
-Item = TypeVar("Item")
-
-
 def _collect(
-    items: Iterable[tuple[Item, str]],
-    convert: Callable[[Item, str], TruncatedPair],
+    items: Iterable[tuple[Any, str]],
+    convert: Callable[[Any, str], TruncatedPair],
     name: str,
     split: str,
     notes: tuple[str, ...] = (),

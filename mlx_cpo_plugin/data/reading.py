@@ -67,7 +67,7 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
     if near is not None or _looks_like_path(data):
         advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
         raise DataError(f"data names {named(data)}, which does not exist: {advice}")
-    return _of_library(data, data, _load_from_hub(data, {}), columns, wanted)
+    return _of_library(data, _load_from_hub(data, {}), columns, wanted)
 
 
 def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Splits:
@@ -77,9 +77,9 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
         with _library(f"{named(str(folder))} cannot be loaded", "save the data set again"):
             found = datasets.load_from_disk(str(folder))
         by_split = found if isinstance(found, Mapping) else {"train": found}
-        return _of_library(folder.name, str(folder), by_split, columns, wanted)
+        return _of_library(folder.name, by_split, columns, wanted)
     if has_card(folder):
-        return _of_library(folder.name, str(folder), _load_from_hub(str(folder), {}), columns, wanted)
+        return _of_library(folder.name, _load_from_hub(str(folder), {}), columns, wanted)
     files = split_files(folder)
     splits: Splits = {}
     for split in wanted:
@@ -94,10 +94,8 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
     return splits
 
 
-def _of_library(
-    label: str, name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]
-) -> Splits:
-    """Rows of a dataset of the ``datasets`` library: ``name`` is the user's, for messages; ``label`` is for sources."""
+def _of_library(name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]) -> Splits:
+    """Rows of a dataset of the ``datasets`` library."""
     picked = pick_splits(by_split)
     if not picked:
         raise DataError(
@@ -106,7 +104,7 @@ def _of_library(
         )
     splits = {}
     for split in (split for split in wanted if split in picked):
-        where = f"{named(label, 100)} {named(picked[split], 100)}"
+        where = f"{named(name, 100)} {named(picked[split], 100)}"
         splits[split] = [RowGroup(where, _library_rows(name, by_split[picked[split]], where), columns)]
     return splits
 

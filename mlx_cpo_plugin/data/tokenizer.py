@@ -218,10 +218,6 @@ class ChatTokenizer:
                 return text[:kept], end_id
             kept, end_id = stop - len(spelled), self._end_ids[spelled]
 
-    def is_blank(self, token_id: int) -> bool:
-        """Whether a token is only white space."""
-        return not self.decode([token_id]).strip()
-
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
         """Text of ``ids``, special tokens included."""
         return str(self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=False))

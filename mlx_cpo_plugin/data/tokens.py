@@ -141,8 +141,8 @@ def _turn_end(tokens: list[int], said: int, stop: int, tokenizer: ChatTokenizer)
     ending = [i for i in special if tokens[i] in tokenizer.end_ids]
     if ending or not special:
         return ending[0] + 1 if ending else None
-    behind = set(tokens[special[0] : stop]) - tokenizer.special_ids
-    written = tokenizer.always_opens_answer or not all(tokenizer.is_blank(token) for token in behind)
+    behind = [token for token in tokens[special[0] : stop] if token not in tokenizer.special_ids]
+    written = tokenizer.always_opens_answer or tokenizer.decode(behind).strip()
     return special[0 if written else -1] + 1
 
 
@@ -226,7 +226,7 @@ def _prompt_room(pair: PreferencePair, max_seq_length: int, least: int) -> int:
 
 def _template_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
     """Tokens of the prompt that the template writes by itself, once the oldest turns are gone."""
-    for shorter in reversed([row, *_without_oldest_turns(row)]):
+    for shorter in reversed(_without_oldest_turns(row)):
         empty = {i: "" for i, message in enumerate(shorter.chosen[: shorter.shared]) if message["role"] != "assistant"}
         if pair := _tokenized(_with_contents(shorter, empty), tokenizer):
             return len(pair.prompt)
@@ -253,7 +253,7 @@ def _shorten_prompt(
     row: Conversation, tokenizer: ChatTokenizer, source: str, max_seq_length: int, least: int
 ) -> PreferencePair:
     """The pair of the row with as much of its prompt as fits."""
-    shorter = [row, *_without_oldest_turns(row)]
+    shorter = _without_oldest_turns(row)
 
     @cache
     def pair_of(turns: int) -> PreferencePair | None:
@@ -278,10 +278,10 @@ def _shorten_prompt(
 
 
 def _without_oldest_turns(row: Conversation) -> list[Conversation]:
-    """The row without its first turn, without its first two, and so on; system messages and the last question stay."""
+    """The row, and without its first turn, its first two, and so on; system messages and the last question stay."""
     system, _ = split_system(row.chosen[: row.shared])
     start = len(system)
-    shorter = []
+    shorter = [row]
     for first in range(start + 1, row.shared + 1):
         if row.chosen[first]["role"] == "user":
             chosen, rejected = ([*side[:start], *side[first:]] for side in (row.chosen, row.rejected))
