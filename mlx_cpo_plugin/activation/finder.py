@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import get_ident
 
 from mlx_cpo_plugin.activation import hook_state
 from mlx_cpo_plugin.activation.hook_state import DISABLE_VARIABLE, TARGETS
@@ -66,26 +65,21 @@ def hook(module: ModuleType) -> None:
 
 def _bar_cpo(module: ModuleType) -> None:
     """Make every entry to CPO in a host module raise :class:`PluginError`; other modes go through untouched."""
-    for name in ("train_cpo", "evaluate_cpo"):
-        if hasattr(module, name):
-            setattr(module, name, hook_state.refuse_cpo)
-    run = getattr(module, "run", None)
-    if run is None or hasattr(run, "_bars_cpo"):
+    names = vars(module)
+    names.update({name: hook_state.refuse_cpo for name in ("train_cpo", "evaluate_cpo") if name in names})
+    run = names.get("run")
+    if run is None:
         return
 
     def guarded_run(args: Any, *others: Any, **named: Any) -> Any:
         hook_state.refuse_if_cpo(args)
         return run(args, *others, **named)
 
-    guarded_run.__dict__["_bars_cpo"] = True
-    setattr(module, "run", guarded_run)  # noqa: B010 - mypy knows no such attribute of a module
+    names["run"] = guarded_run
 
 
 class HostFinder:
     """A finder for :data:`TARGETS` that asks the other finders and wraps the loader they give."""
-
-    def __init__(self) -> None:
-        self._searches: set[tuple[str, int]] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -93,28 +87,14 @@ class HostFinder:
         """The other finders' spec with a :class:`HookingLoader`; None for every module but the targets."""
         if fullname not in TARGETS or disabled():
             return None
-        search = (fullname, get_ident())
-        if search in self._searches:
-            return None
-        self._searches.add(search)
-        try:
-            spec = _spec_of_others(self, fullname, path, target)
-        finally:
-            self._searches.discard(search)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = HookingLoader(spec.loader)  # type: ignore[assignment]  # duck-typed: importing the ABC is slow
-        return spec
-
-
-def _spec_of_others(
-    own: HostFinder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-) -> ModuleSpec | None:
-    for finder in list(sys.meta_path):
-        find_spec = None if finder is own else getattr(finder, "find_spec", None)
-        spec = find_spec(fullname, path, target) if find_spec else None
-        if spec is not None:
-            return spec
-    return None
+        for finder in list(sys.meta_path):
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find_spec(fullname, path, target) if find_spec else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = HookingLoader(spec.loader)  # duck-typed: importing the ABC is slow
+                return spec
+        return None
 
 
 class HookingLoader:
@@ -124,8 +104,6 @@ class HookingLoader:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_loader":
-            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module: ModuleType) -> None:

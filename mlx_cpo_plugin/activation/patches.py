@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from inspect import signature
@@ -85,7 +84,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
     def main(*positional: Any, **named: Any) -> Any:
         args = positional[0] if positional else named.get("args")
         on_console = args is None
-        call = sys.argv[1:] if on_console else _as_call(args)
+        call: Any = sys.argv[1:] if on_console else args
         mode = None
         try:
             mode = _mode_of(call)
@@ -114,28 +113,23 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(host_run)
     def run(*positional: Any, **named: Any) -> Any:
-        args = _as_call(positional[0] if positional else named.get("args"))
+        args = positional[0] if positional else named.get("args")
         mode = _mode_of(args)
         if mode is None:
             return host_run(*positional, **named)
         signature(host_run).bind(*positional, **named)  # raises what the host would
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
         with lasting_output():
-            is_resolved = getattr(args, "plugin_resolved", False)
-            settings = _taken_back(args) if is_resolved else _resolved(args)
-            announce(mode)
             from mlx_cpo_plugin.run.mode import run_mode
+            from mlx_cpo_plugin.settings.config import RunSettings
 
+            # Those that `main` gave to the host come back from there.
+            is_resolved = getattr(args, "plugin_resolved", False)
+            settings = RunSettings.of(vars(args)) if is_resolved else _resolved(args)
+            announce(mode)
             return run_mode(settings, mode, callback)
 
     return run
-
-
-def _as_call(args: Any) -> Any:
-    """Return the argument of ``main`` or ``run`` as a mapping or namespace; the host takes any object."""
-    if isinstance(args, Mapping | Namespace) or not hasattr(args, "__dict__"):
-        return args
-    return Namespace(**vars(args))
 
 
 def _mode_of(call: Any) -> TrainMode | None:
@@ -164,13 +158,6 @@ def _refuse_mistakes(words: Sequence[str]) -> None:
         raise
     except Exception as fault:
         hook_state.record_fault(__name__, fault)
-
-
-def _taken_back(args: Namespace) -> RunSettings:
-    """Return the settings that ``main`` gave to the host, and the host to ``run``."""
-    from mlx_cpo_plugin.settings.config import RunSettings
-
-    return RunSettings.of(vars(args))
 
 
 def _resolved(call: Any) -> RunSettings:

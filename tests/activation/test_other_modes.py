@@ -93,8 +93,11 @@ CALLS: dict[str, Any] = {
     "a mistake": ["--train-mode", "sft", "--batch-size", "many"],
     "an unknown flag": ["--train-mode", "sft", "--chosen-feature", "good"],
     "an unknown mode": ["--train-mode", "nonsense"],
-    "a missing config": ["--config", "missing.yaml"],
     "a config that is no YAML": ["--config", "broken.yaml"],
+}
+# Without the plugin these end in a traceback.
+UNREADABLE: dict[str, Any] = {
+    "a missing config": ["--config", "missing.yaml"],
     "an empty config": ["--config", "empty.yaml"],
 }
 
@@ -107,7 +110,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         (folder / f"{mode}.yaml").write_text(YAML.format(mode=mode))
     (folder / "broken.yaml").write_text("train_mode: sft\n  - [")
     (folder / "empty.yaml").write_text("")
-    (folder / "calls.json").write_text(json.dumps({**CALLS, "cpo": ["--config", "cpo.yaml"]}))
+    (folder / "calls.json").write_text(json.dumps({**CALLS, **UNREADABLE, "cpo": ["--config", "cpo.yaml"]}))
     environment = installed_environment("wheel")
     with_plugin = environment.run_python("-c", RECORD, folder=folder)
     without = environment.run_python("-c", RECORD, folder=folder, MLX_CPO_PLUGIN_DISABLE="1")
@@ -120,6 +123,16 @@ def test_other_modes_call_the_same_functions_with_the_same_arguments(outcomes: O
     for name in CALLS:
         assert with_plugin[name] == without[name], name
         assert with_plugin[name]["argv"] == "untouched", name
+
+
+def test_a_configuration_that_the_host_cannot_read_is_one_sentence(outcomes: Outcomes) -> None:
+    with_plugin, without = outcomes
+
+    for name in UNREADABLE:
+        assert "SystemExit" not in without[name]["ended"]
+        assert with_plugin[name]["ended"] == "SystemExit(2)"
+        assert with_plugin[name]["errors"].startswith("error: ")
+        assert with_plugin[name]["errors"].count("\n") == 1
 
 
 def test_the_comparison_sees_what_runs_call(outcomes: Outcomes) -> None:
