@@ -14,10 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_cpo_plugin import linkage
 from mlx_cpo_plugin.errors import ConfigError
@@ -38,14 +38,8 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-@dataclass(frozen=True)
-class Blas:
-    """The library that multiplies MLX's matrices.
-
-    Attributes:
-        name: with the version, if known.
-        is_reference: whether it is the slow one of MLX's wheels.
-    """
+class Blas(NamedTuple):
+    """The library that multiplies MLX's matrices; ``is_reference``: whether it is the slow one of MLX's wheels."""
 
     file: str
     name: str
@@ -93,7 +87,9 @@ def in_use() -> Blas | None:
     if not is_used_here():
         return None
     file = _file_in_use()
-    return Blas(file, _name(file), _is_reference(file))
+    if _is_reference(file):
+        return Blas(file, "the reference BLAS of MLX's wheel", True)
+    return Blas(file, " ".join(_openblas_config(ctypes.CDLL(file)).split()[:2]) or os.path.basename(file), False)
 
 
 def gigaflops(rows: int = 1024, seconds: float = 0.05) -> float:
@@ -145,12 +141,6 @@ def _is_reference(file: str) -> bool:
     return bool(_REFERENCE.match(os.path.basename(file))) and not _FAST.search(file)
 
 
-def _name(file: str) -> str:
-    if _is_reference(file):
-        return "the reference BLAS of MLX's wheel"
-    return " ".join(_openblas_config(ctypes.CDLL(file)).split()[:2]) or os.path.basename(file)
-
-
 def _openblas_config(library: ctypes.CDLL) -> str:
     """Return version and build options of an OpenBLAS; empty for any other library."""
     for prefix in PREFIXES:
@@ -164,13 +154,13 @@ def _openblas_config(library: ctypes.CDLL) -> str:
 def _functions_found() -> Iterator[dict[str, int]]:
     """Yield the functions of each library that can be loaded: the Python environment's, then the system's."""
     package = find_spec(DISTRIBUTION.replace("-", "_"))
-    folders = package.submodule_search_locations if package else None
-    libraries = [str(file) for folder in folders or [] for file in sorted(Path(folder, "lib").glob("lib*.so"))]
-    for library in (*libraries, SYSTEM_LIBRARY):
-        try:
-            yield _functions_of(ctypes.CDLL(library))
-        except (OSError, ValueError):  # for another processor, damaged, or missing
-            continue
+    folders = (package and package.submodule_search_locations) or []
+    for library in (
+        *(file for folder in folders for file in sorted(Path(folder, "lib").glob("lib*.so"))),
+        SYSTEM_LIBRARY,
+    ):
+        with suppress(OSError, ValueError):  # for another processor, damaged, or missing
+            yield _functions_of(ctypes.CDLL(str(library)))
 
 
 def _functions_of(library: ctypes.CDLL) -> dict[str, int]:

@@ -60,7 +60,8 @@ def memory_safe_recurrences(model: Any, chunk_size: int, say: Callable[[str], No
     if not model_uses_recurrence(model):
         yield
         return
-    with _models_restored(lambda: enable_memory_safe_recurrences(chunk_size=chunk_size)):
+    with _models_restored():
+        enable_memory_safe_recurrences(chunk_size=chunk_size)
         yield
 
 
@@ -75,8 +76,8 @@ def _keeps_states(model: Any) -> bool:
 
 
 @contextmanager
-def _models_restored(change: Callable[[], object]) -> Iterator[None]:
-    """Let ``change`` replace functions and methods of mlx_lm's models; restore them when the context ends."""
+def _models_restored() -> Iterator[None]:
+    """Restore functions and methods of mlx_lm's models when the context ends."""
     for name in _MODULES_WITH_RECURRENCES:
         with suppress(ImportError):  # an older mlx_lm lacks some of these models
             import_module(f"mlx_lm.models.{name}")
@@ -89,7 +90,6 @@ def _models_restored(change: Callable[[], object]) -> Iterator[None]:
     ]
     before: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*modules, *classes)}
     try:
-        change()
         yield
     finally:
         for owner, names in before.items():

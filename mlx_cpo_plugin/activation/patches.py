@@ -187,8 +187,7 @@ def announce(mode: TrainMode) -> None:
     )
     if advice := blas.advice():
         print(f"note: matrix products are slow here: {advice}.")
-    warning = untested_host_warning(host_version())
-    if warning:
+    if warning := untested_host_warning(host_version()):
         _warn_once(warning)
 
 
@@ -198,7 +197,7 @@ def _warn_once(warning: str) -> None:
 
 
 def too_old(version: str) -> str:
-    """Return what to do about a host older than the tested range; empty for any other."""
+    """Return what to do about a host older than the tested range; empty for any other, or an unknown version."""
     if not _numbers(version) or _numbers(version) >= _numbers(OLDEST_TESTED_HOST):
         return ""
     return f"mlx-lm-lora {version} is too old for mlx-cpo-plugin: pip install 'mlx-lm-lora>={OLDEST_TESTED_HOST}'"
@@ -208,10 +207,8 @@ def untested_host_warning(version: str) -> str:
     """Return what to say about a host outside the tested range; empty inside it."""
     if _numbers(OLDEST_TESTED_HOST) <= _numbers(version) <= _numbers(NEWEST_TESTED_HOST):
         return ""
-    return (
-        f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {OLDEST_TESTED_HOST} to "
-        f"{NEWEST_TESTED_HOST}."
-    )
+    tested = f"{OLDEST_TESTED_HOST} to {NEWEST_TESTED_HOST}"
+    return f"mlx-lm-lora {version} is outside the range that mlx-cpo-plugin is tested with, {tested}."
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -45,20 +45,20 @@ class Checkpoint:
         return dict(mx.load(str(file))) if file.exists() else {}  # type: ignore[arg-type]  # safetensors: a dict
 
 
+@dataclass
 class CheckpointFolder:
     """The checkpoints of a run, of which the newest are kept.
 
-    Args:
+    Attributes:
         run_id: of the run that writes them; no other's are ever removed.
         keep: how many; at least 1.
         keep_also: the iteration of one that is kept as one of them, however old it is.
     """
 
-    def __init__(self, folder: Path, run_id: str, keep: int, keep_also: int | None = None) -> None:
-        self.folder = folder
-        self.run_id = run_id
-        self.keep = keep
-        self.keep_also = keep_also
+    folder: Path
+    run_id: str
+    keep: int
+    keep_also: int | None = None
 
     def save(
         self,

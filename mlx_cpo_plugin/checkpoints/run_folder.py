@@ -131,7 +131,10 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
 
 
 def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], None]) -> None:
-    """Record that a fused model is going to write these names in the folder of its run; put aside what is not its."""
+    """Record that a fused model is going to write these names, if the folder is that of a run; put aside what is there.
+
+    What the run has written itself stays, to be replaced.
+    """
     record = read_record(adapter_folder)
     if record is None:
         return

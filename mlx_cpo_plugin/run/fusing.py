@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,7 +75,7 @@ class Fusing:
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
                 fused = self._scores(written)
-                publish(staging, target, self._make_way)
+                publish(staging, target, self.say)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error):
                 raise
@@ -89,10 +89,6 @@ class Fusing:
             if kept is not None and kept < ENOUGH:
                 self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")
         return target
-
-    def _make_way(self, names: Collection[str]) -> None:
-        if self.settings.lm_studio_name is None:
-            make_way(Path(self.settings.adapter_path), names, self.say)
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
         return held_out_scores(model, self.pairs, self.settings.scoring) if self.pairs else None
@@ -197,15 +193,11 @@ def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> N
             shutil.copy(file, folder)
 
 
-def publish(staging: Path, target: Path, make_way: Callable[[Collection[str]], None] = lambda names: None) -> None:
+def publish(staging: Path, target: Path, say: Callable[[str], None]) -> None:
     """Move a whole model from ``staging`` into ``target``, in place of a model that is there.
 
     At no moment does the folder hold a ``config.json`` with weights that are not its own: without the former it is no
     model to any program. Links in ``target`` are replaced, not followed.
-
-    Args:
-        make_way: gets the names in ``target`` that are going to be replaced or removed, those of a model first, and may
-            move them elsewhere.
 
     Raises:
         OSError: a file is cut short, or cannot be moved.
@@ -217,7 +209,7 @@ def publish(staging: Path, target: Path, make_way: Callable[[Collection[str]], N
         flush(staging / file)
     config = Path("config.json")
     weights = [path.name for path in target.glob("model*.safetensors")] + ["model.safetensors.index.json"]
-    make_way(list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))))
+    make_way(target, list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))), say)
     (target / config).unlink(missing_ok=True)
     for name in weights:
         if Path(name) not in files:

@@ -249,7 +249,7 @@ def test_a_fused_model_takes_the_place_of_an_older_one_as_a_whole(tmp_path: Path
     (staging / "config.json").write_text("new")
     (staging / "templates" / "chat.jinja").write_text("new")
 
-    publish(staging, target)
+    publish(staging, target, print)
 
     files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert files == {"model.safetensors", "config.json", "notes.txt", "templates/chat.jinja"}
@@ -287,7 +287,7 @@ def test_a_process_killed_while_a_model_is_put_in_place_leaves_none_that_loads_w
             patch.setattr(Path, "unlink", limited(unlink))
             patch.setattr(Path, "replace", limited(replace))
             with suppress(KilledError):
-                publish(staging, target)
+                publish(staging, target, print)
         weights = {path.name for path in target.glob("model*.safetensors")}
         if (target / "config.json").exists():
             new = (target / "config.json").read_text() == "new"
