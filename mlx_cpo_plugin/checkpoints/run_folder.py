@@ -177,9 +177,8 @@ def _write(folder: Path, record: RunRecord) -> None:
 
 def _left_by(record: RunRecord | None, folder: Path, in_use: Collection[Path]) -> list[Path]:
     """Return what a run has left in a folder, in the order in which it is put aside."""
-    names = sorted(path.name for path in folder.iterdir() if _LEFT_BY_EVERY_RUN.fullmatch(path.name))
-    # A run without checkpoints cannot be resumed by mistake.
-    names.sort(key=lambda name: not name.startswith(CHECKPOINTS))
+    names = [path.name for path in folder.iterdir() if _LEFT_BY_EVERY_RUN.fullmatch(path.name)]
+    names.sort(key=lambda name: (not name.startswith(CHECKPOINTS), name))  # without these, none is resumed by mistake
     if record is not None and not any(os.path.realpath(path) == os.path.realpath(folder) for path in in_use):
         names += [name for name in record.files if os.path.lexists(folder / name)]
     return [folder / name for name in names]

@@ -125,7 +125,7 @@ class MemoryEstimate:
         """Compare the first step with the estimate, and correct it; return what to say where it was far off."""
         peak, before = mx.get_peak_memory(), self._compared_from
         self._compared_from = sys.maxsize
-        if peak <= before:  # compared already, or something before the run took more
+        if not self._tried or peak <= before:  # no pairs, compared already, or something before the run took more
             return []
         fixed, device = self.weights + self.optimizer, device_memory()
         said = fixed + self._tried
