@@ -154,22 +154,20 @@ def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenize
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
     """Both sides under the template variant whose generation prompt fits and leaves the shortest answers."""
-    found = []
-    failure = UnusableRow(NOT_LOCATED)
+    found, failures = [], []
     for variant in tokenizer.template_variants(row.template_kwargs):
         try:
             found.append(_Renderer(row, tokenizer, variant).sides())
         except UnusableRow as error:
-            failure = error
+            failures.append(error)
     if not found:
-        raise failure
-    return max(
-        found,
-        key=lambda sides: (
-            all(side.fits for side in sides),
-            -sum(len(side.text) - side.answers[0].start for side in sides),
-        ),
-    )
+        raise failures[-1]
+
+    def quality(sides: tuple[Rendering, Rendering]) -> tuple[bool, int]:
+        answers = sum(len(side.text) - side.answers[0].start for side in sides)
+        return all(side.fits for side in sides), -answers
+
+    return max(found, key=quality)
 
 
 class _Renderer:
@@ -211,16 +209,16 @@ class _Renderer:
         prompts = self._generation_prompts(messages)
         fitting = [len(prompt) for prompt in prompts if all(text.startswith(prompt) for text in texts)]
         if fitting:
-            return (max(fitting), True)
+            return max(fitting), True
         contents = [self._content(messages, i, text)[0] for messages, text in sides]
         known = [start for start in contents if start is not None]
         parting = max((common_start([prompt, *texts]) for prompt in prompts), default=0)
         turns = self._text(messages) if prompts else ""
         if turns and parting >= len(turns) and all(text.startswith(turns) for text in texts):
-            return (min([parting, *known]), False)
+            return min([parting, *known]), False
         if len(known) < len(sides):
             raise UnusableRow(NOT_LOCATED)
-        return (min(known), False)
+        return min(known), False
 
     def _partial_start(self, *sides: tuple[list[Message], str]) -> tuple[int, bool]:
         """The same for an answer whose beginning is part of the prompt."""
@@ -229,7 +227,7 @@ class _Renderer:
         prompt = self._tokenizer.render(begun, row.tools, False, self._variant, continue_final_message=True)
         if not all(text.startswith(prompt) for text in texts):
             raise UnusableRow(NOT_LOCATED)
-        return (len(prompt), True)
+        return len(prompt), True
 
     def _generation_prompts(self, messages: list[Message]) -> list[str]:
         """The generation prompt after ``messages`` under each variant; none where the template refuses them alone."""

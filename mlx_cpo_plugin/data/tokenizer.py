@@ -190,11 +190,9 @@ class ChatTokenizer:
         """``text`` without its first ``count`` tokens, one character at least."""
         encoded = self.encode(text)
         count = min(count, len(encoded.ids))
-        if encoded.ends is not None and count:
-            start = int(encoded.ends[count - 1])
-        else:
-            start = math.ceil(len(text) * count / max(1, len(encoded.ids)))
-        return text[max(start, 1) :]
+        if encoded.ends is None or not count:
+            return text[max(1, math.ceil(len(text) * count / max(1, len(encoded.ids)))) :]
+        return text[max(1, int(encoded.ends[count - 1])) :]
 
     def encode_plain(self, text: str) -> TokenIds:
         """Tokens of text that has no template: the tokenizer's BOS once in front, no end token."""
@@ -264,7 +262,7 @@ def _time_held_at(now: datetime) -> Iterator[None]:
     from transformers.utils import chat_template_utils  # costly, and there before any tokenizer
 
     with _LOCK:
-        clock = chat_template_utils.datetime
+        clock = getattr(chat_template_utils, "datetime", None)
         chat_template_utils.datetime = SimpleNamespace(now=lambda *_: now)
         try:
             yield
