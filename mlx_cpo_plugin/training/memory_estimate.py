@@ -80,22 +80,23 @@ class MemoryEstimate:
 
         self.largest = max(pairs, key=self._activations)
         self.computing = self._computing([self.largest])
+        self._basis, self._peak = "Estimate", mx.get_peak_memory()
         self._correction, self._tried, self._warned = 1.0, 0.0, 0.0
-        self._compared_from = mx.get_peak_memory()
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.optimizer + round(self._correction * self.computing)
+        return self.weights + self.optimizer + round(self.computing)
 
     def lines(self, device: int) -> list[str]:
         """Return a sentence; a warning where the ``device`` has fewer bytes than that, a note where more are faster."""
         lines = [
-            f"About {_gigabytes(self.total)} of memory are needed (weights {_gigabytes(self.weights)}, optimizer "
+            f"{self._basis}: about {_gigabytes(self.total)} of memory (weights {_gigabytes(self.weights)}, optimizer "
             f"{_gigabytes(self.optimizer)}, gradients and activations {_gigabytes(self.computing)} with the largest "
-            f"pair, {_named(self.largest)}); this device has {_gigabytes(device)}.",
-            *self._warning(device),
+            f"pair, {_named(self.largest)}); this device has {_gigabytes(device)}."
         ]
+        if self.total > device:
+            lines.append(f"Warning: this device has less memory than that; {LOWER_THESE}.")
         if self.widening and self.total + self.widening <= device:
             lines.append(
                 "note: half-precision weights are widened to float32 for each product, which is what this processor is "
@@ -122,25 +123,16 @@ class MemoryEstimate:
         )
 
     def corrected(self) -> list[str]:
-        """Compare the first step with the estimate, and correct it; return what to say where it was far off."""
-        peak, before = mx.get_peak_memory(), self._compared_from
-        self._compared_from = sys.maxsize
-        if not self._tried or peak <= before:  # no pairs, compared already, or something before the run took more
+        """Correct the estimate by the peak of the first step; return its lines once more where it was far off."""
+        peak, self._peak, before = mx.get_peak_memory(), sys.maxsize, self._peak
+        if peak <= before or not self._tried:  # corrected already, more was taken before, or this rank had no pairs
             return []
         fixed, device = self.weights + self.optimizer, device_memory()
         said = fixed + self._tried
-        self._correction = max(0.0, peak - fixed) / self._tried
-        if abs(peak - said) < SHARE_OF_DEVICE * device or 1 / FAR_OFF < peak / said < FAR_OFF:
-            return []
-        return [
-            f"The first step took {_gigabytes(peak)} and not {_gigabytes(said)}: about {_gigabytes(self.total)} of "
-            f"memory are needed with the largest pair, {_named(self.largest)}.",
-            *self._warning(device),
-        ]
-
-    def _warning(self, device: int) -> list[str]:
-        less = self.total > device
-        return [f"Warning: this device has less memory than that; {LOWER_THESE}."] if less else []
+        self._basis, self._correction = "Estimate after the first step", max(0.0, peak - fixed) / self._tried
+        self.computing *= self._correction
+        far_off = abs(peak - said) > SHARE_OF_DEVICE * device and not 1 / FAR_OFF < peak / said < FAR_OFF
+        return self.lines(device) if far_off else []
 
     def _computing(self, pairs: Sequence[PreferencePair]) -> float:
         """Return the bytes of a micro-batch beside weights and optimizer, and of a step."""

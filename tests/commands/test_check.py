@@ -94,7 +94,7 @@ def test_it_estimates_memory_without_loading_the_model(model_folder, data_folder
 
     assert mx.get_peak_memory() - before < 100_000
     assert re.search(
-        r"\nAbout 0\.\d+ GB of memory are needed \(.*train\.jsonl:\d+\); this device has 0\.001 GB", stream.getvalue()
+        r"\nEstimate: about 0\.\d+ GB of memory \(.*train\.jsonl:\d+\); this device has 0\.001 GB", stream.getvalue()
     )
     assert "\nWarning: this device has less memory than that; lower max_seq_length" in stream.getvalue()
 
