@@ -363,6 +363,26 @@ def test_a_run_reports_what_its_own_settings_take(tmp_path: Path, capsys: pytest
     assert said[0] != said[1]
 
 
+def test_a_run_says_once_after_its_first_step_that_the_estimate_was_far_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryEstimate, "_activations", lambda *_: 10**10)
+    args = CPOTrainingArgs(
+        batch_size=1,
+        gradient_accumulation_steps=2,
+        iters=6,
+        steps_per_report=1,
+        adapter_file=str(tmp_path / "adapters.safetensors"),
+    )
+
+    mx.reset_peak_memory()
+    train_cpo(add_adapter(larger_model()), optimizers.Adam(1e-4), pairs_of(200, 40, 40), None, args)
+
+    printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": " in line]
+    said = [line for line in printed if line.startswith(("Estimate", "Iter"))]
+    assert said == ["Estimate", "Iter 1", "Estimate after the first step", *(f"Iter {at}" for at in range(2, 7))]
+
+
 def settings_for(model_folder: Path, **given: Any) -> SimpleNamespace:
     return config.resolve({"train": True, "train_mode": "cpo", "model": str(model_folder), **given}).settings
 
