@@ -49,8 +49,8 @@ def caller_seed() -> int:
     _, seeded, start, *_ = np.random.RandomState(seed).get_state(legacy=True)
     if position == start and np.array_equal(keys, seeded):
         return seed
-    # Drawing turns the seed into a 64-bit number; so does MLX with the time, if nobody has seeded it.
-    return random_seed() if random_seed() < 2**32 else 0
+    of_mlx = random_seed()  # drawing turns it into a 64-bit number; so does MLX with the time, if nobody has seeded it
+    return of_mlx if of_mlx < 2**32 else 0
 
 
 def pairs_of(dataset: Any, max_seq_length: int, tokenizer: Any = None, split: str = "train") -> PreferenceDataset:

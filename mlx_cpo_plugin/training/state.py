@@ -34,12 +34,12 @@ class Resumable:
     remembered: ClassVar[tuple[str, ...]]
 
     def state(self) -> dict[str, Any]:
-        """Return them as plain values by name."""
+        """Return these attributes as plain values."""
         values = {name: getattr(self, name) for name in self.remembered}
         return {name: value.state() if isinstance(value, Resumable) else copy(value) for name, value in values.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Set them to what :meth:`state` returned."""
+        """Set these attributes to what :meth:`state` returned."""
         for name in self.remembered:
             part = getattr(self, name)
             if isinstance(part, Resumable):

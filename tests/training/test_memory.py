@@ -317,6 +317,16 @@ def test_a_peak_from_before_the_run_corrects_nothing(peak: list[int]) -> None:
     assert found.total == before
 
 
+def test_a_rank_without_pairs_in_the_first_step_corrects_nothing(peak: list[int]) -> None:
+    found = estimate_of(pairs_of(100, 60, 60))
+    before = found.total
+
+    peak[0] = 10**8
+
+    assert found.corrected() == []
+    assert found.total == before
+
+
 def test_no_line_looks_like_a_report_of_training(peak: list[int]) -> None:
     found = estimate_of(pairs_of(100, 60, 60))
     found.widening = 1
