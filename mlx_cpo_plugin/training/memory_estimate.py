@@ -111,7 +111,8 @@ class MemoryEstimate:
 
         On a CPU the process would end without a word.
         """
-        needed, free = self._correction * self._computing(pairs), free_memory()
+        # Only upwards: a warning in vain costs less than the work since the last checkpoint.
+        needed, free = max(1.0, self._correction) * self._computing(pairs), free_memory()
         self._tried = max(self._tried, needed)
         if free is None or needed <= max(free + mx.get_cache_memory(), self._warned):
             return None

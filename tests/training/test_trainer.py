@@ -449,7 +449,11 @@ def test_a_loss_function_can_be_given_directly(tmp_path: Path) -> None:
         ({"save_best": "speed"}, "save_best", "one of margin, accuracy, loss"),
         ({"loss_type": "ipo", "loss_options": {"label_smoothing": 0.1}}, "label_smoothing", "sigmoid, simpo, alphapo"),
         ({"qat_bits": 1}, "qat_bits", "a whole number from 2 to 16"),
-        ({"qat_enable": True, "qat_quantizer": "mlx", "qat_bits": 7}, "qat_quantizer", ""),
+        (
+            {"qat_enable": True, "qat_quantizer": "mlx", "qat_bits": 7},
+            "qat_bits",
+            "one of 2, 3, 4, 5, 6, 8 with qat_quantizer: mlx",
+        ),
         ({"loss_type": "kto"}, "loss_type", "sigmoid, hinge, ipo, dpop, simpo, alphapo"),
     ],
 )
