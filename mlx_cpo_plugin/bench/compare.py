@@ -6,12 +6,8 @@ Their gradients are compared with a float64 gradient where there is one, else wi
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,20 +15,12 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
-from mlx_cpo_plugin.activation.hook_state import DISABLE_VARIABLE
 from mlx_cpo_plugin.bench.cases import Case
-from mlx_cpo_plugin.bench.job import HOST, PLUGIN, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, save_pairs
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Measurement, gradient_file
+from mlx_cpo_plugin.bench.runs import Batches, MeasurementError, Runs, Say
 
 COUNTED_ITERATIONS = 2
 REFERENCE_TASK = "gradient of the first batch"
-_LINES_KEPT = 30
-
-Say = Callable[[str], None]
-
-
-class MeasurementError(UserError):
-    """A measured process did not finish."""
 
 
 @dataclass(frozen=True)
@@ -134,42 +122,33 @@ def _ratio_of_repeats(host: list[list[float]], plugin: list[list[float]]) -> flo
     return median(sum(theirs) / sum(ours) for theirs, ours in zip(host, plugin, strict=True))
 
 
-def compare(case: Case, *, iterations: int, repeats: int, say: Say, gradients: bool = True) -> Comparison:
+def compare(case: Case, *, iterations: int, repeats: int, say: Say) -> Comparison:
     """Measure both trainers on ``case``.
 
     Args:
         iterations: timed iterations of each process, after one to warm up.
         repeats: timed processes of each trainer, alternating.
-        gradients: whether those of the first batch are compared, too.
         say: takes progress, a few words at a time.
 
     Raises:
         MeasurementError: a process failed; says which and why.
     """
     with tempfile.TemporaryDirectory(prefix="mlx-cpo-bench-") as folder:
-        return _Runs(case, Path(folder), say).compare(iterations, repeats, gradients)
+        return _Comparing(case, Path(folder), say).compare(iterations, repeats)
 
 
-class _Runs:
-    """The processes of one case and the folder that they share."""
-
-    def __init__(self, case: Case, folder: Path, say: Say) -> None:
-        self.case = case
-        self.folder = folder
-        self.say = say
-        self.host_changes: dict[str, object] = {}
-        save_pairs(folder / "pairs.npz", case.pairs)
-
-    def compare(self, iterations: int, repeats: int, gradients: bool) -> Comparison:
+class _Comparing(Runs):
+    def compare(self, iterations: int, repeats: int) -> Comparison:
         counted = self.case.batches(COUNTED_ITERATIONS)
         host_count, notes = self._count_host(counted)
         counts = {HOST: host_count, PLUGIN: self.run("count", PLUGIN, counted)}
-        differences = GradientDifferences(None, None, None)
-        if gradients:
-            differences = self._gradient_differences(counted[:1], notes)
+        differences = self._gradient_differences(counted[:1], notes)
 
         batches = self.case.batches(iterations + 1)
-        timings = self._time_in_turn(batches, repeats)
+        timings = self.time_in_turn([HOST, PLUGIN], batches, repeats)
+        for theirs, ours in zip(timings[HOST], timings[PLUGIN], strict=True):
+            if theirs.scored_tokens != ours.scored_tokens:
+                raise MeasurementError("the two trainers did not train on the same rows; report this.")
         timed = [self.case.pairs[index] for batch in batches[1:] for index in batch]
         lengths = {
             part: float(np.mean([len(getattr(pair, part)) for pair in timed]))
@@ -191,18 +170,7 @@ class _Runs:
             notes=(*self.case.notes, *host_count.patches, *notes),
         )
 
-    def _time_in_turn(self, batches: Sequence[Sequence[int]], repeats: int) -> dict[str, list[Measurement]]:
-        timings: dict[str, list[Measurement]] = {HOST: [], PLUGIN: []}
-        for repeat in range(1, repeats + 1):
-            for trainer, done in timings.items():
-                changes = self.host_changes if trainer == HOST else {}
-                done.append(self.run(f"time {repeat} of {repeats}", trainer, batches, **changes))
-        for host, plugin in zip(timings[HOST], timings[PLUGIN], strict=True):
-            if host.scored_tokens != plugin.scored_tokens:
-                raise MeasurementError("the two trainers did not train on the same rows; report this.")
-        return timings
-
-    def _count_host(self, counted: Sequence[Sequence[int]]) -> tuple[Measurement, list[str]]:
+    def _count_host(self, counted: Batches) -> tuple[Measurement, list[str]]:
         """Count the host's work, without ``efficient_long_context`` from now on where the host fails with it."""
         try:
             return self.run("count", HOST, counted), []
@@ -211,11 +179,11 @@ class _Runs:
                 raise
             self.host_changes = {"efficient_long_context": False}
             note = f"mlx-lm-lora runs without efficient_long_context, which fails on this model ({_quoted(error)})"
-            return self.run("count", HOST, counted, **self.host_changes), [note]
+            return self.run("count", HOST, counted), [note]
 
-    def _gradient_differences(self, first_batch: Sequence[Sequence[int]], notes: list[str]) -> GradientDifferences:
+    def _gradient_differences(self, first_batch: Batches, notes: list[str]) -> GradientDifferences:
         """Compare both trainers with float64, or with the host where that fails; add to ``notes``."""
-        plugin, host = (gradient_file(self._folder_of("count", trainer)) for trainer in (PLUGIN, HOST))
+        plugin, host = (gradient_file(self.folder_of("count", trainer)) for trainer in (PLUGIN, HOST))
         try:
             reference = self._compute_reference(first_batch)
         except MeasurementError as error:
@@ -223,13 +191,13 @@ class _Runs:
             return self._differences_from_host(host, plugin, first_batch, notes)
         return _differences(REFERENCE, reference, host, plugin)
 
-    def _compute_reference(self, first_batch: Sequence[Sequence[int]]) -> Path:
+    def _compute_reference(self, first_batch: Batches) -> Path:
         """Return the file with the float64 gradient."""
-        self._work(REFERENCE_TASK, REFERENCE, first_batch, len(first_batch[0]), "pair")
-        return gradient_file(self._folder_of(REFERENCE_TASK, REFERENCE))
+        self.work(REFERENCE_TASK, REFERENCE, first_batch)
+        return gradient_file(self.folder_of(REFERENCE_TASK, REFERENCE))
 
     def _differences_from_host(
-        self, host: Path, plugin: Path, first_batch: Sequence[Sequence[int]], notes: list[str]
+        self, host: Path, plugin: Path, first_batch: Batches, notes: list[str]
     ) -> GradientDifferences:
         """Compare the plugin with the host, and both with a host that takes a pair as a whole if need be."""
         if self.host_changes or not self.case.settings.efficient_long_context:
@@ -244,86 +212,24 @@ class _Runs:
             )
             return GradientDifferences(None, None, None)
         notes.append("gradients are compared with that of mlx-lm-lora without efficient_long_context")
-        return _differences(HOST, gradient_file(self._folder_of(task, HOST)), host, plugin)
-
-    def _folder_of(self, task: str, trainer: str) -> Path:
-        return self.folder / f"{trainer}, {task}"
-
-    def run(self, task: str, trainer: str, batches: Sequence[Sequence[int]], **changes: object) -> Measurement:
-        """Measure one process, with ``changes`` in its settings; ``task`` begins with ``count`` or ``time``."""
-        self._work(task, trainer, batches, len(batches), "iteration", **changes)
-        return Measurement.load(self._folder_of(task, trainer))
-
-    def _work(
-        self, task: str, trainer: str, batches: Sequence[Sequence[int]], steps: int, step: str, **changes: object
-    ) -> None:
-        """Run one process to its end, telling which ``step`` of how many ``steps`` is done."""
-        folder = self._folder_of(task, trainer)
-        never = len(batches) + 1
-        settings = vars(self.case.settings) | {"iters": len(batches), "steps_per_eval": never, "save_every": never}
-        Job(
-            trainer=trainer,
-            task=task.split()[0],
-            settings=settings | changes,
-            model_config=self.case.model_config,
-            batches=batches,
-            pairs_file=str(self.folder / "pairs.npz"),
-        ).save(folder)
-        environment = dict(os.environ)
-        if trainer == HOST:
-            environment[DISABLE_VARIABLE] = "1"
-        title = f"{self.case.name}: {folder.name}"
-        self.say(title)
-        run_worker(folder, environment, lambda finished: self.say(f"{title}, {step} {finished} of {steps}"))
+        return _differences(HOST, gradient_file(self.folder_of(task, HOST)), host, plugin)
 
 
 def _differences(name: str, reference: Path, host: Path, plugin: Path) -> GradientDifferences:
     return GradientDifferences(name, relative_difference(host, reference), relative_difference(plugin, reference))
 
 
-def _result(
-    timings: Sequence[Measurement], count: Measurement, batches: Sequence[Sequence[int]], counted_pairs: int
-) -> TrainerResult:
+def _result(timings: Sequence[Measurement], count: Measurement, batches: Batches, counted_pairs: int) -> TrainerResult:
     return TrainerResult(
         seconds=[timing.seconds[1:] for timing in timings],
         processor_seconds=[timing.processor_seconds[1:] for timing in timings],
         pair_counts=[len(batch) for batch in batches[1:]],
-        peak_memory=int(median(timing.peak_memory for timing in timings)),
+        peak_memory=int(median(timing.peak_memory or 0 for timing in timings)),
         peak_resident=int(median(timing.peak_resident for timing in timings)),
         backbone_tokens=count.backbone_tokens or 0,
         head_positions=count.head_positions or 0,
         counted_pairs=counted_pairs,
     )
-
-
-def run_worker(folder: Path, environment: dict[str, str], progress: Callable[[str], None]) -> None:
-    """Run the job in ``folder``, passing on each number of finished steps.
-
-    Raises:
-        MeasurementError: the process failed or was killed.
-    """
-    command = [sys.executable, "-m", "mlx_cpo_plugin.bench.worker", str(folder)]
-    kept: deque[str] = deque(maxlen=_LINES_KEPT)
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                if line.startswith(PROGRESS_MARK):
-                    progress(line.removeprefix(PROGRESS_MARK).strip())
-                elif line.strip():
-                    kept.append(line.strip())
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        raise MeasurementError(f"{folder.name} {_reason(process.returncode, kept)}.")
-
-
-def _reason(returncode: int, lines: Sequence[str]) -> str:
-    if returncode < 0:
-        return f"was ended by signal {-returncode}, most likely out of memory; use shorter rows or a smaller batch"
-    return f"failed with exit code {returncode}: {lines[-1] if lines else 'it printed nothing'}"
 
 
 def _quoted(error: Exception) -> str:

@@ -21,14 +21,19 @@ def train(
     model: nn.Module,
     optimizer: optimizers.Optimizer,
     pairs: Sequence[PreferencePair],
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]] | None,
     arguments: CPOTrainingArgs,
     training_callback: Any,
 ) -> list[str]:
-    """Train on ``batches``, the indices of the pairs of each iteration; return what had to be patched, in words."""
+    """Train on ``batches``, the indices of the pairs of each iteration, or on what the host draws if there are none.
+
+    Returns what had to be patched, in words.
+    """
     from mlx_lm_lora.trainer import cpo_trainer
 
-    patches = [*make_runnable(), give_batches(cpo_trainer, batches)]
+    patches = make_runnable()
+    if batches is not None:
+        patches.append(give_batches(cpo_trainer, batches))
     host_train = getattr(cpo_trainer, "_host_train_cpo", cpo_trainer.train_cpo)
     arguments_class = getattr(cpo_trainer, "_host_CPOTrainingArgs", cpo_trainer.CPOTrainingArgs)
     known = {field.name for field in fields(arguments_class)}

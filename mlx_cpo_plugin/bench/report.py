@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -48,6 +54,7 @@ def table(comparison: Comparison) -> str:
     lines.append(
         f"  alternating repeats: {comparison.repeats}, iterations of each: {comparison.iterations}; median (range)"
     )
+    lines.append(f"  processor: {processor_name()}")
     lines += [f"  note: {note}" for note in comparison.notes]
     return "\n".join(lines)
 
@@ -80,14 +87,34 @@ def as_json(comparisons: Sequence[Comparison], failures: Mapping[str, str]) -> s
 
 
 def environment() -> dict[str, str]:
-    """Return versions and device."""
+    """Return versions, processor and device."""
     import mlx.core as mx
 
     from mlx_cpo_plugin.commands.doctor import check_backend
 
     versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-cpo-plugin")}
     backend = {finding.name: finding.detail for finding in check_backend()}
-    return {**versions, "python": platform.python_version(), "device": str(mx.default_device()), **backend}
+    return {
+        **versions,
+        "processor": processor_name(),
+        "python": platform.python_version(),
+        "device": str(mx.default_device()),
+        **backend,
+    }
+
+
+@cache
+def processor_name() -> str:
+    """Return what the processor is called, with its cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or name
+    elif cpuinfo.exists():
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = found[1] if found else name
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _figures(comparison: Comparison) -> dict[str, Any]:
@@ -137,10 +164,11 @@ def _line(label: str, of_trainers: Sequence[str], ratio: str) -> str:
 
 
 def _seconds(label: str, host: Sequence[float], plugin: Sequence[float], ratio: float) -> str:
-    return _line(label, [_spread(host), _spread(plugin)], f"{ratio:.2f} x as fast")
+    return _line(label, [spread(host), spread(plugin)], f"{ratio:.2f} x as fast")
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Return the median, and the range in brackets."""
     return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 

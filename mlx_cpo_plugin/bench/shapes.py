@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,13 @@ _LETTERS = {
 }
 _REQUIRED = ("prompt", "chosen", "rejected")
 _ARCHITECTURES = ("llama", "qwen3")
+# Words that switch something on -> the field that they set, and to what.
+_SWITCHES: dict[str, tuple[str, Any]] = {
+    "long": ("long", True),
+    "bf16": ("dtype", "bfloat16"),
+    "4bit": ("bits", 4),
+    **{name: ("architecture", name) for name in _ARCHITECTURES},
+}
 _EXAMPLE = "P256,C128,R96,B2"
 
 
@@ -36,6 +43,8 @@ class Shape:
         vocabulary, hidden, layers: sizes of the model; ``hidden`` is a multiple of 64, the size of an attention head.
         long: whether ``efficient_long_context`` is on.
         architecture: ``llama`` or ``qwen3``.
+        dtype: of the weights, ``float32`` or ``bfloat16``.
+        bits: of each weight of the quantised base, 4 or 0; 0 is none.
     """
 
     prompt: int
@@ -47,12 +56,14 @@ class Shape:
     layers: int = 8
     long: bool = False
     architecture: str = "llama"
+    dtype: str = "float32"
+    bits: int = 0
 
     def __str__(self) -> str:
         """The text from which :func:`parse_shape` makes the same shape."""
         words = [f"{letter}{getattr(self, name)}" for letter, name in _LETTERS.items()]
-        words += ["long"] if self.long else []
-        words += [self.architecture] if self.architecture != _ARCHITECTURES[0] else []
+        defaults = {field.name: field.default for field in fields(self)}
+        words += [word for word, (name, value) in _SWITCHES.items() if getattr(self, name) == value != defaults[name]]
         return ",".join(words)
 
     @property
@@ -64,20 +75,22 @@ class Shape:
     def title(self) -> str:
         """One line for tables."""
         long = ", efficient_long_context" if self.long else ""
+        weights = (f", {self.bits} bits" if self.bits else "") + (f", {self.dtype}" if self.dtype != "float32" else "")
         return (
             f"P{self.prompt} C{self.chosen} R{self.rejected}, batch {self.batch}{long} "
-            f"({self.architecture}, hidden {self.hidden}, {self.layers} layers, vocabulary {self.vocabulary})"
+            f"({self.architecture}, hidden {self.hidden}, {self.layers} layers, vocabulary {self.vocabulary}{weights})"
         )
 
     def model_config(self) -> dict[str, Any]:
         """The configuration of the model, as mlx_lm reads it."""
         heads = self.hidden // HEAD_DIMENSION
         groups = next(size for size in (3, 4, 2, 1) if heads % size == 0)
+        multiple = HEAD_DIMENSION if self.bits else 1  # quantised weights come in whole groups
         return {
             "model_type": self.architecture,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
-            "intermediate_size": self.hidden * 8 // 3,
+            "intermediate_size": self.hidden * 8 // 3 // multiple * multiple,
             "num_attention_heads": heads,
             "num_key_value_heads": heads // groups,
             "head_dim": HEAD_DIMENSION,
@@ -86,7 +99,8 @@ class Shape:
             "vocab_size": self.vocabulary,
             "max_position_embeddings": self.prompt + max(self.chosen, self.rejected),
             "tie_word_embeddings": True,
-        }
+            "torch_dtype": self.dtype,
+        } | ({"quantization": {"group_size": HEAD_DIMENSION, "bits": self.bits}} if self.bits else {})
 
     def pairs(self, count: int, seed: int = 0) -> list[PreferencePair]:
         """Return ``count`` pairs of random tokens; every token of the answers is scored."""
@@ -128,13 +142,11 @@ def parse_shape(text: str) -> Shape:
 
 
 def _part(word: str, text: str) -> tuple[str, Any]:
-    if word.lower() == "long":
-        return "long", True
-    if word.lower() in _ARCHITECTURES:
-        return "architecture", word.lower()
+    if word.lower() in _SWITCHES:
+        return _SWITCHES[word.lower()]
     found = re.fullmatch(r"([a-zA-Z])(\d+)", word)
     if found is None or found[1].upper() not in _LETTERS:
-        known = ", ".join([*(f"{letter} ({name})" for letter, name in _LETTERS.items()), "long", *_ARCHITECTURES])
+        known = ", ".join([*(f"{letter} ({name})" for letter, name in _LETTERS.items()), *_SWITCHES])
         raise ConfigError(f"--shape {text}: {word!r} is none of {known}; write it like {_EXAMPLE}.")
     if int(found[2]) < 1:
         raise ConfigError(f"--shape {text}: {word} must be at least 1.")

@@ -5,8 +5,6 @@ Each trainer runs in a process of its own, so neither inherits memory, caches or
 
 from __future__ import annotations
 
-import importlib
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -23,9 +21,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from mlx_cpo_plugin.bench import host_trainer
+from mlx_cpo_plugin.bench.cases import load_pairs
 from mlx_cpo_plugin.bench.counting import Work, counted_work
-from mlx_cpo_plugin.bench.job import HOST, PROGRESS_MARK, REFERENCE, Job, Measurement, gradient_file, load_pairs
-from mlx_cpo_plugin.blas import use_fast_blas
+from mlx_cpo_plugin.bench.job import COUNT, EPOCH, HOST, REFERENCE, TIME, Job, Measurement, gradient_file
+from mlx_cpo_plugin.bench.random_model import random_model
+from mlx_cpo_plugin.bench.recording import peak_resident, tell_progress
+from mlx_cpo_plugin.blas import in_use, use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import build_optimizer, load_model
@@ -46,6 +47,7 @@ class IterationRecorder:
         self.seconds: list[float] = []
         self.processor_times: list[float] = [time.process_time()]
         self.tokens: list[int] = [0]
+        self.losses: list[float] = []
         self.work = work
         self.backbone_tokens: int | None = None
         self.head_positions: float | None = None
@@ -55,6 +57,7 @@ class IterationRecorder:
         self.seconds.append(1 / info["iterations_per_second"])
         self.processor_times.append(time.process_time())
         self.tokens.append(int(info["trained_tokens"]))
+        self.losses.append(float(info["train_loss"]))
         if self.work is not None:
             if len(self.seconds) == 2:
                 self.backbone_tokens, self.head_positions = self.work.backbone_tokens, self.work.head_tokens
@@ -91,7 +94,7 @@ def compute_reference(job: Job, folder: Path) -> None:
 
 def measure(job: Job, folder: Path) -> Measurement:
     """Build the model, train it for the job's iterations, and return what was found."""
-    counts = job.task == "count"
+    counts = job.task == COUNT
     if counts:
         mx.disable_compile()
     settings = RunSettings.of(job.settings)
@@ -107,9 +110,11 @@ def measure(job: Job, folder: Path) -> Measurement:
     with counted_work(model) if counts else nullcontext() as work:
         recorder = IterationRecorder(work)
         if job.trainer == HOST:
-            patches = host_trainer.train(model, optimizer, pairs, job.batches, arguments, recorder)
+            batches = None if job.task == EPOCH else job.batches
+            patches = host_trainer.train(model, optimizer, pairs, batches, arguments, recorder)
         else:
             train_cpo(model, optimizer, pairs, None, arguments, training_callback=recorder)
+    blas = in_use()
     return Measurement(
         seconds=recorder.seconds,
         processor_seconds=np.diff(recorder.processor_times).tolist(),
@@ -119,28 +124,34 @@ def measure(job: Job, folder: Path) -> Measurement:
         weights=layer_weights(model),
         head_weights=head_weights(model),
         patches=patches,
+        losses=recorder.losses,
+        blas=blas.name if blas else "",
+        dtype=dtype_of(model),
         backbone_tokens=recorder.backbone_tokens,
         head_positions=recorder.head_positions,
     )
 
 
 def build_model(job: Job, settings: RunSettings) -> nn.Module:
-    """Return the job's model with adapters that are not zero, the same weights for the same seed."""
+    """Return the job's model with adapters, the same weights for the same seed; those that are timed begin at zero."""
     if job.model_config is None:
         model, _ = load_model(settings)
     else:
-        mx.random.seed(settings.seed)
-        architecture = importlib.import_module(f"mlx_lm.models.{job.model_config['model_type']}")
-        model = architecture.Model(architecture.ModelArgs.from_dict(dict(job.model_config)))
+        model = random_model(job.model_config, settings.seed)
         model.freeze()
         linear_to_lora_layers(model, settings.num_layers, settings.lora_parameters)
-    mx.random.seed(settings.seed + 1)
-    for _, module in model.named_modules():
-        # With B at zero, as adapters begin, the gradient of A would be zero and nothing to compare.
-        if "lora_b" in module:
-            module.lora_b = (ADAPTER_SCALE * mx.random.normal(module.lora_b.shape)).astype(module.lora_b.dtype)
+    if job.task not in (TIME, EPOCH):
+        fill_adapters(model, settings.seed + 1)
     mx.eval(model.parameters())
     return model
+
+
+def fill_adapters(model: nn.Module, seed: int) -> None:
+    """Give B of each adapter numbers: at zero, as it begins, the gradient of A would be zero and nothing to compare."""
+    mx.random.seed(seed)
+    for _, module in model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = (ADAPTER_SCALE * mx.random.normal(module.lora_b.shape)).astype(module.lora_b.dtype)
 
 
 def keep_first_gradient(optimizer: optimizers.Optimizer, file: Path) -> None:
@@ -160,9 +171,13 @@ def save_gradient(file: Path, gradient: Mapping[str, mx.array]) -> None:
     mx.save_safetensors(str(file), {name: value.astype(mx.float32) for name, value in gradient.items()})
 
 
-def tell_progress(finished: int) -> None:
-    """Let the process that waits for this one know how many iterations, or pairs, are done."""
-    print(f"\n{PROGRESS_MARK}{finished}", flush=True)
+def dtype_of(model: nn.Module) -> str:
+    """Return the dtype of the weights, adapters aside; ``4 bits`` and the like where they are quantised."""
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return f"{module.bits} bits"
+    weights = by_name(model.parameters())
+    return next(str(value.dtype) for name, value in weights.items() if "lora" not in name).removeprefix("mlx.core.")
 
 
 def layer_weights(model: nn.Module) -> int | None:
@@ -177,17 +192,6 @@ def head_weights(model: nn.Module) -> int | None:
     arguments = getattr(model, "args", None)
     sizes = [getattr(arguments, name, None) for name in ("vocab_size", "hidden_size")]
     return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None  # type: ignore[operator]  # checked
-
-
-def peak_resident() -> int:
-    """Return the bytes that this process had in main memory at most."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # The kernel's own figure: that of getrusage starts from what the parent process had.
-        return next(
-            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:")
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

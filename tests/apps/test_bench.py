@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, compare, growth, report, worker
-from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape
-from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, MeasurementError, TrainerResult, run_worker
-from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, Job, Measurement, gradient_file, load_pairs, save_pairs
+from mlx_cpo_plugin.bench import cases, compare, growth, plots, report, runs, worker
+from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape, load_pairs, save_pairs
+from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
+from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, TRL, Job, Measurement, gradient_file
+from mlx_cpo_plugin.bench.runs import MeasurementError, Runs, run_worker
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
@@ -57,6 +58,8 @@ class TestShapes:
             layers=st.integers(1, 99),
             long=st.booleans(),
             architecture=st.sampled_from(["llama", "qwen3"]),
+            dtype=st.sampled_from(["float32", "bfloat16"]),
+            bits=st.sampled_from([0, 4]),
         )
     )
     def test_the_text_of_a_shape_makes_the_same_shape(self, shape: Shape) -> None:
@@ -174,16 +177,15 @@ class TestMeasuring:
 
     def test_a_process_that_fails_is_quoted(self, tmp_path: Path) -> None:
         with pytest.raises(MeasurementError, match=r"failed with exit code 1: FileNotFoundError.*job\.json"):
-            run_worker(tmp_path, {}, quiet)
+            run_worker([sys.executable, "-m", "mlx_cpo_plugin.bench.worker", str(tmp_path)], {}, quiet)
 
-    def test_a_process_that_is_killed_hints_at_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_process_that_is_killed_hints_at_memory(self, tmp_path: Path) -> None:
         script = tmp_path / "killed"
         script.write_text("#!/bin/sh\nkill -9 $$\n")
         script.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(script))
 
         with pytest.raises(MeasurementError, match="ended by signal 9, most likely out of memory"):
-            run_worker(tmp_path, {}, quiet)
+            run_worker([str(script), str(tmp_path)], {}, quiet)
 
 
 @pytest.mark.slow
@@ -297,18 +299,19 @@ def gradients_of_workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[floa
     """What each worker leaves as its gradient, by the beginning of its folder's name; ``None``: the worker fails."""
     gradients: dict[str, list[float] | None] = {}
 
-    def work(folder: Path, environment: dict[str, str], progress: Callable[[str], None]) -> None:
+    def work(command: Sequence[str], environment: dict[str, str], progress: Callable[[str], None]) -> None:
+        folder = Path(command[-1])
         (gradient,) = [gradients[name] for name in gradients if folder.name == name]
         if gradient is None:
             raise MeasurementError(f"{folder.name} failed.")
         progress("1")
         mx.save_safetensors(str(gradient_file(folder)), {"weight": mx.array(gradient)})
-        Measurement([1.0, 1.0], [1.0, 1.0], [9, 9], 1, 1, None, None, []).save(folder)
+        Measurement([1.0, 1.0], [1.0, 1.0], [9, 9], 1, 1).save(folder)
 
     for trainer in (HOST, PLUGIN):
         gradients |= {f"{trainer}, count": [3.0, 4.0], f"{trainer}, time 1 of 1": [0.0]}
     gradients[f"{REFERENCE}, {compare.REFERENCE_TASK}"] = [3.0, 4.0]
-    monkeypatch.setattr(compare, "run_worker", work)
+    monkeypatch.setattr(runs, "run_worker", work)
     return gradients
 
 
@@ -477,7 +480,7 @@ class TestReport:
         # Six pairs in ten seconds, and in five.
         assert words["needed GFLOP/s"][-3:] == ["1.8", "3.6", "2.00"]
         assert spreads["gradient differs by"] == "gradient differs by 1.5e-04 2.5e-07 relative to float64"
-        assert lines[-1] == "  note: this was patched"
+        assert lines[-2:] == [f"  processor: {report.processor_name()}", "  note: this was patched"]
 
     def test_what_is_not_known_is_called_unknown(self, comparison: Comparison) -> None:
         unknown = GradientDifferences(None, None, None)
@@ -570,22 +573,22 @@ class TestCommand:
 
 
 @pytest.fixture
-def timed(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The cases that are measured; an iteration takes the host a second for each of its tokens, the plugin half."""
     measured_cases: list[Case] = []
 
     def measure(
-        case: Case, *, iterations: int, repeats: int, say: Callable[[str], None], gradients: bool
-    ) -> Comparison:
-        assert not gradients  # of no use to the plot, and dear
-        measured_cases.append(case)
-        batches = case.batches(iterations + 1)[1:]
-        seconds = [sum(float(case.pairs[index].length) for index in batch) for batch in batches]
-        host = replace(comparison.host, seconds=[seconds] * repeats)
-        plugin = replace(comparison.plugin, seconds=[[each / 2 for each in seconds]] * repeats)
-        return replace(comparison, host=host, plugin=plugin)
+        self: Runs, trainers: Sequence[str], batches: Sequence[Sequence[int]], repeats: int
+    ) -> dict[str, list[Measurement]]:
+        measured_cases.append(self.case)
+        seconds = [sum(float(self.case.pairs[index].length) for index in batch) for batch in batches]
+        # The first one is to warm up.
+        halves = [1e6, *(each / 2 for each in seconds[1:])]
+        found = {HOST: Measurement([1e6, *seconds[1:]], [], [], 4, 9), PLUGIN: Measurement(halves, [], [], 1, 3)}
+        found[TRL] = Measurement([1e6, *(3 * each for each in seconds[1:])], [], [], None, 7)
+        return {trainer: [found[trainer]] * repeats for trainer in trainers}
 
-    monkeypatch.setattr(growth, "compare", measure)
+    monkeypatch.setattr(Runs, "time_in_turn", measure)
     return measured_cases
 
 
@@ -595,11 +598,17 @@ class TestGrowth:
     ) -> None:
         plot = tmp_path / "growth.svg"
 
-        growth.run_growth(plot, replace(TINY, rejected=9), 2, quiet, doublings=2)
+        growth.run_growth(plot, replace(TINY, rejected=9), [HOST], {}, repeats=2, say=quiet, doublings=2)
 
         curves = json.loads(plot.with_suffix(".json").read_text())["curves"]
         sizes = {name: [point["size"] for point in points] for name, points in curves.items()}
-        assert sizes == {"rows": [8, 16, 32], "prompt": [20, 40, 80], "answers": [9, 18, 36], "batch": [2, 4, 8]}
+        assert sizes == {
+            "rows": [8, 16, 32],
+            "prompt": [20, 40, 80],
+            "answers": [9, 18, 36],
+            "batch": [2, 4, 8],
+            "layers": [2, 4, 8],
+        }
         seconds = {name: [point["seconds"][PLUGIN] for point in points] for name, points in curves.items()}
         pair = (20 + 9) / 2
         assert seconds == {
@@ -607,23 +616,38 @@ class TestGrowth:
             "prompt": [pair, (40 + 9) / 2, (80 + 9) / 2],
             "answers": [pair, (20 + 18) / 2, (20 + 36) / 2],
             "batch": [2 * pair, 4 * pair, 8 * pair],
+            "layers": [pair, pair, pair],
         }
         drawn = plot.read_text()
         for label in (HOST, PLUGIN, *(label for labels in growth.PANELS.values() for label in labels)):
             assert f">{label}<" in drawn
 
+    def test_trainers_of_other_projects_have_lines_and_read_each_size_from_a_folder(
+        self, timed: list[Case], tmp_path: Path
+    ) -> None:
+        plot = tmp_path / "growth.svg"
+
+        growth.run_growth(plot, TINY, [HOST, TRL], {TRL: "python"}, repeats=1, say=quiet, doublings=0)
+
+        curves = json.loads(plot.with_suffix(".json").read_text())["curves"]
+        assert all(point["seconds"][TRL] == 6 * point["seconds"][PLUGIN] for (point,) in curves.values())
+        # Torch does not tell what it allocates.
+        assert curves["prompt"][0]["peak_memory"] == {HOST: 4, TRL: 7, PLUGIN: 1}
+        assert f">{TRL}<" in plot.read_text()
+        assert all(case.model_config is None and len(case.rows) == len(case.pairs) for case in timed)
+
     def test_the_same_figures_give_the_same_plot(self, timed: list[Case], tmp_path: Path) -> None:
         for name in ("first.svg", "second.svg"):
-            growth.run_growth(tmp_path / name, TINY, 1, quiet, doublings=1)
+            growth.run_growth(tmp_path / name, TINY, [HOST], {}, repeats=1, say=quiet, doublings=1)
 
         assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
 
     def test_a_missing_matplotlib_is_told_before_anything_is_measured(
         self, timed: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(growth, "find_spec", lambda name: None)
+        monkeypatch.setattr(plots, "find_spec", lambda name: None)
 
         with pytest.raises(UserError, match=r"pip install 'mlx-cpo-plugin\[bench\]'"):
-            growth.run_growth(tmp_path / "growth.svg", TINY, 1, quiet)
+            growth.run_growth(tmp_path / "growth.svg", TINY, [HOST], {}, repeats=1, say=quiet)
 
         assert timed == []
