@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ hypothesis_settings.register_profile(
     derandomize="CI" in os.environ,
 )
 hypothesis_settings.load_profile("own")
+
+
+# Hundreds of processes start: none compiles again what another one has.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

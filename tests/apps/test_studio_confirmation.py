@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
-
-import gradio as gr
+from support.extras import STUDIO
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.studio.confirmation import KEYS, Confirmation, build_confirmation, outside_paths
+
+if TYPE_CHECKING:
+    from mlx_cpo_plugin.studio.confirmation import Confirmation
+
+pytestmark = STUDIO
+KEYS = ("adapter_path", "data", "hf_dataset", "resume", "resume_adapter_file")
+
+
+def outside_paths(settings: dict[str, Any], root: Path) -> list[str]:
+    from mlx_cpo_plugin.studio.confirmation import outside_paths
+
+    return outside_paths(settings, root)
+
+
+def test_these_are_all_keys_that_name_paths() -> None:
+    from mlx_cpo_plugin.studio import confirmation
+
+    assert confirmation.KEYS == KEYS
 
 
 @pytest.fixture
@@ -76,6 +90,10 @@ def test_what_cannot_be_followed_is_an_error(text: str, root: Path) -> None:
 class TestConfirmation:
     @pytest.fixture
     def confirmation(self, root: Path) -> Confirmation:
+        import gradio as gr
+
+        from mlx_cpo_plugin.studio.confirmation import build_confirmation
+
         with gr.Blocks():
             return build_confirmation(root, "x")
 

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.plugins import get_plugin_manager
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, parse_value
 
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
+pytest.importorskip("ruamel.yaml", reason="needs the extra 'studio'")
 
 from mlx_cpo_plugin.studio import document
 from mlx_cpo_plugin.studio.form import PREFERENCE, Content, Field, form_fields, has_effect

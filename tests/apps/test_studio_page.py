@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,13 @@ import pytest
 import yaml
 from support.tiny import TESTS, preference_rows
 
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
     pytest.mark.xdist_group("studio page"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra 'studio'"),
     pytest.mark.slow,
 ]
 PATIENCE = 120_000

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
+pytest.importorskip("pandas", reason="needs the extra 'studio'")
 
 from mlx_cpo_plugin.checkpoints import run_folder
 from mlx_cpo_plugin.errors import ConfigError

@@ -9,20 +9,18 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
-
-from fastapi import FastAPI
-from starlette.responses import PlainTextResponse
-from starlette.testclient import TestClient
+from support.extras import STUDIO
 
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.studio import document, server
-from mlx_cpo_plugin.studio.page import appearance, build_page
 
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+
+pytestmark = STUDIO
 PORT = 7870
 TOKEN = secrets.token_urlsafe()
 HOME = f"http://127.0.0.1:{PORT}"
@@ -30,13 +28,25 @@ COOKIE = f"mlx-cpo-studio-{PORT}"
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> server.OwnPageOnly:
+def server() -> ModuleType:
+    from mlx_cpo_plugin.studio import server
+
+    return server
+
+
+@pytest.fixture(scope="module")
+def app(server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from mlx_cpo_plugin.studio import document
+    from mlx_cpo_plugin.studio.page import appearance, build_page
+
     page = build_page(tmp_path_factory.mktemp("root"), document.new_document(), "")
     return server.build_app(page, PORT, appearance(), TOKEN)
 
 
 @pytest.fixture
-def client(app: server.OwnPageOnly) -> TestClient:
+def client(app: Any) -> TestClient:
+    from starlette.testclient import TestClient
+
     return TestClient(app, base_url=HOME, follow_redirects=False)
 
 
@@ -51,8 +61,10 @@ def requests_of(routes: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def test_no_route_is_answered_without_the_token_or_with_a_wrong_one(
-    app: server.OwnPageOnly, client: TestClient
+    app: Any, client: TestClient, server: ModuleType
 ) -> None:
+    from fastapi import FastAPI
+
     assert isinstance(app.app, FastAPI)
     requests = set(requests_of(app.app.routes))
     assert {"/config", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/heartbeat/x"} <= {
@@ -69,7 +81,7 @@ def test_no_route_is_answered_without_the_token_or_with_a_wrong_one(
         assert client.request(method, path or "/", params={"token": "é"}).status_code == 403
 
 
-def test_a_websocket_is_closed_without_the_token() -> None:
+def test_a_websocket_is_closed_without_the_token(server: ModuleType) -> None:
     async def never(*_: Any) -> None:
         raise AssertionError
 
@@ -123,7 +135,12 @@ def test_a_program_may_send_the_token_with_each_request(client: TestClient, how:
         ({"host": ""}, False),
     ],
 )
-def test_with_the_token_only_the_page_itself_is_answered(headers: dict[str, str], own: bool) -> None:
+def test_with_the_token_only_the_page_itself_is_answered(
+    headers: dict[str, str], own: bool, server: ModuleType
+) -> None:
+    from starlette.responses import PlainTextResponse
+    from starlette.testclient import TestClient
+
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("seen")(scope, receive, send)
 
@@ -138,7 +155,7 @@ def test_the_cookie_of_a_page_at_another_port_is_none_of_this_one(client: TestCl
     assert client.get("/config", headers={"cookie": f"mlx-cpo-studio-7871={TOKEN}"}).status_code == 403
 
 
-def test_two_pages_never_have_the_same_token(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_two_pages_never_have_the_same_token(server: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(server.uvicorn, "run", lambda *_, **__: None)
     monkeypatch.setattr(server, "build_app", lambda *_: None)
     for _ in range(2):
@@ -150,7 +167,7 @@ def test_two_pages_never_have_the_same_token(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_the_browser_is_given_a_file_that_only_its_owner_reads_and_no_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -161,6 +178,6 @@ def test_the_browser_is_given_a_file_that_only_its_owner_reads_and_no_token(
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
-def test_a_port_that_is_taken_is_refused() -> None:
+def test_a_port_that_is_taken_is_refused(server: ModuleType) -> None:
     with pytest.raises(ConfigError, match="Port 99999 is taken; choose another one with --port"):
         server.free_port(99999)

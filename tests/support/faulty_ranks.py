@@ -1,6 +1,6 @@
 """Ranks of one run, each in a process of its own on this machine, of which chosen ones come to harm.
 
-Tests call :func:`start`; each process then runs this module with what is to happen in the environment.
+Each process is told which rank it is by the environment.
 """
 
 from __future__ import annotations
@@ -11,52 +11,34 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from support.prepared import Ended, Prepared
 from support.tiny import TESTS
 
 SECONDS = 60
 
 
-@dataclass(frozen=True)
-class Ended:
-    """What a process left."""
-
-    code: int
-    printed: str
-    told: str
-
-    @property
-    def errors(self) -> list[str]:
-        """The sentences that end a run; MLX may have begun their line."""
-        return [line[line.index("error: ") :] for line in self.told.splitlines() if "error: " in line]
-
-
-def start(ranks: int, folder: Path, commands: list[list[str]], **variables: str) -> list[subprocess.Popen[str]]:
-    """Start one process a rank, connected by the ring backend.
-
-    Args:
-        commands: one a rank, or one for all of them.
-    """
+def ring(ranks: int, folder: Path) -> str:
+    """Write the file that names the ranks' addresses, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    environment = {**os.environ, "MLX_HOSTFILE": str(hostfile), "PYTHONUNBUFFERED": "1", **variables}
-    return [
-        subprocess.Popen(
-            commands[rank % len(commands)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment | {"MLX_RANK": str(rank)},
-            cwd=TESTS,
-        )
+    return str(hostfile)
+
+
+def prepared(ranks: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Ended]:
+    """Let ``function`` be called once a rank, in processes that start quickly, and wait for the end."""
+    hostfile = ring(ranks, folder)
+    processes = [
+        Prepared(function, *arguments, output=folder / f"rank-{rank}", MLX_HOSTFILE=hostfile, MLX_RANK=str(rank))
         for rank in range(ranks)
     ]
+    return [process.ended() for process in processes]
 
 
 def free_ports(number: int) -> list[int]:
@@ -80,15 +62,35 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[Ended]:
 
 def train(folder: Path, ranks: int = 2, faults: dict[int, str] | None = None, at: int = 5) -> list[Ended]:
     """Train with one of the faults of :func:`harm` at the given micro-batch of some ranks, and wait for the end."""
-    return ended(start_training(folder, ranks, faults, at))
+    return prepared(ranks, folder, main, wanted(folder, faults, at))
 
 
-def start_training(
-    folder: Path, ranks: int = 2, faults: dict[int, str] | None = None, at: int = 5, iters: int = 8
-) -> list[subprocess.Popen[str]]:
-    """Start what :func:`train` waits for."""
-    wanted = json.dumps({"folder": str(folder), "faults": faults or {}, "at": at, "iters": iters})
-    return start(ranks, folder, [[sys.executable, "-m", "support.faulty_ranks", wanted]])
+def start_training(folder: Path, iters: int) -> list[subprocess.Popen[str]]:
+    """Start two ranks to which nothing happens, as users start processes."""
+    environment = {**os.environ, "MLX_HOSTFILE": ring(2, folder), "PYTHONUNBUFFERED": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.faulty_ranks", wanted(folder, iters=iters)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"MLX_RANK": str(rank)},
+            cwd=TESTS,
+        )
+        for rank in range(2)
+    ]
+
+
+def wanted(folder: Path, faults: dict[int, str] | None = None, at: int = 5, iters: int = 8) -> str:
+    """What :func:`main` is told."""
+    return json.dumps({"folder": str(folder), "faults": faults or {}, "at": at, "iters": iters})
+
+
+def train_as_configured(folder: Path) -> int:
+    """Run the command with the file that is this rank's."""
+    from mlx_cpo_plugin import cli
+
+    return cli.main(["train", "--config", str(folder / f"rank{os.environ['MLX_RANK']}.json")])
 
 
 def harm(fault: str, factor: list[float]) -> None:
@@ -101,9 +103,8 @@ def harm(fault: str, factor: list[float]) -> None:
         raise RuntimeError("a fault of this rank alone")
 
 
-def main() -> None:
+def main(told: str) -> None:
     """Train as the rank that the environment says."""
-    os.environ["MLX_DISABLE_COMPILE"] = "1"
     import mlx.core as mx
     import mlx.optimizers as optimizers
 
@@ -113,7 +114,7 @@ def main() -> None:
     from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
     from support.tiny import add_adapter, build_model, build_pairs
 
-    wanted = json.loads(sys.argv[1])
+    wanted = json.loads(told)
     rank = mx.distributed.init().rank()
     fault, factor, calls, add = wanted["faults"].get(str(rank), ""), [1.0], count(1), OptimizerStep.add
 
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

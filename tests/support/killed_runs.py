@@ -1,6 +1,6 @@
 """What a run leaves on disk when it is killed before any of its file operations, and how it goes on from each of them.
 
-Started by tests as ``python -m support.killed_runs FOLDER CASE``. Everything that changes a file or folder below the
+Everything that changes a file or folder below the
 run's is an operation: opening for writing, renaming, linking, removing, making folders, flushing, and writing arrays,
 which is killed half-way, too. A process that is killed leaves the files as they are, so a copy is taken before each
 operation, and operations that change nothing share one.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -192,9 +194,11 @@ def goes_on(run: Path, before: dict[str, bytes], whole: Path) -> list[str]:
     return [error] if error else faults_of(run, whole, before)
 
 
-def main() -> None:
-    """Let a run go on from each state that a kill could leave, and print what is wrong with what becomes of it."""
-    base, case = Path(sys.argv[1]), sys.argv[2]
+def goes_on_from_every_state(base: Path, case: str) -> None:
+    """Let a run go on from each state that a kill could leave, and print what is wrong with what becomes of it.
+
+    In a process that has not computed anything with MLX.
+    """
     used, arguments = CASES[case]
     run, whole, earlier, other, states = (base / name for name in ("run", "whole", "earlier", "other", "states"))
     in_a_process(partial(train, whole, None))
@@ -224,5 +228,11 @@ def main() -> None:
     print(json.dumps({"moments": moments, "states": len(kills), "faults": faults}))
 
 
-if __name__ == "__main__":
-    main()
+def on_a_full_disk(folder: Path, size: int) -> None:
+    """Train where no file can be larger than ``size`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        train(folder)
+    except ValueError as error:
+        print(type(error).__name__, error, file=sys.stderr)

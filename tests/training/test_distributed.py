@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.faulty_ranks import prepared
+from support.prepared import Ended, Prepared
 from support.tiny import assert_same
 
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
-Ended = subprocess.CompletedProcess[str]
 
 CHILD = """
 import os, sys
@@ -62,34 +64,33 @@ def free_port() -> int:
             return port
 
 
-def launch(
-    ranks: int,
-    folder: Path,
-    dies: dict[Any, int] | None = None,
-    resume: str | None = "auto",
-    apart: bool = False,
-    **arguments: int,
-) -> Ended:
-    """Train in one process a rank, some of which may die at an iteration."""
+def script_of(
+    folder: Path, dies: dict[Any, int] | None = None, resume: str | None = "auto", apart: bool = False, **arguments: int
+) -> str:
+    """Write what each rank runs, some of which may die at an iteration."""
     script = folder.with_suffix(".py")
     script.write_text(
         CHILD.format(tests=str(TESTS), folder=str(folder), dies=dies or {}, resume=resume, apart=apart, **arguments)
     )
-    command = [sys.executable, str(script)]
-    if ranks > 1:
-        launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
-        hosts = ["--hosts", "127.0.0.1", "--starting-port", str(free_port())]
-        command = [*launcher, "-n", str(ranks), "--backend", "ring", *hosts, *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
+    return str(script)
 
 
-def train_on(ranks: int, folder: Path, resume: str | None = "auto", apart: bool = False, **arguments: int) -> str:
-    """Train to the end and return what the ranks print."""
-    ended = launch(ranks, folder, resume=resume, apart=apart, **arguments)
+def launched(script: str) -> str:
+    """Let MLX's launcher run two ranks to the end, and return what they print."""
+    launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    hosts = ["--hosts", "127.0.0.1", "--starting-port", str(free_port())]
+    command = [*launcher, "-n", "2", "--backend", "ring", *hosts, sys.executable, script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
     assert ended.returncode == 0, ended.stderr
     # The launcher ends well even where a rank did not.
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.stdout
+
+
+def prepared_ranks(folder: Path, resume: str | None, dies: dict[Any, int] | None = None) -> list[Ended]:
+    """Two ranks of a run whose last step is half filled, in processes that start quickly."""
+    script = script_of(folder, dies, resume, rows=9, batch_size=2, accumulation=3, iters=8)
+    return prepared(2, folder.with_suffix(".ring"), run_path, script)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +103,9 @@ def test_two_ranks_train_the_adapter_that_one_rank_does(
 ) -> None:
     arguments = {"rows": rows, "batch_size": batch_size, "accumulation": accumulation, "iters": iters}
 
-    alone = train_on(1, tmp_path / "alone", **arguments)
-    together = train_on(2, tmp_path / "together", apart=True, **arguments)
+    alone = Prepared(run_path, script_of(tmp_path / "alone", **arguments), output=tmp_path / "told").ended()
+    assert alone.code == 0, alone.told
+    together = launched(script_of(tmp_path / "together", apart=True, **arguments))
 
     one, two = (dict(mx.load(str(tmp_path / name / "adapters.safetensors"))) for name in ("alone", "together"))
     as_numpy = [{name: np.array(value) for name, value in tree.items()} for tree in (two, one)]
@@ -119,23 +121,21 @@ def test_two_ranks_train_the_adapter_that_one_rank_does(
                 assert left[key] == pytest.approx(right[key], rel=1e-3), key
     of_another_rank = [path.name for path in (tmp_path / "together-of-another-rank").iterdir()]
     assert of_another_rank == ["checkpoints-rank-1"]  # what it needs to go on, and no adapter
-    assert together.count("Saved final weights") == alone.count("Saved final weights") == 1
-
-
-HALF_FILLED = {"rows": 9, "batch_size": 2, "accumulation": 3, "iters": 8}
+    assert together.count("Saved final weights") == alone.printed.count("Saved final weights") == 1
 
 
 def test_ranks_that_die_in_the_middle_of_a_step_go_on_from_their_own_parts_to_the_bit(tmp_path: Path) -> None:
-    train_on(2, tmp_path / "whole", resume=None, **HALF_FILLED)
-    launch(2, tmp_path / "run", {0: 1, 1: 1, "at": 5}, resume=None, **HALF_FILLED)
+    prepared_ranks(tmp_path / "whole", resume=None)
+    died = prepared_ranks(tmp_path / "run", resume=None, dies={0: 1, 1: 1, "at": 5})
+    assert 9 in [rank.code for rank in died]
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not (checkpoints / "0000005").exists()
 
-    elsewhere = train_on(2, tmp_path / "elsewhere", resume=str(checkpoints / "0000004"), **HALF_FILLED)
-    in_place = train_on(2, tmp_path / "run", **HALF_FILLED)
+    elsewhere, *_ = prepared_ranks(tmp_path / "elsewhere", resume=str(checkpoints / "0000004"))
+    in_place, *_ = prepared_ranks(tmp_path / "run", resume="auto")
 
     whole = mx.load(str(tmp_path / "whole" / "adapters.safetensors"))
-    for run, printed in (("elsewhere", elsewhere), ("run", in_place)):
-        assert "Resuming after iteration 4" in printed
+    for run, rank in (("elsewhere", elsewhere), ("run", in_place)):
+        assert "Resuming after iteration 4" in rank.printed
         adapter = mx.load(str(tmp_path / run / "adapters.safetensors"))
         assert_same(*({key: np.array(value) for key, value in arrays.items()} for arrays in (whole, adapter)))

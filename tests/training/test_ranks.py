@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from support.faulty_ranks import ended, start, start_training, train
+from support.faulty_ranks import ended, prepared, start_training, train, train_as_configured
 from support.tiny import saved_arrays
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
@@ -134,19 +133,12 @@ def test_several_ranks_keep_the_checkpoint_that_all_of_them_have(
     assert outputs.checkpoints.keep == kept
 
 
-def commands(tmp_path: Path, settings: dict[str, Any], *data: str) -> list[list[str]]:
-    """The command of each rank, which differ in ``data``."""
-    files = []
-    for rank, folder in enumerate(data):
-        files.append(tmp_path / f"rank{rank}.json")  # which is YAML, too
-        files[-1].write_text(json.dumps({**settings, "data": folder, "iters": 100_000}))
-    return [[sys.executable, "-m", "mlx_cpo_plugin", "train", "--config", str(file)] for file in files]
-
-
 def test_rows_that_are_missing_on_one_machine_end_the_run_on_all(tmp_path: Path, settings: dict[str, Any]) -> None:
     missing = str(tmp_path / "nowhere")
+    for rank, data in enumerate((settings["data"], missing)):
+        (tmp_path / f"rank{rank}.json").write_text(json.dumps(settings | {"data": data}))  # which is YAML, too
 
-    run = ended(start(2, tmp_path, commands(tmp_path, settings, settings["data"], missing)))
+    run = prepared(2, tmp_path, train_as_configured, tmp_path)
 
     assert [rank.code for rank in run] == [2, 2]
     assert missing in run[1].errors[0]

@@ -17,8 +17,10 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from support import killed_runs
+from support.prepared import Prepared
 from support.resumable_runs import StopAt, checkpoints, cut_short, metrics, stopped, train
-from support.tiny import TESTS, add_adapter, assert_same, build_model, build_pairs
+from support.tiny import add_adapter, assert_same, build_model, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
@@ -41,15 +43,10 @@ from mlx_cpo_plugin.training.state import random_seed
 def test_a_run_killed_between_any_two_file_operations_loses_nothing_and_ends_like_one_that_was_not(
     tmp_path: Path, case: str
 ) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "support.killed_runs", str(tmp_path), case],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=TESTS,
-    )
+    ended = Prepared(killed_runs.goes_on_from_every_state, tmp_path, case, output=tmp_path / "told").ended()
 
-    outcome = json.loads(ended.stdout.splitlines()[-1])
+    assert ended.code == 0, ended.told
+    outcome = json.loads(ended.printed.splitlines()[-1])
     assert outcome["moments"] > 100
     assert outcome["states"] > 40
     assert outcome["faults"] == {}
@@ -217,25 +214,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "three") == ["0000008", "0000009", "0000010"]
 
 
-ON_A_FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from support.killed_runs import train
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    train(Path(sys.argv[1]))
-except ValueError as error:
-    print(type(error).__name__, error, file=sys.stderr)
-"""
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     def train_where_files_end_at(size: int) -> str:
-        command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path / "run"), str(size)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS)
-        return ended.stderr.splitlines()[-1]
+        arguments = (tmp_path / "run", size)
+        ended = Prepared(killed_runs.on_a_full_disk, *arguments, output=tmp_path / f"told-{size}").ended()
+        return ended.told.splitlines()[-1]
 
     assert "Training: 100%" in train_where_files_end_at(10**9)
     before = checkpoints(tmp_path / "run")
