@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from mlx_cpo_plugin import linkage
 from mlx_cpo_plugin.errors import ConfigError
 
 VARIABLE = "MLX_CPO_PLUGIN_BLAS"
+SET_THREADS = "openblas_set_num_threads"
 AUTO, NONE = "auto", "none"
 DISTRIBUTION = "scipy-openblas32"
 SYSTEM_LIBRARY = "libopenblas.so.0"
@@ -204,3 +205,31 @@ def _bind(functions: Mapping[str, int]) -> None:
         slot = _slots()[name]
         if linkage.target(slot) != address:
             linkage.redirect(slot, address)
+
+
+def product() -> int | None:
+    """Return the address of ``cblas_sgemm`` in the OpenBLAS that MLX calls; None where it calls another library."""
+    if not is_used_here():
+        return None
+    library = ctypes.CDLL(_file_in_use()) if _file_in_use() else None
+    has_threads = library is not None and any(hasattr(library, f"{prefix}{SET_THREADS}") for prefix in PREFIXES)
+    return linkage.target(_slots()[FUNCTIONS[0]]) if has_threads else None
+
+
+def kernel_threads() -> int:
+    """Return how many threads the compiled kernels have: as many as there are cores, or as the environment says."""
+    chosen = next((value for value in map(os.environ.get, THREAD_VARIABLES) if value), "")
+    return int(chosen) if chosen.isdigit() and int(chosen) else usable_cores()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let each product take one thread until the context ends: those who call it have threads of their own."""
+    library = ctypes.CDLL(_file_in_use())
+    prefix = next(prefix for prefix in PREFIXES if hasattr(library, f"{prefix}{SET_THREADS}"))
+    before = library[f"{prefix}openblas_get_num_threads"]()
+    library[f"{prefix}{SET_THREADS}"](1)
+    try:
+        yield
+    finally:
+        library[f"{prefix}{SET_THREADS}"](before)

@@ -35,6 +35,7 @@ class Device:
         ordered_sums: the same operations give the same bits. A GPU adds up in whatever order its threads end.
         rounded_products: float32 may be multiplied as TF32, with 10 bits of fraction, unless MLX_ENABLE_TF32 is 0.
         reports_exhausted_memory: running out of memory is an exception, and not the end of the process.
+        takes_kernels: the compiled kernels of this package are for it.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Device:
     ordered_sums: bool
     rounded_products: bool
     reports_exhausted_memory: bool
+    takes_kernels: bool
 
 
 def _gpu(kind: str, attention: Attention) -> Device:
@@ -63,6 +65,7 @@ def _gpu(kind: str, attention: Attention) -> Device:
         ordered_sums=False,
         rounded_products=True,
         reports_exhausted_memory=True,
+        takes_kernels=False,
     )
 
 
@@ -79,6 +82,7 @@ DEVICES = {
         ordered_sums=True,
         rounded_products=False,
         reports_exhausted_memory=False,
+        takes_kernels=True,
     ),
     METAL: _gpu(METAL, "kernel forwards"),
     CUDA: _gpu(CUDA, "kernels"),

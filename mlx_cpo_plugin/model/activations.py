@@ -35,7 +35,7 @@ def _lean_swiglu_vjp(
 _mlx_lm_attention = base.scaled_dot_product_attention
 
 
-def _attention(
+def attention(
     queries: mx.array,
     keys: Any,
     values: Any,
@@ -53,16 +53,16 @@ def _attention(
 def lean_activations() -> Iterator[None]:
     """Let every model of mlx_lm use :func:`lean_swiglu` and :func:`lean_attention` until the context ends."""
     with ExitStack() as stack:
-        stack.enter_context(_replaced(activations.swiglu, lean_swiglu))
+        stack.enter_context(replaced("swiglu", lean_swiglu))
         if current_device().attention != "kernels":
-            stack.enter_context(_replaced(_mlx_lm_attention, _attention))
+            stack.enter_context(replaced("scaled_dot_product_attention", attention))
         yield
 
 
 @contextmanager
-def _replaced(original: Any, replacement: Any) -> Iterator[None]:
-    """Replace a function in every module of mlx_lm's models that imported it by its name."""
-    name = original.__name__
+def replaced(name: str, replacement: Any) -> Iterator[None]:
+    """Replace a function in every module of mlx_lm's models that has it by its name, from base or activations."""
+    original = getattr(base, name, None) or getattr(activations, name)
     users = [
         module
         for path, module in list(sys.modules.items())

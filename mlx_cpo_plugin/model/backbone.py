@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cpo_plugin.device import current_device
+from mlx_cpo_plugin.kernels.operations import Weight
 from mlx_cpo_plugin.model.caches import fresh_caches
-from mlx_cpo_plugin.model.layers import HALF_PRECISION, overridden_calls
+from mlx_cpo_plugin.model.layers import HALF_PRECISION, kernel_weight, overridden_calls, stored_weight
 from mlx_cpo_plugin.parameters import by_name
 
 # The parameters of an output layer, quantised or not, that have one row per token id.
@@ -34,6 +35,7 @@ class SplitModel:
         dtype: of the hidden states.
         vocabulary: how many logits there are.
         output_layer: the output projection, with one row per token id, if a layer does nothing but multiply with it.
+        head_weight: its weight, if the head does nothing else either, and the compiled kernels take it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,6 +47,7 @@ class SplitModel:
         logits = self.logits(probe)
         self.vocabulary: int = logits.shape[-1]
         self.output_layer = self._find_output_layer(probe, logits)
+        self.head_weight = self._find_head_weight(probe)
 
     def hidden(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
         """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T], which ``caches`` take in."""
@@ -95,6 +98,16 @@ class SplitModel:
             if difference <= 0.01 * mx.abs(logits).max():
                 return layer
         return None
+
+    def _find_head_weight(self, probe: mx.array) -> Weight | None:
+        if self.output_layer is None or (weight := kernel_weight(self.output_layer)) is None:
+            return None
+        states = 1000 * probe  # a soft cap is nothing but itself where logits are small
+        count = min(PROBED_IDS, self.vocabulary // 2)
+        with self.vocabulary_slice(slice(0, count)):
+            logits = self.logits(states).astype(mx.float32)
+        plain = states.astype(mx.float32) @ stored_weight(self.output_layer, slice(0, count)).astype(mx.float32).T
+        return weight if mx.abs(logits - plain).max() <= 0.01 * mx.abs(plain).max() else None
 
 
 def _as_multiplied(part: mx.array) -> mx.array:

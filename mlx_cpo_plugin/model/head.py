@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.device import current_device
+from mlx_cpo_plugin.kernels import library, operations
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.exponential import exponential
 from mlx_cpo_plugin.model.logps import SUM_PART, log_normaliser, sum_over_vocabulary
@@ -40,6 +41,8 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         targets: int32 [N].
         differentiate: whether a gradient with respect to the log-probs follows; the raw logits have none.
     """
+    if library.in_use() and split.head_weight is not None and not split.head_parameters():
+        return operations.target_scores(hidden, targets, split.head_weight, differentiate)
     by_vocabulary = (
         split.output_layer is not None and not current_device().fused_cross_entropy and not split.head_parameters()
     )

@@ -12,6 +12,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
+from mlx_cpo_plugin.kernels.operations import BITS, Weight
+
 Call = Callable[..., Any]
 
 ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
@@ -42,6 +44,22 @@ def overridden_calls(
     finally:
         for module, original in reversed(originals):
             module.__class__ = original
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module as it was before :func:`overridden_calls`."""
+    return next(kind for kind in type(module).__mro__ if "row_by_row" not in vars(kind))
+
+
+def kernel_weight(module: nn.Module) -> Weight | None:
+    """Return the weight of a linear layer or an embedding as the compiled kernels take it; None: they do not."""
+    kind = original_class(module)
+    if kind in (nn.Linear, nn.Embedding):
+        known = module.weight.dtype in (mx.float32, *HALF_PRECISION)
+        return Weight((module.weight,)) if known else None
+    if kind in (nn.QuantizedLinear, nn.QuantizedEmbedding) and module.mode == "affine" and module.bits in BITS:
+        return Weight((module.weight, module.scales, module.biases), module.bits, module.group_size)
+    return None
 
 
 def linear_layers(layer: nn.Module) -> list[nn.Module]:

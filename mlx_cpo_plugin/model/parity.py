@@ -11,6 +11,7 @@ import numpy as np
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
+from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
 from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.model.layers import HALF_PRECISION
@@ -60,6 +61,7 @@ def choose_scorer(
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not fault:
         scorer.grouping = _grouping(scorer, pairs)
+        scorer.packs = library.in_use() and _can_pack(scorer, pairs)
         return scorer
     if wanted == "shared":
         raise ConfigError(
@@ -82,6 +84,18 @@ def _grouping(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Gr
     return PAIR_BY_PAIR if fault else grouping_for(scorer.model)
 
 
+def _can_pack(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> bool:
+    """Whether pairs one behind the other have the same scores."""
+    if scorer.grouping is PAIR_BY_PAIR:
+        return False
+    try:
+        return not _fault(scorer, _scores_packed, pairs)
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
+        return False
+
+
 def expected_grouping(model: nn.Module) -> Grouping | None:
     """Return the grouping of :func:`choose_scorer` as far as it shows without computing; ``None``: plain scoring."""
     try:
@@ -101,6 +115,10 @@ def _scores_together(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]
     splits = [split_shared_prefix(pair) for pair in pairs]
     bucket = scorer.grouping.bucket_for([PairSize.of(split) for split in splits])
     return scorer.score_batch(collate_shared(splits, bucket), bucket.scores_shared)
+
+
+def _scores_packed(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> AnswerScores:
+    return scorer.score_packed([split_shared_prefix(pair) for pair in pairs])
 
 
 def _joined(scores: Sequence[AnswerScores]) -> AnswerScores:

@@ -18,6 +18,7 @@ from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, PairSize
 from mlx_cpo_plugin.model.caches import continued, forked, fresh_caches, repeated
 from mlx_cpo_plugin.model.head import target_scores
 from mlx_cpo_plugin.model.logps import AnswerScores, normalised, sums_of_rows
+from mlx_cpo_plugin.model.packed import lay_out, packed_groups, score_packed, token_count
 from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, split_shared_prefix
 
 # Products with few rows leave a processor waiting for the weights; long answers fill it by themselves.
@@ -86,6 +87,7 @@ class SharedPromptScorer:
 
     Attributes:
         grouping: which pairs may share a pass.
+        packs: whether they lie one behind the other there, without padding, as the compiled kernels can have it.
 
     Raises:
         LookupError: the model's parts or caches are not known; score it the plain way.
@@ -95,12 +97,22 @@ class SharedPromptScorer:
         self.model = model
         self.split = SplitModel(model)
         self.grouping = PAIR_BY_PAIR
+        self.packs = False
+
+    def found(self) -> dict[str, float | bool]:
+        """Return what tests have shown of this model, for a resumed run to go on with."""
+        return {"overhead": self.grouping.overhead, "budget": self.grouping.budget, "packs": self.packs}
 
     def scored_groups(
         self, pairs: Sequence[PreferencePair], length_normalised: bool = False
     ) -> Iterator[tuple[list[int], AnswerScores]]:
         """Yield the pairs of each pass, by number, and their scores."""
         splits = [split_shared_prefix(pair) for pair in pairs]
+        if self.packs:
+            for group in self.packed_groups(splits):
+                sums = self.score_packed([splits[number] for number in group])
+                yield group, normalised(sums, length_normalised)
+            return
         sizes = [PairSize.of(split) for split in splits]
         for group in self.grouping.groups(sizes):
             if len(group) == 1:
@@ -149,6 +161,14 @@ class SharedPromptScorer:
         totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
         columns = (*totals, batch.token_counts[chosen], batch.token_counts[rejected])
         return AnswerScores(*columns)
+
+    def packed_groups(self, splits: Sequence[SplitPair]) -> list[list[int]]:
+        """Return which pairs, by number and in their order, are packed into a pass."""
+        return packed_groups([token_count(split) for split in splits], self.grouping.budget)
+
+    def score_packed(self, pairs: Sequence[SplitPair], differentiate: bool = False) -> AnswerScores:
+        """Return sums as :meth:`score` does, of B pairs in one pass without padding, each float32 [B]."""
+        return score_packed(self.split, lay_out(pairs), differentiate)
 
     def segment_sums(self, segment: Segment, caches: list[Any], differentiate: bool) -> tuple[mx.array, mx.array]:
         """Return summed log-probs and raw logits of a segment, float32 []; ``caches`` take its tokens in."""

@@ -205,8 +205,8 @@ def check_gradient(
     objective, pairs, model = tested_objective(), build_pairs(), build_model(**arguments)
     quantisation_args = {f"qat_{name}": value for name, value in QAT.items()}
     args = CPOTrainingArgs(grad_checkpoint=grad_checkpoint, qat_enable=qat, **quantisation_args)
-    with training_environment(model, args) as quantisation:
-        quantisation.active = qat
+    with training_environment(model, args) as environment:
+        environment.quantisation.active = qat
         result = method_for(model, objective, pairs)(pairs, StepTotals.of(pairs), qat)
         mx.eval(result)
     exact = _reference(tuple(sorted(arguments.items(), key=lambda item: item[0])), qat)

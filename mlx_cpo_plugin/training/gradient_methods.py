@@ -118,20 +118,18 @@ class AnswerGradients:
         return PairGradients(losses, scores, weighted_sum(slopes, grad_chosen, grad_rejected))
 
 
-class SideBySideGradients:
-    """One pair, both of whose answers are rows of one pass over its prefix; nothing else is padded, nor compiled."""
+class PassGradients:
+    """All that ``score(pairs, differentiate=True)`` scores in one pass, which is not compiled."""
 
-    def __init__(self, model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> None:
-        def contribution(
-            model: nn.Module, split: SplitPair, step: StepTotals
-        ) -> tuple[mx.array, mx.array, AnswerScores]:
-            scores = normalised(scorer.score(split, differentiate=True), objective.length_normalised)
+    def __init__(self, model: nn.Module, objective: Objective, score: Callable[..., AnswerScores]) -> None:
+        def contribution(model: nn.Module, pairs: Any, step: StepTotals) -> tuple[mx.array, mx.array, AnswerScores]:
+            scores = normalised(score(pairs, differentiate=True), objective.length_normalised)
             return *objective.step_contribution(scores, *step), scores
 
         self._compute = partial(nn.value_and_grad(model, contribution), model)
 
-    def __call__(self, split: SplitPair, step: StepTotals) -> PairGradients:
-        (_, losses, scores), gradient = self._compute(split, step)
+    def __call__(self, pairs: SplitPair | Sequence[SplitPair], step: StepTotals) -> PairGradients:
+        (_, losses, scores), gradient = self._compute(pairs, step)
         return PairGradients(losses, scores, by_name(gradient))
 
 

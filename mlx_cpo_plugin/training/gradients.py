@@ -8,9 +8,10 @@ prompts cannot be shared
   otherwise                                        all answers in one padded pass: :class:`BatchGradients`
 prompts are shared
   a pair of the micro-batch is over the step size  in segments of the step size: :class:`SegmentGradients`
+  with the compiled kernels, unless one is very long  packed into one pass: :class:`PassGradients`
   several that the grouping puts together          one padded pass over prefixes and answers: `BatchGradients`
   one, where steps are compiled, and it is short   the same, since compiled shapes have to be few
-  one whose answers are short and alike            both side by side: :class:`SideBySideGradients`
+  one whose answers are short and alike            both side by side: :class:`PassGradients`
   any other one                                    prefix and answers one after the other: `SegmentGradients`
 =================================================  ===========================================================
 
@@ -30,14 +31,15 @@ from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compilation_pays
 from mlx_cpo_plugin.model.buckets import Grouping, PairSize, bucket_shapes
-from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.packed import token_count
+from mlx_cpo_plugin.model.shared_prefix import SplitPair, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, can_batch_sides
 from mlx_cpo_plugin.training.gradient_methods import (
     AnswerGradients,
     BatchGradients,
     GradientMethod,
     PairGradients,
-    SideBySideGradients,
+    PassGradients,
     summed_over_groups,
 )
 from mlx_cpo_plugin.training.long_context import SegmentGradients
@@ -97,7 +99,9 @@ class SharedPromptGradients:
     ) -> None:
         self.grouping, self.step_size, self.compiled = grouping, step_size, compiled
         self.in_one_pass = BatchGradients(model, objective, scorer)
-        self.side_by_side = SideBySideGradients(model, objective, scorer)
+        self.scorer = scorer
+        self.side_by_side = PassGradients(model, objective, scorer.score)
+        self.packed = PassGradients(model, objective, scorer.score_packed)
         self.one_after_the_other = SegmentGradients(model, objective, scorer)
         self.in_segments = SegmentGradients(model, objective, scorer, step_size)
 
@@ -105,6 +109,8 @@ class SharedPromptGradients:
         if is_long(pairs, self.step_size):
             return self.in_segments(pairs, step, quantised)
         splits = [split_shared_prefix(pair) for pair in pairs]
+        if self.scorer.packs:
+            return self._packed(splits, step)
         sizes = [PairSize.of(split) for split in splits]
         groups = self.grouping.groups(sizes)
 
@@ -117,6 +123,15 @@ class SharedPromptGradients:
             return self.one_after_the_other.of_pair(first, step)
 
         return summed_over_groups(groups, compute, order=[number for group in groups for number in group])
+
+    def _packed(self, splits: Sequence[SplitPair], step: StepTotals) -> PairGradients:
+        def compute(group: Sequence[int]) -> PairGradients:
+            pairs = [splits[number] for number in group]
+            if len(pairs) == 1 and token_count(pairs[0]) > self.grouping.budget:  # large products need no company
+                return self.one_after_the_other.of_pair(pairs[0], step)
+            return self.packed(pairs, step)
+
+        return summed_over_groups(self.scorer.packed_groups(splits), compute)
 
 
 def is_long(pairs: Sequence[PreferencePair], step_size: int | None) -> bool:

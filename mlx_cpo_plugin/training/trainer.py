@@ -79,9 +79,9 @@ def train_cpo(
         only_run_in(Path(args.adapter_file).parent),
         stop_requests() as stop,
         out_of_memory_explained(),
-        training_environment(model, args) as quantisation,
+        training_environment(model, args) as environment,
     ):
-        run = Run(model, optimizer, objective, pairs, val_pairs, args, quantisation, training_callback)
+        run = Run(model, optimizer, objective, pairs, val_pairs, args, environment, training_callback)
         introduce(run)
         if not begin(run):
             return

@@ -6,21 +6,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
+from mlx_lm.utils import get_total_parameters
 
+from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, training_plan
-from mlx_cpo_plugin.device import compile_where_it_pays, wired_limit
+from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
+from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.buckets import Grouping
+from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
@@ -59,10 +64,10 @@ class Run:
         pairs: PreferenceDataset,
         val_pairs: PreferenceDataset,
         args: CPOTrainingArgs,
-        quantisation: FakeQuantisation,
+        environment: Environment,
         training_callback: TrainingCallback | None,
     ) -> None:
-        self.model, self.objective, self.args, self.quantisation = model, objective, args, quantisation
+        self.model, self.objective, self.args, self.quantisation = model, objective, args, environment.quantisation
         self.pairs, self.val_pairs = pairs, val_pairs
         folder = Path(args.adapter_file).parent
         lengths = [pair.tokens for pair in pairs]
@@ -87,6 +92,7 @@ class Run:
         self.plateau = PlateauAdvice(args.loss_type, args.iters, validated)
         self.displacement = DisplacementAlarm(args.loss_type)
 
+        self.kernels = self._choose_kernels(environment)
         self.scorer = self._choose_scorer()
         grouping = None if self.scorer is None else self.scorer.grouping
         gradients = gradients_for(
@@ -100,7 +106,8 @@ class Run:
         constants = {
             "identity": self.identity,
             "iters": args.iters,
-            "scorer": grouping and {"overhead": grouping.overhead, "budget": grouping.budget},
+            "kernels": self.kernels,
+            "scorer": self.scorer and self.scorer.found(),
             "extends_from": self.extends_from,
         }
         self.outputs = Outputs(model, self.state, self.best, args, self.start.record, constants, self.reporter.say)
@@ -114,8 +121,28 @@ class Run:
         if found is None:
             return None
         scorer = SharedPromptScorer(self.model)
-        scorer.grouping = Grouping(found["overhead"], found["budget"])
+        scorer.grouping, scorer.packs = Grouping(found["overhead"], found["budget"]), found["packs"] and self.kernels
         return scorer
+
+    def _choose_kernels(self, environment: Environment) -> bool:
+        """Let the model compute with the compiled kernels, if it can and the run is long enough, or began with them."""
+        checkpoint, args = self.start.checkpoint, self.args
+        if checkpoint is not None:
+            wanted = bool(checkpoint.values["kernels"])
+        else:
+            tokens = sum(pair.tokens for pair in self.pairs) / len(self.pairs) * args.batch_size * args.iters
+            wanted = library.pays(6 * get_total_parameters(self.model) * tokens)
+        suited = not args.qat_enable and not compilation_pays(args.compile) and suits(self.model)
+        if wanted and suited and library.usable(self.reporter.say):
+            environment.stack.enter_context(compiled_kernels(self.model))
+            self.reporter.say(f"The layers are computed by compiled kernels, on {blas.kernel_threads()} threads.")
+            return True
+        if wanted and checkpoint is not None:
+            self.reporter.warn(
+                "This run began with compiled kernels, which are not available here: it is slower from here on, and "
+                "its results differ by rounding."
+            )
+        return False
 
     def plan(self) -> Iterator[MicroBatch]:
         """Return the micro-batches of the whole run, as this rank has them."""
@@ -130,8 +157,19 @@ class Run:
         )
 
 
+class Environment(NamedTuple):
+    """What is in place while a model is trained.
+
+    Attributes:
+        stack: undoes what is entered on it when training ends.
+    """
+
+    quantisation: FakeQuantisation
+    stack: ExitStack
+
+
 @contextmanager
-def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[FakeQuantisation]:
+def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Environment]:
     """Prepare model and device for training; undo it however training ends."""
     limit = wired_limit()
     with ExitStack() as stack:
@@ -157,7 +195,7 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Fa
             stack.callback(mx.set_wired_limit, mx.set_wired_limit(limit))
         stack.callback(model.eval)
         model.train()
-        yield quantisation
+        yield Environment(quantisation, stack)
 
 
 def batch_size_of(args: CPOTrainingArgs) -> BatchSize:

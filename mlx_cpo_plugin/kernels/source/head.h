@@ -1,0 +1,125 @@
+// Hidden states -> log-probs of target tokens, without all their logits ever being in memory at once.
+#pragma once
+
+#include "numbers.h"
+#include "operation.h"
+
+namespace cpo {
+
+struct HeadOptions {
+  bool differentiate;
+  int columns, bits, group;
+};
+
+// Log-probs and logits of target tokens, and the gradient of the former with respect to the hidden states: logits
+// exist for a block of the vocabulary at a time. Inputs: hidden [S, D], targets int32 [S], the weight [V, D].
+class Head : public Shared<Head> {
+ public:
+  explicit Head(HeadOptions options) : options_(options) {}
+  DEFINE_NAME(CPOHead)
+
+ private:
+  // What a thread has summed over its part of the vocabulary, relative to the highest logit so far.
+  struct Sums {
+    std::vector<float> highest, total, gradient;
+  };
+
+  static constexpr int64_t kRows = 256, kLogits = 1 << 17;
+
+  void compute(const Arrays& in, Arrays& out) override {
+    Weight weight(in, 2, options_.columns, options_.bits, options_.group);
+    for (int64_t begin = 0; begin < in[0].shape(0); begin += kRows) {
+      rows(weight, in, out, {begin, std::min<int64_t>(begin + kRows, in[0].shape(0))});
+    }
+  }
+
+  void rows(const Weight& weight, const Arrays& in, Arrays& out, Range range) {
+    int64_t size = weight.columns, count = range.size();
+    const float* hidden = in[0].data<float>() + range.begin * size;
+    const int32_t* targets = in[1].data<int32_t>() + range.begin;
+    float* logits = out[1].data<float>() + range.begin;
+    std::vector<Sums> sums(team->size());
+    team->run([&](int member) {
+      over_vocabulary(
+          weight, part_of(weight.rows, member, team->size(), kUnit), hidden, count, targets, logits, sums[member]);
+    });
+    for (int64_t row = 0; row < count; ++row) {
+      float highest = -INFINITY, total = 0;
+      for (auto& part : sums) {
+        highest = std::max(highest, part.highest[row]);
+      }
+      for (auto& part : sums) {
+        total += part.total[row] * power_of_two(part.highest[row] - highest);
+      }
+      out[0].data<float>()[range.begin + row] = logits[row] - kLog2 * (highest + std::log2(total));
+      if (options_.differentiate) {
+        float* gradient = out[2].data<float>() + (range.begin + row) * size;
+        int64_t stride;
+        const float* target =
+            weight.wide({targets[row], targets[row] + 1}, {0, size}, scratch(0, size), stride);
+        for (int64_t i = 0; i < size; ++i) {
+          gradient[i] = target[i];
+        }
+        for (auto& part : sums) {
+          float share = power_of_two(part.highest[row] - highest) / total;
+          for (int64_t i = 0; i < size; ++i) {
+            gradient[i] -= share * part.gradient[row * size + i];
+          }
+        }
+      }
+    }
+  }
+
+  void over_vocabulary(
+      const Weight& weight, Range part, const float* hidden, int64_t count, const int32_t* targets, float* logits,
+      Sums& sums) {
+    int64_t size = weight.columns;
+    sums.highest.assign(count, -INFINITY), sums.total.assign(count, 0);
+    sums.gradient.assign(options_.differentiate ? count * size : 0, 0);
+    int64_t step = std::clamp<int64_t>(kLogits / count / kUnit * kUnit, kUnit, weight.is_wide() ? 4096 : 256);
+    for (int64_t begin = part.begin; begin < part.end; begin += step) {
+      Range ids{begin, std::min(begin + step, part.end)};
+      int64_t stride, width = ids.size();
+      float* buffer = weight.is_wide() ? nullptr : scratch(4, width * size);
+      const float* wide = weight.wide(ids, {0, size}, buffer, stride);
+      float* block = scratch(5, count * width);
+      multiply(kPlain, kTransposed, count, width, size, 1, hidden, size, wide, stride, 0, block, width);
+      for (int64_t row = 0; row < count; ++row) {
+        float* values = block + row * width;
+        if (targets[row] >= ids.begin && targets[row] < ids.end) {
+          logits[row] = values[targets[row] - ids.begin];
+        }
+        float highest = std::max(sums.highest[row], max_of(values, width) * kPerLog2);
+        float kept = power_of_two(std::max(sums.highest[row] - highest, -200.0f));
+        for (int64_t i = 0; i < width; ++i) {
+          values[i] = power_of_two(values[i] * kPerLog2 - highest);
+        }
+        sums.total[row] = sums.total[row] * kept + sum_of(width, [&](int64_t i) { return values[i]; });
+        sums.highest[row] = highest;
+        if (options_.differentiate && kept != 1) {
+          float* gradient = &sums.gradient[row * size];
+          for (int64_t i = 0; i < size; ++i) {
+            gradient[i] *= kept;
+          }
+        }
+      }
+      if (options_.differentiate) {
+        multiply(kPlain, kPlain, count, size, width, 1, block, width, wide, stride, 1, sums.gradient.data(), size);
+      }
+    }
+  }
+
+  HeadOptions options_;
+};
+
+inline Arrays head(const Arrays& inputs, const double* numbers) {
+  int rows = inputs[0].shape(0), size = inputs[0].shape(1);
+  HeadOptions options{numbers[0] != 0, size, int(numbers[1]), int(numbers[2])};
+  Arrays all;
+  for (auto& input : inputs) {
+    all.push_back(rows_of(input));
+  }
+  return apply<Head>({{rows}, {rows}, options.differentiate ? Shape{rows, size} : Shape{0}}, all, options);
+}
+
+}  // namespace cpo

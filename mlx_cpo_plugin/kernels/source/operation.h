@@ -1,0 +1,157 @@
+// What all operations have in common, as MLX sees them.
+#pragma once
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "products.h"
+
+namespace cpo {
+
+// An operation whose outputs are computed by ``compute`` when its turn comes.
+class Kernel : public mx::Primitive {
+ public:
+  Kernel() : Primitive(mx::default_stream(mx::default_device())) {}
+
+  // Whether computing it twice costs less than keeping its output until the backward pass.
+  virtual bool is_cheap() const {
+    return false;
+  }
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error("These kernels run on a CPU.");
+  }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    for (auto& output : outputs) {
+      allocate(output);
+    }
+    Arrays in, out;
+    for (auto& input : inputs) {
+      in.push_back(array::unsafe_weak_copy(input));
+    }
+    for (auto& output : outputs) {
+      out.push_back(array::unsafe_weak_copy(output));
+    }
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [this, in = std::move(in), out = std::move(out), self = keep_alive()]() mutable { compute(in, out); });
+  }
+
+ protected:
+  virtual void compute(const Arrays& in, Arrays& out) = 0;
+
+  virtual std::shared_ptr<Primitive> keep_alive() = 0;
+
+  // Arrays of heads [B, H, N, D] lie in memory as [B, N, H, D]: what splits and joins heads is then no copy.
+  static void allocate(array& output) {
+    auto data = mx::allocator::malloc(output.nbytes());
+    if (output.ndim() != 4) {
+      return output.set_data(std::move(data));
+    }
+    int64_t heads = output.shape(1), rows = output.shape(2), size = output.shape(3);
+    array::Flags flags{};
+    flags.contiguous = true;
+    flags.row_contiguous = heads == 1 || rows == 1;
+    flags.col_contiguous = false;
+    mx::Strides strides{rows * heads * size, size, heads * size, 1};
+    output.set_data(std::move(data), output.size(), strides, flags);
+  }
+};
+
+template <typename Derived>
+class Shared : public Kernel, public std::enable_shared_from_this<Derived> {
+ protected:
+  std::shared_ptr<mx::Primitive> keep_alive() override {
+    return this->shared_from_this();
+  }
+};
+
+template <typename Operation, typename... Arguments>
+Arrays apply(std::vector<Shape> shapes, Arrays inputs, Arguments... arguments) {
+  std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
+  return array::make_arrays(
+      std::move(shapes), dtypes, std::make_shared<Operation>(arguments...), std::move(inputs));
+}
+
+inline array rows_of(const array& x) {
+  return mx::contiguous(x);
+}
+
+// Returns what has the same value and, where that is cheap, is computed from the inputs once more, so that the array
+// itself need not be kept.
+inline array computed_again(const array& x) {
+  if (!x.has_primitive()) {
+    return x;
+  }
+  if (x.primitive().name() == std::string("Contiguous")) {
+    return rows_of(computed_again(x.inputs()[0]));
+  }
+  auto* kernel = dynamic_cast<Kernel*>(&x.primitive());
+  return kernel && kernel->is_cheap() ? array(x.shape(), x.dtype(), x.primitive_ptr(), x.inputs()) : x;
+}
+
+inline int64_t count_rows(const array& x) {
+  return x.size() / x.shape(-1);
+}
+
+inline Shape with_last(Shape shape, int last) {
+  shape.back() = last;
+  return shape;
+}
+
+// The place of each gradient asked for among those that exist.
+template <typename Gradient>
+Arrays asked_for(const std::vector<int>& argnums, int first_frozen, Gradient gradient) {
+  Arrays result;
+  for (int argnum : argnums) {
+    if (argnum >= first_frozen) {
+      throw std::invalid_argument("This kernel has no gradient with respect to a weight.");
+    }
+    result.push_back(gradient(argnum));
+  }
+  return result;
+}
+
+// Where the rows of an array of heads [B, H, N, D] lie. Numbers of a row that are not neighbours are copied.
+struct Heads {
+  std::vector<float> copy;
+  float* data;
+  int64_t batch_stride, head_stride, row_stride;
+
+  explicit Heads(const array& x)
+      : data(const_cast<float*>(x.data<float>())),
+        batch_stride(x.strides(0)),
+        head_stride(x.strides(1)),
+        row_stride(x.strides(2)) {
+    int64_t size = x.shape(3), step = x.strides(3);
+    if (step == 1 || size == 1) {
+      return;
+    }
+    copy.reserve(x.size());
+    for (int64_t batch = 0; batch < x.shape(0); ++batch) {
+      for (int64_t number = 0; number < x.shape(1); ++number) {
+        for (int64_t row = 0; row < x.shape(2); ++row) {
+          for (int64_t i = 0; i < size; ++i) {
+            copy.push_back(head(batch, number)[row * row_stride + i * step]);
+          }
+        }
+      }
+    }
+    data = copy.data();
+    row_stride = size, head_stride = x.shape(2) * size, batch_stride = x.shape(1) * head_stride;
+  }
+
+  Heads(const Heads&) = delete;
+
+  float* head(int64_t batch, int64_t number) const {
+    return data + batch * batch_stride + number * head_stride;
+  }
+};
+
+}  // namespace cpo

@@ -1,0 +1,180 @@
+"""A model computed by the compiled kernels: which models they suit, and the functions that they take the place of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.kernels import library, operations
+from mlx_cpo_plugin.kernels.operations import Segment
+from mlx_cpo_plugin.model import activations
+from mlx_cpo_plugin.model.layers import LINEAR, Call, kernel_weight, overridden_calls, stored_weight
+from mlx_cpo_plugin.model.packed import Layout, Visible
+from mlx_cpo_plugin.parameters import by_name
+
+# What an adapter trains; the kernels have no gradient with respect to anything else.
+_TRAINED = ("lora_a", "lora_b", "m")
+# Tables of angles that are kept.
+_TABLES = 32
+
+
+def suits(model: nn.Module) -> bool:
+    """Whether all products of the layers can be the kernels', and only adapters are trained.
+
+    Products that are not would take one thread, where all others take as many as there are.
+    """
+    trained = by_name(model.trainable_parameters())
+    if not trained or any(name.rpartition(".")[2] not in _TRAINED for name in trained):
+        return False
+    modules = [module for layer in model.layers for module in layer.modules()]
+    return all(kernel_weight(module) is not None for module in modules if isinstance(module, LINEAR))
+
+
+@contextmanager
+def compiled_kernels(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` compute with the kernels, which have to be loaded, until the context ends."""
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear | DoRALinear)]
+    inside = {id(module.linear) for module in adapted}
+    modules = [module for layer in model.layers for module in layer.modules() if isinstance(module, LINEAR)]
+    calls: list[tuple[nn.Module, Call]] = [(module, _linear) for module in modules if id(module) not in inside]
+    calls += [(module, _with_dora if isinstance(module, DoRALinear) else _with_lora) for module in adapted]
+    with ExitStack() as stack:
+        stack.enter_context(library.used())
+        stack.enter_context(blas.one_thread())
+        stack.enter_context(overridden_calls(calls))
+        stack.enter_context(activations.replaced("swiglu", _swiglu))
+        stack.enter_context(activations.replaced("scaled_dot_product_attention", _attention))
+        for owner, name, kernel in (
+            (mx.fast, "rms_norm", _rms_norm),
+            (mx.fast, "rope", _rope),
+            (nn, "gelu_approx", _gelu),
+        ):
+            stack.enter_context(_attribute(owner, name, kernel))
+        yield
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, kernel: Callable[..., Any]) -> Iterator[None]:
+    """Let ``kernel`` answer in place of a function of a module, which it gets as its first argument."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: kernel(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _is_wide(*arrays: mx.array) -> bool:
+    return all(array.dtype == mx.float32 for array in arrays)
+
+
+def _linear(layer: nn.Module, x: mx.array) -> mx.array:
+    weight = kernel_weight(layer)
+    assert weight is not None
+    y = operations.linear(x.astype(mx.float32), weight)
+    return _biased(layer, y).astype(x.dtype)
+
+
+def _biased(layer: nn.Module, y: mx.array) -> mx.array:
+    return y + layer["bias"] if "bias" in layer else y
+
+
+def _with_lora(layer: nn.Module, x: mx.array) -> mx.array:
+    return _biased(layer.linear, _adapted(layer, x)).astype(x.dtype)
+
+
+def _adapted(layer: nn.Module, x: mx.array) -> mx.array:
+    """Return the product with a weight and its adapter, without the bias, in float32."""
+    weight, wide = kernel_weight(layer.linear), x.astype(mx.float32)
+    assert weight is not None
+    if layer.dropout._p_1 < 1:
+        z = (layer.dropout(wide) @ layer.lora_a) @ layer.lora_b
+        return operations.linear(wide, weight) + layer.scale * z
+    lora_a, lora_b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
+    return operations.adapted_linear(wide, weight, lora_a, lora_b, layer.scale)
+
+
+def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
+    adapted = stored_weight(layer.linear).astype(mx.float32) + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    lengths = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
+    y = (layer.m / lengths) * _adapted(layer, x)
+    return _biased(layer.linear, y).astype(x.dtype)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    if not _is_wide(gate, x):
+        return nn.silu(gate) * x
+    return operations.silu_gate(gate, x)
+
+
+def _gelu(original: Call, x: mx.array) -> mx.array:
+    return operations.gelu(x) if _is_wide(x) else original(x)
+
+
+def _rms_norm(original: Call, x: mx.array, weight: mx.array | None, eps: float, **kwargs: Any) -> mx.array:
+    if weight is None or not _is_wide(x):
+        return original(x, weight, eps, **kwargs)
+    return operations.rms_norm(x, weight, eps)
+
+
+def _rope(original: Call, x: mx.array, dims: int, **kwargs: Any) -> mx.array:
+    offset = kwargs["offset"]
+    if not isinstance(offset, Layout) and (x.ndim != 4 or not _is_wide(x) or not isinstance(offset, int)):
+        return original(x, dims, **kwargs)
+    base_, scale, frequencies = kwargs["base"], kwargs["scale"], kwargs.get("freqs")
+    key: tuple[Any, ...] = (dims, base_, scale, id(frequencies))
+    if isinstance(offset, Layout):
+        tables, positions = offset.angles, offset.positions
+    else:
+        tables, positions = _tables, np.arange(offset, offset + x.shape[2])
+        key = (*key, offset, x.shape[2])
+    if key not in tables:
+        while len(tables) >= _TABLES:
+            tables.pop(next(iter(tables)))
+        tables[key] = (*_angles(positions, dims, base_, scale, frequencies), frequencies)
+    cosines, sines, _ = tables[key]
+    return operations.rotated(x, cosines, sines, kwargs["traditional"])
+
+
+# Cosines and sines by what they depend on; the frequencies stay in memory as long as their address is a key.
+_tables: dict[Any, Any] = {}
+
+
+def _angles(
+    positions: np.ndarray, dims: int, base_: float | None, scale: float, frequencies: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Return cosines and sines, float32 [1, N, dims / 2], of rotary embedding at ``positions`` [N]."""
+    if frequencies is None:
+        assert base_ is not None
+        turns = float(base_) ** (-np.arange(0, dims, 2) / dims)
+    else:
+        turns = 1 / np.array(frequencies, np.float64)
+    angles = (positions * scale)[None, :, None] * turns
+    return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
+
+
+def _attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | Visible | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    count = queries.shape[2]
+    if isinstance(mask, Visible):
+        return operations.attention(queries, keys, values, scale, mask.segments, mask.window)
+    causal = isinstance(mask, str) or (mask is None and count == 1)
+    if not causal or sinks is not None or not _is_wide(queries, keys, values):
+        return activations.attention(queries, keys, values, cache, scale, mask, sinks)
+    before = keys.shape[2] - count
+    return operations.attention(queries, keys, values, scale, [Segment(0, count, 0, before, before)])
