@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from filelock import FileLock
@@ -151,14 +152,19 @@ def call(name: str, inputs: Sequence[mx.array], outputs: int, numbers: Sequence[
     fault = _loaded().cpo_call(
         FUNCTIONS.index(name),
         len(inputs),
-        (ctypes.py_object * len(inputs))(*map(ctypes.py_object, inputs)),
+        _pointers(inputs),
         outputs,
-        (ctypes.py_object * outputs)(*map(ctypes.py_object, results)),
+        _pointers(results),
         (ctypes.c_double * len(numbers))(*numbers),
     )
     if fault:
         raise ValueError(fault.decode())
     return results
+
+
+def _pointers(arrays: Sequence[mx.array]) -> Any:
+    kind: Any = ctypes.py_object * len(arrays)
+    return kind(*arrays)
 
 
 def load(file: Path) -> None:
