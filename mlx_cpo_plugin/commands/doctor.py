@@ -188,7 +188,7 @@ def check_backend() -> list[Finding]:
     except ImportError as error:
         remedy = "on Linux, pip install 'mlx[cpu]' or 'mlx[cuda]'"
         return [Finding("backend", "failed", f"mlx cannot be imported: {error}", remedy)]
-    return [Finding("backend", "ok", f"{current_device().kind}, {device_name()}"), *check_blas()]
+    return [Finding("backend", "ok", f"{current_device().kind}, {device_name()}"), *check_blas(), *check_kernels()]
 
 
 def check_blas() -> list[Finding]:
@@ -204,6 +204,20 @@ def check_blas() -> list[Finding]:
     if not used.is_reference:
         return [Finding("blas", "ok", detail)]
     return [Finding("blas", "warning", detail, blas.advice() or f"unset {blas.VARIABLE}")]
+
+
+def check_kernels() -> list[Finding]:
+    """Whether long runs on this CPU have compiled kernels; nothing on other devices."""
+    from mlx_cpo_plugin.kernels import library
+
+    if not library.suits_device():
+        return []
+    if library.cached_file().exists():
+        return [Finding("kernels", "ok", f"compiled ({library.cached_file()})")]
+    if (path := library.compiler()) is not None:
+        return [Finding("kernels", "ok", f"not compiled yet; {path} will do it when a long run begins")]
+    remedy = f"install one of {', '.join(library.COMPILERS)}; long runs on a CPU are several times as fast with kernels"
+    return [Finding("kernels", "warning", "there is no C++ compiler", remedy)]
 
 
 def check_switch() -> list[Finding]:

@@ -48,12 +48,17 @@ def pays(work: float) -> bool:
     return wanted == ALWAYS or (wanted != NONE and work >= LEAST_WORK)
 
 
+def suits_device() -> bool:
+    """Whether models are computed on a CPU with an OpenBLAS, which is what the kernels are for."""
+    return current_device().takes_kernels and blas.product() is not None
+
+
 def usable(say: Callable[[str], None] = print) -> bool:
     """Load the kernels, compiled before or now; return whether that worked.
 
     They need a CPU, an OpenBLAS and, the first time, a C++ compiler.
     """
-    if not current_device().takes_kernels or blas.product() is None:
+    if not suits_device():
         return False
     file = cached_file()
     if not file.exists():

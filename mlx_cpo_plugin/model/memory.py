@@ -10,6 +10,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_cpo_plugin.device import current_device, device_memory
+from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.layers import LINEAR, linear_layers, widths
 from mlx_cpo_plugin.parameters import by_name
 
@@ -48,7 +49,8 @@ def kept_bytes_of_layers(model: nn.Module) -> list[int]:
 def _kept_bytes(module: nn.Module, size: int) -> int:
     """Return what a module by itself keeps of a token, in activations of ``size`` bytes."""
     if not isinstance(module, LoRALinear | DoRALinear):
-        return sum(widths(module)) * size if isinstance(module, LINEAR) else 0
+        kept = widths(module)[library.in_use() :]  # with the compiled kernels inputs are computed again
+        return sum(kept) * size if isinstance(module, LINEAR) else 0
     inputs, outputs = widths(module.linear)
     wider = module.lora_a.dtype.size  # the adapter may read a copy of what the layer reads
     dropped = (size + 1) * (module.dropout._p_1 < 1)
