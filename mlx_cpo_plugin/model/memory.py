@@ -49,8 +49,9 @@ def kept_bytes_of_layers(model: nn.Module) -> list[int]:
 def _kept_bytes(module: nn.Module, size: int) -> int:
     """Return what a module by itself keeps of a token, in activations of ``size`` bytes."""
     if not isinstance(module, LoRALinear | DoRALinear):
-        kept = widths(module)[library.in_use() :]  # with the compiled kernels inputs are computed again
-        return sum(kept) * size if isinstance(module, LINEAR) else 0
+        if not isinstance(module, LINEAR):
+            return 0
+        return sum(widths(module)[library.in_use() :]) * size  # the compiled kernels compute inputs once more
     inputs, outputs = widths(module.linear)
     wider = module.lora_a.dtype.size  # the adapter may read a copy of what the layer reads
     dropped = (size + 1) * (module.dropout._p_1 < 1)
