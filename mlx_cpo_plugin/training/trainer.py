@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin._version import __version__, host_version
-from mlx_cpo_plugin.blas import use_fast_blas
+from mlx_cpo_plugin.blas import kernel_threads, use_fast_blas
 from mlx_cpo_plugin.checkpoints.adapter import save_and_verify
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, record_done
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED

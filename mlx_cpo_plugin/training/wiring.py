@@ -13,7 +13,6 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx_lm.utils import get_total_parameters
 
-from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
@@ -135,7 +134,6 @@ class Run:
         suited = not args.qat_enable and not compilation_pays(args.compile) and suits(self.model)
         if wanted and suited and library.usable(self.reporter.say):
             environment.stack.enter_context(compiled_kernels(self.model))
-            self.reporter.say(f"The layers are computed by compiled kernels, on {blas.kernel_threads()} threads.")
             return True
         if wanted and checkpoint is not None:
             self.reporter.warn(
