@@ -100,6 +100,8 @@ def introduce(run: Run) -> None:
     """Say who trains, where a call started the run, and what became of the rows."""
     if run.args.run_settings is None:
         run.reporter.say(f"mlx-cpo-plugin {__version__} trains CPO in mlx-lm-lora {host_version()}.")
+    if run.kernels:
+        run.reporter.say(f"Compiled kernels compute the layers, on {kernel_threads()} threads.")
     run.pairs.tell(run.reporter.say)
     run.val_pairs.tell(run.reporter.say)
 

@@ -115,6 +115,10 @@ class AttentionGradient : public Shared<AttentionGradient> {
   explicit AttentionGradient(AttentionOptions options) : options_(std::move(options)) {}
   DEFINE_NAME(CPOAttentionGradient)
 
+  bool splits_heads() const override {
+    return true;
+  }
+
  private:
   void compute(const Arrays& in, Arrays& out) override {
     int64_t heads = in[0].shape(1), queries = in[0].shape(2), size = in[0].shape(3);
@@ -204,6 +208,10 @@ class Attention : public Shared<Attention> {
  public:
   explicit Attention(AttentionOptions options) : options_(std::move(options)) {}
   DEFINE_NAME(CPOAttention)
+
+  bool splits_heads() const override {
+    return true;
+  }
 
   Arrays vjp(
       const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,

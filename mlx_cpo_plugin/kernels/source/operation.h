@@ -30,7 +30,8 @@ class Kernel : public mx::Primitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     for (auto& output : outputs) {
-      allocate(output);
+      splits_heads() && output.ndim() == 4 ? allocate_heads(output)
+                                           : output.set_data(mx::allocator::malloc(output.nbytes()));
     }
     Arrays in, out;
     for (auto& input : inputs) {
@@ -48,19 +49,20 @@ class Kernel : public mx::Primitive {
 
   virtual std::shared_ptr<Primitive> keep_alive() = 0;
 
-  // Arrays of heads [B, H, N, D] lie in memory as [B, N, H, D]: what splits and joins heads is then no copy.
-  static void allocate(array& output) {
-    auto data = mx::allocator::malloc(output.nbytes());
-    if (output.ndim() != 4) {
-      return output.set_data(std::move(data));
-    }
+  // Whether outputs are arrays of heads [B, H, N, D], which lie in memory as [B, N, H, D]: what splits and joins heads is
+  // then no copy.
+  virtual bool splits_heads() const {
+    return false;
+  }
+
+  static void allocate_heads(array& output) {
     int64_t heads = output.shape(1), rows = output.shape(2), size = output.shape(3);
     array::Flags flags{};
     flags.contiguous = true;
     flags.row_contiguous = heads == 1 || rows == 1;
     flags.col_contiguous = false;
     mx::Strides strides{rows * heads * size, size, heads * size, 1};
-    output.set_data(std::move(data), output.size(), strides, flags);
+    output.set_data(mx::allocator::malloc(output.nbytes()), output.size(), strides, flags);
   }
 };
 

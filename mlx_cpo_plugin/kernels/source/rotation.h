@@ -12,6 +12,10 @@ class Rotation : public Shared<Rotation> {
   Rotation(bool neighbours, bool backwards) : neighbours_(neighbours), backwards_(backwards) {}
   DEFINE_NAME(CPORotation)
 
+  bool splits_heads() const override {
+    return true;
+  }
+
   Arrays vjp(
       const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     return asked_for(argnums, 1, [&](int) {
