@@ -24,6 +24,8 @@ from mlx_cpo_plugin.errors import ConfigError
 
 VARIABLE = "MLX_CPO_PLUGIN_BLAS"
 SET_THREADS = "openblas_set_num_threads"
+# What openblas_get_parallel() returns.
+_OPENMP = 2
 AUTO, NONE = "auto", "none"
 DISTRIBUTION = "scipy-openblas32"
 SYSTEM_LIBRARY = "libopenblas.so.0"
@@ -208,12 +210,17 @@ def _bind(functions: Mapping[str, int]) -> None:
 
 
 def product() -> int | None:
-    """Return the address of ``cblas_sgemm`` in the OpenBLAS that MLX calls; None where it calls another library."""
-    if not is_used_here():
+    """Return the address of ``cblas_sgemm`` in the OpenBLAS that MLX calls; None where it calls another library.
+
+    One that is built with OpenMP is none, either: there each thread that calls it has a number of threads of its own.
+    """
+    if not is_used_here() or not _file_in_use():
         return None
-    library = ctypes.CDLL(_file_in_use()) if _file_in_use() else None
-    has_threads = library is not None and any(hasattr(library, f"{prefix}{SET_THREADS}") for prefix in PREFIXES)
-    return linkage.target(_slots()[FUNCTIONS[0]]) if has_threads else None
+    library = ctypes.CDLL(_file_in_use())
+    kinds = [
+        library[f"{prefix}openblas_get_parallel"]() for prefix in PREFIXES if hasattr(library, prefix + SET_THREADS)
+    ]
+    return linkage.target(_slots()[FUNCTIONS[0]]) if kinds and kinds[0] != _OPENMP else None
 
 
 def kernel_threads() -> int:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
+from support.compiled import use_kernels
 from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
 
@@ -35,7 +36,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What worker processes share is made by the process that starts them."""
+    """What worker processes share is made by the process that starts them; kernels are for tests that ask for them."""
+    os.environ["MLX_CPO_PLUGIN_KERNELS"] = "none"
     if not hasattr(config, "workerinput"):
         config.add_cleanup(open_workshop())
 
@@ -55,6 +57,12 @@ def _same_random_numbers() -> None:
     np.random.seed(0)
     np.random.random_sample()
     mx.random.seed(2**40)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and operations use the compiled kernels."""
+    use_kernels(monkeypatch)
 
 
 @pytest.fixture

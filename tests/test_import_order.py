@@ -24,6 +24,7 @@ ORDER = (
     ("hookspecs",),
     ("plugins",),
     ("host",),
+    ("kernels",),
     ("data",),
     ("model",),
     ("checkpoints",),

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from filelock import FileLock
 
 from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.device import current_device
+from mlx_cpo_plugin.errors import ConfigError
 
 VARIABLE = "MLX_CPO_PLUGIN_KERNELS"
 AUTO, ALWAYS, NONE = "auto", "always", "none"
@@ -32,6 +34,8 @@ AUTO, ALWAYS, NONE = "auto", "always", "none"
 LEAST_WORK = 3e12
 COMPILERS = ("g++", "clang++", "c++")
 SOURCE = Path(__file__).parent / "source"
+_MLX = Path(mx.__file__).parent
+_DIGEST_SIZE = hashlib.sha256().digest_size
 # What contracts a product and a sum is as exact; nothing that reorders sums is switched on.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
@@ -42,10 +46,21 @@ class KernelError(Exception):
     """The kernels cannot be built or do not work here."""
 
 
+def wanted() -> str:
+    """Return what :data:`VARIABLE` says.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    value = os.environ.get(VARIABLE, "").strip().lower() or AUTO
+    if value not in (AUTO, ALWAYS, NONE):
+        raise ConfigError(f"{VARIABLE} is {value}; set it to {AUTO}, {ALWAYS} or {NONE}.")
+    return value
+
+
 def pays(work: float) -> bool:
-    """Whether a run of so much ``work``, in floating point operations, is to use kernels; see :data:`VARIABLE`."""
-    wanted = os.environ.get(VARIABLE, "").strip().lower() or AUTO
-    return wanted == ALWAYS or (wanted != NONE and work >= LEAST_WORK)
+    """Whether a run of so much ``work``, in floating point operations, is to use kernels."""
+    return wanted() == ALWAYS or (wanted() == AUTO and work >= LEAST_WORK)
 
 
 def suits_device() -> bool:
@@ -58,20 +73,21 @@ def usable(say: Callable[[str], None] = print) -> bool:
 
     They need a CPU, an OpenBLAS and, the first time, a C++ compiler.
     """
-    if not suits_device():
+    if wanted() == NONE or not suits_device():
         return False
-    file = cached_file()
-    if not file.exists():
-        if compiler() is None:
-            return False
-        started = time.perf_counter()
-        try:
+    try:
+        file = cached_file()
+        if not is_whole(file):
+            if compiler() is None and wanted() == AUTO:
+                return False
+            started = time.perf_counter()
             compile_into(file)
-        except KernelError as error:
-            say(f"The kernels for this processor cannot be built, so training is slower: {error}")
-            return False
-        say(f"Compiled the kernels for this processor, once for all runs, in {time.perf_counter() - started:.0f} s.")
-    load(file)
+            seconds = time.perf_counter() - started
+            say(f"Compiled the kernels for this processor, once for all runs, in {seconds:.0f} s.")
+        load(file)
+    except KernelError as error:
+        say(f"The kernels for this processor cannot be used, so training is slower: {error}")
+        return False
     return True
 
 
@@ -82,13 +98,34 @@ def compiler() -> str | None:
 
 
 def cached_file() -> Path:
-    """Return where the kernels of this version, for this MLX and this processor, are kept."""
+    """Return where the kernels of this version, for this MLX and this processor, are kept.
+
+    Raises:
+        KernelError: there is no such place.
+    """
     digest = hashlib.sha256()
-    for part in (*sorted(SOURCE.iterdir()), Path(__file__)):
-        digest.update(part.read_bytes())
-    digest.update(f"{version('mlx')} {sys.version_info[:2]} {_processor()}".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-cpo-plugin"
+    try:
+        for part in sorted(SOURCE.iterdir()):
+            digest.update(part.read_bytes())
+        size = (_MLX / "lib" / "libmlx.so").stat().st_size
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-cpo-plugin"
+    except (OSError, RuntimeError) as error:
+        raise KernelError(str(error)) from error
+    digest.update(f"{FLAGS} {version('mlx')} {size} {sysconfig.get_config_var('SOABI')} {_processor()}".encode())
     return folder / f"kernels-{digest.hexdigest()[:16]}.so"
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file is there as :func:`compile_into` left it: a damaged library ends the process that loads it."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    return content[-_DIGEST_SIZE:] == _digest(content[:-_DIGEST_SIZE])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def compile_into(file: Path) -> None:
@@ -97,26 +134,33 @@ def compile_into(file: Path) -> None:
     Raises:
         KernelError: there is no compiler, it fails, or results differ.
     """
-    path, mlx_folder = compiler(), Path(mx.__file__).parent
+    path = compiler()
     if path is None:
         raise KernelError("there is no C++ compiler")
+    draft, libraries = file.with_suffix(".draft.so"), _MLX / "lib"
+    linking = (f"-I{_MLX / 'include'}", f"-L{libraries}", "-lmlx", f"-Wl,-rpath,{libraries}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            if file.exists():
+            if is_whole(file):
                 return
-            draft = file.with_suffix(".draft.so")
-            libraries = mlx_folder / "lib"
-            linking = (f"-I{mlx_folder / 'include'}", f"-L{libraries}", "-lmlx", f"-Wl,-rpath,{libraries}")
-            _run([path, *FLAGS, str(SOURCE / "calls.cpp"), "-o", str(draft), *linking])
-            _run([sys.executable, "-m", "mlx_cpo_plugin.kernels.check", str(draft)])
-            os.replace(draft, file)
-    except OSError as error:
+            try:
+                _run([path, *FLAGS, str(SOURCE / "calls.cpp"), "-o", str(draft), *linking])
+                _run([sys.executable, "-m", "mlx_cpo_plugin.kernels.check", str(draft)])
+                content = draft.read_bytes()
+                draft.write_bytes(content + _digest(content))
+                os.replace(draft, file)
+            finally:
+                draft.unlink(missing_ok=True)
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise KernelError(str(error)) from error
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    english = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, env=english, text=True, errors="replace"
+    )
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "error" in line.lower()] or result.stderr.splitlines()
         reason = lines[0] if lines else f"exit code {result.returncode}"
@@ -163,7 +207,7 @@ def call(name: str, inputs: Sequence[mx.array], outputs: int, numbers: Sequence[
         (ctypes.c_double * len(numbers))(*numbers),
     )
     if fault:
-        raise ValueError(fault.decode())
+        raise ValueError(f"{name}: {fault.decode()}")
     return results
 
 
@@ -173,9 +217,16 @@ def _pointers(arrays: Sequence[mx.array]) -> Any:
 
 
 def load(file: Path) -> None:
-    """Use the kernels of ``file`` from now on."""
+    """Use the kernels of ``file`` from now on.
+
+    Raises:
+        KernelError: it cannot be loaded.
+    """
     global _current
-    _current = _library(file)
+    try:
+        _current = _library(file)
+    except OSError as error:
+        raise KernelError(str(error)) from error
 
 
 def in_use() -> bool:

@@ -100,13 +100,14 @@ class SplitModel:
         return None
 
     def _find_head_weight(self, probe: mx.array) -> Weight | None:
-        if self.output_layer is None or (weight := kernel_weight(self.output_layer)) is None:
+        layer = self.output_layer
+        if layer is None or "bias" in layer or (weight := kernel_weight(layer)) is None:
             return None
         states = 1000 * probe  # a soft cap is nothing but itself where logits are small
         count = min(PROBED_IDS, self.vocabulary // 2)
         with self.vocabulary_slice(slice(0, count)):
             logits = self.logits(states).astype(mx.float32)
-        plain = states.astype(mx.float32) @ stored_weight(self.output_layer, slice(0, count)).astype(mx.float32).T
+        plain = states.astype(mx.float32) @ stored_weight(layer, slice(0, count)).astype(mx.float32).T
         return weight if mx.abs(logits - plain).max() <= 0.01 * mx.abs(plain).max() else None
 
 

@@ -16,21 +16,25 @@ from mlx_cpo_plugin import blas
 from mlx_cpo_plugin.kernels import library, operations
 from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model import activations
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.layers import LINEAR, Call, kernel_weight, overridden_calls, stored_weight
 from mlx_cpo_plugin.model.packed import Layout, Visible
+from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.parameters import by_name
 
 # What an adapter trains; the kernels have no gradient with respect to anything else.
 _TRAINED = ("lora_a", "lora_b", "m")
 # Tables of angles that are kept.
-_TABLES = 32
+_TABLES = 8
 
 
 def suits(model: nn.Module) -> bool:
     """Whether all products of the layers can be the kernels', and only adapters are trained.
 
-    Products that are not would take one thread, where all others take as many as there are.
+    Products that are not, such as a recurrence's, would take one thread, where all others take as many as there are.
     """
+    if not isinstance(model, nn.Module) or expected_grouping(model) in (None, PAIR_BY_PAIR):
+        return False
     trained = by_name(model.trainable_parameters())
     if not trained or any(name.rpartition(".")[2] not in _TRAINED for name in trained):
         return False
@@ -47,6 +51,7 @@ def compiled_kernels(model: nn.Module) -> Iterator[None]:
     calls: list[tuple[nn.Module, Call]] = [(module, _linear) for module in modules if id(module) not in inside]
     calls += [(module, _with_dora if isinstance(module, DoRALinear) else _with_lora) for module in adapted]
     with ExitStack() as stack:
+        stack.callback(_tables.clear)
         stack.enter_context(library.used())
         stack.enter_context(blas.one_thread())
         stack.enter_context(overridden_calls(calls))
@@ -95,7 +100,7 @@ def _adapted(layer: nn.Module, x: mx.array) -> mx.array:
     """Return the product with a weight and its adapter, without the bias, in float32."""
     weight, wide = kernel_weight(layer.linear), x.astype(mx.float32)
     assert weight is not None
-    if layer.dropout._p_1 < 1:
+    if layer.dropout.training and layer.dropout._p_1 < 1:
         z = (layer.dropout(wide) @ layer.lora_a) @ layer.lora_b
         return operations.linear(wide, weight) + layer.scale * z
     lora_a, lora_b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
@@ -110,7 +115,7 @@ def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    if not _is_wide(gate, x):
+    if not _is_wide(gate, x) or gate.shape != x.shape:
         return nn.silu(gate) * x
     return operations.silu_gate(gate, x)
 
@@ -171,10 +176,13 @@ def _attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     count = queries.shape[2]
-    if isinstance(mask, Visible):
+    suited = sinks is None and isinstance(keys, mx.array) and _is_wide(queries, keys, values)
+    if suited and isinstance(mask, Visible):
         return operations.attention(queries, keys, values, scale, mask.segments, mask.window)
     causal = isinstance(mask, str) or (mask is None and count == 1)
-    if not causal or sinks is not None or not _is_wide(queries, keys, values):
+    if not suited or not causal:
+        if isinstance(mask, Visible):
+            raise TypeError("this attention knows no packed pairs")
         return activations.attention(queries, keys, values, cache, scale, mask, sinks)
     before = keys.shape[2] - count
     return operations.attention(queries, keys, values, scale, [Segment(0, count, 0, before, before)])

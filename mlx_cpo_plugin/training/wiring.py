@@ -120,18 +120,19 @@ class Run:
         if found is None:
             return None
         scorer = SharedPromptScorer(self.model)
-        scorer.grouping, scorer.packs = Grouping(found["overhead"], found["budget"]), found["packs"] and self.kernels
+        scorer.grouping = Grouping(found["overhead"], found["budget"])
+        scorer.packs = self.kernels and bool(found.get("packs"))
         return scorer
 
     def _choose_kernels(self, environment: Environment) -> bool:
         """Let the model compute with the compiled kernels, if it can and the run is long enough, or began with them."""
         checkpoint, args = self.start.checkpoint, self.args
+        suited = not args.qat_enable and not compilation_pays(args.compile) and suits(self.model)
         if checkpoint is not None:
-            wanted = bool(checkpoint.values["kernels"])
+            wanted = bool(checkpoint.values.get("kernels"))
         else:
             tokens = sum(pair.tokens for pair in self.pairs) / len(self.pairs) * args.batch_size * args.iters
-            wanted = library.pays(6 * get_total_parameters(self.model) * tokens)
-        suited = not args.qat_enable and not compilation_pays(args.compile) and suits(self.model)
+            wanted = suited and library.pays(6 * get_total_parameters(self.model) * tokens)
         if wanted and suited and library.usable(self.reporter.say):
             environment.stack.enter_context(compiled_kernels(self.model))
             return True

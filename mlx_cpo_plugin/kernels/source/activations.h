@@ -58,6 +58,7 @@ class SiluGate : public Shared<SiluGate> {
 };
 
 inline Arrays silu_gate(const Arrays& inputs, const double*) {
+  require(is_wide(inputs[0]) && is_wide(inputs[1]) && inputs[0].shape() == inputs[1].shape());
   return apply<SiluGate>({inputs[0].shape()}, {rows_of(inputs[0]), rows_of(inputs[1])});
 }
 
@@ -109,6 +110,7 @@ class Gelu : public Shared<Gelu> {
 };
 
 inline Arrays gelu(const Arrays& inputs, const double*) {
+  require(is_wide(inputs[0]));
   return apply<Gelu>({inputs[0].shape()}, {rows_of(inputs[0])});
 }
 

@@ -268,6 +268,19 @@ class Attention : public Shared<Attention> {
   AttentionOptions options_;
 };
 
+// The queries of each segment follow those of the one before, and the keys that they see exist.
+inline bool is_complete(const std::vector<Segment>& segments, int64_t queries, int64_t keys) {
+  int64_t end = 0;
+  for (auto& [first_query, count, first_prefix_key, prefix_keys, first_own_key] : segments) {
+    if (first_query != end || std::min({count, first_prefix_key, prefix_keys, first_own_key}) < 0 ||
+        first_prefix_key + prefix_keys > keys || first_own_key + count > keys) {
+      return false;
+    }
+    end += count;
+  }
+  return end == queries;
+}
+
 // Numbers: scale, window (0: none), and five for each segment, after how many there are.
 inline Arrays attention(const Arrays& inputs, const double* numbers) {
   AttentionOptions options{float(numbers[0]), numbers[1] ? int64_t(numbers[1]) : INT32_MAX, {}};
@@ -275,7 +288,12 @@ inline Arrays attention(const Arrays& inputs, const double* numbers) {
     const double* n = numbers + 3 + 5 * i;
     options.segments.push_back({int64_t(n[0]), int64_t(n[1]), int64_t(n[2]), int64_t(n[3]), int64_t(n[4])});
   }
-  Shape logs = inputs[0].shape();
+  const array &q = inputs[0], &k = inputs[1], &v = inputs[2];
+  require(is_wide(q) && is_wide(k) && is_wide(v) && q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4);
+  require(k.shape(0) == q.shape(0) && k.shape(3) == q.shape(3) && q.shape(1) % k.shape(1) == 0);
+  require(v.shape(0) == k.shape(0) && v.shape(1) == k.shape(1) && v.shape(2) == k.shape(2));
+  require(options.window > 0 && is_complete(options.segments, q.shape(2), k.shape(2)));
+  Shape logs = q.shape();
   logs.pop_back();
   return apply<Attention>({with_last(inputs[0].shape(), inputs[2].shape(3)), logs}, inputs, options);
 }

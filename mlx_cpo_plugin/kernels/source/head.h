@@ -113,6 +113,10 @@ class Head : public Shared<Head> {
 };
 
 inline Arrays head(const Arrays& inputs, const double* numbers) {
+  const array &hidden = inputs[0], &targets = inputs[1];
+  require(is_wide(hidden) && hidden.ndim() == 2 && targets.dtype() == mx::int32);
+  require(targets.shape() == Shape{hidden.shape(0)});
+  require(is_weight(inputs, 2, hidden.shape(1), int(numbers[1]), int(numbers[2])));
   int rows = inputs[0].shape(0), size = inputs[0].shape(1);
   HeadOptions options{numbers[0] != 0, size, int(numbers[1]), int(numbers[2])};
   Arrays all;

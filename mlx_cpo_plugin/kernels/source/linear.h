@@ -103,13 +103,20 @@ class Linear : public Shared<Linear> {
 };
 
 inline Arrays linear(const Arrays& inputs, const double* numbers) {
+  require(is_wide(inputs[0]) && inputs[0].ndim() > 0 && inputs[0].shape(-1) > 0);
   LinearOptions options{float(numbers[0]), int(numbers[1]), inputs[0].shape(-1), int(numbers[2]), int(numbers[3])};
+  size_t first = options.rank ? 3 : 1;
+  require(is_weight(inputs, first, options.columns, options.bits, options.group));
+  require(
+      !options.rank ||
+      (is_wide(inputs[1]) && is_wide(inputs[2]) && inputs[1].shape() == Shape{options.columns, options.rank} &&
+       inputs[2].shape() == Shape{options.rank, inputs[first].shape(0)}));
   Arrays all = inputs;
   all[0] = rows_of(all[0]);
   for (size_t i = 1; i < all.size(); ++i) {
     all[i] = rows_of(all[i]);
   }
-  int outputs = all[options.rank ? 3 : 1].shape(0);
+  int outputs = all[first].shape(0);
   std::vector<Shape> shapes{with_last(all[0].shape(), outputs)};
   if (options.rank) {
     shapes.push_back({int(count_rows(all[0])), options.rank});

@@ -72,6 +72,8 @@ class Norm : public Shared<Norm> {
 };
 
 inline Arrays norm(const Arrays& inputs, const double* numbers) {
+  const array &x = inputs[0], &weight = inputs[1];
+  require(is_wide(x) && is_wide(weight) && x.ndim() > 0 && weight.shape() == Shape{x.shape(-1)} && x.shape(-1) > 0);
   return apply<Norm>({inputs[0].shape()}, {rows_of(inputs[0]), rows_of(inputs[1])}, float(numbers[0]));
 }
 

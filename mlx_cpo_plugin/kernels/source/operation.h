@@ -81,6 +81,34 @@ Arrays apply(std::vector<Shape> shapes, Arrays inputs, Arguments... arguments) {
       std::move(shapes), dtypes, std::make_shared<Operation>(arguments...), std::move(inputs));
 }
 
+inline void require(bool condition) {
+  if (!condition) {
+    throw std::invalid_argument("it does not take arrays of these shapes and dtypes");
+  }
+}
+
+inline bool is_wide(const array& x) {
+  return x.dtype() == mx::float32;
+}
+
+// Whether a weight, stored as ``bits`` and ``group`` say and the last of ``inputs``, takes rows of ``columns`` numbers.
+inline bool is_weight(const Arrays& inputs, size_t first, int columns, int bits, int group) {
+  if (inputs.size() != first + (bits ? 3 : 1) || inputs[first].ndim() != 2) {
+    return false;
+  }
+  const array& weight = inputs[first];
+  if (!bits) {
+    bool known = is_wide(weight) || weight.dtype() == mx::bfloat16 || weight.dtype() == mx::float16;
+    return known && weight.shape(1) == columns;
+  }
+  const array &scales = inputs[first + 1], &biases = inputs[first + 2];
+  bool known = is_wide(scales) || scales.dtype() == mx::bfloat16 || scales.dtype() == mx::float16;
+  return weight.dtype() == mx::uint32 && known && (bits == 2 || bits == 4 || bits == 8) && group >= 8 &&
+      columns % group == 0 && int64_t(weight.shape(1)) * 32 == int64_t(columns) * bits &&
+      scales.shape() == Shape{weight.shape(0), columns / group} && biases.shape() == scales.shape() &&
+      biases.dtype() == scales.dtype();
+}
+
 inline array rows_of(const array& x) {
   return mx::contiguous(x);
 }
@@ -120,7 +148,8 @@ Arrays asked_for(const std::vector<int>& argnums, int first_frozen, Gradient gra
   return result;
 }
 
-// Where the rows of an array of heads [B, H, N, D] lie. Numbers of a row that are not neighbours are copied.
+// Where the rows of an array of heads [B, H, N, D] lie. Rows that overlap or whose numbers are not neighbours, as after
+// a broadcast or a transpose, are copied.
 struct Heads {
   std::vector<float> copy;
   float* data;
@@ -132,7 +161,7 @@ struct Heads {
         head_stride(x.strides(1)),
         row_stride(x.strides(2)) {
     int64_t size = x.shape(3), step = x.strides(3);
-    if (step == 1 || size == 1) {
+    if ((step == 1 || size == 1) && row_stride >= size) {
       return;
     }
     copy.reserve(x.size());

@@ -55,6 +55,10 @@ class Rotation : public Shared<Rotation> {
 };
 
 inline Arrays rotation(const Arrays& inputs, const double* numbers) {
+  const array &x = inputs[0], &cosines = inputs[1], &sines = inputs[2];
+  require(is_wide(x) && is_wide(cosines) && is_wide(sines) && x.ndim() == 4 && cosines.ndim() == 3);
+  require(cosines.shape() == sines.shape() && (cosines.shape(0) == 1 || cosines.shape(0) == x.shape(0)));
+  require(cosines.shape(1) == x.shape(2) && 2 * cosines.shape(2) <= x.shape(3));
   return apply<Rotation>(
       {inputs[0].shape()}, {inputs[0], rows_of(inputs[1]), rows_of(inputs[2])}, numbers[0] != 0, false);
 }

@@ -1,0 +1,84 @@
+"""A run with the compiled kernels goes on as it began, and runs that they do not suit go without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.resumable_runs import metrics, stopped, train
+from support.tiny import add_adapter, assert_same, build_model
+
+from mlx_cpo_plugin.kernels import library
+
+USED = "compiled kernels"
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole")
+    assert USED in capsys.readouterr().out
+    stopped(tmp_path / "run", 5)
+
+    assert_same(train(tmp_path / "run", resume="auto"), whole)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_run_that_began_without_goes_on_without(
+    kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(library.VARIABLE, library.NONE)
+    whole = train(tmp_path / "whole")
+    stopped(tmp_path / "run", 5)
+    monkeypatch.setenv(library.VARIABLE, library.ALWAYS)
+
+    assert_same(train(tmp_path / "run", resume="auto"), whole)
+    assert USED not in capsys.readouterr().out
+
+
+def test_a_run_that_began_with_them_says_that_they_are_gone(
+    kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole")
+    stopped(tmp_path / "run", 5)
+    capsys.readouterr()
+    monkeypatch.setenv(library.VARIABLE, library.NONE)
+
+    assert_same(train(tmp_path / "run", resume="auto"), whole, 1e-2)
+    assert "not available here" in "".join(capsys.readouterr())
+
+
+def test_with_and_without_them_a_run_learns_the_same(
+    kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for value in (library.ALWAYS, library.NONE):
+        monkeypatch.setenv(library.VARIABLE, value)
+        found.append(train(tmp_path / value, model=add_adapter(build_model()), iters=3, gradient_accumulation_steps=1))
+
+    assert_same(*found, 1e-3)
+
+
+@pytest.mark.parametrize("arguments", [{"grad_checkpoint": True}, {"seq_step_size": 5, "efficient_long_context": True}])
+def test_what_saves_memory_has_the_same_results(
+    arguments: dict[str, object], kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, **given: object) -> dict[str, object]:
+        return train(tmp_path / name, model=add_adapter(build_model()), iters=3, gradient_accumulation_steps=1, **given)
+
+    plain = run("plain")
+    capsys.readouterr()
+    assert_same(run("saving", **arguments), plain, 1e-3)
+    assert USED in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["qat", "full", "compiled"])
+def test_runs_that_they_do_not_suit_go_without(
+    case: str, kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model() if case == "full" else add_adapter(build_model())
+    arguments = {"qat": {"qat_enable": True}, "full": {}, "compiled": {"compile": True}}[case]
+
+    train(tmp_path, model=model, iters=1, gradient_accumulation_steps=1, **arguments)
+
+    assert USED not in capsys.readouterr().out
