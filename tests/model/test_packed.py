@@ -1,4 +1,4 @@
-"""Pairs packed into one row have the scores and gradients of each answer by itself, in float64, on every architecture."""
+"""Pairs packed into one row have the gradient of float64, answer by answer, on every architecture."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from support.tiny import add_adapter, assert_same, build_model
 
 from mlx_cpo_plugin.kernels import library
 
-USED = "compiled kernels"
+USED = "Compiled kernels compute"
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(
@@ -39,12 +39,12 @@ def test_a_run_that_began_without_goes_on_without(
 def test_a_run_that_began_with_them_says_that_they_are_gone(
     kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = train(tmp_path / "whole")
-    stopped(tmp_path / "run", 5)
+    whole = train(tmp_path / "whole", model=add_adapter(build_model()))
+    stopped(tmp_path / "run", 5, model=add_adapter(build_model()))
     capsys.readouterr()
     monkeypatch.setenv(library.VARIABLE, library.NONE)
 
-    assert_same(train(tmp_path / "run", resume="auto"), whole, 1e-2)
+    assert_same(train(tmp_path / "run", model=add_adapter(build_model()), resume="auto"), whole, 1e-2)
     assert "not available here" in "".join(capsys.readouterr())
 
 
@@ -59,7 +59,7 @@ def test_with_and_without_them_a_run_learns_the_same(
     assert_same(*found, 1e-3)
 
 
-@pytest.mark.parametrize("arguments", [{"grad_checkpoint": True}, {"seq_step_size": 5, "efficient_long_context": True}])
+@pytest.mark.parametrize("arguments", [{"grad_checkpoint": True}, {"seq_step_size": 5}])
 def test_what_saves_memory_has_the_same_results(
     arguments: dict[str, object], kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
