@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import faulty_ranks
 from support.resumable_runs import metrics, stopped, train
-from support.tiny import add_adapter, assert_same, build_model
+from support.tiny import add_adapter, assert_same, build_model, saved_arrays
 
 from mlx_cpo_plugin.kernels import library
 
@@ -82,3 +83,15 @@ def test_runs_that_they_do_not_suit_go_without(
     train(tmp_path, model=model, iters=1, gradient_accumulation_steps=1, **arguments)
 
     assert USED not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_train_with_them_to_the_same_bits_each_time(kernels: None, tmp_path: Path) -> None:
+    adapters = []
+    for name in ("first", "second"):
+        ranks = faulty_ranks.train(tmp_path / name)
+        assert [rank.code for rank in ranks] == [0, 0]
+        assert USED in ranks[0].printed
+        adapters.append(saved_arrays(tmp_path / name / "adapters.safetensors"))
+
+    assert adapters[0] == adapters[1]
