@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.architectures import build_architecture
-from support.tiny import add_adapter, build_model, build_pairs
+from mlx_lm.models import gemma2
+from support.architectures import COMMON, build_architecture
+from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.activations import lean_activations
+from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
 from mlx_cpo_plugin.model.packed import lay_out, packed_groups
 from mlx_cpo_plugin.model.parity import choose_scorer
@@ -42,6 +44,24 @@ def half(dtype: mx.Dtype) -> nn.Module:
     return add_adapter(model)
 
 
+def with_head_bias() -> nn.Module:
+    """A head that adds as much as no probe of large numbers shows."""
+    model = build_model(tie_word_embeddings=False)
+    head = nn.Linear(32, VOCABULARY)
+    head.weight, head.bias = model.lm_head.weight, mx.random.normal((VOCABULARY,))
+    model.lm_head = head
+    return add_adapter(model)
+
+
+def with_soft_cap() -> nn.Module:
+    """Logits that are capped, and so are no plain product."""
+    arguments = {**COMMON, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8.0}
+    mx.random.seed(0)
+    model = gemma2.Model(gemma2.ModelArgs.from_dict(arguments))
+    mx.eval(model.parameters())
+    return add_adapter(model)
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     **{
         name: lambda name=name: add_adapter(build_architecture(name))
@@ -50,6 +70,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "untied head": lambda: add_adapter(build_model(tie_word_embeddings=False)),
     "one head": lambda: add_adapter(build_model(num_attention_heads=1, num_key_value_heads=1)),
     "biases": lambda: add_adapter(build_model(attention_bias=True, mlp_bias=True)),
+    "head with a bias": with_head_bias,
     "dora": lambda: add_adapter(build_model(), dora=True),
     "bfloat16": lambda: half(mx.bfloat16),
     "float16": lambda: half(mx.float16),
@@ -98,6 +119,12 @@ def test_the_gradient_is_that_of_float64(kind: str, kernels: None) -> None:
 
         for each in found:
             assert difference(each, expected) < 2e-5
+
+
+def test_a_capped_head_or_one_with_a_bias_is_not_taken_for_a_product() -> None:
+    for model in (with_head_bias(), with_soft_cap()):
+        assert SplitModel(model).head_weight is None
+    assert SplitModel(add_adapter(build_model())).head_weight is not None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "dora", "4 bits"])
