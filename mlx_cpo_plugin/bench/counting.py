@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin.kernels import operations
+
 
 @dataclass
 class Work:
@@ -54,7 +56,24 @@ def counted_work(model: nn.Module) -> Iterator[Work]:
             layer: Any = getattr(module, "linear", module)  # inside an adapter, if there is one
             work.vocabulary = len(layer.weight)
             stack.enter_context(_watched(module, method, lambda _, logits: work.head_logits.append(logits.size)))
+        stack.enter_context(_watched_kernel(lambda hidden: work.head_logits.append(len(hidden) * work.vocabulary)))
         yield work
+
+
+@contextmanager
+def _watched_kernel(record: Callable[[mx.array], None]) -> Iterator[None]:
+    """Record the hidden states that the compiled head is given."""
+    original = operations.target_scores
+
+    def watched(hidden: mx.array, *args: Any) -> Any:
+        record(hidden)
+        return original(hidden, *args)
+
+    setattr(operations, "target_scores", watched)  # noqa: B010 - mypy knows the function
+    try:
+        yield
+    finally:
+        setattr(operations, "target_scores", original)  # noqa: B010 - as above
 
 
 def _heads(model: nn.Module) -> list[tuple[nn.Module, str]]:

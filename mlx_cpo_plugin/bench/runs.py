@@ -16,6 +16,7 @@ from mlx_cpo_plugin.bench.cases import Case, save_pairs
 from mlx_cpo_plugin.bench.job import EPOCH, HOST, PLUGIN, REFERENCE, TIME, TRL, UNSLOTH, Job, Measurement
 from mlx_cpo_plugin.bench.recording import PROGRESS_MARK
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.kernels import library
 
 # Trainers that have an environment of their own -> the module that runs there.
 PEER_WORKERS = {TRL: "trl_worker", UNSLOTH: "unsloth_worker"}
@@ -119,6 +120,10 @@ class Runs:
 
     def _environment(self, trainer: str) -> dict[str, str]:
         environment = dict(os.environ)
+        # A few iterations stand for a long run: with compiled kernels, and for every trainer with all cores.
+        environment.setdefault(library.VARIABLE, library.ALWAYS)
+        if not any(map(environment.get, blas.THREAD_VARIABLES)):
+            environment["OPENBLAS_NUM_THREADS"] = str(blas.usable_cores())
         if trainer == HOST:
             environment[DISABLE_VARIABLE] = "1"
         if trainer in PEER_WORKERS:
@@ -129,8 +134,8 @@ class Runs:
                 (shown / mlx_cpo_plugin.__name__).symlink_to(Path(mlx_cpo_plugin.__file__).parent)
             environment["PYTHONPATH"] = str(shown)
             blas.use_fast_blas()
-            if library := blas.in_use():
-                environment[blas.VARIABLE] = blas.NONE if library.is_reference else library.file
+            if used := blas.in_use():
+                environment[blas.VARIABLE] = blas.NONE if used.is_reference else used.file
         return environment
 
 
