@@ -29,6 +29,7 @@ ASKED_ELSEWHERE = {
     "settings/run_settings.py": {"mx.default_device", "platform.system", "platform.machine"},  # heads a file
     "bench/report.py": {"mx.default_device"},  # heads a report
     "bench/host_trainer.py": {"mx.metal", "mx.device_info"},  # patches what the host's trainer reads
+    "bench/unsloth_worker.py": {"mx.metal"},  # asks for the peer, whose environment has nothing of this package
 }
 GIGABYTE = 2**30
 

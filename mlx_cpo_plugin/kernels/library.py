@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -80,10 +79,8 @@ def usable(say: Callable[[str], None] = print) -> bool:
         if not is_whole(file):
             if compiler() is None and wanted() == AUTO:
                 return False
-            started = time.perf_counter()
+            say("Compiling kernels for this processor, once for all runs.")
             compile_into(file)
-            seconds = time.perf_counter() - started
-            say(f"Compiled the kernels for this processor, once for all runs, in {seconds:.0f} s.")
         load(file)
     except KernelError as error:
         say(f"The kernels for this processor cannot be used, so training is slower: {error}")

@@ -101,7 +101,8 @@ def introduce(run: Run) -> None:
     if run.args.run_settings is None:
         run.reporter.say(f"mlx-cpo-plugin {__version__} trains CPO in mlx-lm-lora {host_version()}.")
     if run.kernels:
-        run.reporter.say(f"Compiled kernels compute the layers, on {kernel_threads()} threads.")
+        threads = kernel_threads()
+        run.reporter.say(f"Compiled kernels compute the layers, on {threads} thread{'s' if threads > 1 else ''}.")
     run.pairs.tell(run.reporter.say)
     run.val_pairs.tell(run.reporter.say)
 

@@ -138,8 +138,8 @@ class Run:
             return True
         if wanted and checkpoint is not None:
             self.reporter.warn(
-                "This run began with compiled kernels, which are not available here: it is slower from here on, and "
-                "its results differ by rounding."
+                "This run began with compiled kernels, which are not available here: from here on it is slower, and "
+                "its results are not the same to the bit."
             )
         return False
 
