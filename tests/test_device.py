@@ -27,7 +27,8 @@ QUESTIONS = {
 ASKED_ELSEWHERE = {
     "blas.py": {"sys.platform"},  # decides before MLX is imported
     "settings/run_settings.py": {"mx.default_device", "platform.system", "platform.machine"},  # heads a file
-    "bench/report.py": {"mx.default_device"},  # heads a report
+    "bench/report.py": {"mx.default_device", "platform.machine", "sys.platform"},  # heads a report
+    "bench/recording.py": {"sys.platform"},  # units of the system's peak memory
     "bench/host_trainer.py": {"mx.metal", "mx.device_info"},  # patches what the host's trainer reads
     "bench/unsloth_worker.py": {"mx.metal"},  # asks for the peer, whose environment has nothing of this package
 }
