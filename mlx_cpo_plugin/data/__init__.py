@@ -7,7 +7,8 @@ The way of a row, a module a step:
 2. :mod:`~.rows`: a raw row to a conversation, out of :mod:`~.messages`, or to plain text.
 3. :mod:`~.rendering`: a conversation to text under the chat template, and where the answers stand in it.
 4. :mod:`~.tokens`: text to tokens, by the :mod:`~.tokenizer`, and these to a :mod:`~.pair` that fits.
-5. :mod:`~.dataset`: all pairs of a split, with a report of what was left out; :mod:`~.batches`: pairs to arrays.
+5. :mod:`~.conversion`: steps 2 to 4 for all rows, in several processes where there are many.
+6. :mod:`~.dataset`: all pairs of a split, with a report of what was left out; :mod:`~.batches`: pairs to arrays.
 """
 
 from mlx_cpo_plugin.data.dataset import DataReport, PreferenceDataset, as_pairs, load_dataset, pairs_of_rows

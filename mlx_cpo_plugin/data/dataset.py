@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, convert_rows
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
-from mlx_cpo_plugin.data.rows import Columns, DataSettings, first_few, parse_row
+from mlx_cpo_plugin.data.rows import Columns, DataSettings, first_few
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
-from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, fit, split_pair, truncate
+from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
 
 
@@ -249,11 +250,14 @@ def as_pairs(
     beginnings = {int(first[0]) for first in firsts if len(first)}
     bos_id = beginnings.pop() if len(pairs) > 1 and len(beginnings) == 1 else None
 
-    def convert(item: PreferencePair | tuple[Side, Side], source: str) -> TruncatedPair:
-        pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
-        return truncate(pair, sys.maxsize if max_seq_length is None else max_seq_length, bos_id)
+    def outcome(item: PreferencePair | tuple[Side, Side], source: str) -> Outcome:
+        try:
+            pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
+            return truncate(pair, sys.maxsize if max_seq_length is None else max_seq_length, bos_id)
+        except UnusableRow as error:
+            return error
 
-    return _collect(zip(pairs, sources, strict=True), convert, "the data set", split, tokenizer=digest)
+    return _collect(map(outcome, pairs, sources), sources, "the data set", split, tokenizer=digest)
 
 
 def _is_row(item: Any) -> bool:
@@ -284,31 +288,25 @@ def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
 def _make_pairs(
     groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
-    rows = (((row.value, group.columns), row.source) for group in groups for row in group.rows)
-
-    def convert(item: tuple[Any, Columns], source: str) -> TruncatedPair:
-        try:
-            return fit(parse_row(*item), tokenizer, source, max_length or sys.maxsize, overlong)
-        except RecursionError:
-            raise UnusableRow("the row is nested too deeply") from None
-
+    rows = [SourcedRow(row.value, group.columns, row.source) for group in groups for row in group.rows]
+    outcomes = convert_rows(rows, RowConverter(tokenizer, max_length or sys.maxsize, overlong))
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))
-    pairs = _collect(rows, convert, name, split, notes, tokenizer.digest())
+    pairs = _collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest())
     if max_length is None:
         pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
     return pairs
 
 
 def _collect(
-    items: Iterable[tuple[Any, str]],
-    convert: Callable[[Any, str], TruncatedPair],
+    outcomes: Iterable[Outcome],
+    sources: Sequence[str],
     name: str,
     split: str,
     notes: tuple[str, ...] = (),
     tokenizer: str = "",
 ) -> PreferenceDataset:
-    """Convert items, each given with its source, and set the unusable ones aside.
+    """The data set of converted items, the unusable ones set aside under their sources.
 
     Raises:
         DataError: more than half are unusable, not counting those that the settings leave out for their length.
@@ -316,12 +314,12 @@ def _collect(
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
     overlong = 0
-    for item, source in items:
-        try:
-            pairs.append(convert(item, source))
-        except UnusableRow as error:
-            skipped.setdefault(str(error), []).append(source)
-            overlong += isinstance(error, OverlongRow)
+    for outcome, source in zip(outcomes, sources, strict=True):
+        if isinstance(outcome, UnusableRow):
+            skipped.setdefault(str(outcome), []).append(source)
+            overlong += isinstance(outcome, OverlongRow)
+        else:
+            pairs.append(outcome)
     if overlong and not pairs:
         raise DataError(f"no row of {name} fits: raise max_seq_length, or set overlong: cut.")
     unusable = sum(map(len, skipped.values())) - overlong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,10 @@ class ChatTokenizer:
         special = (special | set(self._inner.all_special_ids)) - {self.bos_id, self._inner.unk_token_id}
         self.special_ids: frozenset[int] = frozenset(special) | self.end_ids
         self._end_ids = {str(self._inner.convert_ids_to_tokens(end)): end for end in sorted(self.end_ids)}
-        self._has_offsets = bool(getattr(self._inner, "is_fast", False)) and (
+        fast = bool(getattr(self._inner, "is_fast", False))
+        # The model's own longest sequence is warned of otherwise, whatever is cut afterwards.
+        self._quietly: dict[str, Any] = {"verbose": False} if fast else {}
+        self._has_offsets = fast and (
             self._inner(_PROBE, add_special_tokens=False)["input_ids"]
             == self._inner.encode(_PROBE, add_special_tokens=False)
         )
@@ -111,6 +115,18 @@ class ChatTokenizer:
         starts_with_bos = self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
         self._puts_bos = not chat_template and starts_with_bos and _is_fallback(own)
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
+
+    def portable(self) -> ChatTokenizer | None:
+        """A copy that another process can use without mlx-lm; None where Python code from elsewhere takes part."""
+        if not (type(self._inner).__module__.startswith("transformers.") and getattr(self._inner, "is_fast", False)):
+            return None
+        copied = copy.copy(self)
+        if self._renders is not self._inner:
+            if getattr(self._renders, "_chat_template", None) is not None:
+                return None
+            thinking_key = getattr(self._renders, "_thinking_kwarg", "enable_thinking")
+            copied._renders = _WithThinking(self._inner, thinking_key, bool(self._renders.has_thinking))
+        return copied
 
     @classmethod
     def from_settings(cls, tokenizer: Any, settings: DataSettings) -> ChatTokenizer:
@@ -168,10 +184,10 @@ class ChatTokenizer:
         """Tokens of rendered text; the template has put the special tokens in, so none are added."""
         _check_unicode(text)
         if self._has_offsets:
-            encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            encoding = self._inner(text, add_special_tokens=False, return_offsets_mapping=True, **self._quietly)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         else:
-            ids, offsets = self._inner.encode(text, add_special_tokens=False), None
+            ids, offsets = self._inner.encode(text, add_special_tokens=False, **self._quietly), None
         if self._puts_bos and ids[:1] != [self.bos_id]:
             ids, offsets = [self.bos_id, *ids], None if offsets is None else [(0, 0), *offsets]
         if offsets is None:
@@ -197,7 +213,7 @@ class ChatTokenizer:
     def encode_plain(self, text: str) -> TokenIds:
         """Tokens of text that has no template: the tokenizer's BOS once in front, no end token."""
         _check_unicode(text)
-        ids = list(self._inner.encode(text))
+        ids = list(self._inner.encode(text, **self._quietly))
         while len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             del ids[0]
         while ids and ids[-1] in self.end_ids:
@@ -230,6 +246,19 @@ class ChatTokenizer:
             return False
         ending = common_start([text[::-1] for text in texts])
         return asked == texts[0] and bool(texts[0][len(texts[0]) - ending :].strip())
+
+
+class _WithThinking(NamedTuple):
+    """A tokenizer whose template is told whether to think in the way in which mlx-lm's wrapper tells it."""
+
+    tokenizer: Any
+    key: str
+    thinks: bool
+
+    def apply_chat_template(self, messages: list[Message], **kwargs: Any) -> Any:
+        if "enable_thinking" in kwargs:
+            kwargs[self.key] = kwargs.pop("enable_thinking")
+        return self.tokenizer.apply_chat_template(messages, **{self.key: self.thinks, **kwargs, "return_dict": False})
 
 
 def read_template(given: str | None) -> str | None:

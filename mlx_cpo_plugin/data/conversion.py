@@ -1,0 +1,207 @@
+"""Convert raw rows to pairs, many of them in worker processes; what a worker cannot do is done in this process."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from threading import Lock
+from typing import Any, NamedTuple
+
+from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
+
+ROWS_FOR_A_WORKER = 2_500
+"""With fewer rows, a worker takes longer to start than to convert them."""
+MOST_WORKERS = 8
+"""Each holds a tokenizer of its own."""
+ROWS_AT_A_TIME = 100
+_MOST_FAILURES = 3
+
+# Not multiprocessing's own start, which runs the main module again: the host's, or a script without a guard.
+_START = (
+    "import sys; from multiprocessing.connection import Connection; parent = Connection(int(sys.argv[1])); "
+    "sys.path[:] = parent.recv(); from mlx_cpo_plugin.data.conversion import serve; serve(parent)"
+)
+
+Outcome = TruncatedPair | UnusableRow
+
+
+class SourcedRow(NamedTuple):
+    """A raw row, the columns to read in it, and where it comes from."""
+
+    value: Any
+    columns: Columns
+    source: str
+
+
+@dataclass(frozen=True)
+class RowConverter:
+    """Converts rows with one tokenizer and one limit of tokens a side."""
+
+    tokenizer: ChatTokenizer
+    max_seq_length: int
+    overlong: str
+
+    def outcomes(self, rows: Sequence[SourcedRow]) -> list[Outcome]:
+        """The pair of each row, or why it has none; DataError as :func:`~.tokens.fit` raises it."""
+        return [self._outcome(*row) for row in rows]
+
+    def _outcome(self, value: Any, columns: Columns, source: str) -> Outcome:
+        try:
+            return fit(parse_row(value, columns), self.tokenizer, source, self.max_seq_length, self.overlong)
+        except UnusableRow as error:
+            return type(error)(*error.args)  # without the frames and causes that the raised one holds
+        except RecursionError:
+            return UnusableRow("the row is nested too deeply")
+
+    def pickled(self) -> bytes | None:
+        """What a worker needs; None where the tokenizer or its template is tied to this process."""
+        tokenizer = self.tokenizer.portable()
+        return None if tokenizer is None else _pickled(RowConverter(tokenizer, self.max_seq_length, self.overlong))
+
+
+def workers_for(rows: int) -> int:
+    """How many processes convert so many rows; 1 is this one."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(rows // ROWS_FOR_A_WORKER, cores, MOST_WORKERS))
+
+
+def convert_rows(rows: Sequence[SourcedRow], converter: RowConverter) -> list[Outcome]:
+    """The outcome of each row, in order, however many processes take part.
+
+    Raises:
+        DataError: a row is too long and ``overlong`` is ``error``.
+    """
+    workers = workers_for(len(rows))
+    pickled = converter.pickled() if workers > 1 else None
+    if pickled is None:
+        return converter.outcomes(rows)
+    tasks = [rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME)]
+    with _Workers(pickled, workers) as pool:
+        replies = pool.map(tasks)
+        # Made here while the workers start: an example with which theirs is compared.
+        outcomes = converter.outcomes(tasks[0])
+        example = next(replies)
+        if example is None or _described(example) == _described(outcomes):
+            for task, reply in zip(tasks[1:], replies, strict=True):
+                outcomes += converter.outcomes(task) if reply is None else reply
+    return outcomes + converter.outcomes(rows[len(outcomes) :])
+
+
+class _Workers:
+    """Worker processes, each spoken to by a thread of this one."""
+
+    def __init__(self, converter: bytes, count: int) -> None:
+        self._converter = converter
+        self._threads = ThreadPoolExecutor(count)
+        self._lock = Lock()
+        self._all: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._failures = 0
+        self._closed = False
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._closed = True
+            for worker in self._all:
+                worker.process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.process.wait()
+            worker.connection.close()
+
+    def map(self, tasks: Sequence[Sequence[SourcedRow]]) -> Iterator[list[Outcome] | None]:
+        """The outcomes of each task, in order; None for those to be done in this process."""
+        return self._threads.map(self._outcomes, tasks)
+
+    def _outcomes(self, rows: Sequence[SourcedRow]) -> list[Outcome] | None:
+        request = _pickled(rows)
+        if request is None:
+            return None
+        try:
+            with self._lock:
+                if self._closed or self._failures >= _MOST_FAILURES:
+                    return None
+                worker = self._idle.pop() if self._idle else None
+                if worker is None:
+                    self._all.append(started := _Worker())
+            if worker is None:
+                worker = started
+                worker.connection.send(sys.path)
+                worker.connection.send_bytes(self._converter)
+            worker.connection.send_bytes(request)
+            reply = worker.connection.recv_bytes()
+        except (OSError, EOFError):  # it cannot be started, or has died
+            with self._lock:
+                self._failures += 1
+            return None
+        with self._lock:
+            self._idle.append(worker)
+        outcomes: list[Outcome] | None = pickle.loads(reply)
+        return outcomes
+
+
+class _Worker:
+    """A process that converts rows, and the connection to it."""
+
+    def __init__(self) -> None:
+        self.connection, its_end = Pipe()
+        with its_end:
+            number = its_end.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable or "", "-P", "-c", _START, str(number)],
+                pass_fds=[number],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+
+def serve(parent: Connection) -> None:
+    """Convert the rows that ``parent`` sends until it closes the connection, or ends; what fails is left to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes, and the parent decides
+    try:
+        converter: RowConverter = pickle.loads(parent.recv_bytes())
+        while True:
+            request = parent.recv_bytes()
+            try:
+                reply = pickle.dumps(converter.outcomes(pickle.loads(request)))
+            except Exception:
+                reply = pickle.dumps(None)
+            parent.send_bytes(reply)
+    except (EOFError, OSError):
+        return
+
+
+def _pickled(value: Any) -> bytes | None:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # classes of a script, lambdas, deep nesting: objects may raise anything
+        return None
+
+
+def _described(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Everything in ``outcomes``, comparable."""
+    return [
+        (str(outcome), type(outcome))
+        if isinstance(outcome, UnusableRow)
+        else (
+            outcome[1:],
+            *(getattr(outcome.pair, name).tobytes() for name in ("prompt", "chosen", "rejected")),
+            *(getattr(outcome.pair, f"{name}_scored").tobytes() for name in ("chosen", "rejected")),
+        )
+        for outcome in outcomes
+    ]
