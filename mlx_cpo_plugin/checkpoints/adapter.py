@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
@@ -21,6 +22,11 @@ from mlx_cpo_plugin.parameters import by_name
 
 _DORA_LAYERS = (DoRALinear, DoRAEmbedding)
 _ADAPTED_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, *_DORA_LAYERS)
+# As mlx_lm.tuner.utils.linear_to_lora_layers has them, beside what has a method to_lora.
+_ADAPTABLE_LAYERS = (
+    *(nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding),
+    *(SwitchLinear, QuantizedSwitchLinear),
+)
 
 
 class CheckpointError(UserError):
@@ -51,18 +57,38 @@ def describe_adapter(model: nn.Module) -> dict[str, Any]:
     adapters = [module for module in model.modules() if isinstance(module, _ADAPTED_LAYERS)]
     if not adapters:
         return {"fine_tune_type": "full", "num_layers": -1, "lora_parameters": {}}
-    adapted = sum(any(isinstance(module, _ADAPTED_LAYERS) for module in layer.modules()) for layer in model.layers)
+    layers = [_adapted_modules(layer) for layer in model.layers]
+    # The first layer that has one: not each of a hybrid model's has every kind of module.
+    start = next((number for number, adapted in enumerate(layers) if adapted), 0)
+    adapted = set().union(*layers)
+    targets = {} if adapted >= set().union(*map(adaptable_modules, model.layers[start:])) else {"keys": sorted(adapted)}
     first = adapters[0]
     return {
         "fine_tune_type": "dora" if isinstance(first, _DORA_LAYERS) else "lora",
         # mlx_lm takes the last n layers, and all of them for any n < 1.
-        "num_layers": -1 if adapted == len(model.layers) else adapted,
+        "num_layers": len(model.layers) - start if start else -1,
         "lora_parameters": {
             "rank": int(first.lora_a.shape[1 if not isinstance(first, LoRASwitchLinear) else -2]),
             "scale": float(first.scale),
             "dropout": round(1 - first.dropout._p_1, 6),
+            **targets,
         },
     }
+
+
+def adaptable_modules(layer: nn.Module) -> set[str]:
+    """Return the paths inside a layer of the modules that have an adapter, or that mlx_lm could give one."""
+    adapted = _adapted_modules(layer)
+    return adapted | {
+        name
+        for name, module in layer.named_modules()
+        if (isinstance(module, _ADAPTABLE_LAYERS) or hasattr(module, "to_lora"))
+        and not any(name.startswith(f"{path}.") for path in adapted)
+    }
+
+
+def _adapted_modules(layer: nn.Module) -> set[str]:
+    return {name for name, module in layer.named_modules() if "lora_a" in module}
 
 
 def load_adapter(model: nn.Module, adapter_file: Path) -> None:

@@ -16,7 +16,7 @@ from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.device import device_memory
-from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.errors import ConfigError, DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
@@ -111,6 +111,8 @@ def _memory_lines(pairs: PreferenceDataset, settings: RunSettings) -> list[str]:
     """What training would take, by the shapes of the model's arrays; none of them is loaded."""
     try:
         model = unevaluated_model(settings)
+    except ConfigError:
+        raise
     except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
         return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
     optimizer = build_optimizer(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,13 @@ from mlx_cpo_plugin.errors import ConfigError, named
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 ALL_LINEAR = ("all", "all-linear", ["all"], ["all-linear"])
+MODULE_PATHS = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj")},
+}
+"""Module as PEFT names it -> its path inside a layer, in models built as Llama is."""
+OUTSIDE_LAYERS = ("lm_head", "embed_tokens")
+_NAMES = re.compile(r"[\w.]+(-linear)?(\s*,\s*[\w.]+)*")
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,37 @@ def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
     scale = adapter.alpha / divisor
     dropout = adapter.dropout if adapter.dropout_works else 0.0
     conversion.put("train_type", "dora" if adapter.dora else "lora", given=adapter.dora)
-    conversion.put("lora_parameters", {"rank": adapter.rank, "dropout": dropout, "scale": scale}, adapter.given)
+    keys = _keys(adapter.targets, conversion)
+    parameters = merged({"rank": adapter.rank, "dropout": dropout, "scale": scale, "keys": keys})
+    conversion.put("lora_parameters", parameters, adapter.given or keys is not None)
     rank = "the square root of rank" if adapter.rank_stabilised else "rank"
     conversion.tell(f"lora_alpha {adapter.alpha:g} over {rank} {adapter.rank} is scale {scale:g}.")
     if adapter.dropout and not adapter.dropout_works:
         conversion.tell(
             f"lora_dropout {adapter.dropout:g} is 0 here, as it was there: the trainer switches dropout off."
         )
-    if adapter.targets not in ALL_LINEAR:
-        which = "those that PEFT picks" if adapter.targets is None else str(adapter.targets)
+
+
+def _keys(targets: Any, conversion: Conversion) -> list[str] | None:
+    """Return the paths inside a layer of the modules that PEFT would adapt; ``None``: all linear ones."""
+    names = targets.split(",") if isinstance(targets, str) and _NAMES.fullmatch(targets) else targets
+    if names in ALL_LINEAR:
+        return None
+    names = list(dict.fromkeys(str(name).strip() for name in names)) if isinstance(names, list) else []
+    inside = [name for name in names if name not in OUTSIDE_LAYERS]
+    if not inside:
+        which = "those that PEFT picks" if targets is None else str(targets)
         conversion.tell(f"The adapted modules, {which}, have no counterpart: every linear layer is adapted.")
+        return None
+    if len(inside) < len(names):
+        conversion.tell(
+            f"Of the adapted modules, {' and '.join(OUTSIDE_LAYERS)} have no counterpart and stay as they are."
+        )
+    if unknown := [name for name in inside if name not in MODULE_PATHS and "." not in name]:
+        conversion.tell(
+            f"lora_parameters.keys has {', '.join(unknown)} as it stands: put the path inside a layer in front."
+        )
+    return [MODULE_PATHS.get(name, name) for name in inside]
 
 
 def bits_of(source: Source) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from mlx_lm_lora.visuals import Colors, print_info
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
+from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.tokenizer import read_template
-from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
+from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.nested import OPTIMIZERS
@@ -49,7 +51,10 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
     mx.random.seed(settings.seed)
     print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     try:
-        model, tokenizer, _ = from_pretrained(model=settings.model, lora_config=build_lora_config(settings))
+        model, tokenizer, _ = from_pretrained(model=settings.model)
+        _choose_trained_weights(model, settings)
+    except ConfigError:
+        raise
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if is_device_fault(error):
             raise
@@ -58,7 +63,7 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
             key="model",
         ) from error
     if settings.resume_adapter_file is not None and settings.train:
-        _check_resumed_adapter(settings, len(model.layers))
+        _check_resumed_adapter(settings, model)
     precision = quantised_load(settings)
     if precision:
         if "quantization" in load_config(model_folder(settings.model)):
@@ -66,7 +71,6 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
-    _freeze_untrained_layers(model, settings)
     template = read_template(settings.chat_template)
     if template:
         tokenizer.chat_template = template  # which a fused model takes along
@@ -77,14 +81,11 @@ def unevaluated_model(settings: RunSettings) -> nn.Module:
     """Return the model that ``settings`` would train, with its adapter; none of its arrays is evaluated.
 
     Raises:
+        ConfigError: ``lora_parameters.keys`` or the precision does not fit the model.
         Exception: whatever the host or the architecture raises where the model is missing or cannot be built.
     """
     model, _ = load_base_model(model_folder(settings.model), lazy=True)
-    adapter = build_lora_config(settings)
-    if adapter is not None:
-        model.freeze()
-        linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
-    _freeze_untrained_layers(model, settings)
+    _choose_trained_weights(model, settings)
     precision = quantised_load(settings)
     if precision is not None:
         quantise_base(model, precision)
@@ -96,12 +97,36 @@ def model_folder(model: str) -> Path:
     return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
 
 
-def _freeze_untrained_layers(model: nn.Module, settings: RunSettings) -> None:
-    """In full training, leave only the last ``num_layers`` trainable."""
-    if settings.train_type == "full" and settings.num_layers > 0:
+def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
+    """Add fresh adapters, or in full training leave only the last ``num_layers`` trainable."""
+    adapter = build_lora_config(settings)
+    if adapter is not None:
+        model.freeze()
+        keys = settings.lora_parameters.get("keys")
+        if keys:
+            _check_keys(keys, model.layers[-max(settings.num_layers, 0) :])
+            adapter["keys"] = keys  # which the host leaves out
+        linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
+    elif settings.num_layers > 0:
         model.freeze()
         for layer in model.layers[-settings.num_layers :]:
             layer.unfreeze()
+
+
+def _check_keys(keys: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    """Refuse a module that none of the layers has: mlx_lm passes over it without a word."""
+    known = sorted(set().union(*map(adaptable_modules, layers)))
+    for key in keys:
+        if key in known:
+            continue
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last] or get_close_matches(key, known, n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        raise ConfigError(
+            f"lora_parameters.keys has {shown(key)}, but no trained layer of the model has such a module; {advice}",
+            key="lora_parameters.keys",
+            allowed=", ".join(near or known),
+        )
 
 
 def quantised_load(settings: RunSettings) -> str | None:
@@ -151,7 +176,7 @@ def _quantisable_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "to_quantized")]
 
 
-def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
+def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
     """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``, by mlx_lm or mlx-lm-lora.
 
     Without this an adapter of another scale, which its file does not show, would begin as something else.
@@ -163,11 +188,20 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
         print_info(f"There is no {ADAPTER_CONFIG} beside {file}: lora_parameters and num_layers are the settings'.")
         return
 
+    layers = len(model.layers)
+
     def adapted(num_layers: int) -> int:
         return layers if num_layers < 1 else min(num_layers, layers)
 
     wanted: dict[str, Any] = {"train_type": settings.train_type, "num_layers": adapted(settings.num_layers)}
-    wanted |= {f"lora_parameters.{key}": value for key, value in settings.lora_parameters.items()}
+    wanted |= {f"lora_parameters.{key}": settings.lora_parameters[key] for key in ("rank", "scale", "dropout")}
+    there = set().union(*map(adaptable_modules, model.layers))
+
+    def modules(keys: Sequence[str] | None) -> str:
+        found = there.intersection(there if keys is None else keys)
+        return "all" if found == there else f"[{', '.join(sorted(found))}]"
+
+    wanted["lora_parameters.keys"] = modules(settings.lora_parameters.get("keys"))
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         parameters = config.get("lora_parameters") or {}
@@ -178,7 +212,8 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
         saved = {
             "train_type": kind,
             "num_layers": None if number is None else adapted(int(number)),
-            **{f"lora_parameters.{key}": parameters.get(key) for key in ("rank", "scale", "dropout", "keys")},
+            **{f"lora_parameters.{key}": parameters.get(key) for key in ("rank", "scale", "dropout")},
+            "lora_parameters.keys": modules(parameters.get("keys")),
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -189,7 +224,7 @@ def _check_resumed_adapter(settings: RunSettings, layers: int) -> None:
     differing = {key: value for key, value in saved.items() if value is not None and wanted.get(key) != value}
     dropout = differing.pop("lora_parameters.dropout", None)
     if differing:
-        told = ", ".join(f"{key} {value} (here {wanted.get(key, 'all')})" for key, value in differing.items())
+        told = ", ".join(f"{key} {value} (here {wanted[key]})" for key, value in differing.items())
         raise ConfigError(
             f"resume_adapter_file {str(file)!r} was trained with {told}, as {config_file} says; set these likewise.",
             key="resume_adapter_file",

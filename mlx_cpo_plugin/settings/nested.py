@@ -14,12 +14,30 @@ from mlx_cpo_plugin.types import Option
 # Value of ``optimizer`` -> its class in mlx.optimizers, which is imported where it is needed.
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
+
+
+def module_paths(names: list[Any], key: str, place: Place) -> list[str]:
+    """Return each path of a module once."""
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise refused(key, names, place(key), "a list of modules, e.g. [self_attn.q_proj, self_attn.v_proj]")
+    return list(dict.fromkeys(names))
+
+
 LORA_PARAMETERS: tuple[Option, ...] = (
     Option("rank", int, 8, "Rank of the adapter matrices.", minimum=1),
     Option(
         "dropout", float, 0.0, "Probability with which an adapter input is dropped in training.", minimum=0, below=1
     ),
     Option("scale", float, 10.0, "Factor on the adapter's output.", above=0),
+    Option(
+        "keys",
+        list,
+        None,
+        "Modules to adapt, as paths inside a layer, e.g. self_attn.q_proj; all linear ones when left out.",
+        title="Target modules",
+        optional=True,
+        inside=module_paths,
+    ),
 )
 _COLUMNS = ("chosen", "rejected", "prompt", "system", "text", "chat", "completion")
 DATASET_KEYS = (
@@ -49,12 +67,13 @@ def count_or_all(batches: int, key: str, place: Place) -> int:
 
 
 def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
-    """Return rank, dropout and scale, with defaults for those that are left out."""
+    """Return rank, dropout and scale, with defaults for those that are left out, and keys where they are given."""
     _only_known(value, [option.name for option in LORA_PARAMETERS], key, place)
-    return {
+    checked = {
         option.name: check(option, value.get(option.name, option.default), place, f"{key}.{option.name}")
         for option in LORA_PARAMETERS
     }
+    return {name: part for name, part in checked.items() if part is not None}
 
 
 def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class ModelSettings:
     )
     num_layers: int = option(-1, "Number of layers to fine-tune, counted from the last; -1 means all.", minimum=-1)
     lora_parameters: dict[str, Any] = option(
-        {own.name: own.default for own in nested.LORA_PARAMETERS},
-        "Rank, dropout and scale of the adapters; what is left out keeps its default.",
+        {own.name: own.default for own in nested.LORA_PARAMETERS if not own.optional},
+        "Rank, dropout and scale of the adapters, and keys, the modules that get one; the rest keeps its default.",
         shown_when={"train_type": ("lora", "dora")},
         inside=nested.lora_parameters,
     )

@@ -396,11 +396,37 @@ def test_a_cpo_config_alone_says_nothing_of_model_and_adapters() -> None:
         assert sentence in told(conversion)
 
 
-@pytest.mark.parametrize(("targets", "is_told"), [("all-linear", False), (["q_proj", "v_proj"], True), (None, True)])
-def test_adapted_modules_are_told_of_unless_they_are_all_linear_layers(targets: Any, is_told: bool) -> None:
+@pytest.mark.parametrize(
+    ("targets", "keys", "sentence"),
+    [
+        ("all-linear", None, ""),
+        (["q_proj", "v_proj"], ["self_attn.q_proj", "self_attn.v_proj"], ""),
+        (["q_proj", "down_proj", "lm_head"], ["self_attn.q_proj", "mlp.down_proj"], "have no counterpart and stay"),
+        (["c_attn"], ["c_attn"], "keys has c_attn as it stands"),
+        (None, None, "those that PEFT picks, have no counterpart"),
+        (".*_proj", None, "The adapted modules, .*_proj, have no counterpart"),
+        (["lm_head"], None, "every linear layer is adapted"),
+    ],
+)
+def test_target_modules_become_paths_inside_a_layer(targets: Any, keys: list[str] | None, sentence: str) -> None:
     conversion = converted("trl", {"use_peft": True, "lora_target_modules": targets})
 
-    assert ("The adapted modules" in told(conversion)) is is_told
+    assert conversion.settings["lora_parameters"].get("keys") == keys
+    assert sentence in told(conversion)
+    assert ("adapted modules" in told(conversion)) is ("adapted" in sentence or "counterpart" in sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-factory", {"lora_target": "q_proj, v_proj"}),
+        ("axolotl", {"lora_target_linear": False, "lora_target_modules": ["q_proj", "v_proj"]}),
+    ],
+)
+def test_each_trainers_target_modules_are_read(name: str, changes: dict[str, Any]) -> None:
+    keys = converted(name, changes).settings["lora_parameters"]["keys"]
+
+    assert keys == ["self_attn.q_proj", "self_attn.v_proj"]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.utils
+import mlx_lm
 import numpy as np
 import pytest
 from support.tiny import build_model
@@ -128,8 +131,94 @@ def test_an_adapter_of_some_modules_only_says_which(settings: Settings, run_main
     config["lora_parameters"]["keys"] = ["self_attn.q_proj"]
     path.write_text(json.dumps(config))
 
-    with pytest.raises(ConfigError, match=r"lora_parameters\.keys \['self_attn\.q_proj'\] \(here all\)"):
+    with pytest.raises(ConfigError, match=r"lora_parameters\.keys \[self_attn\.q_proj\] \(here all\)"):
         run_main({**settings, **AS_IT_WAS, "resume_adapter_file": str(adapter)})
+
+
+ATTENTION = ["self_attn.v_proj", "self_attn.q_proj"]
+
+
+def with_keys(keys: list[str], **more: Any) -> Settings:
+    return {"lora_parameters": {"rank": 4, "scale": 4.0, "keys": keys}, **more}
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+@pytest.mark.parametrize(("num_layers", "layers"), [(-1, {"0", "1"}), (1, {"1"})])
+def test_keys_are_the_modules_of_a_layer_that_get_an_adapter(
+    settings: Settings, run_main: RunMain, train_type: str, num_layers: int, layers: set[str]
+) -> None:
+    run_main({**settings, **with_keys(ATTENTION, train_type=train_type, num_layers=num_layers)})
+
+    folder = Path(settings["adapter_path"])
+    weights = dict(mx.load(str(folder / "adapters.safetensors")))
+    assert {name.rpartition(".")[0].partition("model.layers.")[2] for name in weights} == {
+        f"{layer}.{module}" for layer in layers for module in ATTENTION
+    }
+    assert all(np.array(value).any() for value in weights.values())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"] == {"rank": 4, "scale": 4.0, "dropout": 0.0, "keys": sorted(ATTENTION)}
+    loaded, _ = mlx_lm.load(settings["model"], adapter_path=str(folder))
+    adapted = {name for name, module in loaded.named_modules() if "lora_a" in module}
+    assert adapted == {name.rpartition(".")[0] for name in weights}
+    again = dict(mlx.utils.tree_flatten(loaded.parameters()))
+    assert all(mx.array_equal(again[name], value) for name, value in weights.items())
+
+
+def test_all_modules_by_name_are_those_that_are_taken_without_keys(settings: Settings, run_main: RunMain) -> None:
+    paths = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    run_main({**settings, **with_keys(paths), "adapter_path": settings["adapter_path"] + "-named"})
+    run_main({**settings, "lora_parameters": {"rank": 4, "scale": 4.0}})
+
+    named, unnamed = (dict(mx.load(f"{settings['adapter_path']}{end}/adapters.safetensors")) for end in ("-named", ""))
+    assert named.keys() == unnamed.keys()
+    assert all(mx.array_equal(named[name], unnamed[name]) for name in named)
+    config = json.loads(Path(settings["adapter_path"] + "-named", "adapter_config.json").read_text())
+    assert "keys" not in config["lora_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("q_proj", "did you mean self_attn.q_proj?"),
+        ("model.layers.0.mlp.up_proj", "did you mean mlp.up_proj?"),
+        ("self_attn.q_porj", "did you mean self_attn.q_proj or"),
+        ("lm_head", "there are mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj"),
+    ],
+)
+def test_a_module_that_no_layer_has_is_refused_with_the_nearest(
+    settings: Settings, run_main: RunMain, key: str, near: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"lora_parameters.keys has '{key}', but no ")) as refused:
+        run_main({**settings, **with_keys(["self_attn.v_proj", key])})
+
+    assert near in str(refused.value)
+    assert refused.value.key == "lora_parameters.keys"
+    assert not Path(settings["adapter_path"]).exists()
+
+
+def test_an_adapter_of_some_modules_goes_on_with_the_same_keys(
+    settings: Settings, run_main: RunMain, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    run_main({**settings, **with_keys(ATTENTION), "adapter_path": str(first)})
+    again = {"resume_adapter_file": str(first / "adapters.safetensors"), "learning_rate": 1e-12}
+
+    run_main({**settings, **with_keys(ATTENTION[::-1]), **again})
+    for keys in ([*ATTENTION, "mlp.up_proj"], ATTENTION[:1]):
+        with pytest.raises(ConfigError, match=r"lora_parameters\.keys \[self_attn\.q_proj, self_attn\.v_proj\] \(here"):
+            run_main({**settings, **with_keys(keys), **again})
+
+    before = dict(mx.load(str(first / "adapters.safetensors")))
+    after = dict(mx.load(str(Path(settings["adapter_path"], "adapters.safetensors"))))
+    assert before.keys() == after.keys()
+    assert all(np.allclose(np.array(before[name]), np.array(after[name]), atol=1e-8) for name in before)
+
+
+def test_a_run_with_other_keys_is_another_run(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, **with_keys(ATTENTION), "save_every": 1})
+
+    with pytest.raises(ConfigError, match="lora_parameters"):
+        run_main({**settings, **with_keys(ATTENTION[:1]), "resume": "auto", "iters": 3})
 
 
 def test_without_a_configuration_beside_it_an_adapter_is_taken_as_the_settings_say(

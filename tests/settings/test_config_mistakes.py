@@ -85,7 +85,13 @@ MISTAKES = [
     ("lora_parameters:\n  rank: 0", "lora_parameters.rank", 4, "a whole number >= 1"),
     ("lora_parameters: {dropout: 1.0}", "lora_parameters.dropout", 3, "a number >= 0 and < 1"),
     ("lora_parameters:\n  rank: 4\n  scal: 20", "lora_parameters.scal", 5, "lora_parameters.scale"),
-    ("lora_parameters: {keys: []}", "lora_parameters.keys", 3, "dropout, rank, scale"),
+    ("lora_parameters: {alfa: 16}", "lora_parameters.alfa", 3, "dropout, keys, rank, scale"),
+    (
+        "lora_parameters: {keys: []}",
+        "lora_parameters.keys",
+        3,
+        "a list of modules, e.g. [self_attn.q_proj, self_attn.v_proj]",
+    ),
     ("optimizer_config: {adamw: 0.1}", "optimizer_config.adamw", 3, "a mapping"),
     ("optimizer_config: {adamW: {}}", "optimizer_config.adamW", 3, "optimizer_config.adamw"),
     (
