@@ -31,6 +31,7 @@ class Option:
         choices: the allowed values; empty means any.
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
+        spelled: what a shorter spelling stands for, ``value as written -> value``.
         inside: a further check, ``(value, key, place) -> value to use``, after type and range; see
             :mod:`mlx_cpo_plugin.settings.nested`.
         free_on_resume: whether a run may be resumed with another value, since the trained weights do not depend on it.
@@ -50,6 +51,7 @@ class Option:
     below: float | None = None
     inside: Callable[[Any, str, Callable[[str], str]], Any] | None = None
     free_on_resume: bool = False
+    spelled: Callable[[Any], Any] | None = None
 
     @property
     def flag(self) -> str:

@@ -151,13 +151,29 @@ def convert_optimizer(source: Source, conversion: Conversion, key: str, name: st
         conversion.put("optimizer_config", {"muon": {"weight_decay": decay}}, any(map(source.gives, keys)))
         conversion.tell("muon is MLX's, with its own momentum and number of Newton-Schulz steps.")
         return
+    other = name.removeprefix("paged_").partition("_")[0]
+    if other in ("adafactor", "lion", "sgd"):
+        arguments = {
+            "adafactor": {"scale_parameter": False, "weight_decay": decay},  # as transformers calls it
+            "lion": {"betas": betas, "weight_decay": decay},
+            "sgd": {"weight_decay": decay},
+        }[other]
+        conversion.put("optimizer", other, given=True)
+        conversion.put("optimizer_config", {other: arguments}, given=True)
+        _tell_of_bits(name, key, other, conversion)
+        return
     conversion.put("optimizer", "adamw", source.gives(key))
     arguments = {"betas": betas, "eps": epsilon, "weight_decay": decay, "bias_correction": True}
     conversion.put("optimizer_config", {"adamw": arguments}, any(map(source.gives, keys)))
     if "adamw" not in name:
         conversion.tell(f"{key} {name} has no counterpart: adamw takes its place, and may want another learning rate.")
-    elif any(part in name for part in ("8bit", "4bit", "bnb", "paged", "fp8")):
-        conversion.tell(f"{key} {name} keeps its state in fewer bits or elsewhere; adamw has it whole, in memory.")
+    else:
+        _tell_of_bits(name, key, "adamw", conversion)
+
+
+def _tell_of_bits(name: str, key: str, ours: str, conversion: Conversion) -> None:
+    if any(part in name for part in ("8bit", "4bit", "bnb", "paged", "fp8")):
+        conversion.tell(f"{key} {name} keeps its state in fewer bits or elsewhere; {ours} has it whole, in memory.")
 
 
 def convert_intervals(source: Source, conversion: Conversion, length: Length, logging_steps: float) -> None:

@@ -205,4 +205,6 @@ def _nearest(path: Path) -> str | None:
     """The existing file or folder beside a missing one whose name is nearly the same."""
     there = path.parent.iterdir() if path.parent.is_dir() else ()
     names = [other.name for other in there if other.is_dir() or kind_of(other.name) in SUFFIXES]
-    return next((str(path.parent / name) for name in get_close_matches(path.name, names, n=1, cutoff=0.7)), None)
+    by_stem = {name.partition(".")[0]: name for name in names} | {name: name for name in names}
+    near = get_close_matches(path.name, by_stem, n=1, cutoff=0.7)
+    return str(path.parent / by_stem[near[0]]) if near else None

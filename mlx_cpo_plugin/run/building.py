@@ -248,7 +248,9 @@ def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
             f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.", key="lr_schedule"
         ) from error
     try:
-        return getattr(optimizers, OPTIMIZERS[name])(learning_rate=rate, **settings.optimizer_config.get(name, {}))
+        # Adafactor's own default is to pass over the learning rate.
+        arguments = ({"relative_step": False} if name == "adafactor" else {}) | settings.optimizer_config.get(name, {})
+        return getattr(optimizers, OPTIMIZERS[name])(learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.", key="optimizer_config") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlx_cpo_plugin.settings.nested import home_expanded
+from mlx_cpo_plugin.settings.nested import auto_if_true, home_expanded
 from mlx_cpo_plugin.settings.options import option, options_of
 
 LOSS_OPTION = "dpo_cpo_loss_type"
@@ -119,7 +119,8 @@ class CPOSettings:
     )
     resume: str | None = option(
         None,
-        "Resume training: 'auto' for the latest checkpoint in adapter_path, or a path.",
+        "Resume training: 'auto' or true for the latest checkpoint in adapter_path, or a path.",
+        spelled=auto_if_true,
         inside=home_expanded,
         free_on_resume=True,
     )

@@ -12,7 +12,14 @@ from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.types import Option
 
 # Value of ``optimizer`` -> its class in mlx.optimizers, which is imported where it is needed.
-OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
+OPTIMIZERS = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+    "lion": "Lion",
+}
 TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
 
 
@@ -50,6 +57,12 @@ _WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float,
 def home_expanded(path: str, key: str, place: Place) -> str:
     """Expand ``~`` or ``~user`` at the beginning of a path."""
     return os.path.expanduser(path)
+
+
+def auto_if_true(resume: Any) -> Any:
+    """Read true as ``auto``, and false as nothing to resume."""
+    words: dict[str, Any] = {"true": "auto", "false": None}
+    return words.get(str(resume).lower(), resume)
 
 
 def folder_name(name: str, key: str, place: Place) -> str:

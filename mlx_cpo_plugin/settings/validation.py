@@ -16,6 +16,51 @@ from mlx_cpo_plugin.types import LossType, Option
 Place = Callable[[str], str]
 """Key, e.g. ``lora_parameters.rank`` -> where it was given, e.g. ``in my.yaml, line 3``."""
 
+KEYS_OF_OTHERS = {
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_schedule",
+    "lr_scheduler": "lr_schedule",
+    "scheduler": "lr_schedule",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "grad_checkpoint",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_steps": "iters, which counts micro-batches",
+    "num_iters": "iters, which counts micro-batches",
+    "logging_steps": "steps_per_report",
+    "eval_steps": "steps_per_eval",
+    "save_steps": "save_every",
+    "max_length": "max_seq_length",
+    "sequence_len": "max_seq_length",
+    "cutoff_len": "max_seq_length",
+    "output_dir": "adapter_path",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "resume_from_checkpoint": "resume",
+    "load_best_model_at_end": "save_best",
+    "optim": "optimizer",
+    "loss_type": "dpo_cpo_loss_type",
+    "fine_tune_type": "train_type",
+    "finetuning_type": "train_type",
+    "lora_layers": "num_layers",
+    "lora_r": "lora_parameters.rank",
+    "lora_rank": "lora_parameters.rank",
+    "lora_alpha": "lora_parameters.scale, which is alpha over the rank",
+    "lora_scale": "lora_parameters.scale",
+    "lora_dropout": "lora_parameters.dropout",
+    "lora_target": "lora_parameters.keys",
+    "lora_target_modules": "lora_parameters.keys",
+    "target_modules": "lora_parameters.keys",
+    "lora_parameters.r": "lora_parameters.rank",
+    "lora_parameters.alpha": "lora_parameters.scale, which is alpha over the rank",
+    "lora_parameters.target_modules": "lora_parameters.keys",
+}
+"""Key of other trainers -> what means the same here."""
+
 LARGEST_INTEGER = 2**31 - 1
 """What an option without a maximum may be: MLX's own integers have 32 bits."""
 
@@ -30,9 +75,10 @@ def check(option: Option, value: object, place: Place, key: str = "") -> Any:
         ConfigError: the value has another type, is not finite, is out of range or is no choice.
     """
     key = key or option.name
-    if value is None and option.optional:
+    meant = option.spelled(value) if option.spelled else value
+    if meant is None and option.optional:
         return None
-    converted = _convert(option.type, value)
+    converted = _convert(option.type, meant)
     if option.choices and isinstance(converted, str) and converted not in option.choices:
         converted = converted.lower()
     if converted is None or not _within(option, converted):
@@ -57,6 +103,10 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
     """
     known = sorted(known)
     name = named(name)
+    if (meant := KEYS_OF_OTHERS.get(inside + name)) is not None:
+        key, allowed = inside + name, meant.partition(",")[0]
+        sentence = f"{key} is not a key of this plugin ({where}); did you mean {meant}?"
+        return ConfigError(sentence, key=key, place=where, allowed=allowed)
     allowed = ", ".join(known) if len(known) <= 14 else ""
     advice = f"known are {allowed}." if allowed else "remove it."
     if close := get_close_matches(name.lower(), known, n=1):

@@ -10,7 +10,7 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
-from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS, OPTIMIZERS
 from mlx_cpo_plugin.settings.options import (
     DATA_OPTIONS,
     MODEL_OPTIONS,
@@ -29,7 +29,7 @@ COLUMNS, OUTPUT, QAT = "Dataset Columns", "Output", "QAT"
 BLOCKS = (PREFERENCE, MODEL_AND_DATA, FINE_TUNE, TRAINING, COLUMNS, OUTPUT, QAT)
 
 # The page decides these: a run of the form always trains, and resuming is a button.
-CHOICE_TITLES = {"lora": "LoRA", "dora": "DoRA", "full": "Full", "adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
+CHOICE_TITLES = {"lora": "LoRA", "dora": "DoRA", "full": "Full", **OPTIMIZERS}
 NO_FIELD = ("train", "resume", "reference_model_path")
 
 Content = str | bool

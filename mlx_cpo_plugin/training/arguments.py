@@ -129,6 +129,6 @@ def check_training_args(args: CPOTrainingArgs) -> None:
         option, value = option_of(own.name), getattr(args, own.name)
         if option is None or option.type is bool or (value is None and own.default is None):
             continue
-        check(replace(option, optional=False), value, lambda key: IN_THE_CALL, own.name)
+        check(replace(option, optional=False, spelled=None), value, lambda key: IN_THE_CALL, own.name)
     if args.qat_enable:
         check_quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode, lambda key: IN_THE_CALL)

@@ -198,7 +198,8 @@ def data_digest(pairs: Iterable[PreferencePair]) -> str:
 
 def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
     """Return the class, its numbers, and its learning rate or some values of its schedule."""
-    numbers = {key: value for key, value in sorted(vars(optimizer).items()) if _is_plain(value) and key[0] != "_"}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(vars(optimizer).items())}
+    numbers = {key: value for key, value in plain.items() if _is_plain(value) and key[0] != "_"}
     schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
     rates = [float(schedule(mx.array(step))) for step in _SCHEDULE_STEPS]
     return f"{type(optimizer).__name__} {numbers} {rates}"

@@ -529,7 +529,11 @@ def test_a_schedule_without_a_counterpart_is_told_of(name: str) -> None:
     [
         ("trl", "optim", "adamw_torch", "adamw", ""),
         ("trl", "optim", "paged_adamw_8bit", "adamw", "keeps its state in fewer bits"),
-        ("trl", "optim", "lion_32bit", "adamw", "lion_32bit has no counterpart"),
+        ("trl", "optim", "adagrad", "adamw", "adagrad has no counterpart"),
+        ("trl", "optim", "lion_32bit", "lion", ""),
+        ("axolotl", "optimizer", "paged_lion_8bit", "lion", "lion has it whole"),
+        ("trl", "optim", "adafactor", "adafactor", ""),
+        ("llama-factory", "optim", "sgd", "sgd", ""),
         ("axolotl", "optimizer", "muon", "muon", "muon is MLX's"),
         ("llama-factory", "use_muon", True, "muon", "muon is MLX's"),
     ],
@@ -538,6 +542,7 @@ def test_optimizers(name: str, key: str, optimizer: Any, expected: str, words: s
     conversion = converted(name, {key: optimizer})
 
     assert conversion.settings["optimizer"] == expected
+    assert set(conversion.settings["optimizer_config"]) == {expected}
     assert words in told(conversion)
 
 

@@ -83,11 +83,12 @@ def test_a_path_that_does_not_exist_is_not_looked_up_elsewhere(data, monkeypatch
 
 @pytest.mark.parametrize(
     ("data", "meant"),
-    [("data/trian", "data/train"), ("rowz", "rows"), ("./rowz/", "rows")],
+    [("data/trian", "data/train"), ("data/vaild", "data/valid.jsonl.gz"), ("rowz", "rows"), ("./rowz/", "rows")],
 )
 def test_a_misspelt_path_is_told_with_the_one_that_is_there(data, meant, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "valid.jsonl.gz").touch()
     (tmp_path / "rows").mkdir()
 
     with pytest.raises(DataError) as caught:

@@ -18,6 +18,7 @@ from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import command_line, config
 from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, PRESETS, Preset
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
 from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option
@@ -44,10 +45,10 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "max_seq_length": (512, 1024),
     "train": (True, False),
     "test": (True, False),
-    "optimizer": ("adamw", "muon"),
+    "optimizer": ("adamw", "lion"),
     "optimizer_config": (
-        {"adam": {}, "adamw": {"weight_decay": 0.1}, "muon": {}},
-        {"adam": {"eps": 1e-6}, "adamw": {}, "muon": {}},
+        {**{name: {} for name in OPTIMIZERS}, "adamw": {"weight_decay": 0.1}},
+        {**{name: {} for name in OPTIMIZERS}, "adam": {"eps": 1e-6}},
     ),
     "learning_rate": (1e-4, 2e-4),
     "lr_schedule": (SCHEDULES[0], SCHEDULES[1]),
@@ -214,6 +215,16 @@ def test_file_given_beside_the_call_is_read(tmp_path: Path) -> None:
     resolved = config.resolve({}, file).settings
 
     assert (resolved.seed, resolved.config_file, resolved.config) == (5, str(file), None)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", "auto"), ("false", None), ("auto", "auto"), ("runs/a", "runs/a")]
+)
+def test_true_resumes_like_auto(tmp_path: Path, written: str, meant: str | None) -> None:
+    file = write(tmp_path, f"train_mode: cpo\ntrain: true\nresume: {written}\n")
+
+    assert from_words("-c", str(file)).resume == meant
+    assert from_words("--train-mode=cpo", "--train", f"--resume={written}").resume == meant
 
 
 def test_lora_parameters_given_in_part_keep_the_rest(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from support.stranger_plugins import PlainPlugin, registered
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.validation import KEYS_OF_OTHERS
 
 SNAPSHOT = Path(__file__).with_name("messages.txt")
 """What is said to each of the mistakes below, a sentence a line."""
@@ -70,7 +72,7 @@ MISTAKES = [
     ("fuse: 1", "fuse", 3, "true or false"),
     ("model: 7", "model", 3, "text"),
     ("train_type: qlora", "train_type", 3, "one of lora, dora, full"),
-    ("optimizer: sgd", "optimizer", 3, "one of adam, adamw, muon"),
+    ("optimizer: adamax", "optimizer", 3, "one of adam, adamw, muon, sgd, adafactor, lion"),
     ("dpo_cpo_loss_type: sigmod", "dpo_cpo_loss_type", 3, "one of sigmoid, hinge, ipo, dpop, simpo, alphapo"),
     ("cpo_alpha: -1", "cpo_alpha", 3, "a number >= 0"),
     ("label_smoothing: 0.5", "label_smoothing", 3, "a number >= 0 and < 0.5"),
@@ -146,7 +148,7 @@ MISTAKEN_WORDS = [
     ("--beta=nan", "beta", "a number > 0"),
     ("--iters=1e3", "iters", "a whole number >= 1 or null"),
     ("--lora-parameters={rank", "lora_parameters", "a mapping"),
-    ("--optimizer=sgd", "optimizer", "one of adam, adamw, muon"),
+    ("--optimizer=adamax", "optimizer", "one of adam, adamw, muon, sgd, adafactor, lion"),
     ("--betta=0.1", "--betta", "--beta"),
 ]
 
@@ -310,3 +312,35 @@ def test_a_quantiser_that_lacks_what_is_asked_of_it(changes: dict[str, Any], key
     error = refusal(["-c", str(file)])
 
     assert (error.key, error.place) == (key, f"in {file}, line {line}")
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "meant"),
+    [
+        ("lr: 1e-5", "lr", "learning_rate"),
+        ("per_device_train_batch_size: 2", "per_device_train_batch_size", "batch_size"),
+        ("fine_tune_type: lora", "fine_tune_type", "train_type"),
+        ("lora_layers: 8", "lora_layers", "num_layers"),
+        ("num_train_epochs: 3", "num_train_epochs", "epochs"),
+        ("lora_r: 8", "lora_r", "lora_parameters.rank"),
+        ("lora_alpha: 16", "lora_alpha", "lora_parameters.scale, which is alpha over the rank"),
+        (
+            "lora_parameters: {alpha: 16}",
+            "lora_parameters.alpha",
+            "lora_parameters.scale, which is alpha over the rank",
+        ),
+    ],
+)
+def test_a_key_of_another_trainer_is_told_by_its_meaning(tmp_path: Path, written: str, key: str, meant: str) -> None:
+    error = refusal_of_yaml(tmp_path / "my.yaml", written)
+
+    told = f"{key} is not a key of this plugin (in {tmp_path / 'my.yaml'}, line 3); did you mean {meant}?"
+    assert str(error) == told
+    assert fields_of(error) == (key, f"in {tmp_path / 'my.yaml'}, line 3", meant.partition(",")[0])
+
+
+def test_what_keys_of_other_trainers_mean_here_exists() -> None:
+    known = {*vars(from_call()), *(f"lora_parameters.{part.name}" for part in LORA_PARAMETERS)}
+
+    assert {meant.partition(",")[0] for meant in KEYS_OF_OTHERS.values()} <= known
+    assert not set(KEYS_OF_OTHERS) & known

@@ -27,6 +27,8 @@ from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.run.building import build_optimizer
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.state import random_seed
 
 
@@ -84,6 +86,42 @@ def test_signals_mean_what_they_did_before_once_a_run_is_over(tmp_path: Path) ->
     stopped(tmp_path / "stopped", 1)
 
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("sgd", {"momentum": 0.9}),
+        ("sgd", {}),
+        ("adafactor", {}),
+        ("adafactor", {"beta_1": 0.9}),
+        ("adafactor", {"relative_step": True}),
+        ("lion", {"weight_decay": 0.1}),
+    ],
+)
+def test_every_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    def optimizer(**others: Any) -> optimizers.Optimizer:
+        config = {name: {**arguments, **others}}
+        return build_optimizer(RunSettings(optimizer=name, learning_rate=1e-2, optimizer_config=config))
+
+    whole = train(tmp_path / "whole", optimizer=optimizer())
+    stopped(tmp_path / "run", 5, optimizer=optimizer())
+
+    assert_same(train(tmp_path / "run", resume="auto", optimizer=optimizer()), whole)
+    with pytest.raises(ConfigError, match="with other settings: optimizer;"):
+        train(tmp_path / "run", resume="auto", optimizer=optimizer(weight_decay=0.3))
+
+
+def test_adafactor_takes_the_learning_rate_and_its_numbers_are_part_of_a_run(tmp_path: Path) -> None:
+    def trained(folder: str, rate: float, **more: Any) -> dict[str, np.ndarray]:
+        settings = RunSettings(optimizer="adafactor", learning_rate=rate, optimizer_config={"adafactor": more})
+        return train(tmp_path / folder, optimizer=build_optimizer(settings), iters=3, resume="auto")
+
+    slow, fast = trained("slow", 1e-4), trained("fast", 1e-1)
+
+    assert any(not np.array_equal(slow[name], fast[name]) for name in slow)
+    with pytest.raises(ConfigError, match="with other settings: optimizer;"):
+        trained("slow", 1e-4, eps=[1e-30, 1e-2])
 
 
 def test_more_iterations_go_on_from_a_finished_run(tmp_path: Path) -> None:
