@@ -18,7 +18,8 @@ import yaml
 
 pytest.importorskip("pandas", reason="needs the extra 'studio'")
 
-from mlx_cpo_plugin.checkpoints import run_folder
+from mlx_cpo_plugin.checkpoints.run_folder import begin_run
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.studio import run_process
 from mlx_cpo_plugin.studio.run_view import CURVES, curve_frame, progress_of, read_metrics, status_html
@@ -297,9 +298,12 @@ def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> N
 
 
 def test_what_the_page_writes_during_a_run_is_not_put_aside_with_it(tmp_path: Path) -> None:
-    names = [run_process.CONSOLE_NAME, run_process.CONFIG_NAME, run_process.RECORD_NAME]
-    before = run_folder._entries(tmp_path)
-    for name in [*names, "model.safetensors"]:
+    begin_run(tmp_path, RunRecord(RunIdentity.new(), files=("model.safetensors",)), print)
+    page = {run_process.CONSOLE_NAME, run_process.CONFIG_NAME, run_process.RECORD_NAME}
+    for name in (*page, "model.safetensors"):
         (tmp_path / name).write_text("")
 
-    assert {name for name, *_ in run_folder._entries(tmp_path) - before} == {"model.safetensors"}
+    begin_run(tmp_path, RunRecord(RunIdentity.new()), print)
+
+    assert page <= {file.name for file in tmp_path.iterdir()}
+    assert not (tmp_path / "model.safetensors").exists()
