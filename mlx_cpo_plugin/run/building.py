@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from mlx_lm_lora.visuals import Colors, print_info
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules
-from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
+from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
 from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.settings.nested import OPTIMIZERS
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS, WHOLE_RUN
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
 
 QUANTISED_LOADS: dict[str, dict[str, Any]] = {
@@ -234,15 +234,18 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
         print_info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
 
 
-def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
+def build_optimizer(settings: RunSettings, steps: int = 1) -> optimizers.Optimizer:
     """Return the optimizer with its learning rate or schedule.
+
+    Args:
+        steps: optimizer steps of the run, which the schedules by name and ``warmup_ratio`` span.
 
     Raises:
         ConfigError: ``lr_schedule`` or ``optimizer_config`` holds what the schedule or optimizer does not take.
     """
     name = settings.optimizer.lower()
     try:
-        rate = build_schedule(settings.lr_schedule) if settings.lr_schedule else settings.learning_rate
+        rate = _learning_rate(settings, steps)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.", key="lr_schedule"
@@ -253,6 +256,35 @@ def build_optimizer(settings: RunSettings) -> optimizers.Optimizer:
         return getattr(optimizers, OPTIMIZERS[name])(learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.", key="optimizer_config") from error
+
+
+def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.array], mx.array]:
+    """Return the learning rate, or the schedule of it by the number of steps that are done."""
+    schedule = dict(settings.lr_schedule or {"name": "constant"})
+    warmup = schedule.setdefault("warmup", math.ceil(settings.warmup_ratio * steps))
+    name, rate = schedule["name"], settings.learning_rate
+    # The rate peaks in the step after the warm-up, and reaches its end one step after the run.
+    rest = max(1, steps - warmup - bool(warmup))
+    if name == "constant":
+        if not warmup:
+            return rate
+        schedule |= {"name": "linear_schedule", "arguments": [rate, rate, 1]}
+    elif name == "linear":
+        schedule |= {"name": "linear_schedule", "arguments": [rate, 0.0, rest]}
+    elif name == "cosine":
+        schedule |= {"name": "cosine_decay", "arguments": [rate, rest]}
+    built: Callable[[mx.array], mx.array] = build_schedule(schedule)
+    return built
+
+
+def optimizer_steps(settings: RunSettings, train_set: Sequence[Any]) -> int:
+    """Return the optimizer steps of a run of ``settings.iters``; 1 where no learning rate depends on it."""
+    if not settings.warmup_ratio and (settings.lr_schedule or {}).get("name") not in WHOLE_RUN:
+        return 1
+    size = BatchSize(settings.batch_size, settings.batch_tokens, settings.gradient_accumulation_steps)
+    lengths = [0 if settings.batch_tokens is None else pair.tokens for pair in train_set]
+    plan = training_plan(lengths, size, iters=settings.iters or 1, seed=settings.seed)
+    return sum(micro_batch.closes_window for micro_batch in plan)
 
 
 def iterations(settings: RunSettings, train_set: Sequence[Any]) -> int:

@@ -22,7 +22,7 @@ from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
-from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model
+from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
@@ -110,7 +110,7 @@ def train_mode(
     print_info(f"Training mode: {Colors.YELLOW}{mode.name.upper()}{Colors.RESET}")
     mode.train(
         model=model,
-        optimizer=build_optimizer(settings),
+        optimizer=build_optimizer(settings, optimizer_steps(settings, train_set)),
         train_dataset=train_set,
         val_dataset=valid_set,
         args=settings,

@@ -171,6 +171,13 @@ def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
             key=precisions[1],
             place=given.place(precisions[1]),
         )
+    if values["warmup_ratio"] and "warmup" in (values["lr_schedule"] or {}):
+        raise ConfigError(
+            f"warmup_ratio ({given.place('warmup_ratio')}) and lr_schedule.warmup ({given.place('lr_schedule.warmup')})"
+            " both say how long the learning rate rises; remove one of them.",
+            key="warmup_ratio",
+            place=given.place("warmup_ratio"),
+        )
     if values["qat_enable"]:
         quantizer, bits, group_size = values["qat_quantizer"], values["qat_bits"], values["qat_group_size"]
         check_quantizer(quantizer, bits, group_size, values["qat_mode"], given.place)

@@ -51,6 +51,8 @@ DATASET_KEYS = (
     *("path", "config", "train_mode", "mask_prompt", "train_split", "valid_split", "test_split"),
     *(f"{column}_feature" for column in _COLUMNS),
 )
+WHOLE_RUN = ("linear", "cosine", "constant")
+"""Schedules from ``learning_rate`` on that span the run; all others are MLX's, which count steps."""
 _WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
 
 
@@ -120,8 +122,13 @@ def _is_numbers(value: object) -> bool:
     )
 
 
+def named_schedule(value: Any) -> Any:
+    """Read the name of a schedule as a mapping."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
-    """Return a schedule's name and arguments, checked against the signature of MLX's schedule."""
+    """Return a schedule's name and, for one of MLX's, its arguments, checked against its signature."""
     import mlx.optimizers.schedulers as schedulers
 
     schedules = {
@@ -130,7 +137,19 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
         if function.__module__ == schedulers.__name__ and name != "join_schedules"
     }
     _only_known(value, ("name", "arguments", *(own.name for own in _WARMUP)), key, place)
-    name = check(Option("name", str, "", "", choices=tuple(schedules)), value.get("name"), place, f"{key}.name")
+    choices = (*WHOLE_RUN, *schedules)
+    name = check(Option("name", str, "", "", choices=choices), value.get("name"), place, f"{key}.name")
+    warmup = {own.name: check(own, value[own.name], place, f"{key}.{own.name}") for own in _WARMUP if own.name in value}
+    if name in WHOLE_RUN:
+        if "arguments" in value:
+            inner = f"{key}.arguments"
+            raise refused(
+                inner,
+                value["arguments"],
+                place(inner),
+                f"left out: {name} takes learning_rate and the length of the run",
+            )
+        return {"name": name, **warmup}
     arguments = check(Option("arguments", list, [], ""), value.get("arguments"), place, f"{key}.arguments")
     try:
         schedules[name].bind(*arguments)
@@ -140,7 +159,6 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
     if not fits:
         numbers = ", ".join(schedules[name].parameters)
         raise refused(f"{key}.arguments", arguments, place(f"{key}.arguments"), f"a list of {name}'s numbers {numbers}")
-    warmup = {own.name: check(own, value[own.name], place, f"{key}.{own.name}") for own in _WARMUP if own.name in value}
     return {"name": name, "arguments": arguments, **warmup}
 
 

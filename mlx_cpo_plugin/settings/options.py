@@ -114,10 +114,13 @@ class TrainingSettings:
     learning_rate: float = option(1e-5, "Learning rate; a schedule takes its place.", above=0)
     lr_schedule: dict[str, Any] | None = option(
         None,
-        "Learning-rate schedule: name and arguments, optionally warmup and warmup_init.",
+        "Learning-rate schedule: linear, cosine or constant over the run, or name and arguments of one of MLX's, "
+        "optionally warmup and warmup_init.",
         title="Learning-rate schedule",
+        spelled=nested.named_schedule,
         inside=nested.lr_schedule,
     )
+    warmup_ratio: float = option(0.0, "Share of the run in which the learning rate rises from 0.", minimum=0, below=1)
     batch_size: int = option(1, "Pairs in a micro-batch.", minimum=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches whose gradients make up one optimizer step.", minimum=1)
     iters: int | None = option(None, "Micro-batches to train for.", title="Iterations", minimum=1, free_on_resume=True)

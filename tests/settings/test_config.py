@@ -52,6 +52,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     ),
     "learning_rate": (1e-4, 2e-4),
     "lr_schedule": (SCHEDULES[0], SCHEDULES[1]),
+    "warmup_ratio": (0.1, 0.2),
     "batch_size": (2, 3),
     "gradient_accumulation_steps": (4, 5),
     "iters": (7, 8),

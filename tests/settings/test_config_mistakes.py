@@ -109,10 +109,10 @@ MISTAKES = [
         "betas, bias_correction, eps",
     ),
     (
-        "lr_schedule: {name: cosine, arguments: [1e-5, 9]}",
+        "lr_schedule: {name: cosin, arguments: [1e-5, 9]}",
         "lr_schedule.name",
         3,
-        "one of cosine_decay, exponential_decay, linear_schedule, step_decay",
+        "one of linear, cosine, constant, cosine_decay, exponential_decay, linear_schedule, step_decay",
     ),
     ("lr_schedule:\n  name: cosine_decay", "lr_schedule.arguments", 3, "a list"),
     (

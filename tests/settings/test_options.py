@@ -21,6 +21,7 @@ OPTIONS = {option.name: option for option in COMMON_OPTIONS}
 WITHOUT_HOST_DEFAULT = {
     "hf_dataset",
     "valid_fraction",
+    "warmup_ratio",
     "chosen_feature",
     "rejected_feature",
     "prompt_feature",
