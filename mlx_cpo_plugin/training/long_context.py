@@ -8,7 +8,7 @@ remembered of it into that with respect to the parameters and to what it remembe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +41,10 @@ class Chain:
     starts: list[list[Any]]
     seeds: list[int]
 
+    def seen_in(self, caches: list[Any]) -> Chain:
+        """Return the chain with keys and values that are views of those of ``caches``, which hold the same tokens."""
+        return replace(self, starts=[prefix_views(caches, start) for start in self.starts])
+
 
 @dataclass(frozen=True)
 class ChainGradient:
@@ -56,6 +60,12 @@ class ChainGradient:
     logits: mx.array
     grad_parameters: Gradient
     grad_start: list[mx.array]
+
+    def taken_grad_start(self) -> list[mx.array]:
+        """Return ``grad_start``, and hold it no longer."""
+        taken = list(self.grad_start)
+        self.grad_start.clear()
+        return taken
 
 
 class SegmentGradients:
@@ -80,48 +90,55 @@ class SegmentGradients:
 
     def of_pair(self, split: SplitPair, step: StepTotals) -> PairGradients:
         """Return loss, scores and gradient of one pair."""
-        caches = fresh_caches(self.model)
-        prefix, prefix_logps, prefix_logits = self._remember_prefix(split.prefix, caches)
-        sides = [
-            self._gradient(self._remember_start(side, forked(caches)), mx.array(1.0))
-            for side in (split.chosen, split.rejected)
-        ]
+        end = fresh_caches(self.model)
+        prefix, prefix_logps, prefix_logits = self._remember_prefix(split.prefix, end)
+        sides = []
+        for side in (split.chosen, split.rejected):
+            answer = self._remember_start(side, forked(end))
+            # The answer's keys and values begin with those of the prefix, which are not to be held twice.
+            prefix, end = prefix.seen_in(answer.starts[-1]), prefix_views(answer.starts[-1], end)
+            sides.append(self._gradient(answer, mx.array(1.0)))
         logps = [(prefix_logps + side.logps).reshape(1) for side in sides]
         logits = [(prefix_logits + side.logits).reshape(1) for side in sides]
         counts = [mx.array([float(count)]) for count in split.token_counts]
         losses, scores, slopes = loss_grads_wrt_logps(self.objective, AnswerScores(*logps, *logits, *counts), step)
 
-        grad_end = [
-            (slopes[0] * x + slopes[1] * y).astype(x.dtype)
-            for x, y in zip(sides[0].grad_start, sides[1].grad_start, strict=True)
-        ]
-        before = self._gradient(prefix, (slopes[0] + slopes[1]).reshape(()), grad_end)
+        before = self._gradient(
+            prefix,
+            (slopes[0] + slopes[1]).reshape(()),
+            [
+                (slopes[0] * x + slopes[1] * y).astype(x.dtype)
+                for x, y in zip(*(side.taken_grad_start() for side in sides), strict=True)
+            ],
+        )
         answers = weighted_sum(slopes, sides[0].grad_parameters, sides[1].grad_parameters)
         return PairGradients(losses, scores, {**answers, **added(answers, before.grad_parameters)})
 
     def _remember_prefix(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
         """Run the prefix through ``caches``; return its chain, and the sums over its scored tokens."""
         segments = pieces(whole, self.step_size) if whole is not None else []
-        starts, logps, logits = [], mx.array(0.0), mx.array(0.0)
-        seeds = [_drawn_seed() for _ in segments]
-        for segment, seed in zip(segments, seeds, strict=True):
-            starts.append(forked(caches))
+        logps, logits = mx.array(0.0), mx.array(0.0)
+        chain = Chain(segments, [], [_drawn_seed() for _ in segments])
+        for segment, seed in zip(segments, chain.seeds, strict=True):
+            chain.starts.append(forked(caches))
             mx.random.seed(seed)
             segment_logps, segment_logits = self.scorer.segment_sums(segment, caches, differentiate=False)
             logps, logits = logps + segment_logps, logits + segment_logits
+            chain = chain.seen_in(caches)  # each start would keep all keys and values before it
             mx.eval(logps, logits, cache_arrays(caches))
-        return Chain(segments, [prefix_views(caches, start) for start in starts], seeds), logps, logits
+        return chain, logps, logits
 
     def _remember_start(self, whole: Segment, caches: list[Any]) -> Chain:
         """Run all but the last segment of an answer through ``caches``."""
         segments = pieces(whole, self.step_size)
-        starts, seeds = [forked(caches)], [_drawn_seed() for _ in segments]
-        for segment, seed in zip(segments[:-1], seeds, strict=False):
+        chain = Chain(segments, [forked(caches)], [_drawn_seed() for _ in segments])
+        for segment, seed in zip(segments[:-1], chain.seeds, strict=False):
             mx.random.seed(seed)
             self.scorer.split.hidden(mx.array(segment.inputs), caches)
-            starts.append(forked(caches))
+            chain.starts.append(forked(caches))
+            chain = chain.seen_in(caches)
             mx.eval(cache_arrays(caches))
-        return Chain(segments, [prefix_views(caches, start) for start in starts], seeds)
+        return chain
 
     def _gradient(self, chain: Chain, slope: mx.array, grad_end: list[mx.array] | None = None) -> ChainGradient:
         """Return the gradient of ``slope`` times the chain's log-prob, and what flows on from later chains.
@@ -153,6 +170,7 @@ class SegmentGradients:
             logps, logits = logps + sums[0], logits + sums[1]
             total = added(total, dict(zip(names, grads, strict=False)))
             grad_end, goes_on = grads[len(names) :], True
+            del sums, cotangents  # so that MLX frees keys, values and their gradients layer by layer
             mx.eval(logps, logits, total, grad_end)
         self.model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
         return ChainGradient(logps, logits, total or {}, grad_end or [])
