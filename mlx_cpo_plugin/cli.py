@@ -72,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     training = "takes the arguments of mlx_lm_lora.train"
     commands.add_parser("train", help=f"train, even where Python skips start-up files; {training}")
-    commands.add_parser("check", help=f"show what a run would train on, without loading the model; {training}")
+    commands.add_parser(
+        "check",
+        help="show what a run would train on, without loading the model; with --longest, the longest pair that fits "
+        f"in memory; {training}",
+    )
     report.add_arguments(add("report", report.run_report, "write a report, or plots, of one run or several"))
     compare.add_arguments(
         add(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
@@ -115,11 +116,16 @@ def _memory_lines(pairs: PreferenceDataset, settings: RunSettings) -> list[str]:
         raise
     except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
         return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
+    return memory_estimate(model, settings, pairs).lines(device_memory())
+
+
+def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[PreferencePair]) -> MemoryEstimate:
+    """Return what a run takes to train ``model`` on these pairs; no array is evaluated."""
     optimizer = build_optimizer(settings)
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
     grouping = expected_grouping(model) if settings.scoring != "plain" else None
-    return MemoryEstimate(model, optimizer, pairs, args, grouping).lines(device_memory())
+    return MemoryEstimate(model, optimizer, pairs, args, grouping)
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

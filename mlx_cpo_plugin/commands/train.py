@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from mlx_cpo_plugin.activation import finder
 from mlx_cpo_plugin.errors import ConfigError, PluginError
 
+LONGEST = "--longest"
+
 
 def run_train(words: Sequence[str]) -> int:
     """Run mlx-lm-lora's own command, hooked even where Python reads no start-up files."""
@@ -21,16 +23,17 @@ def run_train(words: Sequence[str]) -> int:
 
 
 def run_check(words: Sequence[str]) -> int:
-    """Print what a training run would make of its data.
+    """Print what a training run would make of its data; with ``--longest``, the longest pair that it has memory for.
 
     Raises:
         UserError: the settings, the model's tokenizer or the data are at fault.
     """
     activate()
-    from mlx_cpo_plugin.commands import check
+    from mlx_cpo_plugin.commands import check, longest
     from mlx_cpo_plugin.settings import command_line as calls
     from mlx_cpo_plugin.settings import config, yaml_settings
 
+    asks_for_longest, words = LONGEST in words, [word for word in words if word != LONGEST]
     with command_line("mlx-cpo check", words):
         mode = calls.requested_mode(words)
         if mode is None:
@@ -46,7 +49,7 @@ def run_check(words: Sequence[str]) -> int:
         resolved = config.resolve([*words, "--train"])
     for note in resolved.notes:
         print(f"note: {note}")
-    check.run_check(resolved.settings, mode)
+    (longest.run_longest if asks_for_longest else check.run_check)(resolved.settings, mode)
     return 0
 
 

@@ -15,7 +15,10 @@ from mlx_lm.utils import get_total_parameters
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import current_device, device_memory, free_memory
 from mlx_cpo_plugin.errors import LOWER_THESE
+from mlx_cpo_plugin.kernels import library
+from mlx_cpo_plugin.model.attention import QUERY_BLOCK
 from mlx_cpo_plugin.model.buckets import Grouping
+from mlx_cpo_plugin.model.compiled import suits
 from mlx_cpo_plugin.model.layers import LINEAR, is_half, linear_layers, widths
 from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers
 from mlx_cpo_plugin.model.products import widened_bytes
@@ -26,6 +29,10 @@ from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
 
 # An estimate that is off by this factor, and by this share of the device's memory, is corrected on the console.
 FAR_OFF, SHARE_OF_DEVICE = 1.25, 0.02
+# Scores of a block of queries, and what their gradient is computed from.
+_SCORES_AT_A_TIME = 9
+# What attention layers of mlx_lm call the number of their heads.
+_HEADS = ("n_heads", "num_heads", "num_attention_heads")
 
 
 class MemoryEstimate:
@@ -65,6 +72,9 @@ class MemoryEstimate:
         if args.grad_checkpoint:  # the inputs of the layers are kept, and one layer at a time is recomputed
             self.by_token = size * widths(linear_layers(model.layers[0])[0])[0] * len(kept) + 3 * max(kept)
         keys = [module for name, module in model.named_modules() if re.search(r"\.[kv]_proj(\.linear)?$", name)]
+        # MLX takes the memory of several blocks of attention scores before the first is done; the kernels keep none.
+        heads = max(getattr(module, name, 0) for module in model.modules() for name in _HEADS)
+        self.scores_of_query = 0 if _kernels_expected(model) else _SCORES_AT_A_TIME * 4 * heads
         self.keys_by_token = size * sum(widths(module)[1] for module in keys if isinstance(module, LINEAR))
         # Logits, their softmax and their gradient.
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
@@ -87,6 +97,10 @@ class MemoryEstimate:
     def total(self) -> int:
         """The peak."""
         return self.weights + self.optimizer + round(self.computing)
+
+    def total_with(self, pair: PreferencePair) -> int:
+        """Return the peak of a run on pairs like this one."""
+        return self.weights + self.optimizer + round(self._computing([pair]))
 
     def lines(self, device: int) -> list[str]:
         """Return a sentence; a warning where the ``device`` has fewer bytes than that, a note where more are faster."""
@@ -154,7 +168,16 @@ class MemoryEstimate:
             tokens = len(pair.prompt) + 2 * max(sides)
             return max(tokens, min(self.grouping.budget, pairs * tokens)) * self.by_token
         # Keys and values, their gradients for one answer, for both, and what is being added to them.
-        return min(step_size, max(len(pair.prompt), *sides)) * self.by_token + 4 * pair.length * self.keys_by_token
+        queries = min(step_size, max(len(pair.prompt), *sides))
+        by_length = 4 * self.keys_by_token + min(queries, QUERY_BLOCK) * self.scores_of_query
+        return queries * self.by_token + pair.length * by_length
+
+
+def _kernels_expected(model: nn.Module) -> bool:
+    """Whether long pairs of this model are computed by the compiled kernels, by what is installed."""
+    if library.wanted() == library.NONE or not current_device().takes_kernels or not suits(model):
+        return False
+    return library.in_use() or library.compiler() is not None
 
 
 def _gigabytes(size: float) -> str:

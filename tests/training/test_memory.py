@@ -21,21 +21,27 @@ from support.devices import pretended
 from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
+from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import CPU, METAL
 from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memory
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.model import memory
+from mlx_cpo_plugin.kernels import library
+from mlx_cpo_plugin.model import attention, memory
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.model.layers import linear_layers
 from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import unevaluated_model
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training import memory_estimate
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
+from mlx_cpo_plugin.training.gradients import gradients_for
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
+from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
+from mlx_cpo_plugin.training.wiring import training_environment
 
 VOCABULARY = 2000
 # How far from the measured peak an estimate may be.
@@ -131,6 +137,39 @@ def test_the_estimate_is_near_what_is_measured(name: str, tmp_path: Path) -> Non
 
     assert peak / OFF <= expected.total <= OFF * peak
     assert peak - expected.weights > 8e6
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_memory_of_a_pair_in_segments_grows_with_its_tokens_and_not_with_their_square(
+    grad_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 2**62)  # the same attention for all lengths
+    model = add_adapter(build_model(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY))
+    args = CPOTrainingArgs(batch_size=1, seq_step_size=16, grad_checkpoint=grad_checkpoint)
+
+    def peak(tokens: int) -> int:
+        (pair,) = pairs_of(tokens, tokens // 2, tokens // 2, count=1)
+        with training_environment(model, args):
+            method = gradients_for(model, objective_for("sigmoid", {}), SharedPromptScorer(model), [pair], step_size=16)
+            gc.collect()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(method([pair], StepTotals.of([pair])))
+        return mx.get_peak_memory() - before
+
+    short, middle, long = (peak(tokens) for tokens in (256, 512, 1024))
+
+    assert long - middle < 3 * (middle - short)
+
+
+def test_attention_without_kernels_holds_scores_of_long_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_of(400, 50, 50)
+    monkeypatch.setattr(library, "in_use", lambda: True)
+    monkeypatch.setattr(library, "wanted", lambda: library.AUTO)
+    with_kernels = estimate_of(pairs, seq_step_size=64).computing
+    monkeypatch.setattr(library, "wanted", lambda: library.NONE)
+
+    assert estimate_of(pairs, seq_step_size=64).computing > with_kernels
 
 
 def estimate_of(
