@@ -114,6 +114,12 @@ def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: L
     if name not in (*DECAYING, "constant_with_warmup"):
         conversion.tell(f"The schedule {name} has no counterpart: the learning rate stays at {peak:g}.")
         return
+    if length.steps is None and name in DECAYING and not request.end:
+        by_name = {"linear_schedule": "linear", "cosine_decay": "cosine"}[DECAYING[name]]
+        conversion.settings["lr_schedule"] = {"name": by_name, "warmup": warmup} if warmup else by_name
+        if warmup is None:
+            conversion.settings["warmup_ratio"] = request.warmup
+        return
     if warmup is None or (name in DECAYING and length.steps is None):
         conversion.tell(
             f"The schedule {name} needs the number of optimizer steps, and the file only has epochs: until you convert "

@@ -506,9 +506,28 @@ def test_a_constant_rate_is_no_schedule_and_one_with_a_warm_up_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs"), [("trl", {"max_steps": None}), ("axolotl", {}), ("llama-factory", {"warmup_ratio": 0.1})]
+    ("changes", "expected"),
+    [
+        ({}, {"lr_schedule": "linear"}),
+        ({"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}, {"lr_schedule": "cosine", "warmup_ratio": 0.1}),
+        ({"warmup_steps": 10}, {"lr_schedule": {"name": "linear", "warmup": 10}}),
+    ],
 )
-def test_a_schedule_over_epochs_needs_the_number_of_rows(name: str, epochs: dict[str, Any]) -> None:
+def test_a_schedule_over_epochs_is_taken_by_name(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    conversion = converted("trl", {"max_steps": None, "lr_scheduler_type": "linear", **changes})
+
+    assert {key: conversion.settings[key] for key in expected} == expected
+    assert ("warmup_ratio" in conversion.settings) is ("warmup_ratio" in expected)
+
+
+@pytest.mark.parametrize("name", ["trl", "llama-factory"])
+def test_a_schedule_over_epochs_that_does_not_end_at_zero_needs_the_number_of_rows(name: str) -> None:
+    epochs = {
+        "max_steps": None,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-8},
+        "warmup_ratio": 0.1,
+    }
     without, with_rows = converted(name, epochs), converted(name, epochs, rows=1000)
 
     assert "lr_schedule" not in without.settings
