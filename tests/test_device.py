@@ -14,6 +14,7 @@ from support.devices import pretended
 
 from mlx_cpo_plugin import device
 from mlx_cpo_plugin.device import CPU, CUDA, DEVICES, METAL, Device, current_device, free_memory
+from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.selftest import checks
 from mlx_cpo_plugin.selftest.checks import as_a_run_does, check_gradient
 from mlx_cpo_plugin.selftest.tiny_run import train
@@ -71,6 +72,7 @@ def test_every_field_that_differs_between_devices_is_read_under_each(
             assert outcome.status == "ok", outcome.detail
         train(tmp_path / "run", callback=lambda report: None)
         checks.check_resumed_run()
+        library.suits_device()
 
     differing = {field.name for field in fields(Device) if len({getattr(d, field.name) for d in DEVICES.values()}) > 1}
     assert differing - recorded.read <= {"kind"}  # which is a name

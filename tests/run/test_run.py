@@ -128,6 +128,7 @@ def test_nothing_is_written_or_reported_before_data_and_model_are_known_to_be_go
     settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, changes: Settings
 ) -> None:
     client = ModuleType("wandb")
+    client.__file__ = __file__
     client.init = lambda **_: pytest.fail("W&B was started")  # type: ignore[attr-defined]  # a module of this test's own
     monkeypatch.setitem(sys.modules, "wandb", client)
 
