@@ -183,6 +183,8 @@ def _functions_of(library: ctypes.CDLL) -> dict[str, int]:
 
 def usable_cores(quota_file: Path = _CPU_QUOTA) -> int:
     """Return how many cores this process may use at a time, by its affinity and its container's quota (cgroup v2)."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS, which has no container either
+        return os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = quota_file.read_text().split()

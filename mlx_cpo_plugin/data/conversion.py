@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Any, NamedTuple
 
+from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.rows import Columns, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
@@ -72,8 +72,7 @@ class RowConverter:
 
 def workers_for(rows: int) -> int:
     """How many processes convert so many rows; 1 is this one."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(rows // ROWS_FOR_A_WORKER, cores, MOST_WORKERS))
+    return max(1, min(rows // ROWS_FOR_A_WORKER, usable_cores(), MOST_WORKERS))
 
 
 def convert_rows(rows: Sequence[SourcedRow], converter: RowConverter) -> list[Outcome]:

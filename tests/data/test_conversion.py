@@ -218,8 +218,7 @@ def test_workers_import_nothing_of_mlx_and_leave_rows_of_local_classes_to_this_p
 
 
 def test_the_number_of_rows_alone_decides_whether_there_are_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 64)
 
     assert conversion.workers_for(2 * conversion.ROWS_FOR_A_WORKER - 1) == 1
     assert conversion.workers_for(2 * conversion.ROWS_FOR_A_WORKER) == 2

@@ -42,7 +42,8 @@ class Prepared:
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> None:
         self._files = [output.with_suffix(suffix) for suffix in (".out", ".err")]
-        self._process = _context.Process(target=_call, args=(function, arguments, self._files, environment))
+        whole = {**os.environ, **environment}  # as it is now, not as it was when the first of them was prepared
+        self._process = _context.Process(target=_call, args=(function, arguments, self._files, whole))
         self._process.start()
 
     def ended(self) -> Ended:
@@ -57,6 +58,7 @@ class Prepared:
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], files: list[Path], environment: dict[str, str]
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     for descriptor, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
