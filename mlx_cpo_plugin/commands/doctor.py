@@ -216,7 +216,7 @@ def check_kernels() -> list[Finding]:
         return [Finding("kernels", "ok", f"compiled ({library.cached_file()})")]
     if (path := library.compiler()) is not None:
         return [Finding("kernels", "ok", f"not compiled yet; {path} will do it when a long run begins")]
-    remedy = f"install one of {', '.join(library.COMPILERS)}; long runs on a CPU are several times as fast with kernels"
+    remedy = f"install one of {', '.join(library.COMPILERS)}; long runs on a CPU are about twice as fast with kernels"
     return [Finding("kernels", "warning", "there is no C++ compiler", remedy)]
 
 
