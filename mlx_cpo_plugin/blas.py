@@ -200,8 +200,8 @@ def _leave_a_core(library: ctypes.CDLL, prefix: str) -> None:
     cores, a product takes many times as long as on one thread. The number depends on nothing that changes between runs
     on a machine, since it determines the order of summation.
     """
-    if hasattr(library, f"{prefix}openblas_set_num_threads") and not any(map(os.environ.get, THREAD_VARIABLES)):
-        library[f"{prefix}openblas_set_num_threads"](max(1, usable_cores() - 1))
+    if hasattr(library, prefix + SET_THREADS) and not any(map(os.environ.get, THREAD_VARIABLES)):
+        library[prefix + SET_THREADS](max(1, usable_cores() - 1))
 
 
 def _bind(functions: Mapping[str, int]) -> None:
@@ -219,10 +219,15 @@ def product() -> int | None:
     if not is_used_here() or not _file_in_use():
         return None
     library = ctypes.CDLL(_file_in_use())
-    kinds = [
-        library[f"{prefix}openblas_get_parallel"]() for prefix in PREFIXES if hasattr(library, prefix + SET_THREADS)
-    ]
-    return linkage.target(_slots()[FUNCTIONS[0]]) if kinds and kinds[0] != _OPENMP else None
+    prefix = _openblas_prefix(library)
+    if prefix is None or library[f"{prefix}openblas_get_parallel"]() == _OPENMP:
+        return None
+    return linkage.target(_slots()[FUNCTIONS[0]])
+
+
+def _openblas_prefix(library: ctypes.CDLL) -> str | None:
+    """Return what the names of an OpenBLAS with threads begin with; None for any other library."""
+    return next((prefix for prefix in PREFIXES if hasattr(library, prefix + SET_THREADS)), None)
 
 
 def kernel_threads() -> int:
@@ -235,10 +240,11 @@ def kernel_threads() -> int:
 def one_thread() -> Iterator[None]:
     """Let each product take one thread until the context ends: those who call it have threads of their own."""
     library = ctypes.CDLL(_file_in_use())
-    prefix = next(prefix for prefix in PREFIXES if hasattr(library, f"{prefix}{SET_THREADS}"))
+    prefix = _openblas_prefix(library)
+    assert prefix is not None
     before = library[f"{prefix}openblas_get_num_threads"]()
-    library[f"{prefix}{SET_THREADS}"](1)
+    library[prefix + SET_THREADS](1)
     try:
         yield
     finally:
-        library[f"{prefix}{SET_THREADS}"](before)
+        library[prefix + SET_THREADS](before)

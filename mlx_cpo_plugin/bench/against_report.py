@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from mlx_cpo_plugin.bench.against import MODES, Contest, Timing
 from mlx_cpo_plugin.bench.job import EPOCH
 from mlx_cpo_plugin.bench.plots import COLOURS, pyplot, save
-from mlx_cpo_plugin.bench.report import environment, spread
+from mlx_cpo_plugin.bench.report import environment, figures_as_json, spread
 
 _COLUMNS = ("", "seconds per pair", "times ours", "MLX's peak, MB", "process's peak, MB", "loss", "weights", "BLAS")
 # What a bar stands for -> its heading.
@@ -57,14 +56,7 @@ def _cells(contest: Contest, mode: str, name: str, timing: Timing) -> tuple[str,
 
 def as_json(contests: Sequence[Contest], failures: Mapping[str, str]) -> str:
     """Return everything that was measured, and what could not be, by case."""
-    return json.dumps(
-        {
-            "environment": environment(),
-            "cases": [_figures(contest) for contest in contests],
-            "failures": dict(failures),
-        },
-        indent=2,
-    )
+    return figures_as_json([_figures(contest) for contest in contests], failures)
 
 
 def _figures(contest: Contest) -> dict[str, Any]:

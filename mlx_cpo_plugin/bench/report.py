@@ -76,14 +76,12 @@ def summary(comparisons: Sequence[Comparison]) -> str:
 
 def as_json(comparisons: Sequence[Comparison], failures: Mapping[str, str]) -> str:
     """Return everything that was measured, and what could not be, by case."""
-    return json.dumps(
-        {
-            "environment": environment(),
-            "cases": [_figures(comparison) for comparison in comparisons],
-            "failures": dict(failures),
-        },
-        indent=2,
-    )
+    return figures_as_json([_figures(comparison) for comparison in comparisons], failures)
+
+
+def figures_as_json(cases: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> str:
+    """Return the figures of cases, where they were measured, and what failed."""
+    return json.dumps({"environment": environment(), "cases": cases, "failures": dict(failures)}, indent=2)
 
 
 def environment() -> dict[str, str]:

@@ -17,7 +17,7 @@ from mlx_cpo_plugin.kernels import library, operations
 from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model import activations
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
-from mlx_cpo_plugin.model.layers import LINEAR, Call, kernel_weight, overridden_calls, stored_weight
+from mlx_cpo_plugin.model.layers import LINEAR, Call, dora_lengths, kernel_weight, overridden_calls
 from mlx_cpo_plugin.model.packed import Layout, Visible
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.parameters import by_name
@@ -108,9 +108,7 @@ def _adapted(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
-    adapted = stored_weight(layer.linear).astype(mx.float32) + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
-    lengths = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
-    y = (layer.m / lengths) * _adapted(layer, x)
+    y = (layer.m / dora_lengths(layer)) * _adapted(layer, x)
     return _biased(layer.linear, y).astype(x.dtype)
 
 

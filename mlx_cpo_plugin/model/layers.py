@@ -102,6 +102,15 @@ def stored_weight(layer: nn.Module, rows: slice | mx.array = slice(None)) -> mx.
     )
 
 
+def dora_lengths(layer: DoRALinear) -> mx.array:
+    """Return the length of each row of the weight with its adapter, float32 [output], by which DoRA divides.
+
+    It has no gradient. Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    """
+    adapted = stored_weight(layer.linear).astype(mx.float32) + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    return mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
+
+
 def merged_weight(module: nn.Module) -> mx.array:
     """Return the float32 weight [..., output, input] that a linear layer has once its adapter is fused into it."""
     if isinstance(module, nn.Linear):

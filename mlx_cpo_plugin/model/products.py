@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
 from mlx_cpo_plugin.device import current_device
-from mlx_cpo_plugin.model.layers import Call, is_half, overridden_calls, stored_weight
+from mlx_cpo_plugin.model.layers import Call, dora_lengths, is_half, overridden_calls, stored_weight
 
 # With fewer rows than this, reading the packed weights once is faster than unpacking them.
 FEWEST_ROWS = 8
@@ -77,9 +77,7 @@ def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
     """Return what mlx_lm's ``DoRALinear`` does, which multiplies by itself with the weight of its linear layer."""
     y = product(layer.linear, x)
     z = (layer.dropout(x) @ layer.lora_a) @ layer.lora_b
-    adapted = stored_weight(layer.linear).astype(mx.float32) + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
-    lengths = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
-    y = (layer.m / lengths).astype(x.dtype) * (y + (layer.scale * z).astype(x.dtype))
+    y = (layer.m / dora_lengths(layer)).astype(x.dtype) * (y + (layer.scale * z).astype(x.dtype))
     return y + layer.linear["bias"] if "bias" in layer.linear else y
 
 
