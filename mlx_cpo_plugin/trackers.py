@@ -22,7 +22,8 @@ from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import plain_values
 
-_PREFIXES = {"train_": "", "val_": "eval_", "test_": "test_"}
+# What transformers puts in front of the metrics of training, validation and test, and what TRL calls them.
+_PREFIXES = {"train_": "train/", "val_": "eval/", "test_": "test/"}
 _TRL_NAMES = {
     "chosen_reward": "rewards/chosen",
     "rejected_reward": "rewards/rejected",
@@ -260,14 +261,14 @@ class TrackerCallback(TrainingCallback):
 
 
 def trl_names(report: Mapping[str, float]) -> dict[str, float]:
-    """Return a report of the trainer under the names of TRL's logs.
+    """Return a report of the trainer under the names that TRL's reports have in trackers.
 
-    ``train_`` falls away, ``val_`` becomes ``eval_``: ``train_margins`` is ``rewards/margins``, ``val_loss`` is
-    ``eval_loss``. Metrics that TRL has no name for keep their own, e.g. ``tokens_per_second``.
+    ``train_margins`` is ``train/rewards/margins``, ``val_loss`` is ``eval/loss``. Metrics that TRL has no name for keep
+    their own, e.g. ``train/tokens_per_second``.
     """
     named = {}
     for name, value in report.items():
-        prefix = next(filter(name.startswith, _PREFIXES), "")
+        prefix = next(filter(name.startswith, _PREFIXES), "train_")
         metric = name.removeprefix(prefix)
-        named[_PREFIXES[prefix] + _TRL_NAMES.get(metric, metric) if prefix else name] = value
+        named[_PREFIXES[prefix] + _TRL_NAMES.get(metric, metric)] = value
     return named

@@ -75,35 +75,37 @@ def test_training_reports_have_the_names_that_trl_gives_them() -> None:
         "train_nll_loss": 1.0,
         "train_gradient_norm": 1.1,
         "learning_rate": 1e-6,
-        "epoch": 1,
+        "epoch": 0.5,
         "tokens_per_second": 12.0,
+        "trained_tokens": 300.0,
     }
 
     assert trl_names(report) == {
-        "loss": 0.1,
-        "rewards/chosen": 0.2,
-        "rewards/rejected": 0.3,
-        "rewards/accuracies": 0.4,
-        "rewards/margins": 0.5,
-        "logps/chosen": -6.0,
-        "logps/rejected": -7.0,
-        "logits/chosen": 8.0,
-        "logits/rejected": 9.0,
-        "nll_loss": 1.0,
-        "grad_norm": 1.1,
-        "learning_rate": 1e-6,
-        "epoch": 1,
-        "tokens_per_second": 12.0,
+        "train/loss": 0.1,
+        "train/rewards/chosen": 0.2,
+        "train/rewards/rejected": 0.3,
+        "train/rewards/accuracies": 0.4,
+        "train/rewards/margins": 0.5,
+        "train/logps/chosen": -6.0,
+        "train/logps/rejected": -7.0,
+        "train/logits/chosen": 8.0,
+        "train/logits/rejected": 9.0,
+        "train/nll_loss": 1.0,
+        "train/grad_norm": 1.1,
+        "train/learning_rate": 1e-6,
+        "train/epoch": 0.5,
+        "train/tokens_per_second": 12.0,
+        "train/trained_tokens": 300.0,
     }
 
 
 def test_validations_and_the_final_test_have_the_prefixes_that_transformers_gives_them() -> None:
     assert trl_names({"val_loss": 1.0, "val_margins": 2.0, "val_time": 3.0}) == {
-        "eval_loss": 1.0,
-        "eval_rewards/margins": 2.0,
-        "eval_runtime": 3.0,
+        "eval/loss": 1.0,
+        "eval/rewards/margins": 2.0,
+        "eval/runtime": 3.0,
     }
-    assert trl_names({"test_loss": 1.0, "test_accuracies": 0.5}) == {"test_loss": 1.0, "test_rewards/accuracies": 0.5}
+    assert trl_names({"test_loss": 1.0, "test_accuracies": 0.5}) == {"test/loss": 1.0, "test/rewards/accuracies": 0.5}
 
 
 def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
         {"iteration": 1, "train_loss": float("nan"), "train_margins": float("inf"), "epoch": 1}
     )
 
-    assert sent == [{"epoch": 1}]
+    assert sent == [{"train/epoch": 1}]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "swanlab"])
@@ -132,13 +134,15 @@ def test_a_run_reports_training_validation_and_test_to_a_tracker(
     kinds = [next(name for name in values if name.endswith("loss")) for _, values in client.logged]
     steps = [step for step, _ in client.logged]
     assert [*zip(steps, kinds, strict=True)] == [
-        (1, "eval_loss"),
-        (1, "loss"),
-        (2, "loss"),
-        (2, "eval_loss"),
-        (2, "test_loss"),
+        (1, "eval/loss"),
+        (1, "train/loss"),
+        (2, "train/loss"),
+        (2, "eval/loss"),
+        (2, "test/loss"),
     ]
-    assert {"rewards/margins", "logps/chosen", "grad_norm", "learning_rate"} <= client.logged[1][1].keys()
+    assert {"train/rewards/margins", "train/logps/chosen", "train/grad_norm", "train/learning_rate"} <= client.logged[
+        1
+    ][1].keys()
     assert len(client.finished) == 1
 
 
@@ -149,7 +153,7 @@ def test_the_same_numbers_are_sent_that_the_metrics_file_has(
 
     lines = map(json.loads, (Path(settings["adapter_path"]) / "metrics.jsonl").read_text().splitlines())
     written = [line["train_margins"] for line in lines if line["kind"] == "train"]
-    assert [values["rewards/margins"] for _, values in client.logged if "loss" in values] == written
+    assert [values["train/rewards/margins"] for _, values in client.logged if "train/loss" in values] == written
 
 
 def test_the_key_wandb_alone_reports_to_its_project_under_the_names_of_mlx_lm(
@@ -323,7 +327,7 @@ class Recorder:
         return run_id or f"id-{len(self.started)}"
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.told += [(step, name) for name in ("loss", "eval_loss") if name in values]
+        self.told += [(step, name) for name in ("train/loss", "eval/loss") if name in values]
 
     def finish(self, failed: bool) -> None:
         pass
@@ -361,7 +365,9 @@ def train(folder: Path, tracker: Any, end_at: int | None = None, **arguments: An
     return callback
 
 
-EVERY_REPORT = sorted([*((step, "loss") for step in range(1, 9)), *((step, "eval_loss") for step in (1, 2, 4, 6, 8))])
+EVERY_REPORT = sorted(
+    [*((step, "train/loss") for step in range(1, 9)), *((step, "eval/loss") for step in (1, 2, 4, 6, 8))]
+)
 
 
 @pytest.mark.parametrize("end_at", [4, 6, 8])
@@ -374,7 +380,7 @@ def test_a_resumed_run_goes_on_in_the_tracker_and_tells_nothing_twice(tmp_path: 
 
     assert tracker.started == [None, "id-1"]
     # The report at which the run ended may be missing: it stands in the metrics file, but did not get out.
-    assert sorted(tracker.told) == [told for told in EVERY_REPORT if told != (end_at, "loss")]
+    assert sorted(tracker.told) == [told for told in EVERY_REPORT if told != (end_at, "train/loss")]
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_in_the_tracker(tmp_path: Path) -> None:
@@ -414,7 +420,7 @@ def test_a_run_that_began_without_a_tracker_can_be_resumed_with_one(tmp_path: Pa
 
     train(tmp_path, tracker, resume="auto")
 
-    assert [step for step, name in tracker.told if name == "loss"] == [4, 5, 6, 7, 8]
+    assert [step for step, name in tracker.told if name == "train/loss"] == [4, 5, 6, 7, 8]
 
 
 def test_a_tracker_that_could_not_start_is_told_nothing(tmp_path: Path) -> None:
@@ -464,11 +470,11 @@ def test_tensorboard_files_hold_every_report_of_a_run(settings: Settings, run_ma
     folder = Path(settings["adapter_path"])
     found = scalars(folder / "runs" / "first")
     lines = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-    assert found["rewards/margins"] == [
+    assert found["train/rewards/margins"] == [
         (line["iteration"], pytest.approx(line["train_margins"])) for line in lines if line["kind"] == "train"
     ]
-    assert [step for step, _ in found["eval_loss"]] == [1, 2]
-    assert [step for step, _ in found["test_loss"]] == [2]
+    assert [step for step, _ in found["eval/loss"]] == [1, 2]
+    assert [step for step, _ in found["test/loss"]] == [2]
 
 
 @pytest.mark.usefixtures("tensorboard")
@@ -483,5 +489,5 @@ def test_tensorboard_has_one_folder_for_a_resumed_run_and_another_for_a_new_one(
     anew.finish(failed=False)
 
     first, second = (scalars(tmp_path / "runs" / name) for name in ("n", "n-2"))
-    assert [step for step, _ in first["loss"]] == [1, 2, 3, 4, 6, 7, 8]
-    assert [step for step, _ in second["loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in first["train/loss"]] == [1, 2, 3, 4, 6, 7, 8]
+    assert [step for step, _ in second["train/loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -114,13 +114,13 @@ class MicroBatch:
         indices: the pairs of this rank; empty where a tail has fewer pairs than there are ranks.
         window: the pairs of the whole optimizer step, over all its micro-batches and ranks.
         closes_window: whether the optimizer step follows.
-        epoch: 0 for the first pass over the data.
+        epoch: passes over the data once it is done, e.g. 1.5.
     """
 
     indices: tuple[int, ...]
     window: tuple[int, ...]
     closes_window: bool
-    epoch: int
+    epoch: float
 
     def totals(self, chosen_tokens: Sequence[int]) -> StepTotals:
         """Return what the whole optimizer step holds, of all pairs' scored tokens of their chosen answers."""
@@ -175,34 +175,36 @@ def training_plan(
         iters: micro-batches to yield; a step that they cut short closes early and counts only what it holds.
     """
     remaining = iters
-    for epoch, window in _windows(lengths, size, seed, count()):
-        micro_batches = window[:remaining]
-        in_window = tuple(chain.from_iterable(micro_batches))
-        for number, indices in enumerate(micro_batches, 1):
-            yield MicroBatch(tuple(indices[rank::world_size]), in_window, number == len(micro_batches), epoch)
-        remaining -= len(micro_batches)
-        if remaining == 0:
-            return
+    for epoch in count():
+        windows = list(_windows(lengths, size, seed, [epoch]))
+        in_epoch, done = sum(map(len, windows)), 0
+        for window in windows:
+            micro_batches = window[:remaining]
+            in_window = tuple(chain.from_iterable(micro_batches))
+            for number, indices in enumerate(micro_batches, 1):
+                passes = epoch + (done + number) / in_epoch
+                yield MicroBatch(tuple(indices[rank::world_size]), in_window, number == len(micro_batches), passes)
+            done += len(micro_batches)
+            remaining -= len(micro_batches)
+            if remaining == 0:
+                return
 
 
 def last_step_start(lengths: Sequence[int], size: BatchSize, *, iters: int, seed: int) -> int:
     """Return how many of the first ``iters`` micro-batches of :func:`training_plan` come before its last step."""
-    ends = accumulate(len(window) for _, window in _windows(lengths, size, seed, count()))
+    ends = accumulate(len(window) for window in _windows(lengths, size, seed, count()))
     return max(takewhile(lambda end: end < iters, ends), default=0)
 
 
 def micro_batches_of(epochs: int, lengths: Sequence[int], size: BatchSize, seed: int) -> int:
     """Return how many micro-batches :func:`training_plan` has in its first epochs."""
-    return sum(len(window) for _, window in _windows(lengths, size, seed, range(epochs)))
+    return sum(len(window) for window in _windows(lengths, size, seed, range(epochs)))
 
 
-def _windows(
-    lengths: Sequence[int], size: BatchSize, seed: int, epochs: Iterable[int]
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yield the number of the epoch and the micro-batches of each optimizer step."""
+def _windows(lengths: Sequence[int], size: BatchSize, seed: int, epochs: Iterable[int]) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of each optimizer step."""
     for epoch in epochs:
-        for window in size.windows(epoch_order(len(lengths), seed, epoch), lengths):
-            yield epoch, window
+        yield from size.windows(epoch_order(len(lengths), seed, epoch), lengths)
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:

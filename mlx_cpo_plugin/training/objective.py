@@ -57,14 +57,8 @@ class Objective:
         """
         if self.takes_masks:
             return _losses_by_masks(self.fn, scores, self.options)
-        losses: Any = self.fn(scores.chosen_logps, scores.rejected_logps, **self.options)
-        if not isinstance(losses, mx.array) or losses.shape != scores.chosen_logps.shape:
-            found = f"shape {list(losses.shape)}" if isinstance(losses, mx.array) else type(losses).__name__
-            raise ConfigError(
-                f"The loss {_name_of(self.fn)} returns {found} for {len(scores.chosen_logps)} pairs, where an array of "
-                "shape [B] is expected: return the loss of each pair, not their mean."
-            )
-        return losses.astype(mx.float32)
+        losses = self.fn(scores.chosen_logps, scores.rejected_logps, **self.options)
+        return _of_each_pair(losses, len(scores.chosen_logps), self.fn, "the loss of each pair, not their mean,")
 
     def chosen_nll(self, scores: AnswerScores) -> mx.array:
         """Return the negative log-likelihood of each chosen answer in nats, summed over its tokens, float32 [B]."""
@@ -88,10 +82,15 @@ class Objective:
         return part, losses
 
     def rewards(self, logps: mx.array) -> NDArray[np.float64]:
-        """Return what the metrics report as rewards of answers, float64 [B], from their log-probs, float32 [B]."""
+        """Return what the metrics report as rewards of answers, float64 [B], from their log-probs, float32 [B].
+
+        Raises:
+            ConfigError: the rewards of the loss are something else.
+        """
         if self.reward_fn is None:
             return self.beta * np.array(logps, np.float64)
-        return np.array(self.reward_fn(logps, **self.options), np.float64)
+        rewards = self.reward_fn(logps, **self.options)
+        return np.array(_of_each_pair(rewards, len(logps), self.reward_fn, "the reward of each answer"), np.float64)
 
 
 @mx.custom_function
@@ -169,12 +168,23 @@ def _losses_by_masks(function: Callable[..., Any], scores: AnswerScores, options
             rejected_masks=mx.pad(of_pair.rejected_tokens[:, None], [(0, 0), (1, 0)]),
             **options,
         )
-        losses.append(result[0] if isinstance(result, tuple | list) else result)
-    return mx.concatenate([loss.reshape(-1) for loss in losses]).astype(mx.float32)
+        loss = result[0] if isinstance(result, tuple | list) and result else result
+        if isinstance(loss, mx.array) and loss.size == 1:
+            loss = loss.reshape(1)
+        losses.append(_of_each_pair(loss, 1, function, "their mean loss, alone or first in a tuple,"))
+    return mx.concatenate(losses)
 
 
-def _name_of(function: Callable[..., Any]) -> str:
-    return repr(getattr(function, "__name__", type(function).__name__))
+def _of_each_pair(result: Any, pairs: int, function: Callable[..., Any], what: str) -> mx.array:
+    """Return the result of a function for B pairs as float32 [B]; raise ``ConfigError`` where it is something else."""
+    if isinstance(result, mx.array) and result.shape == (pairs,):
+        return result.astype(mx.float32)
+    found = f"an array of shape {list(result.shape)}" if isinstance(result, mx.array) else type(result).__name__
+    name = getattr(function, "__name__", type(function).__name__)
+    raise ConfigError(
+        f"The function {name} of {function.__module__} returns {found} for {pairs} pair{'s' * (pairs > 1)}, but must "
+        f"return {what} as an mlx.core.array of shape [{pairs}]."
+    )
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -114,7 +114,7 @@ class ProgressReporter(Resumable):
         self.iterations += 1
         self.gradient_norms += [] if gradient_norm is None else [gradient_norm]
 
-    def report_training(self, iteration: int, learning_rate: float, epoch: int) -> None:
+    def report_training(self, iteration: int, learning_rate: float, epoch: float) -> None:
         """Report the running means and reset them."""
         seconds = self._seconds()
         means, tokens = self.means.over_ranks()

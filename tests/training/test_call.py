@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,8 +22,11 @@ from support.tiny import add_adapter, assert_same, build_model, build_pairs, par
 import mlx_cpo_plugin
 from mlx_cpo_plugin.data import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.plugins import loss_types
+from mlx_cpo_plugin.training import objective
 from mlx_cpo_plugin.training.call import caller_seed, pairs_of, training_arguments
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
+from mlx_cpo_plugin.types import LossType
 
 mlx_cpo_plugin.activate()
 
@@ -151,14 +155,64 @@ def test_a_loss_with_the_hosts_parameters_counts_scored_tokens_by_its_masks(scor
     )
 
 
-@pytest.mark.parametrize("loss_fn", [lambda chosen, rejected: mx.mean(rejected - chosen), lambda chosen, rejected: 0.5])
-def test_a_loss_that_is_no_array_of_the_pairs_is_told_so(loss_fn: Any, tmp_path: Path) -> None:
-    args = CPOTrainingArgs(iters=1, adapter_file=str(tmp_path / "adapters.safetensors"))
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (lambda losses: losses.mean(), "an array of shape []"),
+        (lambda losses: losses[:, None], "an array of shape [{size}, 1]"),
+        (lambda losses: mx.concatenate([losses, losses]), "an array of shape [{doubled}]"),
+        (lambda losses: losses.mean().item(), "float"),
+        (lambda losses: (losses, {}), "tuple"),
+        (lambda losses: np.array(losses), "ndarray"),
+        (lambda losses: None, "NoneType"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_a_pair_is_told_what_to_return(
+    result: Any, found: str, size: int, tmp_path: Path
+) -> None:
+    def mine(chosen_logps: mx.array, rejected_logps: mx.array) -> Any:
+        with mx.stream(mx.cpu):
+            return result(mx.stop_gradient(rejected_logps - chosen_logps))
 
-    with pytest.raises(ConfigError, match=r"an array of shape \[B\] is expected"):
-        evaluate(build_model(), build_pairs(4), loss_fn=loss_fn)
-    with pytest.raises(ConfigError, match=r"an array of shape \[B\] is expected"):
-        train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(4), None, args, loss_fn)
+    pairs = build_pairs(size)
+    told = re.escape(f"returns {found.format(size=size, doubled=2 * size)} for {size} pair")
+    ends = re.escape(f"must return the loss of each pair, not their mean, as an mlx.core.array of shape [{size}].")
+    with pytest.raises(ConfigError, match=f"mine .*{told}.*{ends}$"):
+        evaluate_cpo(build_model(), pairs, size, -1, 0.1, 5.0, 64, "sigmoid", mine)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "mine"])
+def test_a_loss_that_returns_a_mean_is_refused_in_training_whether_given_or_registered(
+    loss_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mean(chosen_logps: mx.array, rejected_logps: mx.array) -> mx.array:
+        return (rejected_logps - chosen_logps).mean()
+
+    monkeypatch.setattr(objective, "loss_types", lambda: {**loss_types(), "mine": LossType("mine", "Mine", mean, "")})
+    given = mean if loss_type == "sigmoid" else None
+    args = CPOTrainingArgs(iters=1, loss_type=loss_type, adapter_file=str(tmp_path / "adapters.safetensors"))
+
+    with pytest.raises(ConfigError, match=r"mean of .* returns an array of shape \[\] for 4 pairs, but must return"):
+        train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(4), None, args, given)
+
+
+@pytest.mark.parametrize("result", [0.5, None, (), mx.zeros((1, 2)), (None, mx.zeros(1))])
+def test_a_loss_with_the_hosts_parameters_is_told_to_return_a_mean(result: Any) -> None:
+    def mine(policy_chosen_score: Any, **_: Any) -> Any:
+        return result
+
+    with pytest.raises(ConfigError, match=r"mine .* must return their mean loss, alone or first in a tuple"):
+        evaluate(build_model(), build_pairs(3), loss_fn=mine)
+
+
+@pytest.mark.parametrize("rewards", [lambda logps, **_: logps.mean(), lambda logps, **_: 1.0])
+def test_rewards_that_are_not_one_number_an_answer_are_told_so(rewards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(loss_types()["sigmoid"], rewards=rewards)
+    monkeypatch.setattr(objective, "loss_types", lambda: {**loss_types(), "sigmoid": mine})
+
+    with pytest.raises(ConfigError, match="must return the reward of each answer as"):
+        evaluate(build_model(), build_pairs(3))
 
 
 def test_the_number_of_scored_tokens_is_an_array_as_the_hosts() -> None:

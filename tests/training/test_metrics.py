@@ -53,7 +53,7 @@ def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from
         reporter.add(mx.array([0.25 * number]), EQUAL, tokens=2)
         reporter.count_iteration(norm)
         if number > 2:
-            reporter.report_training(number, learning_rate=0.01, epoch=0)
+            reporter.report_training(number, learning_rate=0.01, epoch=0.5)
 
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     assert (first["train_gradient_norm"], second["train_gradient_norm"]) == (2.0, 5.0)

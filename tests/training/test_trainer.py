@@ -144,7 +144,7 @@ def test_fewer_pairs_than_the_batch_size_train(tmp_path: Path) -> None:
 
     trained = train(tmp_path, build_pairs(2), batch_size=16, iters=2, callback=callback, steps_per_report=1)
 
-    assert [info["epoch"] for info in callback.train] == [0, 1]
+    assert [info["epoch"] for info in callback.train] == [1, 2]
     assert np.abs(trained["model.layers.0.self_attn.q_proj.lora_b"]).max() > 0
 
 
