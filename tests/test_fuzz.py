@@ -18,8 +18,8 @@ from pyarrow import parquet
 from support.data_tokenizers import tokenizer_named
 
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.data.dataset import DataReport
 from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.report import DataReport
 from mlx_cpo_plugin.data.rows import Columns, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import ConfigError, DataError, named, shown

@@ -15,9 +15,12 @@ from mlx_cpo_plugin import cpo
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.report import DataReport, columns_of
+from mlx_cpo_plugin.data.rows import first_few
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
+from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
-from mlx_cpo_plugin.errors import ConfigError, DataError, first_line
+from mlx_cpo_plugin.errors import ConfigError, DataError, first_line, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
@@ -53,9 +56,10 @@ def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = No
     if not any(splits):
         raise DataError("the data holds no rows: check data or hf_dataset.")
     for dataset in splits:
-        print(dataset.report.summary(), file=stream)
+        print(*dataset.report.lines(), sep="\n", file=stream)
     for dataset in splits:
         if dataset:
+            _print_columns(dataset.report, stream)
             _print_lengths(dataset, settings.max_seq_length, stream)
     if splits[0]:
         _print_steps(*_iterations(splits[0], settings), settings, stream)
@@ -69,20 +73,35 @@ def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = No
     require_splits(settings, splits)
 
 
+def _print_columns(report: DataReport, stream: TextIO) -> None:
+    read = "; ".join(f"{part}: {named(', '.join(columns))}" for part, columns in report.columns.read.items())
+    unread = [named(column, 60) for column in report.columns.unread]
+    if read:
+        print(f"\n{report.split.capitalize()}, columns read: {read}", file=stream)
+        print(f"  not read: {first_few(unread, 12) or 'none'}", file=stream)
+
+
 def _print_lengths(dataset: PreferenceDataset, max_seq_length: int, stream: TextIO) -> None:
+    """Print the lengths before the cut, and of what it leaves where it takes anything."""
     report = dataset.report
-    print(f"\n{report.split.capitalize()}, tokens", f"{'median':>20} {'95 %':>8} {'max':>8}", sep="", file=stream)
+    lost = report.prompts_cut or report.answers_cut or len(report.lengths["prompt"]) > report.pairs
+    title = f"{report.split.capitalize()}, tokens"
+    header = f"{'median':>8} {'95%':>7} {'max':>7}"
+    print(f"\n{title:<16}{header}{'   cut: ' + header.lstrip() if lost else ''}", file=stream)
+    left = columns_of([Lengths.of(pair) for pair in dataset])
     for part, lengths in report.lengths.items():
-        print(f"  {part:<16}{_figures(lengths)}", file=stream)
+        print(f"  {part:<14}{_figures(lengths)}{'  ' + _figures(left[part]) if lost else ''}", file=stream)
     cut = f"prompt in {report.prompts_cut}, answer in {report.answers_cut} of {report.pairs} pairs"
     print(f"  Cut to max_seq_length {max_seq_length}: {cut}", file=stream)
+    most, every = report.max_seq_length_for(0.95), report.max_seq_length_for(1)
+    print(f"  Whole with max_seq_length {most}: 95% of the pairs; with {every}: all", file=stream)
     longer = float(np.mean(report.lengths["chosen"] > report.lengths["rejected"]))
     print(f"  Length bias: the chosen answer is the longer one in {longer:.0%} of the pairs", file=stream)
 
 
 def _figures(lengths: NDArray[np.int64]) -> str:
     median, high = np.percentile(lengths, [50, 95])
-    return f"{median:>16.0f} {high:>8.0f} {lengths.max():>8}"
+    return f"{median:>8.0f} {high:>7.0f} {lengths.max():>7}"
 
 
 def _print_counts(

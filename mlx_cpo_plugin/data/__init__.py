@@ -8,10 +8,11 @@ The way of a row, a module a step:
 3. :mod:`~.rendering`: a conversation to text under the chat template, and where the answers stand in it.
 4. :mod:`~.tokens`: text to tokens, by the :mod:`~.tokenizer`, and these to a :mod:`~.pair` that fits.
 5. :mod:`~.conversion`: steps 2 to 4 for all rows, in several processes where there are many.
-6. :mod:`~.dataset`: all pairs of a split, with a report of what was left out; :mod:`~.batches`: pairs to arrays.
+6. :mod:`~.dataset`: all pairs of a split, with a :mod:`~.report` of what was left out; :mod:`~.batches`: to arrays.
 """
 
-from mlx_cpo_plugin.data.dataset import DataReport, PreferenceDataset, as_pairs, load_dataset, pairs_of_rows
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, as_pairs, load_dataset, pairs_of_rows
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.report import DataReport
 
 __all__ = ["DataReport", "PreferenceDataset", "PreferencePair", "as_pairs", "load_dataset", "pairs_of_rows"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.data.messages import UnusableRow
-from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
 
@@ -58,11 +58,27 @@ class RowConverter:
 
     def _outcome(self, value: Any, columns: Columns, source: str) -> Outcome:
         try:
-            return fit(parse_row(value, columns), self.tokenizer, source, self.max_seq_length, self.overlong)
+            row = parse_row(value, columns)
+            fitted = fit(row, self.tokenizer, source, self.max_seq_length, self.overlong)
+            return fitted._replace(control_text=self._control_text(row))
         except UnusableRow as error:
             return type(error)(*error.args)  # without the frames and causes that the raised one holds
         except RecursionError:
             return UnusableRow("the row is nested too deeply")
+
+    def _control_text(self, row: Conversation | PlainText) -> str:
+        """What messages spell out although the template writes it; plain text has no template."""
+        messages = [*row.chosen, *row.rejected[row.shared :]] if isinstance(row, Conversation) else []
+        found = (
+            self.tokenizer.control_text(
+                # An end token spelled out at the end of an answer is taken for the template's.
+                self.tokenizer.without_end(message["content"])[0]
+                if message["role"] == "assistant"
+                else message["content"]
+            )
+            for message in messages
+        )
+        return next(filter(None, found), "")
 
     def pickled(self) -> bytes | None:
         """What a worker needs; None where the tokenizer or its template is tied to this process."""

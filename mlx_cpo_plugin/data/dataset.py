@@ -5,64 +5,21 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, convert_rows
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
-from mlx_cpo_plugin.data.rows import Columns, DataSettings, first_few
+from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
+from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, first_few
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
-from mlx_cpo_plugin.data.tokens import CUT, OverlongRow, Side, TruncatedPair, split_pair, truncate
+from mlx_cpo_plugin.data.tokens import CUT, Lengths, OverlongRow, Side, TruncatedPair, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What the rows of one split were made into.
-
-    Attributes:
-        split: ``train``, ``valid`` or ``test``.
-        rows, pairs: rows read, and pairs made of them.
-        skipped: reason -> the sources of the rows left out for it, e.g. ``train.jsonl:12``.
-        prompts_cut, answers_cut: pairs of which the prompt, or an answer, was cut to ``max_seq_length``.
-        lengths: ``prompt``, ``chosen``, ``rejected`` -> tokens of each pair, int [pairs].
-        notes: what else the user should know, one sentence each.
-    """
-
-    split: str
-    rows: int = 0
-    pairs: int = 0
-    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    prompts_cut: int = 0
-    answers_cut: int = 0
-    lengths: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def all_used(self) -> bool:
-        """Whether every row is a pair, and none was cut."""
-        return not (self.skipped or self.prompts_cut or self.answers_cut)
-
-    def summary(self) -> str:
-        """One line: ``Train: 1360 rows, 1358 pairs, 2 skipped (an answer is empty: train.jsonl:3, train.jsonl:9)``."""
-        notes = " ".join(self.notes)
-        if not self.rows:
-            return f"{self.split.capitalize()}: {notes or 'none.'}"
-        parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
-        if self.skipped:
-            reasons = [f"{reason}: {first_few(places, 3)}" for reason, places in self.skipped.items()]
-            parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({first_few(reasons, 8, '; ')})")
-        if self.prompts_cut:
-            parts.append(f"prompt cut in {self.prompts_cut}")
-        if self.answers_cut:
-            parts.append(f"answer cut in {self.answers_cut}")
-        return f"{self.split.capitalize()}: {', '.join(parts)}. {notes}".rstrip()
 
 
 class PreferenceDataset(list[PreferencePair]):
@@ -83,34 +40,38 @@ class PreferenceDataset(list[PreferencePair]):
         skipped: Mapping[str, Sequence[str]] | None = None,
         notes: tuple[str, ...] = (),
         tokenizer: str = "",
+        *,
+        too_long: Sequence[Lengths] = (),
+        columns: ColumnsRead | None = None,
+        train: Sequence[TruncatedPair] = (),
     ) -> None:
         super().__init__(cut.pair for cut in pairs)
         self._cut = pairs
         self._told = False
         self.tokenizer = tokenizer
-        skipped = skipped or {}
-        self.report = DataReport(
+        skipped, columns = skipped or {}, columns or ColumnsRead()
+        report = DataReport(
             split=split,
             rows=len(pairs) + sum(map(len, skipped.values())),
             pairs=len(pairs),
             skipped=skipped,
             prompts_cut=sum(cut.prompt_cut for cut in pairs),
             answers_cut=sum(cut.answer_cut for cut in pairs),
-            lengths={
-                part: np.array([len(getattr(pair, part)) for pair in self], dtype=np.int64)
-                for part in ("prompt", "chosen", "rejected")
-            },
+            lengths=columns_of([*(cut.whole for cut in pairs), *too_long]),
+            columns=columns,
             notes=notes,
         )
+        self._others: dict[str, Any] = {"skipped": skipped, "notes": notes, "too_long": too_long, "columns": columns}
+        self.report = replace(report, findings=findings(report, pairs, train))
 
     def process(self, pair: PreferencePair) -> PreferencePair:
         """Return the pair as it is; mlx-lm-lora's ``CacheDataset`` calls this."""
         return pair
 
     def tell(self, say: Callable[[str], object]) -> None:
-        """Pass the summary to ``say``, the first time only."""
-        if not self._told:
-            say(self.report.summary())
+        """Pass the summary and what looks wrong to ``say``, the first time only."""
+        for line in () if self._told else self.report.lines():
+            say(line)
         self._told = True
 
     @classmethod
@@ -123,8 +84,17 @@ class PreferenceDataset(list[PreferencePair]):
             for reason, places in part.report.skipped.items():
                 skipped.setdefault(reason, []).extend(places)
         pairs = [cut for part in parts for cut in part._cut]
+        too_long = [whole for part in parts for whole in part._others["too_long"]]
         notes = tuple(note for part in parts for note in part.report.notes)
-        return cls(pairs, parts[0].report.split, skipped, notes, parts[0].tokenizer)
+        columns = ColumnsRead.joined([part.report.columns for part in parts])
+        split, tokenizer = parts[0].report.split, parts[0].tokenizer
+        return cls(pairs, split, skipped, notes, tokenizer, too_long=too_long, columns=columns)
+
+    def beside(self, train: PreferenceDataset) -> PreferenceDataset:
+        """The same data set, whose report says which of its rows are in ``train``, too."""
+        return PreferenceDataset(
+            self._cut, self.report.split, tokenizer=self.tokenizer, **self._others, train=train._cut
+        )
 
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
         """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.
@@ -138,12 +108,14 @@ class PreferenceDataset(list[PreferencePair]):
         drawn = set(random.Random(seed).sample(range(len(self)), size))
         kept, carved = ([cut for i, cut in enumerate(self._cut) if (i in drawn) == taken] for taken in (False, True))
         note = f"Drawn from the training set (valid_fraction {fraction:g}, seed {seed})."
-        report = self.report
-        training = PreferenceDataset(kept, report.split, report.skipped, report.notes, self.tokenizer)
+        training = PreferenceDataset(kept, self.report.split, tokenizer=self.tokenizer, **self._others)
         return training, PreferenceDataset(carved, "valid", notes=(note,))
 
 
 Splits = tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]
+
+SPENT = 0.1
+"""The share of rows of which the cut may leave nothing of the prompt or an answer; they are skipped."""
 
 
 def load_dataset(settings: DataSettings, tokenizer: Any) -> Splits:
@@ -183,7 +155,7 @@ def load_splits(settings: DataSettings, tokenizer: Any, wanted: Sequence[str]) -
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
             valid = PreferenceDataset(split="valid", notes=(note,))
-    return train, valid, test
+    return train, valid.beside(train), test.beside(train)
 
 
 def pairs_of_rows(
@@ -292,7 +264,8 @@ def _make_pairs(
     outcomes = convert_rows(rows, RowConverter(tokenizer, max_length or sys.maxsize, overlong))
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))
-    pairs = _collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest())
+    columns = ColumnsRead.joined([group.columns.read([row.value for row in group.rows]) for group in groups])
+    pairs = _collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest(), columns)
     if max_length is None:
         pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
     return pairs
@@ -305,23 +278,37 @@ def _collect(
     split: str,
     notes: tuple[str, ...] = (),
     tokenizer: str = "",
+    columns: ColumnsRead | None = None,
 ) -> PreferenceDataset:
     """The data set of converted items, the unusable ones set aside under their sources.
 
     Raises:
-        DataError: more than half are unusable, not counting those that the settings leave out for their length.
+        DataError: more than half are unusable, or the cut leaves nothing of the prompt or an answer of more than
+            :data:`SPENT`, not counting those that the settings leave out for their length.
     """
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
-    overlong = 0
+    too_long: list[OverlongRow] = []
     for outcome, source in zip(outcomes, sources, strict=True):
         if isinstance(outcome, UnusableRow):
             skipped.setdefault(str(outcome), []).append(source)
-            overlong += isinstance(outcome, OverlongRow)
+            too_long += [outcome] if isinstance(outcome, OverlongRow) else []
         else:
             pairs.append(outcome)
+    overlong = sum(outcome.by_choice for outcome in too_long)
     if overlong and not pairs:
         raise DataError(f"no row of {name} fits: raise max_seq_length, or set overlong: cut.")
+    dataset = PreferenceDataset(
+        pairs, split, skipped, notes, tokenizer, too_long=[row.whole for row in too_long], columns=columns
+    )
+    spent = len(too_long) - overlong
+    if spent > SPENT * (spent + len(pairs)):
+        reason = next(str(outcome) for outcome in too_long if not outcome.by_choice)
+        raise DataError(
+            f"{reason} in {skipped[reason][0]}, and so it is in {spent} of {spent + len(pairs)} rows of {name}, more "
+            f"than {SPENT:.0%}: raise max_seq_length ({dataset.report.max_seq_length_for(0.95)} keeps 95% of the rows "
+            "whole), or set overlong: drop."
+        )
     unusable = sum(map(len, skipped.values())) - overlong
     if unusable > len(pairs):
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
@@ -329,4 +316,4 @@ def _collect(
             f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
             f"({first_few(places, 3)}): correct or remove them."
         )
-    return PreferenceDataset(pairs, split, skipped, notes, tokenizer)
+    return dataset

@@ -40,6 +40,9 @@ NO_PROMPT = "there is no prompt before the answers"
 # Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
 _TASKS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation", "messages")
+# Columns that a task is taken from, too, and those that are read beside the parts of a preference.
+_WITH_TASKS = ("input", "history")
+_BESIDE = ("tools", "chat_template_kwargs")
 
 
 class DataSettings(Protocol):
@@ -60,6 +63,32 @@ class DataSettings(Protocol):
     rejected_feature: str
     prompt_feature: str
     system_feature: str
+
+
+@dataclass(frozen=True)
+class ColumnsRead:
+    """Which columns of the rows were read.
+
+    Attributes:
+        read: part of the preference, e.g. ``prompt`` -> the columns that it was taken from in any row.
+        unread: all others.
+        doubtful: those of the unread ones that hold something under a usual name -> the part that they may be.
+    """
+
+    read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[ColumnsRead]) -> ColumnsRead:
+        """What was read in any of several files."""
+        read: dict[str, dict[str, None]] = {}
+        for part in parts:
+            for name, columns in part.read.items():
+                read.setdefault(name, {}).update(dict.fromkeys(columns))
+        unread = dict.fromkeys(column for part in parts for column in part.unread)
+        doubtful = {column: name for part in parts for column, name in part.doubtful.items()}
+        return cls({name: tuple(columns) for name, columns in read.items()}, tuple(unread), doubtful)
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,26 @@ class Columns:
                 raise DataError(f"{where} has no column {shown(missing[0])}, which {part}_feature names: use {listed}.")
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
                 raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
+
+    def read(self, rows: Iterable[Any]) -> ColumnsRead:
+        """Return which columns of ``rows`` are read for which part, and which are not."""
+        read: dict[str, dict[str, None]] = {part: {} for part in (*ALIASES, *_BESIDE)}
+        found: dict[str, bool] = {}  # whether it holds anything
+        for row in (row for row in rows if isinstance(row, Mapping)):
+            for part in ALIASES:
+                column = self.find(row, part)[0]
+                read[part].update(dict.fromkeys(_columns_in(column, part, row) if column else ()))
+            if self.prompt == AUTO and set(_TASKS) & set(read["prompt"]):
+                read["prompt"].update(dict.fromkeys(column for column in _WITH_TASKS if row.get(column)))
+            for column, value in row.items():
+                found[column] = found.get(column, False) or not (is_null(value) or _is_blank(value))
+        read |= {part: {part: None} for part in _BESIDE if found.get(part)}
+        every = {column for columns in read.values() for column in columns}
+        unread = [column for column in found if column not in every]
+        parts = {alias: part for part, aliases in ALIASES.items() for alias in aliases}
+        doubtful = {column: parts[column] for column in unread if column in parts and found[column]}
+        by_part = {part: tuple(columns) for part, columns in read.items() if columns}
+        return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
 
     def find(self, row: Mapping[str, Any], part: str) -> tuple[str, Any]:
         """The row's column for ``part`` and its value; None where it has none.

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ TokenIds = NDArray[np.int32]
 _SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, 敏捷的棕色狐狸 🦊\n\tdef f(x):\n"
 # Text that a tokenizer which rewrites its input encodes differently when asked for offsets.
 _PROBE = "a b\n<n>\n\nc"
+# What templates put around messages, e.g. <|im_start|>, <start_of_turn>, [INST], also where it is no special token.
+_CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _LOCK = RLock()
 # Templates see the same time throughout a process.
 _STARTED = datetime.now(UTC)
@@ -115,6 +118,7 @@ class ChatTokenizer:
         starts_with_bos = self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
         self._puts_bos = not chat_template and starts_with_bos and _is_fallback(own)
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
+        self._control = self._control_pattern()
 
     def portable(self) -> ChatTokenizer | None:
         """A copy that another process can use without mlx-lm; None where Python code from elsewhere takes part."""
@@ -231,6 +235,23 @@ class ChatTokenizer:
             if spelled is None:
                 return text[:kept], end_id
             kept, end_id = stop - len(spelled), self._end_ids[spelled]
+
+    def control_text(self, text: str) -> str:
+        """The first special token, or what the template puts around a message, that ``text`` spells out; or empty."""
+        found = self._control.search(text) if self._control is not None else None
+        return found.group() if found else ""
+
+    def _control_pattern(self) -> re.Pattern[str] | None:
+        special = {str(self._inner.convert_ids_to_tokens(token)) for token in self.special_ids}
+        if self.bos_id is not None:
+            special.add(str(self._inner.convert_ids_to_tokens(self.bos_id)))
+        try:
+            question = {"role": "user", "content": "x"}
+            special.update(_CONTROL.findall(self.render([question], None, False, self.template_variants()[0])))
+        except UnusableRow:
+            pass
+        special.discard("")
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
 
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
         """Text of ``ids``, special tokens included."""

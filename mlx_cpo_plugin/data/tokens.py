@@ -25,8 +25,33 @@ NOTHING_BEFORE = "nothing stands before the answers, and the tokenizer has neith
 NOTHING_SCORED = "no token of an answer is left to score"
 
 
+class Lengths(NamedTuple):
+    """Tokens of the parts of a pair."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @classmethod
+    def of(cls, pair: PreferencePair) -> Lengths:
+        """Return those of ``pair``."""
+        return cls(len(pair.prompt), len(pair.chosen), len(pair.rejected))
+
+
 class OverlongRow(UnusableRow):
-    """A row that is left out because it is too long, as the settings ask."""
+    """A row that is too long: the settings leave it out, or a cut would leave nothing of its prompt or an answer.
+
+    Attributes:
+        whole: its lengths before any cut.
+        by_choice: whether the settings ask for it to be left out.
+    """
+
+    def __init__(self, reason: str, whole: Lengths, by_choice: bool = False) -> None:
+        super().__init__(reason, whole, by_choice)  # all of them, so that it can be made again from its arguments
+        self.reason, self.whole, self.by_choice = reason, whole, by_choice
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Side(NamedTuple):
@@ -37,11 +62,19 @@ class Side(NamedTuple):
 
 
 class TruncatedPair(NamedTuple):
-    """A pair that fits, and which of its parts were cut to make it fit."""
+    """A pair that fits.
+
+    Attributes:
+        whole: its lengths before it was cut.
+        prompt_cut, answer_cut: which of its parts were cut to make it fit.
+        control_text: what its row spells out although the chat template writes it, e.g. ``<|im_start|>``.
+    """
 
     pair: PreferencePair
+    whole: Lengths
     prompt_cut: bool = False
     answer_cut: bool = False
+    control_text: str = ""
 
 
 def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair:
@@ -164,25 +197,32 @@ def fit(
 
     Raises:
         DataError: the row is too long and ``overlong`` is ``error``.
+        OverlongRow: ``overlong`` is ``drop``, or nothing of the prompt or an answer would be left.
     """
     pair = tokenize(row, tokenizer, source)
-    whole = len(pair.prompt)
+    whole = Lengths.of(pair)
     if pair.length <= max_seq_length:
-        return TruncatedPair(pair)
+        return TruncatedPair(pair, whole)
     if overlong == ERROR:
         raise DataError(
             f"{source} has {pair.length} tokens, more than max_seq_length {max_seq_length}: raise max_seq_length, or "
             "set overlong to cut or drop."
         )
     if overlong == DROP:
-        raise OverlongRow(f"longer than max_seq_length {max_seq_length}")
+        raise OverlongRow(f"longer than max_seq_length {max_seq_length}", whole, by_choice=True)
     least = max_seq_length // PROMPT_SHARE
-    if isinstance(row, Conversation) and whole > least:
-        row = share_what_renders_alike(row, tokenizer)
-        least = min(least + _template_tokens(row, tokenizer), max_seq_length - least)
-        pair = _shorten_prompt(row, tokenizer, source, max_seq_length, least)
-    cut = truncate(pair, max_seq_length, tokenizer.bos_id, least)
-    return cut._replace(prompt_cut=len(cut.pair.prompt) < whole)
+    try:
+        if isinstance(row, Conversation) and whole.prompt > least:
+            row = share_what_renders_alike(row, tokenizer)
+            template = _template_tokens(row, tokenizer)
+            least = min(least + template, max_seq_length - least)
+            pair = _shorten_prompt(row, tokenizer, source, max_seq_length, least)
+            if len(pair.prompt) <= template < whole.prompt:
+                raise UnusableRow(f"nothing of the prompt is left within max_seq_length {max_seq_length}")
+        cut = truncate(pair, max_seq_length, tokenizer.bos_id, least)
+    except UnusableRow as error:
+        raise OverlongRow(str(error), whole) from None
+    return cut._replace(whole=whole, prompt_cut=len(cut.pair.prompt) < whole.prompt)
 
 
 def truncate(
@@ -192,31 +232,41 @@ def truncate(
 
     The prompt is cut from its left (a leading ``bos_id`` stays first) to what the longer answer leaves, but not below
     ``least`` tokens, by default ``max_seq_length`` over :data:`PROMPT_SHARE`; answers that do not fit behind that are
-    cut at their end. Both sides keep the same prompt.
+    cut at their end, and keep nothing of a turn that is not scored. Both sides keep the same prompt.
 
     Raises:
-        UnusableRow: what is left is the same on both sides, or holds no scored token.
+        OverlongRow: what is left is the same on both sides, or holds no scored token.
     """
+    whole = Lengths.of(pair)
     if pair.length <= max_seq_length:
-        return TruncatedPair(pair)
+        return TruncatedPair(pair, whole)
     least = max_seq_length // PROMPT_SHARE if least is None else least
     keep = min(len(pair.prompt), _prompt_room(pair, max_seq_length, least))
     room = max(max_seq_length - keep, 0)
     head = 1 if pair.prompt[0] == bos_id and keep < len(pair.prompt) else 0
+    chosen, rejected = _room_for(pair.chosen_scored, room), _room_for(pair.rejected_scored, room)
+    if not chosen or not rejected:
+        raise OverlongRow(f"{NOTHING_SCORED} within max_seq_length {max_seq_length}", whole)
     cut = replace(
         pair,
         prompt=np.concatenate([pair.prompt[:head], pair.prompt[len(pair.prompt) - (keep - head) :]]),
-        chosen=pair.chosen[:room],
-        rejected=pair.rejected[:room],
-        chosen_scored=pair.chosen_scored[:room],
-        rejected_scored=pair.rejected_scored[:room],
+        chosen=pair.chosen[:chosen],
+        rejected=pair.rejected[:rejected],
+        chosen_scored=pair.chosen_scored[:chosen],
+        rejected_scored=pair.rejected_scored[:rejected],
     )
-    if not cut.chosen_scored.any() or not cut.rejected_scored.any():
-        raise UnusableRow(f"{NOTHING_SCORED} within max_seq_length {max_seq_length}")
     if np.array_equal(cut.chosen, cut.rejected):
-        raise UnusableRow(f"{IDENTICAL} within max_seq_length {max_seq_length}")
-    longest = max(len(pair.chosen), len(pair.rejected))
-    return TruncatedPair(cut, prompt_cut=keep < len(pair.prompt), answer_cut=longest > room)
+        raise OverlongRow(f"{IDENTICAL} within max_seq_length {max_seq_length}", whole)
+    longest = max(whole.chosen, whole.rejected)
+    return TruncatedPair(cut, whole, prompt_cut=keep < whole.prompt, answer_cut=longest > room)
+
+
+def _room_for(scored: NDArray[np.bool_], room: int) -> int:
+    """Tokens of an answer that are left in ``room``: where it is cut, up to the last scored one."""
+    if len(scored) <= room:
+        return len(scored)
+    kept = np.flatnonzero(scored[:room])
+    return int(kept[-1]) + 1 if len(kept) else 0
 
 
 def _prompt_room(pair: PreferencePair, max_seq_length: int, least: int) -> int:

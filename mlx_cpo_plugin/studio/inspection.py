@@ -52,7 +52,7 @@ def _split(dataset: PreferenceDataset, tokenizer: ChatTokenizer) -> dict[str, An
         "skipped": {reason: [len(places), list(places[:PLACES])] for reason, places in report.skipped.items()},
         "prompts_cut": report.prompts_cut,
         "answers_cut": report.answers_cut,
-        "notes": list(report.notes),
+        "notes": [*report.notes, *report.findings],
         "lengths": {part: lengths.tolist() for part, lengths in report.lengths.items()},
         "examples": [_example(pair, tokenizer) for pair in dataset[:EXAMPLES]],
     }

@@ -66,6 +66,7 @@ def test_it_gives_lengths_steps_and_the_length_bias(checked):
     output = " ".join(checked(rows).split())
 
     assert " rejected 3 10 13 " in output
+    assert "Whole with max_seq_length 26: 95% of the pairs; with 26: all" in output
     assert "Length bias: the chosen answer is the longer one in 83% of the pairs" in output
     assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_size 2, gradient_accumulation_steps 2)" in output
 
@@ -103,6 +104,14 @@ def test_it_counts_what_is_cut(checked):
     output = checked([*ROWS, {"prompt": "cat " * 30, "chosen": "Yes.", "rejected": "No."}], max_seq_length=32)
 
     assert "Cut to max_seq_length 32: prompt in 1, answer in 0 of 6 pairs" in output
+    assert re.search(r"\n  prompt +14 +35 +42 +14 +25 +29\n", output), "lengths before the cut, and what it leaves"
+
+
+def test_it_names_the_columns_that_are_read_and_those_that_are_not(checked):
+    rows = [{**row, "system": "Be brief.", "score": 1} for row in ROWS]
+
+    assert "Train, columns read: chosen: chosen; rejected: rejected; prompt: prompt; system: system\n" in checked(rows)
+    assert "  not read: score\n" in checked(rows)
 
 
 def test_it_marks_the_scored_tokens_of_the_first_rows(checked):

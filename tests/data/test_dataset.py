@@ -98,14 +98,16 @@ def test_the_report_counts_what_was_cut_and_how_long_the_parts_are(tmp_path):
     items.append({"prompt": "Who?", "chosen": "dog " * 40, "rejected": "No."})
 
     file = write(tmp_path / "train.jsonl", items)
-    report, whole = (load(file, max_seq_length=length)[0].report for length in (32, 512))
+    pairs, whole = (load(file, max_seq_length=length)[0] for length in (32, 512))
+    report = pairs.report
 
     assert (report.prompts_cut, report.answers_cut) == (1, 1)
     assert report.summary() == "Train: 4 rows, 4 pairs, prompt cut in 1, answer cut in 1."
-    assert report.lengths["prompt"][3] + report.lengths["chosen"][3] == 32
-    assert whole.lengths["chosen"][3] > 32
-    assert whole.lengths["prompt"][2] > report.lengths["prompt"][2]
-    assert report.lengths["prompt"][2] + report.lengths["chosen"][2] <= 32
+    assert [pair.length for pair in pairs[2:]] == [32, 32]
+    for part, lengths in report.lengths.items():
+        assert lengths.tolist() == [len(getattr(pair, part)) for pair in whole]
+    assert report.max_seq_length_for(0.5) == sorted(pair.length for pair in whole)[1]
+    assert report.max_seq_length_for(1) == max(pair.length for pair in whole)
 
 
 @pytest.mark.parametrize(("split", "wanted"), [("train", {"train": True}), ("test", {"test": True})])

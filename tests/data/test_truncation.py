@@ -254,7 +254,12 @@ def test_any_conversation_is_cut_to_one_that_the_template_writes(data, length):
         prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt.append({"role": "user", "content": data.draw(words)})
 
-    cut, tokenizer = fitted(prompt, length)
+    try:
+        cut, tokenizer = fitted(prompt, length)
+    except OverlongRow as error:
+        if str(error) != f"nothing of the prompt is left within max_seq_length {length}":
+            raise
+        return
     text = tokenizer.decode(cut.pair.prompt)
 
     assert cut.pair.length <= length

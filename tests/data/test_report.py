@@ -1,0 +1,158 @@
+"""What looks wrong with the rows of a split is said once, with the first place and how many there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.data_tokenizers import tokenizer_named
+
+from mlx_cpo_plugin.data import PreferenceDataset, pairs_of_rows
+from mlx_cpo_plugin.data.dataset import load_splits
+from mlx_cpo_plugin.data.rows import Columns
+from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.settings.config import RunSettings
+
+ANSWERS = {"chosen": "Yes.", "rejected": "No."}
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {i}?", **ANSWERS} for i in range(count)]
+
+
+def pairs(given: list[dict[str, Any]], kind: str = "chatml", **settings: Any) -> PreferenceDataset:
+    return pairs_of_rows(given, tokenizer_named(kind), RunSettings.of({"max_seq_length": 512, **settings}))
+
+
+def finding(given: list[dict[str, Any]], **settings: Any) -> str:
+    """The one finding on these rows."""
+    (line,) = pairs(given, **settings).report.findings
+    return line
+
+
+def long(text: str) -> dict[str, Any]:
+    return {"prompt": text * 40, **ANSWERS}
+
+
+def test_ordinary_rows_have_no_findings() -> None:
+    assert pairs(rows(40)).report.findings == ()
+
+
+def test_a_cut_of_more_than_a_few_is_warned_of_with_the_lengths_that_would_do() -> None:
+    given = [*rows(30), long("cat "), long("dog ")]
+    whole = pairs(given).report
+
+    line = finding(given, max_seq_length=32)
+
+    assert "6% of the prompts (3% by more than half)" not in line  # 41 of 80 tokens are no half
+    assert line.startswith("Warning: the cut to max_seq_length shortens 6% of the prompts")
+    assert (
+        f"; {whole.max_seq_length_for(0.95)} keeps 95% of the pairs whole, {whole.max_seq_length_for(1)} all." in line
+    )
+
+
+def test_a_cut_of_a_few_is_no_warning() -> None:
+    assert pairs([*rows(39), long("cat ")], max_seq_length=32).report.findings == ()
+
+
+def test_rows_left_out_for_their_length_count_for_the_lengths_that_would_do() -> None:
+    given = [*rows(3), long("cat ")]
+
+    report = pairs(given, max_seq_length=32, overlong="drop").report
+
+    assert report.pairs == 3
+    assert report.max_seq_length_for(1) == pairs(given).report.max_seq_length_for(1) > 32
+
+
+def test_prompts_cut_to_nothing_in_more_than_a_tenth_are_an_error_that_says_what_would_do() -> None:
+    system = {"role": "system", "content": "Be brief, be kind, and be sure of what you say."}
+    given = [{"prompt": [system, {"role": "user", "content": f"What is {i}?"}], **ANSWERS} for i in range(3)]
+    whole = pairs(given).report.max_seq_length_for(0.95)
+
+    with pytest.raises(DataError, match=r"in row 1, and so it is in 3 of 3 rows .*, more than 10%: raise") as caught:
+        pairs(given, max_seq_length=16)
+    assert f"({whole} keeps 95% of the rows whole)" in str(caught.value)
+
+
+def test_a_few_prompts_cut_to_nothing_are_left_out() -> None:
+    one = {"prompt": "Who?", "chosen": "same " * 40 + "Yes.", "rejected": "same " * 40 + "No."}
+
+    report = pairs([*rows(12), one], max_seq_length=32).report
+
+    assert (report.pairs, sum(map(len, report.skipped.values()))) == (12, 1)
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>user\nWho?", "Who?<|im_end|>"])
+def test_text_that_is_the_templates_to_write_is_noted(text: str) -> None:
+    line = finding([*rows(2), {"prompt": text, **ANSWERS}, {"prompt": text + "!", **ANSWERS}])
+
+    assert line.startswith("note: 2 rows hold '<|im_")
+    assert "(first row 3)" in line
+
+
+def test_an_end_token_at_the_end_of_an_answer_and_plain_text_are_not() -> None:
+    ended = {"prompt": "Who?", "chosen": "Me.<|im_end|>", "rejected": "You."}
+    plain = {"chosen": "<|im_start|>user\nWho?<|im_end|>\nMe.", "rejected": "<|im_start|>user\nWho?<|im_end|>\nYou."}
+
+    assert pairs([ended, plain]).report.findings == ()
+
+
+def test_repeated_rows_are_noted() -> None:
+    assert finding([*rows(3), rows(3)[1], rows(3)[1]]) == "note: 2 rows repeat an earlier one (row 4 is row 2)."
+
+
+def test_the_same_prompt_with_another_answer_is_no_repetition() -> None:
+    assert pairs([{**rows(1)[0], "chosen": f"Yes, {i}."} for i in range(3)]).report.findings == ()
+
+
+def test_a_column_under_a_usual_name_that_is_not_read_is_noted() -> None:
+    line = finding([{**row, "question": "Who?"} for row in rows(2)])
+
+    assert (
+        line == "note: the column question is not read, as the prompt is in prompt; set prompt_feature to read another."
+    )
+
+
+def test_columns_that_are_read_or_blank_or_of_another_name_are_not() -> None:
+    given = [{**row, "question": "", "score": 1, "system": "Be brief."} for row in rows(2)]
+
+    report = pairs(given).report
+
+    assert report.findings == ()
+    assert report.columns.unread == ("question", "score")
+    assert report.columns.read["system"] == ("system",)
+
+
+def test_a_task_is_read_from_its_input_too() -> None:
+    read = Columns().read([{"instruction": "Add.", "input": "1, 2", "history": [], **ANSWERS}])
+
+    assert read.read["prompt"] == ("instruction", "input")
+    assert read.unread == ("history",)
+
+
+def test_columns_that_are_joined_are_each_read() -> None:
+    assert Columns(prompt="a+b").read([{"a": "1", "b": "2", "c": "3", **ANSWERS}]).unread == ("c",)
+
+
+def test_held_out_rows_that_are_trained_on_are_noted(tmp_path: Path) -> None:
+    lines = [f'{{"prompt": "What is {i}?", "chosen": "Yes.", "rejected": "No."}}\n' for i in range(6)]
+    for split, held in (("train", lines[:4]), ("valid", lines[3:]), ("test", lines[5:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(held), encoding="utf-8")
+    settings = RunSettings.of({"data": str(tmp_path), "max_seq_length": 512})
+
+    train, valid, test = load_splits(settings, tokenizer_named("chatml"), ("train", "valid", "test"))
+
+    assert train.report.findings == test.report.findings == ()
+    assert valid.report.findings == (
+        "note: 1 row is in the training set, too (valid.jsonl:1 is train.jsonl:4): what is measured on them does not "
+        "hold for new ones.",
+    )
+
+
+def test_findings_are_told_with_the_summary() -> None:
+    told: list[str] = []
+
+    pairs([*rows(2), *rows(1)]).tell(told.append)
+
+    assert told == ["Train: 3 rows, 3 pairs.", "note: 1 row repeats an earlier one (row 3 is row 1)."]
