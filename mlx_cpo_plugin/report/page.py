@@ -86,6 +86,7 @@ def _run(record: RunRecord, place: int) -> dict[str, Any]:
         "name": record.name,
         "colour": colour(place),
         "course": course(record),
+        "verdict": None if record.verdict is None else record.verdict.sentence(),
         "measures": [
             {"title": measure.title, "figures": figures}
             for measure in MEASURES

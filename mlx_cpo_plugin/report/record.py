@@ -14,6 +14,7 @@ from typing import Any
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
+from mlx_cpo_plugin.verdict import Verdict
 
 SEARCH_DEPTH = 4
 
@@ -112,6 +113,11 @@ class RunRecord:
         for row in (*self.train, *self.valid, *self.test):
             values |= {key: value for key, value in row.items() if key not in ("kind", "run", "time", "iteration")}
         return values
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How the last validation compares with the one before training."""
+        return Verdict.from_report(self.valid[-1]) if self.valid else None
 
     def _times(self) -> list[float]:
         times = (number(row, "time") for row in (*self.train, *self.valid, *self.test))

@@ -14,6 +14,7 @@ import pandas as pd
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
 from mlx_cpo_plugin.studio.run_process import CONSOLE_NAME, RunState, console_tail, state
+from mlx_cpo_plugin.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def status_html(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     alarms = list(dict.fromkeys(line for line in lines if _ALARM.match(line)))
     parts += [f'<p class="alarm" role="alert">{escape(line)}</p>' for line in alarms[-5:]]
+    verdicts = [verdict for row in rows if (verdict := Verdict.from_report(row)) is not None]
+    if verdicts:
+        parts.append(f"<p>The model is {escape(verdicts[-1].sentence())}.</p>")
     latest: dict[str, Any] = {}
     for row in rows:
         latest |= row

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mlx_cpo_plugin.atomic_files import replace_whole
@@ -33,6 +34,8 @@ PAIR_METRICS = (
     "chosen_logits_mean",
     "rejected_logits_mean",
 )
+PAIR_VALUES = (*PAIR_METRICS, "chosen_nll")
+"""What is known of each pair; ``loss`` is the preference loss alone, ``chosen_nll`` in nats, summed over the answer."""
 
 
 class PairMeans(Resumable):
@@ -54,8 +57,8 @@ class PairMeans(Resumable):
         self.pairs = 0
         self.tokens = 0
 
-    def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> None:
-        """Add a batch of B pairs.
+    def add(self, losses: mx.array, scores: AnswerScores, tokens: int) -> NDArray[np.float64]:
+        """Add a batch of B pairs; return their :data:`PAIR_VALUES`, float64 [len(PAIR_VALUES), B].
 
         Args:
             losses: preference losses, float32 [B].
@@ -64,7 +67,7 @@ class PairMeans(Resumable):
         """
         chosen, rejected = np.array(scores.chosen_logps, np.float64), np.array(scores.rejected_logps, np.float64)
         rewards = [self.objective.rewards(logps) for logps in (scores.chosen_logps, scores.rejected_logps)]
-        columns = (
+        columns = [
             np.array(losses, np.float64),
             rewards[0],
             rewards[1],
@@ -74,12 +77,15 @@ class PairMeans(Resumable):
             rejected,
             np.array(scores.chosen_logits, np.float64),
             np.array(scores.rejected_logits, np.float64),
-        )
-        self.sums = [total + float(column.sum()) for total, column in zip(self.sums, columns, strict=True)]
-        self.chosen_nll += float(np.array(self.objective.chosen_nll(scores), np.float64).sum())
+            np.array(self.objective.chosen_nll(scores), np.float64),
+        ]
+        sums = [float(column.sum()) for column in columns]
+        self.sums = [total + more for total, more in zip(self.sums, sums[:-1], strict=True)]
+        self.chosen_nll += sums[-1]
         self.chosen_tokens += int(np.array(scores.chosen_tokens).sum())
         self.pairs += len(chosen)
         self.tokens += tokens
+        return np.array(columns)
 
     def over_ranks(self) -> tuple[dict[str, float], int]:
         """Return the means over the pairs of all ranks, by name, and the scored tokens of all ranks.

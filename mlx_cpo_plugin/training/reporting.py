@@ -18,9 +18,11 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.training.judge import advice
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
+from mlx_cpo_plugin.verdict import Verdict
 
 Item = TypeVar("Item")
 
@@ -145,15 +147,23 @@ class ProgressReporter(Resumable):
             self.callback.on_train_loss_report(info)
 
     def report_validation(
-        self, iteration: int, means: Mapping[str, float], seconds: float, warning: str | None = None
+        self,
+        iteration: int,
+        means: Mapping[str, float],
+        seconds: float,
+        verdict: Verdict | None = None,
+        warning: str | None = None,
+        line: str | None = None,
     ) -> None:
-        """Report the means over the validation pairs, and a warning that follows from them."""
+        """Report the means over the validation pairs, the verdict on them, and a warning and a line that follow."""
         if not self.is_main:
             return
         info = {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, "val_time": seconds}
+        info |= {} if verdict is None else verdict.report()
         tqdm.write(f"Iter {iteration}: {_labelled(means, _VALID_LABELS)}, Val took {seconds:.3f}s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
+        self.say(line)
         if self.callback is not None:  # at the end, since it may raise
             self.callback.on_val_loss_report(info)
 
@@ -211,12 +221,12 @@ class ProgressReporter(Resumable):
 
 
 class DisplacementAlarm(Resumable):
-    """Says once when margins rise only because both answers become unlikely, the chosen one too."""
+    """Says once, of a run without validation, when margins rise only because both answers become unlikely."""
 
     remembered = ("means", "told")
 
-    def __init__(self, loss_type: str) -> None:
-        self.loss_type = loss_type
+    def __init__(self, cpo_alpha: float) -> None:
+        self.cpo_alpha = cpo_alpha
         self.means: list[tuple[float, float]] = []
         self.told = False
 
@@ -232,11 +242,9 @@ class DisplacementAlarm(Resumable):
         if not (moved[1] > CERTAIN * error[1] and moved[0] < -CERTAIN * error[0]):
             return None
         self.told = True
-        dpop = self.loss_type == "dpop"
         return (
             f"Iter {iteration}: the margin rose by {moved[1]:.1f} while the chosen answers' log-prob fell by "
-            f"{-moved[0]:.1f} (likelihood displacement); "
-            + ("raise delta or lower beta." if dpop else "try dpo_cpo_loss_type: dpop, or a lower beta.")
+            f"{-moved[0]:.1f} (likelihood displacement); {advice(self.cpo_alpha)}."
         )
 
 

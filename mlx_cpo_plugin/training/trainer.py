@@ -130,7 +130,8 @@ def iterate(run: Run, stop: StopRequest) -> None:
             if pairs:
                 losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), run.quantisation.active)
                 reporter.add(losses, scores, scored_tokens(pairs))
-                reporter.warn(run.displacement.warning(iteration, scores))
+                if not run.val_pairs:  # by which the judge finds out more
+                    reporter.warn(run.displacement.warning(iteration, scores))
             norm = step.apply() if micro_batch.closes_window else None
         reporter.count_iteration(norm)
         if norm is not None:
@@ -165,22 +166,24 @@ def save_before_risk(run: Run, pairs: Sequence[PreferencePair]) -> None:
 
 
 def validate(run: Run, iteration: int, before_training: bool = False) -> None:
-    """Report the means over the validation pairs; after training, keep the adapter if it is the best so far."""
+    """Score the validation pairs, compare them with those before training, and keep the adapter if it is the best."""
     if not run.val_pairs:
         return
     args, best, started = run.args, run.best, time.perf_counter()
     run.quantisation.active = False  # whatever step it follows, so that validations are comparable
     with run.reporter.pause():
         size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
-        means, _ = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
+        means, _, values = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
         seconds = time.perf_counter() - started
-        advice = None
-        if not before_training:
+        verdict = None
+        if before_training:
+            run.judge.begin(values)
+        else:
+            verdict = run.judge.verdict(values)
             if best.saved and best.is_best(means):
                 run.outputs.save_best(iteration)
             best.add(iteration, means)  # now that the file is written
-            advice = run.plateau.advice(iteration, means)
-        run.reporter.report_validation(iteration, means, seconds, advice)
+        run.reporter.report_validation(iteration, means, seconds, verdict, *run.judge.news(iteration, verdict))
 
 
 def make_up_for_validation(run: Run) -> None:
@@ -200,6 +203,8 @@ def finish(run: Run) -> None:
         score_saved(run)
         record_done(run.outputs.folder, TRAINED)
         run.reporter.say(f"Saved final weights to {run.outputs.adapter_file}.")
+        if run.val_pairs:
+            run.reporter.say(run.judge.conclusion(run.best))
 
 
 def evaluate_cpo(
@@ -233,7 +238,7 @@ def evaluate_cpo(
         pairs.tell(print)
     with out_of_memory_explained(), compile_where_it_pays(), float32_products(model):
         scorer = choose_scorer(model, pairs, scoring)
-        means, tokens = evaluate_pairs(
+        means, tokens, _ = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
         )
     rewards = [means.pop("chosen_reward"), means.pop("rejected_reward")]

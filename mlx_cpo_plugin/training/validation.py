@@ -1,26 +1,39 @@
-"""Validation: means over held-out pairs, the best of them, patience, and advice where margins stop rising."""
+"""Validation: scores of held-out pairs, means over them, the best validation so far, and patience."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.settings.cpo_options import MEASURES
-from mlx_cpo_plugin.training.metrics import PairMeans
+from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
 
-# Validations without a better margin in the first part of a run that make a plateau.
-PLATEAU = 3
-EARLY_PART = 0.5
+
+class Validation(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        means: over the pairs of all ranks, each of the same weight, by name.
+        tokens: scored tokens of all ranks.
+        values: of this rank's pairs, in the order of the data, :data:`mlx_cpo_plugin.training.metrics.PAIR_VALUES`,
+            float64 [values, n].
+    """
+
+    means: dict[str, float]
+    tokens: int
+    values: NDArray[np.float64]
 
 
 def evaluate_pairs(
@@ -31,19 +44,21 @@ def evaluate_pairs(
     batch_size: int,
     num_batches: int = -1,
     scorer: SharedPromptScorer | None = None,
-) -> tuple[dict[str, float], int]:
-    """Return the means over the pairs of all ranks, each of the same weight, and the number of scored tokens.
-
-    The arguments are those of :func:`scored_batches`.
-    """
+) -> Validation:
+    """Score pairs; the arguments are those of :func:`scored_batches`."""
     means = PairMeans(objective)
+    place = {id(pair): number for number, pair in enumerate(pairs)}
+    places: list[int] = []
+    values = [np.zeros((len(PAIR_VALUES), 0))]
     for scores, scored_pairs in scored_batches(
         model, pairs, objective.length_normalised, batch_size=batch_size, num_batches=num_batches, scorer=scorer
     ):
         losses = objective.losses(scores)
         mx.eval(losses)
-        means.add(losses, scores, scored_tokens(scored_pairs))
-    return means.over_ranks()
+        values.append(means.add(losses, scores, scored_tokens(scored_pairs)))
+        places += [place[id(pair)] for pair in scored_pairs]
+    # How pairs are grouped into passes may change at a resume.
+    return Validation(*means.over_ranks(), np.concatenate(values, axis=1)[:, np.argsort(places, kind="stable")])
 
 
 def scored_batches(
@@ -129,29 +144,3 @@ class BestSoFar(Resumable):
         """Return whether ``state`` has the same measure of the same pairs, with the adapter saved if it is needed."""
         same = (state["measure"], state["pairs"]) == (self.measure, self.pairs)
         return same and (state["saved"] or not self.saved)
-
-
-class PlateauAdvice(BestSoFar):
-    """Says once that the validation margin stopped rising early, and that ``dpop`` may help."""
-
-    remembered = (*BestSoFar.remembered, "told")
-
-    def __init__(self, loss_type: str, iters: int, pairs: str = "") -> None:
-        super().__init__("margin", pairs=pairs)
-        self.told = loss_type == "dpop"
-        self.until = EARLY_PART * iters
-
-    def advice(self, iteration: int, means: Mapping[str, float]) -> str | None:
-        """Record a validation; return the advice, if it is due."""
-        self.add(iteration, means)
-        if self.told or iteration > self.until or self.waited < PLATEAU:
-            return None
-        self.told = True
-        return (
-            f"Iter {iteration}: the validation margin has not risen since iteration {self.iteration}; if this stays "
-            "so, switch to dpo_cpo_loss_type: dpop and bound the drift with delta."
-        )
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self.told = state["told"]

@@ -31,6 +31,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.gradients import gradients_for
+from mlx_cpo_plugin.training.judge import Judge
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.training.objective import Objective
@@ -39,7 +40,7 @@ from mlx_cpo_plugin.training.outputs import Outputs
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.reporting import DisplacementAlarm, ProgressReporter
 from mlx_cpo_plugin.training.state import TrainingState, can_resume, data_digest, identity
-from mlx_cpo_plugin.training.validation import BestSoFar, PlateauAdvice
+from mlx_cpo_plugin.training.validation import BestSoFar
 
 
 class Run:
@@ -84,12 +85,13 @@ class Run:
 
         metrics_file = MetricsFile(folder / METRICS_FILE if is_first_rank() else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
-        validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
+        judged = val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size]
+        validated = data_digest(judged)
         self.best = BestSoFar(
             args.save_best or "loss", args.early_stopping_patience, validated, args.save_best is not None
         )
-        self.plateau = PlateauAdvice(args.loss_type, args.iters, validated)
-        self.displacement = DisplacementAlarm(args.loss_type)
+        self.judge = Judge(judged, validated, args.cpo_alpha)
+        self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         self.kernels = self._choose_kernels(environment)
         self.scorer = self._choose_scorer()
@@ -98,7 +100,7 @@ class Run:
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
-        resumable = {name: getattr(self, name) for name in ("reporter", "best", "plateau", "displacement")}
+        resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
         self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
         self.identity = identity(args, model, optimizer, pairs)

@@ -107,7 +107,7 @@ def log_probs(model: nn.Module, pairs: Sequence[PreferencePair]) -> dict[str, li
     objective = objective_for("sigmoid", {})
     with compile_where_it_pays():
         scorer = choose_scorer(model, pairs, "auto")
-        means = [evaluate_pairs(model, [pair], objective, batch_size=1, scorer=scorer)[0] for pair in pairs]
+        means = [evaluate_pairs(model, [pair], objective, batch_size=1, scorer=scorer).means for pair in pairs]
     return {side: [round(of_pair[f"policy_{side}_logps"], 4) for of_pair in means] for side in ("chosen", "rejected")}
 
 

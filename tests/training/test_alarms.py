@@ -19,7 +19,7 @@ from mlx_cpo_plugin.training import optimizer_step
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.reporting import WINDOW, DisplacementAlarm
 from mlx_cpo_plugin.training.trainer import train_cpo
-from mlx_cpo_plugin.training.validation import BestSoFar, PlateauAdvice
+from mlx_cpo_plugin.training.validation import BestSoFar
 
 
 def train(folder: Path, model: nn.Module, *, rate: float | Callable[[mx.array], mx.array] = 0.1, **more: Any) -> None:
@@ -98,9 +98,9 @@ def scores(chosen: float, rejected: float) -> AnswerScores:
     )
 
 
-def told(chosen_slope: float, rejected_slope: float, loss_type: str = "sigmoid") -> list[str]:
+def told(chosen_slope: float, rejected_slope: float, cpo_alpha: float = 0.0) -> list[str]:
     """What the alarm says over a run whose log-probs go straight, with some noise."""
-    alarm, rng = DisplacementAlarm(loss_type), np.random.default_rng(0)
+    alarm, rng = DisplacementAlarm(cpo_alpha), np.random.default_rng(0)
     lines = [
         alarm.warning(at, scores(*(-50 + slope * at + rng.normal(0, 2) for slope in (chosen_slope, rejected_slope))))
         for at in range(4 * WINDOW)
@@ -111,8 +111,9 @@ def told(chosen_slope: float, rejected_slope: float, loss_type: str = "sigmoid")
 def test_margins_that_rise_while_the_chosen_answer_falls_are_told_once() -> None:
     (line,) = told(-1.0, -2.0)
 
-    assert "(likelihood displacement); try dpo_cpo_loss_type: dpop, or a lower beta." in line
-    assert "raise delta or lower beta" in told(-1.0, -2.0, "dpop")[0]
+    assert "(likelihood displacement)" in line
+    assert "cpo_alpha: 1" in line
+    assert "cpo_alpha" not in told(-1.0, -2.0, cpo_alpha=1.0)[0]
 
 
 @pytest.mark.parametrize("slopes", [(1.0, -1.0), (-1.0, -1.0), (0.0, 0.0), (-1.0, 0.0)])
@@ -121,7 +122,7 @@ def test_other_courses_are_no_displacement(slopes: tuple[float, float]) -> None:
 
 
 def test_the_displacement_alarm_goes_on_where_it_was() -> None:
-    alarm, resumed = DisplacementAlarm("sigmoid"), DisplacementAlarm("sigmoid")
+    alarm, resumed = DisplacementAlarm(0.0), DisplacementAlarm(0.0)
     for at in range(WINDOW):
         alarm.warning(at, scores(-50 - at, -50 - 2 * at))
     resumed.restore(alarm.state())
@@ -160,18 +161,15 @@ def test_patience_counts_validations_since_the_best() -> None:
     assert exhausted == [False, False, False, True]
 
 
-def test_a_plateau_in_the_first_half_is_advised_on_once_and_not_with_dpop() -> None:
-    def lines(loss_type: str, iters: int) -> list[str]:
-        advice = PlateauAdvice(loss_type, iters)
-        given = [advice.advice(10 * at, means(min(at, 2))) for at in range(1, 9)]
-        return [line for line in given if line is not None]
+def test_a_run_with_validation_leaves_displacement_to_its_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(DisplacementAlarm, "warning", lambda self, iteration, scores: "displaced")
 
-    (line,) = lines("sigmoid", 200)
-    assert line.startswith(
-        "Iter 50: the validation margin has not risen since iteration 20; if this stays so, switch to"
-    )
-    assert lines("dpop", 200) == []
-    assert lines("sigmoid", 80) == []
+    train(tmp_path / "validated", add_adapter(build_model()), val_pairs=build_pairs(4, seed=5))
+    assert "displaced" not in capsys.readouterr().out
+    train(tmp_path / "not", add_adapter(build_model()))
+    assert "displaced" in capsys.readouterr().out
 
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,7 +277,9 @@ def test_a_validation_that_a_callback_prevented_or_interrupted_counts_when_the_r
 def test_the_advice_after_a_validation_is_printed_though_the_callback_raises_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wiring.PlateauAdvice, "advice", lambda self, iteration, means: f"Advice at {iteration}.")
+    monkeypatch.setattr(
+        wiring.Judge, "news", lambda self, iteration, verdict: (verdict and f"Advice at {iteration}.", None)
+    )
 
     with pytest.raises(KeyError, match="a callback of the user"):
         train(tmp_path, Failing("valid", 2))

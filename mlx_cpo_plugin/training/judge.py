@@ -1,0 +1,110 @@
+"""The judge of a run: each validation is compared, pair by pair, with the one before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.exchange import gather
+from mlx_cpo_plugin.training.metrics import PAIR_VALUES
+from mlx_cpo_plugin.training.state import Resumable
+from mlx_cpo_plugin.training.validation import BestSoFar
+from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict
+
+OTHER_PAIRS = "Whether the model is better than before training is not known: the validation before it had other pairs."
+
+
+class Judge(Resumable):
+    """Says whether the model is better or worse than before training, and when that changes.
+
+    Args:
+        pairs: the N validation pairs of all ranks.
+        digest: of these pairs; a validation of others is not compared.
+        cpo_alpha: weight of the likelihood term in the loss.
+
+    Attributes:
+        before: of the validation before training, the measures of each pair of this rank; None where there was none.
+        latest: the verdict on the last validation; None where there is none.
+        told: the outcome that was told last.
+    """
+
+    remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "told")
+
+    def __init__(self, pairs: Sequence[PreferencePair], digest: str, cpo_alpha: float) -> None:
+        self.tokens_per_answer = sum(pair.chosen_tokens for pair in pairs) / max(len(pairs), 1)
+        self.digest, self.cpo_alpha = digest, cpo_alpha
+        self.before: list[list[float]] | None = None
+        self.latest: Verdict | None = None
+        self.told = 0
+
+    def begin(self, values: NDArray[np.float64]) -> None:
+        """Take a validation as the one before training; ``values`` are those of its pairs, see :meth:`verdict`."""
+        self.before = self._measures(values).tolist()
+
+    def verdict(self, values: NDArray[np.float64]) -> Verdict | None:
+        """Return how a validation compares with the one before training; None where there is nothing to compare.
+
+        Args:
+            values: of this rank's pairs, in their order, float64 [len(PAIR_VALUES), n].
+        """
+        if self.before is None:
+            return None
+        differences = self._measures(values) - np.array(self.before)
+        sums = [differences.shape[1], *differences.sum(1).tolist(), *(differences**2).sum(1).tolist()]
+        count, *totals = np.sum(gather(sums), axis=0).tolist()
+        mean, square = np.reshape(totals, (2, -1)) / count
+        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(count - 1, 1))
+        self.latest = Verdict.of(
+            {
+                measure.name: Change(of_mean, of_stderr, int(count))
+                for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
+            }
+        )
+        return self.latest
+
+    def _measures(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what is compared of each pair, in the order of MEASURES, so that means over pairs are those reported.
+
+        Each token weighs the same in the likelihood, so a pair counts by what it adds per token of a mean answer.
+        """
+        of_pairs = dict(zip(PAIR_VALUES, values, strict=True))
+        nll = of_pairs["chosen_nll"] / self.tokens_per_answer
+        return np.array([of_pairs["loss"] + self.cpo_alpha * nll, nll, of_pairs["margins"], of_pairs["accuracies"]])
+
+    def news(self, iteration: int, verdict: Verdict | None) -> tuple[str | None, str | None]:
+        """Return a warning and a line, of which at most one is there: what the last verdict changes."""
+        if verdict is None or verdict.outcome == self.told:
+            return None, None
+        self.told = verdict.outcome
+        line = f"Iter {iteration}: the model is {verdict.sentence()}"
+        if verdict.outcome < 0:
+            return f"{line}; {advice(self.cpo_alpha)}.", None
+        return None, f"{line}."
+
+    def conclusion(self, best: BestSoFar) -> str | None:
+        """Return the last sentence on a run: what it left, and which of its validations was the best."""
+        if self.latest is None:
+            return OTHER_PAIRS if self.before is None else None
+        label = next(measure.label for measure in MEASURES if measure.name == best.measure)
+        of_best = f"the best validation, by {label}, was that of iteration {best.iteration}"
+        return f"The model is {self.latest.sentence()}; {of_best if best.iteration else 'no validation was finite'}."
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "latest": None if self.latest is None else self.latest.report()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; what was validated before training counts only if it was these pairs."""
+        latest = Verdict.from_report(state["latest"] or {})
+        same = state["digest"] == self.digest
+        self.before, self.told, self.latest = (state["before"], state["told"], latest) if same else (None, 0, None)
+
+
+def advice(cpo_alpha: float) -> str:
+    """Return what helps where chosen answers become unlikely."""
+    if cpo_alpha:
+        return "lower learning_rate, or stop earlier"
+    return "keep the chosen answers likely with cpo_alpha: 1 (preset: cpo-paper has it), or lower learning_rate"

@@ -1,0 +1,127 @@
+"""Whether a model is better than before training, by its held-out pairs: as numbers of a report, and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Of the chosen answers, in nats per token: what preference training may take from them unpunished.
+NLL_ALLOWANCE = 0.2
+# A change that no reader would see, such as that of a learning rate of 1e-9, can be certain all the same.
+LEAST = 0.001
+OUTCOMES = {1: "better", 0: "undecided", -1: "worse"}
+
+
+class Measure(NamedTuple):
+    """What is compared: its name in reports, its label, 1 where more is better and -1 where less is, how it is written.
+
+    Attributes:
+        allowance: how far it may get worse before that counts.
+    """
+
+    name: str
+    label: str
+    sign: int
+    form: str
+    allowance: float = LEAST
+
+
+MEASURES = (
+    Measure("loss", "loss", -1, ".3f"),
+    Measure("nll_loss", "nll", -1, ".3f", NLL_ALLOWANCE),
+    Measure("margins", "margin", 1, ".3f"),
+    Measure("accuracies", "accuracy", 1, ".1%"),
+)
+
+
+class Change(NamedTuple):
+    """The mean of N paired differences, after minus before, its standard error, and N."""
+
+    mean: float
+    stderr: float
+    pairs: int
+
+    def sign(self, least: float = LEAST) -> int:
+        """Return 1 or -1 where the change is, at 95 %, certain to exceed ``least`` on that side of zero; else 0."""
+        if not math.isfinite(self.mean) or self.pairs < 2:
+            return 0
+        certain = abs(self.mean) - least > students_t(self.pairs - 1) * self.stderr
+        return int(math.copysign(1, self.mean)) if certain else 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a model compares with the one before training.
+
+    Attributes:
+        outcome: a key of :data:`OUTCOMES`.
+        changes: name of a measure -> mean change and standard error.
+    """
+
+    outcome: int
+    changes: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, changes: Mapping[str, Change]) -> Verdict:
+        """Judge by the changes of all measures.
+
+        A model whose loss rises, or whose chosen answers become much less likely, is worse, whatever its accuracy is;
+        otherwise the measures that moved decide if they agree.
+        """
+        signs = {}
+        for measure in MEASURES:
+            change = changes[measure.name]
+            side = measure.sign * change.sign()
+            signs[measure.name] = side if side > 0 else measure.sign * change.sign(measure.allowance)
+        lost = any(not math.isfinite(change.mean) for change in changes.values())
+        if lost or -1 in (signs["loss"], signs["nll_loss"]):
+            outcome = -1
+        else:
+            outcome = (1 in signs.values()) - (-1 in signs.values())
+        return cls(outcome, {name: (change.mean, change.stderr) for name, change in changes.items()})
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any]) -> Verdict | None:
+        """Return what :meth:`report` wrote, e.g. into a line of ``metrics.jsonl``; None where it has no verdict."""
+        outcome = report.get("val_verdict")
+        if outcome not in OUTCOMES:
+            return None
+        changes = {}
+        for name in (measure.name for measure in MEASURES):
+            values = [report.get(f"val_{name}_{part}") for part in ("change", "stderr")]
+            mean, stderr = (math.nan if value is None else float(value) for value in values)
+            changes[name] = (mean, stderr)
+        return cls(int(outcome), changes)
+
+    def report(self) -> dict[str, float]:
+        """Return the numbers that a report of a validation has of it: ``val_verdict``, 1, 0 or -1, and the changes."""
+        numbers: dict[str, float] = {"val_verdict": self.outcome}
+        for name, (mean, stderr) in self.changes.items():
+            numbers |= {f"val_{name}_change": mean, f"val_{name}_stderr": stderr}
+        return numbers
+
+    @property
+    def word(self) -> str:
+        """``better``, ``undecided`` or ``worse``."""
+        return OUTCOMES[self.outcome]
+
+    def sentence(self) -> str:
+        """Return the outcome, changes and standard errors: ``worse than before training: loss +1.2 ± 0.2``."""
+        figures = []
+        for measure in MEASURES:
+            mean, stderr = self.changes[measure.name]
+            figures.append(f"{measure.label} {mean:+{measure.form}} ± {stderr:{measure.form}}")
+        than = f"{self.word} than" if self.outcome else "not certain to be better or worse than"
+        return f"{than} before training: {', '.join(figures)}"
+
+
+def students_t(freedom: int) -> float:
+    """Return the two-sided 95 % point of Student's t, to 1 % from three degrees of freedom on.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5.
+    """
+    z = 1.959964
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**power for power, term in enumerate(terms))
