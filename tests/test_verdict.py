@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_cpo_plugin.report.page import as_html
+from mlx_cpo_plugin.report.record import RunRecord
 from mlx_cpo_plugin.verdict import MEASURES, NLL_ALLOWANCE, Change, Verdict, students_t
 
 STILL = (0.0, 0.01)
@@ -87,3 +91,19 @@ def test_a_number_that_a_file_lacks_is_said_to_be_none() -> None:
     row = verdict(loss=(math.nan, math.nan)).report() | {"val_loss_change": None, "val_loss_stderr": None}
 
     assert "loss +nan ± nan" in Verdict.from_report(row).sentence()  # type: ignore[union-attr]  # there is a verdict
+
+
+def test_report_and_page_show_the_verdict_of_the_last_validation(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    run_view = pytest.importorskip("mlx_cpo_plugin.studio.run_view")
+    last = verdict(loss=(-0.5, 0.1))
+    rows = [{"val_loss": 1.5, "iteration": 1}, {"val_loss": 1.0, "iteration": 9, **last.report()}]
+    text = "".join(json.dumps({"kind": "valid", "run": "r", **row}) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+
+    shown = f"The model is {last.sentence()}."
+
+    assert shown in as_html([RunRecord.read(tmp_path)])
+    assert shown in run_view.status_html(tmp_path, rows)
+    assert "The model is" not in run_view.status_html(tmp_path, rows[:1])
