@@ -13,25 +13,25 @@ class UserError(ValueError):
 
     The message is one sentence: what is wrong, where (file, line, key), what to do.
     Commands print it without a traceback and end with its exit code.
+
+    Attributes:
+        key: the setting to change, e.g. ``lora_parameters.rank``.
+        place: where the fault is: of a setting, where it was given, e.g. ``in my.yaml, line 3``; otherwise the row,
+            e.g. ``train.jsonl:12``, the file or the folder.
+        allowed: what may stand there instead.
+
+    Each is empty where it is not known.
     """
 
     exit_code = 2
 
-
-class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, or out of range.
-
-    Attributes:
-        key: the setting, e.g. ``lora_parameters.rank``.
-        place: where it was given, e.g. ``in my.yaml, line 3``.
-        allowed: what it may be.
-
-    Each is empty where it is unknown or the error is not about one setting.
-    """
-
     def __init__(self, message: str, *, key: str = "", place: str = "", allowed: str = "") -> None:
         super().__init__(message)
         self.key, self.place, self.allowed = key, place, allowed
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, or out of range."""
 
 
 class DataError(UserError):

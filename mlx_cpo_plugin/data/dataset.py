@@ -103,7 +103,10 @@ class PreferenceDataset(list[PreferencePair]):
             DataError: there are fewer than two pairs.
         """
         if len(self) < 2:
-            raise DataError("valid_fraction needs at least two usable training rows: add rows, or set it to 0.")
+            raise DataError(
+                "valid_fraction needs at least two usable training rows: add rows, or set it to 0.",
+                key="valid_fraction",
+            )
         size = min(max(1, round(fraction * len(self))), len(self) - 1)
         drawn = set(random.Random(seed).sample(range(len(self)), size))
         kept, carved = ([cut for i, cut in enumerate(self._cut) if (i in drawn) == taken] for taken in (False, True))
@@ -138,7 +141,9 @@ def require_splits(settings: DataSettings, splits: Sequence[PreferenceDataset]) 
     for split in splits:
         name = split.report.split
         if name != "valid" and getattr(settings, name) and not split:
-            raise DataError(f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.")
+            raise DataError(
+                f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.", key=name
+            )
 
 
 def load_splits(settings: DataSettings, tokenizer: Any, wanted: Sequence[str]) -> Splits:
@@ -208,7 +213,8 @@ def as_pairs(
         if tokenizer is None:
             raise DataError(
                 "The data set holds rows, not token ids: give their tokenizer as tokenizer=, or the data set that "
-                "create_dataset or load_dataset of mlx-lm-lora makes of them with train_mode 'cpo'."
+                "create_dataset or load_dataset of mlx-lm-lora makes of them with train_mode 'cpo'.",
+                key="tokenizer",
             )
         return _make_pairs(_rows_as_group(items, Columns()), ChatTokenizer(tokenizer), split, max_seq_length, CUT)
 
@@ -249,7 +255,8 @@ def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
         ids = [as_ids(item[part]) for part in ("chosen", "rejected")]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
-            f"{source} of the data set is not a tokenised preference: give token ids as chosen and rejected."
+            f"{source} of the data set is not a tokenised preference: give token ids as chosen and rejected.",
+            place=source,
         ) from None
     shared = common_prefix(*ids)
     sizes = [item.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
@@ -297,7 +304,9 @@ def _collect(
             pairs.append(outcome)
     overlong = sum(outcome.by_choice for outcome in too_long)
     if overlong and not pairs:
-        raise DataError(f"no row of {name} fits: raise max_seq_length, or set overlong: cut.")
+        raise DataError(
+            f"no row of {name} fits: raise max_seq_length, or set overlong: cut.", key="max_seq_length", place=name
+        )
     dataset = PreferenceDataset(
         pairs, split, skipped, notes, tokenizer, too_long=[row.whole for row in too_long], columns=columns
     )
@@ -307,13 +316,16 @@ def _collect(
         raise DataError(
             f"{reason} in {skipped[reason][0]}, and so it is in {spent} of {spent + len(pairs)} rows of {name}, more "
             f"than {SPENT:.0%}: raise max_seq_length ({dataset.report.max_seq_length_for(0.95)} keeps 95% of the rows "
-            "whole), or set overlong: drop."
+            "whole), or set overlong: drop.",
+            key="max_seq_length",
+            place=skipped[reason][0],
         )
     unusable = sum(map(len, skipped.values())) - overlong
     if unusable > len(pairs):
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
         raise DataError(
             f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
-            f"({first_few(places, 3)}): correct or remove them."
+            f"({first_few(places, 3)}): correct or remove them.",
+            place=places[0],
         )
     return dataset

@@ -52,9 +52,11 @@ def read_file(path: Path, name: str = "") -> list[Row]:
         content = _unpacked(path.read_bytes())
     except OSError as error:
         reason = printable(getattr(error, "strerror", None) or first_line(error))
-        raise DataError(f"{file} cannot be read ({reason}): check the file.") from error
+        raise DataError(f"{file} cannot be read ({reason}): check the file.", place=file) from error
     if content.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.")
+        raise DataError(
+            f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.", place=file
+        )
     if content.startswith(b"PAR1") or kind == ".parquet":
         return numbered(_columnar_rows(content, file, "Parquet"), name)
     if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or kind == ".arrow":
@@ -67,7 +69,7 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     if not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _HEADER.fullmatch(first)):
         return _table_rows(text[start:], file, kind, name)
     if "\0" in text or first[0] not in _JSON_BEGINS:
-        raise DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.")
+        raise DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.", place=file)
     return _json_rows(text, file, kind, name)
 
 
@@ -102,7 +104,7 @@ def _columnar_rows(content: bytes, file: str, kind: str) -> list[Any]:
         if is_out_of_memory(error):
             raise
         reason = printable(first_line(error))
-        raise DataError(f"{file} is not a {kind} file that can be read ({reason}): check it.") from error
+        raise DataError(f"{file} is not a {kind} file that can be read ({reason}): check it.", place=file) from error
     return rows
 
 
@@ -111,7 +113,9 @@ def _decoded(content: bytes, file: str) -> str:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line} is not valid {error.encoding.upper()}: save the file as UTF-8.") from error
+        raise DataError(
+            f"{file}:{line} is not valid {error.encoding.upper()}: save the file as UTF-8.", place=f"{file}:{line}"
+        ) from error
 
 
 def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
@@ -126,7 +130,9 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
         return numbered(rows, name, " row " if kind in (".jsonl", ".ndjson") else ":")
     if isinstance(value, Mapping):
         return [Row(value, f"{name}:{line}")]
-    raise DataError(f'{file} holds no rows: write a list of rows, or an object with that list under "data".')
+    raise DataError(
+        f'{file} holds no rows: write a list of rows, or an object with that list under "data".', place=file
+    )
 
 
 def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
@@ -137,7 +143,9 @@ def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
         try:
             value, place = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
-            raise DataError(f"{file}:{line} is not valid JSON ({first_line(error)}): correct it.") from error
+            raise DataError(
+                f"{file}:{line} is not valid JSON ({first_line(error)}): correct it.", place=f"{file}:{line}"
+            ) from error
         yield value, line
         line += text.count("\n", start, place)
 
@@ -155,14 +163,15 @@ def _table_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
             if len(cells) > len(header):
                 raise DataError(
                     f"{file}:{line} has {len(cells)} values for {len(header)} columns: put values that hold a "
-                    "separator into quotes."
+                    "separator into quotes.",
+                    place=f"{file}:{line}",
                 )
             if cells:
                 values = zip(header, cells, strict=False)
                 rows.append(Row({column: value for column, value in values if column}, f"{name}:{line}"))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}:{line} is not valid CSV ({error}): correct it.") from error
+        raise DataError(f"{file}:{line} is not valid CSV ({error}): correct it.", place=f"{file}:{line}") from error
     finally:
         csv.field_size_limit(longest)
     return rows

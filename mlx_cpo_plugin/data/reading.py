@@ -63,10 +63,12 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
         near = _nearest(path)
     except (OSError, RuntimeError) as error:  # the latter for ~somebody, who is not known here
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise DataError(f"data names {named(data)}, which cannot be read ({reason}): check the path.") from error
+        raise DataError(
+            f"data names {named(data)}, which cannot be read ({reason}): check the path.", key="data"
+        ) from error
     if near is not None or _looks_like_path(data):
         advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
-        raise DataError(f"data names {named(data)}, which does not exist: {advice}")
+        raise DataError(f"data names {named(data)}, which does not exist: {advice}", key="data", allowed=near or "")
     return _of_library(data, _load_from_hub(data, {}), columns, wanted)
 
 
@@ -74,7 +76,7 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
     if is_saved_dataset(folder):
         import datasets
 
-        with _library(f"{named(str(folder))} cannot be loaded", "save the data set again"):
+        with _library(str(folder), f"{named(str(folder))} cannot be loaded", "save the data set again"):
             found = datasets.load_from_disk(str(folder))
         by_split = found if isinstance(found, Mapping) else {"train": found}
         return _of_library(folder.name, by_split, columns, wanted)
@@ -90,7 +92,12 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
         names_there = sorted(path.name for path in folder.iterdir())[:8]
         found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"
         needed = " or ".join(f"{split}.jsonl" for split in wanted)
-        raise DataError(f"{named(str(folder))} holds no {needed} (found: {found}): put the rows there, as {ACCEPTED}.")
+        raise DataError(
+            f"{named(str(folder))} holds no {needed} (found: {found}): put the rows there, as {ACCEPTED}.",
+            key="data",
+            place=str(folder),
+            allowed=needed,
+        )
     return splits
 
 
@@ -100,7 +107,10 @@ def _of_library(name: str, by_split: Mapping[str, Any], columns: Columns, wanted
     if not picked:
         raise DataError(
             f"{named(name)} has the splits {named(', '.join(by_split))}, none of them called train: write hf_dataset "
-            "with path: and train_split:."
+            "with path: and train_split:.",
+            key="hf_dataset",
+            place=name,
+            allowed=", ".join(by_split),
         )
     splits = {}
     for split in (split for split in wanted if split in picked):
@@ -115,7 +125,9 @@ def _read_entries(settings: DataSettings, entries: Any, wanted: Collection[str])
     splits: Splits = {split: [] for split in wanted}
     for entry in [entries] if isinstance(entries, Mapping) else entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):  # as apps may give it
-            raise DataError("hf_dataset has an entry without a path: write path: and the dataset's name.")
+            raise DataError(
+                "hf_dataset has an entry without a path: write path: and the dataset's name.", key="hf_dataset"
+            )
         config = entry.get("config") or {}
         options = dict(config) if isinstance(config, Mapping) else {"name": config}
         columns = Columns.from_settings(settings, entry)
@@ -157,24 +169,26 @@ def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, st
 def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
-    with _library(f"the dataset {shown(name)} cannot be loaded", "check its settings"):
+    with _library(name, f"the dataset {shown(name)} cannot be loaded", "check its settings"):
         try:
             return datasets.load_dataset(name, **options)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise DataError(
                 f"no dataset {shown(name)} was found, neither as a local path nor on the Hugging Face hub: check "
-                "data or hf_dataset."
+                "data or hf_dataset.",
+                key="data",
+                place=name,
             ) from error
 
 
 def _library_rows(name: str, rows: Any, where: str) -> list[Row]:
     # Images and the like are decoded only now, by whatever library is there.
-    with _library(f"a row of the dataset {shown(name)} cannot be read", "check its columns"):
+    with _library(where, f"a row of the dataset {shown(name)} cannot be read", "check its columns"):
         return numbered(rows, where)
 
 
 @contextmanager
-def _library(failure: str, advice: str) -> Iterator[None]:
+def _library(place: str, failure: str, advice: str) -> Iterator[None]:
     """Turn whatever the builders, network and decoders of the ``datasets`` library raise into DataError.
 
     A module ``torch`` that is not PyTorch, which would mislead the library, is hidden meanwhile.
@@ -190,7 +204,7 @@ def _library(failure: str, advice: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise DataError(f"{failure} ({printable(reason)}): {advice}.") from error
+        raise DataError(f"{failure} ({printable(reason)}): {advice}.", place=place) from error
     finally:
         if torch is not None:
             sys.modules.setdefault("torch", torch)

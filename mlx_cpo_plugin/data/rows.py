@@ -113,14 +113,17 @@ class Columns:
     def check(self, rows: Sequence[Any], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
-        listed = f"one of the columns found ({first_few([named(name, 60) for name in found], 12) or 'none'})"
+        allowed = first_few([named(name, 60) for name in found], 12)
+        listed = f"one of the columns found ({allowed or 'none'})"
         for part, aliases in ALIASES.items() if rows else ():
-            name = getattr(self, part)
+            name, key = getattr(self, part), f"{part}_feature"
             missing = [column for column in _columns_in(name, part, found) if column not in found]
             if name != AUTO and missing:
-                raise DataError(f"{where} has no column {shown(missing[0])}, which {part}_feature names: use {listed}.")
+                message = f"{where} has no column {shown(missing[0])}, which {key} names: use {listed}."
+                raise DataError(message, key=key, place=where, allowed=allowed)
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
-                raise DataError(f"{where} has no column for the {part} answer: set {part}_feature to {listed}.")
+                message = f"{where} has no column for the {part} answer: set {key} to {listed}."
+                raise DataError(message, key=key, place=where, allowed=allowed)
 
     def read(self, rows: Iterable[Any]) -> ColumnsRead:
         """Return which columns of ``rows`` are read for which part, and which are not."""

@@ -206,7 +206,9 @@ def fit(
     if overlong == ERROR:
         raise DataError(
             f"{source} has {pair.length} tokens, more than max_seq_length {max_seq_length}: raise max_seq_length, or "
-            "set overlong to cut or drop."
+            "set overlong to cut or drop.",
+            key="max_seq_length",
+            place=source,
         )
     if overlong == DROP:
         raise OverlongRow(f"longer than max_seq_length {max_seq_length}", whole, by_choice=True)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from support.data_tokenizers import tokenizer_named
+from support.refusals import refused
 
 from mlx_cpo_plugin.data import DataReport, PreferenceDataset, PreferencePair, as_pairs, load_dataset
 from mlx_cpo_plugin.errors import DataError
@@ -83,14 +84,11 @@ def test_half_unusable_is_accepted_and_more_is_an_error(tmp_path):
     same = {"prompt": "Who?", "chosen": "Me.", "rejected": "Me."}
 
     train, _, _ = load(write(tmp_path / "half.jsonl", rows(4) + [same] * 4))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"^5 of 9 rows .* because both answers are the same .* 2 more\)") as caught:
         load(write(tmp_path / "more.jsonl", rows(4) + [same] * 5))
 
     assert len(train) == 4
-    assert str(caught.value) == (
-        "5 of 9 rows of more.jsonl cannot be used, mostly because both answers are the same "
-        "(more.jsonl:5, more.jsonl:6, more.jsonl:7 and 2 more): correct or remove them."
-    )
+    assert caught.value.place == "more.jsonl:5"
 
 
 def test_the_report_counts_what_was_cut_and_how_long_the_parts_are(tmp_path):
@@ -115,10 +113,8 @@ def test_a_split_that_is_asked_for_and_missing_is_an_error(tmp_path, split, want
     write(tmp_path / "valid.jsonl", rows(2))
     write(tmp_path / ("test.jsonl" if split == "train" else "train.jsonl"), rows(2))
 
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, key=split):
         load(tmp_path, **{"train": True, "test": True, **wanted})
-
-    assert str(caught.value) == (f"{split} is on, but the data holds no {split} rows: add some, or set {split}: false.")
 
 
 def test_without_a_validation_set_it_is_skipped_with_a_note(tmp_path):
@@ -161,7 +157,7 @@ def test_valid_fraction_does_not_touch_a_validation_set_that_is_there(tmp_path):
 
 
 def test_valid_fraction_of_a_single_row_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="valid_fraction needs at least two usable training rows"):
+    with refused(DataError, key="valid_fraction"):
         load(write(tmp_path / "train.jsonl", rows(1)), valid_fraction=0.5)
 
 
@@ -233,12 +229,8 @@ def test_tokenised_items_without_a_preference_are_left_out():
 
 @pytest.mark.parametrize("item", ["text", None, 1, ["chosen", "rejected"]])
 def test_items_that_are_not_tokenised_are_an_error(item):
-    with pytest.raises(DataError) as caught:
-        as_pairs([item])
-
-    assert str(caught.value) == (
-        "item 0 of the data set is not a tokenised preference: give token ids as chosen and rejected."
-    )
+    with refused(DataError, place="item 1"):
+        as_pairs([*items_of_the_host(), item])
 
 
 def test_a_data_set_is_a_sequence():
@@ -275,5 +267,5 @@ def test_rows_that_the_settings_leave_out_for_their_length_are_counted_but_not_t
     assert report.summary().startswith(
         "Train: 4 rows, 1 pairs, 3 skipped (longer than max_seq_length 32: train.jsonl:2,"
     )
-    with pytest.raises(DataError, match=r"^no row of train\.jsonl fits: raise max_seq_length, or set overlong: cut\.$"):
+    with refused(DataError, key="max_seq_length", place="train.jsonl"):
         load(file, max_seq_length=4, overlong="drop")

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
+from support.refusals import refused
 
-from mlx_cpo_plugin.data.files import ACCEPTED, read_file
+from mlx_cpo_plugin.data.files import read_file
 from mlx_cpo_plugin.errors import DataError
 
 ROWS = [{"prompt": f"What is {i},\n\u2028 {i}?", "chosen": f'It is "{i}".', "rejected": "No."} for i in range(12)]
@@ -163,59 +164,29 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "line", "fault"),
     [
-        (
-            "a.jsonl",
-            b'{"a": 1}\n{"a": }\n',
-            "a.jsonl:2 is not valid JSON (Expecting value: line 2 column 7 (char 15)): correct it.",
-        ),
-        (
-            "a.jsonl",
-            b'{"a": 1\n{"a": 2}\n{"a": 3}',
-            "a.jsonl:1 is not valid JSON (Expecting ',' delimiter: line 2 column 1 (char 8)): correct it.",
-        ),
-        (
-            "a.jsonl",
-            b'[\n{"a" 1}]',
-            "a.jsonl:1 is not valid JSON (Expecting ':' delimiter: line 2 column 6 (char 7)): correct it.",
-        ),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2 is not valid UTF-8: save the file as UTF-8."),
-        ("a.json", b'[{"a":\n"\xff"}]', "a.json:2 is not valid UTF-8: save the file as UTF-8."),
-        ("a.json", b"3", 'a.json holds no rows: write a list of rows, or an object with that list under "data".'),
-        (
-            "a.jsonl",
-            b'{"a": 1}\n' + b"[" * 100_000,
-            "a.jsonl:2 is not valid JSON (maximum recursion depth exceeded while decoding a JSON array "
-            "from a unicode string): correct it.",
-        ),
-        (
-            "a.json",
-            b"9" * 5000,
-            "a.json:1 is not valid JSON (Exceeds the limit (4300 digits) for integer string conversion: "
-            "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit): correct it.",
-        ),
-        ("a.jsonl", b"Once upon a time", f"a.jsonl is not a data file that can be read: use {ACCEPTED}."),
-        ("a.jsonl", b"\x89\x50\x00\x01\x02", "a.jsonl:1 is not valid UTF-8: save the file as UTF-8."),
-        ("a.csv", b'a,b\n"1,2\n', "a.csv:2 is not valid CSV (unexpected end of data): correct it."),
-        (
-            "a.csv",
-            b"a,b\n1,2\n1,2,3\n",
-            "a.csv:3 has 3 values for 2 columns: put values that hold a separator into quotes.",
-        ),
-        (
-            "a.parquet",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n",
-            "a.parquet is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.",
-        ),
-        ("a.json", b"\n<!DOCTYPE html><html>", f"a.json is not a data file that can be read: use {ACCEPTED}."),
+        ("a.jsonl", b'{"a": 1}\n{"a": }\n', ":2", "not valid JSON"),
+        ("a.jsonl", b'{"a": 1\n{"a": 2}\n{"a": 3}', ":1", "not valid JSON"),
+        ("a.jsonl", b'[\n{"a" 1}]', ":1", "not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ":2", "not valid UTF-8"),
+        ("a.json", b'[{"a":\n"\xff"}]', ":2", "not valid UTF-8"),
+        ("a.json", b"3", "", "no rows"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, ":2", "not valid JSON .*recursion"),
+        ("a.json", b"9" * 5000, ":1", "not valid JSON .*limit"),
+        ("a.jsonl", b"Once upon a time", "", "not a data file"),
+        ("a.jsonl", b"\x89\x50\x00\x01\x02", ":1", "not valid UTF-8"),
+        ("a.csv", b'a,b\n"1,2\n', ":2", "not valid CSV"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3", "3 values for 2 columns"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "", "git lfs pull"),
+        ("a.json", b"\n<!DOCTYPE html><html>", "", "not a data file"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where_and_why(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
+def test_a_file_that_cannot_be_read_says_where_and_why(
+    name: str, content: bytes, line: str, fault: str, tmp_path: Path
+) -> None:
+    with refused(DataError, fault, place=f"{tmp_path / name}{line}"):
         read_file(write(tmp_path / name, content))
-
-    assert str(caught.value) == f"{tmp_path}/{message}"
 
 
 @pytest.mark.parametrize("form", ["parquet", "an arrow stream", "an arrow file", "gzip", "bzip2", "zstandard"])
@@ -224,8 +195,5 @@ def test_a_file_that_was_cut_is_one_sentence(form: str, part: float, tmp_path: P
     whole = FORMS[form](ROWS)
     path = write(tmp_path / "a.jsonl", whole[: int(part * len(whole))])
 
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, place=str(path)):
         read_file(path)
-
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)

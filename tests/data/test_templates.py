@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from mlx_lm_lora.chat_template import ensure_chat_template
 from support.data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_named
+from support.refusals import refused
 from tokenizers import normalizers
 
 from mlx_cpo_plugin.data.rows import Columns, parse_row
@@ -102,7 +103,7 @@ def test_the_template_of_the_settings_goes_before_the_tokenizers_own(tmp_path):
 
 
 def test_a_template_that_is_neither_jinja_nor_a_file_is_an_error():
-    with pytest.raises(ConfigError, match=r"^chat_template is 'chatml', which is neither Jinja nor a file .*template"):
+    with refused(ConfigError, key="chat_template"):
         read_template("chatml")
 
 
