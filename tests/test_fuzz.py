@@ -163,7 +163,7 @@ def test_odd_files_are_refused_by_name_and_line(content: str, sentence: str, tmp
 
 def test_a_configuration_that_is_no_path_is_refused() -> None:
     assert refused_call(config=5) == "config is 5, but must be the path of a YAML file."
-    assert "cannot be read: " in refused_call(config="a\0b")
+    assert "cannot be read (" in refused_call(config="a\0b")
 
 
 def test_a_train_mode_that_is_not_text_asks_for_no_mode(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def verify_adapter(model: nn.Module, adapter_file: Path) -> None:
         if saved[name].dtype != value.dtype or not mx.array_equal(saved[name], value, equal_nan=True).item():
             raise CheckpointError(
                 f"{name!r} in the adapter {adapter_file} is not what was trained; another process or the disk "
-                "changed it."
+                "changed it.",
+                place=str(adapter_file),
             )
 
 
@@ -148,20 +149,25 @@ def _read(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.
         weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
         mx.eval(weights)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"The adapter {adapter_file} cannot be read ({error}); give another file.") from error
+        raise CheckpointError(
+            f"The adapter {adapter_file} cannot be read ({error}); give another file.", place=str(adapter_file)
+        ) from error
     for name, value in expected.items():
-        if name not in weights:
-            raise CheckpointError(
-                f"The adapter {adapter_file} has no {name!r}; it belongs to another kind of training."
-            )
-        if weights[name].shape != value.shape:
+        if name in weights and weights[name].shape != value.shape:
             raise CheckpointError(
                 f"The adapter {adapter_file} has {name!r} as {weights[name].shape}, but the model trains "
-                f"{value.shape}; use the lora_parameters and model that it was trained with."
+                f"{value.shape}; use the lora_parameters and model that it was trained with.",
+                key="lora_parameters",
+                place=str(adapter_file),
             )
-    unknown = sorted(set(weights) - set(expected))
-    if unknown:
-        raise CheckpointError(f"The adapter {adapter_file} has {unknown[0]!r}, which the model does not train.")
+    if differing := sorted(weights.keys() ^ expected.keys()):
+        fault = "has {!r}, which the model does not train" if differing[0] in weights else "lacks {!r}"
+        raise CheckpointError(
+            f"The adapter {adapter_file} {fault.format(differing[0])}; set train_type, num_layers and lora_parameters "
+            "to what it was trained with.",
+            key="train_type",
+            place=str(adapter_file),
+        )
     return weights
 
 
@@ -176,4 +182,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{path} cannot be written ({error}); free space or change adapter_path.") from error
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free space or change adapter_path.",
+            key="adapter_path",
+            place=str(path),
+        ) from error

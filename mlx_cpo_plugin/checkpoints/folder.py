@@ -104,7 +104,9 @@ class CheckpointFolder:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
-                f"{target} cannot be written ({error}); free space or change adapter_path."
+                f"{target} cannot be written ({error}); free space or change adapter_path.",
+                key="adapter_path",
+                place=str(target),
             ) from error
         finally:
             remove(partial)
@@ -164,7 +166,9 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
         return Checkpoint(folder, values, RunIdentity.from_plain(values["run"]), int(values["iteration"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fault = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"The checkpoint {folder} is incomplete or corrupt ({fault}).") from error
+        raise CheckpointError(
+            f"The checkpoint {folder} is incomplete or corrupt ({fault}).", place=str(folder)
+        ) from error
 
 
 def _hash(file: Path) -> str:

@@ -179,7 +179,7 @@ def _named(path: Path, usable: Usable, hashed: bool) -> tuple[Checkpoint, tuple[
     if not (os.path.isfile(path / MANIFEST) or (_is_in_adapter_folder(path) and os.path.isdir(path))):
         found = _search(path, usable, hashed)
         if found.checkpoint is None:
-            raise ConfigError(f"{wanted}, but {found.why_none(path)}", key="resume")
+            raise ConfigError(f"{wanted}, but {found.why_none(path)}", key="resume", place=str(path))
         return found.checkpoint, found.notes
     mine = path
     if path.parent.name.startswith(CHECKPOINTS):
@@ -189,9 +189,9 @@ def _named(path: Path, usable: Usable, hashed: bool) -> tuple[Checkpoint, tuple[
     try:
         checkpoint = read_checkpoint(mine, hashed)
     except CheckpointError as error:
-        raise ConfigError(f"{wanted}: {error}", key="resume") from error
+        raise ConfigError(f"{wanted}: {error}", key="resume", place=str(mine)) from error
     if not usable(checkpoint.values):
-        raise ConfigError(f"{wanted}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume")
+        raise ConfigError(f"{wanted}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume", place=str(mine))
     return checkpoint, ()
 
 

@@ -117,6 +117,7 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
         raise ConfigError(
             f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.",
             key="adapter_path",
+            place=str(previous),
         )
     aside = previous / record.run.id
     remove_partials(aside)

@@ -54,7 +54,7 @@ def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = No
         return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if not any(splits):
-        raise DataError("the data holds no rows: check data or hf_dataset.")
+        raise DataError("the data holds no rows: check data or hf_dataset.", key="data")
     for dataset in splits:
         print(*dataset.report.lines(), sep="\n", file=stream)
     for dataset in splits:

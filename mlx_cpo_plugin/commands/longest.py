@@ -42,7 +42,10 @@ def run_longest(settings: RunSettings, mode: TrainMode, stream: TextIO | None = 
         )
     pairs, *_ = load_splits(settings, load_chat_tokenizer(settings.model), ("train",))
     if not pairs:
-        raise DataError("--longest splits a pair like the largest one for training, and data holds none.")
+        raise DataError(
+            "--longest splits a pair like the largest one for training, and data holds none; check data or hf_dataset.",
+            key="data",
+        )
     device = device_memory()
     given = estimate(settings, pairs)
     shares = shares_of(given.largest)

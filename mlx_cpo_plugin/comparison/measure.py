@@ -110,7 +110,8 @@ def compare(
     missing = next((name for name in ADAPTER_FILES if not (adapter_path / name).is_file()), None)
     if missing:
         raise ConfigError(
-            f"There is no {missing} in {named(str(adapter_path))}; give the adapter_path of a run that was saved."
+            f"There is no {missing} in {named(str(adapter_path))}; give the adapter_path of a run that was saved.",
+            place=str(adapter_path),
         )
     settings = run_settings(adapter_path, model, data)
     run = run_in(adapter_path)
@@ -141,7 +142,9 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
             raise
         raise ConfigError(
             f"The adapter in {named(str(adapter_path))} does not go onto model {settings.model!r} "
-            f"({first_line(error)}); give the model that it was trained from."
+            f"({first_line(error)}); give the model that it was trained from.",
+            key="model",
+            place=str(adapter_path),
         ) from error
     model.eval()
     comparison.tuned = answers(model, tokenizer, questions, max_tokens, "tuned model", say)
@@ -163,11 +166,12 @@ def run_settings(adapter_path: Path, model: str | None, data: str | None) -> Run
         if model is None and "model" not in recorded:
             raise ConfigError(
                 f"{RUN_SETTINGS} in {named(str(adapter_path))} names no model, since the run was started by a call "
-                "that was given a loaded one; give --model, and --data for rows."
+                "that was given a loaded one; give --model, and --data for rows.",
+                key="model",
             )
     elif model is None:
         raise ConfigError(
-            f"There is no {RUN_SETTINGS} in {named(str(adapter_path))}; give --model, and --data for rows."
+            f"There is no {RUN_SETTINGS} in {named(str(adapter_path))}; give --model, and --data for rows.", key="model"
         )
     settings = config.resolve(call, call_place=ON_THE_COMMAND_LINE).settings
     if data is not None:
@@ -198,12 +202,16 @@ def held_out_pairs(
         wanted = ["valid", "test"]
     try:
         if not settings.data and not settings.hf_dataset:
-            raise DataError("the run's rows are not recorded; name some with --data, or ask with --prompt alone.")
+            raise DataError(
+                "the run's rows are not recorded; name some with --data, or ask with --prompt alone.", key="data"
+            )
         train, valid, test = load_splits(settings, tokenizer, wanted)
         held_out = train if is_file else test or valid
         if not held_out:
             where = named(str(settings.hf_dataset or settings.data))
-            raise DataError(f"{where} holds no held-out rows; name some with --data, or ask with --prompt alone.")
+            raise DataError(
+                f"{where} holds no held-out rows; name some with --data, or ask with --prompt alone.", key="data"
+            )
     except DataError as error:
         if needed or is_given:
             raise
@@ -234,7 +242,7 @@ def own_question(prompt: str, tokenizer: ChatTokenizer) -> Question:
     try:
         tokens = prompt_tokens(prompt, tokenizer)
     except UnusableRow as error:
-        raise DataError(f"--prompt {shown(prompt)} cannot be asked ({error}); write another.") from error
+        raise DataError(f"--prompt {shown(prompt)} cannot be asked ({error}); write another.", key="prompt") from error
     return Question(USER_PROMPT, prompt, tokens.tolist())
 
 
@@ -261,7 +269,8 @@ def load_base(settings: RunSettings) -> tuple[nn.Module, Any]:
         if is_device_fault(error):
             raise
         raise ConfigError(
-            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or give --model."
+            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or give --model.",
+            key="model",
         ) from error
     if settings.train_type != "full" or settings.num_layers > 0:
         model.freeze()  # as in the run: scores are computed, and rounded, otherwise where the head is trained

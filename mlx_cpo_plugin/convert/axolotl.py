@@ -60,7 +60,9 @@ def convert_axolotl(source: Source, rows: int | None, drop_reference: bool) -> C
     rate = source.number("learning_rate")
     if rate is None:
         raise ConfigError(
-            f"{named(source.settings.file)} gives no learning_rate, without which Axolotl does not train."
+            f"{named(source.settings.file)} gives no learning_rate, without which Axolotl does not train; add it.",
+            key="learning_rate",
+            place=source.settings.place("learning_rate"),
         )
     conversion.put("learning_rate", rate, given=True)
     convert_schedule(_schedule(source, rate, length), conversion, length)
@@ -83,7 +85,9 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if is_off(rl):
         raise ConfigError(
             f"{named(source.settings.file)} has no rl, so Axolotl would train on no preferences with it; give one with "
-            "rl: simpo."
+            "rl: simpo.",
+            key="rl",
+            place=source.settings.place("rl"),
         )
     if rl not in ("simpo", "dpo", "ipo"):
         raise source.refuse("rl", "only simpo can be converted, or dpo and ipo with --drop-reference")
@@ -116,7 +120,11 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
     else:
         rank, alpha = source.count("lora_r"), source.number("lora_alpha")
         if rank is None or alpha is None:
-            raise ConfigError(f"{named(source.settings.file)} has an adapter without lora_r or lora_alpha; give both.")
+            raise ConfigError(
+                f"{named(source.settings.file)} has an adapter without lora_r or lora_alpha; give both.",
+                key="lora_r" if rank is None else "lora_alpha",
+                place=source.settings.place("adapter"),
+            )
         targets = "all-linear" if source.flag("lora_target_linear") else source.raw("lora_target_modules")
         dropout, dora, stabilised = source.number("lora_dropout", 0.0), "peft_use_dora", "peft_use_rslora"
         convert_adapter(

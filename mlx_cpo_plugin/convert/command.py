@@ -44,9 +44,11 @@ def run_convert(arguments: argparse.Namespace) -> int:
     """
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists() and not arguments.force:
-        raise ConfigError(f"{named(str(output))} is there already; give another --output, or --force to overwrite it.")
+        raise ConfigError(
+            f"{named(str(output))} is there already; give another --output, or --force to overwrite it.", key="output"
+        )
     if arguments.rows is not None and arguments.rows < 1:
-        raise ConfigError(f"--rows is {arguments.rows}, but must be at least 1.")
+        raise ConfigError(f"--rows is {arguments.rows}, but must be at least 1.", key="rows")
     settings = read_settings(arguments.file)
     source = Source(settings)
     _, converter = SOURCES[arguments.source or recognised(settings, arguments.drop_reference)]
@@ -65,7 +67,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{named(str(output))} cannot be written ({error.strerror}); give another --output."
+            f"{named(str(output))} cannot be written ({error.strerror}); give another --output.", key="output"
         ) from error
     print("\n".join(told))
     print(f"\nWritten to {named(str(output))}; look at its rows with `mlx-cpo check --config {named(str(output))}`.")
@@ -83,9 +85,9 @@ def read_settings(file: str) -> YamlSettings:
     try:
         values = json.loads(read_bytes(file))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{named(file)} is not valid JSON; correct it.") from error
+        raise ConfigError(f"{named(file)} is not valid JSON; correct it.", place=file) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{named(file)} holds no JSON object; give one with the training arguments.")
+        raise ConfigError(f"{named(file)} holds no JSON object; give one with the training arguments.", place=file)
     return YamlSettings(file, values, {})
 
 
@@ -100,11 +102,15 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
     """
     file, values = named(settings.file), settings.values
     if "train_mode" in values:
-        raise ConfigError(f"{file} has train_mode and so is one of mlx-lm-lora already; train with it.")
+        raise ConfigError(
+            f"{file} has train_mode and so is one of mlx-lm-lora already; train with it.", key="train_mode"
+        )
     if "rlhf_type" in values:
         raise ConfigError(
             f"rlhf_type is {shown(values['rlhf_type'])} {settings.place('rlhf_type')}, so the file is one of ms-swift, "
-            "whose defaults are others than TRL's; write its values as a CPOConfig, loss_type and cpo_alpha included."
+            "whose defaults are others than TRL's; write its values as a CPOConfig, loss_type and cpo_alpha included.",
+            key="rlhf_type",
+            place=settings.place("rlhf_type"),
         )
     name = next((name for name, (module, _) in SOURCES.items() if any(mark in values for mark in module.MARKS)), None)
     if name is None:

@@ -102,7 +102,8 @@ class Source:
     def refuse(self, key: str, allowed: str, default: Any = None) -> ConfigError:
         """Return the error for a value that has no counterpart: where it stands, and what would have."""
         value, place = (self.values[key], self.settings.place(key)) if self.gives(key) else (default, "by default")
-        return ConfigError(f"{in_words((*self._path, key))} is {shown(value)} {place}, but {allowed}.")
+        name = in_words((*self._path, key))
+        return ConfigError(f"{name} is {shown(value)} {place}, but {allowed}.", key=name, place=place)
 
     def unread(self) -> list[KeyPath]:
         """Return the keys that nobody asked for, in the order of the file, inside mappings that were read, too."""

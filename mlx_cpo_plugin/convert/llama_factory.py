@@ -153,7 +153,8 @@ def _described(source: Source, folder: str, names: list[str], conversion: Conver
         except OSError:
             continue
         except ValueError as error:
-            raise ConfigError(f"{named(str(place / INFO_FILE))} is not valid JSON; correct it.") from error
+            file = str(place / INFO_FILE)
+            raise ConfigError(f"{named(file)} is not valid JSON; correct it.", place=file) from error
         return [_entry(name, described, place, conversion) for name in names]
     if names:
         conversion.tell(
@@ -167,7 +168,9 @@ def _entry(name: str, described: Any, place: Path, conversion: Conversion) -> Da
     file = str(place / INFO_FILE)
     info = described.get(name) if isinstance(described, dict) else None
     if not isinstance(info, dict):
-        raise ConfigError(f"dataset {named(name)} is not described in {named(file)}; correct the name.")
+        raise ConfigError(
+            f"dataset {named(name)} is not described in {named(file)}; correct the name.", key="dataset", place=file
+        )
     entry = Source(YamlSettings(file, info, {}))
     if not entry.flag("ranking"):
         conversion.tell(f"dataset {named(name, 60)} has no ranking: true in {INFO_FILE}: are its rows pairs?")
@@ -175,7 +178,10 @@ def _entry(name: str, described: Any, place: Path, conversion: Conversion) -> Da
     if formatting not in FORMATTINGS:
         raise ConfigError(
             f"dataset {named(name)} has the formatting {shown(formatting)} in {named(file)}, but only "
-            f"{', '.join(FORMATTINGS)} can be converted."
+            f"{', '.join(FORMATTINGS)} can be converted.",
+            key="formatting",
+            place=file,
+            allowed=", ".join(FORMATTINGS),
         )
     alpaca = formatting == "alpaca"
     features = _columns(entry.inside("columns"), alpaca, conversion)
@@ -187,7 +193,11 @@ def _entry(name: str, described: Any, place: Path, conversion: Conversion) -> Da
         split = str(entry.raw("split", "train"))
         options = merged({"name": entry.raw("subset"), "data_dir": entry.raw("folder")})
     elif local is None:
-        raise ConfigError(f"dataset {named(name)} has neither file_name nor hf_hub_url in {named(file)}; give one.")
+        raise ConfigError(
+            f"dataset {named(name)} has neither file_name nor hf_hub_url in {named(file)}; give one.",
+            key="file_name",
+            place=file,
+        )
     left_out = [path for path in entry.unread() if not is_off(entry.value_at(path))]
     conversion.left_out += [f"{INFO_FILE}: {in_words((name, *path))}" for path in left_out]
     return DataEntry(hub or str(place / local), options, split, None, features)

@@ -87,7 +87,9 @@ def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
         ConfigError: the rank is below 1.
     """
     if adapter.rank < 1:
-        raise ConfigError(f"The rank of the adapter is {adapter.rank}, but must be at least 1.")
+        raise ConfigError(
+            f"The rank of the adapter is {adapter.rank}, but must be at least 1.", key="lora_parameters.rank"
+        )
     divisor = math.sqrt(adapter.rank) if adapter.rank_stabilised else adapter.rank
     scale = adapter.alpha / divisor
     dropout = adapter.dropout if adapter.dropout_works else 0.0

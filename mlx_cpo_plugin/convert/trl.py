@@ -95,7 +95,9 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
         if key in source.values:
             raise ConfigError(
                 f"{key} {source.settings.place(key)} belongs to TRL's {trainer}, which trains on no pairs of chosen "
-                "and rejected answers; give a CPOConfig."
+                "and rejected answers; give a CPOConfig.",
+                key=key,
+                place=source.settings.place(key),
             )
     convert_scripts(source, conversion, rows)
     _convert_loss(source, conversion, drop_reference)

@@ -54,7 +54,11 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
     kind = output.suffix.lower()
     if kind not in FORMATS:
-        raise ReportError(f"--output {named(str(output))}: a report is {', '.join(FORMATS)}; give a name that ends so.")
+        raise ReportError(
+            f"--output {named(str(output))}: a report is {', '.join(FORMATS)}; give a name that ends so.",
+            key="output",
+            allowed=", ".join(FORMATS),
+        )
     records = [RunRecord.read(folder) for folder in folders]
     if kind == ".png":
         content = as_png(records)
@@ -64,5 +68,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         replace_whole(output, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise ReportError(
-            f"The report {named(str(output))} cannot be written ({error.strerror}); give another --output."
+            f"The report {named(str(output))} cannot be written ({error.strerror}); give another --output.",
+            key="output",
+            place=str(output),
         ) from error

@@ -172,10 +172,13 @@ def _read_metrics(file: Path) -> list[Row]:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError as error:
         raise ReportError(
-            f"There is no {METRICS_FILE} in {named(str(file.parent))}; give the adapter_path of a CPO run."
+            f"There is no {METRICS_FILE} in {named(str(file.parent))}; give the adapter_path of a CPO run.",
+            place=str(file.parent),
         ) from error
     except OSError as error:
-        raise ReportError(f"{named(str(file))} cannot be read ({error.strerror}); check the path.") from error
+        raise ReportError(
+            f"{named(str(file))} cannot be read ({error.strerror}); check the path.", place=str(file)
+        ) from error
     return [row for line in lines if (row := _row(line)) is not None]
 
 
@@ -216,7 +219,10 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         settings, versions = read_run_settings(folder)
     except (ConfigError, OSError, ValueError) as error:
-        raise ReportError(f"The settings in {named(str(folder))} cannot be read ({first_line(error)}).") from error
+        raise ReportError(
+            f"The settings in {named(str(folder))} cannot be read ({first_line(error)}); restore or remove the file.",
+            place=str(folder),
+        ) from error
     return settings or _adapter_settings(folder / ADAPTER_CONFIG), versions
 
 

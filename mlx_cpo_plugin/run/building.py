@@ -217,7 +217,9 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{config_file} cannot be read ({first_line(error)}); restore or remove it.", key="resume_adapter_file"
+            f"{config_file} cannot be read ({first_line(error)}); restore or remove it.",
+            key="resume_adapter_file",
+            place=str(config_file),
         ) from error
     if "full" in (saved["train_type"], wanted["train_type"]):
         saved = {"train_type": saved["train_type"]}
@@ -227,7 +229,9 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
         told = ", ".join(f"{key} {value} (here {wanted[key]})" for key, value in differing.items())
         raise ConfigError(
             f"resume_adapter_file {str(file)!r} was trained with {told}, as {config_file} says; set these likewise.",
-            key="resume_adapter_file",
+            key=", ".join(differing),
+            place=str(config_file),
+            allowed=", ".join(str(value) for value in differing.values()),
         )
     if dropout is not None:
         here = wanted["lora_parameters.dropout"]

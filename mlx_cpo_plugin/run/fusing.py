@@ -81,7 +81,9 @@ class Fusing:
                 raise
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space or set fuse: false. "
-                "The adapter is intact, and nothing of the fused model is left."
+                "The adapter is intact, and nothing of the fused model is left.",
+                key="fuse",
+                place=str(target),
             ) from error
         if self.before and trained and fused:
             self.say(rounding_cost(self.before, trained, fused))
@@ -107,7 +109,11 @@ class Fusing:
             return "not quantised"
         size = group_size_for(model)
         if size is None:
-            raise FuseError(f"fuse_bits is {bits}, but no layer has a width that divides by 32; set it to 16.")
+            raise FuseError(
+                f"fuse_bits is {bits}, but no layer has a width that divides by 32; set it to 16.",
+                key="fuse_bits",
+                allowed="16",
+            )
         _, config = quantize_model(model, {}, size, bits)
         model.args.quantization = model.args.quantization_config = config["quantization"]
         return f"with {bits} bits"
@@ -147,7 +153,9 @@ class Fusing:
         if free < size + BESIDES:
             raise FuseError(
                 f"The fused model takes {_bytes(size)}, but {there} has {_bytes(free)} left; free space, or set "
-                "fuse_bits: 4 or fuse: false. The adapter is intact."
+                "fuse_bits: 4 or fuse: false. The adapter is intact.",
+                key="fuse_bits",
+                place=str(there),
             )
 
 

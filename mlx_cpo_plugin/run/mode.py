@@ -210,5 +210,7 @@ def check_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fault = "is a file" if there.is_file() else "cannot be written to"
         raise ConfigError(
-            f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.", key="adapter_path"
+            f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.",
+            key="adapter_path",
+            place=str(there),
         )

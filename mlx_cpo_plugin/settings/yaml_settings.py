@@ -105,7 +105,9 @@ def read_bytes(path: str | Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"The configuration file {named(str(path))} cannot be read: {reason}.", key="config"
+            f"The configuration file {named(str(path))} cannot be read ({reason}); check the path.",
+            key="config",
+            place=str(path),
         ) from error
 
 

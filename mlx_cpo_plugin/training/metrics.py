@@ -152,7 +152,9 @@ class MetricsFile:
                 replace_whole(self.path, lambda partial: partial.write_bytes(text))
             except OSError as error:
                 raise UserError(
-                    f"{self.path} cannot be written ({error}); free space or change adapter_path."
+                    f"{self.path} cannot be written ({error}); free space or change adapter_path.",
+                    key="adapter_path",
+                    place=str(self.path),
                 ) from error
         if len(kept) == rows:
             return later, None

@@ -97,8 +97,10 @@ class TrainingState:
                 part.restore(values[name])
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"The checkpoint {checkpoint.folder} was written by another version of mlx-cpo-plugin; continue "
-                "with that version, or start anew with another adapter_path, from its weights with resume_adapter_file."
+                f"The checkpoint {checkpoint.folder} was written by another version of mlx-cpo-plugin; continue with "
+                "that version, or start anew with another adapter_path, from its weights with resume_adapter_file.",
+                key="resume",
+                place=str(checkpoint.folder),
             ) from error
         self.iteration, self.step.number = values["iteration"], values["optimizer_step"]
         self.step.masters.set(checkpoint.arrays("adapters"))

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from support.refusals import refused
 from support.tiny import preference_rows
 
 import mlx_cpo_plugin
@@ -203,7 +204,7 @@ def test_rows_that_cannot_be_used_end_the_apps_run_with_one_sentence(
 ) -> None:
     (data_folder / "train.jsonl").write_text(json.dumps({"prompt": "Hi", "answer": "Hello."}) + "\n")
 
-    with pytest.raises(DataError, match=r"train\.jsonl has no column for the chosen answer"):
+    with refused(DataError, key="chosen_feature", place="train.jsonl"):
         run_app(settings, AppCallback(io.StringIO()))
 
 

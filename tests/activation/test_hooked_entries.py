@@ -11,6 +11,7 @@ from typing import Any
 import mlx_lm_lora.train as host
 import pytest
 from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, dsla_trainer
+from support.refusals import refused
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import blas
@@ -241,9 +242,9 @@ def test_a_fault_while_looking_for_mistakes_does_not_keep_the_host_from_its_own_
 
 
 def test_a_mistake_in_a_call_from_python_is_raised(host_function: Recorder) -> None:
-    with pytest.raises(ConfigError, match="beta is 0 in the call"):
+    with refused(ConfigError, key="beta", place="in the call"):
         patches.wrapped_main(host_function)(CPO | {"beta": 0})
-    with pytest.raises(ConfigError, match="beta is 0 in the call"):
+    with refused(ConfigError, key="beta", place="in the call"):
         patches.wrapped_run(host_function)(SimpleNamespace(**CPO | {"beta": 0}))
 
 

@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
+from support.refusals import refused
 
 from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.convert.command import SOURCES, recognised
@@ -227,7 +228,7 @@ def test_the_margin_of_the_simpo_authors_stands_inside_beta() -> None:
     assert converted("simpo", {"sft_weight": 0.2, "beta": None}).settings["cpo_alpha"] == 0.2
     defaults = converted("simpo", {"beta": None, "gamma_beta_ratio": None}).settings
     assert (defaults["beta"], defaults["simpo_gamma"]) == (2.0, 0.5)
-    with pytest.raises(ConfigError, match=r"loss_type is 'hinge' in their\.yaml, but only sigmoid"):
+    with refused(ConfigError, key="loss_type", place="in their.yaml"):
         converted("simpo", {"loss_type": "hinge"})
 
 
@@ -289,22 +290,22 @@ def test_llama_factory_simpo_keeps_its_loss_and_its_options() -> None:
 
 
 WITH_REFERENCE = [
-    ("trl", {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "precompute_ref_log_probs is true in"),
-    ("axolotl", {"rl": "dpo"}, "rl is 'dpo' in"),
-    ("axolotl", {"rl": "ipo"}, "rl is 'ipo' in"),
-    ("llama-factory", {"pref_loss": "hinge"}, "pref_loss is 'hinge' in"),
-    ("llama-factory", {"pref_loss": None}, "pref_loss is 'sigmoid' by default"),
+    ("trl", {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "precompute_ref_log_probs", "in their.yaml"),
+    ("axolotl", {"rl": "dpo"}, "rl", "in their.yaml"),
+    ("axolotl", {"rl": "ipo"}, "rl", "in their.yaml"),
+    ("llama-factory", {"pref_loss": "hinge"}, "pref_loss", "in their.yaml"),
+    ("llama-factory", {"pref_loss": None}, "pref_loss", "by default"),
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "place"), WITH_REFERENCE)
-def test_dpo_with_a_reference_model_is_refused(name: str, changes: dict[str, Any], place: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{place}.* needs a reference model, and CPO has none: .*-reference\.$"):
+@pytest.mark.parametrize(("name", "changes", "key", "place"), WITH_REFERENCE)
+def test_dpo_with_a_reference_model_is_refused(name: str, changes: dict[str, Any], key: str, place: str) -> None:
+    with refused(ConfigError, "needs a reference model", key=key, place=place):
         converted(name, changes)
 
 
-@pytest.mark.parametrize(("name", "changes", "place"), WITH_REFERENCE)
-def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes: dict[str, Any], place: str) -> None:
+@pytest.mark.parametrize(("name", "changes"), [case[:2] for case in WITH_REFERENCE])
+def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes: dict[str, Any]) -> None:
     conversion = converted(name, changes, drop_reference=True)
 
     assert conversion.settings["dpo_cpo_loss_type"] in ("sigmoid", "hinge", "ipo")
@@ -313,36 +314,33 @@ def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "sentence"),
+    ("name", "changes", "key", "place"),
     [
-        ("trl", {"num_generations": 8}, "num_generations in their.yaml belongs to TRL's GRPO"),
-        ("trl", {"packing": False}, "packing in their.yaml belongs to TRL's SFT"),
-        ("trl", {"loss_type": "nll"}, "loss_type is 'nll' in their.yaml, but CPO has sigmoid, hinge, ipo"),
-        ("trl", {"loss_type": "ipo", "alpha": 0.5}, "alpha is 0.5 in their.yaml, but only simpo and alphapo"),
-        ("trl", {"learning_rate": "fast"}, "learning_rate is 'fast' in their.yaml, but must be a number"),
-        ("trl", {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0 in their.yaml, but it must be"),
-        ("trl", {"use_peft": True, "lora_r": 0}, "The rank of the adapter is 0, but must be at least 1"),
-        ("trl", {"datasets": ["rows"]}, "datasets is ['rows'] in their.yaml, but it must be a list of mappings"),
-        ("axolotl", {"rl": None}, "their.yaml has no rl, so Axolotl would train on no preferences"),
-        ("axolotl", {"rl": "grpo"}, "rl is 'grpo' in their.yaml, but only simpo can be converted"),
-        ("axolotl", {"rl": "orpo"}, "rl is 'orpo' in their.yaml, but only simpo can be converted"),
-        ("axolotl", {"adapter": "llama-adapter"}, "adapter is 'llama-adapter' in their.yaml, but only lora and qlora"),
-        ("axolotl", {"lora_r": None}, "their.yaml has an adapter without lora_r or lora_alpha"),
-        ("axolotl", {"learning_rate": None}, "their.yaml gives no learning_rate"),
-        ("llama-factory", {"stage": "sft"}, "stage is 'sft' in their.yaml, but only dpo trains on pairs"),
-        ("llama-factory", {"stage": None}, "stage is 'sft' by default, but only dpo trains on pairs"),
-        ("llama-factory", {"pref_loss": "orpo"}, "pref_loss is 'orpo' in their.yaml, but CPO has simpo"),
-        ("llama-factory", {"pref_loss": "kto_pair"}, "pref_loss is 'kto_pair' in their.yaml, but CPO has simpo"),
-        ("llama-factory", {"finetuning_type": "oft"}, "finetuning_type is 'oft' in their.yaml, but only lora, freeze"),
-        ("llama-factory", {"quantization_bit": 3}, "quantization_bit is 3 in their.yaml, but only 4 and 8 bits"),
+        ("trl", {"loss_type": "nll"}, "loss_type", "in their.yaml"),
+        ("trl", {"loss_type": "ipo", "alpha": 0.5}, "alpha", "in their.yaml"),
+        ("trl", {"learning_rate": "fast"}, "learning_rate", "in their.yaml"),
+        ("trl", {"per_device_train_batch_size": 0}, "per_device_train_batch_size", "in their.yaml"),
+        ("trl", {"use_peft": True, "lora_r": 0}, "lora_parameters.rank", ""),
+        ("trl", {"datasets": ["rows"]}, "datasets", "in their.yaml"),
+        ("axolotl", {"rl": None}, "rl", "in their.yaml"),
+        ("axolotl", {"rl": "grpo"}, "rl", "in their.yaml"),
+        ("axolotl", {"rl": "orpo"}, "rl", "in their.yaml"),
+        ("axolotl", {"adapter": "llama-adapter"}, "adapter", "in their.yaml"),
+        ("axolotl", {"lora_r": None}, "lora_r", "in their.yaml"),
+        ("axolotl", {"learning_rate": None}, "learning_rate", "in their.yaml"),
+        ("llama-factory", {"stage": "sft"}, "stage", "in their.yaml"),
+        ("llama-factory", {"stage": None}, "stage", "by default"),
+        ("llama-factory", {"pref_loss": "orpo"}, "pref_loss", "in their.yaml"),
+        ("llama-factory", {"pref_loss": "kto_pair"}, "pref_loss", "in their.yaml"),
+        ("llama-factory", {"finetuning_type": "oft"}, "finetuning_type", "in their.yaml"),
+        ("llama-factory", {"quantization_bit": 3}, "quantization_bit", "in their.yaml"),
     ],
 )
-def test_what_has_no_counterpart_at_all_is_one_sentence(name: str, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_what_has_no_counterpart_at_all_is_one_sentence(
+    name: str, changes: dict[str, Any], key: str, place: str
+) -> None:
+    with refused(ConfigError, key=key, place=place):
         converted(name, changes)
-
-    assert str(refused.value).startswith(sentence)
-    assert str(refused.value).endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -610,7 +608,7 @@ def test_llama_factory_data_sets_are_read_from_their_description(tmp_path: Path)
     assert "prompt_feature" not in local
     hub = converted("llama-factory", {"dataset": ["hub"], "dataset_dir": str(tmp_path)}).settings
     assert hub["hf_dataset"] == [{"path": "some/pairs", "config": "en", "train_split": "prefs", "valid_split": None}]
-    with pytest.raises(ConfigError, match="dataset other is not described in"):
+    with refused(ConfigError, key="dataset", place=str(tmp_path / "dataset_info.json")):
         converted("llama-factory", {"dataset": "other", "dataset_dir": str(tmp_path)})
 
 
@@ -866,7 +864,7 @@ def test_an_output_file_is_not_overwritten_without_force(
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("missing.yaml", None, "The configuration file {file} cannot be read: No such file or directory."),
+        ("missing.yaml", None, "The configuration file {file} cannot be read (No such file or directory)"),
         ("their.yaml", "a: [1", "{file}, line 1 is not valid YAML"),
         ("their.json", '{"a": ', "{file} is not valid JSON; correct it."),
         ("their.json", "[1]", "{file} holds no JSON object"),

@@ -184,7 +184,7 @@ def test_check_says_where_the_config_cannot_be_read(tmp_path: Path, capsys: pyte
 
     assert (
         capsys.readouterr().err
-        == f"error: The configuration file {config} cannot be read: No such file or directory.\n"
+        == f"error: The configuration file {config} cannot be read (No such file or directory); check the path.\n"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from support.refusals import refused
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.commands import longest
@@ -106,21 +107,21 @@ def test_where_not_even_the_weights_fit_no_pair_does(given: dict[str, Any], monk
 def test_a_model_of_unknown_shapes_is_refused_in_a_sentence(given: dict[str, Any], own_model: Path) -> None:
     (own_model / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
 
-    with pytest.raises(ConfigError, match=r"--longest needs the shapes of model .* leave --longest out"):
+    with refused(ConfigError, key="model"):
         printed(given)
 
 
 def test_a_mode_that_reads_its_own_rows_is_refused(given: dict[str, Any]) -> None:
     stranger = replace(train_modes()["cpo"], load_dataset=lambda *_: ([], [], []))
 
-    with pytest.raises(ConfigError, match="--longest knows no shapes of train_mode"):
+    with refused(ConfigError, key="train_mode"):
         printed(given, stranger)
 
 
 def test_data_without_pairs_for_training_is_refused(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(longest, "load_splits", lambda *_: ([], [], []))
 
-    with pytest.raises(DataError, match="--longest splits a pair like the largest one"):
+    with refused(DataError, key="data"):
         printed(given)
 
 

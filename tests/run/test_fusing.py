@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import convert
 from mlx_lm.models import gemma3
 from mlx_lm.utils import load, load_model
+from support.refusals import refused
 from support.tiny import build_pairs
 
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run import fusing
-from mlx_cpo_plugin.run.fusing import publish
+from mlx_cpo_plugin.run.fusing import FuseError, publish
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_rows, held_out_scores
 
@@ -198,9 +198,7 @@ def test_a_disk_that_fills_up_leaves_the_adapter_and_no_half_model(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before_fusing(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))
     try:
-        with pytest.raises(
-            UserError, match=r"^The fused model cannot be written to .*; free space .* adapter is intact"
-        ):
+        with refused(FuseError, key="fuse"):
             run_main(fuse_settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -220,7 +218,7 @@ def test_a_file_that_is_cut_short_in_silence_is_found(
 
     before_fusing(lambda: monkeypatch.setattr(mx, "save_safetensors", save_half))
 
-    with pytest.raises(UserError, match="The fused model cannot be written"):
+    with refused(FuseError, key="fuse"):
         run_main(fuse_settings)
 
     assert_adapter_alone(Path(fuse_settings["adapter_path"]))
@@ -232,7 +230,7 @@ def test_without_room_nothing_is_written(
     monkeypatch.setattr(fusing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     monkeypatch.setattr(fusing, "save_pretrained", lambda **_: pytest.fail("it was written"))
 
-    with pytest.raises(UserError, match=r"takes \S+ MB, but .* has 10\.0 MB left; free space, or set fuse_bits: 4"):
+    with refused(FuseError, r"takes \S+ MB.* 10\.0 MB left", key="fuse_bits"):
         run_main(fuse_settings)
 
     assert_adapter_alone(Path(fuse_settings["adapter_path"]))
@@ -340,7 +338,7 @@ def test_the_base_model_in_lm_studio_is_not_replaced(
     monkeypatch.setenv("HOME", str(tmp_path))
     base = Path(shutil.copytree(model_folder, tmp_path / ".lmstudio/models/mlx_lm_lora/mine"))
 
-    with pytest.raises(UserError, match="lm_studio_name is the model's own folder"):
+    with refused(match="the model's own folder", key="lm_studio_name"):
         run_main({**fuse_settings, "model": str(base), "lm_studio_name": "mine"})
 
 

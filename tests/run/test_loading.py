@@ -14,6 +14,7 @@ import mlx.utils
 import mlx_lm
 import numpy as np
 import pytest
+from support.refusals import refused
 from support.tiny import build_model
 
 from mlx_cpo_plugin.errors import ConfigError
@@ -48,7 +49,7 @@ def test_a_layer_that_no_group_divides_stays_as_it_is() -> None:
 
 
 def test_a_model_without_any_width_that_fits_is_refused() -> None:
-    with pytest.raises(ConfigError, match="load_in_8bits needs layers whose width divides by 32"):
+    with refused(ConfigError, key="load_in_8bits"):
         quantise_base(build_model(hidden_size=40, intermediate_size=50, num_attention_heads=2), "load_in_8bits")
 
 
@@ -72,19 +73,19 @@ AS_IT_WAS = {"lora_parameters": {"scale": 4.0, "rank": 4, "dropout": 0.1}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "key", "trained_with"),
     [
-        ({}, r"lora_parameters\.rank 4 \(here 8\), lora_parameters\.scale 4\.0 \(here 10\.0\)"),
-        ({"lora_parameters": {"scale": 8.0, "rank": 4}}, r"trained with lora_parameters\.scale 4\.0 \(here 8\.0\), as"),
-        ({**AS_IT_WAS, "train_type": "dora"}, r"train_type lora \(here dora\)"),
-        ({**AS_IT_WAS, "train_type": "full"}, r"train_type lora \(here full\)"),
-        ({**AS_IT_WAS, "num_layers": 1}, r"num_layers 2 \(here 1\)"),
+        ({}, "lora_parameters.rank, lora_parameters.scale", "4, 4.0"),
+        ({"lora_parameters": {"scale": 8.0, "rank": 4}}, "lora_parameters.scale", "4.0"),
+        ({**AS_IT_WAS, "train_type": "dora"}, "train_type", "lora"),
+        ({**AS_IT_WAS, "train_type": "full"}, "train_type", "lora"),
+        ({**AS_IT_WAS, "num_layers": 1}, "num_layers", "2"),
     ],
 )
 def test_an_adapter_does_not_go_on_as_something_else(
-    settings: Settings, run_main: RunMain, adapter: Path, changes: Settings, told: str
+    settings: Settings, run_main: RunMain, adapter: Path, changes: Settings, key: str, trained_with: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with refused(ConfigError, key=key, place=str(adapter.with_name("adapter_config.json")), allowed=trained_with):
         run_main({**settings, **changes, "resume_adapter_file": str(adapter)})
 
     assert not Path(settings["adapter_path"], "adapters.safetensors").exists()
@@ -121,7 +122,7 @@ def test_the_files_of_other_trainers_are_read(
 ) -> None:
     adapter.with_name("adapter_config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ConfigError, match=r"trained with lora_parameters\.scale 6\.0 \(here 4\.0\), as"):
+    with refused(ConfigError, key="lora_parameters.scale", allowed="6.0"):
         run_main({**settings, **AS_IT_WAS, "resume_adapter_file": str(adapter)})
 
 
@@ -131,10 +132,11 @@ def test_an_adapter_of_some_modules_only_says_which(settings: Settings, run_main
     config["lora_parameters"]["keys"] = ["self_attn.q_proj"]
     path.write_text(json.dumps(config))
 
-    with pytest.raises(ConfigError, match=r"lora_parameters\.keys \[self_attn\.q_proj\] \(here all\)"):
+    with refused(ConfigError, key="lora_parameters.keys", allowed="[self_attn.q_proj]"):
         run_main({**settings, **AS_IT_WAS, "resume_adapter_file": str(adapter)})
 
 
+MODULES = [f"mlp.{name}_proj" for name in ("down", "gate", "up")] + [f"self_attn.{name}_proj" for name in "koqv"]
 ATTENTION = ["self_attn.v_proj", "self_attn.q_proj"]
 
 
@@ -179,19 +181,17 @@ def test_all_modules_by_name_are_those_that_are_taken_without_keys(settings: Set
 @pytest.mark.parametrize(
     ("key", "near"),
     [
-        ("q_proj", "did you mean self_attn.q_proj?"),
-        ("model.layers.0.mlp.up_proj", "did you mean mlp.up_proj?"),
-        ("self_attn.q_porj", "did you mean self_attn.q_proj or"),
-        ("lm_head", "there are mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj"),
+        ("q_proj", "self_attn.q_proj"),
+        ("model.layers.0.mlp.up_proj", "mlp.up_proj"),
+        ("self_attn.q_porj", "self_attn.q_proj, self_attn.o_proj, self_attn.v_proj"),
+        ("lm_head", ", ".join(MODULES)),
     ],
 )
 def test_a_module_that_no_layer_has_is_refused_with_the_nearest(
     settings: Settings, run_main: RunMain, key: str, near: str
 ) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"lora_parameters.keys has '{key}', but no ")) as refused:
+    with refused(ConfigError, f"'{re.escape(key)}'", key="lora_parameters.keys", allowed=near):
         run_main({**settings, **with_keys(["self_attn.v_proj", key])})
-
-    assert near in str(refused.value)
     assert refused.value.key == "lora_parameters.keys"
     assert not Path(settings["adapter_path"]).exists()
 
@@ -205,7 +205,7 @@ def test_an_adapter_of_some_modules_goes_on_with_the_same_keys(
 
     run_main({**settings, **with_keys(ATTENTION[::-1]), **again})
     for keys in ([*ATTENTION, "mlp.up_proj"], ATTENTION[:1]):
-        with pytest.raises(ConfigError, match=r"lora_parameters\.keys \[self_attn\.q_proj, self_attn\.v_proj\] \(here"):
+        with refused(ConfigError, key="lora_parameters.keys", allowed="[self_attn.q_proj, self_attn.v_proj]"):
             run_main({**settings, **with_keys(keys), **again})
 
     before = dict(mx.load(str(first / "adapters.safetensors")))

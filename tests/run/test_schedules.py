@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from support.refusals import refused
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.run.building import build_optimizer
@@ -89,19 +90,17 @@ def test_the_name_is_enough_in_a_file_and_on_the_command_line(tmp_path: Path, na
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "key"),
     [
-        ("lr_schedule: cosin", "lr_schedule.name is 'cosin'"),
-        ("lr_schedule: {name: cosine, arguments: [1e-5, 10]}", "lr_schedule.arguments is "),
-        ("warmup_ratio: 1", "warmup_ratio is 1 in"),
-        ("lr_schedule: {name: cosine, warmup: 3}\nwarmup_ratio: 0.1", "warmup_ratio (in "),
+        ("lr_schedule: cosin", "lr_schedule.name"),
+        ("lr_schedule: {name: cosine, arguments: [1e-5, 10]}", "lr_schedule.arguments"),
+        ("warmup_ratio: 1", "warmup_ratio"),
+        ("lr_schedule: {name: cosine, warmup: 3}\nwarmup_ratio: 0.1", "warmup_ratio"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_what_does_not_go_together_is_refused(tmp_path: Path, content: str, key: str) -> None:
     file = tmp_path / "my.yaml"
     file.write_text(f"train_mode: cpo\ntrain: true\n{content}\n")
 
-    with pytest.raises(ConfigError) as refused:
+    with refused(ConfigError, key=key):
         config.resolve(["-c", str(file)])
-
-    assert str(refused.value).startswith(told)

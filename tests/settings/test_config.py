@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
+from support.refusals import refused
 
 from mlx_cpo_plugin import plugins
 from mlx_cpo_plugin.errors import ConfigError
@@ -320,7 +321,7 @@ def test_loss_from_elsewhere_brings_its_options(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("rank")
 def test_loss_from_elsewhere_sets_the_range_of_its_options() -> None:
     assert from_call(dpo_cpo_loss_type="sigmoid", beta=11).beta == 11
-    with pytest.raises(ConfigError, match=r"^beta is 11 in the call, but must be "):
+    with refused(ConfigError, key="beta", place="in the call"):
         from_call(dpo_cpo_loss_type="rank", beta=11)
 
 

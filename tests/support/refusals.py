@@ -15,5 +15,6 @@ def refused(error: type[UserError] = UserError, match: str | None = None, **fiel
     """Assert that the block raises ``error``, in one sentence, with these of ``key``, ``place`` and ``allowed``."""
     with pytest.raises(error, match=match) as caught:
         yield
-    assert {name: getattr(caught.value, name) for name in fields} == fields
+    found = {name: getattr(caught.value, name) for name in fields}
+    assert found == fields, f"{found} in place of {fields}"
     assert "\n" not in str(caught.value)
