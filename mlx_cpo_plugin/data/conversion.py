@@ -6,13 +6,14 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.data.messages import UnusableRow
@@ -25,6 +26,8 @@ ROWS_FOR_A_WORKER = 2_500
 MOST_WORKERS = 8
 """Each holds a tokenizer of its own."""
 ROWS_AT_A_TIME = 100
+BAR_AFTER, LINE_EVERY = 2.0, 20.0
+"""Seconds before a progress bar appears on a terminal, and between the lines that take its place elsewhere."""
 _MOST_FAILURES = 3
 
 # Not multiprocessing's own start, which runs the main module again: the host's, or a script without a guard.
@@ -97,20 +100,71 @@ def convert_rows(rows: Sequence[SourcedRow], converter: RowConverter) -> list[Ou
     Raises:
         DataError: a row is too long and ``overlong`` is ``error``.
     """
+    outcomes: list[Outcome] = []
+    with Progress(len(rows)) as progress:
+        for some in _converted(rows, converter):
+            outcomes += some
+            progress.done(len(outcomes))
+    return outcomes
+
+
+def _converted(rows: Sequence[SourcedRow], converter: RowConverter) -> Iterator[list[Outcome]]:
+    """The outcomes of a few rows after the other, in order."""
+    tasks = [rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME)]
     workers = workers_for(len(rows))
     pickled = converter.pickled() if workers > 1 else None
-    if pickled is None:
-        return converter.outcomes(rows)
-    tasks = [rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME)]
-    with _Workers(pickled, workers) as pool:
-        replies = pool.map(tasks)
-        # Made here while the workers start: an example with which theirs is compared.
-        outcomes = converter.outcomes(tasks[0])
-        example = next(replies)
-        if example is None or _described(example) == _described(outcomes):
-            for task, reply in zip(tasks[1:], replies, strict=True):
-                outcomes += converter.outcomes(task) if reply is None else reply
-    return outcomes + converter.outcomes(rows[len(outcomes) :])
+    if pickled is not None:
+        with _Workers(pickled, workers) as pool:
+            replies = pool.map(tasks)
+            # Made here while the workers start: an example with which theirs is compared.
+            yield (outcomes := converter.outcomes(tasks.pop(0)))
+            example = next(replies)
+            if example is None or _described(example) == _described(outcomes):
+                for reply in replies:
+                    task = tasks.pop(0)
+                    yield converter.outcomes(task) if reply is None else reply
+    yield from map(converter.outcomes, tasks)
+
+
+class Progress:
+    """Shows how many rows are converted, where that takes long: as a bar on a terminal, elsewhere line by line.
+
+    Args:
+        stream: standard error by default.
+        clock: returns seconds.
+    """
+
+    def __init__(self, rows: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rows, self.clock = rows, clock
+        self.stream = sys.stderr if stream is None else stream
+        self.bar: Any = None
+        self.due = clock() + (BAR_AFTER if self.stream.isatty() else LINE_EVERY)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def done(self, rows: int) -> None:
+        """Show that so many rows are done, if it is time to."""
+        if self.bar is not None:
+            self.bar.update(rows - self.bar.n)
+        elif self.clock() >= self.due and rows < self.rows:
+            from mlx_cpo_plugin.exchange import is_first_rank  # which needs MLX, and this module does not
+
+            self.due = self.clock() + LINE_EVERY
+            if not is_first_rank():
+                return
+            if self.stream.isatty():
+                from tqdm import tqdm
+
+                self.bar = tqdm(
+                    total=self.rows, initial=rows, desc="Tokenising", unit=" rows", leave=False, file=self.stream
+                )
+            else:
+                print(f"Tokenising: {rows} of {self.rows} rows are done.", file=self.stream, flush=True)
 
 
 class _Workers:

@@ -19,6 +19,8 @@ from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
 DEFAULT_TRAIN_SPLIT = "train[:90%]"
 DEFAULT_VALID_SPLIT = "train[90%:]"
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a data set."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,10 @@ def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, st
 def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
-    with _library(name, f"the dataset {shown(name)} cannot be loaded", "check its settings"):
+    with (
+        _library(name, f"the dataset {shown(name)} cannot be loaded", "check its settings"),
+        _hub_asked(name) as silent,
+    ):
         try:
             return datasets.load_dataset(name, **options)
         except datasets.exceptions.DatasetNotFoundError as error:
@@ -179,6 +184,46 @@ def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
                 key="data",
                 place=name,
             ) from error
+        except ConnectionError as error:
+            if not silent:
+                raise
+            raise DataError(
+                f"no dataset {shown(name)} was found, neither as a local path nor in the cache, and the Hugging Face "
+                f"hub cannot be reached ({silent}): check data or hf_dataset.",
+                key="data",
+                place=name,
+            ) from error
+
+
+@contextmanager
+def _hub_asked(name: str) -> Iterator[str]:
+    """Ask the hub once whether it has a data set; where it does not answer, the library only looks into its cache.
+
+    By itself the library would try for half a minute. Yields why there is no answer, if there is none.
+    """
+    from datasets import config
+
+    offline = config.HF_HUB_OFFLINE
+    silent = "offline mode is on" if offline else "" if os.path.exists(name) else _why_silent(name)
+    config.HF_HUB_OFFLINE = bool(silent)
+    try:
+        yield silent
+    finally:
+        config.HF_HUB_OFFLINE = offline
+
+
+def _why_silent(name: str) -> str:
+    """Return why the hub does not answer; empty where it does, whatever it says."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return ""
+    except Exception as error:  # whatever its client raises for network, proxy or certificates
+        return printable(first_line(error))
+    return ""
 
 
 def _library_rows(name: str, rows: Any, where: str) -> list[Row]:

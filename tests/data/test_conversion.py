@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -224,3 +225,40 @@ def test_the_number_of_rows_alone_decides_whether_there_are_workers(monkeypatch:
     assert conversion.workers_for(2 * conversion.ROWS_FOR_A_WORKER - 1) == 1
     assert conversion.workers_for(2 * conversion.ROWS_FOR_A_WORKER) == 2
     assert conversion.workers_for(10**6) == conversion.MOST_WORKERS
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO, seconds: float) -> str:
+    """What is shown while 10 rows are converted, which take so many seconds each."""
+    now = 0.0
+    with conversion.Progress(10, stream, clock=lambda: now) as progress:
+        for row in range(1, 11):
+            now += seconds
+            progress.done(row)
+    return stream.getvalue()
+
+
+def test_conversion_that_takes_long_shows_a_bar_on_a_terminal() -> None:
+    assert "Tokenising: " in shown(Terminal(), conversion.BAR_AFTER)
+    assert shown(Terminal(), conversion.BAR_AFTER / 20) == ""
+
+
+def test_conversion_that_takes_long_says_a_line_every_so_often_elsewhere() -> None:
+    assert shown(io.StringIO(), conversion.LINE_EVERY / 2) == "".join(
+        f"Tokenising: {rows} of 10 rows are done.\n" for rows in (2, 4, 6, 8)
+    )
+    assert shown(io.StringIO(), conversion.LINE_EVERY / 20) == ""
+
+
+def test_every_data_set_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(conversion.Progress, "done", lambda self, rows: seen.append(rows))
+    monkeypatch.setattr(conversion, "ROWS_AT_A_TIME", 10)
+
+    converted_here(rows(25))
+
+    assert seen == [10, 20, 25]

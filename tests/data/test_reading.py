@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 from support.refusals import refused
 
+from mlx_cpo_plugin.data import reading
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -208,6 +209,7 @@ class StandInHub(ModuleType):
     def __init__(self, found):
         super().__init__("datasets")
         self.exceptions = SimpleNamespace(DatasetNotFoundError=FileNotFoundError)
+        self.config = SimpleNamespace(HF_HUB_OFFLINE=True)
         self._found = found
 
     def load_dataset(self, name, **options):
@@ -254,6 +256,50 @@ def test_a_hub_name_that_is_not_found_is_an_error_of_one_sentence(monkeypatch, t
     monkeypatch.setitem(sys.modules, "datasets", StandInHub({}))
 
     with refused(DataError, key="data", place="me/nothing", allowed=""):
+        read_splits(settings("me/nothing"), ("train",))
+
+
+@pytest.fixture
+def hub_client(monkeypatch, tmp_path):
+    """The client of the hub, which raises what it is told to; the names and seconds that it was asked with."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    asked, raised = [], []
+
+    def dataset_info(self, name, timeout):
+        asked.append((name, timeout))
+        raise raised[0]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return SimpleNamespace(asked=asked, raised=raised, config=datasets.config)
+
+
+def test_a_name_that_is_nowhere_is_refused_at_once_where_the_hub_does_not_answer(hub_client):
+    hub_client.raised.append(OSError("Name or service not known"))
+
+    with pytest.raises(DataError, match=r"the cache, and the .* hub cannot be reached \(Name or service not known\)"):
+        read_splits(settings("me/nothing"), ("train",))
+
+    assert hub_client.asked == [("me/nothing", reading.HUB_SECONDS)]
+    assert hub_client.config.HF_HUB_OFFLINE is False, "as it was before"
+
+
+def test_where_the_hub_answers_the_library_explains_what_is_wrong(hub_client, monkeypatch):
+    import datasets
+    from huggingface_hub.errors import HFValidationError
+
+    hub_client.raised.append(HFValidationError("no such name"))
+
+    def load_dataset(name):
+        assert not hub_client.config.HF_HUB_OFFLINE
+        raise datasets.exceptions.DatasetNotFoundError(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    with pytest.raises(DataError, match="neither as a local path nor on the Hugging Face hub"):
         read_splits(settings("me/nothing"), ("train",))
 
 
