@@ -27,6 +27,7 @@ from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.validation import refused
 from mlx_cpo_plugin.settings.yaml_settings import read_yaml
+from mlx_cpo_plugin.verdict import Verdict
 
 # What a call means where neither it nor its YAML file says otherwise: it returns the model with its adapter.
 DEFAULTS = {"train_mode": "cpo", "train": True, "fuse": False}
@@ -43,6 +44,7 @@ class TrainingResult:
         adapter_path: the folder of the adapter, which ``mlx_lm.load(..., adapter_path=)`` takes.
         metrics: the newest value of every metric, e.g. ``train_loss``, ``val_margins`` and, with ``test=True``,
             ``test_accuracies``; None for one that is not finite.
+        verdict: how the last validation compares with the one before training; None where there are no two.
         history: every report of the run in order, those before it was resumed included: what ``metrics.jsonl`` has.
             ``kind`` is ``train``, ``valid``, ``test`` or ``warning``.
     """
@@ -51,6 +53,7 @@ class TrainingResult:
     tokenizer: Any = field(repr=False)
     adapter_path: Path
     metrics: dict[str, float | None]
+    verdict: Verdict | None
     history: list[dict[str, Any]] = field(repr=False)
 
 
@@ -76,7 +79,7 @@ def train(
         model: a folder or a name on the Hugging Face hub, or a model and its tokenizer as ``mlx_lm.load`` returns
             them; such a model is given the adapter in place.
         data: a folder, a file or a name on the hub; or rows of any format, as a list, a ``datasets.Dataset`` or
-            another iterable; or such rows by split, e.g. ``{"train": rows, "valid": others}``.
+            another iterable; or such rows, or files of them, by split: ``{"train": rows, "valid": "valid.jsonl"}``.
         config: a YAML file with settings that the call does not give.
         training_callback: gets the reports, see :func:`mlx_cpo_plugin.train_cpo`.
         settings: every key of a YAML file, with the same defaults, but ``fuse=False``.
@@ -97,8 +100,12 @@ def train(
         raise refused("model", model, IN_THE_CALL, allowed)
     if data is None or isinstance(data, str | os.PathLike):
         call["data"] = data
+    elif isinstance(data, Mapping):
+        rows = data
+    elif isinstance(data, Iterable) or hasattr(data, "__getitem__"):
+        rows = {"train": data}
     else:
-        rows = data if isinstance(data, Mapping) else {"train": data}
+        raise refused("data", data, IN_THE_CALL, "rows, or a folder, a file or a name on the hub")
 
     with lasting_output():
         resolved = resolved_settings(call)
@@ -145,4 +152,4 @@ def _result(model: nn.Module, tokenizer: Any, settings: RunSettings) -> Training
         for name, value in row.items()
         if row["kind"] != "warning" and name not in ("kind", "run", "time", "iteration")
     }
-    return TrainingResult(model, tokenizer, folder, metrics, history)
+    return TrainingResult(model, tokenizer, folder, metrics, Verdict.from_report(metrics), history)

@@ -66,13 +66,15 @@ def _rows_of_call(rows: Mapping[str, Iterable[Any]], columns: Columns, wanted: C
             f"data has the keys {named(', '.join(map(str, rows)))}, none of them train: give rows as a list, or by "
             "split, as in {'train': rows, 'valid': others}."
         )
-    return {
-        split: [
-            RowGroup(f"data[{picked[split]!r}]", numbered(rows[picked[split]], f"{picked[split]} row", " "), columns)
-        ]
-        for split in wanted
-        if split in picked
-    }
+    splits = {}
+    for split in (split for split in wanted if split in picked):
+        name, given = picked[split], rows[picked[split]]
+        if isinstance(given, str | os.PathLike):
+            read = read_file(Path(given).expanduser())
+        else:
+            read = numbered(given, f"{name} row", before=" ")
+        splits[split] = [RowGroup(f"data[{name!r}]", read, columns)]
+    return splits
 
 
 def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
