@@ -64,7 +64,9 @@ def _rows_of_call(rows: Mapping[str, Iterable[Any]], columns: Columns, wanted: C
     if not set(picked) & {"train", "test"}:
         raise DataError(
             f"data has the keys {named(', '.join(map(str, rows)))}, none of them train: give rows as a list, or by "
-            "split, as in {'train': rows, 'valid': others}."
+            "split, as in {'train': rows, 'valid': others}.",
+            key="data",
+            allowed="train, valid, test",
         )
     splits = {}
     for split in (split for split in wanted if split in picked):
