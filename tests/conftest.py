@@ -45,9 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs are slow; begin with what is, so that no worker is left alone with it at the end."""
+    """Whole runs and compiling are slow; begin with what is, so that no worker is left alone with it at the end."""
     for item in items:
-        if "run_main" in getattr(item, "fixturenames", ()):
+        if {"run_main", "kernels"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -7,11 +7,12 @@ import re
 import textwrap
 import warnings
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
 import yaml
-from support.fresh_environment import FreshEnvironment, build_distribution, built_wheel
+from support.fresh_environment import FreshEnvironment, add_distribution, installed_environment
 from support.stranger_plugins import CompetingPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import hookspecs, plugins
@@ -42,16 +43,9 @@ def hooks() -> list[str]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> FreshEnvironment:
-    """An environment of its own with the plugin installed."""
-    environment = FreshEnvironment(tmp_path / "environment")
-    environment.install(built_wheel("wheel"))
-    return environment
-
-
-def add_plugin(environment: FreshEnvironment, folder: Path, name: str, code: str) -> None:
-    """Build and install a distribution whose only module registers itself as a plugin."""
-    environment.install(build_distribution(folder / name, name, code))
+def environment() -> FreshEnvironment:
+    """The plugin installed from a wheel."""
+    return installed_environment("wheel")
 
 
 @pytest.fixture
@@ -69,17 +63,18 @@ def write(tmp_path: Path, config: dict) -> Path:
 def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
     environment: FreshEnvironment, rank_config: dict, tmp_path: Path
 ) -> None:
-    add_plugin(environment, tmp_path, "rank-loss", RANK)
+    path = add_distribution(tmp_path, "rank-loss", RANK)
     config = write(tmp_path, rank_config)
 
-    listed = json.loads(environment.run_python("-m", "mlx_cpo_plugin", "losses", "--json"))
-    from_yaml = environment.run(environment.host_script, "--config", config)
-    from_flags = environment.run(
-        environment.host_script, "--config", config, "--dpo-cpo-loss-type", "rank", "--rank-margin", "9"
-    )
-    refused = environment.run(environment.host_script, "--config", config, "--rank-margin", "-1")
+    def run(*words: str) -> CompletedProcess[str]:
+        return environment.run(environment.host_script, "--config", config, *words, PYTHONPATH=path)
+
+    listed = json.loads(environment.run_python("-m", "mlx_cpo_plugin", "losses", "--json", PYTHONPATH=path))
+    from_yaml = run()
+    from_flags = run("--dpo-cpo-loss-type", "rank", "--rank-margin", "9")
+    refused = run("--rank-margin", "-1")
     write(tmp_path, {**rank_config, "rank_margin": -1})
-    refused_with_line = environment.run(environment.host_script, "--config", config)
+    refused_with_line = run()
 
     (entry,) = [entry for entry in listed if entry["name"] == "rank"]
     assert [option["name"] for option in entry["options"]] == ["beta", "rank_margin"]
@@ -95,9 +90,9 @@ def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
 
 @pytest.mark.slow
 def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, settings: dict, tmp_path: Path) -> None:
-    add_plugin(environment, tmp_path, "broken-loss", "raise RuntimeError('half installed')")
+    path = add_distribution(tmp_path, "broken-loss", "raise RuntimeError('half installed')")
 
-    ended = environment.run(environment.host_script, "--config", write(tmp_path, settings))
+    ended = environment.run(environment.host_script, "--config", write(tmp_path, settings), PYTHONPATH=path)
 
     assert ended.returncode == 0, ended.stderr
     assert "broken_loss" in ended.stderr
@@ -108,12 +103,12 @@ def test_a_broken_plugin_is_named_and_skipped(environment: FreshEnvironment, set
 def test_two_plugins_with_one_name_are_an_error_that_names_both(
     environment: FreshEnvironment, settings: dict, tmp_path: Path
 ) -> None:
-    add_plugin(environment, tmp_path, "rank-loss", RANK)
-    add_plugin(environment, tmp_path, "other-rank", RANK)
-    config = write(tmp_path, settings)
+    for name in ("rank-loss", "other-rank"):
+        path = add_distribution(tmp_path, name, RANK)
+    command = [environment.host_script, "--config", write(tmp_path, settings)]
 
-    ended = environment.run(environment.host_script, "--config", config)
-    blocked = environment.run(environment.host_script, "--config", config, MLX_CPO_PLUGIN_BLOCK="other_rank")
+    ended = environment.run(*command, PYTHONPATH=path)
+    blocked = environment.run(*command, PYTHONPATH=path, MLX_CPO_PLUGIN_BLOCK="other_rank")
 
     assert ended.returncode == 2
     assert "'rank' is registered twice" in ended.stderr

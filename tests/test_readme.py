@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from mlx_lm.utils import load_tokenizer
+from support.prepared import Prepared, run_module
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import cli, data, plugins
@@ -158,13 +157,12 @@ OF_OTHERS = {"rl", "stage", "pref_loss", "enable_thinking"}
 
 
 @pytest.mark.slow
-def test_the_commands_exist_and_none_is_missing() -> None:
+def test_the_commands_exist_and_none_is_missing(tmp_path: Path) -> None:
     def help_of(*words: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-m", "mlx_cpo_plugin", *words, "--help"], capture_output=True, text=True, check=False
-        )
-        assert ended.returncode == 0, words
-        return ended.stdout
+        output = tmp_path / "-".join(("help", *words))
+        ended = Prepared(run_module, "mlx_cpo_plugin", *words, "--help", output=output).ended()
+        assert ended.code == 0, words
+        return ended.printed
 
     documented = {match for text in FOR_USERS.values() for match in re.findall(r"\bmlx-cpo (\w+)", text)}
 

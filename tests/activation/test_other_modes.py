@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.fresh_environment import installed_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("other modes")]
+pytestmark = pytest.mark.slow
 
 # Calls the host with every function that would load or train replaced by one that records what it was given.
 RECORD = """

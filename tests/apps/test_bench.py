@@ -19,6 +19,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support.prepared import Prepared, run_module
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
@@ -41,6 +42,19 @@ LONG = Shape(prompt=560, chosen=8, rejected=6, batch=1, vocabulary=80, hidden=64
 
 def quiet(text: str) -> None:
     """Takes progress and says nothing."""
+
+
+@pytest.fixture
+def prepared_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured processes are ones that start quickly."""
+
+    def work(command: Sequence[str], environment: dict[str, str], progress: Callable[[str], None]) -> None:
+        _, _, module, folder = command
+        ended = Prepared(run_module, module, folder, output=Path(folder) / "told", **environment).ended()
+        if ended.code:
+            raise MeasurementError(ended.told)
+
+    monkeypatch.setattr(runs, "run_worker", work)
 
 
 def measured(shape: Shape) -> Comparison:
@@ -142,7 +156,7 @@ class TestMeasuring:
         assert f"{case['speed_ratio']:.2f} x as fast" in printed.out
         assert "dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off" in printed.out
 
-    def test_rows_that_differ_between_the_two_are_noticed(self) -> None:
+    def test_rows_that_differ_between_the_two_are_noticed(self, prepared_workers: None) -> None:
         class Reordered(Case):
             def batches(self, iterations: int) -> list[list[int]]:
                 return super().batches(iterations)[::-1]
@@ -153,7 +167,7 @@ class TestMeasuring:
         with pytest.raises(MeasurementError, match="did not train on the same rows"):
             compare.compare(mixed, iterations=2, repeats=1, say=quiet)
 
-    def test_long_context_is_held_against_the_gradient_of_the_whole_pair(self) -> None:
+    def test_long_context_is_held_against_the_gradient_of_the_whole_pair(self, prepared_workers: None) -> None:
         comparison = measured(replace(LONG, architecture="qwen3"))
 
         assert comparison.gradients.plugin is not None
@@ -162,7 +176,7 @@ class TestMeasuring:
         assert comparison.gradients.host > 0.01
 
     def test_a_shape_has_the_work_of_arithmetic_and_where_the_hosts_long_context_fails_it_runs_without(
-        self,
+        self, prepared_workers: None
     ) -> None:
         comparison = measured(LONG)
 
@@ -396,7 +410,9 @@ class TestGradientDifferences:
         assert f"{TINY.title}: {REFERENCE}, gradient of the first batch, pair 1 of 2" in said
 
     @pytest.mark.slow
-    def test_a_quantised_model_is_measured_against_the_host(self, settings: dict[str, Any], tmp_path: Path) -> None:
+    def test_a_quantised_model_is_measured_against_the_host(
+        self, settings: dict[str, Any], tmp_path: Path, prepared_workers: None
+    ) -> None:
         model, config = quantised_copy(Path(settings["model"]), tmp_path / "model"), tmp_path / "my.yaml"
         config.write_text(yaml.safe_dump(settings | {"model": str(model)}))
 

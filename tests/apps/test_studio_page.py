@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
-    pytest.mark.xdist_group("studio page"),
     pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra 'studio'"),
     pytest.mark.slow,
 ]
@@ -114,6 +114,7 @@ def server(root: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> I
                 if trial.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert process.poll() is None
+            Event().wait(0.05)
         yield Server(home, address, opened, process.pid)
         process.terminate()
 
@@ -299,6 +300,7 @@ def test_a_browser_without_the_token_sees_one_sentence(server: Server, browser: 
 def test_the_browser_that_the_page_starts_is_led_in_and_its_words_tell_no_token(server: Server, browser: Any) -> None:
     while not server.opened.exists() or not server.opened.read_text():
         os.kill(server.pid, 0)
+        Event().wait(0.05)  # the core is for the page
     page = browser.new_page()
     words = server.opened.read_text()
     file = Path(words.partition("file://")[2])

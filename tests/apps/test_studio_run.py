@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -27,10 +28,10 @@ from mlx_cpo_plugin.studio.run_view import CURVES, curve_frame, progress_of, rea
 
 def wait_until(reached: Callable[[], bool], folder: Path) -> None:
     """Wait for what a process does, as long as it is alive."""
-    for _ in range(600):
+    for _ in range(2400):
         if reached():
             return
-        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        Event().wait(0.05)  # the core is for the process
     pytest.fail("\n".join(run_process.console_tail(folder)))
 
 

@@ -27,7 +27,6 @@ ROOT = Path(tempfile.gettempdir()) / "real-tokenizers"
 pytestmark = [
     pytest.mark.skipif(not TOOL.is_file(), reason=f"{TOOL} is not there, which brings the tokenizers"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("real tokenizers"),  # so that each is loaded once
 ]
 
 

@@ -19,7 +19,7 @@ from mlx_cpo_plugin.data import PreferencePair
 # Examples of each test; each holds two rows in every form and by every route.
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("MLX_CPO_ROW_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("MLX_CPO_ROW_EXAMPLES", "3"))
 # Thoughts, calls and tools are all in the text, so that none of them can get lost.
 TELLING = CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content or '' }}|{{ m['content'] }}")
 TEMPLATES = {

@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.compiled import skip_where_there_are_none
 
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.kernels import library
 
 
 @pytest.fixture
-def cache_folder(kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, on a machine that can have kernels."""
+    skip_where_there_are_none()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(library.VARIABLE, library.AUTO)
     return tmp_path / "cache"
@@ -156,7 +158,7 @@ def test_the_compiler_of_the_environment_comes_first(tmp_path: Path, monkeypatch
     assert library.compiler() == other
 
 
-def test_kernels_are_used_for_long_runs_always_or_never(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_used_for_long_runs_always_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = library.LEAST_WORK / 2, library.LEAST_WORK
     for value, expected in (("", [False, True]), ("Always", [True, True]), ("none", [False, False])):
         monkeypatch.setenv(library.VARIABLE, value)

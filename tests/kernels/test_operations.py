@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 Function = Callable[..., mx.array]
 TOLERANCE = 1e-5
 few_examples = settings(max_examples=25)
+pytestmark = pytest.mark.slow  # to compile takes ten seconds
 
 
 @pytest.fixture(autouse=True, scope="module")

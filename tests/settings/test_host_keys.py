@@ -80,7 +80,6 @@ def are_different(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> 
     return False
 
 
-@pytest.mark.xdist_group("keys")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -17,6 +17,13 @@ def use_kernels(patch: pytest.MonkeyPatch, wanted: str = library.ALWAYS) -> None
     """Let runs use the kernels as ``wanted``, and load them; skip the test where that is impossible."""
     patch.setenv(library.VARIABLE, wanted)
     patch.setenv("XDG_CACHE_HOME", str(Path(os.environ[WORKSHOP]) / "cache"))
+    skip_where_there_are_none()
+    said: list[str] = []
+    assert library.usable(said.append), said
+
+
+def skip_where_there_are_none() -> None:
+    """Skip the test on a machine that cannot have kernels."""
     if reason := _reason_to_skip():
         pytest.skip(reason)
 
@@ -28,6 +35,4 @@ def _reason_to_skip() -> str:
         return "needs MLX on a Linux CPU with an OpenBLAS"
     if library.compiler() is None:
         return "needs a C++ compiler"
-    said: list[str] = []
-    assert library.usable(said.append), said
     return ""

@@ -12,8 +12,6 @@ import pytest
 from mlx_cpo_plugin import device
 from mlx_cpo_plugin.device import DEVICES, Device
 
-GPUS = (device.METAL, device.CUDA)
-
 
 class RecordedDevice(Device):
     """A device that keeps the names of its fields that are read."""

@@ -7,8 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-# One worker imports Gradio for all of them.
 STUDIO = [
     pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra 'studio'"),
-    pytest.mark.xdist_group("studio"),
+    pytest.mark.slow,
 ]

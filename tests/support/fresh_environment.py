@@ -149,25 +149,16 @@ def installed_environment(kind: str) -> FreshEnvironment:
     return environment
 
 
-def build_distribution(folder: Path, name: str, code: str) -> Path:
-    """Build the wheel of a distribution, version 1.0, whose one module is an entry point of the plugin's group."""
-    module = name.replace("-", "_")
-    folder.mkdir(parents=True)
-    (folder / f"{module}.py").write_text(code)
-    (folder / "pyproject.toml").write_text(
-        f"""
-        [build-system]
-        requires = ["hatchling"]
-        build-backend = "hatchling.build"
-        [project]
-        name = "{name}"
-        version = "1.0"
-        [project.entry-points.mlx_cpo_plugin]
-        {module} = "{module}"
-        [tool.hatch.build.targets.wheel]
-        include = ["{module}.py"]
-        """
-    )
-    _checked([sys.executable, "-c", "import hatchling.build as build; build.build_wheel('.')"], folder)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+def add_distribution(folder: Path, name: str, code: str) -> str:
+    """Install a distribution, version 1.0, whose one module is an entry point of the plugin's group.
+
+    Returns:
+        The folder where it and others were installed, as PYTHONPATH takes it.
+    """
+    installed, module = folder / "installed", name.replace("-", "_")
+    about = installed / f"{module}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (installed / f"{module}.py").write_text(code)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[mlx_cpo_plugin]\n{module} = {module}\n")
+    return str(installed)

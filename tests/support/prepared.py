@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class Prepared:
         self._process.kill()
         assert code is not None, f"still running: {[file.read_text() for file in self._files]}"
         return Ended(code, *(file.read_text(errors="replace") for file in self._files))
+
+
+def run_module(name: str, *words: str) -> None:
+    """Do what ``python -m`` does."""
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _call(

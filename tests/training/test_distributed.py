@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -87,6 +88,13 @@ def launched(script: str) -> str:
     return ended.stdout
 
 
+def two_prepared(script: str) -> str:
+    """Let two processes that start quickly run the ranks to the end, and return what they print."""
+    ranks = prepared(2, Path(script).with_suffix(".ring"), run_path, script)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    return "".join(rank.printed for rank in ranks)
+
+
 def prepared_ranks(folder: Path, resume: str | None, dies: dict[Any, int] | None = None) -> list[Ended]:
     """Two ranks of a run whose last step is half filled, in processes that start quickly."""
     script = script_of(folder, dies, resume, rows=9, batch_size=2, accumulation=3, iters=8)
@@ -94,18 +102,18 @@ def prepared_ranks(folder: Path, resume: str | None, dies: dict[Any, int] | None
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch_size", "accumulation", "iters"),
-    [(7, 4, 1, 4), (5, 2, 2, 6)],
-    ids=["a tail of three", "accumulation with an empty rank at the tail"],
+    ("rows", "batch_size", "accumulation", "iters", "start"),
+    [(7, 4, 1, 4, launched), (5, 2, 2, 6, two_prepared)],
+    ids=["a tail of three, by MLX's launcher", "accumulation with an empty rank at the tail"],
 )
 def test_two_ranks_train_the_adapter_that_one_rank_does(
-    tmp_path: Path, rows: int, batch_size: int, accumulation: int, iters: int
+    tmp_path: Path, rows: int, batch_size: int, accumulation: int, iters: int, start: Callable[[str], str]
 ) -> None:
     arguments = {"rows": rows, "batch_size": batch_size, "accumulation": accumulation, "iters": iters}
 
     alone = Prepared(run_path, script_of(tmp_path / "alone", **arguments), output=tmp_path / "told").ended()
     assert alone.code == 0, alone.told
-    together = launched(script_of(tmp_path / "together", apart=True, **arguments))
+    together = start(script_of(tmp_path / "together", apart=True, **arguments))
 
     one, two = (dict(mx.load(str(tmp_path / name / "adapters.safetensors"))) for name in ("alone", "together"))
     as_numpy = [{name: np.array(value) for name, value in tree.items()} for tree in (two, one)]

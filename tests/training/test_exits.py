@@ -157,7 +157,7 @@ def named_checkpoints(text: str) -> list[Path]:
     [
         (signal.SIGINT, 61),
         (signal.SIGHUP, 71),
-        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
+        (signal.SIGTERM, 7),
     ],
 )
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("error", "every"),
     [
-        pytest.param(MemoryError(), 3, marks=pytest.mark.slow),
+        pytest.param(MemoryError(), 7, marks=pytest.mark.slow),
         (RuntimeError("[metal::malloc] Unable to allocate"), 61),
         (LookupError("a fault"), 71),
     ],

@@ -157,7 +157,7 @@ def test_memory_of_a_pair_in_segments_grows_with_its_tokens_and_not_with_their_s
             mx.eval(method([pair], StepTotals.of([pair])))
         return mx.get_peak_memory() - before
 
-    assert peak(1024) < 2.5 * peak(512)
+    assert peak(512) < 2.5 * peak(256)
 
 
 def test_attention_without_kernels_holds_scores_of_long_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,7 @@ def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there() -> 
 
 
 def test_a_run_reports_what_its_own_settings_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs, said = pairs_of(200, 40, 40), []
+    pairs, said = pairs_of(60, 20, 20), []
     for number, saving in enumerate([{}, {"grad_checkpoint": True}]):
         file = str(tmp_path / str(number) / "adapters.safetensors")
         args = CPOTrainingArgs(batch_size=1, iters=1, adapter_file=file, **saving)
@@ -423,7 +423,7 @@ def test_a_run_says_once_after_its_first_step_that_the_estimate_was_far_off(
     )
 
     mx.reset_peak_memory()
-    train_cpo(add_adapter(larger_model()), optimizers.Adam(1e-4), pairs_of(200, 40, 40), None, args)
+    train_cpo(add_adapter(larger_model()), optimizers.Adam(1e-4), pairs_of(60, 20, 20), None, args)
 
     printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": " in line]
     said = [line for line in printed if line.startswith(("Estimate", "Iter"))]

@@ -31,7 +31,7 @@ def shared(model: nn.Module, objective: Objective, pairs: Sequence[PreferencePai
 
 
 def segments(model: nn.Module, objective: Objective, pairs: Sequence[PreferencePair]) -> GradientMethod:
-    return gradients_for(model, objective, choose_scorer(model, pairs, "shared"), pairs, step_size=4)
+    return gradients_for(model, objective, choose_scorer(model, pairs, "shared"), pairs, step_size=6)
 
 
 METHODS: dict[str, Callable[..., GradientMethod]] = {
@@ -102,29 +102,30 @@ CASES = [
     (loss_type, smoothing, cpo_alpha)
     for loss_type in ("sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo")
     for smoothing in ((0.0, 0.1) if loss_type in ("sigmoid", "simpo", "alphapo") else (0.0,))
-    for cpo_alpha in (0.0, 0.7)
+    for cpo_alpha in ((0.0, 0.7) if loss_type in ("sigmoid", "ipo") and not smoothing else (0.7,))
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("loss_type", "smoothing", "cpo_alpha"), CASES)
 def test_micro_batches_add_up_to_the_float64_gradient_of_their_step(
-    loss_type: str, smoothing: float, cpo_alpha: float, method: str
+    loss_type: str, smoothing: float, cpo_alpha: float, subtests: pytest.Subtests
 ) -> None:
     pairs = some_pairs()
     loss, gradient = float64_gradient(pairs, loss_type, smoothing, cpo_alpha)
     options = OPTIONS | ({"label_smoothing": smoothing} if smoothing else {})
     objective = objective_for(loss_type, options, cpo_alpha=cpo_alpha)
     model = add_adapter(build_model())
-    compute = METHODS[method](model, objective, pairs)
     step = StepTotals.of(pairs)
+    for method, method_for in METHODS.items():
+        with subtests.test(method):
+            compute = method_for(model, objective, pairs)
 
-    parts = [compute(micro_batch, step) for micro_batch in (pairs[:1], pairs[1:4], pairs[4:])]
+            parts = [compute(micro_batch, step) for micro_batch in (pairs[:1], pairs[1:4], pairs[4:])]
 
-    added = {name: sum(np.array(part.gradient[name], np.float64) for part in parts) for name in gradient}
-    assert_same(added, gradient, tolerance=2e-4)
-    contributions = [objective.step_contribution(part.scores, *step)[0].item() for part in parts]
-    assert sum(contributions) == pytest.approx(loss, rel=1e-5)
+            added = {name: sum(np.array(part.gradient[name], np.float64) for part in parts) for name in gradient}
+            assert_same(added, gradient, tolerance=2e-4)
+            contributions = [objective.step_contribution(part.scores, *step)[0].item() for part in parts]
+            assert sum(contributions) == pytest.approx(loss, rel=1e-5)
 
 
 def test_without_the_likelihood_a_step_is_the_mean_over_pairs_to_the_bit() -> None:

@@ -107,7 +107,7 @@ def test_a_step_follows_the_float64_gradient_of_the_mean_loss(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "loss_type", "cpo_alpha"),
-    [(1, 6, "sigmoid", 0.0), (2, 3, "sigmoid", 1.0), (4, 2, "sigmoid", 1.0), (2, 3, "ipo", 0.0), (2, 3, "simpo", 1.0)],
+    [(1, 6, "ipo", 0.0), (2, 3, "sigmoid", 1.0), (4, 2, "simpo", 1.0)],
 )
 def test_accumulation_equals_one_large_batch(
     tmp_path: Path, batch_size: int, accumulation: int, loss_type: str, cpo_alpha: float
@@ -161,9 +161,7 @@ def test_same_seed_same_adapter_to_the_bit_with_dropout(tmp_path: Path) -> None:
         assert_same(first, other)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "dora"), [("sigmoid", False), ("hinge", False), ("ipo", False), ("dpop", False), ("dpop", True)]
-)
+@pytest.mark.parametrize(("loss_type", "dora"), [("sigmoid", False), ("dpop", True)])
 def test_long_context_gives_the_plain_gradient(tmp_path: Path, loss_type: str, dora: bool) -> None:
     def run(**arguments: Any) -> dict[str, np.ndarray]:
         model = add_adapter(build_model(), dora=dora)
@@ -245,9 +243,7 @@ def test_gradient_checkpointing_is_undone_even_when_training_fails(tmp_path: Pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"scoring": "shared"},
         {"scoring": "shared", "loss_type": "simpo", "cpo_alpha": 0.5},
-        {"scoring": "plain"},
         {"scoring": "plain", "loss_type": "alphapo", "cpo_alpha": 0.5},
         {"scoring": "plain", "seq_step_size": 4},
     ],
@@ -333,18 +329,18 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None
     assert not model.training
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
-def test_evaluation_is_the_mean_over_pairs_whatever_the_batch_size(batch_size: int) -> None:
+def test_evaluation_is_the_mean_over_pairs_whatever_the_batch_size() -> None:
     model, pairs = build_model(), build_pairs(11)
     alone = [evaluate_cpo(model, [pair], 1, -1, 0.5, 50.0, 2048, "sigmoid") for pair in pairs]
 
-    loss, rewards, tokens, means = evaluate_cpo(model, pairs, batch_size, -1, 0.5, 50.0, 2048, "sigmoid")
+    for batch_size in (1, 3, 4, 50):
+        loss, rewards, tokens, means = evaluate_cpo(model, pairs, batch_size, -1, 0.5, 50.0, 2048, "sigmoid")
 
-    assert loss == pytest.approx(np.mean([result[0] for result in alone]), rel=1e-5)
-    assert rewards == pytest.approx(np.mean([result[1] for result in alone], axis=0), rel=1e-5)
-    assert tokens == sum(result[2] for result in alone)
-    assert means["accuracies"] == pytest.approx(np.mean([result[3]["accuracies"] for result in alone]))
-    assert means["margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-4)
+        assert loss == pytest.approx(np.mean([result[0] for result in alone]), rel=1e-5)
+        assert rewards == pytest.approx(np.mean([result[1] for result in alone], axis=0), rel=1e-5)
+        assert tokens == sum(result[2] for result in alone)
+        assert means["accuracies"] == pytest.approx(np.mean([result[3]["accuracies"] for result in alone]))
+        assert means["margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-4)
 
 
 def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
