@@ -88,6 +88,22 @@ def sum_over_ranks(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return sums
 
 
+def from_first_rank(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the first rank's arrays, which have the same order, shapes and dtypes on all ranks.
+
+    Raises:
+        LostRankError: not every rank has taken part.
+    """
+    if mx.distributed.init().size() == 1:
+        return dict(arrays)
+    mine = {name: value if is_first_rank() else mx.zeros_like(value) for name, value in arrays.items()}
+    with _lost_rank_reported():
+        shared = {name: mx.distributed.all_sum(value) for name, value in mine.items()}
+        mx.eval(shared)
+    gather(None)
+    return shared
+
+
 @contextmanager
 def _lost_rank_reported() -> Iterator[None]:
     try:

@@ -1,6 +1,9 @@
 """Adapters, checkpoints and runs on disk: what lies in an adapter folder, and under which name."""
 
 ADAPTER_FILE = "adapters.safetensors"
+# Folder of the best adapter, which mlx_lm loads like the adapter folder itself.
+BEST = "best"
+# The best adapter in a checkpoint; earlier versions had it under this name in the adapter folder, too.
 BEST_ADAPTER_FILE = "best_adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 METRICS_FILE = "metrics.jsonl"

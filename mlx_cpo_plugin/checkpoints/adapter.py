@@ -143,15 +143,22 @@ def save_and_verify(
         verify_adapter(model, adapter_file)
 
 
+def adapter_metadata(adapter_file: Path) -> dict[str, str]:
+    """Return what a file of :func:`save_adapter` says of itself.
+
+    Raises:
+        CheckpointError: it is missing or unreadable.
+    """
+    with _readable(adapter_file):
+        loaded: Any = mx.load(str(adapter_file), return_metadata=True)
+    return dict(loaded[1])
+
+
 def _read(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return the arrays in ``adapter_file`` by name, which are those of ``expected`` in name and shape."""
-    try:
+    with _readable(adapter_file):
         weights: dict[str, mx.array] = dict(mx.load(str(adapter_file)))  # type: ignore[arg-type]  # safetensors: a dict
         mx.eval(weights)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"The adapter {adapter_file} cannot be read ({error}); give another file.", place=str(adapter_file)
-        ) from error
     for name, value in expected.items():
         if name in weights and weights[name].shape != value.shape:
             raise CheckpointError(
@@ -169,6 +176,16 @@ def _read(adapter_file: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.
             place=str(adapter_file),
         )
     return weights
+
+
+@contextmanager
+def _readable(adapter_file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"The adapter {adapter_file} cannot be read ({error}); give another file.", place=str(adapter_file)
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

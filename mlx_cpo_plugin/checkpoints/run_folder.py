@@ -14,7 +14,15 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, METRICS_FILE, PREVIOUS, RECORD, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import (
+    ADAPTER_CONFIG,
+    BEST,
+    CHECKPOINTS,
+    METRICS_FILE,
+    PREVIOUS,
+    RECORD,
+    RUN_SETTINGS,
+)
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
@@ -24,7 +32,7 @@ from mlx_cpo_plugin.exchange import gather, is_first_rank
 LOCK_NAME = ".lock"
 
 _LEFT_BY_EVERY_RUN = re.compile(
-    rf"{CHECKPOINTS}(-rank-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
+    rf"{CHECKPOINTS}(-rank-\d+)?|{BEST}(-[a-z]+-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
     rf"|{re.escape(METRICS_FILE)}|{re.escape(RUN_SETTINGS)}"
 )
 
@@ -46,8 +54,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
         remove_partials(
             folder, lambda name: name in (RECORD, ADAPTER_CONFIG) or bool(_LEFT_BY_EVERY_RUN.fullmatch(name))
         )
-        for checkpoints in folder.glob(f"{CHECKPOINTS}*"):
-            remove_partials(checkpoints)
+        for inside in (folder / BEST, *folder.glob(f"{CHECKPOINTS}*")):
+            remove_partials(inside)
         yield
     finally:
         lock.release()

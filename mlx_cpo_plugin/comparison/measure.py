@@ -13,7 +13,7 @@ from mlx_lm import stream_generate
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.comparison.preference import LengthGroup, length_groups, preferences
 from mlx_cpo_plugin.data.dataset import load_splits
@@ -113,8 +113,9 @@ def compare(
             f"There is no {missing} in {named(str(adapter_path))}; give the adapter_path of a run that was saved.",
             place=str(adapter_path),
         )
-    settings = run_settings(adapter_path, model, data)
-    run = run_in(adapter_path)
+    folder = run_folder(adapter_path)
+    settings = run_settings(folder, model, data)
+    run = run_in(folder)
     settings.begun = run.begun if run else None  # which templates tell that print the date
     tokenizer = load_chat_tokenizer(settings.model)
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
@@ -149,6 +150,13 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
     model.eval()
     comparison.tuned = answers(model, tokenizer, questions, max_tokens, "tuned model", say)
     comparison.after = measured(model, comparison, "tuned model", say)
+
+
+def run_folder(adapter_path: Path) -> Path:
+    """Return the adapter folder of a run, which holds that of its best adapter."""
+    parent = adapter_path.absolute().parent
+    inside = adapter_path.name.startswith(BEST) and (parent / RUN_SETTINGS).is_file()
+    return parent if inside and not (adapter_path / RUN_SETTINGS).exists() else adapter_path
 
 
 def run_settings(adapter_path: Path, model: str | None, data: str | None) -> RunSettings:

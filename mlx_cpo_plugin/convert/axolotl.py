@@ -21,6 +21,7 @@ from mlx_cpo_plugin.convert.model_and_data import (
     tell_of_messages,
 )
 from mlx_cpo_plugin.convert.training_arguments import (
+    EACH_EPOCH,
     Length,
     ScheduleRequest,
     convert_checkpoints,
@@ -191,25 +192,25 @@ def _convert_intervals(source: Source, conversion: Conversion, length: Length) -
     if reports is None and length.steps is not None:
         reports = max(min(int(0.005 * length.steps), 10), 1)
     put_interval(conversion, "steps_per_report", length.iterations(reports or 10), source.gives("logging_steps"))
-    put_interval(conversion, "save_every", _interval(source, "save", length), _gives_interval(source, "save"))
+    _convert_interval(source, conversion, length, "save", "save_every")
     validates = source.gives("test_datasets") or source.number("val_set_size", 0.0) > 0
     if validates:
-        put_interval(conversion, "steps_per_eval", _interval(source, "eval", length), _gives_interval(source, "eval"))
+        _convert_interval(source, conversion, length, "eval", "steps_per_eval")
         conversion.put("val_batches", -1, given=False)
     tell_of_intervals(conversion, length)
 
 
-def _gives_interval(source: Source, what: str) -> bool:
-    return source.gives(f"{what}_steps") or source.gives(f"{what}s_per_epoch")
-
-
-def _interval(source: Source, what: str, length: Length) -> int | None:
-    """Return the iterations of ``eval_steps`` or ``evals_per_epoch`` and the like; an epoch where there is neither."""
+def _convert_interval(source: Source, conversion: Conversion, length: Length, what: str, ours: str) -> None:
+    """Convert ``eval_steps`` or ``evals_per_epoch`` and the like; without either, or with one, it is an epoch."""
     steps, each_epoch = source.number(f"{what}_steps"), source.number(f"{what}s_per_epoch")
-    source.raw(f"{what}_strategy")
-    if steps is not None:
-        return length.iterations(steps)
-    return None if length.epoch is None else max(1, math.ceil(length.epoch / (each_epoch or 1)))
+    epoch = source.raw(f"{what}_strategy") == "epoch" or (steps is None and (each_epoch or 1) == 1)
+    given = any(source.gives(f"{what}{key}") for key in ("_steps", "s_per_epoch", "_strategy"))
+    if epoch:
+        conversion.put(EACH_EPOCH[ours], True, given)
+    elif steps is not None:
+        put_interval(conversion, ours, length.iterations(steps), given)
+    else:
+        put_interval(conversion, ours, length.epoch and max(1, math.ceil(length.epoch / each_epoch)), given)
 
 
 def _convert_tracking(source: Source, conversion: Conversion) -> None:

@@ -9,6 +9,8 @@ from mlx_cpo_plugin.convert.conversion import Conversion, Source, is_off, merged
 from mlx_cpo_plugin.settings.nested import TRACKERS
 
 BEST_BY = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+EACH_EPOCH = {"steps_per_eval": "eval_per_epoch", "save_every": "save_per_epoch"}
+"""Steps between validations or saves -> the setting that has one at the end of each epoch instead."""
 DECAYING = {
     "linear": "linear_schedule",
     "polynomial": "linear_schedule",
@@ -184,15 +186,18 @@ def _tell_of_bits(name: str, key: str, ours: str, conversion: Conversion) -> Non
 
 def convert_intervals(source: Source, conversion: Conversion, length: Length, logging_steps: float) -> None:
     """Convert the steps between reports, validations and saves; ours count micro-batches."""
-    validates = not is_off(source.raw("eval_strategy", source.raw("evaluation_strategy")))
+    evaluation = source.raw("eval_strategy", source.raw("evaluation_strategy"))  # the latter in older versions
+    validates = not is_off(evaluation)
     reports = source.number("logging_steps", logging_steps)
     wanted = [("logging", "steps_per_report", reports), ("save", "save_every", 500)]
     for what, key, default in [*wanted, ("eval", "steps_per_eval", reports)] if validates else wanted:
-        strategy = source.raw(f"{what}_strategy", "steps")
+        strategy = evaluation if what == "eval" else source.raw(f"{what}_strategy", "steps")
         steps = length.iterations(source.number(f"{what}_steps", default))
         if is_off(strategy):
             conversion.tell(f"{what}_strategy {strategy} has no counterpart: {key} keeps its default.")
-        else:
+        elif strategy == "epoch" and key in EACH_EPOCH:
+            conversion.settings[EACH_EPOCH[key]] = True
+        elif strategy != "best":  # which convert_checkpoints reads
             put_interval(conversion, key, length.epoch if strategy == "epoch" else steps, source.gives(f"{what}_steps"))
     if validates:
         conversion.put("val_batches", -1, given=False)
@@ -242,13 +247,10 @@ def convert_checkpoints(source: Source, conversion: Conversion, best_by_default:
         conversion.put("keep_checkpoints", max(1, source.count("save_total_limit")), given=True)
     metric = str(source.raw("metric_for_best_model", best_by_default)).removeprefix("eval_")
     source.raw("greater_is_better")
-    if source.flag("load_best_model_at_end"):
+    loads_best = source.flag("load_best_model_at_end")
+    if loads_best or source.raw("save_strategy") == "best":
         if metric in BEST_BY:
-            conversion.settings["save_best"] = BEST_BY[metric]
-            conversion.tell(
-                "load_best_model_at_end is save_best: the best adapter is kept beside the last, as "
-                "best_adapters.safetensors."
-            )
+            conversion.settings |= {"save_best": BEST_BY[metric], **({"load_best": True} if loads_best else {})}
         else:
             conversion.tell(
                 f"metric_for_best_model {metric} has no counterpart; save_best takes margin, accuracy, loss."

@@ -196,6 +196,12 @@ def last_step_start(lengths: Sequence[int], size: BatchSize, *, iters: int, seed
     return max(takewhile(lambda end: end < iters, ends), default=0)
 
 
+def epoch_ends(lengths: Sequence[int], size: BatchSize, *, iters: int, seed: int) -> frozenset[int]:
+    """Return after which of the first ``iters`` micro-batches of :func:`training_plan` an epoch is over."""
+    ends = accumulate(sum(map(len, _windows(lengths, size, seed, [epoch]))) for epoch in count())
+    return frozenset(takewhile(lambda end: end <= iters, ends))
+
+
 def micro_batches_of(epochs: int, lengths: Sequence[int], size: BatchSize, seed: int) -> int:
     """Return how many micro-batches :func:`training_plan` has in its first epochs."""
     return sum(len(window) for window in _windows(lengths, size, seed, range(epochs)))

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path
+from mlx_lm.utils import hf_repo_to_path, load_config
 from mlx_lm.utils import load_model as load_base_model
 from mlx_lm_lora.train import build_lora_config
 from mlx_lm_lora.utils import from_pretrained
@@ -28,7 +28,7 @@ from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.settings.nested import OPTIMIZERS, WHOLE_RUN
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS, spans_run
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
 
 QUANTISED_LOADS: dict[str, dict[str, Any]] = {
@@ -39,8 +39,8 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_model(settings: RunSettings, loaded: tuple[nn.Module, Any] | None = None) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer, or take those that are loaded; the model gets a fresh adapter, the same for a seed.
+def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer, the model with a fresh adapter that is the same for the same seed.
 
     Raises:
         ConfigError: the model cannot be loaded or quantised as asked, or ``resume_adapter_file`` belongs to another
@@ -49,10 +49,9 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Any] | None = Non
     use_fast_blas()
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
-    if loaded is None:
-        print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
+    print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     try:
-        model, tokenizer = loaded or from_pretrained(model=settings.model)[:2]
+        model, tokenizer, _ = from_pretrained(model=settings.model)
         _choose_trained_weights(model, settings)
     except ConfigError:
         raise
@@ -67,8 +66,8 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Any] | None = Non
         _check_resumed_adapter(settings, model)
     precision = quantised_load(settings)
     if precision:
-        if any("scales" in module for module in model.modules()):
-            raise ConfigError(f"The model is quantised already; remove {precision}.", key=precision)
+        if "quantization" in load_config(model_folder(settings.model)):
+            raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.", key=precision)
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
@@ -284,7 +283,7 @@ def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.ar
 
 def optimizer_steps(settings: RunSettings, train_set: Sequence[Any]) -> int:
     """Return the optimizer steps of a run of ``settings.iters``; 1 where no learning rate depends on it."""
-    if not settings.warmup_ratio and (settings.lr_schedule or {}).get("name") not in WHOLE_RUN:
+    if not spans_run(settings.lr_schedule, settings.warmup_ratio):
         return 1
     size = BatchSize(settings.batch_size, settings.batch_tokens, settings.gradient_accumulation_steps)
     lengths = [0 if settings.batch_tokens is None else pair.tokens for pair in train_set]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
-from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done
@@ -21,31 +22,21 @@ from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, 
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
-from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_tokenizer
-from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps
+from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
+from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import MetricsFile
+from mlx_cpo_plugin.training.validation import require_validation
 from mlx_cpo_plugin.types import TrainMode
 
 Sets = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 
-def run_mode(
-    settings: RunSettings,
-    mode: TrainMode,
-    training_callback: TrainingCallback | None = None,
-    loaded: tuple[nn.Module, Any] | None = None,
-) -> tuple[nn.Module, Any]:
+def run_mode(settings: RunSettings, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
-
-    Args:
-        loaded: a model and its tokenizer, in place of those that ``settings.model`` names.
-
-    Returns:
-        model and tokenizer; the model is empty where it was fused.
 
     Raises:
         UserError: settings, data, model or files are at fault; says which and what to do.
@@ -55,23 +46,22 @@ def run_mode(
     settings.begun = settings.run_identity.begun
 
     print_info("Loading datasets")
-    if loaded is not None:
-        give_chat_template(loaded[1])
-    sets = mode.load_dataset(settings, loaded[1] if loaded else load_chat_tokenizer(settings.model))
+    sets = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
     wanted = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
     for rows in sets if is_first_rank() else ():
         if isinstance(rows, PreferenceDataset) and rows.report.split in wanted:
             rows.tell(print_info)
-    model, tokenizer = load_model(settings, loaded)
+    if settings.train and mode.has("load_best"):
+        require_validation(settings, sets[1])
+    model, tokenizer = load_model(settings)
 
     if not settings.train:
         if settings.adapter_path:
             load_adapter(model, adapter_file(settings))
         report_on_test_set(settings, mode, model, sets[2])
-        return model, tokenizer
+        return
     with only_run_in(Path(settings.adapter_path)):
         train_test_and_fuse(settings, mode, model, tokenizer, sets, training_callback)
-    return model, tokenizer
 
 
 def train_test_and_fuse(
@@ -103,6 +93,27 @@ def train_test_and_fuse(
         fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
+    for line in next_commands(settings, held_out=bool(valid_set or test_set)) if is_first_rank() else ():
+        print(line)
+
+
+def next_commands(settings: RunSettings, held_out: bool) -> list[str]:
+    """Return the commands that judge and use what a run has left, one a line.
+
+    Args:
+        held_out: whether there are rows to compare the models on; if not, a prompt has to do.
+    """
+    adapter, prompt = quote(str(settings.adapter_path)), "--prompt 'Hi!'"
+    lines = [f"Compare:  mlx-cpo compare {adapter}" + ("" if held_out else f" {prompt}")]
+    if settings.fuse:
+        lines.append(f"Generate: mlx_lm.generate --model {quote(str(fused_folder(settings)))} {prompt}")
+    else:
+        if not quantised_load(settings):  # which mlx_lm would load as it is
+            base = quote(settings.model)
+            lines.append(f"Generate: mlx_lm.generate --model {base} --adapter-path {adapter} {prompt}")
+        config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
+        lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")
+    return lines
 
 
 def train_mode(

@@ -231,6 +231,9 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
         notes.append(f"reference_model_path has no effect: {settings.train_mode} uses no reference model.")
     if settings.iters is not None and settings.epochs is not None:
         notes.append(f"epochs has no effect: iters is set, too, to {settings.iters}.")
+    for each_epoch, steps in (("eval_per_epoch", "steps_per_eval"), ("save_per_epoch", "save_every")):
+        if getattr(settings, each_epoch) and steps in given.values:
+            notes.append(f"{steps} has no effect: {each_epoch} is set, too.")
     if settings.batch_tokens is not None and "batch_size" in given.values:
         notes.append("batch_size has no effect on training: batch_tokens is set, too.")
     return notes

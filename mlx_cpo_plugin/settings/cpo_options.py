@@ -133,6 +133,23 @@ class CPOSettings:
         choices=tuple(MEASURES),
         free_on_resume=True,
     )
+    load_best: bool = option(
+        False,
+        "End with the weights of the best validation instead of the last ones (metric: save_best, default loss).",
+        free_on_resume=True,
+    )
+    eval_per_epoch: bool = option(
+        False,
+        "Validate at the end of each epoch instead of every steps_per_eval iterations.",
+        title="Validate each epoch",
+        free_on_resume=True,
+    )
+    save_per_epoch: bool = option(
+        False,
+        "Save at the end of each epoch instead of every save_every iterations.",
+        title="Save each epoch",
+        free_on_resume=True,
+    )
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many validations without improvement (metric: save_best, default loss).",

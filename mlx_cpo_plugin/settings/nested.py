@@ -56,6 +56,11 @@ WHOLE_RUN = ("linear", "cosine", "constant")
 _WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
 
 
+def spans_run(lr_schedule: Mapping[str, Any] | None, warmup_ratio: float | None) -> bool:
+    """Return whether the learning rate of a step depends on how many the run has."""
+    return bool(warmup_ratio) or (lr_schedule or {}).get("name") in ("linear", "cosine")
+
+
 def home_expanded(path: str, key: str, place: Place) -> str:
     """Expand ``~`` or ``~user`` at the beginning of a path."""
     return os.path.expanduser(path)

@@ -60,7 +60,10 @@ class CPOTrainingArgs(SFTTrainingArgs):
     resume: str | None = _option("resume")
     keep_checkpoints: int = _option("keep_checkpoints")
     save_best: str | None = _option("save_best")
+    load_best: bool = _option("load_best")
     early_stopping_patience: int | None = _option("early_stopping_patience")
+    eval_per_epoch: bool = _option("eval_per_epoch")
+    save_per_epoch: bool = _option("save_per_epoch")
     run_settings: dict[str, Any] | None = field(
         default=None, metadata={"help": "What is written to run_settings.yaml; by default these arguments."}
     )
@@ -100,7 +103,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
                 "num_layers": adapter["num_layers"],
                 "lora_parameters": adapter["lora_parameters"],
                 "optimizer": type(optimizer).__name__.lower(),
-                "learning_rate": float(optimizer.learning_rate),
+                "learning_rate": float(f"{float(optimizer.learning_rate):.7g}"),  # the optimizer's is a float32
                 **values,
                 "efficient_long_context": self.seq_step_size is not None,
                 **self.loss_options,

@@ -77,27 +77,23 @@ def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedP
 
 
 def score_saved(run: Run) -> None:
-    """Read back what a run saved and score it on held-out rows; warn of a file that is lost or scores otherwise."""
+    """Read back what a run saved, and score the adapter on held-out rows; warn of what is lost or scores otherwise."""
     outputs, rows = run.outputs, held_out_rows(run.val_pairs, run.pairs)
     trained = scores_of(run.model, rows, run.scorer)
-    for file in [outputs.adapter_file] + [outputs.best_file] * (run.best.saved and run.best.iteration > 0):
-        try:
-            with adapter_in_place(run.model, file):
-                saved = scores_of(run.model, rows, run.scorer)
-        except CheckpointError as error:
-            run.reporter.warn(str(error))
-            continue
-        margin = f"gives {len(rows)} held-out rows a margin of {saved.margin:+.3f} nats"
-        if file == outputs.best_file:
-            run.reporter.say(
-                f"{file.name}, of iteration {run.best.iteration}, {margin}; that of the last iteration "
-                f"{trained.margin:+.3f}."
-            )
-        elif not saved.is_like(trained):
+    try:
+        with adapter_in_place(run.model, outputs.adapter_file):
+            saved = scores_of(run.model, rows, run.scorer)
+        if not saved.is_like(trained):
             run.reporter.warn(
-                f"{file} {margin}, and the model in memory, which has the same parameters, {trained.margin:+.3f}: this "
-                "device gives different results for the same computation."
+                f"{outputs.adapter_file} gives {len(rows)} held-out rows a margin of {saved.margin:+.3f} nats, and the "
+                f"model in memory, which has the same parameters, {trained.margin:+.3f}: this device gives different "
+                "results for the same computation."
             )
+        if run.best.saved and run.best.iteration > 0:
+            with adapter_in_place(run.model, outputs.best_file):
+                pass  # it can be read, and fits
+    except CheckpointError as error:
+        run.reporter.warn(str(error))
 
 
 def margin_retained(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> float | None:

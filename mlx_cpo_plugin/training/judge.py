@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.exchange import gather
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.training.validation import BestSoFar
 from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict
 
-_COMPARED = [PAIR_VALUES.index(name) for name in ("loss", "chosen_nll", "margins", "accuracies")]
 OTHER_PAIRS = "Whether the model is better than before training is not known: the validation before it had other pairs."
 
 
@@ -22,26 +22,30 @@ class Judge(Resumable):
     """Says whether the model is better or worse than before training, and when that changes.
 
     Args:
-        digest: of the validation pairs of all ranks; a validation of others is not compared.
+        pairs: the N validation pairs of all ranks.
+        digest: of these pairs; a validation of others is not compared.
         cpo_alpha: weight of the likelihood term in the loss.
 
     Attributes:
-        before: what is compared of each pair of this rank, from before training; None where it was not validated.
+        before: of the validation before training, the measures of each pair of this rank; None where there was none.
         latest: the verdict on the last validation; None where there is none.
+        of_best: that on the best validation.
         told: the outcome that was told last.
     """
 
     remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "told")
 
-    def __init__(self, digest: str, cpo_alpha: float) -> None:
+    def __init__(self, pairs: Sequence[PreferencePair], digest: str, cpo_alpha: float) -> None:
+        self.tokens_per_answer = sum(pair.chosen_tokens for pair in pairs) / max(len(pairs), 1)
         self.digest, self.cpo_alpha = digest, cpo_alpha
         self.before: list[list[float]] | None = None
         self.latest: Verdict | None = None
+        self.of_best: Verdict | None = None
         self.told = 0
 
     def begin(self, values: NDArray[np.float64]) -> None:
-        """Take a validation as the one before training; ``values`` are as in :meth:`verdict`."""
-        self.before = values[_COMPARED].tolist()
+        """Take a validation as the one before training; ``values`` are those of its pairs, see :meth:`verdict`."""
+        self.before = self._measures(values).tolist()
 
     def verdict(self, values: NDArray[np.float64]) -> Verdict | None:
         """Return how a validation compares with the one before training; None where there is nothing to compare.
@@ -51,23 +55,27 @@ class Judge(Resumable):
         """
         if self.before is None:
             return None
-        loss, nll, margins, accuracies = values[_COMPARED] - np.array(self.before)
-        tokens = values[PAIR_VALUES.index("chosen_tokens")]
-        pairs, all_tokens, all_nll = np.sum(gather([len(tokens), tokens.sum(), nll.sum()]), axis=0).tolist()
-        # The change per token is a ratio of two sums: what a pair has in its error is the distance from it.
-        ratio = all_nll / all_tokens
-        per_token = ratio + (nll - ratio * tokens) * pairs / all_tokens
-        differences = np.array([loss + self.cpo_alpha * per_token, per_token, margins, accuracies])
-        sums = gather([differences.sum(1).tolist(), (differences**2).sum(1).tolist()])
-        mean, square = np.sum(sums, axis=0) / pairs
-        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(pairs - 1, 1))
+        differences = self._measures(values) - np.array(self.before)
+        sums = [differences.shape[1], *differences.sum(1).tolist(), *(differences**2).sum(1).tolist()]
+        count, *totals = np.sum(gather(sums), axis=0).tolist()
+        mean, square = np.reshape(totals, (2, -1)) / count
+        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(count - 1, 1))
         self.latest = Verdict.of(
             {
-                measure.name: Change(of_mean, of_stderr, int(pairs))
+                measure.name: Change(of_mean, of_stderr, int(count))
                 for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
             }
         )
         return self.latest
+
+    def _measures(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what is compared of each pair, in the order of MEASURES, so that means over pairs are those reported.
+
+        Each token weighs the same in the likelihood, so a pair counts by what it adds per token of a mean answer.
+        """
+        of_pairs = dict(zip(PAIR_VALUES, values, strict=True))
+        nll = of_pairs["chosen_nll"] / self.tokens_per_answer
+        return np.array([of_pairs["loss"] + self.cpo_alpha * nll, nll, of_pairs["margins"], of_pairs["accuracies"]])
 
     def news(self, iteration: int, verdict: Verdict | None) -> tuple[str | None, str | None]:
         """Return a warning and a line, of which at most one is there: what the last verdict changes."""
@@ -79,22 +87,30 @@ class Judge(Resumable):
             return f"{line}; {advice(self.cpo_alpha)}.", None
         return None, f"{line}."
 
-    def conclusion(self, best: BestSoFar) -> str | None:
-        """Return the last sentence on a run: what it left, and which of its validations was the best."""
-        if self.latest is None:
+    def conclusion(self, best: BestSoFar, best_loaded: bool = False) -> str | None:
+        """Return the last sentence on a run: what it left, and which of its validations was the best.
+
+        Args:
+            best_loaded: whether the weights of that one are what it left.
+        """
+        verdict = self.of_best if best_loaded else self.latest
+        if verdict is None:
             return OTHER_PAIRS if self.before is None else None
         label = next(measure.label for measure in MEASURES if measure.name == best.measure)
         of_best = f"the best validation, by {label}, was that of iteration {best.iteration}"
-        return f"The model is {self.latest.sentence()}; {of_best if best.iteration else 'no validation was finite'}."
+        return f"The model is {verdict.sentence()}; {of_best if best.iteration else 'no validation was finite'}."
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "latest": None if self.latest is None else self.latest.report()}
+        verdicts = {"latest": self.latest, "of_best": self.of_best}
+        return {**super().state(), **{name: verdict and verdict.report() for name, verdict in verdicts.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; what was validated before training counts only if it was these pairs."""
-        latest = Verdict.from_report(state["latest"] or {})
-        same = state["digest"] == self.digest
-        self.before, self.told, self.latest = (state["before"], state["told"], latest) if same else (None, 0, None)
+        if state["digest"] == self.digest:
+            self.before, self.told = state["before"], state["told"]
+            self.latest, self.of_best = (Verdict.from_report(state[name] or {}) for name in ("latest", "of_best"))
+        else:
+            self.before, self.told, self.latest, self.of_best = None, 0, None, None
 
 
 def advice(cpo_alpha: float) -> str:

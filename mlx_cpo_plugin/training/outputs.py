@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
-from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST_ADAPTER_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.atomic_files import partial_of, remove
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST, BEST_ADAPTER_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import (
-    describe_adapter,
+    CheckpointError,
+    adapter_metadata,
+    load_adapter,
     save_adapter,
     save_adapter_config,
     save_and_verify,
@@ -21,7 +26,8 @@ from mlx_cpo_plugin.checkpoints.adapter import (
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.errors import StoppedError, first_line
-from mlx_cpo_plugin.exchange import is_first_rank
+from mlx_cpo_plugin.exchange import from_first_rank, gather, is_first_rank
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.settings.run_settings import as_yaml
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import TrainingState
@@ -58,8 +64,7 @@ class Outputs:
         self.model, self.state, self.best, self.args, self.record, self.say = model, state, best, args, record, say
         self.adapter_file = Path(args.adapter_file)
         self.folder = self.adapter_file.parent
-        self.best_file = self.adapter_file.with_name(BEST_ADAPTER_FILE)
-        self.metadata = {"run": record.run.id}
+        self.best_file = self.folder / BEST / ADAPTER_FILE
         # A rank may die before it has written what the others have: the one before is what all of them have.
         keep = args.keep_checkpoints if self.saves_alone else max(args.keep_checkpoints, 2)
         self.checkpoints = CheckpointFolder(folder_of_rank(self.folder), record.run.id, keep, constants["extends_from"])
@@ -71,47 +76,98 @@ class Outputs:
         if not self.is_main:
             return
         save_adapter_config(self.model, self.adapter_file)
-        values = self.args.run_settings
-        if values is None:
-            values = self.args.as_settings(self.state.step.optimizer, describe_adapter(self.model))
-        text = as_yaml(values, self.record)
+        text = as_yaml(self.constants["recorded"]["settings"], self.record)
         write_atomically(
             self.adapter_file.with_name(RUN_SETTINGS), lambda partial: partial.write_text(text, encoding="utf-8")
         )
 
+    def metadata(self, iteration: int) -> dict[str, str]:
+        """Return what an adapter says of itself that has the weights after an iteration."""
+        return {"run": self.record.run.id, "iteration": str(iteration)}
+
     def save_adapter(self) -> None:
         """Write the adapter as it is."""
         if self.is_main:
-            save_adapter(self.model, self.adapter_file, self.metadata)
+            save_adapter(self.model, self.adapter_file, self.metadata(self.state.iteration))
 
     def save_numbered(self, iteration: int) -> None:
         """Write the adapter as it is, and once more under the number of the iteration."""
         if self.is_main:
             numbered = self.folder / f"{iteration:07d}_{ADAPTER_FILE}"
             for file in (self.adapter_file, numbered):
-                save_adapter(self.model, file, self.metadata)
+                save_adapter(self.model, file, self.metadata(iteration))
             self.say(f"Iter {iteration}: Saved adapter weights to {self.adapter_file} and {numbered}.")
 
     def save_best(self, iteration: int) -> None:
         """Write the adapter as the best so far."""
         if self.is_main:
-            save_and_verify(self.model, self.best_file, self.say, {**self.metadata, "iteration": str(iteration)})
+            self._put_best(lambda file: save_and_verify(self.model, file, self.say, self.metadata(iteration)))
+
+    def _put_best(self, write: Callable[[Path], Any]) -> None:
+        """Let ``write`` fill the adapter in ``best/``, which mlx_lm can load from the moment it is there."""
+        folder = self.best_file.parent
+        if folder.is_symlink():
+            folder.unlink()
+        written = folder if folder.exists() else partial_of(folder)
+        try:
+            save_adapter_config(self.model, written / ADAPTER_FILE)
+            write(written / ADAPTER_FILE)
+            if written != folder:
+                written.rename(folder)
+        finally:
+            remove(partial_of(folder))
 
     def restore_best(self, checkpoint: Checkpoint, saved: Path) -> None:
         """Put back the best adapter of a checkpoint, ``saved``, or set an incomparable one aside."""
         before = checkpoint.values["best"]
         if before["value"] is None:
             return
-        if not self.best.is_comparable(before):
+        comparable = self.best.is_comparable(before)
+        if self.is_main and saved.exists() and (self.best.saved or not comparable):
+            self._put_best(lambda file: write_atomically(file, lambda partial: shutil.copyfile(saved, partial)))
+        if not comparable:
             self.say(
                 f"The best validation so far, by {before['measure']} at iteration {before['iteration']}, cannot be "
                 "compared with what save_best and the validation pairs are now: the search begins anew."
             )
-            if self.is_main and self.best_file.exists():
-                aside = f"{self.best_file.stem}-{before['measure']}-{before['iteration']:07d}"
-                self.best_file.rename(self.best_file.with_stem(aside))
-        elif self.best.saved and self.is_main and saved.exists():
-            write_atomically(self.best_file, lambda partial: shutil.copyfile(saved, partial))
+            folder = self.best_file.parent
+            if self.is_main and folder.exists():
+                aside = folder.with_name(f"{BEST}-{before['measure']}-{before['iteration']:07d}")
+                remove(aside)  # of the same iteration: this run was resumed from there before
+                folder.rename(aside)
+
+    def take_best(self, file: Path) -> str:
+        """Give the model of every rank the weights of the best validation from ``file``; return why not, if not.
+
+        All ranks have to call this.
+        """
+        fault = ""
+        if self.best.value is None:
+            fault = "load_best has no effect: no validation of this run has kept its weights."
+        elif self.is_main:
+            try:
+                if adapter_metadata(file) != self.metadata(self.best.iteration):
+                    raise CheckpointError(f"{file} is not the adapter of iteration {self.best.iteration}.")
+                load_adapter(self.model, file)
+            except CheckpointError as error:
+                fault = str(error)
+        fault = gather(fault[:500])[0]
+        if not fault:
+            weights = from_first_rank(by_name(self.model.trainable_parameters()))
+            self.model.update(tree_unflatten(list(weights.items())))
+        return fault
+
+    def is_final(self) -> bool:
+        """Whether a finished run has left the best weights or the last ones, as ``load_best`` now says.
+
+        All ranks have to call this.
+        """
+        last, best = self.state.iteration, self.best.iteration or self.state.iteration
+        there = last
+        if self.is_main:
+            with suppress(CheckpointError, ValueError):
+                there = int(adapter_metadata(self.adapter_file).get("iteration", last))
+        return bool(gather(best == last or there != (last if self.args.load_best else best))[0])
 
     def save_checkpoint(self) -> Path:
         """Write all that resuming needs, with the best adapter so far; return its folder."""

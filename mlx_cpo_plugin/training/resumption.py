@@ -11,7 +11,8 @@ from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.state import check_identity
+from mlx_cpo_plugin.settings.nested import spans_run
+from mlx_cpo_plugin.training.identity import check_identity
 from mlx_cpo_plugin.training.wiring import Run
 
 
@@ -23,12 +24,14 @@ def begin(run: Run) -> bool:
     """
     checkpoint, say = run.start.checkpoint, run.reporter.say
     if checkpoint is not None:
-        check_identity(checkpoint.values["identity"], run.identity, checkpoint)
+        check_identity(checkpoint, run.identity, run.recorded)
         run.state.restore(checkpoint)
     for note in run.start.notes:
         say(note)
     if checkpoint is not None and (finished := _why_finished(run, checkpoint)):
         say(finished)
+        if run.args.load_best:  # what is still to be tested or fused
+            say(run.outputs.take_best(run.outputs.adapter_file) or None)
         run.reporter.resume_trackers(checkpoint)  # a test may still have to be reported there
         return False
     for line in run.memory.lines(device_memory()):
@@ -46,13 +49,24 @@ def _why_finished(run: Run, checkpoint: Checkpoint) -> str:
     if enough and checkpoint.values["iters"] != iters:
         finished = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
         if not start.continues:
-            raise ConfigError(f"{finished}; raise iters to go on from it.", key="iters")
-    elif start.continues and TRAINED in start.record.done and (enough or run.best.out_of_patience):
+            raise ConfigError(f"{finished}; {_how_to_go_on(run, enough)} from it.", key="iters")
+    elif not (start.continues and TRAINED in start.record.done and (enough or run.best.out_of_patience)):
+        return ""
+    elif run.outputs.is_final():
         finished = f"The run in {start.folder} finished at iteration {done}"
     else:
         return ""
-    ends = ["iters"] * enough + ["early_stopping_patience"] * run.best.out_of_patience
-    return f"{finished}: nothing was changed; raise {' and '.join(ends)} to go on."
+    return f"{finished}: nothing was changed; {_how_to_go_on(run, enough)}."
+
+
+def _how_to_go_on(run: Run, enough: bool) -> str:
+    """Return what has to change for a run to go on that has done its iterations, is out of patience, or both."""
+    settings = run.args.run_settings or {}
+    if enough and spans_run(settings.get("lr_schedule"), settings.get("warmup_ratio")):
+        return "its learning rate has come to its end, so start a new run with resume_adapter_file to go on"
+    length = "iters or epochs" if settings.get("epochs") else "iters"
+    ends = [length] * enough + ["early_stopping_patience"] * run.best.out_of_patience
+    return f"raise {' and '.join(ends)} to go on"
 
 
 def _take_folder(run: Run) -> None:

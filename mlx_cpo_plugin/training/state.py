@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_cpo_plugin.checkpoints.adapter import describe_adapter
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
-from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
-
-# Steps at which learning-rate schedules are compared.
-_SCHEDULE_STEPS = (0, 1, 10, 100, 1000, 10_000)
-_SAMPLED = 32
 
 
 class Resumable:
@@ -138,74 +128,3 @@ def _update_in_place(old: Any, new: Any) -> None:
             _update_in_place(old[key], value)
         elif not isinstance(value, dict | list):
             old[key] = value
-
-
-def identity(
-    args: CPOTrainingArgs, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
-) -> dict[str, Any]:
-    """Return all that determines the trained weights, as plain values by key."""
-    settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
-    settings |= {f"loss option {name}": value for name, value in args.loss_options.items() if name not in settings}
-    adapter = describe_adapter(model)
-    return {
-        **{name: value if _is_plain(value) or value is None else repr(value) for name, value in settings.items()},
-        "train_type": adapter["fine_tune_type"],
-        "lora_parameters": repr(adapter["lora_parameters"]),
-        "model": _model_digest(model),
-        "data": data_digest(pairs),
-        "tokenizer": getattr(pairs, "tokenizer", ""),
-        "optimizer": _optimizer_description(optimizer),
-        "ranks": mx.distributed.init().size(),
-    }
-
-
-def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise a ConfigError that names what differs from the run that wrote the checkpoint."""
-    differing = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
-    # What counts is the tokens; if they differ, the tokenizer may be why.
-    if "tokenizer" in differing and ("data" not in differing or not saved.get("tokenizer")):
-        differing.remove("tokenizer")
-    if not differing:
-        return
-    digests = {"model": "model", "data": "data", "optimizer": "optimizer", "tokenizer": "tokenizer or chat template"}
-    told = ", ".join(digests.get(key, f"{key} (was {saved.get(key)}, is {present.get(key)})") for key in differing)
-    raise ConfigError(
-        f"The run in {checkpoint.folder} cannot be resumed with other settings: {told}; set them back, or start anew "
-        "with another adapter_path, from its weights with resume_adapter_file.",
-        key=differing[0].removeprefix("loss option ") if len(differing) == 1 else "",
-    )
-
-
-def _model_digest(model: nn.Module) -> str:
-    """Digest the names, shapes and dtypes of the frozen parameters, and some numbers of each."""
-    trainable = set(by_name(model.trainable_parameters()))
-    digest = hashlib.sha256()
-    for name, value in sorted(by_name(model.parameters()).items()):
-        digest.update(f"{name} {value.shape} {value.dtype}".encode())
-        if name not in trainable and value.size:
-            step = max(1, value.size // _SAMPLED)
-            digest.update(np.array(value.reshape(-1)[::step][:_SAMPLED].astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def data_digest(pairs: Iterable[PreferencePair]) -> str:
-    """Return a digest of the pairs' tokens and masks."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for part in (pair.prompt, pair.chosen, pair.rejected, pair.chosen_scored, pair.rejected_scored):
-            digest.update(len(part).to_bytes(4, "little"))
-            digest.update(part.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
-    """Return the class, its numbers, and its learning rate or some values of its schedule."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(vars(optimizer).items())}
-    numbers = {key: value for key, value in plain.items() if _is_plain(value) and key[0] != "_"}
-    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
-    rates = [float(schedule(mx.array(step))) for step in _SCHEDULE_STEPS]
-    return f"{type(optimizer).__name__} {numbers} {rates}"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | list)

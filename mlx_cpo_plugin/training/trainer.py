@@ -30,7 +30,7 @@ from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, 
 from mlx_cpo_plugin.training.held_out import score_saved
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.resumption import begin
-from mlx_cpo_plugin.training.validation import evaluate_pairs
+from mlx_cpo_plugin.training.validation import evaluate_pairs, require_validation, unused_without_validation
 from mlx_cpo_plugin.training.wiring import Run, training_environment
 
 
@@ -73,6 +73,7 @@ def train_cpo(
     val_pairs = pairs_of(val_dataset if args.val_batches else None, args.max_seq_length, tokenizer, "valid")
     if not pairs:
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
+    require_validation(args, val_pairs)
 
     with (
         lasting_output(),
@@ -105,6 +106,7 @@ def introduce(run: Run) -> None:
         run.reporter.say(f"Compiled kernels compute the layers, on {threads} thread{'s' if threads > 1 else ''}.")
     run.pairs.tell(run.reporter.say)
     run.val_pairs.tell(run.reporter.say)
+    run.reporter.say(None if run.val_pairs else unused_without_validation(run.args))
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -141,11 +143,11 @@ def iterate(run: Run, stop: StopRequest) -> None:
         last = iteration == args.iters
         if last or iteration % args.steps_per_report == 0:
             reporter.report_training(iteration, step.optimizer.learning_rate.item(), micro_batch.epoch)
-        if last or iteration % args.steps_per_eval == 0:
+        if last or run.validates_after(iteration):
             validate(run, iteration)
 
         stopping, out_of_patience = stop.agreed(), run.best.out_of_patience
-        save_due = iteration % args.steps_per_save == 0
+        save_due = run.saves_after(iteration)
         if save_due:
             outputs.save_numbered(iteration)
         if save_due or last or stopping or out_of_patience or iteration == run.extends_from:
@@ -183,28 +185,38 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
             if best.saved and best.is_best(means):
                 run.outputs.save_best(iteration)
             best.add(iteration, means)  # now that the file is written
+            if best.iteration == iteration:
+                run.judge.of_best = verdict
         run.reporter.report_validation(iteration, means, seconds, verdict, *run.judge.news(iteration, verdict))
 
 
 def make_up_for_validation(run: Run) -> None:
     """Validate where a run resumes after an iteration whose validation had failed."""
     done, args = run.state.iteration, run.args
-    due = done and (done == args.iters or done % args.steps_per_eval == 0)
+    due = done and (done == args.iters or run.validates_after(done))
     if run.val_pairs and due and run.best.last != done:
         validate(run, done)
         run.outputs.save_checkpoint()
 
 
 def finish(run: Run) -> None:
-    """Save the adapter, and make sure that it loads and scores as it should."""
+    """Save the adapter, with the best or the last weights, and make sure that it loads and scores as it should."""
+    outputs, best, say = run.outputs, run.best, run.reporter.say
     run.quantisation.active = False
-    if run.outputs.is_main:
-        save_and_verify(run.model, run.outputs.adapter_file, run.reporter.say, run.outputs.metadata)
+    fault = outputs.take_best(outputs.best_file) if run.args.load_best else ""
+    loaded = run.args.load_best and not fault
+    run.reporter.warn(f"{fault} The last weights are saved instead." if fault else None)
+    if outputs.is_main:
+        iteration = best.iteration if loaded else run.state.iteration
+        save_and_verify(run.model, outputs.adapter_file, say, outputs.metadata(iteration))
         score_saved(run)
-        record_done(run.outputs.folder, TRAINED)
-        run.reporter.say(f"Saved final weights to {run.outputs.adapter_file}.")
+        record_done(outputs.folder, TRAINED)
+        say(f"Saved final weights to {outputs.adapter_file}.")
         if run.val_pairs:
-            run.reporter.say(run.judge.conclusion(run.best))
+            say(run.judge.conclusion(best, loaded))
+        if best.saved and best.value is not None:
+            where = outputs.adapter_file if loaded else outputs.best_file.parent
+            say(f"{where} has the weights of iteration {best.iteration}, the best by {best.name}: {best.value:.3f}.")
 
 
 def evaluate_cpo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.settings.cpo_options import MEASURES
@@ -92,11 +93,45 @@ def scored_batches(
                 yield scores, [batch[number] for number in group]
 
 
+class ValidationSettings(Protocol):
+    """The settings, of a run or of a call, that need validations."""
+
+    val_batches: int
+    load_best: bool
+    save_best: str | None
+    early_stopping_patience: int | None
+    eval_per_epoch: bool
+
+
+def require_validation(settings: ValidationSettings, val_pairs: Sequence[Any]) -> None:
+    """Refuse to look for the best weights where nothing is validated.
+
+    Raises:
+        ConfigError: ``load_best`` is set, but there are no validation pairs, or ``val_batches`` is 0.
+    """
+    if settings.load_best and not (val_pairs and settings.val_batches):
+        missing = "val_batches is 0" if not settings.val_batches else "there are no validation rows"
+        remedy = "set it to -1" if not settings.val_batches else "add a valid file, set valid_fraction"
+        raise ConfigError(
+            f"load_best is true, but {missing}, and the best weights are those that validate best; {remedy}, or remove "
+            "load_best.",
+            key="load_best",
+        )
+
+
+def unused_without_validation(settings: ValidationSettings) -> str | None:
+    """Return one sentence on settings that have no effect without validation pairs, if any are set."""
+    wanted = ("save_best", "early_stopping_patience", "eval_per_epoch")
+    unused = [key for key in wanted if getattr(settings, key)]
+    verb = "have" if len(unused) > 1 else "has"
+    return f"Nothing is validated: {' and '.join(unused)} {verb} no effect." if unused else None
+
+
 class BestSoFar(Resumable):
     """The best validation of a run, with its ``value`` and ``iteration``; ``None`` and 0 before the first.
 
     Args:
-        measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`.
+        measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`; its ``name``.
         patience: validations in a row without an improvement after which to stop; ``None``: never.
         pairs: digest of the validation pairs; values over other pairs are not compared.
         saved: whether the adapter of the best validation is saved.
@@ -109,6 +144,7 @@ class BestSoFar(Resumable):
     remembered: ClassVar[tuple[str, ...]] = ("measure", "pairs", "saved", "value", "iteration", "waited", "last")
 
     def __init__(self, measure: str, patience: int | None = None, pairs: str = "", saved: bool = False) -> None:
+        self.name = measure
         self.measure, self.sign = MEASURES[measure]
         self.patience = patience
         self.pairs = pairs

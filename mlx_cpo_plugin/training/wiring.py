@@ -16,7 +16,7 @@ from mlx_lm.utils import get_total_parameters
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
-from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, last_step_start, training_plan
+from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, epoch_ends, last_step_start, training_plan
 from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
@@ -31,6 +31,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.gradients import gradients_for
+from mlx_cpo_plugin.training.identity import data_digest, identity, recorded
 from mlx_cpo_plugin.training.judge import Judge
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.metrics import MetricsFile
@@ -39,7 +40,7 @@ from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.outputs import Outputs
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.reporting import DisplacementAlarm, ProgressReporter
-from mlx_cpo_plugin.training.state import TrainingState, can_resume, data_digest, identity
+from mlx_cpo_plugin.training.state import TrainingState, can_resume
 from mlx_cpo_plugin.training.validation import BestSoFar
 
 
@@ -49,7 +50,8 @@ class Run:
     Attributes:
         start: where it begins.
         scorer: ``None`` where the model cannot share prompts.
-        identity: all that determines the trained weights, by key.
+        identity: all that determines the trained weights, by key; ``recorded`` is what explains a difference.
+        epoch_ends: the iterations that end an epoch, where anything depends on them.
         extends_from: the iteration that a run with more ``iters`` goes on from.
 
     Raises:
@@ -71,10 +73,12 @@ class Run:
         self.pairs, self.val_pairs = pairs, val_pairs
         folder = Path(args.adapter_file).parent
         lengths = [pair.tokens for pair in pairs]
+        size, seed = batch_size_of(args), args.seed or 0
+        by_epoch = args.eval_per_epoch or args.save_per_epoch
+        self.epoch_ends = epoch_ends(lengths, size, iters=args.iters, seed=seed) if by_epoch else frozenset()
         # At its end a run reports and validates where one with more iters may not.
-        ends_alike = not args.iters % args.steps_per_report and not (val_pairs and args.iters % args.steps_per_eval)
-        within = args.iters + ends_alike
-        self.extends_from = last_step_start(lengths, batch_size_of(args), iters=within, seed=args.seed or 0)
+        ends_alike = not args.iters % args.steps_per_report and (not val_pairs or self.validates_after(args.iters))
+        self.extends_from = last_step_start(lengths, size, iters=args.iters + ends_alike, seed=seed)
         usable = partial(can_resume, iters=args.iters, extends_from=self.extends_from)
         self.start = find_start(folder, args.resume, args.run_identity, usable)
         run_id = self.start.record.run.id
@@ -85,11 +89,11 @@ class Run:
 
         metrics_file = MetricsFile(folder / METRICS_FILE if is_first_rank() else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
-        validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
-        self.best = BestSoFar(
-            args.save_best or "loss", args.early_stopping_patience, validated, args.save_best is not None
-        )
-        self.judge = Judge(validated, args.cpo_alpha)
+        judged = val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size]
+        validated = data_digest(judged)
+        saves_best = args.load_best or args.save_best is not None
+        self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience, validated, saves_best)
+        self.judge = Judge(judged, validated, args.cpo_alpha)
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         self.kernels = self._choose_kernels(environment)
@@ -103,8 +107,10 @@ class Run:
         self.state = TrainingState(model, self.step, resumable)
         self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
         self.identity = identity(args, model, optimizer, pairs)
+        self.recorded = recorded(args, model, optimizer, pairs)
         constants = {
             "identity": self.identity,
+            "recorded": self.recorded,
             "iters": args.iters,
             "kernels": self.kernels,
             "scorer": self.scorer and self.scorer.found(),
@@ -143,6 +149,16 @@ class Run:
                 "its results are not the same to the bit."
             )
         return False
+
+    def validates_after(self, iteration: int) -> bool:
+        """Whether a validation is due after an iteration, the last one or not."""
+        args = self.args
+        return iteration in self.epoch_ends if args.eval_per_epoch else iteration % args.steps_per_eval == 0
+
+    def saves_after(self, iteration: int) -> bool:
+        """Whether the adapter is due to be saved after an iteration."""
+        args = self.args
+        return iteration in self.epoch_ends if args.save_per_epoch else iteration % args.steps_per_save == 0
 
     def plan(self) -> Iterator[MicroBatch]:
         """Return the micro-batches of the whole run, as this rank has them."""

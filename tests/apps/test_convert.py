@@ -449,15 +449,35 @@ def test_optimizer_steps_become_micro_batches() -> None:
     assert (ours["steps_per_report"], ours["save_every"], ours["steps_per_eval"]) == (40, 160, 80)
 
 
-def test_shares_of_a_run_and_epochs_become_micro_batches_where_the_rows_are_known() -> None:
-    epochs = {"max_steps": None, "num_train_epochs": 2, "eval_strategy": "epoch", "save_steps": 0.5}
-    ours = converted("trl", epochs, rows=99).settings
+def test_shares_of_a_run_become_micro_batches_where_the_rows_are_known() -> None:
+    shares = {"max_steps": None, "num_train_epochs": 2, "eval_strategy": "steps", "save_steps": 0.5, "eval_steps": 0.5}
+    ours = converted("trl", shares, rows=99).settings
 
     # 50 micro-batches of 2 pairs and so 7 optimizer steps an epoch, of which half the run is 7, or 56 micro-batches.
-    assert (ours["epochs"], ours["steps_per_eval"], ours["save_every"]) == (2, 50, 56)
-    unknown = converted("trl", epochs)
-    assert not {"steps_per_eval"} & set(unknown.settings)
+    assert (ours["epochs"], ours["steps_per_eval"], ours["save_every"]) == (2, 56, 56)
+    unknown = converted("trl", shares)
+    assert not {"steps_per_eval", "save_every"} & set(unknown.settings)
     assert "steps_per_eval depends on the number of training rows" in told(unknown)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("trl", {"eval_strategy": "epoch", "save_strategy": "epoch"}),
+        ("simpo", {"evaluation_strategy": "epoch", "save_strategy": "epoch"}),
+        ("llama-factory", {"eval_strategy": "epoch", "save_strategy": "epoch", "val_size": 0.1}),
+        ("axolotl", {"val_set_size": 0.1}),
+        ("axolotl", {"val_set_size": 0.1, "evals_per_epoch": 1, "saves_per_epoch": 1}),
+        ("axolotl", {"val_set_size": 0.1, "eval_strategy": "epoch", "save_strategy": "epoch"}),
+    ],
+)
+@pytest.mark.parametrize("rows", [None, 99])
+def test_once_each_epoch_needs_no_number_of_rows(name: str, theirs: dict[str, Any], rows: int | None) -> None:
+    nothing_said = dict.fromkeys(("eval_steps", "save_steps", "evals_per_epoch", "saves_per_epoch"))
+    ours = converted(name, {**nothing_said, **theirs}, rows).settings
+
+    assert (ours["eval_per_epoch"], ours["save_per_epoch"]) == (True, True)
+    assert not {"steps_per_eval", "save_every"} & ours.keys()
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(None, {"epochs": 2}), (20, {"iters": 15})])
@@ -676,12 +696,15 @@ def test_trackers(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> No
     assert {key: settings[key] for key in ("report_to", "project", "run_name") if key in settings} == ours
 
 
-def test_the_best_checkpoint_is_kept_by_the_same_measure() -> None:
+def test_the_best_checkpoint_is_kept_and_loaded_by_the_same_measure() -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins", "save_total_limit": 3}
     ours = converted("trl", best).settings
 
-    assert (ours["save_best"], ours["keep_checkpoints"]) == ("margin", 3)
-    assert "save_best" not in converted("trl", {**best, "metric_for_best_model": "bleu"}).settings
+    assert (ours["save_best"], ours["load_best"], ours["keep_checkpoints"]) == ("margin", True, 3)
+    assert not {"save_best", "load_best"} & converted("trl", {**best, "metric_for_best_model": "bleu"}).settings.keys()
+    kept = converted("trl", {"save_strategy": "best", "metric_for_best_model": "loss"}).settings
+    assert kept["save_best"] == "loss"
+    assert "load_best" not in kept
 
 
 @with_each_source

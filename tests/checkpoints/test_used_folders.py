@@ -70,7 +70,7 @@ def test_a_run_bears_one_identity_in_all_that_it_leaves(tmp_path: Path) -> None:
     assert read_checkpoint(checkpoint).run == run
     assert {row["run"] for row in map(json.loads, (tmp_path / "metrics.jsonl").open())} == {run.id}
     assert f"# run {run.id}, begun {run.begun.isoformat()}" in (tmp_path / "run_settings.yaml").read_text()
-    for name in ("adapters", "best_adapters", "0000002_adapters"):
+    for name in ("adapters", "best/adapters", "0000002_adapters"):
         _, said = mx.load(str(tmp_path / f"{name}.safetensors"), return_metadata=True)
         assert said["run"] == run.id
 
@@ -333,6 +333,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "steps_per_save": {"steps_per_save": 3},
     "keep_checkpoints": {"keep_checkpoints": 5},
     "save_best": {"save_best": "margin"},
+    "eval_per_epoch": {"eval_per_epoch": True},
+    "save_per_epoch": {"save_per_epoch": True},
     "early_stopping_patience": {"early_stopping_patience": 99},
     "reference_model_path": {"reference_model_path": "nothing"},
 }
@@ -366,7 +368,7 @@ def test_more_iterations_than_a_finished_run_had_end_like_never_interrupted(
     resumed = train(tmp_path / "run", resume="auto", **VALIDATED | {"iters": more})
 
     assert_same(resumed, train(tmp_path / "whole", **VALIDATED | {"iters": more}))
-    best = [saved_arrays(tmp_path / name / "best_adapters.safetensors") for name in ("run", "whole")]
+    best = [saved_arrays(tmp_path / name / "best" / "adapters.safetensors") for name in ("run", "whole")]
     assert best[0] == best[1]
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
@@ -386,7 +388,7 @@ def test_a_longer_run_goes_on_after_the_last_iteration_if_nothing_there_was_due_
 
 
 def test_every_setting_that_may_change_is_tried() -> None:
-    tried = {name for change in CHANGES.values() for name in change} | {"iters"}
+    tried = {name for change in CHANGES.values() for name in change} | {"iters", "load_best"}
     only_about_files_and_names = {"adapter_file", "resume", "run_settings", "run_identity"}
     compared_by_their_effect = {"max_seq_length", "loss_options"}  # on the data, and one by one
 
@@ -431,16 +433,16 @@ def test_an_older_checkpoint_begins_the_run_that_was_planned_where_the_newest_is
 def test_a_loss_is_never_taken_for_a_margin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"val_pairs": build_pairs(3, seed=1), "steps_per_eval": 1}
     stopped(tmp_path, 4, save_best="loss", **arguments)
-    by_loss = saved_arrays(tmp_path / "best_adapters.safetensors")
+    by_loss = saved_arrays(tmp_path / "best" / "adapters.safetensors")
 
     train(tmp_path, resume="auto", save_best="margin", early_stopping_patience=99, **arguments)
 
     assert "The best validation so far, by loss at iteration" in capsys.readouterr().out
     margins = {row["iteration"]: row["val_margins"] for row in metrics(tmp_path) if row["kind"] == "valid"}
     best = max((value, step) for step, value in margins.items() if step > 4)
-    _, said = mx.load(str(tmp_path / "best_adapters.safetensors"), return_metadata=True)
+    _, said = mx.load(str(tmp_path / "best" / "adapters.safetensors"), return_metadata=True)
     assert said["iteration"] == str(best[1])
-    (kept,) = tmp_path.glob("best_adapters-loss-*.safetensors")
+    (kept,) = tmp_path.glob("best-loss-*/adapters.safetensors")
     assert saved_arrays(kept) == by_loss
 
 

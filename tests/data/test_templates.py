@@ -16,7 +16,7 @@ from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
 from mlx_cpo_plugin.data.tokens import prompt_tokens, tokenize
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.training.state import check_identity
+from mlx_cpo_plugin.training.identity import check_identity
 
 ROW = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
 TALK = {
@@ -178,13 +178,13 @@ def test_a_refused_resume_says_that_the_tokenizer_has_changed():
         {"data": name, "tokenizer": ChatTokenizer(make_tokenizer(template)).digest()}
         for name, template in (("a", CHATML), ("b", HEADERS))
     )
-    checkpoint = SimpleNamespace(folder="x")
+    checkpoint = SimpleNamespace(folder="x", values={"identity": old})
 
     with pytest.raises(ConfigError, match="other settings: data, tokenizer or chat template;"):
-        check_identity(old, new, checkpoint)
+        check_identity(checkpoint, new)
     with pytest.raises(ConfigError, match="other settings: data;"):
-        check_identity(old, {**new, "tokenizer": old["tokenizer"]}, checkpoint)
-    check_identity(old, {**new, "data": "a"}, checkpoint)
+        check_identity(checkpoint, {**new, "tokenizer": old["tokenizer"]})
+    check_identity(checkpoint, {**new, "data": "a"})
 
 
 def test_a_tokenizer_that_composes_characters_ends_answers_once():

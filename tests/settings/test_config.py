@@ -102,6 +102,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "resume": ("auto", "another-run"),
     "keep_checkpoints": (3, 4),
     "save_best": ("margin", "loss"),
+    "load_best": (True, True),
+    "eval_per_epoch": (True, True),
+    "save_per_epoch": (True, True),
     "early_stopping_patience": (5, 6),
 }
 

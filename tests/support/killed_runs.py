@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
+from mlx_cpo_plugin.atomic_files import check_safetensors
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.folder import checkpoints_in, read_checkpoint
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "loss_type": "ipo",
     "beta": 0.5,
     "save_best": "margin",
+    "load_best": True,
     "scoring": "plain",
 }
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.symlink"}
@@ -153,7 +155,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def faults_of(run: Path, whole: Path, used: dict[str, bytes]) -> list[str]:
     """What is wrong with a run that got to its end after all."""
-    names = ("adapters.safetensors", "best_adapters.safetensors", "metrics.jsonl")
+    names = ("adapters.safetensors", "best/adapters.safetensors", "best/adapter_config.json", "metrics.jsonl")
     faults = [f"{name} differs" for name in names if content(run / name) != content(whole / name)]
     kept: dict[str, set[bytes]] = {}
     for aside in (run / "previous").glob("*"):
@@ -171,6 +173,18 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "from an earlier checkpoint": (True, {"resume": "run/checkpoints/0000002"}),
     "from another folder into a used one": (True, {"resume": "other"}),
 }
+
+
+def torn_best(folder: Path) -> list[str]:
+    """What keeps mlx_lm from loading the best adapter, where there is one."""
+    if not folder.exists():
+        return []
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+        check_safetensors(folder / "adapters.safetensors")
+    except (OSError, ValueError) as error:
+        return [f"{folder} cannot be loaded: {error}"]
+    return []
 
 
 def reached(run: Path) -> int:
@@ -221,6 +235,7 @@ def goes_on_from_every_state(base: Path, case: str) -> None:
         state.rename(run)
         done, done_before = 0 if used else reached(run), done  # in a used folder older ones are put aside
         found = [f"iteration {done_before} is lost"] if done < done_before else []
+        found += torn_best(run / "best")
         found += goes_on(run, before, whole)
         if found:
             faults[state.name] = found

@@ -187,6 +187,6 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(tmp_path: Path, caps
 
     printed = capsys.readouterr().out
     assert "stopping, no validation since" in printed
-    best = mx.load(str(tmp_path / "best_adapters.safetensors"))
+    best = mx.load(str(tmp_path / "best" / "adapters.safetensors"))
     assert best.keys() == saved(tmp_path).keys()
     assert any(not np.array_equal(np.array(best[name]), value) for name, value in saved(tmp_path).items())

@@ -258,7 +258,7 @@ def test_a_validation_that_a_callback_prevented_or_interrupted_counts_when_the_r
         return [(report["iteration"], report["val_loss"]) for report in reports if report["kind"] == "valid"]
 
     def best(folder: Path) -> tuple[str, Arrays]:
-        arrays, said = mx.load(str(folder / "best_adapters.safetensors"), return_metadata=True)
+        arrays, said = mx.load(str(folder / "best" / "adapters.safetensors"), return_metadata=True)
         return said["iteration"], {name: np.array(value) for name, value in arrays.items()}
 
     # At a rate of zero the first validation is the best.
@@ -289,7 +289,7 @@ def test_the_advice_after_a_validation_is_printed_though_the_callback_raises_at_
 
 
 def test_a_best_adapter_that_the_user_moves_elsewhere_ends_no_run(tmp_path: Path) -> None:
-    best_file = tmp_path / "best_adapters.safetensors"
+    best_file = tmp_path / "best" / "adapters.safetensors"
 
     class MovedAndStopped(TrainingCallback):
         def on_val_loss_report(self, val_info: dict[str, Any]) -> None:

@@ -70,23 +70,23 @@ def test_the_weights_in_memory_stay_whatever_happens_while_what_was_saved_is_sco
     assert any(np.any(value) for value in before.values())
 
 
-def test_the_best_adapter_is_scored_too_and_one_that_is_lost_is_told(
+def test_the_best_adapter_is_read_back_too_and_one_that_is_lost_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path / "whole", save_best="loss", steps_per_eval=2)
-    assert "best_adapters.safetensors, of iteration" in capsys.readouterr().out
+    assert f"{tmp_path / 'whole' / 'best'} has the weights of iteration" in capsys.readouterr().out
     assert warnings(tmp_path / "whole") == []
 
     score = trainer.score_saved
 
     def lose_the_best(run: Any) -> None:
-        (tmp_path / "lost" / "best_adapters.safetensors").unlink()
+        (tmp_path / "lost" / "best" / "adapters.safetensors").unlink()
         score(run)
 
     monkeypatch.setattr(trainer, "score_saved", lose_the_best)
     train(tmp_path / "lost", save_best="loss", steps_per_eval=2)
 
-    assert any("best_adapters.safetensors cannot be read" in text for text in warnings(tmp_path / "lost"))
+    assert any("best/adapters.safetensors cannot be read" in text for text in warnings(tmp_path / "lost"))
     mx.eval(mx.load(str(tmp_path / "lost" / "adapters.safetensors")))
 
 

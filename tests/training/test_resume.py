@@ -169,28 +169,32 @@ def other_model() -> nn.Module:
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "seed": ({"seed": 1}, r"seed \(was 0, is 1\)"),
-    "loss": ({"loss_type": "dpop"}, r"loss_type \(was ipo, is dpop\)"),
-    "beta and batch size": ({"beta": 0.4, "batch_size": 3}, r"batch_size \(was 2, is 3\), beta \(was 0.5, is 0.4\)"),
-    "data": ({"pairs": other_pairs()}, "data"),
-    "model": ({"model": other_model()}, "model"),
-    "learning rate": ({"optimizer": optimizers.AdamW(learning_rate=2e-2)}, "optimizer"),
-    "optimizer": ({"optimizer": optimizers.Adam(learning_rate=1e-2)}, "optimizer"),
-    "adapter": ({"model": add_adapter(build_model(), dropout=0.2, dora=True)}, r"model, train_type \(was lora"),
+    "seed": ({"seed": 1}, "seed: 0 → 1"),
+    "loss": ({"loss_type": "dpop"}, "dpo_cpo_loss_type: ipo → dpop"),
+    "beta and batch size": ({"beta": 0.4, "batch_size": 3}, "batch_size: 2 → 3, beta: 0.5 → 0.4"),
+    "more rows": ({"pairs": build_pairs(12)}, "data: the set had 11 pairs and has 12"),
+    "other rows": ({"pairs": other_pairs()}, "data: the set has pairs that differ"),
+    "order": ({"pairs": build_pairs(11)[::-1]}, "data: the set has its pairs in another order"),
+    "model": ({"model": other_model()}, "model (other weights or layers)"),
+    "learning rate": ({"optimizer": optimizers.AdamW(learning_rate=2e-2)}, "learning_rate: 0.01 → 0.02"),
+    "optimizer": ({"optimizer": optimizers.Adam(learning_rate=1e-2)}, "optimizer: adamw → adam"),
+    "weight decay": ({"optimizer": optimizers.AdamW(1e-2, weight_decay=0.3)}, "optimizer"),
+    "adapter": ({"model": add_adapter(build_model(), dropout=0.2, dora=True)}, "train_type: lora → dora"),
+    "scale": ({"model": add_adapter(build_model(), dropout=0.2, scale=5.0)}, "lora_parameters.scale: 10.0 → 5.0"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.slow
-def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path, change: str) -> None:
+def test_another_run_is_refused_with_what_differs_by_its_key(tmp_path: Path, change: str) -> None:
     train(tmp_path, iters=2)
     arguments, told = CHANGES[change]
 
-    with pytest.raises(
-        ConfigError, match=rf"^The run in .* cannot be resumed with other settings: {told}[,;].*set them"
-    ) as refused:
+    with pytest.raises(ConfigError) as refused:
         train(tmp_path, resume="auto", **arguments)
-    assert refused.value.key == ("" if ", " in told.replace(", is", "") else told.split()[0])
+
+    assert f" cannot be resumed with other settings: {told}; set them back" in str(refused.value)
+    assert refused.value.key == ("" if "," in told else told.split(":")[0].split(" (")[0])
 
 
 def altered(checkpoint: Path) -> None:
