@@ -12,7 +12,7 @@ from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.bench import command as bench
 from mlx_cpo_plugin.commands import doctor, losses, train
 from mlx_cpo_plugin.comparison import command as compare
-from mlx_cpo_plugin.console import discard, keep_standard_descriptors
+from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.report import command as report
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        with lasting_output(streams=("stderr",)):
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except UserError as error:

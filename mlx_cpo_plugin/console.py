@@ -1,27 +1,58 @@
-"""Output that never ends a run: what cannot be written is dropped, and the run continues."""
+"""Output that never ends a run and suits whoever reads it: a person at a terminal, or a file or another program."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+WIDTH = 80
 _STREAMS = ("stdout", "stderr")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# Frames, which must not be wrapped.
+_DRAWN = re.compile("[\u2500-\u259f]")
+# A number stays with its name and its unit.
+_BESIDE_NUMBERS = re.compile(r"(?<=[\w:]) (?=[-+]?\d)|(?<=\d) (?=\w)")
+
+
+def is_live(stream: Any) -> bool:
+    """Whether ``stream`` shows colours and lines that are written over: a terminal does, unless the user wants neither.
+
+    ``NO_COLOR`` and ``TERM=dumb`` say so; ``FORCE_COLOR`` makes a terminal of a stream that is none.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("FORCE_COLOR"):
+        return not os.environ.get("NO_COLOR")
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
 class LastingStream:
     """Passes text on to another stream, and drops it if the reader has left, the disk is full, or it is closed.
 
+    A terminal gets long sentences in lines of :data:`WIDTH` columns at most. Where the process writes to anything that
+    is not :func:`is_live`, no escape code arrives, and of a line that is written over only what it says last. A stream
+    that is not the process's own, such as a notebook's, gets everything as it is.
+
     Attributes:
         stream: the other one; ``None`` as in a process without a console.
-        failed: whether anything was dropped.
+        speaks: whether anything is passed on.
+        failed: whether anything was dropped that should have been.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, stream: Any, speaks: bool = True) -> None:
+        self.stream, self.speaks = stream, speaks
         self.failed = False
+        self._own = stream is not None and stream in (sys.__stdout__, sys.__stderr__)
+        self._overwritten = ""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether lines may be written over."""
+        return not self._own or self._asks(is_live)
 
     def __getattr__(self, name: str) -> Any:
         if name == "stream":  # while it is being copied or unpickled
@@ -30,13 +61,24 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         """Write what can be written; characters that cannot be encoded become question marks."""
+        if not self.speaks:
+            return len(text)
+        shown = wrapped(text) if self._own and self._is_terminal() else text
+        shown = shown if self.is_live else self._as_it_ends(shown)
         try:
-            self.stream.write(text)
+            self.stream.write(shown)
         except UnicodeEncodeError as error:
-            self.write(text.encode(error.encoding, "replace").decode(error.encoding))
+            with suppress(OSError, ValueError):
+                self.stream.write(shown.encode(error.encoding, "replace").decode(error.encoding))
         except (OSError, ValueError, AttributeError):
             self.failed = True
         return len(text)
+
+    def _as_it_ends(self, text: str) -> str:
+        """Return what can be passed on of the text so far: whole lines as a terminal would show them in the end."""
+        *whole, rest = (self._overwritten + _ESCAPES.sub("", text)).split("\n")
+        self._overwritten = "\r" + rest.rpartition("\r")[2] if "\r" in rest else ""
+        return "".join(f"{_last(line)}\n" for line in whole) + ("" if self._overwritten else rest)
 
     def flush(self) -> None:
         """Flush what can be flushed."""
@@ -46,27 +88,62 @@ class LastingStream:
             self.failed = True
 
     def isatty(self) -> bool:
-        """Whether somebody may be watching."""
+        """Whether somebody may be watching, and wants to be shown more than lines."""
+        return self.is_live if self._own else self._is_terminal()
+
+    def _is_terminal(self) -> bool:
+        return self._asks(lambda stream: bool(stream.isatty()))
+
+    def _asks(self, question: Callable[[Any], bool]) -> bool:
         try:
-            return bool(self.stream.isatty())
+            return question(self.stream)
         except (OSError, ValueError, AttributeError):
             return False
 
 
+def wrapped(text: str) -> str:
+    """Return ``text`` with its long lines broken between words, to :data:`WIDTH` columns or a narrower terminal's.
+
+    A line that is written over, or that draws a frame, is left as it is.
+    """
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return "\n".join(_wrapped_line(line, width) for line in text.split("\n"))
+
+
+def _wrapped_line(line: str, width: int) -> str:
+    if len(_ESCAPES.sub("", line)) <= width or "\r" in line or _DRAWN.search(line):
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    lines = textwrap.wrap(
+        _BESIDE_NUMBERS.sub("\0", line),
+        width,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,  # paths and flags
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace("\0", " ")
+
+
+def _last(line: str) -> str:
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
 @contextmanager
-def lasting_output(of_process: bool = False) -> Iterator[None]:
+def lasting_output(of_process: bool = False, speaks: bool = True, streams: Sequence[str] = _STREAMS) -> Iterator[None]:
     """Keep print from raising until the context ends; contexts may be nested.
 
     Args:
         of_process: the process ends with the context, and must not fail because of output still to be written.
+        speaks: whether standard output is passed on; errors are in any case.
+        streams: which streams of ``sys``.
     """
     if of_process:
         keep_standard_descriptors()
     replaced = {}
-    for name in _STREAMS:
+    for name in streams:
         stream = getattr(sys, name)
         if not isinstance(stream, LastingStream):
-            replaced[name] = LastingStream(stream)
+            replaced[name] = LastingStream(stream, speaks or name != "stdout")
             setattr(sys, name, replaced[name])
     try:
         yield

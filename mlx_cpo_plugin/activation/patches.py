@@ -93,7 +93,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
                     _refuse_mistakes(call)
                 return host_main(*positional, **named)
             signature(host_main).bind(*positional, **named)  # raises what the host would
-            with lasting_output(of_process=on_console):
+            with lasting_output(of_process=on_console, speaks=_is_first_rank()):
                 # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
                 return host_main(vars(_resolved(call)))
         except UserError as error:
@@ -119,7 +119,7 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
             return host_run(*positional, **named)
         signature(host_run).bind(*positional, **named)  # raises what the host would
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
-        with lasting_output():
+        with lasting_output(speaks=_is_first_rank()):
             from mlx_cpo_plugin.run.mode import run_mode
             from mlx_cpo_plugin.settings.config import RunSettings
 
@@ -130,6 +130,12 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
             return run_mode(settings, mode, callback)
 
     return run
+
+
+def _is_first_rank() -> bool:
+    from mlx_cpo_plugin.exchange import is_first_rank  # not before the BLAS has been loaded: it imports MLX
+
+    return is_first_rank()
 
 
 def _mode_of(call: Any) -> TrainMode | None:

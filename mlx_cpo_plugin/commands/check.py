@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin import cpo
+from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -156,7 +157,7 @@ def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, strea
             ("chosen", pair.chosen, pair.chosen_scored),
             ("rejected", pair.rejected, pair.rejected_scored),
         ):
-            print(f"  {name + ':':<9} {_marked(ids, scored, tokenizer, stream.isatty())}", file=stream)
+            print(f"  {name + ':':<9} {_marked(ids, scored, tokenizer, is_live(stream))}", file=stream)
 
 
 def scored_runs(ids: TokenIds, scored: NDArray[np.bool_], tokenizer: ChatTokenizer) -> list[tuple[str, bool]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE, RUN_SETTINGS
@@ -131,8 +130,6 @@ def train_mode(
     if settings.resume_adapter_file is not None:
         print_info(f"Loading fine-tuned weights from {Colors.CYAN}{settings.resume_adapter_file}{Colors.RESET}")
         load_adapter(model, Path(settings.resume_adapter_file))
-    print_trainable_parameters(model)
-    print_info(f"Training mode: {Colors.YELLOW}{mode.name.upper()}{Colors.RESET}")
     mode.train(
         model=model,
         optimizer=build_optimizer(settings, optimizer_steps(settings, train_set)),

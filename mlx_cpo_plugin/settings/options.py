@@ -133,7 +133,11 @@ class TrainingSettings:
         25, "Batches of a validation; -1 means the whole set, 0 none.", minimum=-1, free_on_resume=True
     )
     test_batches: int = option(
-        500, "Batches of the final test; -1 means the whole set.", minimum=-1, inside=nested.count_or_all
+        500,
+        "Batches of the final test; -1 means the whole set.",
+        minimum=-1,
+        inside=nested.count_or_all,
+        shown_when={"test": (True,)},
     )
     seed: int = option(0, "Seed of the adapters, the order of the pairs and dropout.", minimum=0, maximum=2**32 - 1)
     grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
@@ -165,9 +169,14 @@ class OutputSettings:
         "Bits of the fused model, 16 for none; by default those of a base that is quantised on disk, where they keep "
         "what was learned, else none.",
         choices=(*BITS, 16),
+        shown_when={"fuse": (True,)},
     )
     lm_studio_name: str | None = option(
-        None, "Name under which LM Studio gets the model.", title="LM Studio name", inside=nested.folder_name
+        None,
+        "Name under which LM Studio gets the model.",
+        title="LM Studio name",
+        inside=nested.folder_name,
+        shown_when={"fuse": (True,)},
     )
     wandb: str | None = option(None, "Weights & Biases project to report to.", title="Weights & Biases project")
     report_to: list[str] | None = option(

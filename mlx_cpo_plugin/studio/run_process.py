@@ -114,6 +114,7 @@ def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock
             start_new_session=True,
             pass_fds=[lock],
             umask=OWNER_ONLY,
+            env={**os.environ, "NO_COLOR": "", "FORCE_COLOR": "1"},  # the page reads the progress bar
         )
     finally:
         os.close(console)

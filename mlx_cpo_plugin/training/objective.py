@@ -180,11 +180,15 @@ def _of_each_pair(result: Any, pairs: int, function: Callable[..., Any], what: s
     if isinstance(result, mx.array) and result.shape == (pairs,):
         return result.astype(mx.float32)
     found = f"an array of shape {list(result.shape)}" if isinstance(result, mx.array) else type(result).__name__
-    name = getattr(function, "__name__", type(function).__name__)
     raise ConfigError(
-        f"The function {name} of {function.__module__} returns {found} for {pairs} pair{'s' * (pairs > 1)}, but must "
+        f"The function {name_of(function)} of {function.__module__} returns {found} for {pairs} pair{'s' * (pairs > 1)}, but must "
         f"return {what} as an mlx.core.array of shape [{pairs}]."
     )
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what a function is called."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -26,20 +26,13 @@ from mlx_cpo_plugin.verdict import Verdict
 
 Item = TypeVar("Item")
 
-# Means by the names that the host's console lines give them, which tools parse.
-_TRAIN_LABELS = {
+# Means by their names in console lines; of the answers, which come last, their rewards are told.
+_LABELS = {
     "loss": "loss",
-    "chosen_reward": "chosen_r",
-    "rejected_reward": "rejected_r",
     "accuracies": "acc",
     "margins": "margin",
-}
-_VALID_LABELS = {
-    "loss": "Val loss",
-    "chosen_reward": "Val chosen reward",
-    "rejected_reward": "Val rejected reward",
-    "accuracies": "Val accuracy",
-    "margins": "Val margin",
+    "chosen_reward": "chosen",
+    "rejected_reward": "rejected",
 }
 # Micro-batches in each half of the displacement alarm's window, and standard errors that the halves must differ by.
 WINDOW = 20
@@ -64,7 +57,8 @@ class ResumableCallback(Protocol):
 class ProgressReporter(Resumable):
     """Collects what happens between two reports, and reports it on the first rank.
 
-    Lines and callback keys have the names and shapes that the host gives them, since tools read them.
+    Callback keys have the names and shapes that the host gives them, since tools read them, and lines begin as the
+    host's do: ``Iter 10: loss 0.528`` and ``Iter 10: Val loss 0.530``.
     """
 
     remembered = ("means", "gradient_norms", "iterations", "trained_tokens")
@@ -94,7 +88,8 @@ class ProgressReporter(Resumable):
     def iterations_of(self, plan: Iterable[Item], total: int, done: int = 0) -> Iterator[tuple[int, Item]]:
         """Number the plan's items from 1, skip those that are done, and advance a progress bar."""
         rest = islice(plan, done, None)
-        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not self.is_main)
+        live = getattr(sys.stderr, "is_live", True)  # a file or another program gets lines instead
+        self.bar = tqdm(rest, total=total, initial=done, desc="Training", disable=not (self.is_main and live))
         if self.elapsed and not self.bar.disable:  # as if it had never been interrupted
             self.bar.initial, self.bar.start_t = 0, self.bar.start_t - self.elapsed
         self.loop_began = self.resumed = time.perf_counter()  # set-up and checks are no training
@@ -134,12 +129,12 @@ class ProgressReporter(Resumable):
             "epoch": epoch,
         }
         if self.is_main:
-            self.bar.set_postfix({_TRAIN_LABELS[key]: f"{means[key]:.3f}" for key in ("accuracies", "loss", "margins")})
-            norm = f"{info['train_gradient_norm']:.3f}" if norms else "-"
+            self.bar.set_postfix({_LABELS[key]: figure(means[key]) for key in ("accuracies", "loss", "margins")})
+            norm = f", grad_norm {figure(info['train_gradient_norm'])}" if norms else ""
             tqdm.write(
-                f"\nIter {iteration}: {_labelled(means, _TRAIN_LABELS)}, lr {learning_rate:.3e}, "
-                f"it/s {info['iterations_per_second']:.3f}, tok/s {info['tokens_per_second']:.3f}, "
-                f"peak_mem {info['peak_memory']:.3f}GB, grad_norm {norm}"
+                f"Iter {iteration}: {_labelled(means)}, lr {learning_rate:.2e}{norm}, "
+                f"{figure(info['iterations_per_second'])} it/s, {info['tokens_per_second']:.0f} tok/s, "
+                f"{figure(info['peak_memory'])} GB"
             )
             self.metrics_file.append("train", info)
         self._reset()
@@ -160,7 +155,7 @@ class ProgressReporter(Resumable):
             return
         info = {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, "val_time": seconds}
         info |= {} if verdict is None else verdict.report()
-        tqdm.write(f"Iter {iteration}: {_labelled(means, _VALID_LABELS)}, Val took {seconds:.3f}s")
+        tqdm.write(f"Iter {iteration}: Val {_labelled(means)}, {seconds:.1f} s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
         self.say(line)
@@ -268,5 +263,11 @@ def _ends_in(stream: Any, other: Any) -> bool:
     return stream is other
 
 
-def _labelled(means: Mapping[str, float], labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{label} {means[name]:.3f}" for name, label in labels.items())
+def _labelled(means: Mapping[str, float]) -> str:
+    return ", ".join(f"{label} {figure(means[name])}" for name, label in _LABELS.items())
+
+
+def figure(value: float) -> str:
+    """Return a number with as many decimals, three at most, as four digits leave."""
+    size = abs(value)
+    return f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}" if size < 1e4 else f"{value:.3g}"

@@ -30,6 +30,7 @@ from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, 
 from mlx_cpo_plugin.training.held_out import score_saved
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.resumption import begin
+from mlx_cpo_plugin.training.summary import summary
 from mlx_cpo_plugin.training.validation import evaluate_pairs, require_validation, unused_without_validation
 from mlx_cpo_plugin.training.wiring import Run, training_environment
 
@@ -98,7 +99,7 @@ def train_cpo(
 
 
 def introduce(run: Run) -> None:
-    """Say who trains, where a call started the run, and what became of the rows."""
+    """Say who trains, where a call started the run, what became of the rows, and what is going to be done."""
     if run.args.run_settings is None:
         run.reporter.say(f"mlx-cpo-plugin {__version__} trains CPO in mlx-lm-lora {host_version()}.")
     if run.kernels:
@@ -107,6 +108,8 @@ def introduce(run: Run) -> None:
     run.pairs.tell(run.reporter.say)
     run.val_pairs.tell(run.reporter.say)
     run.reporter.say(None if run.val_pairs else unused_without_validation(run.args))
+    for line in summary(run):
+        run.reporter.say(line)
 
 
 def train(run: Run, stop: StopRequest) -> None:
