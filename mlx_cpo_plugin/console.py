@@ -17,7 +17,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Frames, which must not be wrapped.
 _DRAWN = re.compile("[\u2500-\u259f]")
 # A number stays with its name and its unit.
-_BESIDE_NUMBERS = re.compile(r"(?<=[\w:]) (?=[-+]?\d)|(?<=\d) (?=\w)")
+_BESIDE_NUMBERS = re.compile(r"(?<=[\w:±]) (?=[-+]?\d)|(?<=\d) (?=[\w±])")
 
 
 def is_live(stream: Any) -> bool:

@@ -181,8 +181,8 @@ def _of_each_pair(result: Any, pairs: int, function: Callable[..., Any], what: s
         return result.astype(mx.float32)
     found = f"an array of shape {list(result.shape)}" if isinstance(result, mx.array) else type(result).__name__
     raise ConfigError(
-        f"The function {name_of(function)} of {function.__module__} returns {found} for {pairs} pair{'s' * (pairs > 1)}, but must "
-        f"return {what} as an mlx.core.array of shape [{pairs}]."
+        f"The function {name_of(function)} of {function.__module__} returns {found} for {pairs} "
+        f"pair{'s' * (pairs > 1)}, but must return {what} as an mlx.core.array of shape [{pairs}]."
     )
 
 

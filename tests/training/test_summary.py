@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data import PreferenceDataset
-from mlx_cpo_plugin.data.tokens import TruncatedPair
+from mlx_cpo_plugin.data.tokens import Lengths, TruncatedPair
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.run_settings import recorded_settings
 from mlx_cpo_plugin.training import trainer
@@ -168,7 +168,7 @@ def test_an_option_that_does_not_act_is_not_told(call: dict[str, Any], silent: s
 
 
 def test_options_of_validation_act_where_there_are_validation_pairs() -> None:
-    pairs = [TruncatedPair(pair, False, False) for pair in build_pairs(2)]
+    pairs = [TruncatedPair(pair, Lengths.of(pair)) for pair in build_pairs(2)]
     drawn, _ = PreferenceDataset(pairs).split_off(0.5, 0)[::-1]
 
     for val_pairs, fraction in ((drawn, {"valid_fraction"}), (PreferenceDataset(pairs, "valid"), set())):
