@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlx_cpo_plugin.activation.finder import install as activate
+    from mlx_cpo_plugin.commands.call import TrainingResult, train
     from mlx_cpo_plugin.hookspecs import hookimpl
     from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
     from mlx_cpo_plugin.types import LossType, Option, TrainMode
@@ -24,9 +25,11 @@ _HOMES = {
     "LossType": "mlx_cpo_plugin.types",
     "Option": "mlx_cpo_plugin.types",
     "TrainMode": "mlx_cpo_plugin.types",
+    "TrainingResult": "mlx_cpo_plugin.commands.call",
     "activate": "mlx_cpo_plugin.activation.finder",
     "evaluate_cpo": "mlx_cpo_plugin.training.trainer",
     "hookimpl": "mlx_cpo_plugin.hookspecs",
+    "train": "mlx_cpo_plugin.commands.call",
     "train_cpo": "mlx_cpo_plugin.training.trainer",
 }
 
@@ -35,10 +38,12 @@ __all__ = [
     "LossType",
     "Option",
     "TrainMode",
+    "TrainingResult",
     "__version__",
     "activate",
     "evaluate_cpo",
     "hookimpl",
+    "train",
     "train_cpo",
 ]
 

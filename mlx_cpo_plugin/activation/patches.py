@@ -95,7 +95,7 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
             signature(host_main).bind(*positional, **named)  # raises what the host would
             with lasting_output(of_process=on_console, speaks=_is_first_rank()):
                 # The host prints its banner and summary, then calls `run`; the YAML file is not read a second time.
-                return host_main(vars(_resolved(call)))
+                return host_main(vars(resolved_settings(call)))
         except UserError as error:
             if on_console:
                 exit_with(f"error: {error}", error.exit_code)
@@ -125,7 +125,7 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
 
             # Those that `main` gave to the host come back from there.
             is_resolved = getattr(args, "plugin_resolved", False)
-            settings = RunSettings.of(vars(args)) if is_resolved else _resolved(args)
+            settings = RunSettings.of(vars(args)) if is_resolved else resolved_settings(args)
             announce(mode)
             return run_mode(settings, mode, callback)
 
@@ -166,7 +166,7 @@ def _refuse_mistakes(words: Sequence[str]) -> None:
         hook_state.record_fault(__name__, fault)
 
 
-def _resolved(call: Any) -> RunSettings:
+def resolved_settings(call: Any) -> RunSettings:
     """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
     from mlx_cpo_plugin.settings import config
 

@@ -121,17 +121,18 @@ SPENT = 0.1
 """The share of rows of which the cut may leave nothing of the prompt or an answer; they are skipped."""
 
 
-def load_dataset(settings: DataSettings, tokenizer: Any) -> Splits:
+def load_dataset(settings: DataSettings, tokenizer: Any, rows: Mapping[str, Iterable[Any]] | None = None) -> Splits:
     """Read, tokenise and cut the splits that ``train`` and ``test`` ask for; the others are empty.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper, or the tokenizer inside it.
+        rows: raw rows by split, to take in place of those that the settings name.
 
     Raises:
         DataError: data is missing or unreadable, a column is missing, or more than half of the rows are unusable.
     """
     wanted = (["train", "valid"] if settings.train else []) + (["test"] if settings.test else [])
-    splits = load_splits(settings, tokenizer, wanted)
+    splits = load_splits(settings, tokenizer, wanted, rows)
     require_splits(settings, splits)
     return splits
 
@@ -146,12 +147,17 @@ def require_splits(settings: DataSettings, splits: Sequence[PreferenceDataset]) 
             )
 
 
-def load_splits(settings: DataSettings, tokenizer: Any, wanted: Sequence[str]) -> Splits:
+def load_splits(
+    settings: DataSettings,
+    tokenizer: Any,
+    wanted: Sequence[str],
+    rows: Mapping[str, Iterable[Any]] | None = None,
+) -> Splits:
     """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     splits = {
         split: _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
-        for split, groups in read_splits(settings, wanted).items()
+        for split, groups in read_splits(settings, wanted, rows).items()
     }
     train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
     if "valid" in wanted and train and not valid:
@@ -187,7 +193,7 @@ def as_pairs(
     """Pairs of any preference data, cut to ``max_seq_length`` where it is given.
 
     Args:
-        dataset: a PreferenceDataset, a sequence of PreferencePair, a sequence of raw rows, or a sequence of mappings
+        dataset: a PreferenceDataset, a sequence of PreferencePair, raw rows as any iterable, or a sequence of mappings
             with the token ids ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and
             ``rejected_prompt_length`` (without them the prompt is what both sides share); None is an empty one.
         max_seq_length: tokens that either side may have, prompt included. Where a prompt of token ids is cut, the token
@@ -208,7 +214,8 @@ def as_pairs(
         if dataset.cut_to is not None:
             return dataset.cut_to(max_seq_length)
         split, digest = dataset.report.split, dataset.tokenizer
-    items = [dataset[i] for i in range(len(dataset))]
+    # Data sets of mlx-lm-lora have no iterator of their own; generators have nothing else.
+    items = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
     if items and all(_is_row(item) for item in items):
         if tokenizer is None:
             raise DataError(

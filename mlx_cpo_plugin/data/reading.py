@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -36,16 +36,20 @@ class RowGroup:
 Splits = dict[str, list[RowGroup]]
 
 
-def read_splits(settings: DataSettings, wanted: Collection[str]) -> Splits:
+def read_splits(
+    settings: DataSettings, wanted: Collection[str], rows: Mapping[str, Iterable[Any]] | None = None
+) -> Splits:
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
-    ``settings.hf_dataset`` goes before ``settings.data``, which is a folder, a file (the training set) or the name of
-    a dataset on the Hugging Face hub.
+    ``rows``, by split, go before ``settings.hf_dataset``, and this before ``settings.data``, which is a folder, a file
+    (the training set) or the name of a dataset on the Hugging Face hub.
 
     Raises:
         DataError: a path does not exist, a dataset is not found, or a column is missing.
     """
-    if settings.hf_dataset:
+    if rows is not None:
+        splits = _rows_of_call(rows, Columns.from_settings(settings), wanted)
+    elif settings.hf_dataset:
         splits = _read_entries(settings, settings.hf_dataset, wanted)
     else:
         splits = _read_data(settings.data, Columns.from_settings(settings), wanted)
@@ -53,6 +57,26 @@ def read_splits(settings: DataSettings, wanted: Collection[str]) -> Splits:
         for group in groups:
             group.columns.check([row.value for row in group.rows], group.name)
     return {split: splits.get(split, []) for split in wanted}
+
+
+def _rows_of_call(rows: Mapping[str, Iterable[Any]], columns: Columns, wanted: Collection[str]) -> Splits:
+    picked = pick_splits(rows)
+    if not set(picked) & {"train", "test"}:
+        raise DataError(
+            f"data has the keys {named(', '.join(map(str, rows)))}, none of them train: give rows as a list, or by "
+            "split, as in {'train': rows, 'valid': others}.",
+            key="data",
+            allowed="train, valid, test",
+        )
+    splits = {}
+    for split in (split for split in wanted if split in picked):
+        name, given = picked[split], rows[picked[split]]
+        if isinstance(given, str | os.PathLike):
+            read = read_file(Path(given).expanduser())
+        else:
+            read = numbered(given, f"{name} row", before=" ")
+        splits[split] = [RowGroup(f"data[{name!r}]", read, columns)]
+    return splits
 
 
 def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path, load_config
+from mlx_lm.utils import hf_repo_to_path
 from mlx_lm.utils import load_model as load_base_model
 from mlx_lm_lora.train import build_lora_config
 from mlx_lm_lora.utils import from_pretrained
@@ -39,8 +39,8 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer, the model with a fresh adapter that is the same for the same seed.
+def load_model(settings: RunSettings, loaded: tuple[nn.Module, Any] | None = None) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer, or take those that are loaded; the model gets a fresh adapter, the same for a seed.
 
     Raises:
         ConfigError: the model cannot be loaded or quantised as asked, or ``resume_adapter_file`` belongs to another
@@ -49,9 +49,10 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
     use_fast_blas()
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
-    print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
+    if loaded is None:
+        print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     try:
-        model, tokenizer, _ = from_pretrained(model=settings.model)
+        model, tokenizer = loaded or from_pretrained(model=settings.model)[:2]
         _choose_trained_weights(model, settings)
     except ConfigError:
         raise
@@ -66,8 +67,8 @@ def load_model(settings: RunSettings) -> tuple[nn.Module, Any]:
         _check_resumed_adapter(settings, model)
     precision = quantised_load(settings)
     if precision:
-        if "quantization" in load_config(model_folder(settings.model)):
-            raise ConfigError(f"model {settings.model!r} is quantised already; remove {precision}.", key=precision)
+        if any("scales" in module for module in model.modules()):
+            raise ConfigError(f"The model is quantised already; remove {precision}.", key=precision)
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, 
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
-from mlx_cpo_plugin.host import TrainingCallback, load_chat_tokenizer
+from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_tokenizer
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -34,8 +34,19 @@ from mlx_cpo_plugin.types import TrainMode
 Sets = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 
-def run_mode(settings: RunSettings, mode: TrainMode, training_callback: TrainingCallback | None = None) -> None:
+def run_mode(
+    settings: RunSettings,
+    mode: TrainMode,
+    training_callback: TrainingCallback | None = None,
+    loaded: tuple[nn.Module, Any] | None = None,
+) -> tuple[nn.Module, Any]:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
+
+    Args:
+        loaded: a model and its tokenizer, in place of those that ``settings.model`` names.
+
+    Returns:
+        model and tokenizer; the model is empty where it was fused.
 
     Raises:
         UserError: settings, data, model or files are at fault; says which and what to do.
@@ -45,22 +56,25 @@ def run_mode(settings: RunSettings, mode: TrainMode, training_callback: Training
     settings.begun = settings.run_identity.begun
 
     print_info("Loading datasets")
-    sets = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
+    if loaded is not None:
+        give_chat_template(loaded[1])
+    sets = mode.load_dataset(settings, loaded[1] if loaded else load_chat_tokenizer(settings.model))
     wanted = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
     for rows in sets if is_first_rank() else ():
         if isinstance(rows, PreferenceDataset) and rows.report.split in wanted:
             rows.tell(print_info)
     if settings.train and mode.has("load_best"):
         require_validation(settings, sets[1])
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, loaded)
 
     if not settings.train:
         if settings.adapter_path:
             load_adapter(model, adapter_file(settings))
         report_on_test_set(settings, mode, model, sets[2])
-        return
+        return model, tokenizer
     with only_run_in(Path(settings.adapter_path)):
         train_test_and_fuse(settings, mode, model, tokenizer, sets, training_callback)
+    return model, tokenizer
 
 
 def train_test_and_fuse(

@@ -25,6 +25,8 @@ def recorded_settings(settings: RunSettings) -> dict[str, Any]:
     mode = train_modes()[settings.train_mode]
     losses = [loss_types()[settings.dpo_cpo_loss_type]] if mode.has(LOSS_OPTION) else []
     values = {name: getattr(settings, name, None) for name in known_options([mode], losses)}
+    # A loaded model and rows of a call have no name.
+    values = {name: value for name, value in values.items() if value or name not in ("model", "data")}
     for key in _LOCAL_PATHS:
         path = values.get(key)
         if isinstance(path, str) and (key == "adapter_path" or os.path.exists(path)):
@@ -42,8 +44,9 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
     began = f"# run {run.run.id}, begun {run.run.begun.isoformat()}"
     if run.origin is not None:
         began += f", from run {run.origin.run_id} after iteration {run.origin.iteration}"
-    if "model" not in values:
-        began += "\n# started by a call that was given a loaded model and rows: their names are not known"
+    nameless = [what for key, what in (("model", "a loaded model"), ("data", "rows")) if key not in values]
+    if nameless:
+        began += f"\n# started by a call that was given {' and '.join(nameless)}, whose names are not known"
     return f"# {versions}, {system}, {mx.default_device()}\n{began}\n{dump_settings(dict(values))}"
 
 

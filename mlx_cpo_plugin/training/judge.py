@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.exchange import gather
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.training.validation import BestSoFar
 from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict
 
+_COMPARED = [PAIR_VALUES.index(name) for name in ("loss", "chosen_nll", "margins", "accuracies")]
 OTHER_PAIRS = "Whether the model is better than before training is not known: the validation before it had other pairs."
 
 
@@ -22,12 +22,11 @@ class Judge(Resumable):
     """Says whether the model is better or worse than before training, and when that changes.
 
     Args:
-        pairs: the N validation pairs of all ranks.
-        digest: of these pairs; a validation of others is not compared.
+        digest: of the validation pairs of all ranks; a validation of others is not compared.
         cpo_alpha: weight of the likelihood term in the loss.
 
     Attributes:
-        before: of the validation before training, the measures of each pair of this rank; None where there was none.
+        before: what is compared of each pair of this rank, from before training; None where it was not validated.
         latest: the verdict on the last validation; None where there is none.
         of_best: that on the best validation.
         told: the outcome that was told last.
@@ -35,8 +34,7 @@ class Judge(Resumable):
 
     remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "told")
 
-    def __init__(self, pairs: Sequence[PreferencePair], digest: str, cpo_alpha: float) -> None:
-        self.tokens_per_answer = sum(pair.chosen_tokens for pair in pairs) / max(len(pairs), 1)
+    def __init__(self, digest: str, cpo_alpha: float) -> None:
         self.digest, self.cpo_alpha = digest, cpo_alpha
         self.before: list[list[float]] | None = None
         self.latest: Verdict | None = None
@@ -44,8 +42,8 @@ class Judge(Resumable):
         self.told = 0
 
     def begin(self, values: NDArray[np.float64]) -> None:
-        """Take a validation as the one before training; ``values`` are those of its pairs, see :meth:`verdict`."""
-        self.before = self._measures(values).tolist()
+        """Take a validation as the one before training; ``values`` are as in :meth:`verdict`."""
+        self.before = values[_COMPARED].tolist()
 
     def verdict(self, values: NDArray[np.float64]) -> Verdict | None:
         """Return how a validation compares with the one before training; None where there is nothing to compare.
@@ -55,27 +53,23 @@ class Judge(Resumable):
         """
         if self.before is None:
             return None
-        differences = self._measures(values) - np.array(self.before)
-        sums = [differences.shape[1], *differences.sum(1).tolist(), *(differences**2).sum(1).tolist()]
-        count, *totals = np.sum(gather(sums), axis=0).tolist()
-        mean, square = np.reshape(totals, (2, -1)) / count
-        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(count - 1, 1))
+        loss, nll, margins, accuracies = values[_COMPARED] - np.array(self.before)
+        tokens = values[PAIR_VALUES.index("chosen_tokens")]
+        pairs, all_tokens, all_nll = np.sum(gather([len(tokens), tokens.sum(), nll.sum()]), axis=0).tolist()
+        # The change per token is a ratio of two sums: what a pair has in its error is the distance from it.
+        ratio = all_nll / all_tokens
+        per_token = ratio + (nll - ratio * tokens) * pairs / all_tokens
+        differences = np.array([loss + self.cpo_alpha * per_token, per_token, margins, accuracies])
+        sums = gather([differences.sum(1).tolist(), (differences**2).sum(1).tolist()])
+        mean, square = np.sum(sums, axis=0) / pairs
+        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(pairs - 1, 1))
         self.latest = Verdict.of(
             {
-                measure.name: Change(of_mean, of_stderr, int(count))
+                measure.name: Change(of_mean, of_stderr, int(pairs))
                 for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
             }
         )
         return self.latest
-
-    def _measures(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what is compared of each pair, in the order of MEASURES, so that means over pairs are those reported.
-
-        Each token weighs the same in the likelihood, so a pair counts by what it adds per token of a mean answer.
-        """
-        of_pairs = dict(zip(PAIR_VALUES, values, strict=True))
-        nll = of_pairs["chosen_nll"] / self.tokens_per_answer
-        return np.array([of_pairs["loss"] + self.cpo_alpha * nll, nll, of_pairs["margins"], of_pairs["accuracies"]])
 
     def news(self, iteration: int, verdict: Verdict | None) -> tuple[str | None, str | None]:
         """Return a warning and a line, of which at most one is there: what the last verdict changes."""

@@ -34,7 +34,7 @@ PAIR_METRICS = (
     "chosen_logits_mean",
     "rejected_logits_mean",
 )
-PAIR_VALUES = (*PAIR_METRICS, "chosen_nll")
+PAIR_VALUES = (*PAIR_METRICS, "chosen_nll", "chosen_tokens")
 """What is known of each pair; ``loss`` is the preference loss alone, ``chosen_nll`` in nats, summed over the answer."""
 
 
@@ -78,11 +78,12 @@ class PairMeans(Resumable):
             np.array(scores.chosen_logits, np.float64),
             np.array(scores.rejected_logits, np.float64),
             np.array(self.objective.chosen_nll(scores), np.float64),
+            np.array(scores.chosen_tokens, np.float64),
         ]
         sums = [float(column.sum()) for column in columns]
-        self.sums = [total + more for total, more in zip(self.sums, sums[:-1], strict=True)]
-        self.chosen_nll += sums[-1]
-        self.chosen_tokens += int(np.array(scores.chosen_tokens).sum())
+        self.sums = [total + more for total, more in zip(self.sums, sums[:-2], strict=True)]
+        self.chosen_nll += sums[-2]
+        self.chosen_tokens += int(sums[-1])
         self.pairs += len(chosen)
         self.tokens += tokens
         return np.array(columns)

@@ -89,11 +89,10 @@ class Run:
 
         metrics_file = MetricsFile(folder / METRICS_FILE if is_first_rank() else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
-        judged = val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size]
-        validated = data_digest(judged)
+        validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
         saves_best = args.load_best or args.save_best is not None
         self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience, validated, saves_best)
-        self.judge = Judge(judged, validated, args.cpo_alpha)
+        self.judge = Judge(validated, args.cpo_alpha)
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         self.kernels = self._choose_kernels(environment)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from datasets import Dataset
 from mlx_lm_lora.trainer import cpo_trainer, datasets, dpo_trainer, sft_trainer
 from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
@@ -214,6 +215,19 @@ def test_rewards_that_are_not_one_number_an_answer_are_told_so(rewards: Any, mon
 
     with pytest.raises(ConfigError, match="must return the reward of each answer as"):
         evaluate(build_model(), build_pairs(3))
+
+
+@pytest.mark.parametrize("form", [iter, tuple, Dataset.from_list, datasets.CacheDataset])
+def test_rows_train_in_whatever_holds_them(form: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizer_named("chatml")
+    rows, trained = preference_rows(4), []
+    for number, data in enumerate([rows, form(rows)]):
+        model = add_adapter(build_model(vocab_size=len(tokenizer)))
+        args = CPOTrainingArgs(iters=2, batch_size=2, seed=0, adapter_file=str(tmp_path / f"{number}/a.safetensors"))
+        train_cpo(model, optimizers.SGD(learning_rate=0.1), data, None, args, tokenizer=tokenizer)
+        trained.append(parameters(model))
+
+    assert_same(*trained)
 
 
 def test_the_number_of_scored_tokens_is_an_array_as_the_hosts() -> None:

@@ -50,7 +50,8 @@ def run(folder: Path, val_pairs: list[PreferencePair], rate: float, **settings: 
 
 
 def values(count: int, **of_pairs: np.ndarray) -> np.ndarray:
-    """The values of some pairs, zero but for those named."""
+    """The values of some pairs with a chosen token each, zero but for those named."""
+    of_pairs = {"chosen_tokens": np.ones(count), **of_pairs}
     return np.array([of_pairs.get(name, np.zeros(count)) for name in PAIR_VALUES])
 
 
@@ -63,15 +64,14 @@ def test_a_change_is_that_of_the_reported_mean_and_its_error_that_of_the_paired_
     objective = objective_for(loss_type, {"beta": 2.0}, cpo_alpha=0.5)
 
     def of_pairs() -> np.ndarray:
-        """Loss, nll per token of a mean answer, and margin of each pair, one at a time, in float64."""
-        tokens = np.mean([pair.chosen_tokens for pair in val_pairs])
+        """Preference loss, nll and margin of each pair, one at a time, in float64."""
         rows = []
         for pair in val_pairs:
             ((scores, _),) = scored_batches(model, [pair], objective.length_normalised, batch_size=1)
             chosen, rejected = float(scores.chosen_logps.item()), float(scores.rejected_logps.item())
-            nll = -chosen * (pair.chosen_tokens if loss_type == "simpo" else 1) / tokens
+            nll = -chosen * (pair.chosen_tokens if loss_type == "simpo" else 1)
             argument = 2.0 * (chosen - rejected) - (0.5 if loss_type == "simpo" else 0)
-            rows.append([np.log1p(np.exp(-argument)) + 0.5 * nll, nll, 2.0 * (chosen - rejected)])
+            rows.append([np.log1p(np.exp(-argument)), nll, 2.0 * (chosen - rejected)])
         return np.array(rows, np.float64)
 
     before = of_pairs()
@@ -92,7 +92,12 @@ def test_a_change_is_that_of_the_reported_mean_and_its_error_that_of_the_paired_
         ),
         training_callback=reports,
     )
-    differences = of_pairs() - before
+    differences, tokens = of_pairs() - before, np.array([pair.chosen_tokens for pair in val_pairs])
+    ratio = differences[:, 1].sum() / tokens.sum()
+    # Cochran 1977, Sampling Techniques, eq. 6.13: the residuals of a ratio, over the mean of its denominator.
+    residuals = (differences[:, 1] - ratio * tokens) / tokens.mean()
+    differences[:, 1] = ratio + residuals
+    differences[:, 0] += 0.5 * differences[:, 1]
 
     first, last = reports.valid
     for column, name in enumerate(("loss", "nll_loss", "margins")):
@@ -147,7 +152,7 @@ def test_the_same_model_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_change_of_the_verdict_is_news_and_the_same_again_is_not() -> None:
-    judge, pairs = Judge(build_pairs(6), "digest", cpo_alpha=1.0), np.arange(6) / 100
+    judge, pairs = Judge("digest", cpo_alpha=1.0), np.arange(6) / 100
     judge.begin(values(6))
     heard = []
     for number, loss in enumerate((0.0, 1.0, 1.0, 0.0, -1.0), 1):
@@ -187,7 +192,7 @@ def test_a_run_resumed_with_other_validation_pairs_says_that_it_cannot_judge(
 
 
 def test_scores_that_are_no_numbers_are_worse() -> None:
-    judge = Judge(build_pairs(4), "digest", cpo_alpha=0.0)
+    judge = Judge("digest", cpo_alpha=0.0)
     judge.begin(values(4))
 
     verdict = judge.verdict(values(4, loss=np.full(4, np.nan)))
@@ -197,22 +202,31 @@ def test_scores_that_are_no_numbers_are_worse() -> None:
 
 
 def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, pairs = np.random.default_rng(0), build_pairs(6)
-    before, after = values(6, loss=rng.normal(size=6)), values(6, loss=rng.normal(size=6))
-    alone = Judge(pairs, "digest", cpo_alpha=0.0)
+    rng = np.random.default_rng(0)
+    named = {"loss": rng.normal(size=6), "chosen_nll": rng.normal(size=6), "chosen_tokens": rng.integers(1, 9, 6) * 1.0}
+    before, after = values(6, chosen_tokens=named["chosen_tokens"]), values(6, **named)
+    alone = Judge("digest", cpo_alpha=0.5)
     alone.begin(before)
     expected = alone.verdict(after)
 
-    sent: list[Any] = []
-    for rank in (0, 1):
-        judge = Judge(pairs, "digest", cpo_alpha=0.0)
-        judge.begin(before[:, rank::2])
-        monkeypatch.setattr("mlx_cpo_plugin.training.judge.gather", lambda mine: sent.append(mine) or [mine])
-        judge.verdict(after[:, rank::2])
-    monkeypatch.setattr("mlx_cpo_plugin.training.judge.gather", lambda mine: sent)
-    together = judge.verdict(after[:, 1::2])
+    judges = [Judge("digest", cpo_alpha=0.5) for _ in range(2)]
+    exchanged: list[list[Any]] = []
+    for exchange in range(3):  # each time one exchange gets further than before
+        sent: list[list[Any]] = [[], []]
+        for rank, judge in enumerate(judges):
+            replies = iter(exchanged)
+
+            def gathered(mine: Any, mine_of: Any = sent[rank], replies: Any = replies) -> Any:
+                mine_of.append(mine)
+                return next(replies, [mine, mine])
+
+            monkeypatch.setattr("mlx_cpo_plugin.training.judge.gather", gathered)
+            judge.begin(before[:, rank::2])
+            judge.verdict(after[:, rank::2])
+        exchanged = [list(of_all) for of_all in zip(*sent, strict=True)][: exchange + 1]
 
     assert expected is not None
-    assert together is not None
-    for name, change in expected.changes.items():
-        assert together.changes[name] == pytest.approx(change)
+    for judge in judges:
+        assert judge.latest is not None
+        for name, change in expected.changes.items():
+            assert judge.latest.changes[name] == pytest.approx(change)
