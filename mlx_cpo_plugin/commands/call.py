@@ -52,7 +52,7 @@ class TrainingResult:
     model: nn.Module = field(repr=False)
     tokenizer: Any = field(repr=False)
     adapter_path: Path
-    metrics: dict[str, float | None]
+    metrics: dict[str, float | None] = field(repr=False)
     verdict: Verdict | None
     history: list[dict[str, Any]] = field(repr=False)
 

@@ -120,8 +120,8 @@ def objective_for(
         cpo_alpha: weight of the negative log-likelihood of the chosen answers.
 
     Raises:
-        ConfigError: no such loss is registered, a value is out of its option's range, or labels are to be smoothed for
-            a loss that does not do it.
+        ConfigError: no such loss is registered, a value is out of its option's range, labels are to be smoothed for a
+            loss that does not do it, or the function does not return a finite number for each pair.
     """
     known = loss_types()
     takes_masks = loss_fn is not None and "policy_chosen_score" in signature(loss_fn).parameters
@@ -141,7 +141,7 @@ def objective_for(
         options = {"beta": beta, "delta": settings.get("delta", DELTA.default), "loss_type": loss_type}
     elif loss_fn is not None:
         options = {name: value for name, value in options.items() if _takes(loss_fn, name)}
-    return Objective(
+    objective = Objective(
         fn=loss_fn or loss.fn,
         options=options,
         length_normalised=loss.length_normalised,
@@ -150,6 +150,21 @@ def objective_for(
         reward_fn=loss.rewards if loss_fn is None else None,
         takes_masks=takes_masks,
     )
+    _try_out(objective)
+    return objective
+
+
+def _try_out(objective: Objective) -> None:
+    """Raise ``ConfigError`` where the functions of an objective fail with the most ordinary of scores."""
+    one, two = mx.array([-1.0, -2.0]), mx.array([-2.0, -1.0])
+    losses = objective.losses(AnswerScores(one, two, one, two, mx.ones(2), mx.ones(2)))
+    for function, values in ((objective.fn, losses), (objective.reward_fn, objective.rewards(one))):
+        if function is not None and not np.isfinite(np.array(values)).all():
+            given = "".join(f", {name} {value}" for name, value in objective.options.items())
+            raise ConfigError(
+                f"The function {name_of(function)} of {function.__module__} returns {np.array(values).tolist()} for "
+                f"log-probs of -1 and -2{given}, but must return finite numbers."
+            )
 
 
 def _losses_by_masks(function: Callable[..., Any], scores: AnswerScores, options: Mapping[str, Any]) -> mx.array:

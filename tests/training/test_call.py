@@ -157,31 +157,27 @@ def test_a_loss_with_the_hosts_parameters_counts_scored_tokens_by_its_masks(scor
     )
 
 
-@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize(
     ("result", "found"),
     [
         (lambda losses: losses.mean(), "an array of shape []"),
-        (lambda losses: losses[:, None], "an array of shape [{size}, 1]"),
-        (lambda losses: mx.concatenate([losses, losses]), "an array of shape [{doubled}]"),
+        (lambda losses: losses[:, None], "an array of shape [2, 1]"),
+        (lambda losses: mx.concatenate([losses, losses]), "an array of shape [4]"),
         (lambda losses: losses.mean().item(), "float"),
         (lambda losses: (losses, {}), "tuple"),
         (lambda losses: np.array(losses), "ndarray"),
         (lambda losses: None, "NoneType"),
     ],
 )
-def test_a_loss_that_is_not_one_number_a_pair_is_told_what_to_return(
-    result: Any, found: str, size: int, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_one_number_a_pair_is_told_what_to_return(result: Any, found: str) -> None:
     def mine(chosen_logps: mx.array, rejected_logps: mx.array) -> Any:
         with mx.stream(mx.cpu):
             return result(mx.stop_gradient(rejected_logps - chosen_logps))
 
-    pairs = build_pairs(size)
-    told = re.escape(f"returns {found.format(size=size, doubled=2 * size)} for {size} pair")
-    ends = re.escape(f"must return the loss of each pair, not their mean, as an mlx.core.array of shape [{size}].")
+    told = re.escape(f"returns {found} for 2 pairs")
+    ends = re.escape("must return the loss of each pair, not their mean, as an mlx.core.array of shape [2].")
     with pytest.raises(ConfigError, match=f"mine .*{told}.*{ends}$"):
-        evaluate_cpo(build_model(), pairs, size, -1, 0.1, 5.0, 64, "sigmoid", mine)
+        evaluate(build_model(), build_pairs(4), loss_fn=mine)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "mine"])
@@ -195,8 +191,32 @@ def test_a_loss_that_returns_a_mean_is_refused_in_training_whether_given_or_regi
     given = mean if loss_type == "sigmoid" else None
     args = CPOTrainingArgs(iters=1, loss_type=loss_type, adapter_file=str(tmp_path / "adapters.safetensors"))
 
-    with pytest.raises(ConfigError, match=r"mean of .* returns an array of shape \[\] for 4 pairs, but must return"):
+    with pytest.raises(ConfigError, match=r"mean of .* returns an array of shape \[\] for 2 pairs, but must return"):
         train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(4), None, args, given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_whose_shape_depends_on_the_pairs_is_told_in_the_run() -> None:
+    def mine(chosen_logps: mx.array, rejected_logps: mx.array) -> mx.array:
+        return (rejected_logps - chosen_logps)[:2]
+
+    with pytest.raises(ConfigError, match=r"returns an array of shape \[2\] for 4 pairs"):
+        evaluate_cpo(build_model(), build_pairs(4), 4, -1, 0.1, 5.0, 64, "sigmoid", mine, scoring="plain")
+
+
+@pytest.mark.parametrize("what", ["loss", "rewards"])
+def test_a_loss_that_is_not_finite_for_ordinary_log_probs_is_told_so_before_training(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(*logps: mx.array, **_: Any) -> mx.array:
+        return mx.log(logps[0])
+
+    ours = loss_types()["sigmoid"]
+    broken = replace(ours, fn=mine) if what == "loss" else replace(ours, rewards=mine)
+    monkeypatch.setattr(objective, "loss_types", lambda: {"sigmoid": broken})
+
+    with pytest.raises(ConfigError, match=r"mine of .* returns \[nan, nan\] for log-probs of -1 and -2, beta 0.1"):
+        evaluate(build_model(), build_pairs(3))
 
 
 @pytest.mark.parametrize("result", [0.5, None, (), mx.zeros((1, 2)), (None, mx.zeros(1))])
