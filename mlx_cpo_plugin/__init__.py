@@ -12,8 +12,6 @@ from mlx_cpo_plugin._version import __version__
 # Every Python in the environment imports this at start-up, and typing would take most of the time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from mlx_cpo_plugin.activation.finder import install as activate
     from mlx_cpo_plugin.commands.call import TrainingResult, train
     from mlx_cpo_plugin.hookspecs import hookimpl
@@ -48,7 +46,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(_HOMES[name])

@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 # ".<process>-<what for>-<name>": beside the file, so that it can be renamed to it.
 _PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
 
 
-def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, flush it to the disk, then rename it to ``path``.
 
     A link in its place is replaced, not followed.

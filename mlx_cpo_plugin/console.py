@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TextIO
 
 WIDTH = 80
 _STREAMS = ("stdout", "stderr")
@@ -20,7 +20,7 @@ _DRAWN = re.compile("[\u2500-\u259f]")
 _BESIDE_NUMBERS = re.compile(r"(?<=[\w:±]) (?=[-+]?\d)|(?<=\d) (?=[\w±])")
 
 
-def is_live(stream: Any) -> bool:
+def is_live(stream: TextIO) -> bool:
     """Whether ``stream`` shows colours and lines that are written over: a terminal does, unless the user wants neither.
 
     ``NO_COLOR`` and ``TERM=dumb`` say so; ``FORCE_COLOR`` makes a terminal of a stream that is none.
@@ -43,7 +43,7 @@ class LastingStream:
         failed: whether anything was dropped that should have been.
     """
 
-    def __init__(self, stream: Any, speaks: bool = True) -> None:
+    def __init__(self, stream: TextIO, speaks: bool = True) -> None:
         self.stream, self.speaks = stream, speaks
         self.failed = False
         self._own = stream is not None and stream in (sys.__stdout__, sys.__stderr__)
@@ -54,7 +54,7 @@ class LastingStream:
         """Whether lines may be written over."""
         return not self._own or self._asks(is_live)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name == "stream":  # while it is being copied or unpickled
             raise AttributeError(name)
         return getattr(self.stream, name)
@@ -94,7 +94,7 @@ class LastingStream:
     def _is_terminal(self) -> bool:
         return self._asks(lambda stream: bool(stream.isatty()))
 
-    def _asks(self, question: Callable[[Any], bool]) -> bool:
+    def _asks(self, question: Callable[[TextIO], bool]) -> bool:
         try:
             return question(self.stream)
         except (OSError, ValueError, AttributeError):
@@ -168,7 +168,7 @@ def keep_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # which gets the lowest free number
 
 
-def discard(stream: Any) -> None:
+def discard(stream: TextIO) -> None:
     """Discard what a stream still buffers, since the interpreter will try to write it once more."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.settings.cpo_options import (
@@ -15,7 +15,7 @@ from mlx_cpo_plugin.settings.cpo_options import (
     LABEL_SMOOTHING,
     SIMPO_GAMMA,
 )
-from mlx_cpo_plugin.types import LossType, TrainMode
+from mlx_cpo_plugin.types import LossType, Tokenizer, TrainMode
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -102,7 +102,9 @@ def register_loss_types() -> list[LossType]:
     ]
 
 
-def load_dataset(args: RunSettings, tokenizer: Any) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
+def load_dataset(
+    args: RunSettings, tokenizer: Tokenizer
+) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
     """Read and tokenise the preference rows that ``args`` names: train, valid and test."""
     from mlx_cpo_plugin import data
 
@@ -112,8 +114,8 @@ def load_dataset(args: RunSettings, tokenizer: Any) -> tuple[PreferenceDataset, 
 def train(
     model: nn.Module,
     optimizer: Optimizer,
-    train_dataset: Sequence[Any],
-    val_dataset: Sequence[Any],
+    train_dataset: Sequence[object],
+    val_dataset: Sequence[object],
     args: RunSettings,
     adapter_file: Path,
     training_callback: TrainingCallback | None = None,
@@ -134,7 +136,7 @@ def train(
     )
 
 
-def evaluate(model: nn.Module, dataset: Sequence[Any], args: RunSettings) -> Mapping[str, float]:
+def evaluate(model: nn.Module, dataset: Sequence[object], args: RunSettings) -> Mapping[str, float]:
     """Return loss, accuracies, margins and the other means over the pairs of ``dataset``."""
     from mlx_cpo_plugin.training.trainer import evaluate_cpo
 

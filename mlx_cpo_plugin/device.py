@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
@@ -108,8 +108,7 @@ def device_name() -> str:
 
 def wired_limit() -> int | None:
     """Return the bytes that Metal recommends to keep wired, or ``None`` where there is no such limit."""
-    info: dict[str, Any] = mx.device_info()
-    limit = info.get("max_recommended_working_set_size")
+    limit = mx.device_info().get("max_recommended_working_set_size")
     return int(limit) if limit else None
 
 

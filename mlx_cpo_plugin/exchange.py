@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ from mlx.nn.utils import average_gradients
 from mlx_cpo_plugin.errors import UserError, is_device_fault
 from mlx_cpo_plugin.parameters import by_name
 
+Plain = TypeVar("Plain")
 _BYTES = 1024
 # All ranks take part in every exchange, so they count alike.
 _numbers = count()
@@ -44,7 +45,7 @@ def is_first_rank() -> bool:
     return bool(mx.distributed.init().rank() == 0)
 
 
-def gather(mine: Any) -> list[Any]:
+def gather(mine: Plain) -> list[Plain]:
     """Return what each rank gives, in the order of the ranks; all of them have to call this at the same point.
 
     Args:

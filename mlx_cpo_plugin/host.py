@@ -6,12 +6,12 @@ A piece that only one feature needs is looked up when it is used: a version with
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback as TrainingCallback
 from mlx_lm.utils import load_tokenizer
@@ -19,6 +19,7 @@ from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs as SFTTrainingArgs
 
 from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, host_version
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_out_of_memory
+from mlx_cpo_plugin.types import Tokenizer
 
 FakeQuantizer = Callable[[mx.array, int, int], mx.array]
 
@@ -45,7 +46,7 @@ def fake_quantizer() -> FakeQuantizer:
 
 
 @contextmanager
-def memory_safe_recurrences(model: Any, chunk_size: int, say: Callable[[str], None] = print) -> Iterator[None]:
+def memory_safe_recurrences(model: nn.Module, chunk_size: int, say: Callable[[str], None] = print) -> Iterator[None]:
     """Switch on the host's memory-bounded recurrences where ``model`` has recurrent layers, until the context ends."""
     try:
         from mlx_lm_lora.recurrent_patch import enable_memory_safe_recurrences, model_uses_recurrence
@@ -69,7 +70,7 @@ def _install_tested_host() -> str:
     return f"install mlx-lm-lora {NEWEST_TESTED_HOST}"
 
 
-def _keeps_states(model: Any) -> bool:
+def _keeps_states(model: nn.Module) -> bool:
     caches = make_prompt_cache(model)
     inner = [part for cache in caches for part in (cache.caches if isinstance(cache, CacheList) else [cache])]
     return any(isinstance(cache, ArraysCache) for cache in inner)
@@ -88,7 +89,7 @@ def _models_restored() -> Iterator[None]:
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
-    before: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*modules, *classes)}
+    before: dict[object, dict[str, object]] = {owner: dict(vars(owner)) for owner in (*modules, *classes)}
     try:
         yield
     finally:
@@ -100,7 +101,7 @@ def _models_restored() -> Iterator[None]:
                     setattr(owner, name, names[name])
 
 
-def load_chat_tokenizer(model: str) -> Any:
+def load_chat_tokenizer(model: str) -> Tokenizer:
     """Load the tokenizer of a model folder or hub name, with the host's fallback chat template if it has none.
 
     Raises:
@@ -121,7 +122,7 @@ def load_chat_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def give_chat_template(tokenizer: Any) -> None:
+def give_chat_template(tokenizer: Tokenizer) -> None:
     """Give a tokenizer that has no chat template the host's fallback, if this version of the host has one."""
     try:
         from mlx_lm_lora.chat_template import ensure_chat_template
@@ -130,7 +131,7 @@ def give_chat_template(tokenizer: Any) -> None:
     ensure_chat_template(tokenizer)
 
 
-def parts_of(dataset: Any) -> list[Any]:
+def parts_of(dataset: Sequence[object] | None) -> list[Sequence[object] | None]:
     """Return the data sets that the host's wrappers hold; of any other data set itself."""
     from mlx_lm_lora.trainer.datasets import CacheDataset, ConcatenatedDataset
 

@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
 from mlx_cpo_plugin import hookspecs
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.errors import PluginError
-from mlx_cpo_plugin.types import LossType, TrainMode
+from mlx_cpo_plugin.types import LossType, TrainMode, Values
 
 BUILT_IN = "mlx-cpo-plugin"
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
 
+Entry = TypeVar("Entry", TrainMode, LossType)
 # What each hook returns.
-KINDS = {"register_train_modes": TrainMode, "register_loss_types": LossType}
+KINDS: dict[str, type] = {"register_train_modes": TrainMode, "register_loss_types": LossType}
+HOOKS = {kind: hook for hook, kind in KINDS.items()}
 
 
 @lru_cache(maxsize=1)
@@ -76,34 +78,35 @@ def _distribution_of(plugin: str) -> str:
 
 def train_modes() -> dict[str, TrainMode]:
     """Return every registered train mode by name; raises ``PluginError`` where two plugins claim one name."""
-    return _by_name("train mode", "register_train_modes")
+    return _by_name("train mode", TrainMode)
 
 
 def loss_types() -> dict[str, LossType]:
     """Return every registered loss by name, the built-in ones first; raises as :func:`train_modes` does."""
-    return _by_name("loss type", "register_loss_types")
+    return _by_name("loss type", LossType)
 
 
 def claimed_mode(name: str) -> TrainMode | None:
     """Return the train mode of this name, if any; the first one if two plugins register it."""
-    return next((mode for _, mode in _claims("register_train_modes") if mode.name == name), None)
+    return next((mode for _, mode in _claims(TrainMode) if mode.name == name), None)
 
 
-def _by_name(kind: str, hook: str) -> dict[str, Any]:
-    found: dict[str, tuple[str, Any]] = {}
-    for plugin, entry in _claims(hook):
+def _by_name(title: str, kind: type[Entry]) -> dict[str, Entry]:
+    found: dict[str, tuple[str, Entry]] = {}
+    for plugin, entry in _claims(kind):
         if entry.name in found:
             first, second = _distribution_of(found[entry.name][0]), _distribution_of(plugin)
             raise PluginError(
-                f"The {kind} {entry.name!r} is registered twice, by {first} and by {second}; "
+                f"The {title} {entry.name!r} is registered twice, by {first} and by {second}; "
                 f"uninstall one of them or block it with {BLOCK_VARIABLE}."
             )
         found[entry.name] = plugin, entry
     return {name: entry for name, (_, entry) in found.items()}
 
 
-def _claims(hook: str) -> list[tuple[str, Any]]:
-    """Return what each plugin returns from ``hook``, with the plugin's name, in the order of registration."""
+def _claims(kind: type[Entry]) -> list[tuple[str, Entry]]:
+    """Return the entries of a kind that each plugin registers, with its name, in the order of registration."""
+    hook = HOOKS[kind]
     implementations = getattr(get_plugin_manager().hook, hook).get_hookimpls()
     return [
         (each.plugin_name, entry)
@@ -128,9 +131,9 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
     return entries
 
 
-def registered_distributions() -> list[dict[str, Any]]:
+def registered_distributions() -> list[Values]:
     """Return what each loaded plugin is: its name, its distribution, and the modes and losses it registers."""
-    modes, losses = _claims("register_train_modes"), _claims("register_loss_types")
+    modes, losses = _claims(TrainMode), _claims(LossType)
     return [
         {
             "plugin": name,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from mlx_cpo_plugin.errors import ConfigError, StoppedError, first_line
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import plain_values
+from mlx_cpo_plugin.types import Values
 
 # What transformers puts in front of the metrics of training, validation and test, and what TRL calls them.
 _PREFIXES = {"train_": "train/", "val_": "eval/", "test_": "test/"}
@@ -38,13 +39,16 @@ _TRL_NAMES = {
 }
 
 
+Result = TypeVar("Result")
+
+
 class RunDescription(NamedTuple):
     """What trackers are told of a run: the folder is that of its adapter, the settings are plain values by key."""
 
     project: str
     name: str
     folder: Path
-    settings: Mapping[str, Any]
+    settings: Values
 
 
 class Tracker:
@@ -61,7 +65,7 @@ class Tracker:
 
     def start(self, run: RunDescription, run_id: str | None) -> str:
         """Begin a run, or continue the one that ``run_id`` names; return the run's id."""
-        arguments: dict[str, Any] = {"id": run_id, "resume": "allow" if run_id else None}
+        arguments: Values = {"id": run_id, "resume": "allow" if run_id else None}
         if self.client == "trackio":
             arguments = {"name": run_id or run.name, "resume": "allow" if run_id else "never", "embed": False}
         elif self.client == "wandb":
@@ -78,7 +82,7 @@ class Tracker:
 
     def finish(self, failed: bool) -> None:
         """End the run, and wait until everything has arrived."""
-        outcomes: dict[str, dict[str, Any]] = {
+        outcomes: dict[str, Values] = {
             "wandb": {"exit_code": int(failed)},
             "swanlab": {"state": "crashed" if failed else "success"},
         }
@@ -207,13 +211,13 @@ class TrackerCallback(TrainingCallback):
             else:
                 self.run_ids[name] = run_id
 
-    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+    def on_train_loss_report(self, train_info: Values) -> None:
         """Pass on a report of the training loss."""
         if self.wrapped is not None:
             self.wrapped.on_train_loss_report(train_info)
         self._send("train", train_info, train_info["iteration"])
 
-    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+    def on_val_loss_report(self, val_info: Values) -> None:
         """Pass on a report of a validation."""
         if self.wrapped is not None:
             self.wrapped.on_val_loss_report(val_info)
@@ -228,11 +232,11 @@ class TrackerCallback(TrainingCallback):
         for name, tracker in self.trackers.items() if self._started else ():
             self._guarded(name, "finished", tracker.finish, failed)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Values:
         """Return what a resumed run has to know."""
         return {"run_ids": dict(self.run_ids), "last_step": self.last_step}
 
-    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None:
+    def resume(self, state: Values, told: Collection[tuple[str, int]]) -> None:
         """Continue the runs of :meth:`state`; reports in ``told``, made after it, are not sent a second time.
 
         Those that a client had not passed on when its process was killed do not get out later either.
@@ -249,7 +253,7 @@ class TrackerCallback(TrainingCallback):
             values = finite if name in self.with_host_names else trl_names(finite)
             self._guarded(name, "updated", tracker.log, values, step)
 
-    def _guarded(self, name: str, done: str, action: Callable[..., Any], *arguments: object) -> Any:
+    def _guarded(self, name: str, done: str, action: Callable[..., Result], *arguments: object) -> Result | None:
         """Call ``action``; where it raises, warn of the tracker once and return ``None``."""
         try:
             return action(*arguments)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Values = dict[str, Any]
+"""Values by key, as YAML and JSON hold them, of which whoever reads one knows the type: settings, a row, a state."""
 
 _TYPES_IN_WORDS: dict[type, str] = {
     int: "a whole number",
@@ -45,13 +51,13 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     optional: bool = False
-    shown_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    shown_when: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     below: float | None = None
-    inside: Callable[[Any, str, Callable[[str], str]], Any] | None = None
+    inside: Callable[..., object] | None = None
     free_on_resume: bool = False
-    spelled: Callable[[Any], Any] | None = None
+    spelled: Callable[[object], object] | None = None
 
     @property
     def flag(self) -> str:
@@ -92,12 +98,12 @@ class LossType:
 
     name: str
     title: str
-    fn: Callable[..., Any]
+    fn: Callable[..., mx.array]
     formula: str
     source: str = ""
     options: tuple[Option, ...] = ()
     length_normalised: bool = False
-    rewards: Callable[..., Any] | None = None
+    rewards: Callable[..., mx.array] | None = None
 
     def reads(self, option: str) -> bool:
         """Whether ``fn`` takes the option of this name."""
@@ -121,11 +127,34 @@ class TrainMode:
     name: str
     title: str
     help: str
-    load_dataset: Callable[[Any, Any], tuple[Sequence[Any], Sequence[Any], Sequence[Any]]]
+    load_dataset: Callable[..., tuple[Sequence[Any], Sequence[Any], Sequence[Any]]]
     train: Callable[..., None]
-    evaluate: Callable[[Any, Any, Any], Mapping[str, float]]
+    evaluate: Callable[..., Mapping[str, float]]
     options: tuple[Option, ...] = ()
 
     def has(self, option: str) -> bool:
         """Whether one of the mode's own options has this name."""
         return option in {own.name for own in self.options}
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer of transformers, or of mlx-lm's wrapper around one."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+    chat_template: str | None
+    all_special_ids: Sequence[int]
+    special_tokens_map: Mapping[str, object]
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, **how: object) -> Mapping[str, list[Any]]: ...
+
+    def encode(self, text: str, **how: object) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], **how: object) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+    def apply_chat_template(self, conversation: list[Values], **how: object) -> str: ...

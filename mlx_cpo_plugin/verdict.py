@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Of the chosen answers, in nats per token: what preference training may take from them unpunished.
 NLL_ALLOWANCE = 0.2
@@ -83,10 +83,10 @@ class Verdict:
         return cls(outcome, {name: (change.mean, change.stderr) for name, change in changes.items()})
 
     @classmethod
-    def from_report(cls, report: Mapping[str, Any]) -> Verdict | None:
+    def from_report(cls, report: Mapping[str, float | None]) -> Verdict | None:
         """Return what :meth:`report` wrote, e.g. into a line of ``metrics.jsonl``; None where it has no verdict."""
         outcome = report.get("val_verdict")
-        if outcome not in OUTCOMES:
+        if outcome is None or outcome not in OUTCOMES:
             return None
         changes = {}
         for name in (measure.name for measure in MEASURES):

@@ -15,9 +15,9 @@ from mlx_cpo_plugin.activation.hook_state import DISABLE_VARIABLE, TARGETS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import CodeType, ModuleType
-    from typing import Any
 
 # What `python -m MODULE` executes: the imported, hooked module instead of a second, unhooked copy of its source.
 _RUN_AS_SCRIPT = """\
@@ -71,7 +71,7 @@ def _bar_cpo(module: ModuleType) -> None:
     if run is None:
         return
 
-    def guarded_run(args: Any, *others: Any, **named: Any) -> Any:
+    def guarded_run(args: object, *others: object, **named: object) -> object:
         hook_state.refuse_if_cpo(args)
         return run(args, *others, **named)
 
@@ -100,10 +100,10 @@ class HostFinder:
 class HookingLoader:
     """The host's own loader, except that it hooks the module once it has run."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
     def exec_module(self, module: ModuleType) -> None:

@@ -5,10 +5,6 @@ The finder imports this module in every interpreter, so it imports nothing.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 DISABLE_VARIABLE = "MLX_CPO_PLUGIN_DISABLE"
 TRAIN_MODULE = "mlx_lm_lora.train"
 CPO_MODULE = "mlx_lm_lora.trainer.cpo_trainer"
@@ -27,7 +23,7 @@ def record_fault(module: str, fault: Exception) -> None:
     faults[module] = f"{type(fault).__name__}: {fault}"
 
 
-def refuse_cpo(*_arguments: Any, **_named: Any) -> Any:
+def refuse_cpo(*_arguments: object, **_named: object) -> object:
     """Stand in for the host's own functions for CPO, which are not to run in the plugin's place.
 
     Raises:
@@ -47,7 +43,7 @@ def refuse_cpo(*_arguments: Any, **_named: Any) -> Any:
     )
 
 
-def refuse_if_cpo(call: Any) -> None:
+def refuse_if_cpo(call: object) -> None:
     """Refuse a call whose argument asks for CPO: a mapping, or an object with the settings as attributes.
 
     A command line passes: the host makes a namespace of it and calls ``run``, which refuses then.

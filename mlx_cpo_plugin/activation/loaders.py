@@ -15,14 +15,14 @@ LOADERS = ("create_dataset", "load_local_dataset", "load_hf_dataset", "load_cust
 ALL_SPLITS = ("train", "valid", "test")
 
 
-def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..., Any]:
+def answering_for_cpo(name: str, host_loader: Callable[..., object]) -> Callable[..., object]:
     """Return the host's loader ``name``, one of :data:`LOADERS`, which reads for CPO what a run from YAML reads.
 
     A call for any other train mode reaches the host's own as it came in.
     """
 
     @functools.wraps(host_loader)
-    def loader(*positional: Any, **named: Any) -> Any:
+    def loader(*positional: object, **named: object) -> object:
         try:
             arguments = signature(host_loader).bind(*positional, **named).arguments
         except TypeError:
@@ -35,7 +35,7 @@ def answering_for_cpo(name: str, host_loader: Callable[..., Any]) -> Callable[..
     return loader
 
 
-def _read(name: str, arguments: Mapping[str, Any], config: Any) -> Any:
+def _read(name: str, arguments: Mapping[str, Any], config: object) -> object:
     """Return the pairs of the rows in a call, or the train, valid and test set of what it names."""
     from mlx_cpo_plugin.data import pairs_of_rows
     from mlx_cpo_plugin.data.dataset import load_splits, require_splits

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from inspect import signature
@@ -26,6 +26,7 @@ from mlx_cpo_plugin.errors import ConfigError, PluginError, UserError
 from mlx_cpo_plugin.types import TrainMode
 
 if TYPE_CHECKING:
+    from mlx_cpo_plugin.settings.command_line import Call
     from mlx_cpo_plugin.settings.config import RunSettings
 
 TRAINER_NAMES = ("train_cpo", "evaluate_cpo", "CPOTrainingArgs")
@@ -51,7 +52,7 @@ def apply(module: ModuleType) -> None:
             hook_state.active.append(name)
 
 
-def _replacements(module: ModuleType) -> dict[str, Any]:
+def _replacements(module: ModuleType) -> dict[str, object]:
     """Return what takes the place of the functions of the host's trainer, or of its command, by name."""
     of_trainer = module.__name__ == hook_state.CPO_MODULE
     if of_trainer and (fault := too_old(host_version())):
@@ -66,7 +67,7 @@ def _replacements(module: ModuleType) -> dict[str, Any]:
     return {"main": wrapped_main(module.main), "run": wrapped_run(module.run)}
 
 
-def _replace(module: ModuleType, name: str, replacement: Any) -> None:
+def _replace(module: ModuleType, name: str, replacement: object) -> None:
     """Put ``replacement`` in the place of what ``module`` calls ``name``, and of all copies of it in the host."""
     original = getattr(module, name)
     setattr(module, f"_host_{name}", original)
@@ -77,14 +78,14 @@ def _replace(module: ModuleType, name: str, replacement: Any) -> None:
             setattr(other, name, replacement)
 
 
-def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
+def wrapped_main(host_main: Callable[..., object]) -> Callable[..., object]:
     """Return ``main`` for the registered train modes; it calls ``host_main`` as it was called for all others."""
 
     @functools.wraps(host_main)
-    def main(*positional: Any, **named: Any) -> Any:
-        args = positional[0] if positional else named.get("args")
+    def main(*positional: Any, **named: Any) -> object:
+        args = _first(positional, named)
         on_console = args is None
-        call: Any = sys.argv[1:] if on_console else args
+        call = sys.argv[1:] if on_console else args
         mode = None
         try:
             mode = _mode_of(call)
@@ -108,12 +109,12 @@ def wrapped_main(host_main: Callable[..., Any]) -> Callable[..., Any]:
     return main
 
 
-def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
+def wrapped_run(host_run: Callable[..., object]) -> Callable[..., object]:
     """Return ``run`` for the registered train modes; it calls ``host_run`` as it was called for all others."""
 
     @functools.wraps(host_run)
-    def run(*positional: Any, **named: Any) -> Any:
-        args = positional[0] if positional else named.get("args")
+    def run(*positional: Any, **named: Any) -> object:
+        args = _first(positional, named)
         mode = _mode_of(args)
         if mode is None:
             return host_run(*positional, **named)
@@ -127,7 +128,8 @@ def wrapped_run(host_run: Callable[..., Any]) -> Callable[..., Any]:
             is_resolved = getattr(args, "plugin_resolved", False)
             settings = RunSettings.of(vars(args)) if is_resolved else resolved_settings(args)
             announce(mode)
-            return run_mode(settings, mode, callback)
+            run_mode(settings, mode, callback)
+            return None
 
     return run
 
@@ -138,7 +140,12 @@ def _is_first_rank() -> bool:
     return is_first_rank()
 
 
-def _mode_of(call: Any) -> TrainMode | None:
+def _first(positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Return the argument ``args`` of a call of ``main`` or ``run``, None where it is left out."""
+    return positional[0] if positional else named.get("args")
+
+
+def _mode_of(call: Call) -> TrainMode | None:
     """Return the registered train mode that a call of ``main`` or ``run`` asks for; None for the host's own modes."""
     from mlx_cpo_plugin.settings import command_line
 
@@ -166,7 +173,7 @@ def _refuse_mistakes(words: Sequence[str]) -> None:
         hook_state.record_fault(__name__, fault)
 
 
-def resolved_settings(call: Any) -> RunSettings:
+def resolved_settings(call: Call) -> RunSettings:
     """Return the settings of the run that a call asks for, after printing what is to be noted about them."""
     from mlx_cpo_plugin.settings import config
 

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG
 from mlx_cpo_plugin.errors import UserError, is_out_of_memory
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.types import Values
 
 _DORA_LAYERS = (DoRALinear, DoRAEmbedding)
 _ADAPTED_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, *_DORA_LAYERS)
@@ -45,14 +46,14 @@ def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
     What :func:`describe_adapter` returns is written into it; other keys of an existing file are kept.
     """
     path = adapter_file.parent / ADAPTER_CONFIG
-    config: dict[str, Any] = {}
+    config: Values = {}
     with suppress(OSError, ValueError):  # none, or a torn one: all that matters is written below
         config = json.loads(path.read_text(encoding="utf-8"))
     text = json.dumps(config | describe_adapter(model), indent=4, sort_keys=True, default=str)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def describe_adapter(model: nn.Module) -> dict[str, Any]:
+def describe_adapter(model: nn.Module) -> Values:
     """Return ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` of a model as mlx_lm's loader reads them."""
     adapters = [module for module in model.modules() if isinstance(module, _ADAPTED_LAYERS)]
     if not adapters:
@@ -188,7 +189,7 @@ def _readable(adapter_file: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside ``path``, flush to the disk, then rename: ``path`` is never half-written.
 
     Raises:

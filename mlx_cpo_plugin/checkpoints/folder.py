@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -23,6 +22,7 @@ from mlx_cpo_plugin.checkpoints import CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.errors import is_out_of_memory
+from mlx_cpo_plugin.types import Values
 
 MANIFEST = "manifest.json"
 VALUES = "values.json"
@@ -35,7 +35,7 @@ class Checkpoint:
     """A checkpoint that was found whole: plain values by name, and arrays in files; who wrote it, and when."""
 
     folder: Path
-    values: dict[str, Any]
+    values: Values
     run: RunIdentity
     iteration: int
 
@@ -64,7 +64,7 @@ class CheckpointFolder:
         self,
         iteration: int,
         arrays: Mapping[str, Arrays],
-        values: Mapping[str, Any],
+        values: Values,
         files: Mapping[str, Path] | None = None,
     ) -> Path:
         """Write a checkpoint, then remove those of the same run that are too old, or beyond this one.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_cpo_plugin.checkpoints import CHECKPOINTS, PREVIOUS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
@@ -14,10 +13,11 @@ from mlx_cpo_plugin.checkpoints.folder import MANIFEST, Checkpoint, checkpoints_
 from mlx_cpo_plugin.checkpoints.run_identity import Origin, RunIdentity, RunRecord, read_record
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
+from mlx_cpo_plugin.types import Values
 
 AUTO = "auto"
 
-Usable = Callable[[Mapping[str, Any]], bool]
+Usable = Callable[[Values], bool]
 """Whether a run can be resumed from a checkpoint with these values."""
 
 
@@ -149,7 +149,9 @@ class _Found:
 def _search(folder: Path, usable: Usable, hashed: bool) -> _Found:
     """Look for the newest checkpoint of the run whose folder it is."""
     there = read_record(folder)
-    first = gather(there and [replace(there.successor or there, files=()).plain(), there.successor is not None])[0]
+    first = gather(
+        (replace(there.successor or there, files=()).plain(), there.successor is not None) if there else None
+    )[0]
     record, about_to_begin = (RunRecord.from_plain(first[0]), first[1]) if first else (None, False)
     whole: list[Checkpoint] = []
     faults: dict[int, str] = {}

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE, RECORD, RUN_SETTINGS
+from mlx_cpo_plugin.types import Values
 
 TRAINED, TESTED, FUSED = "trained", "tested", "fused"
 
@@ -39,7 +38,7 @@ class RunIdentity:
         return cls(f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}", begun or now)
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> RunIdentity:
+    def from_plain(cls, values: Values) -> RunIdentity:
         """Return the identity that :meth:`plain` returned.
 
         Raises:
@@ -84,7 +83,7 @@ class RunRecord:
     successor: RunRecord | None = None
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> RunRecord:
+    def from_plain(cls, values: Values) -> RunRecord:
         """Return the record that :meth:`plain` returned; raise as :meth:`RunIdentity.from_plain` does."""
         origin, successor = values["origin"], values["successor"]
         return cls(
@@ -95,7 +94,7 @@ class RunRecord:
             successor and cls.from_plain(successor),
         )
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Values:
         """Return it as plain values."""
         return {
             **self.run.plain(),

@@ -27,12 +27,13 @@ from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.validation import refused
 from mlx_cpo_plugin.settings.yaml_settings import read_yaml
+from mlx_cpo_plugin.types import Tokenizer, Values
 from mlx_cpo_plugin.verdict import Verdict
 
 # What a call means where neither it nor its YAML file says otherwise: it returns the model with its adapter.
 DEFAULTS = {"train_mode": "cpo", "train": True, "fuse": False}
 
-Rows = Iterable[Any]
+Rows = Iterable[object]
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class TrainingResult:
     """
 
     model: nn.Module = field(repr=False)
-    tokenizer: Any = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     adapter_path: Path
     metrics: dict[str, float | None] = field(repr=False)
     verdict: Verdict | None
-    history: list[dict[str, Any]] = field(repr=False)
+    history: list[Values] = field(repr=False)
 
 
 def train(
-    model: str | os.PathLike[str] | tuple[nn.Module, Any] | None = None,
+    model: str | os.PathLike[str] | tuple[nn.Module, Tokenizer] | None = None,
     data: str | os.PathLike[str] | Rows | Mapping[str, Rows] | None = None,
     *,
     config: str | Path | None = None,
@@ -141,9 +142,9 @@ def _check_loaded(model: nn.Module, settings: RunSettings) -> None:
         )
 
 
-def _result(model: nn.Module, tokenizer: Any, settings: RunSettings) -> TrainingResult:
+def _result(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> TrainingResult:
     folder = Path(settings.adapter_path).absolute()
-    history: list[dict[str, Any]] = []
+    history: list[Values] = []
     with suppress(ReportError):  # where nothing could be written, the run has said so
         history = [row for row in rows_of_last_run(folder) if row.get("run") == settings.run_identity.id]
     metrics = {

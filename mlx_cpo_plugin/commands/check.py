@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 import mlx.nn as nn
 import numpy as np
@@ -106,7 +106,7 @@ def _figures(lengths: NDArray[np.int64]) -> str:
 
 
 def _print_counts(
-    splits: tuple[Sequence[Any], Sequence[Any], Sequence[Any]], settings: RunSettings, stream: TextIO
+    splits: tuple[Sequence[object], Sequence[object], Sequence[object]], settings: RunSettings, stream: TextIO
 ) -> None:
     for name, rows in zip(("Train", "Valid", "Test"), splits, strict=True):
         print(f"{name}: {len(rows)} rows.", file=stream)

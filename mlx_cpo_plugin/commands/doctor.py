@@ -12,18 +12,18 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from mlx_cpo_plugin import blas
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.activation import finder
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.types import Values
 
 START_UP_FILES = ("mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start")
 # Distribution -> the module of it that tells its version.
@@ -82,7 +82,7 @@ class Finding:
     status: str
     detail: str
     remedy: str = ""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Values = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,7 @@ def run_doctor(as_json: bool = False, selftest: bool = False, config_file: str |
     healthy = all(finding.status != "failed" for finding in findings)
     if not as_json:
         _print_findings(findings)
-    checks: list[dict[str, Any]] = []
+    checks: list[Values] = []
     if selftest and healthy:
         from mlx_cpo_plugin.selftest.command import as_plain, run_selftest
 
@@ -313,6 +313,6 @@ def check_plugins() -> list[Finding]:
     return [*loaded, *(Finding("plugins", "warning", str(warning.message)) for warning in skipped)]
 
 
-def _summary(plugin: Mapping[str, Any]) -> str:
+def _summary(plugin: Values) -> str:
     modes, losses = (", ".join(plugin[kind]) or "none" for kind in ("train_modes", "loss_types"))
     return f"{plugin['distribution']}; modes: {modes}; losses: {losses}"

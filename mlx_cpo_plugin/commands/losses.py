@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.settings.cpo_options import CPO_ALPHA, LOSS_OPTION, PRESETS
-from mlx_cpo_plugin.types import LossType
+from mlx_cpo_plugin.types import LossType, Values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def run_losses(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _described(loss: LossType) -> dict[str, Any]:
+def _described(loss: LossType) -> Values:
     return {
         "name": loss.name,
         "title": loss.title,
@@ -49,7 +48,7 @@ def _described(loss: LossType) -> dict[str, Any]:
     }
 
 
-def _print(row: dict[str, Any]) -> None:
+def _print(row: Values) -> None:
     print(f"{row['name']:10} {row['title']}")
     print(f"{'':10} {row['formula']}")
     if row["source"]:

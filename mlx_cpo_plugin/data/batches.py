@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, count, islice, takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -76,7 +76,7 @@ def collate_answers(answers: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]
     )
 
 
-def _padded(parts: Sequence[NDArray[Any]], padding: int, value: int) -> mx.array:
+def _padded(parts: Sequence[NDArray[np.generic]], padding: int, value: int) -> mx.array:
     return mx.array(np.concatenate([*parts, np.full(padding, value)]).astype(np.int32))
 
 

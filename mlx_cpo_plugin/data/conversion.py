@@ -42,7 +42,7 @@ Outcome = TruncatedPair | UnusableRow
 class SourcedRow(NamedTuple):
     """A raw row, the columns to read in it, and where it comes from."""
 
-    value: Any
+    value: object
     columns: Columns
     source: str
 
@@ -59,7 +59,7 @@ class RowConverter:
         """The pair of each row, or why it has none; DataError as :func:`~.tokens.fit` raises it."""
         return [self._outcome(*row) for row in rows]
 
-    def _outcome(self, value: Any, columns: Columns, source: str) -> Outcome:
+    def _outcome(self, value: object, columns: Columns, source: str) -> Outcome:
         try:
             row = parse_row(value, columns)
             fitted = fit(row, self.tokenizer, source, self.max_seq_length, self.overlong)
@@ -255,14 +255,14 @@ def serve(parent: Connection) -> None:
         return
 
 
-def _pickled(value: Any) -> bytes | None:
+def _pickled(value: object) -> bytes | None:
     try:
         return pickle.dumps(value)
     except Exception:  # classes of a script, lambdas, deep nesting: objects may raise anything
         return None
 
 
-def _described(outcomes: Sequence[Outcome]) -> list[Any]:
+def _described(outcomes: Sequence[Outcome]) -> list[object]:
     """Everything in ``outcomes``, comparable."""
     return [
         (str(outcome), type(outcome))

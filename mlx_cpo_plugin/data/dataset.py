@@ -20,6 +20,7 @@ from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, first_f
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, Lengths, OverlongRow, Side, TruncatedPair, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
+from mlx_cpo_plugin.types import Tokenizer, Values
 
 
 class PreferenceDataset(list[PreferencePair]):
@@ -61,7 +62,7 @@ class PreferenceDataset(list[PreferencePair]):
             columns=columns,
             notes=notes,
         )
-        self._others: dict[str, Any] = {"skipped": skipped, "notes": notes, "too_long": too_long, "columns": columns}
+        self._others: Values = {"skipped": skipped, "notes": notes, "too_long": too_long, "columns": columns}
         self.report = replace(report, findings=findings(report, pairs, train))
 
     def process(self, pair: PreferencePair) -> PreferencePair:
@@ -121,7 +122,9 @@ SPENT = 0.1
 """The share of rows of which the cut may leave nothing of the prompt or an answer; they are skipped."""
 
 
-def load_dataset(settings: DataSettings, tokenizer: Any, rows: Mapping[str, Iterable[Any]] | None = None) -> Splits:
+def load_dataset(
+    settings: DataSettings, tokenizer: Tokenizer, rows: Mapping[str, Iterable[object]] | None = None
+) -> Splits:
     """Read, tokenise and cut the splits that ``train`` and ``test`` ask for; the others are empty.
 
     Args:
@@ -149,9 +152,9 @@ def require_splits(settings: DataSettings, splits: Sequence[PreferenceDataset]) 
 
 def load_splits(
     settings: DataSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     wanted: Sequence[str],
-    rows: Mapping[str, Iterable[Any]] | None = None,
+    rows: Mapping[str, Iterable[object]] | None = None,
 ) -> Splits:
     """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
@@ -170,7 +173,7 @@ def load_splits(
 
 
 def pairs_of_rows(
-    rows: Iterable[Any], tokenizer: Any, settings: DataSettings, split: str = "train"
+    rows: Iterable[object], tokenizer: Tokenizer, settings: DataSettings, split: str = "train"
 ) -> PreferenceDataset:
     """Tokenise and cut raw rows of any accepted format, as :func:`load_dataset` does those of a file.
 
@@ -181,14 +184,17 @@ def pairs_of_rows(
     return _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
 
 
-def _rows_as_group(rows: Iterable[Any], columns: Columns) -> list[RowGroup]:
+def _rows_as_group(rows: Iterable[object], columns: Columns) -> list[RowGroup]:
     group = RowGroup("the data set", numbered(rows, "row", before=" "), columns)
     columns.check([row.value for row in group.rows], group.name)
     return [group]
 
 
 def as_pairs(
-    dataset: Any, max_seq_length: int | None = None, tokenizer: Any = None, split: str = "train"
+    dataset: Sequence[object] | None,
+    max_seq_length: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    split: str = "train",
 ) -> PreferenceDataset:
     """Pairs of any preference data, cut to ``max_seq_length`` where it is given.
 
@@ -245,12 +251,12 @@ def as_pairs(
     return _collect(map(outcome, pairs, sources), sources, "the data set", split, tokenizer=digest)
 
 
-def _is_row(item: Any) -> bool:
+def _is_row(item: object) -> bool:
     """Whether an item is a raw row, with text or messages in place of token ids."""
     return isinstance(item, Mapping) and not all(_are_ids(item.get(side)) for side in ("chosen", "rejected"))
 
 
-def _are_ids(side: Any) -> bool:
+def _are_ids(side: object) -> bool:
     if not isinstance(side, Iterable) or isinstance(side, str | Mapping):
         return False
     return not any(isinstance(token, str | Mapping) for token in side)

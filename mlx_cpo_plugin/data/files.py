@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable
 
@@ -25,7 +25,7 @@ _GAP = re.compile(r"[\s\ufeff]*")
 class Row(NamedTuple):
     """A raw row and where it comes from, e.g. ``train.jsonl:12``."""
 
-    value: Any
+    value: object
     source: str
 
 
@@ -73,7 +73,7 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     return _json_rows(text, file, kind, name)
 
 
-def numbered(rows: Iterable[Any], name: str, before: str = ":") -> list[Row]:
+def numbered(rows: Iterable[object], name: str, before: str = ":") -> list[Row]:
     """Return rows whose source is ``name`` and their number, counted from 1."""
     return [Row(value, f"{name}{before}{number}") for number, value in enumerate(rows, start=1)]
 
@@ -89,7 +89,7 @@ def _unpacked(content: bytes) -> bytes:
     return content
 
 
-def _columnar_rows(content: bytes, file: str, kind: str) -> list[Any]:
+def _columnar_rows(content: bytes, file: str, kind: str) -> list[object]:
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -99,7 +99,7 @@ def _columnar_rows(content: bytes, file: str, kind: str) -> list[Any]:
         else:  # the `datasets` library writes streams
             read = ipc.open_file if content.startswith(b"ARROW1") else ipc.open_stream
             table = read(content).read_all()
-        rows: list[Any] = table.to_pylist()
+        rows: list[object] = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two for text and dates
         if is_out_of_memory(error):
             raise
@@ -135,7 +135,7 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
     )
 
 
-def _documents(text: str, file: str) -> Iterator[tuple[Any, int]]:
+def _documents(text: str, file: str) -> Iterator[tuple[object, int]]:
     """Each JSON value of a text, however it is laid out, and the line on which it begins."""
     decoder, place, line = json.JSONDecoder(), 0, 1
     while (start := _GAP.match(text, place).end()) < len(text):  # type: ignore[union-attr]  # matches anything

@@ -9,11 +9,11 @@ import operator
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mlx_cpo_plugin.errors import shown
+from mlx_cpo_plugin.types import Values
 
-Message = dict[str, Any]
+Message = Values
 
 _SPEAKERS = {
     "system": ("system", "developer"),
@@ -33,7 +33,7 @@ class UnusableRow(Exception):
     """A row cannot become a pair; the message is the reason that the report counts it under."""
 
 
-def parse_messages(value: Any) -> list[Message]:
+def parse_messages(value: object) -> list[Message]:
     """Messages of a list of objects, or of one; each may be text, and all may stand under ``messages``."""
     if isinstance(value, Mapping):
         value = decode_messages(value["messages"]) if "messages" in value else [value]
@@ -42,7 +42,7 @@ def parse_messages(value: Any) -> list[Message]:
     return [_parse_message(decode_messages(message)) for message in value]
 
 
-def _parse_message(value: Any) -> Message:
+def _parse_message(value: object) -> Message:
     """One message with OpenAI's keys, a usual role and text as content; keys of other kinds stay."""
     if not isinstance(value, Mapping):
         raise UnusableRow(f"a message is not an object with role and content but {_kind_of(value)}")
@@ -61,7 +61,7 @@ def _parse_message(value: Any) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _tool_calls(fields: Mapping[str, Any], written: str | None) -> list[Any]:
+def _tool_calls(fields: Mapping[str, object], written: str | None) -> list[Values]:
     """Calls in OpenAI's form, their arguments as objects, which templates serialise; ``written`` are some in JSON."""
     calls = fields.get("tool_calls") or []
     if not isinstance(calls, list):
@@ -88,7 +88,7 @@ def _tool_calls(fields: Mapping[str, Any], written: str | None) -> list[Any]:
     return result
 
 
-def _text(content: Any) -> str:
+def _text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
@@ -120,7 +120,7 @@ def parse_dialogue(text: str) -> list[Message] | None:
     return messages
 
 
-def decode_messages(value: Any) -> Any:
+def decode_messages(value: object) -> object:
     """Decode messages that are written as JSON or Python; any other value, or text that is no list, stays as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array([")):
         return value
@@ -137,7 +137,7 @@ def decode_messages(value: Any) -> Any:
     return as_json(parsed) if _are_messages(parsed) else value
 
 
-def _are_messages(value: Any) -> bool:
+def _are_messages(value: object) -> bool:
     if isinstance(value, Mapping):
         if isinstance(value.get("messages"), list):
             return _are_messages(value["messages"])
@@ -149,7 +149,7 @@ def _are_messages(value: Any) -> bool:
 def same_message(first: Message, second: Message) -> bool:
     """Whether role, calls and text are the same, up to Unicode normalisation and surrounding white space."""
 
-    def said(message: Message) -> tuple[Any, ...]:
+    def said(message: Message) -> tuple[object, ...]:
         calls = [call["function"] for call in message.get("tool_calls", ())]
         return message["role"], unicodedata.normalize("NFC", message["content"]).strip(), calls
 
@@ -170,7 +170,7 @@ def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]
     return messages[:size], messages[size:]
 
 
-def parse_json(value: Any) -> Any:
+def parse_json(value: object) -> object:
     """Parse JSON; return text that is not JSON, and any other value, as it is."""
     if not isinstance(value, str):
         return value
@@ -180,7 +180,7 @@ def parse_json(value: Any) -> Any:
         return value
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> object:
     """``value`` in JSON's types, without the nulls that columnar files fill in for fields of other rows."""
     if isinstance(value, Mapping):
         return {name: as_json(field) for name, field in value.items() if not is_null(field)}
@@ -191,16 +191,16 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def is_null(value: Any) -> bool:
+def is_null(value: object) -> bool:
     """Whether a value is null, or the NaN that tables write for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _is_hollow(value: Any) -> bool:
+def _is_hollow(value: object) -> bool:
     return value is None or (isinstance(value, Mapping) and all(map(_is_hollow, value.values())))
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     if value is None:
         return "null"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}

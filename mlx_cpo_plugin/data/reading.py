@@ -15,6 +15,7 @@ from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, pick_splits, split_files
 from mlx_cpo_plugin.data.rows import Columns, DataSettings
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
+from mlx_cpo_plugin.types import Values
 
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
 DEFAULT_TRAIN_SPLIT = "train[:90%]"
@@ -37,7 +38,7 @@ Splits = dict[str, list[RowGroup]]
 
 
 def read_splits(
-    settings: DataSettings, wanted: Collection[str], rows: Mapping[str, Iterable[Any]] | None = None
+    settings: DataSettings, wanted: Collection[str], rows: Mapping[str, Iterable[object]] | None = None
 ) -> Splits:
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
@@ -59,7 +60,7 @@ def read_splits(
     return {split: splits.get(split, []) for split in wanted}
 
 
-def _rows_of_call(rows: Mapping[str, Iterable[Any]], columns: Columns, wanted: Collection[str]) -> Splits:
+def _rows_of_call(rows: Mapping[str, Iterable[object]], columns: Columns, wanted: Collection[str]) -> Splits:
     picked = pick_splits(rows)
     if not set(picked) & {"train", "test"}:
         raise DataError(
@@ -127,7 +128,9 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
     return splits
 
 
-def _of_library(name: str, by_split: Mapping[str, Any], columns: Columns, wanted: Collection[str]) -> Splits:
+def _of_library(
+    name: str, by_split: Mapping[str, Iterable[object]], columns: Columns, wanted: Collection[str]
+) -> Splits:
     """Rows of a dataset of the ``datasets`` library."""
     picked = pick_splits(by_split)
     if not picked:
@@ -145,7 +148,7 @@ def _of_library(name: str, by_split: Mapping[str, Any], columns: Columns, wanted
     return splits
 
 
-def _read_entries(settings: DataSettings, entries: Any, wanted: Collection[str]) -> Splits:
+def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted: Collection[str]) -> Splits:
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
     carve = settings.valid_fraction > 0  # which takes rows of the training set
     splits: Splits = {split: [] for split in wanted}
@@ -174,7 +177,7 @@ def _read_entries(settings: DataSettings, entries: Any, wanted: Collection[str])
     return splits
 
 
-def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
+def _load_split(name: str, options: Mapping[str, object], split: str) -> Any:
     if split not in (DEFAULT_TRAIN_SPLIT, DEFAULT_VALID_SPLIT):
         return _load_from_hub(name, {**options, "split": split})
     rows = _load_from_hub(name, {**options, "split": "train"})  # the library refuses a part without rows
@@ -183,7 +186,7 @@ def _load_split(name: str, options: Mapping[str, Any], split: str) -> Any:
     return rows.select(part) if part else []
 
 
-def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, str | None], where: str) -> str:
+def _note_on_splits(entry: Mapping[str, object], split: str, names: Mapping[str, str | None], where: str) -> str:
     if split == "train" and names["train"] == DEFAULT_TRAIN_SPLIT and "train_split" not in entry:
         rest = "the rest is validated on" if names["valid"] == DEFAULT_VALID_SPLIT else "the rest is not used"
         return f"{where} is nine tenths of its rows, {rest}: set train_split and valid_split for others."
@@ -192,7 +195,7 @@ def _note_on_splits(entry: Mapping[str, Any], split: str, names: Mapping[str, st
     return ""
 
 
-def _load_from_hub(name: str, options: Mapping[str, Any]) -> Any:
+def _load_from_hub(name: str, options: Mapping[str, object]) -> Any:
     import datasets
 
     with (
@@ -250,7 +253,7 @@ def _why_silent(name: str) -> str:
     return ""
 
 
-def _library_rows(name: str, rows: Any, where: str) -> list[Row]:
+def _library_rows(name: str, rows: Iterable[object], where: str) -> list[Row]:
     # Images and the like are decoded only now, by whatever library is there.
     with _library(where, f"a row of the dataset {shown(name)} cannot be read", "check its columns"):
         return numbered(rows, where)

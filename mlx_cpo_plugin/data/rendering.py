@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlx_cpo_plugin.data.messages import Message, UnusableRow, shared_messages, split_system
 from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, Conversation
@@ -173,7 +173,7 @@ def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering
 class _Renderer:
     """Renders one row under one template variant."""
 
-    def __init__(self, row: Conversation, tokenizer: ChatTokenizer, variant: Mapping[str, Any]) -> None:
+    def __init__(self, row: Conversation, tokenizer: ChatTokenizer, variant: Mapping[str, object]) -> None:
         self._row, self._tokenizer, self._variant = row, tokenizer, variant
 
     def sides(self) -> tuple[Rendering, Rendering]:
@@ -284,7 +284,7 @@ class _Renderer:
         return self._tokenizer.render(messages, self._row.tools, False, self._variant)
 
 
-def _leaves(value: Any) -> list[str]:
+def _leaves(value: object) -> list[str]:
     """The strings and numbers in a value, as text."""
     if isinstance(value, Mapping):
         return [leaf for field in value.values() for leaf in _leaves(field)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from mlx_cpo_plugin.data.messages import (
     Message,
@@ -49,7 +49,7 @@ class DataSettings(Protocol):
     """The settings that decide on rows and pairs, by the keys of the YAML file; ``begun``: when the run began."""
 
     data: str
-    hf_dataset: list[dict[str, Any]] | None
+    hf_dataset: list[dict[str, object]] | None
     train: bool
     test: bool
     valid_fraction: float
@@ -57,7 +57,7 @@ class DataSettings(Protocol):
     max_seq_length: int
     overlong: str
     chat_template: str | None
-    chat_template_kwargs: dict[str, Any] | None
+    chat_template_kwargs: dict[str, object] | None
     begun: datetime | None
     chosen_feature: str
     rejected_feature: str
@@ -104,13 +104,13 @@ class Columns:
     system: str = AUTO
 
     @classmethod
-    def from_settings(cls, settings: DataSettings, overrides: Mapping[str, Any] | None = None) -> Columns:
+    def from_settings(cls, settings: DataSettings, overrides: Mapping[str, object] | None = None) -> Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}
         return cls(**{part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()})
 
-    def check(self, rows: Sequence[Any], where: str) -> None:
+    def check(self, rows: Sequence[object], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
         allowed = first_few([named(name, 60) for name in found], 12)
@@ -125,7 +125,7 @@ class Columns:
                 message = f"{where} has no column for the {part} answer: set {key} to {listed}."
                 raise DataError(message, key=key, place=where, allowed=allowed)
 
-    def read(self, rows: Iterable[Any]) -> ColumnsRead:
+    def read(self, rows: Iterable[object]) -> ColumnsRead:
         """Return which columns of ``rows`` are read for which part, and which are not."""
         read: dict[str, dict[str, None]] = {part: {} for part in (*ALIASES, *_BESIDE)}
         found: dict[str, bool] = {}  # whether it holds anything
@@ -145,7 +145,7 @@ class Columns:
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
 
-    def find(self, row: Mapping[str, Any], part: str) -> tuple[str, Any]:
+    def find(self, row: Mapping[str, object], part: str) -> tuple[str, object]:
         """The row's column for ``part`` and its value; None where it has none.
 
         Of several columns for the prompt or the system message, the first that is not blank is taken.
@@ -188,8 +188,8 @@ class Conversation:
     chosen: list[Message]
     rejected: list[Message]
     shared: int
-    tools: list[Any] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[object] | None = None
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
     partial: str = ""
 
 
@@ -201,7 +201,7 @@ class PlainText:
     rejected: str
 
 
-def parse_row(row: Any, columns: Columns) -> Conversation | PlainText:
+def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
     """Parse one raw row; UnusableRow says why it holds no preference."""
     if not isinstance(row, Mapping):
         raise UnusableRow("the row is not a JSON object")
@@ -252,7 +252,7 @@ def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
                 raise UnusableRow(EMPTY_ANSWER)
 
 
-def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[str, Any, list[Any] | None]:
+def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str, object, list[object] | None]:
     """The prompt's column, the prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
     prompt, tools = decode_messages(as_json(prompt)), _value(row, "tools")
@@ -268,7 +268,7 @@ def _prompt_and_tools(row: Mapping[str, Any], columns: Columns) -> tuple[str, An
     return column, prompt, [parse_json(tool) for tool in tools]
 
 
-def _with_material(task: str, row: Mapping[str, Any]) -> Any:
+def _with_material(task: str, row: Mapping[str, object]) -> object:
     """A task in Alpaca's format with its input and its history."""
     material, history = row.get("input"), _value(row, "history")
     if isinstance(material, str) and material.strip() and material.strip() not in task:
@@ -281,14 +281,14 @@ def _with_material(task: str, row: Mapping[str, Any]) -> Any:
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 
 
-def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template_kwargs(row: Mapping[str, object]) -> dict[str, object]:
     values = parse_json(_value(row, "chat_template_kwargs")) or {}
     if not isinstance(values, dict):
         raise UnusableRow("the chat_template_kwargs are not an object")
     return values
 
 
-def _prompt_messages(prompt: Any) -> list[Message]:
+def _prompt_messages(prompt: object) -> list[Message]:
     if prompt is None or _is_blank(prompt):
         return []
     if not isinstance(prompt, str):
@@ -297,7 +297,7 @@ def _prompt_messages(prompt: Any) -> list[Message]:
     return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue
 
 
-def _answer_messages(answer: Any) -> list[Message]:
+def _answer_messages(answer: object) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     if isinstance(answer, Mapping) and not answer.keys() & {"role", "from", "messages"}:
@@ -305,14 +305,14 @@ def _answer_messages(answer: Any) -> list[Message]:
     return parse_messages(answer)
 
 
-def _system_messages(system: Any) -> list[Message]:
+def _system_messages(system: object) -> list[Message]:
     system = decode_messages(as_json(system))
     if is_null(system) or _is_blank(system):
         return []
     return [{"role": "system", "content": system}] if isinstance(system, str) else parse_messages(system)
 
 
-def _repeats(prompt: Any, text: str, dialogue: list[Message]) -> bool:
+def _repeats(prompt: object, text: str, dialogue: list[Message]) -> bool:
     """Whether a dialogue repeats the prompt, and is not an answer that happens to be written as a dialogue."""
     if isinstance(prompt, str) and prompt.strip() in text:
         return True
@@ -375,10 +375,10 @@ def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
     return system + prompt_turns + side_turns
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def _value(row: Mapping[str, object], column: str) -> object:
     value = row.get(column)
     return None if is_null(value) else as_json(value)
 
 
-def _is_blank(value: Any) -> bool:
+def _is_blank(value: object) -> bool:
     return (isinstance(value, str) and not value.strip()) or value == []

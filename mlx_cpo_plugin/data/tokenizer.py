@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
 from mlx_cpo_plugin.data.rows import DataSettings
 from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
+from mlx_cpo_plugin.types import Tokenizer
 
 TokenIds = NDArray[np.int32]
 
@@ -80,17 +81,17 @@ class ChatTokenizer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         chat_template: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
         now: datetime | None = None,
     ) -> None:
-        wrapped = hasattr(type(tokenizer), "eos_token_ids")
-        self._inner = tokenizer._tokenizer if wrapped else tokenizer
+        wrapper: Any = tokenizer if hasattr(type(tokenizer), "eos_token_ids") else None
+        self._inner: Tokenizer = tokenizer if wrapper is None else wrapper._tokenizer
         self.bos_id: int | None = self._inner.bos_token_id
         self.eos_id: int | None = self._inner.eos_token_id
-        ends = set(tokenizer.eos_token_ids) if wrapped else set()
-        self.end_ids: frozenset[int] = frozenset((ends | {self.eos_id}) - {None})
+        ends = {self.eos_id, *(() if wrapper is None else wrapper.eos_token_ids)}
+        self.end_ids = frozenset(end for end in ends if end is not None)
         added = getattr(self._inner, "added_tokens_decoder", {})
         special = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
         special = (special | set(self._inner.all_special_ids)) - {self.bos_id, self._inner.unk_token_id}
@@ -98,7 +99,7 @@ class ChatTokenizer:
         self._end_ids = {str(self._inner.convert_ids_to_tokens(end)): end for end in sorted(self.end_ids)}
         fast = bool(getattr(self._inner, "is_fast", False))
         # The model's own longest sequence is warned of otherwise, whatever is cut afterwards.
-        self._quietly: dict[str, Any] = {"verbose": False} if fast else {}
+        self._quietly: dict[str, object] = {"verbose": False} if fast else {}
         self._has_offsets = fast and (
             self._inner(_PROBE, add_special_tokens=False)["input_ids"]
             == self._inner.encode(_PROBE, add_special_tokens=False)
@@ -112,7 +113,7 @@ class ChatTokenizer:
         self._now = now or _STARTED
         # A template of Python code in the wrapper would go before the one that is given.
         by_code = chat_template and getattr(tokenizer, "_chat_template", None) is not None
-        self._renders = self._inner if by_code else tokenizer
+        self._renders: Tokenizer | _WithThinking = self._inner if by_code else tokenizer
         self._given_template = {"chat_template": chat_template} if chat_template else {}
         # mlx-lm puts the tokenizer's BOS before the prompts of a model without a template.
         starts_with_bos = self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
@@ -129,15 +130,17 @@ class ChatTokenizer:
             if getattr(self._renders, "_chat_template", None) is not None:
                 return None
             thinking_key = getattr(self._renders, "_thinking_kwarg", "enable_thinking")
-            copied._renders = _WithThinking(self._inner, thinking_key, bool(self._renders.has_thinking))
+            copied._renders = _WithThinking(
+                self._inner, thinking_key, bool(getattr(self._renders, "has_thinking", False))
+            )
         return copied
 
     @classmethod
-    def from_settings(cls, tokenizer: Any, settings: DataSettings) -> ChatTokenizer:
+    def from_settings(cls, tokenizer: Tokenizer, settings: DataSettings) -> ChatTokenizer:
         """The tokenizer under the chat template and its arguments of a run, at the time when the run began."""
         return cls(tokenizer, read_template(settings.chat_template), settings.chat_template_kwargs, settings.begun)
 
-    def template_variants(self, row_kwargs: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any], ...]:
+    def template_variants(self, row_kwargs: Mapping[str, object] | None = None) -> tuple[Mapping[str, object], ...]:
         """Template arguments to try, a row's own first: thinking templates are told when an answer has no thoughts."""
         kwargs = {**self._template_kwargs, **(row_kwargs or {})}
         if not self._thinks or self._thinking_keys & set(kwargs):
@@ -147,10 +150,10 @@ class ChatTokenizer:
     def render(
         self,
         messages: Sequence[Message],
-        tools: list[Any] | None,
+        tools: list[object] | None,
         add_generation_prompt: bool = False,
-        variant: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        variant: Mapping[str, object] | None = None,
+        **kwargs: object,
     ) -> str:
         """The text of ``messages`` under the chat template; UnusableRow where there is none or it refuses them."""
         if not self.has_chat_template:
@@ -272,11 +275,11 @@ class ChatTokenizer:
 class _WithThinking(NamedTuple):
     """A tokenizer whose template is told whether to think in the way in which mlx-lm's wrapper tells it."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     key: str
     thinks: bool
 
-    def apply_chat_template(self, messages: list[Message], **kwargs: Any) -> Any:
+    def apply_chat_template(self, messages: list[Message], **kwargs: object) -> str:
         if "enable_thinking" in kwargs:
             kwargs[self.key] = kwargs.pop("enable_thinking")
         return self.tokenizer.apply_chat_template(messages, **{self.key: self.thinks, **kwargs, "return_dict": False})
@@ -297,7 +300,7 @@ def read_template(given: str | None) -> str | None:
         ) from error
 
 
-def _is_fallback(template: Any) -> bool:
+def _is_fallback(template: object) -> bool:
     """Whether a chat template is the one that mlx-lm-lora gives to tokenizers which have none."""
     try:
         from mlx_lm_lora.chat_template import DEFAULT_CHAT_TEMPLATE
@@ -328,7 +331,7 @@ def _check_unicode(text: str) -> None:
         raise UnusableRow("the text holds half of a character (a lone surrogate)") from None
 
 
-def as_ids(ids: Any) -> TokenIds:
+def as_ids(ids: object) -> TokenIds:
     """``ids`` as int32 [T]."""
     return np.asarray(ids, dtype=np.int32).reshape(-1)
 

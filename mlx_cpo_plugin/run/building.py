@@ -30,8 +30,9 @@ from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.nested import OPTIMIZERS, spans_run
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
+from mlx_cpo_plugin.types import Tokenizer, Values
 
-QUANTISED_LOADS: dict[str, dict[str, Any]] = {
+QUANTISED_LOADS: dict[str, Values] = {
     "load_in_4bits": {"bits": 4},
     "load_in_6bits": {"bits": 6},
     "load_in_8bits": {"bits": 8},
@@ -39,7 +40,7 @@ QUANTISED_LOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_model(settings: RunSettings, loaded: tuple[nn.Module, Any] | None = None) -> tuple[nn.Module, Any]:
+def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None = None) -> tuple[nn.Module, Tokenizer]:
     """Load model and tokenizer, or take those that are loaded; the model gets a fresh adapter, the same for a seed.
 
     Raises:
@@ -194,7 +195,7 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
     def adapted(num_layers: int) -> int:
         return layers if num_layers < 1 else min(num_layers, layers)
 
-    wanted: dict[str, Any] = {"train_type": settings.train_type, "num_layers": adapted(settings.num_layers)}
+    wanted: Values = {"train_type": settings.train_type, "num_layers": adapted(settings.num_layers)}
     wanted |= {f"lora_parameters.{key}": settings.lora_parameters[key] for key in ("rank", "scale", "dropout")}
     there = set().union(*map(adaptable_modules, model.layers))
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +25,7 @@ from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, margin_retained, rounding_cost
+from mlx_cpo_plugin.types import Tokenizer
 
 # A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
 ENOUGH = 0.9
@@ -54,7 +54,7 @@ class Fusing:
         self.say = say
         self.before = self._scores(model)
 
-    def fuse(self, model: nn.Module, tokenizer: Any) -> Path:
+    def fuse(self, model: nn.Module, tokenizer: Tokenizer) -> Path:
         """Write the fused model and return its folder; ``model`` is empty afterwards.
 
         Raises:
@@ -176,7 +176,7 @@ def _merged_layer(name: str, module: nn.Module) -> nn.Module:
     return layer
 
 
-def _save(model: nn.Module, tokenizer: Any, parts: TextAndTowers | None, folder: Path) -> None:
+def _save(model: nn.Module, tokenizer: Tokenizer, parts: TextAndTowers | None, folder: Path) -> None:
     """Have the host write the model, whose arrays are freed shard by shard."""
     if parts:
         whole = parts.joined(model)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,17 +28,17 @@ from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_ru
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.training.validation import require_validation
-from mlx_cpo_plugin.types import TrainMode
+from mlx_cpo_plugin.types import Tokenizer, TrainMode
 
-Sets = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
+Sets = tuple[Sequence[object], Sequence[object], Sequence[object]]
 
 
 def run_mode(
     settings: RunSettings,
     mode: TrainMode,
     training_callback: TrainingCallback | None = None,
-    loaded: tuple[nn.Module, Any] | None = None,
-) -> tuple[nn.Module, Any]:
+    loaded: tuple[nn.Module, Tokenizer] | None = None,
+) -> tuple[nn.Module, Tokenizer]:
     """Carry out ``mode`` with resolved settings: whatever can be wrong with data or paths shows before the model loads.
 
     Args:
@@ -81,7 +80,7 @@ def train_test_and_fuse(
     settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     sets: Sets,
     training_callback: TrainingCallback | None,
 ) -> None:
@@ -133,8 +132,8 @@ def train_mode(
     settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
-    train_set: Sequence[Any],
-    valid_set: Sequence[Any],
+    train_set: Sequence[object],
+    valid_set: Sequence[object],
     training_callback: TrainingCallback | None,
 ) -> None:
     """Train from fresh or resumed weights."""
@@ -159,7 +158,7 @@ def report_on_test_set(
     settings: RunSettings,
     mode: TrainMode,
     model: nn.Module,
-    test_set: Sequence[Any],
+    test_set: Sequence[object],
     callback: TrainingCallback | None = None,
 ) -> None:
     """Evaluate the model, print the metrics in the host's shape, and send them to metrics file and trackers."""

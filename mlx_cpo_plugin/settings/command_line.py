@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 
@@ -18,12 +18,12 @@ from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
 from mlx_cpo_plugin.settings.validation import refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import NOT_YAML, parse_value, read_yaml
-from mlx_cpo_plugin.types import LossType, Option, TrainMode
+from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
 HOST_DEFAULT_MODE = "sft"
 IN_THE_CALL, ON_THE_COMMAND_LINE = "in the call", "on the command line"
 
-Call = Sequence[str] | Mapping[str, Any] | argparse.Namespace
+Call = Sequence[str] | Values | argparse.Namespace
 """A command line, the mapping of ``main({...})``, or the namespace of ``run(namespace)``."""
 
 
@@ -79,7 +79,7 @@ def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dic
 
 def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str]) -> None:
     help = option.help if option.default is None else f"{option.help} (default: {option.default})"
-    arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    arguments: Values = {"dest": option.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
     if option.type is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
         return
@@ -89,10 +89,10 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
     parser.add_argument(*flags, type=_reader(option.type), **arguments)
 
 
-def _reader(kind: type) -> Callable[[str], Any]:
+def _reader(kind: type) -> Callable[[str], object]:
     """Return the function that parses a command-line argument; what does not parse stays text."""
 
-    def number(text: str) -> Any:
+    def number(text: str) -> object:
         try:
             return kind(text)
         except ValueError:
@@ -109,7 +109,7 @@ def host_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def host_defaults() -> dict[str, Any]:
+def host_defaults() -> Values:
     """Return every setting of mlx-lm-lora with its default."""
     from mlx_lm_lora.train import CONFIG_DEFAULTS
 
@@ -117,7 +117,7 @@ def host_defaults() -> dict[str, Any]:
     return parsed | CONFIG_DEFAULTS | {key: value for key, value in parsed.items() if value is not None}
 
 
-def explicit(call: Call) -> dict[str, Any]:
+def explicit(call: Call) -> Values:
     """Return the settings that a call gives, without any default.
 
     None in a mapping means not given, and so does the default of mlx-lm-lora's parser in a namespace.
@@ -177,7 +177,7 @@ def refuse_mistakes(words: Sequence[str]) -> None:
         raise refused("train_mode", mode, read_yaml(file).place("train_mode"), allowed)
 
 
-def _leniently(call: Call) -> Mapping[str, Any]:
+def _leniently(call: Call) -> Values:
     """Return the settings of a call; a command line may give any value to each flag, and prints no help."""
     if isinstance(call, Mapping):
         return call
@@ -191,7 +191,7 @@ def _leniently(call: Call) -> Mapping[str, Any]:
     return vars(parser.parse_known_args(list(call))[0])
 
 
-def _mode_in_yaml(file: str | Path | None) -> Any:
+def _mode_in_yaml(file: str | Path | None) -> object:
     """Return the ``train_mode`` of a YAML file, also of one that :func:`read_yaml` refuses."""
     try:
         values = parse_value(Path(file or "").read_text(encoding="utf-8", errors="replace"))

@@ -35,7 +35,7 @@ from mlx_cpo_plugin.settings.options import (
 )
 from mlx_cpo_plugin.settings.validation import check, not_read, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
-from mlx_cpo_plugin.types import LossType, Option, TrainMode
+from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
 LARGE_BETA = 0.1
 
@@ -51,7 +51,7 @@ class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings,
     """
 
     train_mode: str = ""
-    loss_options: dict[str, Any] = field(default_factory=dict)
+    loss_options: Values = field(default_factory=dict)
     config: None = None
     config_file: str | None = None
     run_identity: RunIdentity = field(init=False, repr=False, compare=False)
@@ -59,7 +59,7 @@ class RunSettings(ModelSettings, DataSettings, TrainingSettings, OutputSettings,
     plugin_resolved: bool = True
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> RunSettings:
+    def of(cls, values: Mapping[str, object]) -> RunSettings:
         """Return settings with these values, and defaults for all others."""
         settings = cls()
         vars(settings).update(values)
@@ -76,7 +76,7 @@ class Resolved(NamedTuple):
 class _Given:
     """The values that the call, the YAML file and a preset give, and where each was given; null means the default."""
 
-    def __init__(self, call: Mapping[str, Any], call_place: str, yaml: YamlSettings | None) -> None:
+    def __init__(self, call: Values, call_place: str, yaml: YamlSettings | None) -> None:
         in_yaml = {key: value for key, value in yaml.values.items() if value is not None} if yaml else {}
         self.values = {**in_yaml, **call}
         self.preset: Preset | None = None
@@ -162,7 +162,7 @@ def _mode(given: _Given) -> TrainMode:
     return modes[name]
 
 
-def _refuse_contradictions(values: Mapping[str, Any], given: _Given) -> None:
+def _refuse_contradictions(values: Values, given: _Given) -> None:
     precisions = [name for name in PRECISIONS if values[name]]
     if len(precisions) > 1:
         both = " and ".join(f"{name} ({given.place(name)})" for name in precisions)
@@ -191,7 +191,7 @@ def _refuse_unread(
     loss: LossType,
     losses: Mapping[str, LossType],
     options: Mapping[str, Option],
-    values: Mapping[str, Any],
+    values: Values,
     given: _Given,
 ) -> None:
     """Refuse a loss other than the preset's, and a setting that only other losses use, unless it is the default."""

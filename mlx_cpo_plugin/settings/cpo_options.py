@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlx_cpo_plugin.settings.nested import auto_if_true, home_expanded
 from mlx_cpo_plugin.settings.options import option, options_of
+from mlx_cpo_plugin.types import Values
 
 LOSS_OPTION = "dpo_cpo_loss_type"
 
@@ -21,7 +21,7 @@ class Preset(NamedTuple):
     name: str
     title: str
     source: str
-    values: Mapping[str, Any]
+    values: Values
 
 
 # Options of the loss only: the learning rates and batch sizes of these papers are for full fine-tuning of 7B models.
@@ -99,7 +99,7 @@ class CPOSettings:
     chat_template: str | None = option(
         None, "Chat template in place of the tokenizer's own: Jinja text, or the path of a file with it."
     )
-    chat_template_kwargs: dict[str, Any] | None = option(
+    chat_template_kwargs: Values | None = option(
         None,
         "Arguments of the chat template, such as enable_thinking; a row's own take precedence.",
         title="Chat template arguments",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
-from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.types import Option, Values
 
 # Value of ``optimizer`` -> its class in mlx.optimizers, which is imported where it is needed.
 OPTIMIZERS = {
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
 
 
-def module_paths(names: list[Any], key: str, place: Place) -> list[str]:
+def module_paths(names: list[str], key: str, place: Place) -> list[str]:
     """Return each path of a module once."""
     if not names or not all(isinstance(name, str) and name for name in names):
         raise refused(key, names, place(key), "a list of modules, e.g. [self_attn.q_proj, self_attn.v_proj]")
@@ -56,7 +56,7 @@ WHOLE_RUN = ("linear", "cosine", "constant")
 _WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
 
 
-def spans_run(lr_schedule: Mapping[str, Any] | None, warmup_ratio: float | None) -> bool:
+def spans_run(lr_schedule: Values | None, warmup_ratio: float | None) -> bool:
     """Return whether the learning rate of a step depends on how many the run has."""
     return bool(warmup_ratio) or (lr_schedule or {}).get("name") in ("linear", "cosine")
 
@@ -66,9 +66,9 @@ def home_expanded(path: str, key: str, place: Place) -> str:
     return os.path.expanduser(path)
 
 
-def auto_if_true(resume: Any) -> Any:
+def auto_if_true(resume: object) -> object:
     """Read true as ``auto``, and false as nothing to resume."""
-    words: dict[str, Any] = {"true": "auto", "false": None}
+    words: Values = {"true": "auto", "false": None}
     return words.get(str(resume).lower(), resume)
 
 
@@ -86,7 +86,7 @@ def count_or_all(batches: int, key: str, place: Place) -> int:
     return batches
 
 
-def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+def lora_parameters(value: Values, key: str, place: Place) -> Values:
     """Return rank, dropout and scale, with defaults for those that are left out, and keys where they are given."""
     _only_known(value, [option.name for option in LORA_PARAMETERS], key, place)
     checked = {
@@ -96,7 +96,7 @@ def lora_parameters(value: dict[str, Any], key: str, place: Place) -> dict[str, 
     return {name: part for name, part in checked.items() if part is not None}
 
 
-def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+def optimizer_config(value: Values, key: str, place: Place) -> Values:
     """Return the arguments of each optimizer by name, checked against its signature."""
     import mlx.optimizers as optimizers
 
@@ -113,7 +113,7 @@ def optimizer_config(value: dict[str, Any], key: str, place: Place) -> dict[str,
     return {optimizer: dict(value.get(optimizer, {})) for optimizer in OPTIMIZERS}
 
 
-def _check_like(default: object, value: Any, key: str, place: Place) -> None:
+def _check_like(default: object, value: object, key: str, place: Place) -> None:
     """Refuse an argument whose type differs from that of its default."""
     if isinstance(default, bool | int | float):
         check(Option(key, type(default), default, ""), value, place)
@@ -121,18 +121,18 @@ def _check_like(default: object, value: Any, key: str, place: Place) -> None:
         raise refused(key, value, place(key), f"a list of {len(default)} numbers")
 
 
-def _is_numbers(value: object) -> bool:
+def _is_numbers(value: object) -> TypeGuard[Sequence[float]]:
     return isinstance(value, list | tuple) and all(
         isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
     )
 
 
-def named_schedule(value: Any) -> Any:
+def named_schedule(value: object) -> object:
     """Read the name of a schedule as a mapping."""
     return {"name": value} if isinstance(value, str) else value
 
 
-def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]:
+def lr_schedule(value: Values, key: str, place: Place) -> Values:
     """Return a schedule's name and, for one of MLX's, its arguments, checked against its signature."""
     import mlx.optimizers.schedulers as schedulers
 
@@ -167,7 +167,7 @@ def lr_schedule(value: dict[str, Any], key: str, place: Place) -> dict[str, Any]
     return {"name": name, "arguments": arguments, **warmup}
 
 
-def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]:
+def hf_dataset(value: list[Values], key: str, place: Place) -> list[Values]:
     """Return the entries, each with a path and known keys only."""
     for position, entry in enumerate(value):
         inner = f"{key}.{position}"
@@ -186,7 +186,7 @@ def hf_dataset(value: list[Any], key: str, place: Place) -> list[dict[str, Any]]
     return [dict(entry) for entry in value]
 
 
-def report_to(value: list[Any], key: str, place: Place) -> list[str] | None:
+def report_to(value: list[str], key: str, place: Place) -> list[str] | None:
     """Return each tracker once, or None for ``none``."""
     for position, name in enumerate(value):
         if name not in (*TRACKERS, "none"):
@@ -197,9 +197,7 @@ def report_to(value: list[Any], key: str, place: Place) -> list[str] | None:
     return trackers or None
 
 
-def _only_known(
-    value: Mapping[Any, Any], known: Iterable[str], key: str, place: Place, told_as: str | None = None
-) -> None:
+def _only_known(value: Iterable[str], known: Iterable[str], key: str, place: Place, told_as: str | None = None) -> None:
     known = list(known)
     for name in value:
         if name not in known:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mlx_cpo_plugin.settings import nested
 from mlx_cpo_plugin.settings.validation import Place, refused
-from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.types import Option, Values
 
 AUTO, MLX, HOST = "auto", "mlx", "host"
 
@@ -20,7 +20,7 @@ AUTO, MLX, HOST = "auto", "mlx", "host"
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # Mode of mx.quantize -> its fixed bits and group size.
-MODES: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, int]] = {
     "affine": {},
     "mxfp4": {"group_size": 32, "bits": 4},
     "nvfp4": {"group_size": 16, "bits": 4},
@@ -28,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def option(default: Any, help: str, **limits: Any) -> Any:
+def option(default: object, help: str, **limits: object) -> Any:
     """Return a dataclass field that describes an option; its annotation is the type, ``| None`` makes it optional."""
     return field(default_factory=lambda: deepcopy(default), metadata={"default": default, "help": help, **limits})
 
@@ -62,7 +62,7 @@ class ModelSettings:
         choices=("lora", "dora", "full"),
     )
     num_layers: int = option(-1, "Number of layers to fine-tune, counted from the last; -1 means all.", minimum=-1)
-    lora_parameters: dict[str, Any] = option(
+    lora_parameters: Values = option(
         {own.name: own.default for own in nested.LORA_PARAMETERS if not own.optional},
         "Rank, dropout and scale of the adapters, and keys, the modules that get one; the rest keeps its default.",
         shown_when={"train_type": ("lora", "dora")},
@@ -79,7 +79,7 @@ class DataSettings:
         "Folder with train, valid and test files, one file, or a Hugging Face dataset name.",
         inside=nested.home_expanded,
     )
-    hf_dataset: list[dict[str, Any]] | None = option(
+    hf_dataset: list[Values] | None = option(
         None,
         "One or more Hugging Face datasets, each a mapping with path, splits and columns.",
         title="Hugging Face datasets",
@@ -106,13 +106,13 @@ class TrainingSettings:
     train: bool = option(False, "Train the model.")
     test: bool = option(False, "Evaluate on the test set, after training if both are asked for.")
     optimizer: str = option("adam", "Optimizer.", choices=tuple(nested.OPTIMIZERS))
-    optimizer_config: dict[str, Any] = option(
+    optimizer_config: Values = option(
         {name: {} for name in nested.OPTIMIZERS},
         "Further arguments of each optimizer, by the optimizer's name.",
         inside=nested.optimizer_config,
     )
     learning_rate: float = option(1e-5, "Learning rate; a schedule takes its place.", above=0)
-    lr_schedule: dict[str, Any] | None = option(
+    lr_schedule: Values | None = option(
         None,
         "Learning-rate schedule: linear, cosine or constant over the run, or name and arguments of one of MLX's, "
         "optionally warmup and warmup_init.",

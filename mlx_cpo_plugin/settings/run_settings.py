@@ -16,11 +16,12 @@ from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
+from mlx_cpo_plugin.types import Values
 
 _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
 
 
-def recorded_settings(settings: RunSettings) -> dict[str, Any]:
+def recorded_settings(settings: RunSettings) -> Values:
     """Return the settings that have a part in the run as plain values; local paths become absolute."""
     mode = train_modes()[settings.train_mode]
     losses = [loss_types()[settings.dpo_cpo_loss_type]] if mode.has(LOSS_OPTION) else []
@@ -34,7 +35,7 @@ def recorded_settings(settings: RunSettings) -> dict[str, Any]:
     return plain_settings({"train_mode": mode.name, **values})
 
 
-def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
+def as_yaml(values: Values, run: RunRecord) -> str:
     """Return the text of the record; its first line is a comment that names versions and device, the second the run."""
     import mlx.core as mx
 
@@ -50,7 +51,7 @@ def as_yaml(values: Mapping[str, Any], run: RunRecord) -> str:
     return f"# {versions}, {system}, {mx.default_device()}\n{began}\n{dump_settings(dict(values))}"
 
 
-def read_run_settings(folder: Path) -> tuple[dict[str, Any], str]:
+def read_run_settings(folder: Path) -> tuple[Values, str]:
     """Return the settings and the versions that a run left in its adapter folder; both empty if it left none."""
     file = folder / RUN_SETTINGS
     if not file.exists():
@@ -78,6 +79,6 @@ def plain_values(value: object) -> Any:
     return str(value)
 
 
-def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(values: Values) -> Values:
     """Return :func:`plain_values` of what is set, except ``resume``, which says how a run went on, not what it is."""
     return {key: plain_values(value) for key, value in values.items() if value is not None and key != "resume"}

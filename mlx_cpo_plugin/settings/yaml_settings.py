@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 
 from mlx_cpo_plugin.errors import ConfigError, first_line, named, printable, shown
+from mlx_cpo_plugin.types import Values
 
 FLOAT_TAG, INTEGER_TAG, DATE_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp"))
+
+Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 
 _FLOAT = re.compile(
     r"""[-+]?(?: (?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
@@ -23,7 +26,7 @@ _FLOAT = re.compile(
 _INTEGER = re.compile(r"[-+]?(?:0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)$")
 
 
-def _without(resolvers: dict[Any, Any], *tags: str) -> dict[Any, Any]:
+def _without(resolvers: Resolvers, *tags: str) -> Resolvers:
     return {first: [entry for entry in entries if entry[0] not in tags] for first, entries in resolvers.items()}
 
 
@@ -70,7 +73,7 @@ class YamlSettings:
     """
 
     file: str
-    values: dict[str, Any]
+    values: Values
     lines: dict[str, int]
 
     def place(self, key: str) -> str:

@@ -66,7 +66,7 @@ class Field:
         """Return (label, value) of each choice; where nothing may be chosen, too, that comes first."""
         losses = loss_types() if self.key == LOSS_KEY else {}
         named = [
-            (losses[choice].title if choice in losses else CHOICE_TITLES.get(choice, str(choice)), str(choice))
+            (losses[choice].title if choice in losses else CHOICE_TITLES.get(str(choice), str(choice)), str(choice))
             for choice in self.option.choices
         ]
         return [("none", ""), *named] if self.option.optional else named

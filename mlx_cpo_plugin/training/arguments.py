@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, check_quantizer
 from mlx_cpo_plugin.settings.run_settings import plain_settings
 from mlx_cpo_plugin.settings.validation import check
-from mlx_cpo_plugin.types import Option
+from mlx_cpo_plugin.types import Option, Values
 
 DEFAULT_SEQ_STEP_SIZE = 512
 
@@ -46,7 +45,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
     delta: float = _option("delta")
     cpo_alpha: float = _option("cpo_alpha")
     reference_model_path: str | None = _option("reference_model_path")
-    loss_options: dict[str, Any] = field(
+    loss_options: Values = field(
         default_factory=dict,
         metadata={"help": "Options of the loss beside beta and delta, e.g. simpo_gamma or label_smoothing."},
     )
@@ -64,7 +63,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
     early_stopping_patience: int | None = _option("early_stopping_patience")
     eval_per_epoch: bool = _option("eval_per_epoch")
     save_per_epoch: bool = _option("save_per_epoch")
-    run_settings: dict[str, Any] | None = field(
+    run_settings: Values | None = field(
         default=None, metadata={"help": "What is written to run_settings.yaml; by default these arguments."}
     )
     run_identity: RunIdentity | None = field(
@@ -85,11 +84,11 @@ class CPOTrainingArgs(SFTTrainingArgs):
             run_identity=getattr(settings, "run_identity", None),  # a check or a comparison is no run
         )
 
-    def loss_settings(self) -> Mapping[str, Any]:
+    def loss_settings(self) -> Values:
         """Return the values of the losses' options by name."""
         return {"beta": self.beta, "delta": self.delta, **self.loss_options}
 
-    def as_settings(self, optimizer: optimizers.Optimizer, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    def as_settings(self, optimizer: optimizers.Optimizer, adapter: Values) -> Values:
         """Return the settings of a run that was started by a call, by YAML key, as far as the trainer knows them.
 
         Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,10 @@ from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
 from mlx_cpo_plugin.host import parts_of
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
 from mlx_cpo_plugin.training.state import random_seed
+from mlx_cpo_plugin.types import Tokenizer
 
 
-def training_arguments(args: Any) -> CPOTrainingArgs:
+def training_arguments(args: object) -> CPOTrainingArgs:
     """Return the arguments of a call, complete and checked.
 
     Args:
@@ -53,7 +53,9 @@ def caller_seed() -> int:
     return of_mlx if of_mlx < 2**32 else 0
 
 
-def pairs_of(dataset: Any, max_seq_length: int, tokenizer: Any = None, split: str = "train") -> PreferenceDataset:
+def pairs_of(
+    dataset: Sequence[object] | None, max_seq_length: int, tokenizer: Tokenizer | None = None, split: str = "train"
+) -> PreferenceDataset:
     """Return the pairs of a caller's data set, truncated to ``max_seq_length``.
 
     Args:
@@ -63,7 +65,7 @@ def pairs_of(dataset: Any, max_seq_length: int, tokenizer: Any = None, split: st
     Raises:
         DataError: raw rows come without a tokenizer, or rows are not preferences.
     """
-    parts: Sequence[Any] = parts_of(dataset) or [None]
+    parts = parts_of(dataset) or [None]
     return PreferenceDataset.joined(
         [as_pairs(part, max_seq_length, tokenizer=tokenizer, split=split) for part in parts]
     )

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
 import mlx.core as mx
 
@@ -64,7 +63,7 @@ def stop_requests() -> Iterator[StopRequest]:
             with suppress(OSError):  # not print, which may be what was interrupted
                 os.write(2, b"\nStopping after this micro-batch; press Ctrl-C again to stop without saving.\n")
 
-    previous: dict[signal.Signals, Any] = {
+    previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
         each: signal.signal(each, ask)
         for each in _SIGNALS
         if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN  # as set by nohup

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,7 +49,7 @@ class HeldOutScores:
         return bool(np.allclose(self.logps, other.logps, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
 
 
-def held_out_rows(*splits: Sequence[Any]) -> list[PreferencePair]:
+def held_out_rows(*splits: Sequence[object]) -> list[PreferencePair]:
     """Return a few short pairs of the first split that has any."""
     for rows in splits:
         pairs = [pair for pair in rows[:AMONG] if isinstance(pair, PreferencePair)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +20,7 @@ from mlx_cpo_plugin.settings.nested import spans_run
 from mlx_cpo_plugin.settings.options import DATA_OPTIONS, MODEL_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import plain_settings
 from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs, option_of
+from mlx_cpo_plugin.types import Values
 
 # Steps at which learning-rate schedules are compared.
 _SCHEDULE_STEPS = (0, 1, 10, 100, 1000, 10_000)
@@ -47,7 +47,7 @@ _OTHERWISE = {
 
 def identity(
     args: CPOTrainingArgs, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
-) -> dict[str, Any]:
+) -> Values:
     """Return all that determines the trained weights, as plain values by key."""
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
     settings |= {f"{_LOSS_OPTION}{name}": value for name, value in args.loss_options.items() if name not in settings}
@@ -66,7 +66,7 @@ def identity(
 
 def recorded(
     args: CPOTrainingArgs, model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair]
-) -> dict[str, Any]:
+) -> Values:
     """Return the ``settings`` of a run by YAML key, and its ``rows`` by file, to tell what changed in an identity.
 
     Of each file these are the number of its pairs and digests of them, in their order and in any.
@@ -84,16 +84,14 @@ def recorded(
     return {"settings": plain_settings(settings), "rows": rows}
 
 
-def check_identity(
-    checkpoint: Checkpoint, present: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def check_identity(checkpoint: Checkpoint, present: Values, now: Mapping[str, Values] | None = None) -> None:
     """Raise a ConfigError that names what differs from the run that wrote the checkpoint.
 
     Args:
         present: the :func:`identity` of the run that is to go on.
         now: what :func:`recorded` returned of it.
     """
-    saved: Mapping[str, Any] = checkpoint.values["identity"]
+    saved: Values = checkpoint.values["identity"]
     differing = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     # What counts is the tokens; if they differ, the tokenizer may be why.
     if "tokenizer" in differing and ("data" not in differing or not saved.get("tokenizer")):
@@ -111,11 +109,11 @@ def check_identity(
 
 
 def _differences(
-    saved: Mapping[str, Any],
-    present: Mapping[str, Any],
+    saved: Values,
+    present: Values,
     differing: Sequence[str],
-    before: Mapping[str, Mapping[str, Any]],
-    now: Mapping[str, Mapping[str, Any]],
+    before: Mapping[str, Values],
+    now: Mapping[str, Values],
 ) -> Iterator[tuple[str, str]]:
     """Yield the YAML key of each difference with a phrase on it."""
     was, is_now = before.get("settings", {}), now.get("settings", {})
@@ -140,7 +138,7 @@ def _differences(
             yield from _changes(key, saved.get(entry), present.get(entry))
 
 
-def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, str]]:
+def _changes(key: str, old: object, new: object) -> Iterator[tuple[str, str]]:
     """Yield a setting, or those inside it, where the old and the new value differ, with a phrase on that."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted({*old, *new}):
@@ -150,7 +148,7 @@ def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, str]]:
         yield key, f"{key}: {' → '.join(values)}"
 
 
-def _changed_rows(before: Mapping[str, Sequence[Any]], now: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+def _changed_rows(before: Mapping[str, Sequence[object]], now: Mapping[str, Sequence[object]]) -> Iterator[str]:
     """Yield one phrase on each file whose pairs are others, or in another order."""
     for file in sorted({*before, *now}):
         old, new, name = before.get(file), now.get(file), file or "the set"
@@ -199,5 +197,5 @@ def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
     return f"{type(optimizer).__name__} {numbers} {rates}"
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return isinstance(value, int | float | str | list)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from mlx_cpo_plugin.exchange import gather
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.training.validation import BestSoFar
+from mlx_cpo_plugin.types import Values
 from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict
 
 _COMPARED = [PAIR_VALUES.index(name) for name in ("loss", "chosen_nll", "margins", "accuracies")]
@@ -94,11 +94,11 @@ class Judge(Resumable):
         of_best = f"the best validation, by {label}, was that of iteration {best.iteration}"
         return f"The model is {verdict.sentence()}; {of_best if best.iteration else 'no validation was finite'}."
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Values:
         verdicts = {"latest": self.latest, "of_best": self.of_best}
         return {**super().state(), **{name: verdict and verdict.report() for name, verdict in verdicts.items()}}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Values) -> None:
         """Continue from ``state``; what was validated before training counts only if it was these pairs."""
         if state["digest"] == self.digest:
             self.before, self.told = state["before"], state["told"]

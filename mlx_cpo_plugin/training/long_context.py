@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,10 +37,10 @@ class Chain:
     """Consecutive segments, what is remembered at the start of each, and the seed that each is computed with."""
 
     segments: list[Segment]
-    starts: list[list[Any]]
+    starts: list[list[object]]
     seeds: list[int]
 
-    def seen_in(self, caches: list[Any]) -> Chain:
+    def seen_in(self, caches: list[object]) -> Chain:
         """Return the chain with keys and values that are views of those of ``caches``, which hold the same tokens."""
         return replace(self, starts=[prefix_views(caches, start) for start in self.starts])
 
@@ -114,7 +113,7 @@ class SegmentGradients:
         answers = weighted_sum(slopes, sides[0].grad_parameters, sides[1].grad_parameters)
         return PairGradients(losses, scores, {**answers, **added(answers, before.grad_parameters)})
 
-    def _remember_prefix(self, whole: Segment | None, caches: list[Any]) -> tuple[Chain, mx.array, mx.array]:
+    def _remember_prefix(self, whole: Segment | None, caches: list[object]) -> tuple[Chain, mx.array, mx.array]:
         """Run the prefix through ``caches``; return its chain, and the sums over its scored tokens."""
         segments = pieces(whole, self.step_size) if whole is not None else []
         logps, logits = mx.array(0.0), mx.array(0.0)
@@ -128,7 +127,7 @@ class SegmentGradients:
             mx.eval(logps, logits, cache_arrays(caches))
         return chain, logps, logits
 
-    def _remember_start(self, whole: Segment, caches: list[Any]) -> Chain:
+    def _remember_start(self, whole: Segment, caches: list[object]) -> Chain:
         """Run all but the last segment of an answer through ``caches``."""
         segments = pieces(whole, self.step_size)
         chain = Chain(segments, [forked(caches)], [_drawn_seed() for _ in segments])
@@ -157,7 +156,7 @@ class SegmentGradients:
             def forward(
                 *inputs: mx.array,
                 segment: Segment = segment,
-                start: list[Any] = start,
+                start: list[object] = start,
                 goes_on: bool = goes_on,
             ) -> list[mx.array]:
                 self.model.update(tree_unflatten(list(zip(names, inputs, strict=False))))
@@ -177,5 +176,4 @@ class SegmentGradients:
 
 
 def _drawn_seed() -> int:
-    drawn: Any = mx.random.randint(0, 2**31 - 1).item()
-    return int(drawn)
+    return int(mx.random.randint(0, 2**31 - 1))

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +21,7 @@ from mlx_cpo_plugin.exchange import gather
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
+from mlx_cpo_plugin.types import Values
 
 PAIR_METRICS = (
     "loss",
@@ -194,7 +194,7 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes) -> Values | None:
     try:
         values = json.loads(line)
     except ValueError:  # half a line

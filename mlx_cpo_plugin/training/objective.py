@@ -42,7 +42,7 @@ class Objective:
     """
 
     fn: Callable[..., mx.array]
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     length_normalised: bool
     beta: float
     cpo_alpha: float = 0.0
@@ -94,7 +94,7 @@ class Objective:
 
 
 @mx.custom_function
-def _without_least_slopes(logps: mx.array) -> Any:
+def _without_least_slopes(logps: mx.array) -> mx.array:
     """Return ``logps``; a slope by them that is less than :data:`LEAST_SLOPE` is zero."""
     return logps
 
@@ -106,7 +106,7 @@ def _without_least_slopes_vjp(logps: mx.array, cotangent: mx.array, output: mx.a
 
 def objective_for(
     loss_type: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     loss_fn: Callable[..., mx.array] | None = None,
     cpo_alpha: float = 0.0,
 ) -> Objective:
@@ -167,7 +167,7 @@ def _try_out(objective: Objective) -> None:
             )
 
 
-def _losses_by_masks(function: Callable[..., Any], scores: AnswerScores, options: Mapping[str, Any]) -> mx.array:
+def _losses_by_masks(function: Callable[..., object], scores: AnswerScores, options: Mapping[str, object]) -> mx.array:
     """Return the loss of each pair, float32 [B], by a function that returns the mean over a batch, alone or first.
 
     It is asked pair by pair. Its masks have one entry before the answer, as the host's have, and one that counts for
@@ -190,7 +190,7 @@ def _losses_by_masks(function: Callable[..., Any], scores: AnswerScores, options
     return mx.concatenate(losses)
 
 
-def _of_each_pair(result: Any, pairs: int, function: Callable[..., Any], what: str) -> mx.array:
+def _of_each_pair(result: object, pairs: int, function: Callable[..., object], what: str) -> mx.array:
     """Return the result of a function for B pairs as float32 [B]; raise ``ConfigError`` where it is something else."""
     if isinstance(result, mx.array) and result.shape == (pairs,):
         return result.astype(mx.float32)
@@ -201,12 +201,12 @@ def _of_each_pair(result: Any, pairs: int, function: Callable[..., Any], what: s
     )
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., object]) -> str:
     """Return what a function is called."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
+def _takes(function: Callable[..., object], name: str) -> bool:
     parameters = signature(function).parameters
     return name in parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +31,7 @@ from mlx_cpo_plugin.settings.run_settings import as_yaml
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.state import TrainingState
 from mlx_cpo_plugin.training.validation import BestSoFar
+from mlx_cpo_plugin.types import Values
 
 HOW_TO_RESUME = (
     "start it again with resume: auto (or --resume auto, or resume='auto' in the arguments of train_cpo) to go on, or "
@@ -55,7 +55,7 @@ class Outputs:
         best: BestSoFar,
         args: CPOTrainingArgs,
         record: RunRecord,
-        constants: Mapping[str, Any],
+        constants: Values,
         say: Callable[[str], None],
     ) -> None:
         self.is_main = is_first_rank()
@@ -103,7 +103,7 @@ class Outputs:
         if self.is_main:
             self._put_best(lambda file: save_and_verify(self.model, file, self.say, self.metadata(iteration)))
 
-    def _put_best(self, write: Callable[[Path], Any]) -> None:
+    def _put_best(self, write: Callable[[Path], object]) -> None:
         """Let ``write`` fill the adapter in ``best/``, which mlx_lm can load from the moment it is there."""
         folder = self.best_file.parent
         if folder.is_symlink():

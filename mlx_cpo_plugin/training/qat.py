@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,13 +80,13 @@ def quantizer_for(name: str, bits: int, group_size: int, mode: str = "affine") -
     if name == HOST or (name == AUTO and not mlx_quantises(bits, group_size, mode)):
         host = fake_quantizer()
         return lambda weight, _: host(weight, bits, group_size)
-    packing: dict[str, Any] = {"group_size": group_size, "bits": bits, **MODES[mode], "mode": mode}
+    group_size, bits = MODES[mode].get("group_size", group_size), MODES[mode].get("bits", bits)
 
     def round_trip(weight: mx.array, dtype: mx.Dtype) -> mx.array:
-        if weight.shape[-1] % packing["group_size"]:  # such a layer is left as it is when a model is converted
+        if weight.shape[-1] % group_size:  # such a layer is left as it is when a model is converted
             return weight
-        packed = mx.quantize(weight.astype(dtype), **packing)
-        return mx.dequantize(*packed, **packing).astype(mx.float32)
+        packed = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
+        return mx.dequantize(*packed, group_size=group_size, bits=bits, mode=mode).astype(mx.float32)
 
     return round_trip
 
@@ -100,7 +99,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _fake_quantised_call(original: Call, schedule: FakeQuantisation, round_trip: Quantizer) -> Call:
-    def call(module: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def call(module: nn.Module, x: mx.array, *args: mx.array, **kwargs: mx.array) -> mx.array:
         y = original(module, x, *args, **kwargs)
         if not schedule.active:
             return y

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,7 @@ from mlx_cpo_plugin.training.judge import advice
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
+from mlx_cpo_plugin.types import Values
 from mlx_cpo_plugin.verdict import Verdict
 
 Item = TypeVar("Item")
@@ -49,9 +50,9 @@ class ResumableCallback(Protocol):
 
     def start(self) -> None: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> Values: ...
 
-    def resume(self, state: Mapping[str, Any], told: Collection[tuple[str, int]]) -> None: ...
+    def resume(self, state: Values, told: Collection[tuple[str, int]]) -> None: ...
 
 
 class ProgressReporter(Resumable):
@@ -167,7 +168,7 @@ class ProgressReporter(Resumable):
         if self.trackers is not None:
             self.trackers.start()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Values:
         """Return what was collected since the last report, what the run has taken so far, and what it has reported."""
         return {
             **super().state(),
@@ -177,7 +178,7 @@ class ProgressReporter(Resumable):
             "trackers": None if self.trackers is None else self.trackers.state(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Values) -> None:
         super().restore(state)
         self.seconds, self.elapsed = state["seconds"], state["elapsed"]
         self.resumed = time.perf_counter()
@@ -243,7 +244,7 @@ class DisplacementAlarm(Resumable):
         )
 
 
-def own_stream(callback: Any) -> Any:
+def own_stream(callback: object) -> TextIO | None:
     """Return the stream that a callback, or one that it wraps, prints to; ``None`` where there is none.
 
     MLX LoRA Studio discards all that a trainer prints, and shows its user what its callback's stream gets.
@@ -256,7 +257,7 @@ def own_stream(callback: Any) -> Any:
     return None
 
 
-def _ends_in(stream: Any, other: Any) -> bool:
+def _ends_in(stream: object, other: object) -> bool:
     """Whether ``stream`` is ``other``, or passes everything on to it."""
     while stream is not None and stream is not other:
         stream = getattr(stream, "stream", None)

@@ -16,6 +16,7 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
+from mlx_cpo_plugin.types import Values
 
 
 class Resumable:
@@ -23,12 +24,12 @@ class Resumable:
 
     remembered: ClassVar[tuple[str, ...]]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Values:
         """Return these attributes as plain values."""
         values = {name: getattr(self, name) for name in self.remembered}
         return {name: value.state() if isinstance(value, Resumable) else copy(value) for name, value in values.items()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Values) -> None:
         """Set these attributes to what :meth:`state` returned."""
         for name in self.remembered:
             part = getattr(self, name)
@@ -47,7 +48,7 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, step: OptimizerStep, parts: Mapping[str, Resumable]) -> None:
         self.model, self.step, self.parts, self.iteration = model, step, parts, 0
-        self._before: tuple[dict[str, mx.array], dict[str, Any]] | None = None
+        self._before: tuple[dict[str, mx.array], Values] | None = None
 
     @contextmanager
     def computing(self, iteration: int) -> Iterator[None]:
@@ -64,7 +65,7 @@ class TrainingState:
             "gradient": dict(self.step.total or {}) if self._before is None else self._before[0],
         }
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Values:
         """Return the plain values by name."""
         if self._before is not None:
             return self._before[1]
@@ -101,7 +102,7 @@ class TrainingState:
         mx.eval(self.model.trainable_parameters(), self.step.optimizer.state, self.step.total or {})
 
 
-def can_resume(values: Mapping[str, Any], iters: int, extends_from: int) -> bool:
+def can_resume(values: Values, iters: int, extends_from: int) -> bool:
     """Return whether a run of ``iters`` iterations can continue from a checkpoint with these values.
 
     The last optimizer step of a run may hold fewer micro-batches than the others, whose gradients then weigh more. With

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.utils import get_total_parameters
@@ -19,6 +18,7 @@ from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.training.objective import name_of
 from mlx_cpo_plugin.training.wiring import Run
+from mlx_cpo_plugin.types import Values
 
 # Said by the other lines of the summary, or before it.
 _SAID_ELSEWHERE = (
@@ -40,7 +40,7 @@ def summary(run: Run) -> list[str]:
     return [*lines, f"Set: {_flow(options)}"] if options else lines
 
 
-def acting(values: Mapping[str, Any], loss_type: str, val_pairs: PreferenceDataset) -> dict[str, Any]:
+def acting(values: Values, loss_type: str, val_pairs: PreferenceDataset) -> Values:
     """Return those of the settings ``values`` that differ from their default, have a part in the run, and need a word.
 
     Of a mapping such as ``optimizer_config``, only what differs.
@@ -75,7 +75,7 @@ def acting(values: Mapping[str, Any], loss_type: str, val_pairs: PreferenceDatas
     return found
 
 
-def _absolute(default: Any) -> Any:
+def _absolute(default: object) -> object:
     """Return a default as the record of a run has it, if it is a path."""
     return os.path.abspath(default) if isinstance(default, str) else default
 
@@ -130,6 +130,6 @@ def _counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
-def _flow(values: Mapping[str, Any]) -> str:
+def _flow(values: Values) -> str:
     """Return settings as they stand in a configuration file, on one line."""
     return dump_settings(dict(values), flow=True, width=math.inf).strip().removeprefix("{").removesuffix("}")

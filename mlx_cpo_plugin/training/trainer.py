@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,17 +32,18 @@ from mlx_cpo_plugin.training.resumption import begin
 from mlx_cpo_plugin.training.summary import summary
 from mlx_cpo_plugin.training.validation import evaluate_pairs, require_validation, unused_without_validation
 from mlx_cpo_plugin.training.wiring import Run, training_environment
+from mlx_cpo_plugin.types import Tokenizer
 
 
 def train_cpo(
     model: nn.Module,
     optimizer: optimizers.Optimizer,
-    train_dataset: Sequence[Any],
-    val_dataset: Sequence[Any] | None = None,
+    train_dataset: Sequence[object],
+    val_dataset: Sequence[object] | None = None,
     args: CPOTrainingArgs | SFTTrainingArgs | None = None,
-    loss_fn: Callable[..., Any] | None = None,
+    loss_fn: Callable[..., mx.array] | None = None,
     training_callback: TrainingCallback | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Train ``model`` on preference pairs and leave the adapter in ``args.adapter_file``.
 
@@ -224,18 +224,18 @@ def finish(run: Run) -> None:
 
 def evaluate_cpo(
     model: nn.Module,
-    dataset: Sequence[Any],
+    dataset: Sequence[object],
     batch_size: int,
     num_batches: int,
     beta: float,
     delta: float,
     max_seq_length: int,
     loss_type: str,
-    loss_fn: Callable[..., Any] | None = None,
-    loss_options: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., mx.array] | None = None,
+    loss_options: Mapping[str, object] | None = None,
     scoring: str = "auto",
     cpo_alpha: float = 0.0,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[float, list[float], mx.array, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, int32 [], and the other means over pairs by name.
 

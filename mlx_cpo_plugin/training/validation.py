@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,7 @@ from mlx_cpo_plugin.settings.cpo_options import MEASURES
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
+from mlx_cpo_plugin.types import Values
 
 
 class Validation(NamedTuple):
@@ -103,7 +104,7 @@ class ValidationSettings(Protocol):
     eval_per_epoch: bool
 
 
-def require_validation(settings: ValidationSettings, val_pairs: Sequence[Any]) -> None:
+def require_validation(settings: ValidationSettings, val_pairs: Sequence[object]) -> None:
     """Refuse to look for the best weights where nothing is validated.
 
     Raises:
@@ -170,13 +171,13 @@ class BestSoFar(Resumable):
         """Whether the run should stop."""
         return self.patience is not None and self.waited >= self.patience
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Values) -> None:
         """Continue from ``state`` where it is comparable; otherwise the search begins anew."""
         self.last = state["last"]
         if self.is_comparable(state):
             self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
 
-    def is_comparable(self, state: Mapping[str, Any]) -> bool:
+    def is_comparable(self, state: Values) -> bool:
         """Return whether ``state`` has the same measure of the same pairs, with the adapter saved if it is needed."""
         same = (state["measure"], state["pairs"]) == (self.measure, self.pairs)
         return same and (state["saved"] or not self.saved)
