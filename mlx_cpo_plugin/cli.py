@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        subcommand: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+        subcommand: argparse.ArgumentParser = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}."
+        )
         subcommand.set_defaults(run=run)
         return subcommand
 

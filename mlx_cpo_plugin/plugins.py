@@ -86,6 +86,13 @@ def loss_types() -> dict[str, LossType]:
     return _by_name("loss type", LossType)
 
 
+def option_origins() -> dict[str, str]:
+    """Return the distribution that each option is from, by the option's name, but for this distribution's own."""
+    claims = [*_claims(TrainMode), *_claims(LossType)]
+    origins = {option.name: plugin for plugin, entry in reversed(claims) for option in entry.options}
+    return {name: _distribution_of(plugin) for name, plugin in origins.items() if plugin != BUILT_IN}
+
+
 def claimed_mode(name: str) -> TrainMode | None:
     """Return the train mode of this name, if any; the first one if two plugins register it."""
     return next((mode for _, mode in _claims(TrainMode) if mode.name == name), None)

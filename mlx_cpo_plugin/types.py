@@ -41,6 +41,7 @@ class Option:
         inside: a further check, ``(value, key, place) -> value to use``, after type and range; see
             :mod:`mlx_cpo_plugin.settings.nested`.
         free_on_resume: whether a run may be resumed with another value, since the trained weights do not depend on it.
+        group: heading of the help under which it stands; those of other distributions stand under their names.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Option:
     inside: Callable[..., object] | None = None
     free_on_resume: bool = False
     spelled: Callable[[object], object] | None = None
+    group: str = ""
 
     @property
     def flag(self) -> str:

@@ -91,6 +91,7 @@ def wrapped_main(host_main: Callable[..., object]) -> Callable[..., object]:
             mode = _mode_of(call)
             if mode is None:
                 if on_console:
+                    _help_with_all(call)
                     _refuse_mistakes(call)
                 return host_main(*positional, **named)
             signature(host_main).bind(*positional, **named)  # raises what the host would
@@ -159,6 +160,22 @@ def _mode_of(call: Call) -> TrainMode | None:
     elif hook_state.faults:
         hook_state.refuse_cpo()
     return mode
+
+
+def _help_with_all(words: Sequence[str]) -> None:
+    """Print the help of all modes and exit, if that is asked for; after a fault mlx-lm-lora prints its own."""
+    from mlx_cpo_plugin.settings import command_line
+
+    if hook_state.faults:
+        return
+    try:
+        text = command_line.build_parser().format_help() if command_line.asks_for_all_help(words) else ""
+    except Exception as fault:
+        hook_state.record_fault(__name__, fault)
+        return
+    if text:
+        print(text, end="")
+        raise SystemExit(0)
 
 
 def _refuse_mistakes(words: Sequence[str]) -> None:

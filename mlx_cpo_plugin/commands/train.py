@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ def run_check(words: Sequence[str]) -> int:
     from mlx_cpo_plugin.settings import command_line as calls
     from mlx_cpo_plugin.settings import config, yaml_settings
 
+    if {"-h", "--help"} & set(words):
+        check_parser().print_help()
+        return 0
     asks_for_longest, words = LONGEST in words, [word for word in words if word != LONGEST]
     with command_line("mlx-cpo check", words):
         mode = calls.requested_mode(words)
@@ -51,6 +55,21 @@ def run_check(words: Sequence[str]) -> int:
         print(f"note: {note}")
     (longest.run_longest if asks_for_longest else check.run_check)(resolved.settings, mode)
     return 0
+
+
+def check_parser() -> argparse.ArgumentParser:
+    """Return a parser whose help speaks of checking."""
+    from mlx_cpo_plugin.settings import command_line as calls
+
+    parser = calls.build_parser(other_modes=False)
+    parser.prog, parser.usage = "mlx-cpo check", "%(prog)s --config FILE [--longest] [options of the run]"
+    parser.description = (
+        "Show what a run would train on: rows read, skipped and cut, lengths, steps, memory,\n"
+        "and which tokens are scored. The model is not loaded. The groups below hold options\n"
+        "of the run that is checked."
+    )
+    parser.add_argument(LONGEST, action="store_true", help="Show the longest pair that fits this device's memory.")
+    return parser
 
 
 def activate() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,14 +15,23 @@ from typing import NoReturn
 import yaml
 
 from mlx_cpo_plugin.errors import ConfigError, named
-from mlx_cpo_plugin.plugins import claimed_mode, loss_types, train_modes
+from mlx_cpo_plugin.plugins import claimed_mode, loss_types, option_origins, train_modes
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
-from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, GROUPS, LOSS
 from mlx_cpo_plugin.settings.validation import refused, unknown
-from mlx_cpo_plugin.settings.yaml_settings import NOT_YAML, parse_value, read_yaml
+from mlx_cpo_plugin.settings.yaml_settings import NOT_YAML, dump_settings, parse_value, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
 HOST_DEFAULT_MODE = "sft"
+_DESCRIPTION = """\
+Fine-tune a model. The options up to the last group are those of train_mode cpo.
+Each is also a key of the configuration file; the command line takes precedence."""
+# Flags of mlx-lm-lora that no option stands for and every mode has -> how the help shows them.
+_TEXTS = {
+    "help": (None, "Show this help and exit."),
+    "config": ("FILE", "Configuration file in YAML."),
+    "train_mode": (None, "How to train; cpo is preference training without a reference model. (default: sft)"),
+}
 IN_THE_CALL, ON_THE_COMMAND_LINE = "in the call", "on the command line"
 
 Call = Sequence[str] | Values | argparse.Namespace
@@ -40,29 +51,70 @@ class CommandLineParser(argparse.ArgumentParser):
         )
 
 
-def build_parser() -> CommandLineParser:
-    """Return the parser of mlx-lm-lora's flags, and of one for every registered option.
+def build_parser(other_modes: bool = True) -> CommandLineParser:
+    """Return the parser of a flag for every registered option, in groups, and of mlx-lm-lora's flags.
 
     The parsed namespace contains only what was given. Values of the plugin's own options that do not fit their type are
     kept as text, for :func:`mlx_cpo_plugin.settings.config.resolve` to refuse.
+
+    Args:
+        other_modes: whether it has the flags that only mlx-lm-lora's other train modes use.
     """
-    modes = train_modes()
-    options = known_options(modes.values(), loss_types().values())
+    modes, losses = train_modes(), loss_types()
+    options = known_options(modes.values(), losses.values())
     host = host_parser()
-    parser = CommandLineParser(prog=host.prog, description=host.description, add_help=False)
+    parser = CommandLineParser(
+        prog=host.prog,
+        usage="%(prog)s --config FILE [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    flags, of_other_modes = {}, []
     for action in host._actions:
-        option = options.pop(action.dest, None)
-        if option is not None:
-            _add(parser, option, action.option_strings)
+        flags[action.dest] = action.option_strings
+        if action.dest in options:
             continue
         action.default = argparse.SUPPRESS
         if action.dest == "train_mode":
             action.choices = list(dict.fromkeys([*(action.choices or ()), *modes]))
-        parser._add_action(action)
-    group = parser.add_argument_group("options of mlx-cpo-plugin")
-    for option in options.values():
-        _add(group, option, [option.flag])
+        if action.dest in _TEXTS:
+            action.metavar, action.help = _TEXTS[action.dest]
+            parser._add_action(action)
+        else:
+            of_other_modes.append(action)
+    for heading, members in _grouped(options.values()).items():
+        group = parser.add_argument_group(heading, _listed(losses.values()) if heading == LOSS else None)
+        for option in members:
+            _add(group, option, flags.get(option.name, [option.flag]))
+    if other_modes:
+        group = parser.add_argument_group("other train modes of mlx-lm-lora")
+        for action in of_other_modes:
+            group._add_action(action)
     return parser
+
+
+def _grouped(options: Iterable[Option]) -> dict[str, list[Option]]:
+    """Return the options by the headings of the help, those of other distributions last."""
+    origins = option_origins()
+    own = [option.name for mode in train_modes().values() for option in (*COMMON_OPTIONS, *mode.options)]
+    order = {name: number for number, name in enumerate(dict.fromkeys(own))}
+    groups: dict[str, list[Option]] = {heading: [] for heading in GROUPS}
+    for option in sorted(options, key=lambda option: order.get(option.name, len(order))):
+        heading = f"from {origins[option.name]}" if option.name in origins else option.group
+        groups.setdefault(heading, []).append(option)
+    return {heading: members for heading, members in groups.items() if members}
+
+
+def _listed(losses: Iterable[LossType]) -> str:
+    """Return the losses with their formulas, as the text of their group."""
+    known = list(losses)
+    width = max(len(loss.name) for loss in known)
+    lines = [
+        textwrap.fill(f"{loss.name:<{width}}  {loss.formula}", 76, subsequent_indent=" " * (width + 2))
+        for loss in known
+    ]
+    return "With logits = log-prob of the chosen minus log-prob of the rejected answer:\n" + "\n".join(lines)
 
 
 def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dict[str, Option]:
@@ -78,8 +130,8 @@ def known_options(modes: Iterable[TrainMode], losses: Iterable[LossType]) -> dic
 
 
 def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str]) -> None:
-    help = option.help if option.default is None else f"{option.help} (default: {option.default})"
-    arguments: Values = {"dest": option.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    help = f"{option.help} (default: {_shown(option.default)})".replace("%", "%%")
+    arguments: Values = {"dest": option.name, "default": argparse.SUPPRESS, "help": help}
     if option.type is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
         return
@@ -87,6 +139,14 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
     if option.choices:
         arguments["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
     parser.add_argument(*flags, type=_reader(option.type), **arguments)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, Mapping):
+        default = {key: value for key, value in default.items() if value != {}} or None
+    return (
+        "none" if default is None else dump_settings(default, flow=True, width=math.inf).removesuffix("...\n").strip()
+    )
 
 
 def _reader(kind: type) -> Callable[[str], object]:
@@ -134,6 +194,15 @@ def explicit(call: Call) -> Values:
     defaults = {} if isinstance(call, Mapping) else vars(host_parser().parse_args([]))
     given = call if isinstance(call, Mapping) else vars(call)
     return {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
+
+
+def asks_for_all_help(words: Sequence[str]) -> bool:
+    """Whether a command line asks for help, and names neither a mode nor a file that may."""
+    try:
+        values = _leniently(words)
+    except ConfigError:
+        return False
+    return bool(values.get("help")) and not (values.get("train_mode") or values.get("config"))
 
 
 def requested_mode(call: Call) -> TrainMode | None:

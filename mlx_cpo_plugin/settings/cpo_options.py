@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_cpo_plugin.settings.nested import auto_if_true, home_expanded
-from mlx_cpo_plugin.settings.options import option, options_of
+from mlx_cpo_plugin.settings.options import DATA, LOSS, MEMORY, REPORTS, SAVING, TRAINING, option, options_of
 from mlx_cpo_plugin.types import Values
 
 LOSS_OPTION = "dpo_cpo_loss_type"
@@ -61,9 +61,9 @@ PRESETS: tuple[Preset, ...] = (
 class CPOSettings:
     """The options of CPO, in the order in which the command line lists them."""
 
+    dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
     beta: float = option(0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", above=0)
     delta: float = option(50.0, "Coefficient of the drift penalty; only used with dpop.", minimum=0)
-    dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
     cpo_alpha: float = option(
         0.0,
         "Weight of the negative log-likelihood of the chosen answers, added to any loss; the CPO paper's is 1.",
@@ -95,27 +95,31 @@ class CPOSettings:
         "What to do with rows longer than max_seq_length: cut (oldest turns of the prompt first), drop, or error.",
         title="Overlong rows",
         choices=("cut", "drop", "error"),
+        group=DATA,
     )
     chat_template: str | None = option(
-        None, "Chat template in place of the tokenizer's own: Jinja text, or the path of a file with it."
+        None, "Chat template in place of the tokenizer's own: Jinja text, or the path of a file with it.", group=DATA
     )
     chat_template_kwargs: Values | None = option(
         None,
         "Arguments of the chat template, such as enable_thinking; a row's own take precedence.",
         title="Chat template arguments",
+        group=DATA,
     )
     scoring: str = option(
         "auto",
         "Compute a prompt once for both answers (shared) or for each (plain); auto tests whether the model allows it.",
         choices=("auto", "shared", "plain"),
+        group=MEMORY,
     )
     batch_tokens: int | None = option(
         None,
         "Most tokens in a batch, prompts and both answers of its pairs together, instead of batch_size pairs.",
         minimum=1,
+        group=MEMORY,
     )
     max_grad_norm: float | None = option(
-        None, "Scale gradients down to this norm.", title="Maximal gradient norm", above=0
+        None, "Scale gradients down to this norm.", title="Maximal gradient norm", above=0, group=TRAINING
     )
     resume: str | None = option(
         None,
@@ -123,42 +127,53 @@ class CPOSettings:
         spelled=auto_if_true,
         inside=home_expanded,
         free_on_resume=True,
+        group=SAVING,
     )
     keep_checkpoints: int = option(
-        2, "How many checkpoints to keep for resuming.", title="Checkpoints", minimum=1, free_on_resume=True
+        2,
+        "How many checkpoints to keep for resuming.",
+        title="Checkpoints",
+        minimum=1,
+        free_on_resume=True,
+        group=SAVING,
     )
     save_best: str | None = option(
         None,
         "Also keep the adapter of the best validation, by margin, accuracy or loss.",
         choices=tuple(MEASURES),
         free_on_resume=True,
+        group=REPORTS,
     )
     load_best: bool = option(
         False,
         "End with the weights of the best validation instead of the last ones (metric: save_best, default loss).",
         free_on_resume=True,
+        group=REPORTS,
     )
     eval_per_epoch: bool = option(
         False,
         "Validate at the end of each epoch instead of every steps_per_eval iterations.",
         title="Validate each epoch",
         free_on_resume=True,
+        group=REPORTS,
     )
     save_per_epoch: bool = option(
         False,
         "Save at the end of each epoch instead of every save_every iterations.",
         title="Save each epoch",
         free_on_resume=True,
+        group=SAVING,
     )
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many validations without improvement (metric: save_best, default loss).",
         minimum=1,
         free_on_resume=True,
+        group=REPORTS,
     )
 
 
-CPO_OPTIONS = options_of(CPOSettings)
+CPO_OPTIONS = options_of(CPOSettings, LOSS)
 _BY_NAME = {own.name: own for own in CPO_OPTIONS}
 BETA, DELTA, LABEL_SMOOTHING = (_BY_NAME[name] for name in ("beta", "delta", "label_smoothing"))
 SIMPO_GAMMA, ALPHAPO_ALPHA, CPO_ALPHA = (_BY_NAME[name] for name in ("simpo_gamma", "alphapo_alpha", "cpo_alpha"))

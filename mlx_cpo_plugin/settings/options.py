@@ -28,20 +28,29 @@ MODES: dict[str, dict[str, int]] = {
 }
 
 
+LOSS, MODEL, DATA, TRAINING = "preference loss", "model and adapter", "data", "training"
+MEMORY, REPORTS, SAVING = "memory and speed", "validation, test and reports", "saving and resuming"
+QAT = "quantisation-aware training (QAT)"
+GROUPS = (LOSS, MODEL, DATA, TRAINING, MEMORY, REPORTS, SAVING, QAT)
+"""Headings of the help, in its order."""
+
+
 def option(default: object, help: str, **limits: object) -> Any:
     """Return a dataclass field that describes an option; its annotation is the type, ``| None`` makes it optional."""
     return field(default_factory=lambda: deepcopy(default), metadata={"default": default, "help": help, **limits})
 
 
-def options_of(group: type) -> tuple[Option, ...]:
-    """Return the fields of a dataclass as options."""
+def options_of(settings: type, group: str = "") -> tuple[Option, ...]:
+    """Return the fields of a dataclass as options; ``group`` is that of those that state none."""
     options = []
-    hints = get_type_hints(group)
-    for own in fields(group):
+    hints = get_type_hints(settings)
+    for own in fields(settings):
         hint = hints[own.name]
         optional = NoneType in get_args(hint)
         kind = get_args(hint)[0] if optional else hint
-        options.append(Option(own.name, get_origin(kind) or kind, optional=optional, **own.metadata))
+        options.append(
+            Option(own.name, get_origin(kind) or kind, optional=optional, **{"group": group, **own.metadata})
+        )
     return tuple(options)
 
 
@@ -104,7 +113,7 @@ class TrainingSettings:
     """What training, validation and the final test do."""
 
     train: bool = option(False, "Train the model.")
-    test: bool = option(False, "Evaluate on the test set, after training if both are asked for.")
+    test: bool = option(False, "Evaluate on the test set, after training if both are asked for.", group=REPORTS)
     optimizer: str = option("adam", "Optimizer.", choices=tuple(nested.OPTIMIZERS))
     optimizer_config: Values = option(
         {name: {} for name in nested.OPTIMIZERS},
@@ -123,14 +132,18 @@ class TrainingSettings:
     warmup_ratio: float = option(0.0, "Share of the run in which the learning rate rises from 0.", minimum=0, below=1)
     batch_size: int = option(1, "Pairs in a micro-batch.", minimum=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches whose gradients make up one optimizer step.", minimum=1)
-    iters: int | None = option(None, "Micro-batches to train for.", title="Iterations", minimum=1, free_on_resume=True)
+    iters: int | None = option(
+        None, "Iterations to train for, each of one micro-batch.", title="Iterations", minimum=1, free_on_resume=True
+    )
     epochs: int | None = option(None, "Passes over the training set, unless iters is set.", minimum=1)
     steps_per_report: int = option(
-        10, "Iterations between two reports of the training loss.", minimum=1, free_on_resume=True
+        10, "Iterations between two reports of the training loss.", minimum=1, free_on_resume=True, group=REPORTS
     )
-    steps_per_eval: int = option(200, "Iterations between two validations.", minimum=1, free_on_resume=True)
+    steps_per_eval: int = option(
+        200, "Iterations between two validations.", minimum=1, free_on_resume=True, group=REPORTS
+    )
     val_batches: int = option(
-        25, "Batches of a validation; -1 means the whole set, 0 none.", minimum=-1, free_on_resume=True
+        25, "Batches of a validation; -1 means the whole set, 0 none.", minimum=-1, free_on_resume=True, group=REPORTS
     )
     test_batches: int = option(
         500,
@@ -138,18 +151,20 @@ class TrainingSettings:
         minimum=-1,
         inside=nested.count_or_all,
         shown_when={"test": (True,)},
+        group=REPORTS,
     )
     seed: int = option(0, "Seed of the adapters, the order of the pairs and dropout.", minimum=0, maximum=2**32 - 1)
-    grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    efficient_long_context: bool = option(False, "Process long sequences in chunks to save memory.")
+    grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.", group=MEMORY)
+    efficient_long_context: bool = option(False, "Process long sequences in chunks to save memory.", group=MEMORY)
     seq_step_size: int | None = option(
         None,
         "Tokens in a chunk of a long sequence; 512 when left out.",
         title="Sequence step size",
         minimum=2,
         shown_when={"efficient_long_context": (True,)},
+        group=MEMORY,
     )
-    recurrence_chunk_size: int = option(64, "Tokens that a recurrent layer processes at once.", minimum=1)
+    recurrence_chunk_size: int = option(64, "Tokens that a recurrent layer processes at once.", minimum=1, group=MEMORY)
 
 
 @dataclass
@@ -178,19 +193,23 @@ class OutputSettings:
         inside=nested.folder_name,
         shown_when={"fuse": (True,)},
     )
-    wandb: str | None = option(None, "Weights & Biases project to report to.", title="Weights & Biases project")
+    wandb: str | None = option(
+        None, "Weights & Biases project to report to.", title="Weights & Biases project", group=REPORTS
+    )
     report_to: list[str] | None = option(
         None,
         "Trackers that get the metrics under TRL's names: wandb, tensorboard, trackio, swanlab, or none.",
         inside=nested.report_to,
+        group=REPORTS,
     )
     project: str | None = option(
-        None, "Project in the trackers of report_to; by default that of wandb, or else mlx-cpo."
+        None, "Project in the trackers of report_to; by default that of wandb, or else mlx-cpo.", group=REPORTS
     )
     run_name: str | None = option(
         None,
         "Name of the run in the trackers of report_to; by default that of the adapter folder.",
         inside=nested.folder_name,
+        group=REPORTS,
     )
 
 
@@ -224,7 +243,14 @@ class QatSettings:
 
 
 MODEL_OPTIONS, DATA_OPTIONS, TRAINING_OPTIONS, OUTPUT_OPTIONS, QAT_OPTIONS = (
-    options_of(group) for group in (ModelSettings, DataSettings, TrainingSettings, OutputSettings, QatSettings)
+    options_of(settings, group)
+    for settings, group in (
+        (ModelSettings, MODEL),
+        (DataSettings, DATA),
+        (TrainingSettings, TRAINING),
+        (OutputSettings, SAVING),
+        (QatSettings, QAT),
+    )
 )
 COMMON_OPTIONS: tuple[Option, ...] = MODEL_OPTIONS + DATA_OPTIONS + TRAINING_OPTIONS + OUTPUT_OPTIONS + QAT_OPTIONS
 

@@ -26,7 +26,9 @@ _SAID_ELSEWHERE = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "iters", "epochs"),
 )
 _NOT_USED = ("reference_model_path",)
-_OF_VALIDATIONS = ("steps_per_eval", "val_batches", "save_best", "early_stopping_patience")
+_OF_VALIDATIONS = (
+    *("steps_per_eval", "eval_per_epoch", "val_batches", "save_best", "load_best", "early_stopping_patience"),
+)
 _OF_TRACKERS = ("project", "run_name")
 
 

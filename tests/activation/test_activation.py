@@ -134,10 +134,18 @@ def test_help_of_a_cpo_run_shows_the_registered_options(wheel_environment: Fresh
     assert "--chosen-feature" in ended.stdout
 
 
-def test_help_without_a_mode_is_the_hosts(wheel_environment: FreshEnvironment) -> None:
-    with_plugin = wheel_environment.run(wheel_environment.host_script, "--help")
-    without = wheel_environment.run(wheel_environment.host_script, "--help", MLX_CPO_PLUGIN_DISABLE="1")
+def test_help_without_a_mode_is_that_of_all_modes_and_with_another_mode_the_hosts(
+    wheel_environment: FreshEnvironment,
+) -> None:
+    of_all = wheel_environment.run(wheel_environment.host_script, "--help")
+    words = ("--train-mode", "sft", "--help")
+    with_plugin = wheel_environment.run(wheel_environment.host_script, *words)
+    without = wheel_environment.run(wheel_environment.host_script, *words, MLX_CPO_PLUGIN_DISABLE="1")
 
+    assert of_all.returncode == 0
+    assert {"preference loss:", "--latent-weight LATENT_WEIGHT"} <= {
+        line.strip() for line in of_all.stdout.splitlines()
+    }
     assert with_plugin.stdout == without.stdout
 
 

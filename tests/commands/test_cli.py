@@ -50,6 +50,32 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
         assert f"    {command} " in printed
 
 
+def test_the_help_of_check_speaks_of_checking_and_begins_with_its_own_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["check", "--help"]) == 0
+
+    usage, about, first, second, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith("usage: mlx-cpo check ")
+    assert about.startswith("Show what a run would train on")
+    assert first.startswith("options:")
+    assert "--longest" in first
+    assert second.startswith("preference loss:")
+
+
+@pytest.mark.parametrize("command", ["compare", "convert", "report", "doctor", "losses", "bench", "studio", "demo"])
+def test_the_help_of_a_command_says_in_a_sentence_what_it_does(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+
+    usage, about, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: mlx-cpo {command} ")
+    assert about[0].isupper()
+    assert about.endswith(".")
+
+
 @pytest.mark.parametrize("command", ["train", "check"])
 def test_a_configuration_file_that_is_not_there_is_one_sentence(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

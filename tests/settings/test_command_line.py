@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,10 @@ from mlx_lm_lora.train import build_parser as build_host_parser
 from support.stranger_plugins import CompetingPlugin, registered
 
 from mlx_cpo_plugin.errors import ConfigError, PluginError
+from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings import command_line, config
+from mlx_cpo_plugin.settings.options import GROUPS
+from mlx_cpo_plugin.settings.yaml_settings import parse_value
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
@@ -216,14 +220,69 @@ def test_command_line_accepts_all_flags_of_mlx_lm_lora() -> None:
     assert flags <= set(command_line.build_parser()._option_string_actions)
 
 
+def test_every_option_stands_in_a_group_with_its_default() -> None:
+    flags = command_line.build_parser()._option_string_actions
+
+    for option in command_line.known_options(train_modes().values(), loss_types().values()).values():
+        help, _, default = str(flags[option.flag].help).replace("%%", "%").partition(" (default: ")
+        assert option.group in GROUPS
+        assert help == option.help
+        if option.type is not dict:  # of which only what is not empty is shown
+            expected = "none" if option.default is None else option.default
+            assert parse_value(default.removesuffix(")")) == expected, option.name
+
+
+def groups_of(text: str) -> dict[str, str]:
+    """The groups of a help text by their headings."""
+    parts = re.split(r"^(\S.*):$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_help_begins_with_the_losses_and_ends_with_other_modes() -> None:
+    groups = groups_of(command_line.build_parser().format_help())
+
+    assert list(groups) == ["options", *GROUPS, "other train modes of mlx-lm-lora"]
+    for loss in loss_types().values():
+        assert f"{loss.name} {loss.formula}" in " ".join(groups["preference loss"].split())
+    assert "--latent-weight" not in command_line.build_parser(other_modes=False).format_help()
+
+
+def test_lines_of_the_help_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    lines = command_line.build_parser().format_help().splitlines()
+
+    choices = [line for line in lines if "{" in line]
+    assert [line for line in lines if len(line) > 80 and line not in choices] == []
+
+
 @pytest.mark.usefixtures("rank", "judged")
-def test_help_lists_modes_losses_and_options_of_plugins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_modes_losses_and_options_of_plugins_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command_line.explicit(["--help"])
 
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     assert "{sigmoid,hinge,ipo,dpop,simpo,alphapo,rank}" in shown
-    assert "Margin of the ranking. (default: 0.5)" in shown
-    assert "How strict the judge is, 1 being 100 %." in " ".join(shown.split())
+    theirs = {heading: " ".join(text.split()) for heading, text in groups_of(shown).items() if heading[:5] == "from "}
+    assert len(theirs) == 2
+    assert any("Margin of the ranking. (default: 0.5)" in text for text in theirs.values())
+    assert any("How strict the judge is, 1 being 100 %." in text for text in theirs.values())
     assert "--no-fuse" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "all_modes"),
+    [
+        (["--help"], True),
+        (["-h"], True),
+        (["--he"], True),
+        (["--beta", "high", "-h"], True),
+        (["--train-mode", "sft", "--help"], False),
+        (["-c", "my.yaml", "--help"], False),
+        (["--train"], False),
+        (["--train-mode"], False),
+    ],
+)
+def test_help_is_that_of_all_modes_unless_one_is_named(line: list[str], all_modes: bool) -> None:
+    assert command_line.asks_for_all_help(line) is all_modes
