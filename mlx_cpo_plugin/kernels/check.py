@@ -68,12 +68,13 @@ def cases() -> Iterator[Case]:
             (queries, keys, values),
         )
     targets = mx.random.randint(0, 96, (80,)).astype(mx.int32)
-    yield (
-        "head",
-        lambda hidden: operations.target_scores(hidden, targets, Weight((weight,)), True)[0],
-        lambda hidden: -nn.losses.cross_entropy(hidden @ weight.T, targets),
-        (x.reshape(80, 64) / 8,),
-    )
+    for values in (weight, weight.astype(mx.bfloat16)):
+        yield (
+            f"head, {values.dtype}",
+            lambda hidden, values=values: operations.target_scores(hidden, targets, Weight((values,)), True)[0],
+            lambda hidden, values=values: -nn.losses.cross_entropy(hidden @ values.astype(mx.float32).T, targets),
+            (x.reshape(80, 64) / 8,),
+        )
 
 
 def difference(case: Case) -> float:

@@ -179,6 +179,7 @@ def _library(file: Path) -> ctypes.PyDLL:
     library = ctypes.PyDLL(str(file))
     library.cpo_call.restype = ctypes.c_char_p
     library.cpo_size.restype = ctypes.c_int64
+    library.cpo_use_tiles.restype = ctypes.c_bool
     product = blas.product()
     assert product is not None
     library.cpo_start(blas.kernel_threads(), ctypes.c_void_p(product))

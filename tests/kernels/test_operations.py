@@ -138,6 +138,39 @@ def test_linear_layers_with_and_without_an_adapter(
     )
 
 
+@pytest.fixture(params=[True, False], ids=["with the matrix unit", "without it"])
+def _matrix_unit(request: pytest.FixtureRequest) -> Iterator[None]:
+    use: Callable[[bool], bool] = library._loaded().cpo_use_tiles
+    if not use(request.param) and request.param:
+        pytest.skip("needs an x86 processor with AMX")
+    yield
+    use(True)
+
+
+# Rows, columns and depth at, below and beyond those of tiles, of their blocks and of what is packed at a time.
+@pytest.mark.usefixtures("_matrix_unit")
+@pytest.mark.parametrize(("m", "n", "k"), [(23, 40, 64), (24, 32, 32), (33, 290, 31), (64, 17, 1025), (65, 300, 2100)])
+def test_products_with_bfloat16_weights(m: int, n: int, k: int) -> None:
+    numbers = Numbers(m)
+    weight, wide = stored(numbers, n, k, "bfloat16", 0, 0)
+    x, dy = numbers(m, k), numbers(m, n)
+    tight = 1e-6  # as float32 is, where parts of bfloat16 alone are off by 1e-3
+    outputs, gradients = mx.vjp(lambda x: [operations.linear(x, weight)], [numbers.laid_out(x)], [numbers.laid_out(dy)])
+    assert_close(outputs[0], x @ wide.T, "output", tight)
+    assert_close(gradients[0], dy @ wide, "gradient", tight)
+
+    hidden, targets = numbers(m, k) / 64, numbers.rng.integers(n, size=m)
+    shares = np.exp(hidden @ wide.T)
+    shares /= shares.sum(-1, keepdims=True)
+    logps, gradients = mx.vjp(
+        lambda x: [operations.target_scores(x, mx.array(targets.astype(np.int32)), weight, True)[0]],
+        [numbers.laid_out(hidden)],
+        [mx.ones(m)],
+    )
+    assert_close(logps[0], np.log(shares[np.arange(m), targets]), "log-probs", tight)
+    assert_close(gradients[0], wide[targets] - shares @ wide, "gradient of log-probs", tight)
+
+
 @given(shape=st.lists(st.integers(1, 40), min_size=2, max_size=4), layout=layouts, seed=st.integers(0, 2**31))
 def test_norms_of_arrays_of_any_number_of_dimensions(shape: list[int], layout: str, seed: int) -> None:
     numbers = Numbers(seed, layout)

@@ -41,8 +41,14 @@ using namespace cpo;
 
 extern "C" {
 
+// Whether products with bfloat16 weights are to use the processor's matrix unit, if there is one; returns whether they do.
+bool cpo_use_tiles(bool wanted) {
+  return has_tiles = wanted && request_tiles();
+}
+
 void cpo_start(int threads, void* product) {
   sgemm = reinterpret_cast<Sgemm>(product);
+  cpo_use_tiles(true);
   if (!team || team->size() != threads) {
     team = new Team(threads);
   }

@@ -35,13 +35,13 @@ class Head : public Shared<Head> {
 
   void rows(const Weight& weight, const Arrays& in, Arrays& out, Range range) {
     int64_t size = weight.columns, count = range.size();
-    const float* hidden = in[0].data<float>() + range.begin * size;
+    Activations hidden(in[0].data<float>() + range.begin * size, count, size, weight, 6, true);
     const int32_t* targets = in[1].data<int32_t>() + range.begin;
     float* logits = out[1].data<float>() + range.begin;
     std::vector<Sums> sums(team->size());
     team->run([&](int member) {
       over_vocabulary(
-          weight, part_of(weight.rows, member, team->size(), kUnit), hidden, count, targets, logits, sums[member]);
+          weight, part_of(weight.rows, member, team->size(), hidden.unit()), hidden, targets, logits, sums[member]);
     });
     for (int64_t row = 0; row < count; ++row) {
       float highest = -INFINITY, total = 0;
@@ -71,19 +71,23 @@ class Head : public Shared<Head> {
   }
 
   void over_vocabulary(
-      const Weight& weight, Range part, const float* hidden, int64_t count, const int32_t* targets, float* logits,
+      const Weight& weight, Range part, const Activations& hidden, const int32_t* targets, float* logits,
       Sums& sums) {
-    int64_t size = weight.columns;
+    int64_t size = weight.columns, count = hidden.m;
     sums.highest.assign(count, -INFINITY), sums.total.assign(count, 0);
     sums.gradient.assign(options_.differentiate ? count * size : 0, 0);
     int64_t step = std::clamp<int64_t>(kLogits / count / kUnit * kUnit, kUnit, weight.is_wide() ? 4096 : 256);
     for (int64_t begin = part.begin; begin < part.end; begin += step) {
       Range ids{begin, std::min(begin + step, part.end)};
-      int64_t stride, width = ids.size();
-      float* buffer = weight.is_wide() ? nullptr : scratch(4, width * size);
-      const float* wide = weight.wide(ids, {0, size}, buffer, stride);
+      int64_t stride = 0, width = ids.size();
+      const float* wide = nullptr;
       float* block = scratch(5, count * width);
-      multiply(kPlain, kTransposed, count, width, size, 1, hidden, size, wide, stride, 0, block, width);
+      if (hidden.tiles) {
+        hidden.tiles->multiply(weight, true, 0, ids, false, block - ids.begin, width);
+      } else {
+        wide = weight.wide(ids, {0, size}, weight.is_wide() ? nullptr : scratch(4, width * size), stride);
+        multiply(kPlain, kTransposed, count, width, size, 1, hidden.data, size, wide, stride, 0, block, width);
+      }
       for (int64_t row = 0; row < count; ++row) {
         float* values = block + row * width;
         if (targets[row] >= ids.begin && targets[row] < ids.end) {
@@ -103,7 +107,10 @@ class Head : public Shared<Head> {
           }
         }
       }
-      if (options_.differentiate) {
+      if (options_.differentiate && hidden.tiles) {
+        LeftTiles weights(block, count, width, 4, false);
+        weights.multiply(weight, false, ids.begin, {0, size}, true, sums.gradient.data(), size);
+      } else if (options_.differentiate) {
         multiply(kPlain, kPlain, count, size, width, 1, block, width, wide, stride, 1, sums.gradient.data(), size);
       }
     }

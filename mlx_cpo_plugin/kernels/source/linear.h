@@ -24,8 +24,13 @@ class LinearGradient : public Shared<LinearGradient> {
     const float* dy = in[0].data<float>();
     float* dx = out[0].data<float>();
     int64_t unit = weight.bits ? std::max<int64_t>(kUnit, weight.group) : kUnit;
+    std::optional<Activations> slopes;
+    if (inner_) {
+      slopes.emplace(dy, m, n, weight, 6, true);
+      unit = std::max(unit, slopes->unit());
+    }
     if (!rank) {
-      return in_parts(k, unit, double(m) * n * k, [&](Range c) { times_columns(weight, c, dy, m, dx); });
+      return in_parts(k, unit, double(m) * n * k, [&](Range c) { times_columns(weight, c, *slopes, dx); });
     }
     const float *x = in[1].data<float>(), *z = in[2].data<float>(), *a = in[3].data<float>(),
                 *b = in[4].data<float>();
@@ -44,7 +49,7 @@ class LinearGradient : public Shared<LinearGradient> {
       multiply(
           kTransposed, kPlain, c.size(), rank, m, 1, x + c.begin, k, dz.data(), rank, 0, da + c.begin * rank, rank);
       if (inner_) {
-        times_columns(weight, c, dy, m, dx);
+        times_columns(weight, c, *slopes, dx);
         multiply(
             kPlain, kTransposed, m, c.size(), rank, 1, dz.data(), rank, a + c.begin * rank, rank, 1, dx + c.begin, k);
       }
@@ -90,8 +95,9 @@ class Linear : public Shared<Linear> {
         multiply(kPlain, kPlain, r.size(), rank, k, 1, x + r.begin * k, k, a, rank, 0, z + r.begin * rank, rank);
       });
     }
-    in_parts(n, kUnit, double(m) * n * k, [&](Range r) {
-      times_rows(weight, r, x, m, y, n);
+    Activations activations(x, m, k, weight, 6, true);
+    in_parts(n, activations.unit(), double(m) * n * k, [&](Range r) {
+      times_rows(weight, r, activations, y, n);
       if (rank) {
         const float* b = in[2].data<float>();
         multiply(kPlain, kPlain, m, r.size(), rank, options_.scale, z, rank, b + r.begin, n, 1, y + r.begin, n);

@@ -1,19 +1,12 @@
-// Products with weights as they are stored: float32, half precision, or packed.
+// Products of activations with weights.
 #pragma once
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
+#include <optional>
 
-#include "mlx/array.h"
-#include "threads.h"
+#include "tiles.h"
 
 namespace cpo {
-
-namespace mx = mlx::core;
-using mx::array;
-using mx::Shape;
-using Arrays = std::vector<array>;
 
 using Sgemm = void (*)(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
 inline Sgemm sgemm = nullptr;
@@ -31,112 +24,53 @@ inline void multiply(
   }
 }
 
-inline float widened_bfloat16(uint16_t bits) {
-  return std::bit_cast<float>(uint32_t(bits) << 16);
-}
-
-// A weight [rows, columns] as it is stored: float32, bfloat16, float16, or packed by mx.quantize in its affine mode.
-struct Weight {
-  int64_t rows, columns;
-  int bits, group;
-  const void* data;
-  const void* scales;
-  const void* biases;
-  mx::Dtype dtype, scales_dtype;
-
-  // Packed weights have their scales and biases behind them.
-  Weight(const Arrays& arrays, size_t first, int64_t columns, int bits, int group)
-      : rows(arrays[first].shape(0)),
-        columns(columns),
-        bits(bits),
-        group(group),
-        data(arrays[first].data<void>()),
-        scales(bits ? arrays[first + 1].data<void>() : nullptr),
-        biases(bits ? arrays[first + 2].data<void>() : nullptr),
-        dtype(arrays[first].dtype()),
-        scales_dtype(bits ? arrays[first + 1].dtype() : mx::float32) {}
-
-  bool is_wide() const {
-    return !bits && dtype == mx::float32;
-  }
-
-  // Returns rows of some columns in float32, in their own place or in ``buffer``; sets how far apart the rows lie.
-  const float* wide(Range of_rows, Range of_columns, float* buffer, int64_t& stride) const {
-    if (is_wide()) {
-      stride = columns;
-      return static_cast<const float*>(data) + of_rows.begin * columns + of_columns.begin;
-    }
-    stride = of_columns.size();
-    for (int64_t row = of_rows.begin; row < of_rows.end; ++row) {
-      widen(row, of_columns, buffer + (row - of_rows.begin) * stride);
-    }
-    return buffer;
-  }
-
- private:
-  void widen(int64_t row, Range of_columns, float* out) const {
-    int64_t count = of_columns.size(), start = row * columns + of_columns.begin;
-    if (bits) {
-      unpack(row, of_columns, out);
-    } else if (dtype == mx::bfloat16) {
-      auto* in = static_cast<const uint16_t*>(data) + start;
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = widened_bfloat16(in[i]);
-      }
-    } else {
-      auto* in = static_cast<const mx::float16_t*>(data) + start;
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = static_cast<float>(in[i]);
-      }
-    }
-  }
-
-  float number(const void* numbers, int64_t index) const {
-    if (scales_dtype == mx::float32) {
-      return static_cast<const float*>(numbers)[index];
-    }
-    if (scales_dtype == mx::bfloat16) {
-      return widened_bfloat16(static_cast<const uint16_t*>(numbers)[index]);
-    }
-    return static_cast<float>(static_cast<const mx::float16_t*>(numbers)[index]);
-  }
-
-  // Columns begin and end with whole groups, and so with whole bytes.
-  void unpack(int64_t row, Range of_columns, float* out) const {
-    int per_byte = 8 / bits;
-    auto* packed = static_cast<const uint8_t*>(data) + (row * columns + of_columns.begin) / per_byte;
-    int64_t first = row * columns / group;
-    for (int64_t at = of_columns.begin; at < of_columns.end; at += group) {
-      float scale = number(scales, first + at / group), bias = number(biases, first + at / group);
-      for (int64_t i = 0; i < group / per_byte; ++i, ++packed) {
-        for (int j = 0; j < per_byte; ++j) {
-          *out++ = scale * float((*packed >> (j * bits)) & ((1 << bits) - 1)) + bias;
-        }
-      }
-    }
-  }
-};
-
 // Numbers of a weight that are widened at a time: they stay in a core's cache while they are multiplied with.
 constexpr int64_t kWidened = 1 << 16;
 constexpr int64_t kUnit = 16;
 
+// Activations [m, depth], in the form in which they are multiplied with a weight.
+class Activations {
+ public:
+  // Threads prepare them together, or the one that makes them does it in scratch memory of its own with that number.
+  Activations(const float* data, int64_t m, int64_t depth, const Weight& weight, int scratch_number, bool together)
+      : data(data), m(m) {
+    if (has_tiles && weight.is(mx::bfloat16) && m >= kFewestRows && m * depth <= kMostNumbers) {
+      tiles.emplace(data, m, depth, scratch_number, together);
+    }
+  }
+
+  // How many columns of a product are best computed together, at least.
+  int64_t unit() const {
+    return tiles ? kSquare : kUnit;
+  }
+
+  const float* data;
+  int64_t m;
+  std::optional<LeftTiles> tiles;
+};
+
 // y[:, rows] = x W[rows]^T for rows of the weight; y has rows of ``stride`` numbers and begins with column 0.
-inline void times_rows(const Weight& weight, Range rows, const float* x, int64_t m, float* y, int64_t stride) {
-  int64_t k = weight.columns;
+inline void times_rows(const Weight& weight, Range rows, const Activations& x, float* y, int64_t stride) {
+  if (x.tiles) {
+    return x.tiles->multiply(weight, true, 0, rows, false, y, stride);
+  }
+  int64_t k = weight.columns, m = x.m;
   int64_t step = weight.is_wide() ? rows.size() : std::max<int64_t>(kUnit, kWidened / k);
   for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
     Range block{begin, std::min(begin + step, rows.end)};
     int64_t ld;
     float* buffer = weight.is_wide() ? nullptr : scratch(0, block.size() * k);
     const float* wide = weight.wide(block, {0, k}, buffer, ld);
-    multiply(kPlain, kTransposed, m, block.size(), k, 1, x, k, wide, ld, 0, y + begin, stride);
+    multiply(kPlain, kTransposed, m, block.size(), k, 1, x.data, k, wide, ld, 0, y + begin, stride);
   }
 }
 
 // dx[:, columns] = dy W[:, columns]
-inline void times_columns(const Weight& weight, Range columns, const float* dy, int64_t m, float* dx) {
-  int64_t n = weight.rows, k = weight.columns;
+inline void times_columns(const Weight& weight, Range columns, const Activations& dy, float* dx) {
+  int64_t n = weight.rows, k = weight.columns, m = dy.m;
+  if (dy.tiles) {
+    return dy.tiles->multiply(weight, false, 0, columns, false, dx, k);
+  }
   int64_t step = weight.is_wide() ? n : std::max<int64_t>(kUnit, kWidened / columns.size());
   for (int64_t begin = 0; begin < n; begin += step) {
     Range block{begin, std::min(begin + step, n)};
@@ -144,7 +78,7 @@ inline void times_columns(const Weight& weight, Range columns, const float* dy, 
     float* buffer = weight.is_wide() ? nullptr : scratch(0, block.size() * columns.size());
     const float* wide = weight.wide(block, columns, buffer, ld);
     multiply(
-        kPlain, kPlain, m, columns.size(), block.size(), 1, dy + begin, n, wide, ld, begin ? 1 : 0,
+        kPlain, kPlain, m, columns.size(), block.size(), 1, dy.data + begin, n, wide, ld, begin ? 1 : 0,
         dx + columns.begin, k);
   }
 }

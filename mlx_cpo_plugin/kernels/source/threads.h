@@ -106,7 +106,7 @@ void in_parts(int64_t total, int64_t unit, double work, Job job) {
 
 // Memory of a thread that lasts from one use to the next.
 inline float* scratch(int number, size_t size) {
-  thread_local std::vector<std::vector<float>> buffers(6);
+  thread_local std::vector<std::vector<float>> buffers(8);
   auto& buffer = buffers[number];
   if (buffer.size() < size) {
     buffer.resize(size);
