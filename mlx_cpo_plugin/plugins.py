@@ -88,7 +88,7 @@ def loss_types() -> dict[str, LossType]:
 
 def option_origins() -> dict[str, str]:
     """Return the distribution that each option is from, by the option's name, but for this distribution's own."""
-    claims = [*_claims(TrainMode), *_claims(LossType)]
+    claims: list[tuple[str, TrainMode | LossType]] = [*_claims(TrainMode), *_claims(LossType)]
     origins = {option.name: plugin for plugin, entry in reversed(claims) for option in entry.options}
     return {name: _distribution_of(plugin) for name, plugin in origins.items() if plugin != BUILT_IN}
 
