@@ -108,7 +108,7 @@ def train(
     else:
         raise refused("data", data, IN_THE_CALL, "rows, or a folder, a file or a name on the hub")
 
-    with lasting_output():
+    with lasting_output(speaks=is_first_rank()):
         resolved = resolved_settings(call)
         mode = train_modes()[resolved.train_mode]
         if loaded is not None:

@@ -116,15 +116,17 @@ def next_commands(settings: RunSettings, held_out: bool) -> list[str]:
         held_out: whether there are rows to compare the models on; if not, a prompt has to do.
     """
     adapter, prompt = quote(str(settings.adapter_path)), "--prompt 'Hi!'"
-    lines = [f"Compare:  mlx-cpo compare {adapter}" + ("" if held_out else f" {prompt}")]
+    base = quote(settings.model) if settings.model else "MODEL"  # a loaded one that a call gave
+    named = "" if settings.model else f" --model {base}"
+    lines = [f"Compare:  mlx-cpo compare {adapter}{named}" + ("" if held_out and settings.data else f" {prompt}")]
     if settings.fuse:
         lines.append(f"Generate: mlx_lm.generate --model {quote(str(fused_folder(settings)))} {prompt}")
     else:
         if not quantised_load(settings):  # which mlx_lm would load as it is
-            base = quote(settings.model)
             lines.append(f"Generate: mlx_lm.generate --model {base} --adapter-path {adapter} {prompt}")
-        config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
-        lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")
+        if settings.model and settings.data:
+            config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
+            lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")
     return lines
 
 

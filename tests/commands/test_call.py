@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from mlx_lm import generate, load
 from support.tiny import assert_same, parameters, preference_rows, saved_arrays
 
 import mlx_cpo_plugin
-from mlx_cpo_plugin import TrainingResult, blas
+from mlx_cpo_plugin import TrainingResult, blas, cli
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError
 
 RunMain = Callable[..., None]
@@ -133,6 +134,19 @@ def test_a_loaded_model_gets_the_adapter_in_place_and_is_not_named(
     reloaded, _ = load(str(model_folder), adapter_path=str(result.adapter_path))
     tokens = mx.array([[5, 6, 7]])
     assert mx.array_equal(reloaded(tokens), model(tokens))
+
+
+@pytest.mark.slow
+def test_commands_that_are_advised_need_no_name_that_the_call_has_not_given(
+    model_folder: Path, train: Callable[..., TrainingResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(load(str(model_folder)), {"train": ROWS, "valid": ROWS[:2]}, **FEW)
+
+    printed = capsys.readouterr().out
+    (advised,) = re.findall(r"^Compare: +mlx-cpo (.*)$", printed, flags=re.MULTILINE)
+    assert "Fuse:" not in printed
+    assert cli.main([word.replace("MODEL", str(model_folder)) for word in shlex.split(advised)]) == 0
+    assert (result.adapter_path / "adapters.safetensors").is_file()
 
 
 def outside_the_model() -> dict[str, Any]:
