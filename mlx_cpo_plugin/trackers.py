@@ -35,6 +35,7 @@ _TRL_NAMES = {
     "chosen_logits_mean": "logits/chosen",
     "rejected_logits_mean": "logits/rejected",
     "gradient_norm": "grad_norm",
+    "optimizer_steps": "global_step",
     "time": "runtime",
 }
 

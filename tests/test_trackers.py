@@ -78,6 +78,7 @@ def test_training_reports_have_the_names_that_trl_gives_them() -> None:
         "epoch": 0.5,
         "tokens_per_second": 12.0,
         "trained_tokens": 300.0,
+        "optimizer_steps": 25,
     }
 
     assert trl_names(report) == {
@@ -96,6 +97,7 @@ def test_training_reports_have_the_names_that_trl_gives_them() -> None:
         "train/epoch": 0.5,
         "train/tokens_per_second": 12.0,
         "train/trained_tokens": 300.0,
+        "train/global_step": 25,
     }
 
 

@@ -62,7 +62,7 @@ class ProgressReporter(Resumable):
     host's do: ``Iter 10: loss 0.528`` and ``Iter 10: Val loss 0.530``.
     """
 
-    remembered = ("means", "gradient_norms", "iterations", "trained_tokens")
+    remembered = ("means", "gradient_norms", "iterations", "trained_tokens", "optimizer_steps")
 
     def __init__(self, objective: Objective, callback: TrainingCallback | None, metrics_file: MetricsFile) -> None:
         self.objective = objective
@@ -71,7 +71,7 @@ class ProgressReporter(Resumable):
         self.stream = own_stream(callback)
         self.metrics_file = metrics_file
         self.is_main = is_first_rank()
-        self.trained_tokens, self.elapsed, self.loop_began = 0, 0.0, 0.0
+        self.trained_tokens, self.optimizer_steps, self.elapsed, self.loop_began = 0, 0, 0.0, 0.0
         self.bar: Any = None
         self._reset()
 
@@ -118,6 +118,7 @@ class ProgressReporter(Resumable):
         means, tokens = self.means.over_ranks()
         self.trained_tokens += tokens
         norms = self.gradient_norms
+        self.optimizer_steps += len(norms)
         info = {
             "iteration": iteration,
             **{f"train_{name}": value for name, value in means.items()},
@@ -128,6 +129,7 @@ class ProgressReporter(Resumable):
             "trained_tokens": self.trained_tokens,
             "peak_memory": mx.get_peak_memory() / 1e9,
             "epoch": epoch,
+            "optimizer_steps": self.optimizer_steps,
         }
         if self.is_main:
             self.bar.set_postfix({_LABELS[key]: figure(means[key]) for key in ("accuracies", "loss", "margins")})

@@ -46,7 +46,9 @@ def test_the_likelihood_is_a_mean_over_tokens_and_has_its_share_in_the_loss(loss
     assert reported["loss"] == pytest.approx((0.7 + 0.1 + 0.4) / 3 + 0.5 * nll)
 
 
-def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from_the_start(tmp_path: Path) -> None:
+def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_and_steps_from_the_start(
+    tmp_path: Path,
+) -> None:
     reporter = ProgressReporter(objective_for("sigmoid", {}), None, MetricsFile(tmp_path / "metrics.jsonl", "run"))
 
     for number, norm in reporter.iterations_of([1.0, None, 3.0, 5.0], 4):
@@ -59,6 +61,7 @@ def test_a_report_means_over_what_came_since_the_last_one_and_counts_tokens_from
     assert (first["train_gradient_norm"], second["train_gradient_norm"]) == (2.0, 5.0)
     assert (first["train_loss"], second["train_loss"]) == (0.5, 1.0)
     assert (first["trained_tokens"], second["trained_tokens"]) == (6, 8)
+    assert (first["optimizer_steps"], second["optimizer_steps"]) == (2, 3)
 
 
 def test_every_report_is_a_line_of_valid_json(tmp_path: Path) -> None:

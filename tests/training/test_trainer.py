@@ -352,7 +352,7 @@ def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys:
         "iteration", "train_loss", "train_chosen_reward", "train_rejected_reward", "train_accuracies", "train_margins",
         "train_policy_rejected_logps", "train_policy_chosen_logps", "train_rejected_logits_mean",
         "train_chosen_logits_mean", "train_nll_loss", "learning_rate", "iterations_per_second", "tokens_per_second",
-        "trained_tokens", "peak_memory", "train_gradient_norm",
+        "trained_tokens", "peak_memory", "train_gradient_norm", "optimizer_steps",
     }  # fmt: skip
     assert set(callback.valid[0]) >= {
         "iteration", "val_loss", "val_chosen_reward", "val_rejected_reward", "val_accuracies", "val_margins",
