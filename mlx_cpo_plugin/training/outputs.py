@@ -146,7 +146,8 @@ class Outputs:
             fault = "load_best has no effect: no validation of this run has kept its weights."
         elif self.is_main:
             try:
-                if adapter_metadata(file) != self.metadata(self.best.iteration):
+                # Its run may be the one that this one started from.
+                if adapter_metadata(file).get("iteration") != str(self.best.iteration):
                     raise CheckpointError(f"{file} is not the adapter of iteration {self.best.iteration}.")
                 load_adapter(self.model, file)
             except CheckpointError as error:

@@ -103,6 +103,16 @@ def test_a_stop_leaves_the_last_weights_and_the_end_the_best(tmp_path: Path) -> 
     assert saved(tmp_path / "run") == saved(tmp_path / "run" / "best")
 
 
+def test_a_run_from_another_runs_checkpoint_ends_with_the_best_of_both(tmp_path: Path) -> None:
+    train(tmp_path / "whole", **PAIRS, load_best=True)
+    stopped(tmp_path / "first", 4, **PAIRS, load_best=True)
+
+    train(tmp_path / "second", **PAIRS, load_best=True, resume=str(tmp_path / "first"))
+
+    assert saved(tmp_path / "second") == saved(tmp_path / "whole")
+    assert saved(tmp_path / "second")[0] == str(BEST_AT)
+
+
 def test_patience_ends_with_the_best_weights(tmp_path: Path) -> None:
     train(tmp_path, **PAIRS | {"iters": 40, "steps_per_eval": 1}, load_best=True, early_stopping_patience=2)
 
