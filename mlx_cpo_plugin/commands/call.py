@@ -45,9 +45,10 @@ class TrainingResult:
         adapter_path: the folder of the adapter, which ``mlx_lm.load(..., adapter_path=)`` takes.
         metrics: the newest value of every metric, e.g. ``train_loss``, ``val_margins`` and, with ``test=True``,
             ``test_accuracies``; None for one that is not finite.
-        verdict: how the last validation compares with the one before training; None where there are no two.
+        verdict: how the last validation, with ``load_best`` the best, compares with the one before training; None where
+            there are no two.
         history: every report of the run in order, those before it was resumed included: what ``metrics.jsonl`` has.
-            ``kind`` is ``train``, ``valid``, ``test`` or ``warning``.
+            ``kind`` is ``train``, ``valid``, ``test``, ``warning``, or ``best`` for what ``load_best`` has loaded.
     """
 
     model: nn.Module = field(repr=False)

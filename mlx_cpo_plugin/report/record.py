@@ -39,6 +39,7 @@ class RunRecord:
         versions: one line that names versions and device; empty where they are not known.
         train, valid, test: the rows of ``metrics.jsonl`` of each kind, in order; a value that was no number is None.
         warnings: what the run warned of.
+        best: the validation whose weights a finished run has left, with ``load_best``.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class RunRecord:
     valid: tuple[Row, ...]
     test: tuple[Row, ...]
     warnings: tuple[str, ...]
+    best: tuple[Row, ...] = ()
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
@@ -71,6 +73,7 @@ class RunRecord:
             valid=of_kind("valid"),
             test=of_kind("test"),
             warnings=tuple(str(row.get("text", "")) for row in of_kind("warning")),
+            best=of_kind("best"),
         )
 
     @property
@@ -110,14 +113,15 @@ class RunRecord:
     def last(self) -> Row:
         """The newest value of every metric, by its name in ``metrics.jsonl``."""
         values: Row = {}
-        for row in (*self.train, *self.valid, *self.test):
+        for row in (*self.train, *self.valid, *self.best, *self.test):
             values |= {key: value for key, value in row.items() if key not in ("kind", "run", "time", "iteration")}
         return values
 
     @property
     def verdict(self) -> Verdict | None:
-        """How the last validation compares with the one before training."""
-        return Verdict.from_report(self.valid[-1]) if self.valid else None
+        """How the last validation, or that of the weights that were loaded, compares with the one before training."""
+        rows = self.best or self.valid
+        return Verdict.from_report(rows[-1]) if rows else None
 
     def _times(self) -> list[float]:
         times = (number(row, "time") for row in (*self.train, *self.valid, *self.test))

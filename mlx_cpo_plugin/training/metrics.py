@@ -163,7 +163,10 @@ class MetricsFile:
         return later, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
     def append(self, kind: str, values: Mapping[str, float | str]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid``, ``test`` or ``warning``. Non-finite values become null."""
+        """Write a line; ``kind`` is ``train``, ``valid``, ``test``, ``best`` or ``warning``.
+
+        Non-finite values become null.
+        """
         if self.path is None:
             return
         row = {"kind": kind, "run": self.run_id, "time": round(time.time(), 3), **values}

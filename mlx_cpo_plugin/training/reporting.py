@@ -156,14 +156,17 @@ class ProgressReporter(Resumable):
         """Report the means over the validation pairs, the verdict on them, and a warning and a line that follow."""
         if not self.is_main:
             return
-        info = {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, "val_time": seconds}
-        info |= {} if verdict is None else verdict.report()
+        info = {**_validation(iteration, means, verdict), "val_time": seconds}
         tqdm.write(f"Iter {iteration}: Val {_labelled(means)}, {seconds:.1f} s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
         self.say(line)
         if self.callback is not None:  # at the end, since it may raise
             self.callback.on_val_loss_report(info)
+
+    def report_best(self, iteration: int, means: Mapping[str, float], verdict: Verdict | None) -> None:
+        """Repeat in the metrics file the validation whose weights the run ends with."""
+        self.metrics_file.append("best", _validation(iteration, means, verdict))
 
     def start_trackers(self) -> None:
         """Let the trackers begin their run, or continue it after :meth:`resume_trackers`."""
@@ -244,6 +247,11 @@ class DisplacementAlarm(Resumable):
             f"Iter {iteration}: the margin rose by {moved[1]:.1f} while the chosen answers' log-prob fell by "
             f"{-moved[0]:.1f} (likelihood displacement); {advice(self.cpo_alpha)}."
         )
+
+
+def _validation(iteration: int, means: Mapping[str, float], verdict: Verdict | None) -> dict[str, float]:
+    report = {} if verdict is None else verdict.report()
+    return {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, **report}
 
 
 def own_stream(callback: object) -> TextIO | None:

@@ -213,6 +213,8 @@ def finish(run: Run) -> None:
         iteration = best.iteration if loaded else run.state.iteration
         save_and_verify(run.model, outputs.adapter_file, say, outputs.metadata(iteration))
         score_saved(run)
+        if loaded:
+            run.reporter.report_best(best.iteration, best.means, run.judge.of_best)
         record_done(outputs.folder, TRAINED)
         say(f"Saved final weights to {outputs.adapter_file}.")
         if run.val_pairs:

@@ -129,7 +129,9 @@ def unused_without_validation(settings: ValidationSettings) -> str | None:
 
 
 class BestSoFar(Resumable):
-    """The best validation of a run, with its ``value`` and ``iteration``; ``None`` and 0 before the first.
+    """The best validation of a run, with its ``value``, all its ``means``, and its ``iteration``.
+
+    These are ``None``, none and 0 before the first.
 
     Args:
         measure: a key of :data:`mlx_cpo_plugin.settings.cpo_options.MEASURES`; its ``name``.
@@ -142,7 +144,16 @@ class BestSoFar(Resumable):
         last: iteration of the last validation.
     """
 
-    remembered: ClassVar[tuple[str, ...]] = ("measure", "pairs", "saved", "value", "iteration", "waited", "last")
+    remembered: ClassVar[tuple[str, ...]] = (
+        "measure",
+        "pairs",
+        "saved",
+        "value",
+        "means",
+        "iteration",
+        "waited",
+        "last",
+    )
 
     def __init__(self, measure: str, patience: int | None = None, pairs: str = "", saved: bool = False) -> None:
         self.name = measure
@@ -151,13 +162,14 @@ class BestSoFar(Resumable):
         self.pairs = pairs
         self.saved = saved
         self.value: float | None = None
+        self.means: dict[str, float] = {}
         self.iteration = self.waited = self.last = 0
 
     def add(self, iteration: int, means: Mapping[str, float]) -> None:
         """Record a validation."""
         self.last = iteration
         if self.is_best(means):
-            self.value, self.iteration, self.waited = means[self.measure], iteration, 0
+            self.value, self.means, self.iteration, self.waited = means[self.measure], dict(means), iteration, 0
         else:
             self.waited += 1
 
@@ -175,7 +187,8 @@ class BestSoFar(Resumable):
         """Continue from ``state`` where it is comparable; otherwise the search begins anew."""
         self.last = state["last"]
         if self.is_comparable(state):
-            self.value, self.iteration, self.waited = state["value"], state["iteration"], state["waited"]
+            self.value, self.means = state["value"], state["means"]
+            self.iteration, self.waited = state["iteration"], state["waited"]
 
     def is_comparable(self, state: Values) -> bool:
         """Return whether ``state`` has the same measure of the same pairs, with the adapter saved if it is needed."""

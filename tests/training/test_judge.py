@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from support import resumable_runs
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.report.record import RunRecord
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.judge import Judge
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.trainer import train_cpo
 from mlx_cpo_plugin.training.validation import evaluate_pairs, scored_batches
+from mlx_cpo_plugin.verdict import Verdict
 
 
 class Reports:
@@ -230,3 +233,23 @@ def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
         assert judge.latest is not None
         for name, change in expected.changes.items():
             assert judge.latest.changes[name] == pytest.approx(change)
+
+
+def test_the_last_word_is_on_the_weights_that_the_run_ends_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Validated on pairs that prefer what training rejects: each validation is worse than the one before.
+    pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in build_pairs(24)]
+    pairs = [replace(pair, chosen_scored=pair.rejected_scored, rejected_scored=pair.chosen_scored) for pair in pairs]
+
+    validations = run(tmp_path, pairs, 1e-3, load_best=True)
+
+    best = min(validations[1:], key=lambda report: report["val_loss"])
+    assert best != validations[-1], "the last validation is the best"
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row.keys() | {"val_time"} == best.keys() | {"kind", "run", "time"}
+    assert all(row[name] == value for name, value in best.items() if name in row)
+    verdict = Verdict.from_report(best)
+    assert verdict is not None
+    assert f"The model is {verdict.sentence()};" in capsys.readouterr().out
+    assert RunRecord.read(tmp_path).verdict == verdict
