@@ -121,6 +121,33 @@ def test_what_was_there_before_runs_had_identities_is_put_aside_under_its_date(t
     assert (aside / "checkpoints" / "0000900").is_dir()
 
 
+def test_best_adapters_of_this_version_and_of_earlier_ones_are_put_aside_with_their_run(tmp_path: Path) -> None:
+    train(tmp_path, **VALIDATED | {"iters": 4})
+    older = run_in(tmp_path)
+    assert older is not None
+    left = ("best_adapters.safetensors", "best-loss-0000004/adapters.safetensors", "best_of_all/mine.txt")
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("older")
+
+    train(tmp_path, iters=2, beta=0.3)
+
+    aside = contents(tmp_path / "previous" / older.id)
+    assert {*left[:2], "best/adapters.safetensors", "best/adapter_config.json"} <= aside.keys()
+    assert {path.name for path in tmp_path.glob("best*")} == {"best_of_all"}
+
+
+def test_a_best_folder_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best").symlink_to(tmp_path / "foreign")
+
+    train(tmp_path / "run", **VALIDATED | {"iters": 4})
+
+    assert not list((tmp_path / "foreign").iterdir())
+    assert (tmp_path / "run" / "best" / "adapters.safetensors").is_file()
+
+
 def test_what_a_fused_model_adds_or_replaces_is_put_aside_with_its_run_and_nothing_else(tmp_path: Path) -> None:
     train(tmp_path, iters=1)
     older = run_in(tmp_path)
@@ -434,6 +461,8 @@ def test_a_loss_is_never_taken_for_a_margin(tmp_path: Path, capsys: pytest.Captu
     arguments = {"val_pairs": build_pairs(3, seed=1), "steps_per_eval": 1}
     stopped(tmp_path, 4, save_best="loss", **arguments)
     by_loss = saved_arrays(tmp_path / "best" / "adapters.safetensors")
+    _, said = mx.load(str(tmp_path / "best" / "adapters.safetensors"), return_metadata=True)
+    (tmp_path / f"best-loss-{int(said['iteration']):07d}" / "left by a resume that was killed").mkdir(parents=True)
 
     train(tmp_path, resume="auto", save_best="margin", early_stopping_patience=99, **arguments)
 

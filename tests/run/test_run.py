@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,10 +18,14 @@ import pytest
 from mlx_lm.utils import load
 from support.refusals import refused
 
+from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.run import mode as host_run
+from mlx_cpo_plugin.run.mode import next_commands
+from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training import metrics
 
+GENERATE = import_module("mlx_lm.generate")  # which the function of that name hides
 Settings = dict[str, Any]
 RunMain = Callable[..., None]
 
@@ -221,3 +228,37 @@ def test_an_interrupted_command_ends_with_one_sentence_and_its_exit_code(
     assert "interrupted: the adapter that was saved last, if any, is in adapter_path" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):  # a program that calls main is told as it is used to
         run_main(settings)
+
+
+def test_the_commands_that_a_run_ends_with_work(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> dict[str, list[str]]:
+        lines = re.findall(r"^(Compare|Generate|Fuse): +(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+        return {name: shlex.split(command) for name, command in lines}
+
+    def call(main: Callable[[], None], words: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        return words[0]
+
+    folder = Path(settings["adapter_path"]).with_name("my adapters")
+    run_main({**settings, "adapter_path": str(folder)})
+    commands = shown()
+
+    assert commands["Compare"][0] == "mlx-cpo"
+    assert cli.main(commands["Compare"][1:]) == 0
+    assert call(GENERATE.main, [*commands["Generate"], "--max-tokens", "1"]) == "mlx_lm.generate"
+    capsys.readouterr()
+    assert call(run_main, commands["Fuse"]) == "mlx_lm_lora.train"
+    fused = shown()
+    assert (folder / "config.json").is_file()
+    assert fused.keys() == {"Compare", "Generate"}
+    assert call(GENERATE.main, [*fused["Generate"], "--max-tokens", "1"]) == "mlx_lm.generate"
+
+
+def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:
+    quantised = next_commands(RunSettings(load_in_4bits=True, fuse=False), held_out=False)
+
+    assert not any("mlx_lm.generate" in line for line in quantised)
+    assert any("compare" in line and "--prompt" in line for line in quantised)

@@ -104,3 +104,32 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, content: str, key:
 
     with refused(ConfigError, key=key):
         config.resolve(["-c", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "raised"),
+    [
+        ({"lr_schedule": "cosine"}, False),
+        ({"warmup_ratio": 0.5}, False),
+        ({"lr_schedule": "constant"}, True),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 100]}}, True),
+    ],
+)
+def test_a_finished_run_is_told_to_raise_iters_only_where_that_is_then_accepted(
+    settings: Settings,
+    run_main: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    schedule: Settings,
+    raised: bool,
+) -> None:
+    run_main({**settings, **schedule})
+    capsys.readouterr()
+    run_main({**settings, **schedule, "resume": "auto"})
+    assert ("raise iters to go on" in capsys.readouterr().out) == raised
+
+    longer = {**settings, **schedule, "resume": "auto", "iters": 4}
+    if raised:
+        run_main(longer)
+    else:
+        with pytest.raises(ConfigError, match=r"iters: 2 → 4 \(the learning rate depends on it\)"):
+            run_main(longer)

@@ -197,6 +197,30 @@ def test_another_run_is_refused_with_what_differs_by_its_key(tmp_path: Path, cha
     assert refused.value.key == ("" if "," in told else told.split(":")[0].split(" (")[0])
 
 
+def test_what_differs_in_a_configured_run_is_told_by_key_and_by_file(
+    settings: dict[str, Any], run_main: Callable[..., None]
+) -> None:
+    run_main(settings)
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            run_main({**settings, "resume": "auto", **changes})
+        return str(caught.value)
+
+    assert "settings: learning_rate: 0.001 → 0.002; set" in refused(learning_rate=2e-3)
+    rank = {"lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 10.0}}
+    assert "settings: lora_parameters.rank: 8 → 4; set" in refused(**rank)
+    assert "settings: lr_schedule: null → " in refused(lr_schedule="cosine")
+    file = Path(settings["data"]) / "train.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join(rows[:-1]))
+    assert "settings: data: train.jsonl had 10 pairs and has 9; set" in refused()
+    file.write_text("\n".join(rows[::-1]))
+    assert "settings: data: train.jsonl has its pairs in another order; set" in refused()
+    file.rename(file.with_name("train_1.jsonl"))
+    assert "train_1.jsonl was not read" in refused()
+
+
 def altered(checkpoint: Path) -> None:
     file = checkpoint / "adapters.safetensors"
     content = bytearray(file.read_bytes())
