@@ -35,6 +35,11 @@ class StopAt:
         pass
 
 
+def policy(**adapter: Any) -> nn.Module:
+    """A small model with an adapter."""
+    return add_adapter(build_model(num_hidden_layers=1), dropout=0.2, **adapter)
+
+
 def train(
     folder: Path,
     pairs: list[PreferencePair] | None = None,
@@ -45,7 +50,7 @@ def train(
     **arguments: Any,
 ) -> dict[str, np.ndarray]:
     """Train with dropout and accumulation, and return the adapter that is left on disk."""
-    model = model or add_adapter(build_model(), dropout=0.2)
+    model = model or policy()
     mx.random.seed(7)
     settings = {
         "batch_size": 2,

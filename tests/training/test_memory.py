@@ -129,7 +129,7 @@ def test_the_estimate_is_near_what_is_measured(name: str, tmp_path: Path) -> Non
     if adapter:
         add_adapter(model)
     mx.eval(model.parameters())
-    defaults = {"iters": 2, "batch_size": 1, "adapter_file": str(tmp_path / "adapters.safetensors")}
+    defaults = {"iters": 1, "batch_size": 1, "adapter_file": str(tmp_path / "adapters.safetensors")}
     args = CPOTrainingArgs(**(defaults | settings))
 
     expected = estimate(model, pairs, args)

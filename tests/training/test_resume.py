@@ -20,8 +20,8 @@ import pytest
 from support import killed_runs
 from support.prepared import Prepared
 from support.refusals import refused
-from support.resumable_runs import StopAt, checkpoints, cut_short, metrics, stopped, train
-from support.tiny import add_adapter, assert_same, build_model, build_pairs
+from support.resumable_runs import StopAt, checkpoints, cut_short, metrics, policy, stopped, train
+from support.tiny import assert_same, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
@@ -163,7 +163,7 @@ def other_pairs() -> list[PreferencePair]:
 
 
 def other_model() -> nn.Module:
-    model = add_adapter(build_model(), dropout=0.2)
+    model = policy()
     model.model.norm.weight = 2 * model.model.norm.weight
     return model
 
@@ -179,8 +179,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "learning rate": ({"optimizer": optimizers.AdamW(learning_rate=2e-2)}, "learning_rate: 0.01 → 0.02"),
     "optimizer": ({"optimizer": optimizers.Adam(learning_rate=1e-2)}, "optimizer: adamw → adam"),
     "weight decay": ({"optimizer": optimizers.AdamW(1e-2, weight_decay=0.3)}, "optimizer"),
-    "adapter": ({"model": add_adapter(build_model(), dropout=0.2, dora=True)}, "train_type: lora → dora"),
-    "scale": ({"model": add_adapter(build_model(), dropout=0.2, scale=5.0)}, "lora_parameters.scale: 10.0 → 5.0"),
+    "adapter": ({"model": policy(dora=True)}, "train_type: lora → dora"),
+    "scale": ({"model": policy(scale=5.0)}, "lora_parameters.scale: 10.0 → 5.0"),
 }
 
 
