@@ -16,7 +16,7 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
-from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, first_few
+from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, Lengths, OverlongRow, Side, TruncatedPair, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
@@ -141,13 +141,26 @@ def load_dataset(
 
 
 def require_splits(settings: DataSettings, splits: Sequence[PreferenceDataset]) -> None:
-    """Raise DataError where ``train`` or ``test`` is on and that set has no pairs."""
+    """Raise DataError where ``train``, ``test`` or ``load_best`` is on and has no pairs to go by."""
     for split in splits:
         name = split.report.split
         if name != "valid" and getattr(settings, name) and not split:
             raise DataError(
                 f"{name} is on, but the data holds no {name} rows: add some, or set {name}: false.", key=name
             )
+        if name == "valid" and settings.train:
+            require_validation(settings, split)
+
+
+def require_validation(settings: ValidationSettings, valid: Sequence[PreferencePair]) -> None:
+    """Raise DataError where the weights that validate best are wanted, but nothing is validated."""
+    if settings.load_best and not (valid and settings.val_batches):
+        missing, remedy = (
+            ("the data holds no valid rows", "add some, set valid_fraction")
+            if settings.val_batches
+            else ("val_batches is 0", "set it to -1")
+        )
+        raise DataError(f"load_best is on, but {missing}: {remedy}, or set load_best: false.", key="load_best")
 
 
 def load_splits(

@@ -45,7 +45,14 @@ _WITH_TASKS = ("input", "history")
 _BESIDE = ("tools", "chat_template_kwargs")
 
 
-class DataSettings(Protocol):
+class ValidationSettings(Protocol):
+    """The settings that say whether the weights that validate best are wanted, and how much is validated."""
+
+    load_best: bool
+    val_batches: int
+
+
+class DataSettings(ValidationSettings, Protocol):
     """The settings that decide on rows and pairs, by the keys of the YAML file; ``begun``: when the run began."""
 
     data: str

@@ -27,7 +27,6 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import MetricsFile
-from mlx_cpo_plugin.training.validation import require_validation
 from mlx_cpo_plugin.types import Tokenizer, TrainMode
 
 Sets = tuple[Sequence[object], Sequence[object], Sequence[object]]
@@ -62,8 +61,6 @@ def run_mode(
     for rows in sets if is_first_rank() else ():
         if isinstance(rows, PreferenceDataset) and rows.report.split in wanted:
             rows.tell(print_info)
-    if settings.train and mode.has("load_best"):
-        require_validation(settings, sets[1])
     model, tokenizer = load_model(settings, loaded)
 
     if not settings.train:

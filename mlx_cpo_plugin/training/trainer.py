@@ -17,6 +17,7 @@ from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, record_done
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data.batches import scored_tokens
+from mlx_cpo_plugin.data.dataset import require_validation
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import DataError
@@ -30,7 +31,7 @@ from mlx_cpo_plugin.training.held_out import score_saved
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.resumption import begin
 from mlx_cpo_plugin.training.summary import summary
-from mlx_cpo_plugin.training.validation import evaluate_pairs, require_validation, unused_without_validation
+from mlx_cpo_plugin.training.validation import evaluate_pairs, unused_without_validation
 from mlx_cpo_plugin.training.wiring import Run, training_environment
 from mlx_cpo_plugin.types import Tokenizer
 

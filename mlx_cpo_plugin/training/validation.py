@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.settings.cpo_options import MEASURES
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.state import Resumable
@@ -94,36 +94,10 @@ def scored_batches(
                 yield scores, [batch[number] for number in group]
 
 
-class ValidationSettings(Protocol):
-    """The settings, of a run or of a call, that need validations."""
-
-    val_batches: int
-    load_best: bool
-    save_best: str | None
-    early_stopping_patience: int | None
-    eval_per_epoch: bool
-
-
-def require_validation(settings: ValidationSettings, val_pairs: Sequence[object]) -> None:
-    """Refuse to look for the best weights where nothing is validated.
-
-    Raises:
-        ConfigError: ``load_best`` is set, but there are no validation pairs, or ``val_batches`` is 0.
-    """
-    if settings.load_best and not (val_pairs and settings.val_batches):
-        missing = "val_batches is 0" if not settings.val_batches else "there are no validation rows"
-        remedy = "set it to -1" if not settings.val_batches else "add a valid file, set valid_fraction"
-        raise ConfigError(
-            f"load_best is true, but {missing}, and the best weights are those that validate best; {remedy}, or remove "
-            "load_best.",
-            key="load_best",
-        )
-
-
-def unused_without_validation(settings: ValidationSettings) -> str | None:
+def unused_without_validation(args: CPOTrainingArgs) -> str | None:
     """Return one sentence on settings that have no effect without validation pairs, if any are set."""
     wanted = ("save_best", "early_stopping_patience", "eval_per_epoch")
-    unused = [key for key in wanted if getattr(settings, key)]
+    unused = [key for key in wanted if getattr(args, key)]
     verb = "have" if len(unused) > 1 else "has"
     return f"Nothing is validated: {' and '.join(unused)} {verb} no effect." if unused else None
 

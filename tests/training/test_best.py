@@ -22,7 +22,7 @@ from mlx_cpo_plugin.checkpoints.run_folder import record_done
 from mlx_cpo_plugin.checkpoints.run_identity import TESTED, read_record
 from mlx_cpo_plugin.comparison.measure import compare
 from mlx_cpo_plugin.data.batches import BatchSize, epoch_ends, training_plan
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import DataError
 
 RunMain = Callable[..., None]
 # The margin of these pairs is best at iteration 2 of 6.
@@ -141,7 +141,7 @@ def test_a_best_adapter_that_is_gone_is_told_and_the_last_weights_are_saved(tmp_
 def test_the_best_of_no_validation_is_refused_before_anything_is_written(
     tmp_path: Path, missing: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(DataError) as refused:
         train(tmp_path / "run", **PAIRS | missing, load_best=True)
 
     assert refused.value.key == "load_best"
@@ -226,7 +226,7 @@ def test_the_best_of_no_validation_rows_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("mlx_cpo_plugin.run.mode.load_model", lambda *_: pytest.fail("the model was loaded"))
     (Path(settings["data"]) / "valid.jsonl").unlink()
 
-    with pytest.raises(ConfigError, match="load_best is true, but there are no validation rows") as refused:
+    with pytest.raises(DataError, match="load_best is on, but the data holds no valid rows") as refused:
         run_main({**settings, "load_best": True})
 
     assert refused.value.key == "load_best"
