@@ -22,6 +22,19 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.gradient_methods import Gradient, GradientMethod, added
 
 _HALVES = (mx.bfloat16, mx.float16)
+# Optimizers that treat every number alike, whatever array it is in.
+_ELEMENTWISE = {
+    optimizers.SGD,
+    optimizers.Adam,
+    optimizers.AdamW,
+    optimizers.Adamax,
+    optimizers.Adagrad,
+    optimizers.AdaDelta,
+    optimizers.Lion,
+    optimizers.RMSprop,
+}
+# Numbers of an array, on average, up to which starting an operation takes longer than copying what it works on.
+_SMALL = 1 << 16
 # Rows that an error names.
 _NAMED = 3
 
@@ -53,7 +66,42 @@ class MasterWeights:
             name: dithered(self.copies[name], self._dtypes[name], name) if name in self.copies else value
             for name, value in weights.items()
         }
-        self._model.update(_tree(rounded))
+        self._model.update(tree_unflatten(list(rounded.items())))
+
+
+class ByName:
+    """Arrays as an optimizer takes them: each by itself, in the model's tree."""
+
+    def tree(self, arrays: Mapping[str, mx.array]) -> Any:
+        return tree_unflatten(list(arrays.items()))
+
+    def arrays(self, tree: Any) -> dict[str, mx.array]:
+        return by_name(tree)
+
+
+class Joined(ByName):
+    """Arrays as an optimizer takes them: all in one, so that it starts a few operations in place of some for each."""
+
+    def __init__(self, arrays: Mapping[str, mx.array]) -> None:
+        self._shapes = {name: array.shape for name, array in arrays.items()}
+        self._ends = np.cumsum([array.size for array in arrays.values()]).tolist()
+
+    def tree(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        return {"joined": mx.concatenate([arrays[name].reshape(-1) for name in self._shapes])}
+
+    def arrays(self, tree: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        parts = mx.split(tree["joined"], self._ends[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+
+def layout_for(optimizer: optimizers.Optimizer, weights: Mapping[str, mx.array]) -> ByName:
+    """Return how an optimizer takes weights: joined where it treats them alike, they are small, and it is new."""
+    small = sum(array.size for array in weights.values()) <= _SMALL * len(weights)
+    of_one_dtype = len({array.dtype for array in weights.values()}) == 1
+    is_new = not any(name.partition(".")[0] in optimizer.state for name in weights)
+    if type(optimizer) in _ELEMENTWISE and small and of_one_dtype and is_new:
+        return Joined(weights)
+    return ByName()
 
 
 class OptimizerStep:
@@ -70,6 +118,7 @@ class OptimizerStep:
         number: of the current step, from 1.
         total: its gradient so far; ``None`` before the first micro-batch.
         masters: the weights that are updated.
+        layout: how the optimizer takes them.
         optimizer_is_whole: whether no failed step may have changed a part of the optimizer's state.
     """
 
@@ -90,16 +139,18 @@ class OptimizerStep:
         self._pairs: list[PreferencePair] = []
         self._all_satisfied = True
         self.masters = MasterWeights(model)
+        self.layout = layout = layout_for(optimizer, self.masters.weights())
         # Without this the first two steps would be traced as two different ones.
-        optimizer.init(in_float32(model.trainable_parameters()))
+        optimizer.init(layout.tree(self.masters.weights()))
         changed = [model.state, optimizer.state, self.masters.copies]
 
         @partial(mx.compile, inputs=changed, outputs=changed)
         def update(gradient: Gradient, scale: mx.array) -> None:
             weights = self.masters.weights()
-            scaled = {name: (scale * value).astype(weights[name].dtype) for name, value in gradient.items()}
-            updated = optimizer.apply_gradients(_tree(scaled), _tree(weights))
-            self.masters.set(by_name(updated))
+            slopes = {name: value.astype(weights[name].dtype) for name, value in gradient.items()}
+            scaled = tree_map(lambda value: (scale * value).astype(value.dtype), layout.tree(slopes))
+            updated = optimizer.apply_gradients(scaled, layout.tree(weights))
+            self.masters.set(layout.arrays(updated))
 
         self._update = update
 
@@ -135,7 +186,7 @@ class OptimizerStep:
         total = {name: self.total[name] if self.total else mx.zeros_like(value) for name, value in weights.items()}
         if mx.distributed.init().size() > 1:  # ranks have to exchange the same dtypes, too
             total = sum_over_ranks({name: value.astype(weights[name].dtype) for name, value in total.items()})
-        norm = gradient_norm(total)
+        norm = gradient_norm(by_name(self.layout.tree(total)))
         check_gradient(norm, self._pairs, self.number)
         before = weights if self.number == 1 else {}
         scale = mx.array(1.0 if self.max_norm is None else min(1.0, self.max_norm / max(norm, 1e-30)))
@@ -153,10 +204,6 @@ class OptimizerStep:
         self.total, self._pairs = None, []
         self.number += 1
         return norm
-
-
-def _tree(arrays: Mapping[str, mx.array]) -> Any:
-    return tree_unflatten(list(arrays.items()))
 
 
 def _is_half(value: mx.array) -> bool:

@@ -1,0 +1,96 @@
+"""Optimizers take small arrays joined into one: the same numbers to the bit, in fewer operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from support.tiny import add_adapter, build_model
+
+from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.training import optimizer_step
+from mlx_cpo_plugin.training.optimizer_step import ByName, Joined, OptimizerStep, layout_for
+
+Make = Callable[[], optimizers.Optimizer]
+ALIKE: dict[str, Make] = {
+    "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9, weight_decay=0.1),
+    "adam": lambda: optimizers.Adam(1e-2, bias_correction=True),
+    "adamw": lambda: optimizers.AdamW(optimizers.cosine_decay(1e-2, 5)),
+    "adamax": lambda: optimizers.Adamax(1e-2),
+    "adagrad": lambda: optimizers.Adagrad(1e-2),
+    "adadelta": lambda: optimizers.AdaDelta(1e-2),
+    "lion": lambda: optimizers.Lion(1e-2),
+    "rmsprop": lambda: optimizers.RMSprop(1e-2),
+}
+BY_SHAPE: dict[str, Make] = {"adafactor": lambda: optimizers.Adafactor(1e-2), "muon": lambda: optimizers.Muon(1e-2)}
+
+
+def adapted_model(seed: int = 0) -> nn.Module:
+    mx.random.seed(seed)
+    model = build_model()
+    add_adapter(model)
+    return model
+
+
+def steps_taken(make: Make, count: int = 3) -> Mapping[str, mx.array]:
+    """The weights after some steps with random gradients, clipped."""
+    model = adapted_model()
+    step = OptimizerStep(model, make(), gradients=None, max_norm=1.0)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        shapes = {name: value.shape for name, value in step.masters.weights().items()}
+        step.total = {name: mx.array(rng.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
+        step.apply()
+    return step.masters.weights()
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_joined_arrays_are_updated_as_each_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = steps_taken(ALIKE[name])
+    monkeypatch.setattr(optimizer_step, "layout_for", lambda *_: ByName())
+    # Norms that are added up in another order differ in the last bits, and so may what is clipped.
+    for key, weights in steps_taken(ALIKE[name]).items():
+        np.testing.assert_allclose(np.array(joined[key]), np.array(weights), rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+def layout_of(make: Make, adapted: nn.Module, **state: Any) -> ByName:
+    optimizer = make()
+    optimizer.state.update(state)
+    return layout_for(optimizer, by_name(adapted.trainable_parameters()))
+
+
+def test_what_is_joined_comes_apart_as_it_was() -> None:
+    weights = by_name(adapted_model().trainable_parameters())
+    apart = Joined(weights).arrays(Joined(weights).tree(weights))
+    assert apart.keys() == weights.keys()
+    assert all(mx.array_equal(apart[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_small_arrays_are_joined_for_optimizers_that_treat_numbers_alike(name: str) -> None:
+    assert isinstance(layout_of(ALIKE[name], adapted_model()), Joined)
+
+
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_optimizers_that_look_at_shapes_get_arrays_by_name(name: str) -> None:
+    assert not isinstance(layout_of(BY_SHAPE[name], adapted_model()), Joined)
+
+
+def test_an_optimizer_with_a_past_and_one_of_a_stranger_get_arrays_by_name() -> None:
+    class Strange(optimizers.Adam):
+        pass
+
+    model = adapted_model()
+    first = next(iter(model.trainable_parameters()))
+    assert not isinstance(layout_of(lambda: Strange(1e-2), model), Joined)
+    assert not isinstance(layout_of(ALIKE["adam"], model, **{first: {}}), Joined)
+
+
+def test_large_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_step, "_SMALL", 8)
+    assert not isinstance(layout_of(ALIKE["adam"], adapted_model()), Joined)
