@@ -77,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help=f"train, even where Python skips start-up files; {training}")
     commands.add_parser(
         "check",
-        help="show what a run would train on, without loading the model; with --longest, the longest pair that fits "
-        f"in memory; {training}",
+        help="show what a run would train on and what it would refuse, without loading the model; with --time, how "
+        f"long it takes, measured with the model; with --longest, the longest pair that fits in memory; {training}",
     )
     report.add_arguments(add("report", report.run_report, "write a report, or plots, of one run or several"))
     compare.add_arguments(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_cpo_plugin.data import PreferenceDataset
     from mlx_cpo_plugin.host import TrainingCallback
     from mlx_cpo_plugin.settings.config import RunSettings
+    from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 
 
 @hookimpl
@@ -121,19 +122,26 @@ def train(
     training_callback: TrainingCallback | None = None,
 ) -> None:
     """Run CPO with the resolved settings ``args``; see :func:`mlx_cpo_plugin.training.trainer.train_cpo`."""
-    from mlx_cpo_plugin.settings.run_settings import recorded_settings
-    from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
+    from mlx_cpo_plugin.training.trainer import train_cpo
 
-    training_args = CPOTrainingArgs.from_settings(args, adapter_file)
-    training_args.run_settings = recorded_settings(args)
     train_cpo(
         model=model,
         optimizer=optimizer,
         train_dataset=train_dataset,
         val_dataset=val_dataset,
-        args=training_args,
+        args=arguments(args, adapter_file),
         training_callback=training_callback,
     )
+
+
+def arguments(settings: RunSettings, adapter_file: Path) -> CPOTrainingArgs:
+    """Return what the trainer is called with in a run of these settings."""
+    from mlx_cpo_plugin.settings.run_settings import recorded_settings
+    from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+
+    training_args = CPOTrainingArgs.from_settings(settings, adapter_file)
+    training_args.run_settings = recorded_settings(settings)
+    return training_args
 
 
 def evaluate(model: nn.Module, dataset: Sequence[object], args: RunSettings) -> Mapping[str, float]:

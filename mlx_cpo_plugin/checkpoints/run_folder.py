@@ -29,7 +29,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 
-LOCK_NAME = ".lock"
+LOCK_NAME, SOFT = ".lock", ".soft"
 
 _LEFT_BY_EVERY_RUN = re.compile(
     rf"{CHECKPOINTS}(-rank-\d+)?|{BEST}(-[a-z]+-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
@@ -61,6 +61,30 @@ def only_run_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_if_in_use(folder: Path) -> None:
+    """Find out, without changing anything, whether a run may begin in an adapter folder.
+
+    Raises:
+        ConfigError: another run is writing to it, or earlier ones could not be moved aside.
+    """
+    if any((folder / name).exists() for name in (LOCK_NAME, LOCK_NAME + SOFT)):
+        _locked(folder).release()
+    if run_in(folder) is not None:
+        _place_for_earlier_runs(folder)
+
+
+def _place_for_earlier_runs(folder: Path) -> Path:
+    """Return where earlier runs of an adapter folder are put aside."""
+    previous = folder / PREVIOUS
+    if previous.is_symlink():
+        raise ConfigError(
+            f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.",
+            key="adapter_path",
+            place=str(previous),
+        )
+    return previous
+
+
 def _locked(folder: Path) -> BaseFileLock:
     """Return the lock of a folder, which ends with the process; its file stays."""
     file = os.path.realpath(folder) + os.sep + LOCK_NAME
@@ -72,7 +96,7 @@ def _locked(folder: Path) -> BaseFileLock:
         except Timeout:
             raise
         except (OSError, NotImplementedError):  # a file system without locks
-            lock = SoftFileLock(f"{file}.soft", blocking=False, is_singleton=True)  # a dead process holds none
+            lock = SoftFileLock(f"{file}{SOFT}", blocking=False, is_singleton=True)  # a dead process holds none
             lock.acquire()
     except Timeout:
         raise ConfigError(
@@ -120,13 +144,7 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
     record = read_record(adapter_folder)
     if record is None or record.successor is None:
         return None
-    previous = adapter_folder / PREVIOUS
-    if previous.is_symlink():
-        raise ConfigError(
-            f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.",
-            key="adapter_path",
-            place=str(previous),
-        )
+    previous = _place_for_earlier_runs(adapter_folder)
     aside = previous / record.run.id
     remove_partials(aside)
     _write(aside, replace(record, successor=None))

@@ -1,17 +1,18 @@
-"""The report of ``mlx-cpo check``: what training would see, without loading the model."""
+"""The report of ``mlx-cpo check``: what training would see, and what it would refuse."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin import cpo
+from mlx_cpo_plugin.commands.timing import measured_duration
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
@@ -21,11 +22,25 @@ from mlx_cpo_plugin.data.rows import first_few
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
-from mlx_cpo_plugin.errors import ConfigError, DataError, first_line, named
+from mlx_cpo_plugin.errors import DataError, UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.model.parity import expected_grouping
-from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
-from mlx_cpo_plugin.run.mode import adapter_file
+from mlx_cpo_plugin.run.building import (
+    build_optimizer,
+    is_on_this_machine,
+    iterations,
+    load_model,
+    optimizer_steps,
+    unevaluated_model,
+)
+from mlx_cpo_plugin.run.preflight import (
+    adapter_file,
+    check_destinations,
+    plan_notes,
+    position_notes,
+    rehearsed,
+    run_identity,
+)
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
@@ -35,23 +50,62 @@ from mlx_cpo_plugin.types import TrainMode
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
-def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = None, examples: int = 3) -> None:
-    """Load tokenizer and data, and print what a training run would make of them.
+def run_check(
+    settings: RunSettings, mode: TrainMode, stream: TextIO | None = None, examples: int = 3, timed: bool = False
+) -> None:
+    """Load tokenizer and data, and print what a training run would make of them, and what it would refuse.
 
     Args:
         settings: of a training run; every split that the data has is checked.
         mode: one that reads its rows otherwise than CPO gets them counted.
         stream: where to print; standard output by default.
         examples: pairs of the first split to show as text.
+        timed: load the model, too, and measure how long the run takes.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded.
-        DataError: no data is found, it is unusable, or the set that ``train`` or ``test`` asks for is missing.
+        UserError: the last of what the run would refuse; those before it are printed.
     """
     stream = sys.stdout if stream is None else stream
+    refusals = _Refusals()
+    with refusals:
+        check_destinations(settings)
+    with refusals:
+        settings.run_identity = run_identity(settings)
+        settings.begun = settings.run_identity.begun
+    with refusals:
+        _check_rows(settings, mode, stream, examples, timed, refusals)
+    refusals.tell(stream)
+
+
+class _Refusals(list[UserError]):
+    """What a run would refuse, gathered in one ``with`` block after the other."""
+
+    def __enter__(self) -> _Refusals:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, UserError):
+            self.append(error)
+        return isinstance(error, UserError)
+
+    def tell(self, stream: TextIO) -> None:
+        """Print all but the last, and raise this one."""
+        for error in self[:-1]:
+            print(f"error: {error}", file=stream)
+        if self:
+            raise self[-1]
+
+
+def _check_rows(
+    settings: RunSettings, mode: TrainMode, stream: TextIO, examples: int, timed: bool, refusals: _Refusals
+) -> None:
     tokenizer = load_chat_tokenizer(settings.model)
     if mode.load_dataset is not cpo.load_dataset:
-        _print_counts(mode.load_dataset(settings, tokenizer), settings, stream)
+        rows = mode.load_dataset(settings, tokenizer)
+        for name, split in zip(("Train", "Valid", "Test"), rows, strict=True):
+            print(f"{name}: {len(split)} rows.", file=stream)
+        if rows[0]:
+            _print_steps(rows[0], settings, stream)
         return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if not any(splits):
@@ -63,15 +117,15 @@ def run_check(settings: RunSettings, mode: TrainMode, stream: TextIO | None = No
             _print_columns(dataset.report, stream)
             _print_lengths(dataset, settings.max_seq_length, stream)
     if splits[0]:
-        _print_steps(*_iterations(splits[0], settings), settings, stream)
-        for line in _memory_lines(splits[0], settings):
-            print(line, file=stream)
+        with refusals:
+            _print_plan(settings, splits, timed, stream)
     _print_examples(
         next(dataset for dataset in splits if dataset)[:examples],
         ChatTokenizer.from_settings(tokenizer, settings),
         stream,
     )
-    require_splits(settings, splits)
+    with refusals:
+        require_splits(settings, splits)
 
 
 def _print_columns(report: DataReport, stream: TextIO) -> None:
@@ -105,38 +159,44 @@ def _figures(lengths: NDArray[np.int64]) -> str:
     return f"{median:>8.0f} {high:>7.0f} {lengths.max():>7}"
 
 
-def _print_counts(
-    splits: tuple[Sequence[object], Sequence[object], Sequence[object]], settings: RunSettings, stream: TextIO
-) -> None:
-    for name, rows in zip(("Train", "Valid", "Test"), splits, strict=True):
-        print(f"{name}: {len(rows)} rows.", file=stream)
-    _print_steps(math.ceil(len(splits[0]) / settings.batch_size), f"batch_size {settings.batch_size}", settings, stream)
-
-
-def _iterations(pairs: PreferenceDataset, settings: RunSettings) -> tuple[int, str]:
-    """Return the micro-batches of an epoch, and the setting that says how large they are."""
-    if settings.batch_tokens is None:
-        return math.ceil(len(pairs) / settings.batch_size), f"batch_size {settings.batch_size}"
+def _print_steps(rows: Sequence[Any], settings: RunSettings, stream: TextIO) -> int:
+    """Print what the run amounts to, and set ``settings.iters``; return its optimizer steps."""
     size = BatchSize(settings.batch_size, settings.batch_tokens)
-    batches = micro_batches_of(1, [pair.tokens for pair in pairs], size, settings.seed)
-    return batches, f"batch_tokens {settings.batch_tokens}"
+    lengths = [0 if settings.batch_tokens is None else pair.tokens for pair in rows]
+    batches = micro_batches_of(1, lengths, size, settings.seed)
+    settings.iters = iterations(settings, rows, lambda line: print(line, file=stream))
+    steps, accumulation = optimizer_steps(settings, rows), settings.gradient_accumulation_steps
+    key = "batch_size" if settings.batch_tokens is None else "batch_tokens"
+    each = f"{key} {getattr(settings, key)}, gradient_accumulation_steps {accumulation}"
+    in_epoch = f"{batches} iterations, {math.ceil(batches / accumulation)} optimizer steps ({each})"
+    print(f"\nSteps per epoch: {in_epoch}", file=stream)
+    in_run = f"{settings.iters} iterations, {steps} optimizer steps, {settings.iters / batches:.3g} epochs"
+    print(f"Steps of the run: {in_run}", file=stream)
+    return steps
 
 
-def _print_steps(batches: int, size: str, settings: RunSettings, stream: TextIO) -> None:
-    steps = math.ceil(batches / settings.gradient_accumulation_steps)
-    print(f"\nSteps per epoch: {batches} iterations, {steps} optimizer steps", end=" ", file=stream)
-    print(f"({size}, gradient_accumulation_steps {settings.gradient_accumulation_steps})", file=stream)
-
-
-def _memory_lines(pairs: PreferenceDataset, settings: RunSettings) -> list[str]:
-    """What training would take, by the shapes of the model's arrays; none of them is loaded."""
-    try:
+def _print_plan(
+    settings: RunSettings,
+    splits: tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset],
+    timed: bool,
+    stream: TextIO,
+) -> None:
+    """Print steps, memory, notes and time of the run; of the model's arrays only ``timed`` evaluates any."""
+    train, valid, _ = splits
+    steps = _print_steps(train, settings, stream)
+    if timed:
+        model, _ = load_model(settings)
+    elif is_on_this_machine(settings.model):
         model = unevaluated_model(settings)
-    except ConfigError:
-        raise
-    except Exception as error:  # an unknown architecture may fail in any way, and the data can be checked without it
-        return [f"Memory: not estimated, since the model cannot be built ({first_line(error)})."]
-    return memory_estimate(model, settings, pairs).lines(device_memory())
+    else:
+        print("Memory: not estimated, since the model has not been fetched yet.", file=stream)
+        return
+    with rehearsed(settings, model, train, valid, probing=timed or settings.scoring == "shared") as run:
+        print(*run.memory.lines(device_memory()), sep="\n", file=stream)
+        for note in [*plan_notes(settings, run.step.optimizer, steps), *position_notes(settings.model, train)]:
+            print(note, file=stream)
+        if timed:
+            print(measured_duration(run), file=stream)
 
 
 def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[PreferencePair]) -> MemoryEstimate:

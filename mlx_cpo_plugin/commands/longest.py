@@ -16,7 +16,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import ConfigError, DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.run.building import model_folder, quantised_load, unevaluated_model
+from mlx_cpo_plugin.run.building import model_folder, positions_of, quantised_load, unevaluated_model
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.types import TrainMode
@@ -58,7 +58,7 @@ def run_longest(settings: RunSettings, mode: TrainMode, stream: TextIO | None = 
     for title, found in [("as given", given), *_savings(settings, pairs)]:
         print(f"  {title:<34}{_lengths(longest_pair(found, shares, device))}", file=stream)
     print(f"\nA run cuts pairs to max_seq_length, here {settings.max_seq_length}.", file=stream)
-    positions = load_config(model_folder(settings.model)).get("max_position_embeddings")
+    positions = positions_of(settings.model)
     if positions is not None:
         print(f"The model knows {positions:,} positions.", file=stream)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from mlx_cpo_plugin.activation import finder
 from mlx_cpo_plugin.errors import ConfigError, PluginError
 
-LONGEST = "--longest"
+LONGEST, TIME = "--longest", "--time"
 
 
 def run_train(words: Sequence[str]) -> int:
@@ -24,7 +24,10 @@ def run_train(words: Sequence[str]) -> int:
 
 
 def run_check(words: Sequence[str]) -> int:
-    """Print what a training run would make of its data; with ``--longest``, the longest pair that it has memory for.
+    """Print what a training run would make of its data.
+
+    With ``--time`` also how long it takes, measured with the model; with ``--longest`` instead the longest pair that
+    there is memory for.
 
     Raises:
         UserError: the settings, the model's tokenizer or the data are at fault.
@@ -37,7 +40,8 @@ def run_check(words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         check_parser().print_help()
         return 0
-    asks_for_longest, words = LONGEST in words, [word for word in words if word != LONGEST]
+    asks_for_longest, asks_for_time = LONGEST in words, TIME in words
+    words = [word for word in words if word not in (LONGEST, TIME)]
     with command_line("mlx-cpo check", words):
         mode = calls.requested_mode(words)
         if mode is None:
@@ -53,7 +57,10 @@ def run_check(words: Sequence[str]) -> int:
         resolved = config.resolve([*words, "--train"])
     for note in resolved.notes:
         print(f"note: {note}")
-    (longest.run_longest if asks_for_longest else check.run_check)(resolved.settings, mode)
+    if asks_for_longest:
+        longest.run_longest(resolved.settings, mode)
+    else:
+        check.run_check(resolved.settings, mode, timed=asks_for_time)
     return 0
 
 
@@ -62,12 +69,13 @@ def check_parser() -> argparse.ArgumentParser:
     from mlx_cpo_plugin.settings import command_line as calls
 
     parser = calls.build_parser(other_modes=False)
-    parser.prog, parser.usage = "mlx-cpo check", "%(prog)s --config FILE [--longest] [options of the run]"
+    parser.prog, parser.usage = "mlx-cpo check", "%(prog)s --config FILE [--time | --longest] [options of the run]"
     parser.description = (
         "Show what a run would train on: rows read, skipped and cut, lengths, steps, memory,\n"
-        "and which tokens are scored. The model is not loaded. The groups below hold options\n"
-        "of the run that is checked."
+        "and which tokens are scored; and what the run would refuse. The model is not loaded.\n"
+        "The groups below hold options of the run that is checked."
     )
+    parser.add_argument(TIME, action="store_true", help="Load the model and measure how long the run takes.")
     parser.add_argument(LONGEST, action="store_true", help="Show the longest pair that fits this device's memory.")
     return parser
 

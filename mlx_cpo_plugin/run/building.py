@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
-from mlx_lm.utils import hf_repo_to_path
+from mlx_lm.utils import hf_repo_to_path, load_config
 from mlx_lm.utils import load_model as load_base_model
 from mlx_lm_lora.train import build_lora_config
 from mlx_lm_lora.utils import from_pretrained
@@ -28,7 +29,7 @@ from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.settings.nested import OPTIMIZERS, spans_run
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
 from mlx_cpo_plugin.types import Tokenizer, Values
 
@@ -52,9 +53,21 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
     mx.random.seed(settings.seed)
     if loaded is None:
         print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
-    try:
+    with _loading(settings):
         model, tokenizer = loaded or from_pretrained(model=settings.model)[:2]
         _choose_trained_weights(model, settings)
+    _fit_to_settings(model, settings)
+    template = read_template(settings.chat_template)
+    if template:
+        tokenizer.chat_template = template  # which a fused model takes along
+    return model, tokenizer
+
+
+@contextmanager
+def _loading(settings: RunSettings) -> Iterator[None]:
+    """Turn what a model's files raise into ConfigError."""
+    try:
+        yield
     except ConfigError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError) as error:
@@ -64,6 +77,10 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
             f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or take another model.",
             key="model",
         ) from error
+
+
+def _fit_to_settings(model: nn.Module, settings: RunSettings) -> None:
+    """Quantise the base weights as asked for, and check what the settings assume of the model."""
     if settings.resume_adapter_file is not None and settings.train:
         _check_resumed_adapter(settings, model)
     precision = quantised_load(settings)
@@ -73,25 +90,34 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
         print_info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
         print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
-    template = read_template(settings.chat_template)
-    if template:
-        tokenizer.chat_template = template  # which a fused model takes along
-    return model, tokenizer
 
 
 def unevaluated_model(settings: RunSettings) -> nn.Module:
     """Return the model that ``settings`` would train, with its adapter; none of its arrays is evaluated.
 
     Raises:
-        ConfigError: ``lora_parameters.keys`` or the precision does not fit the model.
-        Exception: whatever the host or the architecture raises where the model is missing or cannot be built.
+        ConfigError: as :func:`load_model`.
     """
-    model, _ = load_base_model(model_folder(settings.model), lazy=True)
-    _choose_trained_weights(model, settings)
-    precision = quantised_load(settings)
-    if precision is not None:
-        quantise_base(model, precision)
+    with _loading(settings):
+        model, _ = load_base_model(model_folder(settings.model), lazy=True)
+        _choose_trained_weights(model, settings)
+    _fit_to_settings(model, settings)
     return model
+
+
+def is_on_this_machine(model: str) -> bool:
+    """Whether the files of a model need not be fetched."""
+    try:
+        return model_folder(model).is_dir()
+    except Exception:  # the hub client raises many kinds for what is not in its cache
+        return False
+
+
+def positions_of(model: str) -> int | None:
+    """Return the ``max_position_embeddings`` of a model on this machine, if its configuration has them."""
+    config = load_config(model_folder(model))
+    positions = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    return positions if isinstance(positions, int) else None
 
 
 def model_folder(model: str) -> Path:
@@ -284,8 +310,8 @@ def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.ar
 
 
 def optimizer_steps(settings: RunSettings, train_set: Sequence[Any]) -> int:
-    """Return the optimizer steps of a run of ``settings.iters``; 1 where no learning rate depends on it."""
-    if not spans_run(settings.lr_schedule, settings.warmup_ratio):
+    """Return the optimizer steps of a run of ``settings.iters``, at least 1."""
+    if not train_set:
         return 1
     size = BatchSize(settings.batch_size, settings.batch_tokens, settings.gradient_accumulation_steps)
     lengths = [0 if settings.batch_tokens is None else pair.tokens for pair in train_set]
@@ -293,7 +319,7 @@ def optimizer_steps(settings: RunSettings, train_set: Sequence[Any]) -> int:
     return sum(micro_batch.closes_window for micro_batch in plan)
 
 
-def iterations(settings: RunSettings, train_set: Sequence[Any]) -> int:
+def iterations(settings: RunSettings, train_set: Sequence[Any], say: Callable[[str], None] = print_info) -> int:
     """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
     if settings.iters is not None:
         return int(settings.iters)
@@ -304,5 +330,5 @@ def iterations(settings: RunSettings, train_set: Sequence[Any]) -> int:
         size = BatchSize(settings.batch_size, batch_tokens)
         return micro_batches_of(settings.epochs, [pair.tokens for pair in train_set], size, settings.seed)
     default = int(SFTTrainingArgs().iters)
-    print_info(f"Neither iters nor epochs is set; training for {default} iterations.")
+    say(f"Neither iters nor epochs is set; training for {default} iterations.")
     return default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,19 +11,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
-from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
-from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done
-from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED, RunIdentity, run_in
+from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED
 from mlx_cpo_plugin.data import PreferenceDataset
-from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_tokenizer
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
+from mlx_cpo_plugin.run.preflight import adapter_file, check_destinations, plan_notes, position_notes, run_identity
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.trackers import TrackerCallback, require_clients, tracked_run
+from mlx_cpo_plugin.trackers import TrackerCallback, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.types import Tokenizer, TrainMode
@@ -142,9 +140,14 @@ def train_mode(
     if settings.resume_adapter_file is not None:
         print_info(f"Loading fine-tuned weights from {Colors.CYAN}{settings.resume_adapter_file}{Colors.RESET}")
         load_adapter(model, Path(settings.resume_adapter_file))
+    steps = optimizer_steps(settings, train_set)
+    optimizer = build_optimizer(settings, steps)
+    pairs = train_set if isinstance(train_set, PreferenceDataset) else ()
+    for note in [*plan_notes(settings, optimizer, steps), *position_notes(settings.model, pairs)]:
+        print(note)
     mode.train(
         model=model,
-        optimizer=build_optimizer(settings, optimizer_steps(settings, train_set)),
+        optimizer=optimizer,
         train_dataset=train_set,
         val_dataset=valid_set,
         args=settings,
@@ -179,72 +182,3 @@ def report_on_test_set(
         MetricsFile(Path(settings.adapter_path) / METRICS_FILE, settings.run_identity.id).append("test", named)
     if isinstance(callback, TrackerCallback):
         callback.on_test_report(named)
-
-
-def adapter_file(settings: RunSettings) -> Path:
-    """Return where the run leaves its adapter."""
-    return Path(settings.adapter_path) / ADAPTER_FILE
-
-
-def run_identity(settings: RunSettings) -> RunIdentity:
-    """Return which run this is going to be, or whose adapter is tested."""
-    folder = Path(settings.adapter_path or "")
-    if settings.train:
-        return planned_run(folder, settings.resume)
-    return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
-
-
-def check_destinations(settings: RunSettings) -> None:
-    """Find out before anything is loaded what would fail afterwards, even after hours of training.
-
-    Raises:
-        ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
-            test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
-    """
-    if settings.train and not settings.adapter_path:
-        raise ConfigError("adapter_path is empty; give a folder for the adapter.", key="adapter_path")
-    if settings.train:
-        check_writable(Path(settings.adapter_path))
-        require_clients(settings)
-    elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
-        raise ConfigError(
-            f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder.",
-            key="adapter_path",
-        )
-    resume = settings.resume_adapter_file
-    if resume is not None and not os.path.isfile(resume):
-        raise ConfigError(
-            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter.",
-            key="resume_adapter_file",
-        )
-    if settings.fuse and settings.train:
-        try:
-            fused = fused_folder(settings)
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"lm_studio_name is set, but {error}; install LM Studio or remove the key.", key="lm_studio_name"
-            ) from error
-        if os.path.realpath(fused) == os.path.realpath(settings.model):
-            key = "adapter_path" if settings.lm_studio_name is None else "lm_studio_name"
-            raise ConfigError(
-                f"{key} is the model's own folder, {settings.model!r}, where fuse would overwrite the model; "
-                "give another, or set fuse: false.",
-                key=key,
-            )
-
-
-def check_writable(folder: Path) -> None:
-    """Find out, without making it, whether ``adapter_path`` can be made and written to.
-
-    Raises:
-        ConfigError: what is there already stands in the way.
-    """
-    # os.path, since Path.exists raises where a parent cannot be searched.
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        fault = "is a file" if there.is_file() else "cannot be written to"
-        raise ConfigError(
-            f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.",
-            key="adapter_path",
-            place=str(there),
-        )

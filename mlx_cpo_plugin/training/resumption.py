@@ -16,19 +16,30 @@ from mlx_cpo_plugin.training.identity import check_identity
 from mlx_cpo_plugin.training.wiring import Run
 
 
-def begin(run: Run) -> bool:
-    """Restore a run from its checkpoint, if it has one, and take over its folder; return whether there is work left.
+def restore(run: Run) -> str:
+    """Restore a run from its checkpoint, if it has one; return why nothing is left to do, or nothing.
 
     Raises:
         ConfigError: the checkpoint is of other settings, or a new run would have nothing to do.
     """
-    checkpoint, say = run.start.checkpoint, run.reporter.say
+    checkpoint = run.start.checkpoint
     if checkpoint is not None:
         check_identity(checkpoint, run.identity, run.recorded)
         run.state.restore(checkpoint)
     for note in run.start.notes:
-        say(note)
-    if checkpoint is not None and (finished := _why_finished(run, checkpoint)):
+        run.reporter.say(note)
+    return "" if checkpoint is None else _why_finished(run, checkpoint)
+
+
+def begin(run: Run) -> bool:
+    """Restore a run from its checkpoint, if it has one, and take over its folder; return whether there is work left.
+
+    Raises:
+        ConfigError: as :func:`restore`.
+    """
+    checkpoint, say = run.start.checkpoint, run.reporter.say
+    finished = restore(run)
+    if checkpoint is not None and finished:
         say(finished)
         if run.args.load_best:  # what is still to be tested or fused
             say(run.outputs.take_best(run.outputs.adapter_file) or None)

@@ -25,7 +25,7 @@ from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.buckets import Grouping
 from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
-from mlx_cpo_plugin.model.parity import choose_scorer
+from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
@@ -46,6 +46,10 @@ from mlx_cpo_plugin.training.validation import BestSoFar
 
 class Run:
     """The parts of a training run inside its environment; making it changes nothing in its folder.
+
+    Args:
+        probing: compute with the model to find out what it allows. Without it the run cannot train, and evaluates the
+            model's weights only where a checkpoint has to be compared with them.
 
     Attributes:
         start: where it begins.
@@ -68,6 +72,7 @@ class Run:
         args: CPOTrainingArgs,
         environment: Environment,
         training_callback: TrainingCallback | None,
+        probing: bool = True,
     ) -> None:
         self.model, self.objective, self.args, self.quantisation = model, objective, args, environment.quantisation
         self.pairs, self.val_pairs = pairs, val_pairs
@@ -95,9 +100,11 @@ class Run:
         self.judge = Judge(validated, args.cpo_alpha)
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
-        self.kernels = self._choose_kernels(environment)
-        self.scorer = self._choose_scorer()
+        self.kernels = probing and self._choose_kernels(environment)
+        self.scorer = self._choose_scorer() if probing else None
         grouping = None if self.scorer is None else self.scorer.grouping
+        if not probing and args.scoring != "plain":
+            grouping = expected_grouping(model)
         gradients = gradients_for(
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
@@ -105,7 +112,8 @@ class Run:
         resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
         self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
-        self.identity = identity(args, model, optimizer, pairs)
+        comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
+        self.identity = identity(args, model, optimizer, pairs) if comparing else {}
         self.recorded = recorded(args, model, optimizer, pairs)
         constants = {
             "identity": self.identity,

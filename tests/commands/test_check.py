@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 
 import mlx.core as mx
@@ -17,35 +18,35 @@ from mlx_cpo_plugin.commands.check import run_check
 from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings import config
-from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.types import TrainMode
 
 
 @pytest.fixture
-def checked(tmp_path):
+def checked(tmp_path, model_folder):
     """Run the check on some rows and return what it prints."""
     model = tmp_path / "model"
     tokenizer_named("chatml")._tokenizer.save_pretrained(model)
-    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    shutil.copy(model_folder / "config.json", model)
+    shutil.copy(model_folder / "model.safetensors", model)
 
-    def run(rows, stream=None, **others):
+    def run(rows, stream=None, timed=False, **others):
         path = tmp_path / "train.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = {
+        given = {
+            "train_mode": "cpo",
+            "train": True,
             "model": str(model),
             "data": str(path),
-            "hf_dataset": None,
-            "train": False,
-            "test": False,
+            "adapter_path": str(tmp_path / "adapters"),
             "max_seq_length": 512,
             "batch_size": 2,
-            "batch_tokens": None,
             "gradient_accumulation_steps": 2,
-            "seed": 0,
-            "valid_fraction": 0,
+            "iters": 6,
         }
         stream = stream or io.StringIO()
-        run_check(RunSettings.of({**settings, **others}), train_modes()["cpo"], stream=stream, examples=1)
+        settings = config.resolve({**given, **others}).settings
+        run_check(settings, train_modes()["cpo"], stream=stream, examples=1, timed=timed)
+        assert not (tmp_path / "adapters").exists()
         return stream.getvalue()
 
     return run
@@ -78,10 +79,17 @@ def test_batches_by_tokens_are_counted_as_training_cuts_them(checked):
     assert "Steps per epoch: 3 iterations, 2 optimizer steps (batch_tokens 70, gradient_accumulation" in output
 
 
-def test_a_model_that_cannot_be_built_costs_the_memory_estimate_alone(checked):
+def test_it_says_what_the_run_amounts_to(checked):
+    assert "Steps of the run: 6 iterations, 4 optimizer steps, 2 epochs\n" in checked(ROWS)
+    assert "Steps of the run: 9 iterations, 6 optimizer steps, 3 epochs\n" in checked(ROWS, iters=None, epochs=3)
+
+
+def test_a_model_that_is_not_fetched_yet_costs_the_memory_estimate_alone(checked, monkeypatch):
+    monkeypatch.setattr(check, "is_on_this_machine", lambda model: False)
+
     output = checked(ROWS)
 
-    assert "Memory: not estimated, since the model cannot be built (No safetensors found in " in output
+    assert "Memory: not estimated, since the model has not been fetched yet." in output
     assert "First pairs" in output
 
 
@@ -169,7 +177,9 @@ def test_data_without_rows_is_an_error(checked):
 
 def test_a_mode_that_reads_its_rows_itself_gets_them_counted(model_folder):
     mode = TrainMode("odd", "Odd", "", lambda *_: ([1, 2, 3], [4], []), lambda *_: None, lambda *_: {})
-    settings = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_folder), "batch_size": 2})
+    settings = config.resolve(
+        {"train_mode": "cpo", "train": True, "model": str(model_folder), "batch_size": 2, "iters": 8}
+    )
     stream = io.StringIO()
 
     run_check(settings.settings, mode, stream=stream)
@@ -177,6 +187,7 @@ def test_a_mode_that_reads_its_rows_itself_gets_them_counted(model_folder):
     assert stream.getvalue() == (
         "Train: 3 rows.\nValid: 1 rows.\nTest: 0 rows.\n\n"
         "Steps per epoch: 2 iterations, 2 optimizer steps (batch_size 2, gradient_accumulation_steps 1)\n"
+        "Steps of the run: 8 iterations, 8 optimizer steps, 4 epochs\n"
     )
 
 

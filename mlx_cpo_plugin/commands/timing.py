@@ -1,0 +1,87 @@
+"""How long a run takes: measured on two of its own micro-batches, with its model and nothing written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlx_cpo_plugin.data.batches import MicroBatch
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.training.duration import expected_seconds, spoken
+from mlx_cpo_plugin.training.validation import evaluate_pairs
+from mlx_cpo_plugin.training.wiring import Run
+
+Clock = Callable[[], float]
+
+
+def measured_duration(run: Run, clock: Clock = time.perf_counter) -> str:
+    """Return a sentence on how long a run takes, which cannot train any more afterwards.
+
+    The micro-batch of median length is computed twice, since the first time compiles, and the longest one once.
+    """
+    plan = [micro_batch for micro_batch in run.plan() if micro_batch.indices][run.state.iteration :]
+    if not plan:
+        return "Time: nothing is left to do."
+    by_tokens = sorted(plan, key=lambda micro_batch: _tokens(run, micro_batch))
+    median, longest = by_tokens[len(by_tokens) // 2], by_tokens[-1]
+    _seconds_of(run, median, clock)
+    measured = {_tokens(run, some): _seconds_of(run, some, clock) for some in (longest, median)}
+    updates = sum(micro_batch.closes_window for micro_batch in plan) * _seconds_of_update(run, clock)
+    training = expected_seconds(measured.items(), (_tokens(run, some) for some in plan)) + updates
+    validating = _validations(run) * _seconds_of_validation(run, clock)
+    on = " and ".join(f"{tokens} tokens ({seconds:.1f} s)" for tokens, seconds in sorted(measured.items()))
+    among = f", validations {spoken(validating)} of it" if validating else ""
+    return (
+        f"Time: about {spoken(training + validating)} for {len(plan)} iterations{among}, by micro-batches of {on}, the "
+        "median and the longest, measured just now."
+    )
+
+
+def _tokens(run: Run, micro_batch: MicroBatch) -> int:
+    return sum(run.pairs[index].tokens for index in micro_batch.indices)
+
+
+def _seconds_of(run: Run, micro_batch: MicroBatch, clock: Clock) -> float:
+    """The seconds of the gradient of a micro-batch."""
+    chosen_tokens = [pair.chosen_tokens for pair in run.pairs]
+    run.quantisation.active = run.args.qat_enable
+    began = clock()
+    run.step.add([run.pairs[i] for i in micro_batch.indices], micro_batch.totals(chosen_tokens), run.args.qat_enable)
+    return clock() - began
+
+
+def _seconds_of_update(run: Run, clock: Clock) -> float:
+    """The seconds of an update of the weights, which is made twice, since the first one compiles."""
+    gradient = run.step.total
+    run.step.apply()
+    run.step.total = gradient
+    began = clock()
+    run.step.apply()
+    mx.synchronize()
+    return clock() - began
+
+
+def _validations(run: Run) -> int:
+    """How many validations are to come, the one before training included."""
+    args, done = run.args, run.state.iteration
+    within = args.iters // args.steps_per_eval - done // args.steps_per_eval
+    return within + bool(args.iters % args.steps_per_eval) + (done == 0)
+
+
+def _seconds_of_validation(run: Run, clock: Clock) -> float:
+    """The seconds of a validation, from those of one batch of median length."""
+    args = run.args
+    pairs: Sequence[PreferencePair] = run.val_pairs
+    if args.val_batches >= 0:
+        pairs = pairs[: args.val_batches * args.batch_size]
+    if not pairs:
+        return 0.0
+    middle = max(0, (len(pairs) - args.batch_size) // 2)
+    batch = sorted(pairs, key=lambda pair: pair.tokens)[middle : middle + args.batch_size]
+    run.quantisation.active = False
+    began = clock()
+    evaluate_pairs(run.model, batch, run.objective, batch_size=args.batch_size, scorer=run.scorer)
+    mx.synchronize()
+    return (clock() - began) / sum(pair.tokens for pair in batch) * sum(pair.tokens for pair in pairs)
