@@ -114,8 +114,8 @@ def is_on_this_machine(model: str) -> bool:
 
 
 def positions_of(model: str) -> int | None:
-    """Return the ``max_position_embeddings`` of a model on this machine, if its configuration has them."""
-    config = load_config(model_folder(model))
+    """Return the ``max_position_embeddings`` of a model, if it is on this machine and its configuration has them."""
+    config = load_config(model_folder(model)) if is_on_this_machine(model) else {}
     positions = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
     return positions if isinstance(positions, int) else None
 
