@@ -63,7 +63,7 @@ def run_check(
         timed: load the model, too, and measure how long the run takes.
 
     Raises:
-        UserError: the last of what the run would refuse; those before it are printed.
+        UserError: the first of what the run would refuse; the others are printed.
     """
     stream = sys.stdout if stream is None else stream
     refusals = _Refusals()
@@ -89,11 +89,11 @@ class _Refusals(list[UserError]):
         return isinstance(error, UserError)
 
     def tell(self, stream: TextIO) -> None:
-        """Print all but the last, and raise this one."""
-        for error in self[:-1]:
+        """Raise the first, which is the one that a run would name, and print the others."""
+        for error in self[1:]:
             print(f"error: {error}", file=stream)
         if self:
-            raise self[-1]
+            raise self[0]
 
 
 def _check_rows(
@@ -116,16 +116,16 @@ def _check_rows(
         if dataset:
             _print_columns(dataset.report, stream)
             _print_lengths(dataset, settings.max_seq_length, stream)
-    if splits[0]:
-        with refusals:
+    with refusals:
+        require_splits(settings, splits)
+    with refusals:
+        if splits[0]:
             _print_plan(settings, splits, timed, stream)
     _print_examples(
         next(dataset for dataset in splits if dataset)[:examples],
         ChatTokenizer.from_settings(tokenizer, settings),
         stream,
     )
-    with refusals:
-        require_splits(settings, splits)
 
 
 def _print_columns(report: DataReport, stream: TextIO) -> None:

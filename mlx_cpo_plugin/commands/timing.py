@@ -65,9 +65,8 @@ def _seconds_of_update(run: Run, clock: Clock) -> float:
 
 def _validations(run: Run) -> int:
     """How many validations are to come, the one before training included."""
-    args, done = run.args, run.state.iteration
-    within = args.iters // args.steps_per_eval - done // args.steps_per_eval
-    return within + bool(args.iters % args.steps_per_eval) + (done == 0)
+    done, last = run.state.iteration, run.args.iters
+    return sum(run.validates_after(iteration) for iteration in range(done + 1, last)) + 1 + (done == 0)
 
 
 def _seconds_of_validation(run: Run, clock: Clock) -> float:

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TextIO
 
 from mlx_cpo_plugin.blas import usable_cores
+from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
@@ -138,7 +139,7 @@ class Progress:
         self.rows, self.clock = rows, clock
         self.stream = sys.stderr if stream is None else stream
         self.bar: Any = None
-        self.due = clock() + (BAR_AFTER if self.stream.isatty() else LINE_EVERY)
+        self.due = clock() + (BAR_AFTER if is_live(self.stream) else LINE_EVERY)
 
     def __enter__(self) -> Progress:
         return self
@@ -152,12 +153,8 @@ class Progress:
         if self.bar is not None:
             self.bar.update(rows - self.bar.n)
         elif self.clock() >= self.due and rows < self.rows:
-            from mlx_cpo_plugin.exchange import is_first_rank  # which needs MLX, and this module does not
-
             self.due = self.clock() + LINE_EVERY
-            if not is_first_rank():
-                return
-            if self.stream.isatty():
+            if is_live(self.stream):
                 from tqdm import tqdm
 
                 self.bar = tqdm(

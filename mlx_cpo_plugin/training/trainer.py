@@ -26,6 +26,7 @@ from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.call import pairs_of, training_arguments
+from mlx_cpo_plugin.training.duration import Forecast
 from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, saved_on_failure, stop_requests
 from mlx_cpo_plugin.training.held_out import score_saved
 from mlx_cpo_plugin.training.objective import objective_for
@@ -128,6 +129,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
     """Work through the plan: each iteration is a micro-batch, and the last one of a step updates the weights."""
     args, step, reporter, outputs = run.args, run.step, run.reporter, run.outputs
     chosen_tokens = [pair.chosen_tokens for pair in run.pairs]
+    forecast = Forecast(run.tokens_of_plan(), run.state.iteration)
     for iteration, micro_batch in reporter.iterations_of(run.plan(), args.iters, done=run.state.iteration):
         run.quantisation.active = args.qat_enable and run.quantisation.applies_to(step.number)
         pairs = [run.pairs[index] for index in micro_batch.indices]
@@ -143,6 +145,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
         if norm is not None:
             for line in run.memory.corrected():
                 reporter.say(line)
+        reporter.say(forecast.line(iteration))
 
         last = iteration == args.iters
         if last or iteration % args.steps_per_report == 0:

@@ -157,6 +157,10 @@ class Run:
             )
         return False
 
+    def tokens_of_plan(self) -> list[int]:
+        """Return the tokens of each micro-batch of the whole run, as this rank has them."""
+        return [sum(self.pairs[index].tokens for index in some.indices) for some in self.plan()]
+
     def validates_after(self, iteration: int) -> bool:
         """Whether a validation is due after an iteration, the last one or not."""
         args = self.args

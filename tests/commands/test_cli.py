@@ -28,7 +28,7 @@ def command_line_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings that the data check was called with."""
     calls: list[Any] = []
-    monkeypatch.setattr(data_check, "run_check", lambda settings, mode: calls.append(settings))
+    monkeypatch.setattr(data_check, "run_check", lambda settings, mode, timed: calls.append(settings))
     return calls
 
 

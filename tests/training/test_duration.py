@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import mlx.optimizers as optimizers
 import pytest
+from support.tiny import add_adapter, build_model, build_pairs
 
+from mlx_cpo_plugin.training import duration
 from mlx_cpo_plugin.training.duration import MEASURED, Forecast, expected_seconds, spoken
+from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 
 def told(tokens: list[int], seconds: Callable[[int], float], done: int = 0) -> dict[int, str]:
@@ -60,3 +65,14 @@ def test_time_is_linear_between_measurements_and_proportional_outside() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(40.4, "40 s"), (89, "89 s"), (720, "12 min"), (12_600, "3.5 h")])
 def test_durations_have_a_unit_that_fits(seconds: float, text: str) -> None:
     assert spoken(seconds) == text
+
+
+def test_a_run_says_how_long_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duration, "WORTH_SAYING", 0.0)
+    args = CPOTrainingArgs(iters=8, batch_size=1, adapter_file=str(tmp_path / "adapters.safetensors"))
+
+    train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.01), build_pairs(4), None, args)
+
+    assert "s of training are left, by the tokens and the time of iterations 2 to 6.\n" in capsys.readouterr().out

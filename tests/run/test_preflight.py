@@ -1,0 +1,198 @@
+"""What a run refuses before its first step, ``mlx-cpo check`` refuses in the same words; neither changes anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import pytest
+from filelock import FileLock
+
+from mlx_cpo_plugin.checkpoints.run_folder import LOCK_NAME
+from mlx_cpo_plugin.commands.check import run_check
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.plugins import train_modes
+from mlx_cpo_plugin.run.building import build_optimizer
+from mlx_cpo_plugin.run.mode import run_mode
+from mlx_cpo_plugin.run.preflight import plan_notes, position_notes
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.config import RunSettings
+
+Configured = Callable[..., RunSettings]
+
+
+@pytest.fixture
+def configured(model_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configured:
+    """Settings of a short run in an empty working directory, with changes."""
+    monkeypatch.chdir(tmp_path)
+    given = {"train_mode": "cpo", "train": True, "model": str(model_folder), "data": str(data_folder)}
+    given |= {"adapter_path": str(tmp_path / "adapters"), "iters": 2, "batch_size": 2}
+    return lambda **changed: config.resolve({**given, **changed}).settings
+
+
+def check(settings: RunSettings) -> str:
+    stream = io.StringIO()
+    run_check(settings, train_modes()["cpo"], stream, examples=0)
+    return stream.getvalue()
+
+
+def run(settings: RunSettings) -> None:
+    run_mode(settings, train_modes()["cpo"])
+
+
+def refusal_of(what: Callable[[RunSettings], Any], settings: RunSettings) -> UserError:
+    with pytest.raises(UserError) as caught:
+        what(settings)
+    return caught.value
+
+
+def files_in(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*") if not path.is_dir())
+
+
+def assert_both_refuse(configured: Configured, folder: Path, **changed: Any) -> None:
+    before = files_in(folder)
+    in_check = refusal_of(check, configured(**changed))
+    assert files_in(folder) == before
+    in_run = refusal_of(run, configured(**changed))
+
+    assert str(in_check) == str(in_run)
+    assert (type(in_check), in_check.key, in_check.place) == (type(in_run), in_run.key, in_run.place)
+
+
+CONFIGS = {
+    "an adapter path that is a file": {"adapter_path": "a_file"},
+    "an adapter path that is empty": {"adapter_path": ""},
+    "a run to resume that is not there": {"resume": "nowhere"},
+    "an adapter to resume that is not there": {"resume_adapter_file": "nowhere.safetensors"},
+    "an adapter of another kind": {"resume_adapter_file": "foreign.safetensors"},
+    "modules that the model has not": {"lora_parameters": {"keys": ["nope"]}},
+    "a model without weights": {"model": "no_weights"},
+    "a model that is not there": {"model": "./nowhere"},
+    "data that is not there": {"data": "./nowhere"},
+    "rows that are too long": {"max_seq_length": 8, "overlong": "error"},
+    "a template that is not there": {"chat_template": "nowhere.jinja"},
+    "the model's own folder for the fused model": {"model": "no_weights", "adapter_path": "no_weights", "fuse": True},
+    "the best of no validations": {"load_best": True, "val_batches": 0},
+}
+
+
+@pytest.mark.parametrize("changed", CONFIGS.values(), ids=CONFIGS.keys())
+def test_check_refuses_what_a_run_refuses(
+    configured: Configured, tmp_path: Path, model_folder: Path, changed: dict[str, Any]
+) -> None:
+    (tmp_path / "a_file").write_text("x", encoding="utf-8")
+    mx.save_safetensors(str(tmp_path / "foreign.safetensors"), {"foreign": mx.zeros(3)})
+    shutil.copytree(model_folder, tmp_path / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    assert_both_refuse(configured, tmp_path, **changed)
+
+
+def test_check_refuses_to_resume_a_run_of_other_settings(configured: Configured, tmp_path: Path) -> None:
+    run(configured(save_every=1))
+
+    assert_both_refuse(configured, tmp_path, resume="auto", iters=4, learning_rate=1e-3)
+    assert_both_refuse(configured, tmp_path, resume=str(tmp_path / "adapters"), iters=1, adapter_path="new")
+    assert "Steps of the run: 4 iterations" in check(configured(resume="auto", iters=4))
+
+
+def test_check_refuses_a_folder_in_use_and_one_without_a_place_for_earlier_runs(
+    configured: Configured, tmp_path: Path
+) -> None:
+    run(configured())
+    with FileLock(tmp_path / "adapters" / LOCK_NAME):
+        assert_both_refuse(configured, tmp_path)
+    (tmp_path / "adapters" / "previous").symlink_to(tmp_path)
+
+    assert_both_refuse(configured, tmp_path)
+
+
+def test_check_tells_everything_that_is_refused(configured: Configured) -> None:
+    stream, settings = io.StringIO(), configured(resume="nowhere", lora_parameters={"keys": ["nope"]})
+
+    with pytest.raises(UserError, match=r"^resume is 'nowhere'"):
+        run_check(settings, train_modes()["cpo"], stream, examples=0)
+
+    assert "error: lora_parameters.keys has 'nope'" in stream.getvalue()
+    assert "Train: 10 rows, 10 pairs." in stream.getvalue()
+
+
+def notes(configured: Configured, steps: int = 100, **changed: Any) -> list[str]:
+    settings = configured(**changed)
+    optimizer: optimizers.Optimizer = build_optimizer(settings, steps)
+    return plan_notes(settings, optimizer, steps)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "usual", "far_too_large"), [("adam", 1e-3, 1.0), ("muon", 0.02, 5.0), ("sgd", 1.0, 100.0)]
+)
+def test_a_learning_rate_far_above_the_usual_is_noted(
+    configured: Configured, optimizer: str, usual: float, far_too_large: float
+) -> None:
+    assert notes(configured, optimizer=optimizer, learning_rate=usual) == []
+    (line,) = notes(configured, optimizer=optimizer, learning_rate=far_too_large)
+    assert line.startswith(f"note: the learning rate reaches {far_too_large:g}; with {optimizer} up to ")
+
+
+def test_the_rate_that_a_schedule_reaches_is_what_counts(configured: Configured) -> None:
+    rises = {"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 50}
+
+    (line,) = notes(configured, learning_rate=1e-5, lr_schedule=rises)
+
+    assert line.startswith("note: the learning rate reaches ")
+
+
+def test_a_warmup_longer_than_the_run_is_noted_with_the_rate_that_it_reaches(configured: Configured) -> None:
+    schedule = {"name": "constant", "warmup": 100}
+
+    assert notes(configured, 101, learning_rate=1e-4, lr_schedule=schedule) == []
+    assert notes(configured, 11, learning_rate=1e-4, lr_schedule=schedule) == [
+        "note: lr_schedule.warmup is 100 optimizer steps, and the run has 11: the learning rate only reaches 1e-05."
+    ]
+
+
+def test_pairs_beyond_the_positions_of_the_model_are_noted(tmp_path: Path, build_pair: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 20}}))
+    pairs: list[PreferencePair] = [build_pair(length, f"x:{length}") for length in (20, 22, 30)]
+
+    assert position_notes(str(tmp_path), pairs[:1]) == []
+    assert position_notes(str(tmp_path), pairs) == [
+        "note: 2 pairs have more than the 20 positions that the model knows (first x:22, with 22 tokens); lower "
+        "max_seq_length to 20."
+    ]
+    assert position_notes("some/model-that-is-not-here", pairs) == []
+
+
+@pytest.fixture
+def build_pair() -> Callable[[int, str], PreferencePair]:
+    import numpy as np
+
+    def build(length: int, source: str) -> PreferencePair:
+        prompt, answer = np.arange(length - 3, dtype=np.int32), np.arange(3, dtype=np.int32)
+        return PreferencePair(prompt, answer, answer[::-1], answer >= 0, answer >= 0, source)
+
+    return build
+
+
+def test_a_run_prints_the_notes_that_check_prints(
+    configured: Configured, capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 10}))
+    changed = {"model": str(tmp_path / "short"), "learning_rate": 0.5}
+    in_check = [line for line in check(configured(**changed)).splitlines() if line.startswith("note: ")][-2:]
+
+    run(configured(**changed))
+
+    printed = capsys.readouterr().out
+    assert "learning rate" in in_check[0]
+    assert "positions" in in_check[1]
+    assert all(f"{line}\n" in printed for line in in_check)
