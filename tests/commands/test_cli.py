@@ -230,7 +230,7 @@ def test_a_mistake_is_one_sentence_without_a_traceback(
 def test_a_mistake_that_shows_later_is_one_sentence_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("something is wrong with the data.")
 
     monkeypatch.setattr(data_check, "run_check", refuse)
