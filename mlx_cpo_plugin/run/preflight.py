@@ -29,7 +29,6 @@ from mlx_cpo_plugin.training.call import training_arguments
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.resumption import restore
-from mlx_cpo_plugin.training.validation import require_validation
 from mlx_cpo_plugin.training.wiring import Run, training_environment
 
 # The largest learning rates that are usual, by optimizer, and how far above them one is noted.
@@ -133,7 +132,6 @@ def rehearsed(
     objective = objective_for(args.loss_type, args.loss_settings(), None, args.cpo_alpha)
     optimizer = build_optimizer(settings, optimizer_steps(settings, train_set))
     held_out = valid_set if args.val_batches else PreferenceDataset(split="valid")
-    require_validation(args, held_out)
     with out_of_memory_explained(), training_environment(model, args) as environment:
         run = Run(model, optimizer, objective, train_set, held_out, args, environment, None, probing)
         restore(run)
