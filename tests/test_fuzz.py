@@ -16,6 +16,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from support.data_tokenizers import tokenizer_named
+from support.refusals import refused
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.messages import UnusableRow
@@ -352,7 +353,7 @@ def test_code_in_the_folder_of_a_tokenizer_is_not_run(
     tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     change(model_with_code / "tokenizer_config.json", **tokenizer)
 
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with refused(ConfigError, key="model"):
         load_chat_tokenizer(str(model_with_code))
 
     assert not (tmp_path / "canary").exists()
@@ -365,7 +366,7 @@ def test_code_in_the_folder_of_a_model_is_not_run(
     change(model_with_code / "config.json", model_file="evil.py")
     resolved = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_with_code)})
 
-    with pytest.raises(ConfigError, match=r"cannot be loaded .*custom module"):
+    with refused(ConfigError, "custom module", key="model"):
         load_model(resolved.settings)
 
     assert not (tmp_path / "canary").exists()

@@ -82,7 +82,7 @@ def wrapped_main(host_main: Callable[..., object]) -> Callable[..., object]:
     """Return ``main`` for the registered train modes; it calls ``host_main`` as it was called for all others."""
 
     @functools.wraps(host_main)
-    def main(*positional: Any, **named: Any) -> object:
+    def main(*positional: object, **named: object) -> object:
         args = _first(positional, named)
         on_console = args is None
         call = sys.argv[1:] if on_console else args
@@ -141,7 +141,7 @@ def _is_first_rank() -> bool:
     return is_first_rank()
 
 
-def _first(positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+def _first(positional: Sequence[object], named: Mapping[str, object]) -> Any:
     """Return the argument ``args`` of a call of ``main`` or ``run``, None where it is left out."""
     return positional[0] if positional else named.get("args")
 

@@ -161,7 +161,7 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
             if (size := (folder / name).stat().st_size) != (expected := manifest[name]["bytes"]):
                 raise ValueError(f"{name} has {size} bytes instead of {expected}")
             if hashed and _hash(folder / name) != manifest[name]["sha256"]:
-                raise ValueError(f"{name} has another content than was written")
+                raise ValueError(f"{name} differs from what was written")
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         return Checkpoint(folder, values, RunIdentity.from_plain(values["run"]), int(values["iteration"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -191,7 +191,9 @@ def _named(path: Path, usable: Usable, hashed: bool) -> tuple[Checkpoint, tuple[
     try:
         checkpoint = read_checkpoint(mine, hashed)
     except CheckpointError as error:
-        raise ConfigError(f"{wanted}: {error}", key="resume", place=str(mine)) from error
+        raise ConfigError(
+            f"{wanted}: {str(error).removesuffix('.')}; give an earlier one, or auto.", key="resume", place=str(mine)
+        ) from error
     if not usable(checkpoint.values):
         raise ConfigError(f"{wanted}: {_in_last_step(checkpoint)}; give an earlier one.", key="resume", place=str(mine))
     return checkpoint, ()

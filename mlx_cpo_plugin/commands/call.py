@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.utils import load_model as load_fused_model
@@ -65,7 +64,7 @@ def train(
     *,
     config: str | Path | None = None,
     training_callback: TrainingCallback | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> TrainingResult:
     """Train with CPO as ``mlx_lm_lora.train`` does, and return what came of it.
 

@@ -38,12 +38,12 @@ def run_longest(settings: RunSettings, mode: TrainMode, stream: TextIO | None = 
     stream = sys.stdout if stream is None else stream
     if mode.load_dataset is not cpo.load_dataset:
         raise ConfigError(
-            f"--longest knows no shapes of train_mode {settings.train_mode}; leave it out.", key="train_mode"
+            f"--longest has no estimate for train_mode {settings.train_mode}; leave it out.", key="train_mode"
         )
     pairs, *_ = load_splits(settings, load_chat_tokenizer(settings.model), ("train",))
     if not pairs:
         raise DataError(
-            "--longest splits a pair like the largest one for training, and data holds none; check data or hf_dataset.",
+            "--longest needs a training pair, and the data holds none: check data or hf_dataset.",
             key="data",
         )
     device = device_memory()

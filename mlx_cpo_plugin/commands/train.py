@@ -87,7 +87,9 @@ def activate() -> None:
         PluginError: the environment turns the plugin off.
     """
     if finder.disabled():
-        raise PluginError(f"{finder.DISABLE_VARIABLE} turns the plugin off; unset it to train with CPO.")
+        raise PluginError(
+            f"{finder.DISABLE_VARIABLE} turns the plugin off; unset it to train with CPO.", key=finder.DISABLE_VARIABLE
+        )
     finder.install()
 
 

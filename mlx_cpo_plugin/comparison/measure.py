@@ -142,7 +142,7 @@ def _measure_both(comparison: Comparison, adapter_path: Path, max_tokens: int, s
         if is_device_fault(error):
             raise
         raise ConfigError(
-            f"The adapter in {named(str(adapter_path))} does not go onto model {settings.model!r} "
+            f"The adapter in {named(str(adapter_path))} does not fit model {settings.model!r} "
             f"({first_line(error)}); give the model that it was trained from.",
             key="model",
             place=str(adapter_path),

@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", help="configuration of TRL, Axolotl, LLaMA-Factory or SimPO, YAML or JSON"
     )
     parser.add_argument("--output", metavar="OUT.yaml", help="file to write; the result is printed without it")
-    parser.add_argument("--from", dest="source", choices=sorted(SOURCES), help="where FILE is from; told by its keys")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=sorted(SOURCES),
+        help="where FILE is from; by default seen from its keys",
+    )
     parser.add_argument("--rows", type=int, help="number of training rows, for schedules and intervals of epochs")
     parser.add_argument("--drop-reference", action="store_true", help="convert DPO, too, without its reference model")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.yaml")
@@ -103,26 +108,30 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
     file, values = named(settings.file), settings.values
     if "train_mode" in values:
         raise ConfigError(
-            f"{file} has train_mode and so is one of mlx-lm-lora already; train with it.", key="train_mode"
+            f"{file} has train_mode, so it is a configuration of mlx-lm-lora already; train with it.", key="train_mode"
         )
     if "rlhf_type" in values:
         raise ConfigError(
-            f"rlhf_type is {shown(values['rlhf_type'])} {settings.place('rlhf_type')}, so the file is one of ms-swift, "
-            "whose defaults are others than TRL's; write its values as a CPOConfig, loss_type and cpo_alpha included.",
+            f"rlhf_type is {shown(values['rlhf_type'])} {settings.place('rlhf_type')}, so the file is for ms-swift, "
+            "whose defaults differ from TRL's; write its values as a CPOConfig, loss_type and cpo_alpha included.",
             key="rlhf_type",
             place=settings.place("rlhf_type"),
         )
     name = next((name for name, (module, _) in SOURCES.items() if any(mark in values for mark in module.MARKS)), None)
     if name is None:
         raise ConfigError(
-            f"{file} has no key by which TRL's, Axolotl's, LLaMA-Factory's or SimPO's configurations are known; say "
-            "with --from which it is."
+            f"{file} has no key by which a configuration of TRL, Axolotl, LLaMA-Factory or SimPO is recognised; say "
+            "which it is with --from.",
+            key="from",
+            allowed=", ".join(SOURCES),
         )
     if name == "trl" and not (drop_reference or trl.is_surely_cpo(values) or trl.names_another_trainer(values)):
         raise ConfigError(
             f"{file} has none of the keys that only a CPOConfig has (cpo_alpha, simpo_gamma, loss_type: simpo), so it "
-            "may be one of DPO, ORPO or another trainer; say --from trl if it is a CPOConfig, or --drop-reference if "
-            "it is one of DPO."
+            "may be for DPO, ORPO or another trainer; give --from trl if it is a CPOConfig, or --drop-reference if it "
+            "is for DPO.",
+            key="from",
+            allowed="trl",
         )
     return name
 

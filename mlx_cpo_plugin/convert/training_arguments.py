@@ -102,10 +102,10 @@ def _put_epochs(passes: float, key: str, epoch: int | None, given: bool, convers
         conversion.put("epochs", int(passes), given)
     elif epoch is not None:
         conversion.put("iters", math.ceil(passes * epoch), given)
-        conversion.tell(f"{key} {passes:g} is no whole number: iters holds what it comes to.")
+        conversion.tell(f"{key} {passes:g} is not a whole number, so iters is set to what it comes to.")
     else:
         conversion.put("epochs", math.ceil(passes), given)
-        conversion.tell(f"{key} {passes:g} is no whole number and was rounded up; with --rows it is exact.")
+        conversion.tell(f"{key} {passes:g} is not a whole number and was rounded up; give --rows for an exact one.")
 
 
 def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: Length) -> None:

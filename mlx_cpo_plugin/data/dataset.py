@@ -6,7 +6,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -275,17 +274,18 @@ def _are_ids(side: object) -> bool:
     return not any(isinstance(token, str | Mapping) for token in side)
 
 
-def _sides_of_item(item: Any, source: str) -> tuple[Side, Side]:
+def _sides_of_item(item: object, source: str) -> tuple[Side, Side]:
     """Both sides of one item of mlx-lm-lora's tokenised data sets."""
+    values = item if isinstance(item, Mapping) else {}
     try:
-        ids = [as_ids(item[part]) for part in ("chosen", "rejected")]
+        ids = [as_ids(values[part]) for part in ("chosen", "rejected")]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
             f"{source} of the data set is not a tokenised preference: give token ids as chosen and rejected.",
             place=source,
         ) from None
     shared = common_prefix(*ids)
-    sizes = [item.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
+    sizes = [values.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
     chosen, rejected = (Side(side, np.arange(len(side)) >= size) for side, size in zip(ids, sizes, strict=True))
     return chosen, rejected
 

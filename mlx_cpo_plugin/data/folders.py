@@ -60,7 +60,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
         return inside[chosen]
     if inside:
         raise DataError(
-            f"{named(str(folder))} holds several data sets ({named(', '.join(inside))}): let data name one of them.",
+            f"{named(str(folder))} holds several data sets ({named(', '.join(inside))}): set data to one of them.",
             key="data",
             place=str(folder),
             allowed=", ".join(inside),
@@ -97,7 +97,7 @@ def _claimed(names: Mapping[str, bool]) -> dict[str, list[str]]:
         if len({_words(name) for name in best[split]}) > 1:
             listed = ", ".join(named(name, 60) for name in best[split][:4])
             raise DataError(
-                f"{listed} may each be the {split} split: keep one of them, or let data name the file.",
+                f"{listed} may each be the {split} split: keep one of them, or set data to the file.",
                 key="data",
                 allowed=listed,
             )

@@ -280,14 +280,16 @@ def build_optimizer(settings: RunSettings, steps: int = 1) -> optimizers.Optimiz
         rate = _learning_rate(settings, steps)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"lr_schedule {settings.lr_schedule!r} cannot be built: {error}.", key="lr_schedule"
+            f"lr_schedule {settings.lr_schedule!r} cannot be built ({error}); correct it.", key="lr_schedule"
         ) from error
     try:
         # Adafactor's own default is to pass over the learning rate.
         arguments = ({"relative_step": False} if name == "adafactor" else {}) | settings.optimizer_config.get(name, {})
         return getattr(optimizers, OPTIMIZERS[name])(learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_config for {name!r} is not accepted: {error}.", key="optimizer_config") from error
+        raise ConfigError(
+            f"optimizer_config for {name!r} is not accepted ({error}); correct it.", key="optimizer_config"
+        ) from error
 
 
 def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.array], mx.array]:

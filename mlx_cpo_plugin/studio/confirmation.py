@@ -33,7 +33,9 @@ def outside_paths(settings: Mapping[str, Any], root: Path) -> list[str]:
             try:
                 places = list(_places(root / Path(text).expanduser(), root))
             except (OSError, RuntimeError, ValueError) as error:
-                raise ConfigError(f"{key} names {text!r}, which cannot be followed ({error}); change it.") from error
+                raise ConfigError(
+                    f"{key} names {text!r}, which cannot be followed ({error}); change it.", key=key
+                ) from error
             found |= {f"{key}: {place}": None for place in places}
     return list(found)
 

@@ -38,7 +38,9 @@ def read_document(path: Path) -> str:
     settings = read_yaml(path)
     mode = settings.values.get("train_mode", MODE)
     if mode != MODE:
-        raise ConfigError(f"train_mode is {mode!r} {settings.place('train_mode')}; this page is for {MODE}.")
+        place = settings.place("train_mode")
+        message = f"train_mode is {mode!r} {place}; this page is for {MODE}."
+        raise ConfigError(message, key="train_mode", place=place, allowed=MODE)
     return path.read_text(encoding="utf-8")
 
 
@@ -104,11 +106,16 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
     try:
         path = (root / name).resolve()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r} is not a valid file name ({error}).") from error
+        raise ConfigError(f"{name!r} is not a valid file name ({error}); give another.") from error
     if not path.is_relative_to(root.resolve()):
-        raise ConfigError(f"{name} lies outside {root}, where this page may not read or write; give a name inside it.")
+        raise ConfigError(
+            f"{name} lies outside {root}, where this page may not read or write; give a name inside it.",
+            place=str(path),
+            allowed=str(root),
+        )
     if path.suffix not in suffixes:
-        raise ConfigError(f"{name} does not end in {' or '.join(suffixes)}; give it that ending.")
+        endings = " or ".join(suffixes)
+        raise ConfigError(f"{name} does not end in {endings}; give it that ending.", allowed=endings)
     return path
 
 

@@ -89,13 +89,19 @@ def start(folder: Path, config_text: str, root: Path, resume: bool) -> None:
             os.close(lock)
     except OSError as error:
         raise ConfigError(
-            f"{error.filename or folder} cannot be written to ({error.strerror}); give another adapter_path."
+            f"{error.filename or folder} cannot be written to ({error.strerror}); give another adapter_path.",
+            key="adapter_path",
+            place=str(error.filename or folder),
         ) from error
 
 
 def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock: int) -> None:
     if not _lock_for_a_run(lock):
-        raise ConfigError(f"A run is already writing to {folder}; stop it or give another adapter_path.")
+        raise ConfigError(
+            f"A run is already writing to {folder}; stop it or give another adapter_path.",
+            key="adapter_path",
+            place=str(folder),
+        )
     console = _open_own(folder / CONSOLE_NAME, os.O_WRONLY | os.O_APPEND)
     try:
         os.fchmod(console, stat.S_IRUSR | stat.S_IWUSR)  # an earlier version may have made it
@@ -243,7 +249,9 @@ def _open_own(path: Path, flags: int) -> int:
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ConfigError(f"{path} is a link or not a regular file, so it is not written to; remove it.")
+            raise ConfigError(
+                f"{path} is a link or not a regular file, so it is not written to; remove it.", place=str(path)
+            )
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, stat.S_IRUSR | stat.S_IWUSR)
 
 

@@ -40,7 +40,8 @@ def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
     runs = runs_below(root)
     missing = next((name for name in names if name not in runs), None)
     if missing is not None:
-        raise ConfigError(f"There is no run {missing!r} below {root}; pick one from the list.")
+        message = f"There is no run {missing!r} below {root}; pick one from the list."
+        raise ConfigError(message, place=str(root), allowed=", ".join(runs))
     return [runs[name] for name in names]
 
 

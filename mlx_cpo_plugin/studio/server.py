@@ -115,7 +115,7 @@ def free_port(wanted: int | None) -> int:
                 continue
             return port
     taken = f"Port {wanted} is taken" if wanted is not None else "No port is free"
-    raise ConfigError(f"{taken}; choose another one with --port.")
+    raise ConfigError(f"{taken}; choose another one with --port.", key="port")
 
 
 def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: bool) -> None:

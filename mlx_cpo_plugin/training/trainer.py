@@ -75,7 +75,7 @@ def train_cpo(
     pairs = pairs_of(train_dataset, args.max_seq_length, tokenizer)
     val_pairs = pairs_of(val_dataset if args.val_batches else None, args.max_seq_length, tokenizer, "valid")
     if not pairs:
-        raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.")
+        raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.", key="data")
     require_validation(args, val_pairs)
 
     with (

@@ -323,7 +323,7 @@ def test_an_adapter_of_another_model_is_one_sentence(adapter_path: Path, capsys:
     assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
 
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: The adapter in {adapter_path} does not go onto model ")
+    assert last.startswith(f"error: The adapter in {adapter_path} does not fit model ")
 
 
 def test_a_run_without_its_settings_is_compared_with_a_named_model(

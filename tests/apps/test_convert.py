@@ -485,7 +485,7 @@ def test_epochs_that_are_no_whole_number(rows: int | None, expected: dict[str, i
     conversion = converted("trl", {"max_steps": None, "num_train_epochs": 1.5}, rows)
 
     assert {key: conversion.settings.get(key) for key in expected} == expected
-    assert "1.5 is no whole number" in told(conversion)
+    assert "1.5 is not a whole number" in told(conversion)
 
 
 def rate_of_transformers(name: str, step: int, peak: float, warmup: int, steps: int, end: float) -> float:
@@ -891,8 +891,8 @@ def test_an_output_file_is_not_overwritten_without_force(
         ("their.yaml", "a: [1", "{file}, line 1 is not valid YAML"),
         ("their.json", '{"a": ', "{file} is not valid JSON; correct it."),
         ("their.json", "[1]", "{file} holds no JSON object"),
-        ("their.yaml", "a: 1", "{file} has no key by which TRL's, Axolotl's, LLaMA-Factory's or SimPO's"),
-        ("their.yaml", "train_mode: cpo", "{file} has train_mode and so is one of mlx-lm-lora already"),
+        ("their.yaml", "a: 1", "{file} has no key by which"),
+        ("their.yaml", "train_mode: cpo", "{file} has train_mode"),
     ],
 )
 def test_a_file_that_cannot_be_converted_is_one_sentence(

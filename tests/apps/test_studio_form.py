@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support.refusals import refused
 from support.tiny import LIKE_OTHER_YAML
 
 from mlx_cpo_plugin import LossType, Option, hookimpl
@@ -217,7 +218,7 @@ class TestDocument:
         file = tmp_path / "sft.yaml"
         file.write_text("train_mode: sft\n")
 
-        with pytest.raises(ConfigError, match=r"train_mode is 'sft' in .*line 1; this page is for cpo"):
+        with refused(ConfigError, key="train_mode", place=f"in {file}, line 1", allowed="cpo"):
             document.read_document(file)
 
     def test_a_saved_file_keeps_its_permissions_and_a_new_one_is_its_owners(self, tmp_path: Path) -> None:
@@ -243,5 +244,5 @@ class TestDocument:
         (tmp_path / "root").mkdir()
         (tmp_path / "root" / "link").symlink_to(tmp_path)
 
-        with pytest.raises(ConfigError, match="lies outside"):
+        with refused(ConfigError, "lies outside", allowed=str(tmp_path / "root")):
             document.path_in(tmp_path / "root", "link/x.yaml")

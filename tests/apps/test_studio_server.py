@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.extras import STUDIO
+from support.refusals import refused
 
 from mlx_cpo_plugin.errors import ConfigError
 
@@ -179,5 +180,5 @@ def test_the_browser_is_given_a_file_that_only_its_owner_reads_and_no_token(
 
 
 def test_a_port_that_is_taken_is_refused(server: ModuleType) -> None:
-    with pytest.raises(ConfigError, match="Port 99999 is taken; choose another one with --port"):
+    with refused(ConfigError, "99999", key="port"):
         server.free_port(99999)

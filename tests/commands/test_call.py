@@ -270,7 +270,7 @@ def test_a_loaded_model_that_has_an_adapter_or_is_to_be_fused_is_refused(
     assert refused.value.key == "fuse"
 
     model.layers[0].self_attn.q_proj.lora_a = mx.zeros(1)
-    with pytest.raises(ConfigError, match="has an adapter already"):
+    with refused(ConfigError, "has an adapter already", key="model", place="in the call"):
         train((model, tokenizer), ROWS)
 
 

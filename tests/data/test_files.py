@@ -169,6 +169,7 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
         ("a.jsonl", b'{"a": 1}\n{"a": }\n', ":2", "not valid JSON"),
         ("a.jsonl", b'{"a": 1\n{"a": 2}\n{"a": 3}', ":1", "not valid JSON"),
         ("a.jsonl", b'[\n{"a" 1}]', ":1", "not valid JSON"),
+        ("a.jsonl", b'{"a":\n1}\n{"a": }', ":3", "not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ":2", "not valid UTF-8"),
         ("a.json", b'[{"a":\n"\xff"}]', ":2", "not valid UTF-8"),
         ("a.json", b"3", "", "no rows"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.data_tokenizers import tokenizer_named
+from support.refusals import refused
 
 from mlx_cpo_plugin.data import PreferenceDataset, pairs_of_rows
 from mlx_cpo_plugin.data.dataset import load_splits
@@ -70,9 +71,8 @@ def test_prompts_cut_to_nothing_in_more_than_a_tenth_are_an_error_that_says_what
     given = [{"prompt": [system, {"role": "user", "content": f"What is {i}?"}], **ANSWERS} for i in range(3)]
     whole = pairs(given).report.max_seq_length_for(0.95)
 
-    with pytest.raises(DataError, match=r"in row 1, and so it is in 3 of 3 rows .*, more than 10%: raise") as caught:
+    with refused(DataError, rf"in 3 of 3 rows .*\({whole} keeps 95%", key="max_seq_length", place="row 1"):
         pairs(given, max_seq_length=16)
-    assert f"({whole} keeps 95% of the rows whole)" in str(caught.value)
 
 
 def test_a_few_prompts_cut_to_nothing_are_left_out() -> None:

@@ -182,7 +182,7 @@ def test_a_refused_resume_says_that_the_tokenizer_has_changed():
 
     with pytest.raises(ConfigError, match="other settings: data, tokenizer or chat template;"):
         check_identity(checkpoint, new)
-    with pytest.raises(ConfigError, match="other settings: data;"):
+    with refused(ConfigError, key="data"):
         check_identity(checkpoint, {**new, "tokenizer": old["tokenizer"]})
     check_identity(checkpoint, {**new, "data": "a"})
 

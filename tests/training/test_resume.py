@@ -109,7 +109,7 @@ def test_every_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str, arguments
     stopped(tmp_path / "run", 5, optimizer=optimizer())
 
     assert_same(train(tmp_path / "run", resume="auto", optimizer=optimizer()), whole)
-    with pytest.raises(ConfigError, match="with other settings: optimizer;"):
+    with refused(ConfigError, "other settings", key="optimizer"):
         train(tmp_path / "run", resume="auto", optimizer=optimizer(weight_decay=0.3))
 
 
@@ -121,7 +121,7 @@ def test_adafactor_takes_the_learning_rate_and_its_numbers_are_part_of_a_run(tmp
     slow, fast = trained("slow", 1e-4), trained("fast", 1e-1)
 
     assert any(not np.array_equal(slow[name], fast[name]) for name in slow)
-    with pytest.raises(ConfigError, match="with other settings: optimizer;"):
+    with refused(ConfigError, "other settings", key="optimizer"):
         trained("slow", 1e-4, eps=[1e-30, 1e-2])
 
 
