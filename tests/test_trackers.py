@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
+from support.refusals import refused
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.errors import ConfigError
@@ -220,11 +221,8 @@ ANY_TRACKER = "one of wandb, tensorboard, trackio, swanlab, none"
     ],
 )
 def test_what_is_no_tracker_is_refused(value: Any, allowed: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with refused(ConfigError, key="report_to", place="in the call", allowed=allowed):
         config.resolve({"train_mode": "cpo", "train": True, "report_to": value})
-
-    error = refused.value
-    assert (error.key, error.place, error.allowed) == ("report_to", "in the call", allowed)
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)

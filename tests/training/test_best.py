@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm import load
 from support.faulty_ranks import prepared
+from support.refusals import refused
 from support.resumable_runs import checkpoints, metrics, stopped, train
 from support.tiny import assert_same, build_pairs, parameters, saved_arrays
 
@@ -141,10 +142,8 @@ def test_a_best_adapter_that_is_gone_is_told_and_the_last_weights_are_saved(tmp_
 def test_the_best_of_no_validation_is_refused_before_anything_is_written(
     tmp_path: Path, missing: dict[str, Any]
 ) -> None:
-    with pytest.raises(DataError) as refused:
+    with refused(DataError, key="load_best"):
         train(tmp_path / "run", **PAIRS | missing, load_best=True)
-
-    assert refused.value.key == "load_best"
     assert not (tmp_path / "run").exists()
 
 
@@ -226,10 +225,8 @@ def test_the_best_of_no_validation_rows_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("mlx_cpo_plugin.run.mode.load_model", lambda *_: pytest.fail("the model was loaded"))
     (Path(settings["data"]) / "valid.jsonl").unlink()
 
-    with pytest.raises(DataError, match="load_best is on, but the data holds no valid rows") as refused:
+    with refused(DataError, key="load_best"):
         run_main({**settings, "load_best": True})
-
-    assert refused.value.key == "load_best"
     assert not Path(settings["adapter_path"]).exists()
 
 
