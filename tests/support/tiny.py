@@ -106,6 +106,14 @@ def build_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = 
     return pairs
 
 
+def contrary(pairs: list[PreferencePair]) -> list[PreferencePair]:
+    """The pairs with the answers exchanged: the more a model learns from the ones, the worse it judges the others."""
+    return [
+        PreferencePair(pair.prompt, pair.rejected, pair.chosen, pair.rejected_scored, pair.chosen_scored, pair.source)
+        for pair in pairs
+    ]
+
+
 def parameters(model: nn.Module) -> dict[str, np.ndarray]:
     """The trainable parameters as numpy arrays."""
     return {name: np.array(value) for name, value in tree_flatten(model.trainable_parameters())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 from support import resumable_runs
-from support.tiny import add_adapter, build_model, build_pairs
+from support.tiny import add_adapter, build_model, build_pairs, contrary
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.report.record import RunRecord
@@ -238,11 +237,7 @@ def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_last_word_is_on_the_weights_that_the_run_ends_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Validated on pairs that prefer what training rejects: each validation is worse than the one before.
-    pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in build_pairs(24)]
-    pairs = [replace(pair, chosen_scored=pair.rejected_scored, rejected_scored=pair.chosen_scored) for pair in pairs]
-
-    validations = run(tmp_path, pairs, 1e-3, load_best=True)
+    validations = run(tmp_path, contrary(build_pairs(24)), 1e-3, load_best=True)
 
     best = min(validations[1:], key=lambda report: report["val_loss"])
     assert best != validations[-1], "the last validation is the best"
