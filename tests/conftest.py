@@ -24,7 +24,7 @@ hypothesis_settings.register_profile(
     "own",
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-    max_examples=50,
+    max_examples=25,
     derandomize="CI" in os.environ,
 )
 hypothesis_settings.load_profile("own")
