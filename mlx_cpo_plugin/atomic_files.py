@@ -35,6 +35,11 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again; raises RuntimeError where this account has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-cpo-plugin"
+
+
 def partial_of(path: Path, purpose: str = "partial") -> Path:
     """Return the name beside ``path`` of a file or folder on its way to that name, or from it.
 

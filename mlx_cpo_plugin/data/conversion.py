@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.pair_cache import PairCache
 from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
@@ -84,6 +85,11 @@ class RowConverter:
         )
         return next(filter(None, found), "")
 
+    def identity(self) -> str | None:
+        """All that a row's outcome depends on beside the row; None where that cannot be told."""
+        tokenizer = self.tokenizer.identity()
+        return None if tokenizer is None else repr((tokenizer, self.max_seq_length, self.overlong))
+
     def pickled(self) -> bytes | None:
         """What a worker needs; None where the tokenizer or its template is tied to this process."""
         tokenizer = self.tokenizer.portable()
@@ -96,16 +102,20 @@ def workers_for(rows: int) -> int:
 
 
 def convert_rows(rows: Sequence[SourcedRow], converter: RowConverter) -> list[Outcome]:
-    """The outcome of each row, in order, however many processes take part.
+    """The outcome of each row, in order, however many processes take part, or as a run before has left it.
 
     Raises:
         DataError: a row is too long and ``overlong`` is ``error``.
     """
+    cache = PairCache(rows, converter.identity)
+    if (kept := cache.read()) is not None:
+        return kept
     outcomes: list[Outcome] = []
     with Progress(len(rows)) as progress:
         for some in _converted(rows, converter):
             outcomes += some
             progress.done(len(outcomes))
+    cache.write(outcomes)
     return outcomes
 
 

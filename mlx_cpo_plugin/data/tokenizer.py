@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,6 +174,24 @@ class ChatTokenizer:
         except Exception as error:
             words = printable(" ".join(str(error).split())) or type(error).__name__
             raise UnusableRow(f"the chat template refuses the messages ({words[:120]})") from error
+
+    def identity(self) -> str | None:
+        """All that its tokens depend on; None where Python code from elsewhere takes part."""
+        portable = self.portable()
+        if portable is None:
+            return None
+        derived, inner = ("_inner", "_renders", "_now", "_control"), cast(Any, self._inner)
+        template = str(self._given_template or inner.chat_template)
+        parts = (
+            inner.backend_tokenizer.to_str(),
+            type(inner).__name__,
+            inner.special_tokens_map,
+            template,
+            [sorted(x) if isinstance(x, frozenset) else x for name, x in vars(portable).items() if name not in derived],
+            portable._renders[1:] if isinstance(portable._renders, _WithThinking) else (),
+            self._now if "strftime_now" in template else None,
+        )
+        return repr(parts)
 
     def digest(self) -> str:
         """A fingerprint of this tokenizer and its template."""

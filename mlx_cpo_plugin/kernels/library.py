@@ -23,6 +23,7 @@ import mlx.core as mx
 from filelock import FileLock
 
 from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.atomic_files import cache_folder
 from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.errors import ConfigError
 
@@ -105,7 +106,7 @@ def cached_file() -> Path:
         for part in sorted(SOURCE.iterdir()):
             digest.update(part.read_bytes())
         size = (_MLX / "lib" / "libmlx.so").stat().st_size
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-cpo-plugin"
+        folder = cache_folder()
     except (OSError, RuntimeError) as error:
         raise KernelError(str(error)) from error
     digest.update(f"{FLAGS} {version('mlx')} {size} {sysconfig.get_config_var('SOABI')} {_processor()}".encode())
