@@ -108,8 +108,12 @@ def load_dataset(
 ) -> tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]:
     """Read and tokenise the preference rows that ``args`` names: train, valid and test."""
     from mlx_cpo_plugin import data
+    from mlx_cpo_plugin.data.sample_prompts import own_prompts
 
-    return data.load_dataset(args, tokenizer)
+    train_set, valid_set, test_set = data.load_dataset(args, tokenizer)
+    if args.sample_prompts and valid_set.chat_tokenizer is not None:
+        own_prompts(args.sample_prompts, valid_set.chat_tokenizer)  # what cannot be asked is refused here
+    return train_set, valid_set, test_set
 
 
 def train(

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -38,6 +39,8 @@ _TRL_NAMES = {
     "optimizer_steps": "global_step",
     "time": "runtime",
 }
+# Client -> its type of text.
+_TEXTS = {"wandb": "Html", "swanlab": "Text", "trackio": "Markdown"}
 
 
 Result = TypeVar("Result")
@@ -81,6 +84,15 @@ class Tracker:
         """Send metrics by name."""
         self.run.log(dict(values), step=step)
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Send texts by name, if the client has a type for them."""
+        kind = getattr(import_module(self.client), _TEXTS[self.client], None)
+        if kind is not None:
+            shown = {
+                name: f"<pre>{escape(text)}</pre>" if self.client == "wandb" else text for name, text in texts.items()
+            }
+            self.run.log({name: kind(text) for name, text in shown.items()}, step=step)
+
     def finish(self, failed: bool) -> None:
         """End the run, and wait until everything has arrived."""
         outcomes: dict[str, Values] = {
@@ -107,6 +119,10 @@ class TensorboardTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        for name, text in texts.items():
+            self.writer.add_text(name, text, step)
 
     def finish(self, failed: bool) -> None:
         self.writer.close()
@@ -223,6 +239,20 @@ class TrackerCallback(TrainingCallback):
         if self.wrapped is not None:
             self.wrapped.on_val_loss_report(val_info)
         self._send("valid", val_info, val_info["iteration"])
+
+    def on_sample_report(self, report: Mapping[str, Any]) -> None:
+        """Send answers to prompts as texts; the wrapped callback gets them if it wants to."""
+        wanted = getattr(self.wrapped, "on_sample_report", None)
+        if wanted is not None:
+            wanted(report)
+        self.start()
+        step = report["iteration"]
+        if ("sample", step) in self._told:
+            return
+        samples = enumerate(report["samples"], 1)
+        texts = {f"samples/{number}": f"{one['prompt']}\n\n{one['answer']}" for number, one in samples}
+        for name, tracker in self.trackers.items():
+            self._guarded(name, "updated", tracker.log_texts, texts, step)
 
     def on_test_report(self, metrics: Mapping[str, float]) -> None:
         """Send the metrics of the final test, named as in ``test_loss``, at the iteration of the last report."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # Of the chosen answers, in nats per token: what preference training may take from them unpunished.
 NLL_ALLOWANCE = 0.2
 # A change that no reader would see, such as that of a learning rate of 1e-9, can be certain all the same.
 LEAST = 0.001
+# The mean share of an answer's phrases that it has had before: a model's own answers are below half of it.
+REPETITIVE = 0.5
+_REPETITION = ("val_sample_repetition", "val_sample_repetition_change")
+_OF_ANSWERS = ("val_sample_length", "val_sample_length_change", *_REPETITION)
 OUTCOMES = {1: "better", 0: "undecided", -1: "worse"}
 
 
@@ -58,17 +62,19 @@ class Verdict:
     Attributes:
         outcome: a key of :data:`OUTCOMES`.
         changes: name of a measure -> mean change and standard error.
+        answers: length and repetition of greedy answers and how they changed, as in reports; empty where not known.
     """
 
     outcome: int
     changes: Mapping[str, tuple[float, float]]
+    answers: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, changes: Mapping[str, Change]) -> Verdict:
+    def of(cls, changes: Mapping[str, Change], answers: Mapping[str, float] | None = None) -> Verdict:
         """Judge by the changes of all measures.
 
-        A model whose loss rises, or whose chosen answers become much less likely, is worse, whatever its accuracy is;
-        otherwise the measures that moved decide if they agree.
+        A model whose loss rises, whose chosen answers become much less likely, or whose own answers begin to repeat
+        themselves is worse, whatever its accuracy is; otherwise the measures that moved decide if they agree.
         """
         signs = {}
         for measure in MEASURES:
@@ -76,11 +82,12 @@ class Verdict:
             side = measure.sign * change.sign()
             signs[measure.name] = side if side > 0 else measure.sign * change.sign(measure.allowance)
         lost = any(not math.isfinite(change.mean) for change in changes.values())
-        if lost or -1 in (signs["loss"], signs["nll_loss"]):
+        answers = dict(answers or {})
+        if lost or -1 in (signs["loss"], signs["nll_loss"]) or _repeats(answers):
             outcome = -1
         else:
             outcome = (1 in signs.values()) - (-1 in signs.values())
-        return cls(outcome, {name: (change.mean, change.stderr) for name, change in changes.items()})
+        return cls(outcome, {name: (change.mean, change.stderr) for name, change in changes.items()}, answers)
 
     @classmethod
     def from_report(cls, report: Mapping[str, float | None]) -> Verdict | None:
@@ -93,14 +100,16 @@ class Verdict:
             values = [report.get(f"val_{name}_{part}") for part in ("change", "stderr")]
             mean, stderr = (math.nan if value is None else float(value) for value in values)
             changes[name] = (mean, stderr)
-        return cls(int(outcome), changes)
+        return cls(
+            int(outcome), changes, {name: value for name in _OF_ANSWERS if (value := report.get(name)) is not None}
+        )
 
     def report(self) -> dict[str, float]:
         """Return the numbers that a report of a validation has of it: ``val_verdict``, 1, 0 or -1, and the changes."""
         numbers: dict[str, float] = {"val_verdict": self.outcome}
         for name, (mean, stderr) in self.changes.items():
             numbers |= {f"val_{name}_change": mean, f"val_{name}_stderr": stderr}
-        return numbers
+        return numbers | dict(self.answers)
 
     @property
     def word(self) -> str:
@@ -114,7 +123,18 @@ class Verdict:
             mean, stderr = self.changes[measure.name]
             figures.append(f"{measure.label} {mean:+{measure.form}} ± {stderr:{measure.form}}")
         than = f"{self.word} than" if self.outcome else "not certain to be better or worse than"
+        if _repeats(self.answers):
+            now, change = (self.answers[name] for name in _REPETITION)
+            figures.append(f"answers that repeat {now:.0%} of their phrases, {now - change:.0%} before")
         return f"{than} before training: {', '.join(figures)}"
+
+
+def _repeats(answers: Mapping[str, float]) -> bool:
+    """Whether answers have come to repeat themselves."""
+    if not all(name in answers for name in _REPETITION):
+        return False
+    now, change = (answers[name] for name in _REPETITION)
+    return now > REPETITIVE and now - change < REPETITIVE / 2
 
 
 def students_t(freedom: int) -> float:

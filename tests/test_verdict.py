@@ -93,6 +93,23 @@ def test_a_number_that_a_file_lacks_is_said_to_be_none() -> None:
     assert "loss +nan ± nan" in Verdict.from_report(row).sentence()  # type: ignore[union-attr]  # there is a verdict
 
 
+@pytest.mark.parametrize(
+    ("now", "change", "word"), [(0.9, 0.85, "worse"), (0.9, 0.4, "better"), (0.4, 0.4, "better"), (0.9, None, "better")]
+)
+def test_answers_that_begin_to_repeat_themselves_make_a_model_worse(
+    now: float, change: float | None, word: str
+) -> None:
+    answers = {"val_sample_repetition": now, "val_sample_length": 60.0}
+    answers |= {} if change is None else {"val_sample_repetition_change": change}
+    better = {name: Change(-0.1 if name == "loss" else 0.0, 0.01, 50) for name in LABELS.values()}
+
+    judged = Verdict.of(better, answers)
+
+    assert judged.word == word
+    assert ("answers that repeat 90% of their phrases, 5% before" in judged.sentence()) == (word == "worse")
+    assert Verdict.from_report(judged.report()) == judged
+
+
 def test_report_and_page_show_the_verdict_of_the_last_validation(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.report import DataReport, columns_of
 from mlx_cpo_plugin.data.rows import first_few
+from mlx_cpo_plugin.data.sample_prompts import own_prompts
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
@@ -110,6 +111,8 @@ def _check_rows(
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if not any(splits):
         raise DataError("the data holds no rows: check data or hf_dataset.", key="data")
+    if settings.sample_prompts:
+        own_prompts(settings.sample_prompts, ChatTokenizer.from_settings(tokenizer, settings))
     for dataset in splits:
         print(*dataset.report.lines(), sep="\n", file=stream)
     for dataset in splits:

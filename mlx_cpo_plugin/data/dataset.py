@@ -28,10 +28,12 @@ class PreferenceDataset(list[PreferencePair]):
     Attributes:
         report: rows read, skipped and cut.
         tokenizer: fingerprint of the tokenizer; empty where it is not known.
+        chat_tokenizer: what made the pairs; None where that is not known.
         cut_to: makes the data set again for a ``max_seq_length``; None where the pairs were cut already.
     """
 
     cut_to: Callable[[int], PreferenceDataset] | None = None
+    chat_tokenizer: ChatTokenizer | None = None
 
     def __init__(
         self,
@@ -181,7 +183,10 @@ def load_splits(
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
             valid = PreferenceDataset(split="valid", notes=(note,))
-    return train, valid.beside(train), test.beside(train)
+    splits_of_run = train, valid.beside(train), test.beside(train)
+    for pairs in splits_of_run:
+        pairs.chat_tokenizer = chat_tokenizer
+    return splits_of_run
 
 
 def pairs_of_rows(
@@ -299,6 +304,7 @@ def _make_pairs(
     name = named(" and ".join(group.name for group in groups))
     columns = ColumnsRead.joined([group.columns.read([row.value for row in group.rows]) for group in groups])
     pairs = _collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest(), columns)
+    pairs.chat_tokenizer = tokenizer
     if max_length is None:
         pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
     return pairs

@@ -278,6 +278,11 @@ class ChatTokenizer:
         """Text of ``ids``, special tokens included."""
         return str(self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
 
+    def readable(self, ids: Sequence[int] | TokenIds) -> str:
+        """Text of ``ids`` in one line, without special tokens and what the template puts around messages."""
+        text = self.decode(ids)
+        return " ".join((self._control.sub(" ", text) if self._control is not None else text).split())
+
     def _always_opens_answer(self) -> bool:
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
         try:

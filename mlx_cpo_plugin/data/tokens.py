@@ -16,6 +16,7 @@ from mlx_cpo_plugin.data.rendering import Rendering, render, share_what_renders_
 from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, IDENTICAL, Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
 from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.types import Values
 
 CUT, DROP, ERROR = "cut", "drop", "error"
 PROMPT_SHARE = 4
@@ -97,11 +98,11 @@ def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: st
     return split_pair(chosen, rejected, source)
 
 
-def prompt_tokens(text: str, tokenizer: ChatTokenizer) -> TokenIds:
-    """Return the tokens, int32 [P], behind which a model answers ``text``: those of a row with that prompt."""
+def prompt_tokens(prompt: str | Values, tokenizer: ChatTokenizer) -> TokenIds:
+    """Return the tokens, int32 [P], behind which a model answers a prompt, a text or a row with one."""
+    row = {"prompt": prompt} if isinstance(prompt, str) else prompt
     # Two answers that share nothing: what both sides have in common is then the prompt.
-    row = parse_row({"prompt": text, "chosen": "A", "rejected": "B"}, Columns())
-    return tokenize(row, tokenizer).prompt
+    return tokenize(parse_row({**row, "chosen": "A", "rejected": "B"}, Columns()), tokenizer).prompt
 
 
 def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:

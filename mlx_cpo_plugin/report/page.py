@@ -13,7 +13,7 @@ import yaml
 
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.report.plots import PANELS, as_svg, colour, panels_with_points
-from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, differing_settings, number
+from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, answers_over_time, differing_settings, number
 
 TEMPLATE = Path(__file__).with_name("page.html")
 COLUMNS = ("First", "Best", "Last", "Test")
@@ -92,6 +92,7 @@ def _run(record: RunRecord, place: int) -> dict[str, Any]:
             for measure in MEASURES
             if (figures := _figures(record, measure)) is not None
         ],
+        "samples": answers_over_time(record.samples),
         "settings": [(key, _shown(value)) for key, value in record.settings.items()],
         "versions": record.versions,
     }

@@ -38,6 +38,7 @@ class RunRecord:
         settings: what is known of the configuration, by YAML key.
         versions: one line that names versions and device; empty where they are not known.
         train, valid, test: the rows of ``metrics.jsonl`` of each kind, in order; a value that was no number is None.
+        samples: answers to prompts, one row each, in order.
         warnings: what the run warned of.
         best: the validation whose weights a finished run has left, with ``load_best``.
     """
@@ -48,6 +49,7 @@ class RunRecord:
     train: tuple[Row, ...]
     valid: tuple[Row, ...]
     test: tuple[Row, ...]
+    samples: tuple[Row, ...]
     warnings: tuple[str, ...]
     best: tuple[Row, ...] = ()
 
@@ -72,6 +74,7 @@ class RunRecord:
             train=of_kind("train"),
             valid=of_kind("valid"),
             test=of_kind("test"),
+            samples=of_kind("sample"),
             warnings=tuple(str(row.get("text", "")) for row in of_kind("warning")),
             best=of_kind("best"),
         )
@@ -143,6 +146,20 @@ def find_runs(root: str | Path, depth: int = SEARCH_DEPTH) -> list[RunRecord]:
                 continue
     oldest = datetime.fromtimestamp(0, UTC)
     return sorted(records, key=lambda record: (record.updated or oldest, str(record.folder)), reverse=True)
+
+
+def answers_over_time(samples: Iterable[Row], most: int = 6) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Return prompts with their answers by iteration: the first, the last, and some between if there are many."""
+    by_prompt: dict[str, dict[int, str]] = {}
+    for row in samples:
+        if not math.isnan(iteration := number(row, "iteration")):
+            by_prompt.setdefault(str(row.get("prompt", "")), {})[int(iteration)] = str(row.get("answer", ""))
+    picked = []
+    for prompt, answers in by_prompt.items():
+        count = min(most, len(answers))
+        places = {round(place * (len(answers) - 1) / max(count - 1, 1)) for place in range(count)}
+        picked.append((prompt, [answer for place, answer in enumerate(answers.items()) if place in places]))
+    return picked
 
 
 def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_cpo_plugin.settings.nested import auto_if_true, home_expanded
+from mlx_cpo_plugin.settings.nested import auto_if_true, home_expanded, prompts_of_file, sample_prompts
 from mlx_cpo_plugin.settings.options import DATA, LOSS, MEMORY, REPORTS, SAVING, TRAINING, option, options_of
 from mlx_cpo_plugin.types import Values
 
@@ -164,6 +164,21 @@ class CPOSettings:
         free_on_resume=True,
         group=SAVING,
     )
+    sample_prompts: list[str | Values] | None = option(
+        None,
+        "Prompts that the model answers while it trains: a file, or a list; by default those of two validation rows.",
+        spelled=prompts_of_file,
+        inside=sample_prompts,
+        free_on_resume=True,
+        group=REPORTS,
+    )
+    steps_per_sample: int | None = option(
+        None,
+        "Iterations between answers to sample_prompts; at each validation when left out, and 0 for none.",
+        minimum=0,
+        free_on_resume=True,
+        group=REPORTS,
+    )
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many validations without improvement (metric: save_best, default loss).",
@@ -176,4 +191,5 @@ class CPOSettings:
 CPO_OPTIONS = options_of(CPOSettings, LOSS)
 _BY_NAME = {own.name: own for own in CPO_OPTIONS}
 BETA, DELTA, LABEL_SMOOTHING = (_BY_NAME[name] for name in ("beta", "delta", "label_smoothing"))
+SAMPLE_PROMPTS = _BY_NAME["sample_prompts"]
 SIMPO_GAMMA, ALPHAPO_ALPHA, CPO_ALPHA = (_BY_NAME[name] for name in ("simpo_gamma", "alphapo_alpha", "cpo_alpha"))

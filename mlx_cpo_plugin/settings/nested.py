@@ -6,8 +6,10 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeGuard
 
+from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.types import Option, Values
 
@@ -20,6 +22,7 @@ OPTIMIZERS = {
     "adafactor": "Adafactor",
     "lion": "Lion",
 }
+MOST_PROMPTS = 16
 TRACKERS = ("wandb", "tensorboard", "trackio", "swanlab")
 
 
@@ -184,6 +187,38 @@ def hf_dataset(value: list[Values], key: str, place: Place) -> list[Values]:
             # Passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
             _only_known(config, ("name", "data_dir", "data_files", "revision", "token"), f"{inner}.config", place)
     return [dict(entry) for entry in value]
+
+
+def prompts_of_file(value: object) -> object:
+    """Read text alone as the path of a file with prompts."""
+    return [{"file": value}] if isinstance(value, str) else value
+
+
+def sample_prompts(value: list[str | Values], key: str, place: Place) -> list[str | Values] | None:
+    """Return prompts, each a text or a row with a prompt or messages; those of a file in its place."""
+    from mlx_cpo_plugin.data.sample_prompts import read_prompts
+
+    wanted = f"a file, or a list of at most {MOST_PROMPTS} prompts, each a text or a mapping with prompt or messages"
+    prompts: list[object] = []
+    for item in value:
+        if isinstance(item, Mapping) and list(item) == ["file"] and isinstance(item["file"], str):
+            try:
+                prompts += read_prompts(Path(item["file"]).expanduser())
+            except DataError as error:
+                raise ConfigError(f"{key} {place(key)}: {error}", key=key, place=place(key)) from error
+        else:
+            prompts.append(item)
+    if len(prompts) > MOST_PROMPTS:
+        raise refused(key, f"{len(prompts)} prompts", place(key), wanted)
+    checked: list[str | Values] = []
+    for prompt in prompts:
+        if isinstance(prompt, Mapping) and (prompt.get("prompt") or prompt.get("messages")):
+            checked.append(dict(prompt))
+        elif isinstance(prompt, str) and prompt.strip():
+            checked.append(prompt)
+        else:
+            raise refused(key, prompt, place(key), wanted)
+    return checked or None
 
 
 def report_to(value: list[str], key: str, place: Place) -> list[str] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
-from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
+from mlx_cpo_plugin.report.record import ReportError, answers_over_time, rows_of_last_run
 from mlx_cpo_plugin.studio.run_process import CONSOLE_NAME, RunState, console_tail, state
 from mlx_cpo_plugin.verdict import Verdict
 
@@ -123,7 +123,17 @@ def status_html(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
             f"<div><dt>{escape(title)}</dt><dd>{_number(value)}</dd></div>" for title, value in known.items()
         )
         parts.append(f'<dl class="figures">{cells}</dl>')
+    samples = [dict(row) for row in rows if row.get("kind") == "sample"]
+    parts += [_answers_html(prompt, answers) for prompt, answers in answers_over_time(samples, most=3)]
     return "".join(parts)
+
+
+def _answers_html(prompt: str, answers: Sequence[tuple[int, str]]) -> str:
+    """Return the answers to a prompt side by side."""
+    heads = "".join(f'<th scope="col">Iteration {iteration}</th>' for iteration, _ in answers)
+    cells = "".join(f"<td>{escape(answer) or '(nothing)'}</td>" for _, answer in answers)
+    table = f"<caption>{escape(prompt)}</caption><thead><tr>{heads}</tr></thead><tbody><tr>{cells}</tr></tbody>"
+    return f'<div class="wide" tabindex="0" role="region" aria-label="Answers to a prompt"><table>{table}</table></div>'
 
 
 def _progress_html(now: RunState, lines: Sequence[str]) -> str:

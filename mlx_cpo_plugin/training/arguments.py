@@ -60,6 +60,8 @@ class CPOTrainingArgs(SFTTrainingArgs):
     keep_checkpoints: int = _option("keep_checkpoints")
     save_best: str | None = _option("save_best")
     load_best: bool = _option("load_best")
+    sample_prompts: list[str | Values] | None = _option("sample_prompts")
+    steps_per_sample: int | None = _option("steps_per_sample")
     early_stopping_patience: int | None = _option("early_stopping_patience")
     eval_per_epoch: bool = _option("eval_per_epoch")
     save_per_epoch: bool = _option("save_per_epoch")

@@ -13,6 +13,9 @@ import numpy as np
 
 from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
 from mlx_cpo_plugin.host import parts_of
+from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
+from mlx_cpo_plugin.settings.cpo_options import SAMPLE_PROMPTS
+from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
 from mlx_cpo_plugin.training.state import random_seed
 from mlx_cpo_plugin.types import Tokenizer
@@ -33,6 +36,7 @@ def training_arguments(args: object) -> CPOTrainingArgs:
     args = CPOTrainingArgs(**given)
     args.adapter_file = os.path.expanduser(args.adapter_file or CPOTrainingArgs.adapter_file)
     args.resume = None if args.resume is None else os.path.expanduser(args.resume)
+    args.sample_prompts = check(SAMPLE_PROMPTS, args.sample_prompts, lambda key: IN_THE_CALL)
     args.seed = caller_seed() if args.seed is None else args.seed
     check_training_args(args)
     return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -45,11 +46,12 @@ class Judge(Resumable):
         """Take a validation as the one before training; ``values`` are as in :meth:`verdict`."""
         self.before = values[_COMPARED].tolist()
 
-    def verdict(self, values: NDArray[np.float64]) -> Verdict | None:
+    def verdict(self, values: NDArray[np.float64], answers: Mapping[str, float] | None = None) -> Verdict | None:
         """Return how a validation compares with the one before training; None where there is nothing to compare.
 
         Args:
             values: of this rank's pairs, in their order, float64 [len(PAIR_VALUES), n].
+            answers: figures of greedy answers, by their names in reports, if there are any.
         """
         if self.before is None:
             return None
@@ -67,7 +69,8 @@ class Judge(Resumable):
             {
                 measure.name: Change(of_mean, of_stderr, int(pairs))
                 for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
-            }
+            },
+            answers or {},
         )
         return self.latest
 

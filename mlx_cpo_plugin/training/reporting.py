@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.training.judge import advice
 from mlx_cpo_plugin.training.metrics import MetricsFile, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
+from mlx_cpo_plugin.training.samples import Sample
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.types import Values
 from mlx_cpo_plugin.verdict import Verdict
@@ -38,6 +39,8 @@ _LABELS = {
 # Micro-batches in each half of the displacement alarm's window, and standard errors that the halves must differ by.
 WINDOW = 20
 CERTAIN = 3.0
+# Characters of an answer on the console.
+SHOWN = 60
 
 
 @runtime_checkable
@@ -168,6 +171,21 @@ class ProgressReporter(Resumable):
         """Repeat in the metrics file the validation whose weights the run ends with."""
         self.metrics_file.append("best", _validation(iteration, means, verdict))
 
+    def report_samples(self, iteration: int, samples: Sequence[Sample], introduce: bool = False) -> None:
+        """Report answers to prompts, and the prompts, too, if they are new."""
+        if not samples:
+            return
+        for number, sample in enumerate(samples, 1):
+            if introduce:
+                self.say(f"Sample {number} ({sample.prompt.source}): {_one_line(sample.prompt.text)}")
+            self.say(f"Iter {iteration}: sample {number}: {_one_line(sample.answer)}")
+            texts = {"prompt": sample.prompt.text, "answer": sample.answer, "source": sample.prompt.source}
+            self.metrics_file.append("sample", {"iteration": iteration, **texts, "ended": sample.ended})
+        report = getattr(self.callback, "on_sample_report", None)
+        if report is not None:  # at the end, since it may raise
+            answers = [{"prompt": sample.prompt.text, "answer": sample.answer} for sample in samples]
+            report({"iteration": iteration, "samples": answers})
+
     def start_trackers(self) -> None:
         """Let the trackers begin their run, or continue it after :meth:`resume_trackers`."""
         if self.trackers is not None:
@@ -252,6 +270,12 @@ class DisplacementAlarm(Resumable):
 def _validation(iteration: int, means: Mapping[str, float], verdict: Verdict | None) -> dict[str, float]:
     report = {} if verdict is None else verdict.report()
     return {"iteration": iteration, **{f"val_{name}": mean for name, mean in means.items()}, **report}
+
+
+def _one_line(text: str) -> str:
+    """Return the beginning of a text, on one line."""
+    line = " ".join(text.split()) or "(nothing)"
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
 
 
 def own_stream(callback: object) -> TextIO | None:

@@ -90,7 +90,8 @@ def train_cpo(
         if not begin(run):
             return
         if run.start.checkpoint is None:
-            validate(run, iteration=1, before_training=True)
+            sample(run, 1, before_training=True)
+            validate(run, 1, before_training=True)
             if run.extends_from == 0:
                 run.outputs.save_checkpoint()
         with saved_on_failure(run.outputs.save_after_failure, stop, run.reporter.say):
@@ -150,7 +151,10 @@ def iterate(run: Run, stop: StopRequest) -> None:
         last = iteration == args.iters
         if last or iteration % args.steps_per_report == 0:
             reporter.report_training(iteration, step.optimizer.learning_rate.item(), micro_batch.epoch)
-        if last or run.validates_after(iteration):
+        validates = last or run.validates_after(iteration)
+        if run.samples.are_due(iteration, validates, last):
+            sample(run, iteration)
+        if validates:
             validate(run, iteration)
 
         stopping, out_of_patience = stop.agreed(), run.best.out_of_patience
@@ -174,6 +178,14 @@ def save_before_risk(run: Run, pairs: Sequence[PreferencePair]) -> None:
         run.outputs.save_checkpoint()
 
 
+def sample(run: Run, iteration: int, before_training: bool = False) -> None:
+    """Let the model answer a few prompts, for people to read."""
+    run.quantisation.active = False
+    with run.reporter.pause():
+        samples = run.samples.take(iteration, before_training)
+    run.reporter.report_samples(iteration, samples, introduce=before_training)
+
+
 def validate(run: Run, iteration: int, before_training: bool = False) -> None:
     """Score the validation pairs, compare them with those before training, and keep the adapter if it is the best."""
     if not run.val_pairs:
@@ -184,11 +196,12 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
         size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
         means, _, values = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
         seconds = time.perf_counter() - started
+        means |= run.samples.figures_of(iteration)
         verdict = None
         if before_training:
             run.judge.begin(values)
         else:
-            verdict = run.judge.verdict(values)
+            verdict = run.judge.verdict(values, run.samples.compared(iteration))
             if best.saved and best.is_best(means):
                 run.outputs.save_best(iteration)
             best.add(iteration, means)  # now that the file is written

@@ -40,6 +40,7 @@ from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 from mlx_cpo_plugin.training.outputs import Outputs
 from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
 from mlx_cpo_plugin.training.reporting import DisplacementAlarm, ProgressReporter
+from mlx_cpo_plugin.training.samples import Samples
 from mlx_cpo_plugin.training.state import TrainingState, can_resume
 from mlx_cpo_plugin.training.validation import BestSoFar
 
@@ -100,6 +101,8 @@ class Run:
         self.judge = Judge(validated, args.cpo_alpha)
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
+        say, warn = self.reporter.say, self.reporter.warn
+        self.samples = Samples(model, args, val_pairs, val_pairs.chat_tokenizer or pairs.chat_tokenizer, say, warn)
         self.kernels = probing and self._choose_kernels(environment)
         self.scorer = self._choose_scorer() if probing else None
         grouping = None if self.scorer is None else self.scorer.grouping
@@ -109,7 +112,7 @@ class Run:
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
-        resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "displacement")}
+        resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "samples", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
         self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
