@@ -362,6 +362,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "save_best": {"save_best": "margin"},
     "eval_per_epoch": {"eval_per_epoch": True},
     "save_per_epoch": {"save_per_epoch": True},
+    "sample_prompts": {"sample_prompts": ["Why?"]},
+    "steps_per_sample": {"steps_per_sample": 3},
     "early_stopping_patience": {"early_stopping_patience": 99},
     "reference_model_path": {"reference_model_path": "nothing"},
 }

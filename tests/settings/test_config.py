@@ -105,6 +105,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "load_best": (True, True),
     "eval_per_epoch": (True, True),
     "save_per_epoch": (True, True),
+    "sample_prompts": (["How, and why?"], ["Why?", {"prompt": "How?"}]),
+    "steps_per_sample": (20, 0),
     "early_stopping_patience": (5, 6),
 }
 

@@ -81,6 +81,11 @@ class Trained:
         return {name: np.array(value).tobytes() for name, value in arrays.items()}
 
 
+@pytest.fixture(autouse=True)
+def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "SECONDS", 1e9)
+
+
 @pytest.fixture
 def tokenizer(model_folder: Path) -> ChatTokenizer:
     return ChatTokenizer(load(str(model_folder))[1])
@@ -227,6 +232,7 @@ def test_samples_end_with_their_time_and_that_is_told_once(
     clock = SimpleNamespace(perf_counter=lambda: float(next(looks)))  # each look at it takes a second
     monkeypatch.setattr(samples, "time", clock)
     monkeypatch.setattr(samples, "SHARE", 0.0)
+    monkeypatch.setattr(samples, "SECONDS", 10.0)
 
     run = Trained(model_folder, tmp_path)
 
