@@ -63,7 +63,9 @@ def test_the_config_trains_with_the_values_that_it_shows_and_prints_what_the_rea
     assert len(shown) == 1
     # On a terminal a sentence goes on in further lines. Of some the end depends on the machine or the config.
     whole = re.sub(r"\n  +", " ", shown[0])
-    starts = [re.split(r"; BLAS| \(weights| epoch|(?<=Set:)|: loss -N ±", line)[0] for line in without_numbers(whole)]
+    starts = [
+        re.split(r"; BLAS| \(weights| epoch|(?<=Set:)|: loss -N ±| --model", line)[0] for line in without_numbers(whole)
+    ]
     for start in filter(None, starts):
         assert any(line.startswith(start) for line in without_numbers(printed)), start
 

@@ -152,11 +152,11 @@ class Outputs:
                 load_adapter(self.model, file)
             except CheckpointError as error:
                 fault = str(error)
-        fault = gather(fault[:500])[0]
-        if not fault:
-            weights = from_first_rank(by_name(self.model.trainable_parameters()))
-            self.model.update(tree_unflatten(list(weights.items())))
-        return fault
+        if not gather(not fault)[0]:
+            return fault or "The first rank has not taken them."
+        weights = from_first_rank(by_name(self.model.trainable_parameters()))
+        self.model.update(tree_unflatten(list(weights.items())))
+        return ""
 
     def is_final(self) -> bool:
         """Whether a finished run has left the best weights or the last ones, as ``load_best`` now says.
