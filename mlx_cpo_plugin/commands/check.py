@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, TextIO
 
 import mlx.nn as nn
@@ -25,6 +26,7 @@ from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import (
     build_optimizer,
@@ -46,6 +48,7 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
+from mlx_cpo_plugin.training.wiring import kernels_pay, kernels_suit
 from mlx_cpo_plugin.types import TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -208,7 +211,9 @@ def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[Pre
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
     grouping = expected_grouping(model) if settings.scoring != "plain" else None
-    return MemoryEstimate(model, optimizer, pairs, args, grouping)
+    kernels = library.suits_device() and kernels_suit(model, args) and kernels_pay(model, args, pairs)
+    with library.used() if kernels and library.compiler() is not None else nullcontext():
+        return MemoryEstimate(model, optimizer, pairs, args, grouping)
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

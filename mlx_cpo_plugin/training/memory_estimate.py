@@ -18,7 +18,6 @@ from mlx_cpo_plugin.errors import LOWER_THESE
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.attention import QUERY_BLOCK
 from mlx_cpo_plugin.model.buckets import Grouping
-from mlx_cpo_plugin.model.compiled import suits
 from mlx_cpo_plugin.model.layers import LINEAR, is_half, linear_layers, widths
 from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers
 from mlx_cpo_plugin.model.products import widened_bytes
@@ -37,6 +36,8 @@ _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 
 class MemoryEstimate:
     """Bytes at the peak of a run; no array of the model or the optimizer is evaluated for it.
+
+    Whether the compiled kernels compute the run is as :func:`mlx_cpo_plugin.kernels.library.in_use` says now.
 
     Args:
         optimizer: initialised with the trainable parameters.
@@ -63,7 +64,8 @@ class MemoryEstimate:
         parameters, trainable = by_name(model.parameters()).values(), by_name(model.trainable_parameters()).values()
         self.weights = sum(array.nbytes for array in parameters) + bytes_of_copies(model)
         self.optimizer = sum(array.nbytes for array in by_name(optimizer.state).values())
-        widened = not current_device().fast_half_products and any(map(is_half, model.modules()))
+        kernels = library.in_use()
+        widened = not (kernels or current_device().fast_half_products) and any(map(is_half, model.modules()))
         self.widening = sum(array.nbytes for array in parameters if array.dtype.size == 2) if widened else 0
 
         size, kept = activation_size(model), kept_bytes_of_layers(model)
@@ -74,7 +76,7 @@ class MemoryEstimate:
         keys = [module for name, module in model.named_modules() if re.search(r"\.[kv]_proj(\.linear)?$", name)]
         # MLX takes the memory of several blocks of attention scores before the first is done; the kernels keep none.
         heads = max(getattr(module, name, 0) for module in model.modules() for name in _HEADS)
-        self.scores_of_query = 0 if _kernels_expected(model) else _SCORES_AT_A_TIME * 4 * heads
+        self.scores_of_query = 0 if kernels else _SCORES_AT_A_TIME * 4 * heads
         self.keys_by_token = size * sum(widths(module)[1] for module in keys if isinstance(module, LINEAR))
         # Logits, their softmax and their gradient.
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
@@ -82,7 +84,8 @@ class MemoryEstimate:
 
         self.gradient = sum(array.nbytes for array in trainable)
         in_float32 = 4 * sum(array.size for array in trainable)
-        self.constant = widened_bytes(model) + in_float32 * (args.gradient_accumulation_steps > 1)
+        # The kernels widen weights while they read them.
+        self.constant = (not kernels) * widened_bytes(model) + in_float32 * (args.gradient_accumulation_steps > 1)
         if args.qat_enable:  # the rounding errors of the weights
             self.constant += size * sum(get_total_parameters(layer) for layer in model.layers)
         # The first step is compared with the weights from before it.
@@ -171,13 +174,6 @@ class MemoryEstimate:
         queries = min(step_size, max(len(pair.prompt), *sides))
         by_length = 4 * self.keys_by_token + min(queries, QUERY_BLOCK) * self.scores_of_query
         return queries * self.by_token + pair.length * by_length
-
-
-def _kernels_expected(model: nn.Module) -> bool:
-    """Whether long pairs of this model are computed by the compiled kernels, by what is installed."""
-    if library.wanted() == library.NONE or not current_device().takes_kernels or not suits(model):
-        return False
-    return library.in_use() or library.compiler() is not None
 
 
 def _gigabytes(size: float) -> str:

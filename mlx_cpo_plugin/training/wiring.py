@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, epoch_ends, last_step_start, training_plan
+from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
@@ -143,13 +144,11 @@ class Run:
 
     def _choose_kernels(self, environment: Environment) -> bool:
         """Let the model compute with the compiled kernels, if it can and the run is long enough, or began with them."""
-        checkpoint, args = self.start.checkpoint, self.args
-        suited = not args.qat_enable and not compilation_pays(args.compile) and suits(self.model)
+        checkpoint, suited = self.start.checkpoint, kernels_suit(self.model, self.args)
         if checkpoint is not None:
             wanted = bool(checkpoint.values.get("kernels"))
         else:
-            tokens = sum(pair.tokens for pair in self.pairs) / len(self.pairs) * args.batch_size * args.iters
-            wanted = suited and library.pays(6 * get_total_parameters(self.model) * tokens)
+            wanted = suited and kernels_pay(self.model, self.args, self.pairs)
         if wanted and suited and library.usable(self.reporter.say):
             environment.stack.enter_context(compiled_kernels(self.model))
             return True
@@ -185,6 +184,18 @@ class Run:
             rank=world.rank(),
             world_size=world.size(),
         )
+
+
+def kernels_suit(model: nn.Module, args: CPOTrainingArgs) -> bool:
+    """Whether the compiled kernels can compute a run."""
+    return not args.qat_enable and not compilation_pays(args.compile) and suits(model)
+
+
+def kernels_pay(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> bool:
+    """Whether a run that they can compute is long enough for them; one of unknown length is taken for an epoch."""
+    epoch = sum(pair.tokens for pair in pairs)
+    tokens = epoch / len(pairs) * args.batch_size * args.iters if args.iters else epoch
+    return library.pays(6 * get_total_parameters(model) * tokens)
 
 
 class Environment(NamedTuple):

@@ -21,6 +21,7 @@ from support.devices import pretended
 from support.memory_errors import OUT_OF_MEMORY
 from support.tiny import add_adapter, build_model, build_pairs
 
+from mlx_cpo_plugin.commands.check import memory_estimate as memory_estimate_of
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import CPU, METAL
@@ -31,6 +32,7 @@ from mlx_cpo_plugin.model import attention, memory
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.model.layers import linear_layers
 from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
+from mlx_cpo_plugin.model.products import widened_bytes
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import unevaluated_model
@@ -160,14 +162,33 @@ def test_memory_of_a_pair_in_segments_grows_with_its_tokens_and_not_with_their_s
     assert peak(512) < 2.5 * peak(256)
 
 
-def test_attention_without_kernels_holds_scores_of_long_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = pairs_of(400, 50, 50)
-    monkeypatch.setattr(library, "in_use", lambda: True)
-    monkeypatch.setattr(library, "wanted", lambda: library.AUTO)
-    with_kernels = estimate_of(pairs, seq_step_size=64).computing
-    monkeypatch.setattr(library, "wanted", lambda: library.NONE)
+def test_kernels_hold_neither_scores_of_attention_nor_weights_that_are_widened() -> None:
+    pairs, model = pairs_of(400, 50, 50), larger_model()
+    model.set_dtype(mx.bfloat16)
+    add_adapter(model)
 
-    assert estimate_of(pairs, seq_step_size=64).computing > with_kernels
+    without = estimate_of(pairs, model, seq_step_size=64)
+    with library.used():
+        with_kernels = estimate_of(pairs, model, seq_step_size=64)
+
+    assert widened_bytes(model) > 0
+    assert without.constant - with_kernels.constant == widened_bytes(model)
+    assert without.scores_of_query > with_kernels.scores_of_query == 0
+    assert without.widening > with_kernels.widening == 0
+
+
+@pytest.mark.parametrize("qat_enable", [False, True])
+@pytest.mark.usefixtures("kernels")
+def test_a_run_that_is_checked_has_the_kernels_that_it_would_have(
+    qat_enable: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_folder), "iters": 2}).settings
+    settings.qat_enable = qat_enable
+
+    estimate = memory_estimate_of(unevaluated_model(settings), settings, pairs_of(20, 5, 5))
+
+    assert (estimate.scores_of_query == 0) is not qat_enable
+    assert not library.in_use()
 
 
 def estimate_of(
