@@ -240,7 +240,7 @@ class TrackerCallback(TrainingCallback):
             self.wrapped.on_val_loss_report(val_info)
         self._send("valid", val_info, val_info["iteration"])
 
-    def on_sample_report(self, report: Mapping[str, Any]) -> None:
+    def on_sample_report(self, report: Values) -> None:
         """Send answers to prompts as texts; the wrapped callback gets them if it wants to."""
         wanted = getattr(self.wrapped, "on_sample_report", None)
         if wanted is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Lock
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.console import is_live
@@ -22,6 +22,9 @@ from mlx_cpo_plugin.data.pair_cache import PairCache
 from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ROWS_FOR_A_WORKER = 2_500
 """With fewer rows, a worker takes longer to start than to convert them."""
@@ -148,7 +151,7 @@ class Progress:
     def __init__(self, rows: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.rows, self.clock = rows, clock
         self.stream = sys.stderr if stream is None else stream
-        self.bar: Any = None
+        self.bar: tqdm | None = None
         self.due = clock() + (BAR_AFTER if is_live(self.stream) else LINE_EVERY)
 
     def __enter__(self) -> Progress:

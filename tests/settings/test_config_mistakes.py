@@ -17,9 +17,6 @@ from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
 from mlx_cpo_plugin.settings.validation import KEYS_OF_OTHERS
 
-SNAPSHOT = Path(__file__).with_name("messages.txt")
-"""What is said to each of the mistakes below, a sentence a line."""
-
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
     file = folder / "my.yaml"
@@ -158,8 +155,10 @@ def test_a_wrong_value_is_told_with_its_key_file_and_line_and_what_is_allowed(
     content: str, key: str, line: int, allowed: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "my.yaml"
+    error = refusal_of_yaml(file, content)
 
-    assert fields_of(refusal_of_yaml(file, content)) == (key, f"in {file}, line {line}", allowed)
+    assert fields_of(error) == (key, f"in {file}, line {line}", allowed)
+    assert all(field in str(error) for field in fields_of(error)), "the sentence says all of it"
 
 
 @pytest.mark.parametrize(("word", "key", "allowed"), MISTAKEN_WORDS)
@@ -167,14 +166,7 @@ def test_a_wrong_value_on_the_command_line(word: str, key: str, allowed: str) ->
     error = refusal(["--train-mode=cpo", "--train", word])
 
     assert fields_of(error) == (key, "on the command line", allowed)
-
-
-def test_the_sentences_are_those_of_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    errors = [refusal_of_yaml(Path("my.yaml"), content) for content, *_ in MISTAKES]
-    errors += [refusal(["--train-mode=cpo", "--train", word]) for word, *_ in MISTAKEN_WORDS]
-
-    assert [str(error) for error in errors] == SNAPSHOT.read_text(encoding="utf-8").splitlines()
+    assert all(field in str(error) for field in fields_of(error)), "the sentence says all of it"
 
 
 @pytest.mark.parametrize(
