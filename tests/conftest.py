@@ -43,13 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(open_workshop())
 
 
+# Folders whose files take longest: no worker is left alone with one of them at the end.
+LONGEST = {"apps", "model", "training"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs and compiling are slow; begin with what is, so that no worker is left alone with it at the end."""
+    """Whole runs and compiling are slow; begin with what takes long."""
     for item in items:
         if {"run_main", "kernels"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.parent.name not in LONGEST))
 
 
 @pytest.fixture(autouse=True)

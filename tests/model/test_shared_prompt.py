@@ -47,12 +47,8 @@ def mixed_pairs() -> list[PreferencePair]:
     return pairs
 
 
-def objective(loss_type: str = "ipo", cpo_alpha: float = 0.0) -> Objective:
-    return objective_for(loss_type, {"beta": 0.3}, cpo_alpha=cpo_alpha)
-
-
 def segments(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
-    return SegmentGradients(model, objective, scorer, step_size=5)
+    return SegmentGradients(model, objective, scorer, step_size=8)
 
 
 def one_after_the_other(model: nn.Module, objective: Objective, scorer: SharedPromptScorer) -> GradientMethod:
@@ -107,15 +103,9 @@ def compare(subtests: pytest.Subtests) -> Callable[..., None]:
     return partial(compare_every_way, subtests)
 
 
-def compare_every_way(
-    subtests: pytest.Subtests,
-    model: nn.Module,
-    loss_type: str = "ipo",
-    tolerance: float = 1e-4,
-    cpo_alpha: float = 0.0,
-) -> None:
+def compare_every_way(subtests: pytest.Subtests, model: nn.Module, tolerance: float = 1e-4) -> None:
     model.train()
-    pairs, goal = mixed_pairs(), objective(loss_type, cpo_alpha)
+    pairs, goal = mixed_pairs(), objective_for("ipo", {"beta": 0.3})
     step = StepTotals.of([*pairs, *build_pairs(2)])  # as a micro-batch of a larger step
     plain = BatchGradients(model, goal)(pairs, step)
     mx.eval(plain)
@@ -129,18 +119,6 @@ def compare_every_way(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_has_the_plain_gradient(name: str, compare: Callable[..., None]) -> None:
     compare(add_adapter(build_architecture(name), scale=1.0), tolerance=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "cpo_alpha"),
-    [
-        *((loss_type, 0.0) for loss_type in ("sigmoid", "hinge", "ipo", "dpop", "simpo", "alphapo")),
-        ("sigmoid", 0.7),
-        ("simpo", 0.7),
-    ],
-)
-def test_every_loss_has_the_plain_gradient(loss_type: str, cpo_alpha: float, compare: Callable[..., None]) -> None:
-    compare(add_adapter(build_model()), loss_type, cpo_alpha=cpo_alpha)
 
 
 def lora(**arguments: Any) -> nn.Module:
