@@ -24,7 +24,7 @@ from mlx_cpo_plugin.data.sample_prompts import own_prompts
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
-from mlx_cpo_plugin.errors import DataError, UserError, named
+from mlx_cpo_plugin.errors import UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.parity import expected_grouping
@@ -112,10 +112,9 @@ def _check_rows(
             _print_steps(rows[0], settings, stream)
         return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
-    if not any(splits):
-        raise DataError("the data holds no rows: check data or hf_dataset.", key="data")
     if settings.sample_prompts:
-        own_prompts(settings.sample_prompts, ChatTokenizer.from_settings(tokenizer, settings))
+        with refusals:
+            own_prompts(settings.sample_prompts, ChatTokenizer.from_settings(tokenizer, settings))
     for dataset in splits:
         print(*dataset.report.lines(), sep="\n", file=stream)
     for dataset in splits:
@@ -127,11 +126,8 @@ def _check_rows(
     with refusals:
         if splits[0]:
             _print_plan(settings, splits, timed, stream)
-    _print_examples(
-        next(dataset for dataset in splits if dataset)[:examples],
-        ChatTokenizer.from_settings(tokenizer, settings),
-        stream,
-    )
+    shown = next((dataset[:examples] for dataset in splits if dataset), [])
+    _print_examples(shown, ChatTokenizer.from_settings(tokenizer, settings), stream)
 
 
 def _print_columns(report: DataReport, stream: TextIO) -> None:

@@ -171,7 +171,7 @@ def test_a_set_that_the_run_asks_for_and_does_not_have_is_an_error_after_the_rep
 
 
 def test_data_without_rows_is_an_error(checked):
-    with refused(DataError, key="data"):
+    with refused(DataError, key="train"):
         checked([])
 
 
