@@ -94,9 +94,13 @@ class PreferenceDataset(list[PreferencePair]):
 
     def beside(self, train: PreferenceDataset) -> PreferenceDataset:
         """The same data set, whose report says which of its rows are in ``train``, too."""
-        return PreferenceDataset(
+        if not self or not train:
+            return self
+        made = PreferenceDataset(
             self._cut, self.report.split, tokenizer=self.tokenizer, **self._others, train=train._cut
         )
+        made.cut_to = self.cut_to
+        return made
 
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
         """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.

@@ -150,6 +150,18 @@ def test_held_out_rows_that_are_trained_on_are_noted(tmp_path: Path) -> None:
     )
 
 
+def test_held_out_rows_beside_a_training_set_can_still_be_cut_as_rows(tmp_path: Path) -> None:
+    line = '{"prompt": "What is it? ' + "cat " * 40 + '", "chosen": "Yes.", "rejected": "No."}\n'
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(line, encoding="utf-8")
+    settings = RunSettings.of({"data": str(tmp_path), "max_seq_length": None})
+
+    _, valid, _ = load_splits(settings, tokenizer_named("chatml"), ("train", "valid"))
+
+    assert valid.cut_to is not None
+    assert tokenizer_named("chatml").decode(valid.cut_to(32)[0].prompt.tolist()).startswith("<|im_start|>user")
+
+
 def test_findings_are_told_with_the_summary() -> None:
     told: list[str] = []
 
