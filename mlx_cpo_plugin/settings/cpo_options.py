@@ -62,7 +62,9 @@ class CPOSettings:
     """The options of CPO, in the order in which the command line lists them."""
 
     dpo_cpo_loss_type: str = option("sigmoid", "Preference loss.", title="Loss")
-    beta: float = option(0.1, "Temperature inside the loss; start lower than with DPO, e.g. 0.05.", above=0)
+    beta: float = option(
+        0.1, "Temperature inside the loss; without cpo_alpha start lower than with DPO, at 0.05.", above=0
+    )
     delta: float = option(50.0, "Coefficient of the drift penalty; only used with dpop.", minimum=0)
     cpo_alpha: float = option(
         0.0,
