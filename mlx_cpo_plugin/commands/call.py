@@ -47,7 +47,8 @@ class TrainingResult:
         verdict: how the last validation, with ``load_best`` the best, compares with the one before training; None where
             there are no two.
         history: every report of the run in order, those before it was resumed included: what ``metrics.jsonl`` has.
-            ``kind`` is ``train``, ``valid``, ``test``, ``warning``, or ``best`` for what ``load_best`` has loaded.
+            ``kind`` is ``train``, ``valid``, ``test``, ``sample``, ``warning``, or ``best`` for what ``load_best`` has
+            loaded.
     """
 
     model: nn.Module = field(repr=False)
@@ -151,6 +152,6 @@ def _result(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> Tr
         name: value
         for row in history
         for name, value in row.items()
-        if row["kind"] != "warning" and name not in ("kind", "run", "time", "iteration")
+        if row["kind"] in ("train", "valid", "best", "test") and name not in ("kind", "run", "time", "iteration")
     }
     return TrainingResult(model, tokenizer, folder, metrics, Verdict.from_report(metrics), history)

@@ -108,7 +108,7 @@ def unevaluated_model(settings: RunSettings) -> nn.Module:
 def is_on_this_machine(model: str) -> bool:
     """Whether the files of a model need not be fetched."""
     try:
-        return model_folder(model).is_dir()
+        return bool(model) and model_folder(model).is_dir()  # one that a call gave has no name
     except Exception:  # the hub client raises many kinds for what is not in its cache
         return False
 
