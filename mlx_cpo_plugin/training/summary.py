@@ -34,11 +34,8 @@ _OF_TRACKERS = ("project", "run_name")
 
 def summary(run: Run) -> list[str]:
     """Return the lines: the loss, a step, the length of the run, what is trained, and every other option that acts."""
-    values = run.args.run_settings
-    if values is None:
-        values = run.args.as_settings(run.step.optimizer, describe_adapter(run.model))
     lines = [_loss_line(run), _step_line(run), _length_line(run), _trained_line(run)]
-    options = acting(values, run.args.loss_type, run.val_pairs)
+    options = acting(run.recorded["settings"], run.args.loss_type, run.val_pairs)
     return [*lines, f"Set: {_flow(options)}"] if options else lines
 
 
