@@ -76,7 +76,7 @@ def test_an_adapter_folder_that_cannot_be_written_to_is_found_before_anything_is
     settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Permissions do not bind the superuser, so the answer of the operating system is given here.
-    monkeypatch.setattr(host_run.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
 
     with refused(match="cannot be written to", key="adapter_path", place=str(tmp_path)):
         run_main(settings)

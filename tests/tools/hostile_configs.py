@@ -190,8 +190,8 @@ def valid_value(option: Option, random: Random) -> Any:
         return random.random() < 0.5
     if option.type is int:
         return random.randint(max(1, int(option.minimum or 1)), 15)
-    plain = {float: random.uniform(0.01, 0.9), str: random.choice(["name", "a-b", "x.y"]), dict: {"a": True}}
-    return plain[option.type]
+    name = random.choice(["name", "a-b", "x.y"])
+    return {float: random.uniform(0.01, 0.9), str: name, dict: {"a": True}, list: [name]}[option.type]
 
 
 def yaml_file(random: Random) -> bytes:
