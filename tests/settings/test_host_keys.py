@@ -171,15 +171,15 @@ def test_num_layers_counts_from_the_last(run: Callable[..., Outcome], train_type
 
 
 @pytest.mark.parametrize(
-    ("key", "bits", "mode"),
+    ("key", "bits", "mode", "train_type"),
     [
-        ("load_in_4bits", 4, "affine"),
-        ("load_in_6bits", 6, "affine"),
-        ("load_in_8bits", 8, "affine"),
-        ("load_in_mxfp4", 4, "mxfp4"),
+        ("load_in_4bits", 4, "affine", "dora"),
+        ("load_in_6bits", 6, "affine", "lora"),
+        ("load_in_8bits", 8, "affine", "lora"),
+        ("load_in_mxfp4", 4, "mxfp4", "lora"),
+        ("load_in_mxfp4", 4, "mxfp4", "dora"),
     ],
 )
-@pytest.mark.parametrize("train_type", ["lora", "dora"])
 def test_quantised_loads_train_and_fuse(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, key: str, bits: int, mode: str, train_type: str
 ) -> None:
