@@ -90,7 +90,9 @@ class PreferenceDataset(list[PreferencePair]):
         notes = tuple(note for part in parts for note in part.report.notes)
         columns = ColumnsRead.joined([part.report.columns for part in parts])
         split, tokenizer = parts[0].report.split, parts[0].tokenizer
-        return cls(pairs, split, skipped, notes, tokenizer, too_long=too_long, columns=columns)
+        joined = cls(pairs, split, skipped, notes, tokenizer, too_long=too_long, columns=columns)
+        joined.chat_tokenizer = parts[0].chat_tokenizer
+        return joined
 
     def beside(self, train: PreferenceDataset) -> PreferenceDataset:
         """The same data set, whose report says which of its rows are in ``train``, too."""

@@ -114,8 +114,8 @@ class Samples(Resumable):
                 f"{SECONDS:.0f} seconds. Change steps_per_sample, or set it to 0 for none."
             )
         if samples:
-            self.latest = iteration, figures(samples)
-            self.before = self.latest[1] if before_training else self.before
+            self.latest = iteration, figures([sample for sample in samples if sample.in_time])
+            self.before = self.latest[1] or None if before_training else self.before
         return samples
 
     def _answer(self, prompt: SamplePrompt, seconds: float) -> Sample:
@@ -147,8 +147,10 @@ class Samples(Resumable):
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the mean length of answers, in tokens, and their mean repetition."""
+    """Return the mean length of answers, in tokens, and their mean repetition, by name; nothing of no answers."""
     count = len(samples)
+    if not count:
+        return {}
     return {
         "sample_length": sum(len(sample.tokens) for sample in samples) / count,
         "sample_repetition": sum(sample.repetition() for sample in samples) / count,

@@ -239,6 +239,7 @@ def test_samples_end_with_their_time_and_that_is_told_once(
     assert capsys.readouterr().out.count("Samples are fewer or shorter than they could be") == 1
     assert {row["iteration"] for row in run.rows} == {1}
     assert all(len(row["answer"]) < samples.SECONDS for row in run.rows)
+    assert not any("val_sample_length" in report for report in run.reports.valid)
 
 
 def test_a_resumed_run_compares_with_the_answers_before_training(model_folder: Path, tmp_path: Path) -> None:
