@@ -14,7 +14,7 @@ from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, dsla_trainer
 from support.refusals import refused
 
 import mlx_cpo_plugin
-from mlx_cpo_plugin import blas
+from mlx_cpo_plugin import blas, exchange
 from mlx_cpo_plugin._version import host_version
 from mlx_cpo_plugin.activation import hook_state, patches
 from mlx_cpo_plugin.errors import ConfigError, DataError, PluginError
@@ -95,6 +95,21 @@ def test_main_gives_the_host_resolved_settings_to_print(host_function: Recorder)
     assert (settings["beta"], settings["iters"], settings["batch_size"]) == (0.02, 3, 1)
     assert settings["config"] is None
     assert settings["plugin_resolved"] is True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_prints_the_banner_and_all_print_errors(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def host_main(args: Any = None) -> None:
+        print("A banner.")
+        print("Something is wrong.", file=sys.stderr)
+
+    monkeypatch.setattr(exchange, "is_first_rank", lambda: rank == 0)
+
+    patches.wrapped_main(host_main)(CPO)
+
+    assert capsys.readouterr() == ("" if rank else "A banner.\n", "Something is wrong.\n")
 
 
 @pytest.mark.parametrize("wrap", [patches.wrapped_main, patches.wrapped_run])
