@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -28,6 +27,8 @@ from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
 
 # An estimate that is off by this factor, and by this share of the device's memory, is corrected on the console.
 FAR_OFF, SHARE_OF_DEVICE = 1.25, 0.02
+# The steps whose peaks correct it.
+CORRECTING = ("first", "second")
 # Scores of a block of queries, and what their gradient is computed from.
 _SCORES_AT_A_TIME = 9
 # What attention layers of mlx_lm call the number of their heads.
@@ -94,7 +95,8 @@ class MemoryEstimate:
         self.largest = max(pairs, key=self._activations)
         self.computing = self._computing([self.largest])
         self._basis, self._peak = "Estimate", mx.get_peak_memory()
-        self._correction, self._tried, self._warned = 1.0, 0.0, 0.0
+        self._before = self._peak
+        self._correction, self._tried, self._warned, self._corrections = 1.0, 0.0, 0.0, 0
 
     @property
     def total(self) -> int:
@@ -112,6 +114,9 @@ class MemoryEstimate:
             f"{_gigabytes(self.optimizer)}, gradients and activations {_gigabytes(self.computing)} with the largest "
             f"pair, {_named(self.largest)}); this device has {_gigabytes(device)}."
         ]
+        before = self._before
+        if before - self.total > SHARE_OF_DEVICE * device and before > FAR_OFF * self.total:
+            lines.append(f"note: loading the model took more, {_gigabytes(before)}, which reports count, too.")
         if self.total > device:
             lines.append(f"Warning: this device has less memory than that; {LOWER_THESE}.")
         if self.widening and self.total + self.widening <= device:
@@ -129,8 +134,8 @@ class MemoryEstimate:
         On a CPU the process would end without a word.
         """
         # Only upwards: a warning in vain costs less than the work since the last checkpoint.
-        needed, free = max(1.0, self._correction) * self._computing(pairs), free_memory()
-        self._tried = max(self._tried, needed)
+        computing, free = self._computing(pairs), free_memory()
+        needed, self._tried = max(1.0, self._correction) * computing, max(self._tried, computing)
         if free is None or needed <= max(free + mx.get_cache_memory(), self._warned):
             return None
         self._warned = needed
@@ -141,14 +146,19 @@ class MemoryEstimate:
         )
 
     def corrected(self) -> list[str]:
-        """Correct the estimate by the peak of the first step; return its lines once more where it was far off."""
-        peak, self._peak, before = mx.get_peak_memory(), sys.maxsize, self._peak
-        if peak <= before or not self._tried:  # corrected already, more was taken before, or this rank had no pairs
+        """Correct the estimate by the peak of each of the first steps; return its lines once more where it was far off.
+
+        The optimizer's state takes its memory when the first step ends, so the second may take more.
+        """
+        peak, device = mx.get_peak_memory(), device_memory()
+        self._corrections += 1
+        # More was taken before, or this rank had no pairs.
+        if self._corrections > len(CORRECTING) or peak <= self._peak or not self._tried:
             return []
-        fixed, device = self.weights + self.optimizer, device_memory()
-        said = fixed + self._tried
-        self._basis, self._correction = "Estimate after the first step", max(0.0, peak - fixed) / self._tried
-        self.computing *= self._correction
+        self._basis, self._peak = f"Estimate after the {CORRECTING[self._corrections - 1]} step", peak
+        fixed, before = self.weights + self.optimizer, self._correction
+        said, self._correction = fixed + before * self._tried, max(0.0, peak - fixed) / self._tried
+        self.computing *= self._correction / before if before else 1.0
         far_off = abs(peak - said) > SHARE_OF_DEVICE * device and not 1 / FAR_OFF < peak / said < FAR_OFF
         return self.lines(device) if far_off else []
 

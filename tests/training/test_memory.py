@@ -350,8 +350,29 @@ def test_the_first_step_corrects_the_estimate_and_one_line_says_so_where_it_was_
     else:
         (line,) = lines
         assert line.startswith(f"Estimate after the first step: about {found.total / 1e9:.3f} GB of memory (weights ")
+
+
+def test_that_loading_took_more_than_training_will_is_told(peak: list[int]) -> None:
+    peak[0] = 3 * 10**9
+    found = estimate_of(pairs_of(100, 60, 60))
+
+    _, note = found.lines(4 * 10**9)
+
+    assert "3.0 GB" in note
+    assert len(found.lines(4 * 10**11)) == 1  # for such a device it is nothing
+
+
+def test_the_second_step_corrects_what_the_first_one_could_not_show_and_later_ones_nothing(peak: list[int]) -> None:
+    found = estimate_of(pairs_of(100, 60, 60))
+    found.risk([found.largest], step=1)
+
+    for step, total in (("first", 10**8), ("second", 2 * 10**8)):
+        peak[0] = total
+        line, *_ = found.corrected()
+        assert line.startswith(f"Estimate after the {step} step: about {total / 1e9:.1f} GB of memory (weights ")
+        assert found.total == pytest.approx(total, rel=1e-6)
     peak[0] *= 2
-    assert found.corrected() == []  # once
+    assert found.corrected() == []
 
 
 def test_a_corrected_estimate_that_the_device_has_not_is_warned_of(peak: list[int]) -> None:
