@@ -608,6 +608,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     return measured_cases
 
 
+@pytest.mark.slow
 class TestGrowth:
     def test_each_curve_doubles_its_own_size_and_tells_the_cost_of_its_own_unit(
         self, timed: list[Case], tmp_path: Path

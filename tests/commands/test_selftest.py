@@ -39,7 +39,10 @@ GPU_CASES: dict[str, tuple[checks.MethodFor, dict[str, Any], dict[str, Any]]] = 
 # What differs between GPUs is whose attention they take.
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [*((METAL, case) for case in GPU_CASES), *((CUDA, case) for case in (*WAYS, "sliding window"))],
+    [
+        *((METAL, case) for case in GPU_CASES),
+        *(pytest.param(CUDA, case, marks=pytest.mark.slow) for case in (*WAYS, "sliding window")),
+    ],
 )
 def test_the_branches_for_a_gpu_have_the_gradient_of_float64(kind: str, case: str) -> None:
     method, arguments, options = GPU_CASES[case]

@@ -162,6 +162,7 @@ def test_every_kind_of_training_has_the_plain_gradient(kind: str, around: str, c
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next", "lfm2", "deepseek_v2"])
+@pytest.mark.slow
 def test_checkpointed_layers_pass_gradients_through_every_kind_of_cache(
     name: str, compare: Callable[..., None]
 ) -> None:

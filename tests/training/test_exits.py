@@ -186,11 +186,12 @@ def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("error", "every"),
     [
-        pytest.param(MemoryError(), 7, marks=pytest.mark.slow),
+        (MemoryError(), 7),
         (RuntimeError("[metal::malloc] Unable to allocate"), 61),
         (LookupError("a fault"), 71),
     ],
 )
+@pytest.mark.slow
 def test_an_error_at_any_point_leaves_what_was_done_and_the_run_goes_on_to_the_same_bits(
     error: Exception, every: int, tmp_path: Path, uninterrupted: Arrays, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,7 @@ def test_adapter_and_model_keep_the_precision_of_the_model(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_the_float32_weights(
     tmp_path: Path, steps: list[dict[str, Any]], dtype: mx.Dtype
 ) -> None:

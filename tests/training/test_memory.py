@@ -142,6 +142,7 @@ def test_the_estimate_is_near_what_is_measured(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.slow
 def test_memory_of_a_pair_in_segments_grows_with_its_tokens_and_not_with_their_square(
     grad_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

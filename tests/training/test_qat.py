@@ -214,6 +214,7 @@ def test_all_is_undone_at_the_end_and_after_a_failure(x: mx.array) -> None:
 
 
 @pytest.mark.parametrize(("start", "interval", "differs_after"), [(1, 1, 1), (3, 1, 3), (2, 2, 2)])
+@pytest.mark.slow
 def test_training_differs_from_the_start_step_on(tmp_path: Path, start: int, interval: int, differs_after: int) -> None:
     def run(iters: int, **arguments: object) -> dict[str, np.ndarray]:
         model = add_adapter(build_model())

@@ -100,6 +100,7 @@ def test_signals_mean_what_they_did_before_once_a_run_is_over(tmp_path: Path) ->
         ("lion", {"weight_decay": 0.1}),
     ],
 )
+@pytest.mark.slow
 def test_every_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
     def optimizer(**others: Any) -> optimizers.Optimizer:
         config = {name: {**arguments, **others}}

@@ -249,6 +249,7 @@ def test_gradient_checkpointing_is_undone_even_when_training_fails(tmp_path: Pat
         {"scoring": "plain", "seq_step_size": 4},
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_step_trains_the_same_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
 ) -> None:
