@@ -303,7 +303,7 @@ def test_every_architecture_has_an_estimate(name: str) -> None:
         assert estimate_of(pairs, model, grouping=grouping).computing > 0
 
 
-def test_the_line_gives_the_parts_in_gigabytes() -> None:
+def test_the_line_gives_the_parts_in_gigabytes(peak: list[int]) -> None:
     found = estimate_of(pairs_of(20, 10, 10))
     found.weights, found.optimizer, found.computing = 540_000_000, 110_000_000, 480_000_000
 
@@ -313,7 +313,7 @@ def test_the_line_gives_the_parts_in_gigabytes() -> None:
     ]
 
 
-def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower() -> None:
+def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower(peak: list[int]) -> None:
     found = estimate_of(pairs_of(20, 10, 10))
 
     assert len(found.lines(found.total)) == 1
@@ -421,7 +421,7 @@ def test_no_line_looks_like_a_report_of_training(peak: list[int]) -> None:
     assert not [line for line in lines if any(part in line.lower() for part in reports)]
 
 
-def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there() -> None:
+def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(peak: list[int]) -> None:
     pairs = pairs_of(200, 40, 40)
     half = larger_model()
     half.set_dtype(mx.bfloat16)
