@@ -32,6 +32,7 @@ ASKED_ELSEWHERE = {
     "bench/recording.py": {"sys.platform"},  # units of the system's peak memory
     "bench/host_trainer.py": {"mx.metal", "mx.device_info"},  # patches what the host's trainer reads
     "bench/unsloth_worker.py": {"mx.metal"},  # asks for the peer, whose environment has nothing of this package
+    "training/samples.py": {"mx.default_device"},  # generates on the stream of the run
 }
 GIGABYTE = 2**30
 
