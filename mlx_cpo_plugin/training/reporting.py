@@ -28,14 +28,10 @@ from mlx_cpo_plugin.verdict import Verdict
 
 Item = TypeVar("Item")
 
-# Means by their names in console lines; of the answers, which come last, their rewards are told.
-_LABELS = {
-    "loss": "loss",
-    "accuracies": "acc",
-    "margins": "margin",
-    "chosen_reward": "chosen",
-    "rejected_reward": "rejected",
-}
+# Means by their names in console lines. MLX LoRA Studio looks for the loss and the rewards by the host's names.
+_LABELS = {"loss": "loss", "accuracies": "acc", "margins": "margin"}
+_TRAIN_LABELS = _LABELS | {"chosen_reward": "chosen_r", "rejected_reward": "rejected_r"}
+_VALID_LABELS = _LABELS | {"chosen_reward": "Val chosen reward", "rejected_reward": "Val rejected reward"}
 # Micro-batches in each half of the displacement alarm's window, and standard errors that the halves must differ by.
 WINDOW = 20
 CERTAIN = 3.0
@@ -61,8 +57,7 @@ class ResumableCallback(Protocol):
 class ProgressReporter(Resumable):
     """Collects what happens between two reports, and reports it on the first rank.
 
-    Callback keys have the names and shapes that the host gives them, since tools read them, and lines begin as the
-    host's do: ``Iter 10: loss 0.528`` and ``Iter 10: Val loss 0.530``.
+    Callback keys, and names in lines, are those that the host gives them, since tools read them: ``it/s 20.51``.
     """
 
     remembered = ("means", "gradient_norms", "iterations", "trained_tokens", "optimizer_steps")
@@ -138,9 +133,9 @@ class ProgressReporter(Resumable):
             self.bar.set_postfix({_LABELS[key]: figure(means[key]) for key in ("accuracies", "loss", "margins")})
             norm = f", grad_norm {figure(info['train_gradient_norm'])}" if norms else ""
             tqdm.write(
-                f"Iter {iteration}: {_labelled(means)}, lr {learning_rate:.2e}{norm}, "
-                f"{figure(info['iterations_per_second'])} it/s, {info['tokens_per_second']:.0f} tok/s, "
-                f"{figure(info['peak_memory'])} GB"
+                f"Iter {iteration}: {_labelled(means, _TRAIN_LABELS)}, lr {learning_rate:.2e}{norm}, "
+                f"it/s {figure(info['iterations_per_second'])}, tok/s {info['tokens_per_second']:.0f}, "
+                f"peak_mem {figure(info['peak_memory'])} GB"
             )
             self.metrics_file.append("train", info)
         self._reset()
@@ -160,7 +155,7 @@ class ProgressReporter(Resumable):
         if not self.is_main:
             return
         info = {**_validation(iteration, means, verdict), "val_time": seconds}
-        tqdm.write(f"Iter {iteration}: Val {_labelled(means)}, {seconds:.1f} s")
+        tqdm.write(f"Iter {iteration}: Val {_labelled(means, _VALID_LABELS)}, {seconds:.1f} s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
         self.say(line)
@@ -298,8 +293,8 @@ def _ends_in(stream: object, other: object) -> bool:
     return stream is other
 
 
-def _labelled(means: Mapping[str, float]) -> str:
-    return ", ".join(f"{label} {figure(means[name])}" for name, label in _LABELS.items())
+def _labelled(means: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{label} {figure(means[name])}" for name, label in labels.items())
 
 
 def figure(value: float) -> str:

@@ -82,11 +82,11 @@ def _absolute(default: object) -> object:
 def _loss_line(run: Run) -> str:
     args, objective, loss = run.args, run.objective, loss_types().get(run.args.loss_type)
     if loss is None or objective.fn is not loss.fn:
-        return f"Loss: the function {name_of(objective.fn)}, given by the call; beta {objective.beta:g}"
+        return f"Objective: the function {name_of(objective.fn)}, given by the call; beta {objective.beta:g}"
     named = [name for option in loss.options if (name := option.name) == "beta" or name in loss.formula]
     options = ", ".join(f"{name} {objective.options[name]}" for name in named)
     likelihood = f", plus {args.cpo_alpha:g} times the chosen answers' nll" if args.cpo_alpha else ""
-    return f"Loss: {loss.title}, {loss.formula}{likelihood}; {options}"
+    return f"Objective: {loss.title}, {loss.formula}{likelihood}; {options}"
 
 
 def _step_line(run: Run) -> str:

@@ -61,14 +61,14 @@ def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_the_loss_has_its_name_its_formula_and_the_options_in_it(
     summary: Summary, arguments: dict[str, Any], line: str
 ) -> None:
-    assert summary(**arguments)["Loss"] == line
+    assert summary(**arguments)["Objective"] == line
 
 
 def test_a_loss_that_the_call_gives_is_named(summary: Summary) -> None:
     def my_own(chosen_logps: mx.array, rejected_logps: mx.array, beta: float) -> mx.array:
         return beta * (rejected_logps - chosen_logps)
 
-    assert summary(my_own, beta=0.3)["Loss"] == "the function my_own, given by the call; beta 0.3"
+    assert summary(my_own, beta=0.3)["Objective"] == "the function my_own, given by the call; beta 0.3"
 
 
 @pytest.mark.parametrize(
