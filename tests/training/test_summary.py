@@ -111,6 +111,15 @@ def test_what_is_trained_is_counted(summary: Summary) -> None:
         assert summary(model=model)["Trained"] == line
 
 
+def test_no_line_looks_like_a_report_of_training(summary: Summary) -> None:
+    lines = summary(loss_type="dpop")
+
+    # What MLX LoRA Studio takes for one.
+    reports = ("loss", "memory:", "peak mem", "peak_mem", "it/s")
+    told = [f"{about}: {lines[about]}" for about in ("Objective", "Step", "Run", "Trained", "Set")]
+    assert not [line for line in told if any(part in line.lower() for part in reports)]
+
+
 def acting_in(call: dict[str, Any], val_pairs: PreferenceDataset | None = None) -> dict[str, Any]:
     """What a run with the settings of a call tells of them."""
     settings = config.resolve({"train_mode": "cpo", "train": True, **call}).settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -366,6 +367,10 @@ def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys:
     lines = capsys.readouterr().out
     assert "Iter 1: Val loss " in lines
     assert "Iter 4: loss " in lines
+    (line,) = [line for line in lines.splitlines() if line.startswith("Iter 4: loss ")]
+    # What MLX LoRA Studio looks for.
+    for name in ("loss", "chosen_r", "rejected_r", "lr", "it/s", "tok/s", "peak_mem"):
+        assert re.search(rf"\b{name} -?\d", line), name
     assert f"Saved final weights to {tmp_path / 'adapters.safetensors'}." in lines
 
 
