@@ -88,7 +88,7 @@ class _Refusals(list[UserError]):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and str(error) not in map(str, self):
             self.append(error)
         return isinstance(error, UserError)
 

@@ -124,6 +124,15 @@ def test_check_tells_everything_that_is_refused(configured: Configured) -> None:
     assert "Train: 10 rows, 10 pairs." in stream.getvalue()
 
 
+def test_what_is_refused_twice_is_told_once(configured: Configured) -> None:
+    stream = io.StringIO()
+
+    with pytest.raises(UserError, match=r"^resume is 'nowhere'"):
+        run_check(configured(resume="nowhere"), train_modes()["cpo"], stream, examples=0)
+
+    assert "error: " not in stream.getvalue()
+
+
 def notes(configured: Configured, steps: int = 100, **changed: Any) -> list[str]:
     settings = configured(**changed)
     optimizer: optimizers.Optimizer = build_optimizer(settings, steps)
