@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +38,8 @@ _ELEMENTWISE = {
 }
 # Numbers of an array, on average, up to which starting an operation takes longer than copying what it works on.
 _SMALL = 1 << 16
+# Numbers of arrays that are joined into one: an update holds some ten times as many at once.
+_JOINED = 1 << 18
 # Rows that an error names.
 _NAMED = 3
 
@@ -80,18 +85,24 @@ class ByName:
 
 
 class Joined(ByName):
-    """Arrays as an optimizer takes them: all in one, so that it starts a few operations in place of some for each."""
+    """Arrays as an optimizer takes them: joined into a few, so that it starts fewer operations."""
 
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self._shapes = {name: array.shape for name, array in arrays.items()}
-        self._ends = np.cumsum([array.size for array in arrays.values()]).tolist()
+        groups = np.cumsum([array.size for array in arrays.values()]) // _JOINED
+        numbered = groupby(zip(arrays, groups, strict=True), itemgetter(1))
+        self._groups = [[name for name, _ in group] for _, group in numbered]
 
-    def tree(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        return {"joined": mx.concatenate([arrays[name].reshape(-1) for name in self._shapes])}
+    def tree(self, arrays: Mapping[str, mx.array]) -> dict[str, list[mx.array]]:
+        return {"joined": [mx.concatenate([arrays[name].reshape(-1) for name in group]) for group in self._groups]}
 
-    def arrays(self, tree: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        parts = mx.split(tree["joined"], self._ends[:-1])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+    def arrays(self, tree: Mapping[str, list[mx.array]]) -> dict[str, mx.array]:
+        apart: dict[str, mx.array] = {}
+        for names, joined in zip(self._groups, tree["joined"], strict=True):
+            shapes = [self._shapes[name] for name in names]
+            parts = mx.split(joined, np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist())
+            apart |= {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return apart
 
 
 def layout_for(optimizer: optimizers.Optimizer, weights: Mapping[str, mx.array]) -> ByName:

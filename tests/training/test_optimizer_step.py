@@ -64,9 +64,13 @@ def layout_of(make: Make, adapted: nn.Module, **state: Any) -> ByName:
     return layout_for(optimizer, by_name(adapted.trainable_parameters()))
 
 
-def test_what_is_joined_comes_apart_as_it_was() -> None:
+@pytest.mark.parametrize("size", [1, 1000, 1 << 18])
+def test_what_is_joined_comes_apart_as_it_was(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_step, "_JOINED", size)
     weights = by_name(adapted_model().trainable_parameters())
-    apart = Joined(weights).arrays(Joined(weights).tree(weights))
+    joined = Joined(weights).tree(weights)
+    assert (len(joined["joined"]) == 1) is (size == 1 << 18)
+    apart = Joined(weights).arrays(joined)
     assert apart.keys() == weights.keys()
     assert all(mx.array_equal(apart[name], value) for name, value in weights.items())
 
