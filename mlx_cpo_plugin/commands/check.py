@@ -172,7 +172,8 @@ def _print_steps(rows: Sequence[Any], settings: RunSettings, stream: TextIO) -> 
     each = f"{key} {getattr(settings, key)}, gradient_accumulation_steps {accumulation}"
     in_epoch = f"{batches} iterations, {math.ceil(batches / accumulation)} optimizer steps ({each})"
     print(f"\nSteps per epoch: {in_epoch}", file=stream)
-    in_run = f"{settings.iters} iterations, {steps} optimizer steps, {settings.iters / batches:.3g} epochs"
+    epochs = settings.iters / batches
+    in_run = f"{settings.iters} iterations, {steps} optimizer steps, {epochs:.3g} epoch{'s' * (epochs != 1)}"
     print(f"Steps of the run: {in_run}", file=stream)
     return steps
 
