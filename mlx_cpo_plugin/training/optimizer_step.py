@@ -106,11 +106,12 @@ class Joined(ByName):
 
 
 def layout_for(optimizer: optimizers.Optimizer, weights: Mapping[str, mx.array]) -> ByName:
-    """Return how an optimizer takes weights: joined where it treats them alike, they are small, and it is new."""
+    """Return how an optimizer takes weights: joined if it treats all alike, they are small, and it is as when made."""
     small = sum(array.size for array in weights.values()) <= _SMALL * len(weights)
     of_one_dtype = len({array.dtype for array in weights.values()}) == 1
     is_new = not any(name.partition(".")[0] in optimizer.state for name in weights)
-    if type(optimizer) in _ELEMENTWISE and small and of_one_dtype and is_new:
+    is_plain = type(optimizer) in _ELEMENTWISE and not any(map(callable, vars(optimizer).values()))
+    if is_plain and small and of_one_dtype and is_new:
         return Joined(weights)
     return ByName()
 

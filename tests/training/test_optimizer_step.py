@@ -89,9 +89,16 @@ def test_an_optimizer_with_a_past_and_one_of_a_stranger_get_arrays_by_name() -> 
     class Strange(optimizers.Adam):
         pass
 
+    def watched() -> optimizers.Optimizer:
+        optimizer = ALIKE["adam"]()
+        apply = optimizer.apply_gradients
+        optimizer.apply_gradients = lambda *trees: apply(*trees)  # type: ignore[method-assign]
+        return optimizer
+
     model = adapted_model()
     first = next(iter(model.trainable_parameters()))
     assert not isinstance(layout_of(lambda: Strange(1e-2), model), Joined)
+    assert not isinstance(layout_of(watched, model), Joined)
     assert not isinstance(layout_of(ALIKE["adam"], model, **{first: {}}), Joined)
 
 
