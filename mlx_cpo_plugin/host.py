@@ -5,10 +5,12 @@ A piece that only one feature needs is looked up when it is used: a version with
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +21,7 @@ from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs as SFTTrainingArgs
 
 from mlx_cpo_plugin._version import NEWEST_TESTED_HOST, host_version
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_out_of_memory
+from mlx_cpo_plugin.missing_paths import looks_like_path, nearest_path
 from mlx_cpo_plugin.types import Tokenizer
 
 FakeQuantizer = Callable[[mx.array, int, int], mx.array]
@@ -107,6 +110,12 @@ def load_chat_tokenizer(model: str) -> Tokenizer:
     Raises:
         ConfigError: there is no such model, or its tokenizer cannot be read.
     """
+    missing, near = not os.path.exists(model), None
+    with suppress(OSError):  # of a folder that cannot be searched
+        near = nearest_path(Path(model)) if missing else None
+    advice = f"did you mean {near}?" if near else "give a local folder or the name of a model on the hub."
+    if missing and looks_like_path(model):
+        raise ConfigError(f"model names {model!r}, which does not exist: {advice}", key="model", allowed=near or "")
     try:
         # Said outright: transformers would ask otherwise, and run the folder's code after one keystroke.
         tokenizer = load_tokenizer(model, {"trust_remote_code": False})
@@ -114,9 +123,9 @@ def load_chat_tokenizer(model: str) -> Tokenizer:
         if is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); "
-            "give a local folder or the name of a model on the hub.",
+            f"The tokenizer of model {model!r} cannot be loaded ({first_line(error)}); {advice}",
             key="model",
+            allowed=near or "",
         ) from error
     give_chat_template(tokenizer)
     return tokenizer

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.utils import load_model as load_fused_model
@@ -26,6 +27,7 @@ from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.validation import refused
 from mlx_cpo_plugin.settings.yaml_settings import read_yaml
+from mlx_cpo_plugin.training.call import check_callback
 from mlx_cpo_plugin.types import Tokenizer, Values
 from mlx_cpo_plugin.verdict import Verdict
 
@@ -110,23 +112,39 @@ def train(
         raise refused("data", data, IN_THE_CALL, "rows, or a folder, a file or a name on the hub")
 
     with lasting_output(speaks=is_first_rank()):
+        check_callback(training_callback)
         resolved = resolved_settings(call)
         mode = train_modes()[resolved.train_mode]
         if loaded is not None:
-            _check_loaded(loaded[0], resolved)
+            _check_loaded(*loaded, resolved)
             resolved.model = ""
         if rows is not None:
             resolved.data, resolved.hf_dataset = "", None
             mode = replace(mode, load_dataset=partial(preference_data.load_dataset, rows=rows))
+        tested: Values = {}
+
+        def evaluate(*arguments: Any) -> Mapping[str, float]:
+            means = evaluate_mode(*arguments)
+            tested.update({f"test_{name}": value for name, value in means.items()})
+            return means
+
+        evaluate_mode, mode = mode.evaluate, replace(mode, evaluate=evaluate)
         announce(mode)
         trained, tokenizer = whole_run.run_mode(resolved, mode, training_callback, loaded)
         if resolved.fuse and is_first_rank():
             trained, _ = load_fused_model(fused_folder(resolved), lazy=True)
-    return _result(trained, tokenizer, resolved)
+    return _result(trained, tokenizer, resolved, tested)
 
 
-def _check_loaded(model: nn.Module, settings: RunSettings) -> None:
-    """Refuse what needs the model's files, and a model that is adapted already."""
+def _check_loaded(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> None:
+    """Refuse what is no pair of model and tokenizer, what needs the model's files, and a model that has an adapter."""
+    if not hasattr(model, "layers") or not hasattr(tokenizer, "encode"):
+        raise ConfigError(
+            f"model is a {type(model).__name__} and a {type(tokenizer).__name__} {IN_THE_CALL}, but must be a language "
+            "model and its tokenizer, as mlx_lm.load returns them.",
+            key="model",
+            place=IN_THE_CALL,
+        )
     if any("lora_a" in module for module in model.modules()):
         raise ConfigError(
             "The model has an adapter already; load it without one, give its folder and the adapter as "
@@ -143,11 +161,14 @@ def _check_loaded(model: nn.Module, settings: RunSettings) -> None:
         )
 
 
-def _result(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> TrainingResult:
+def _result(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings, tested: Values) -> TrainingResult:
+    """Gather the result; ``tested`` has the metrics of the test, which are in no file where there is no folder."""
     folder = Path(settings.adapter_path).absolute()
     history: list[Values] = []
     with suppress(ReportError):  # where nothing could be written, the run has said so
         history = [row for row in rows_of_last_run(folder) if row.get("run") == settings.run_identity.id]
+    if tested and not any(row["kind"] == "test" for row in history):
+        history.append({"kind": "test", "run": settings.run_identity.id, **tested})
     metrics = {
         name: value
         for row in history

@@ -15,8 +15,8 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
-from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, as_ids, common_prefix
+from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few, rows_in
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
 from mlx_cpo_plugin.data.tokens import CUT, Lengths, OverlongRow, Side, TruncatedPair, split_pair, truncate
 from mlx_cpo_plugin.errors import DataError, named
 from mlx_cpo_plugin.types import Tokenizer, Values
@@ -208,7 +208,7 @@ def pairs_of_rows(
 
 
 def _rows_as_group(rows: Iterable[object], columns: Columns) -> list[RowGroup]:
-    group = RowGroup("the data set", numbered(rows, "row", before=" "), columns)
+    group = RowGroup("the data set", numbered(rows_in(rows, "the data set"), "row", before=" "), columns)
     columns.check([row.value for row in group.rows], group.name)
     return [group]
 
@@ -244,6 +244,7 @@ def as_pairs(
             return dataset.cut_to(max_seq_length)
         split, digest = dataset.report.split, dataset.tokenizer
     # Data sets of mlx-lm-lora have no iterator of their own; generators have nothing else.
+    rows_in(dataset, f"the {split} data set")
     items = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
     if items and all(_is_row(item) for item in items):
         if tokenizer is None:
@@ -289,16 +290,26 @@ def _sides_of_item(item: object, source: str) -> tuple[Side, Side]:
     """Both sides of one item of mlx-lm-lora's tokenised data sets."""
     values = item if isinstance(item, Mapping) else {}
     try:
-        ids = [as_ids(values[part]) for part in ("chosen", "rejected")]
+        ids = [_given_ids(values[part]) for part in ("chosen", "rejected")]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
-            f"{source} of the data set is not a tokenised preference: give token ids as chosen and rejected.",
+            f"{source} of the data set is not a tokenised preference: give token ids, whole numbers from 0 on, as "
+            "chosen and rejected, or rows of text or messages and their tokenizer.",
+            key="data",
             place=source,
         ) from None
     shared = common_prefix(*ids)
     sizes = [values.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
     chosen, rejected = (Side(side, np.arange(len(side)) >= size) for side, size in zip(ids, sizes, strict=True))
     return chosen, rejected
+
+
+def _given_ids(side: object) -> TokenIds:
+    """Return a caller's token ids as int32 [T]; raise ValueError where they are none."""
+    given = np.asarray(side)
+    if given.size and (given.dtype.kind not in "iuf" or not np.all((given >= 0) & (given < 2**31) & (given % 1 == 0))):
+        raise ValueError(side)
+    return as_ids(given)
 
 
 def _make_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from mlx_cpo_plugin.data.files import COMPRESSED, SUFFIXES, kind_of
@@ -82,6 +83,19 @@ def pick_splits(names: Collection[str]) -> dict[str, str]:
     """
     picked = {split: found[0] for split, found in _claimed(dict.fromkeys(names, False)).items()}
     return {"train": next(iter(names))} if not picked and len(names) == 1 else picked
+
+
+def nearest_split(name: str) -> str | None:
+    """Return which of ``train``, ``valid`` and ``test`` a name is probably a slip of, empty where it is like none.
+
+    None: it names a split, also one of rows that are no pairs, such as ``train_sft``.
+    """
+    words = _words(name)
+    if any(word in aliases for word in words for aliases in SPLIT_NAMES.values()):
+        return None
+    splits = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
+    near = get_close_matches("_".join(words), splits, n=1)
+    return splits[near[0]] if near else ""
 
 
 def _claimed(names: Mapping[str, bool]) -> dict[str, list[str]]:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
-from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, pick_splits, split_files
-from mlx_cpo_plugin.data.rows import Columns, DataSettings
+from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, nearest_split, pick_splits, split_files
+from mlx_cpo_plugin.data.rows import Columns, DataSettings, rows_in
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
+from mlx_cpo_plugin.missing_paths import looks_like_path, nearest_path
 from mlx_cpo_plugin.types import Values
 
 # Where an hf_dataset entry names no split: the two have no row in common and leave none out.
@@ -61,21 +61,31 @@ def read_splits(
 
 
 def _rows_of_call(rows: Mapping[str, Iterable[object]], columns: Columns, wanted: Collection[str]) -> Splits:
+    rows = {str(name): given for name, given in rows.items() if given is not None}
     picked = pick_splits(rows)
     if not set(picked) & {"train", "test"}:
         raise DataError(
-            f"data has the keys {named(', '.join(map(str, rows)))}, none of them train: give rows as a list, or by "
+            f"data has the keys {named(', '.join(rows)) or '(none)'}, none of them train: give rows as a list, or by "
             "split, as in {'train': rows, 'valid': others}.",
             key="data",
             allowed="train, valid, test",
         )
+    for name in rows:
+        if name not in picked.values() and (near := nearest_split(name)) is not None:
+            advice = f"did you mean {near}?" if near else "use train, valid and test."
+            raise DataError(
+                f"data has the key {named(name)}, which is no split: {advice}",
+                key="data",
+                place=name,
+                allowed=near or "train, valid, test",
+            )
     splits = {}
     for split in (split for split in wanted if split in picked):
         name, given = picked[split], rows[picked[split]]
         if isinstance(given, str | os.PathLike):
             read = read_file(Path(given).expanduser())
         else:
-            read = numbered(given, f"{name} row", before=" ")
+            read = numbered(rows_in(given, f"data[{name!r}]"), f"{name} row", before=" ")
         splits[split] = [RowGroup(f"data[{name!r}]", read, columns)]
     return splits
 
@@ -87,13 +97,13 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
             return {"train": [RowGroup(named(path.name), read_file(path), columns)]} if "train" in wanted else {}
         if path.is_dir():
             return _read_folder(path, columns, wanted)
-        near = _nearest(path)
+        near = nearest_path(path, lambda other: other.is_dir() or kind_of(other.name) in SUFFIXES)
     except (OSError, RuntimeError) as error:  # the latter for ~somebody, who is not known here
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(
             f"data names {named(data)}, which cannot be read ({reason}): check the path.", key="data"
         ) from error
-    if near is not None or _looks_like_path(data):
+    if near is not None or looks_like_path(data, SUFFIXES):
         advice = "give a folder, a file or a hub name." if near is None else f"did you mean {named(near)}?"
         raise DataError(f"data names {named(data)}, which does not exist: {advice}", key="data", allowed=near or "")
     return _of_library(data, _load_from_hub(data, {}), columns, wanted)
@@ -280,17 +290,3 @@ def _library(place: str, failure: str, advice: str) -> Iterator[None]:
     finally:
         if torch is not None:
             sys.modules.setdefault("torch", torch)
-
-
-def _looks_like_path(name: str) -> bool:
-    marked = name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
-    return marked or ("/" in name and os.path.isdir(name.partition("/")[0]))
-
-
-def _nearest(path: Path) -> str | None:
-    """The existing file or folder beside a missing one whose name is nearly the same."""
-    there = path.parent.iterdir() if path.parent.is_dir() else ()
-    names = [other.name for other in there if other.is_dir() or kind_of(other.name) in SUFFIXES]
-    by_stem = {name.partition(".")[0]: name for name in names} | {name: name for name in names}
-    near = get_close_matches(path.name, by_stem, n=1, cutoff=0.7)
-    return str(path.parent / by_stem[near[0]]) if near else None

@@ -119,6 +119,14 @@ class Columns:
 
     def check(self, rows: Sequence[object], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
+        if rows and not any(isinstance(row, Mapping) for row in rows):
+            raise DataError(
+                f"{where} has no rows with columns: each must be a mapping, as in {{'prompt': ..., 'chosen': ..., "
+                f"'rejected': ...}}, but the first is of type {type(rows[0]).__name__}.",
+                key="data",
+                place=where,
+                allowed="mappings",
+            )
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
         allowed = first_few([named(name, 60) for name in found], 12)
         listed = f"one of the columns found ({allowed or 'none'})"
@@ -166,6 +174,24 @@ class Columns:
         telling = [alias for alias in there if part in ("prompt", "system") and not _is_blank(row[alias])]
         column = next(iter(telling or there), "")
         return column, row.get(column)
+
+
+def rows_in(data: object, name: str) -> Iterable[object]:
+    """Return ``data`` if it holds rows one by one, as sequences, generators and data sets do.
+
+    Raises:
+        DataError: it is something else, such as a table of columns or a mapping of splits; ``name`` says what it is.
+    """
+    by_columns = isinstance(data, Mapping | str | bytes) or hasattr(data, "columns")  # pandas, polars, pyarrow
+    if not by_columns and (isinstance(data, Iterable) or hasattr(type(data), "__getitem__")):
+        return data  # type: ignore[return-value]  # data sets of mlx-lm-lora have no iterator of their own
+    raise DataError(
+        f"{name} is of type {type(data).__name__}, but must hold rows one by one: give a list of mappings, such as "
+        "table.to_dict('records') of pandas.",
+        key="data",
+        place=name,
+        allowed="a list of mappings",
+    )
 
 
 def first_few(items: Sequence[str], count: int, separator: str = ", ") -> str:

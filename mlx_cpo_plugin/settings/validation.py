@@ -37,6 +37,8 @@ KEYS_OF_OTHERS = {
     "max_length": "max_seq_length",
     "sequence_len": "max_seq_length",
     "cutoff_len": "max_seq_length",
+    "q_group_size": "load_in_4bits, which takes the largest group size that divides the layers",
+    "q_bits": "load_in_4bits, load_in_6bits or load_in_8bits",
     "output_dir": "adapter_path",
     "model_name_or_path": "model",
     "base_model": "model",

@@ -9,13 +9,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 
+import mlx.nn as nn
 import numpy as np
 
 from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
+from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.host import parts_of
 from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.cpo_options import SAMPLE_PROMPTS
-from mlx_cpo_plugin.settings.validation import check
+from mlx_cpo_plugin.settings.validation import check, refused
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_training_args
 from mlx_cpo_plugin.training.state import random_seed
 from mlx_cpo_plugin.types import Tokenizer
@@ -58,18 +60,45 @@ def caller_seed() -> int:
 
 
 def pairs_of(
-    dataset: Sequence[object] | None, max_seq_length: int, tokenizer: Tokenizer | None = None, split: str = "train"
+    dataset: Sequence[object] | None,
+    max_seq_length: int,
+    tokenizer: Tokenizer | None = None,
+    split: str = "train",
+    model: nn.Module | None = None,
 ) -> PreferenceDataset:
     """Return the pairs of a caller's data set, truncated to ``max_seq_length``.
 
     Args:
         dataset: as :func:`mlx_cpo_plugin.data.as_pairs` takes it, also inside the host's ``CacheDataset`` and
             ``ConcatenatedDataset``; ``None`` is an empty one.
+        model: the one whose vocabulary the token ids must be of.
 
     Raises:
-        DataError: raw rows come without a tokenizer, or rows are not preferences.
+        DataError: raw rows come without a tokenizer, rows are not preferences, or a token is not in the vocabulary.
     """
     parts = parts_of(dataset) or [None]
-    return PreferenceDataset.joined(
+    pairs = PreferenceDataset.joined(
         [as_pairs(part, max_seq_length, tokenizer=tokenizer, split=split) for part in parts]
     )
+    size = getattr(getattr(model, "args", None), "vocab_size", None)
+    if not isinstance(size, int):
+        return pairs
+    for pair in pairs:
+        largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        if largest >= size:
+            raise DataError(
+                f"{pair.source or f'a row of the {split} data set'} has the token id {largest}, but the model's "
+                f"vocabulary ends at {size - 1}: tokenise the rows with the model's own tokenizer.",
+                key="data",
+                place=pair.source,
+                allowed=f"0 to {size - 1}",
+            )
+    return pairs
+
+
+def check_callback(callback: object) -> None:
+    """Raise ``ConfigError`` where a callback lacks one of the two methods that the host's has."""
+    methods = ("on_train_loss_report", "on_val_loss_report")
+    if callback is not None and not all(callable(getattr(callback, method, None)) for method in methods):
+        allowed = f"an object with the methods {' and '.join(methods)}, as mlx_lm.tuner.callbacks.TrainingCallback has"
+        raise refused("training_callback", callback, IN_THE_CALL, allowed)

@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, first_line
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, LABEL_SMOOTHING
-from mlx_cpo_plugin.settings.validation import check, not_read
+from mlx_cpo_plugin.settings.validation import check, not_read, refused
 from mlx_cpo_plugin.types import LossType
 
 # A loss that falls by less than this for each nat is done with its pair: no update shows what it adds to the gradient,
@@ -124,7 +124,10 @@ def objective_for(
             loss that does not do it, or the function does not return a finite number for each pair.
     """
     known = loss_types()
-    takes_masks = loss_fn is not None and "policy_chosen_score" in signature(loss_fn).parameters
+    if loss_fn is not None and not callable(loss_fn):
+        allowed = "a function of chosen_logps and rejected_logps; a loss that has a name is set by loss_type"
+        raise refused("loss_fn", loss_fn, _in_the_call(""), allowed)
+    takes_masks = loss_fn is not None and "policy_chosen_score" in _parameters(loss_fn)
     if loss_fn is not None and takes_masks:
         known = {loss_type: LossType(loss_type, loss_type, loss_fn, "", options=(BETA, DELTA)), **known}
     if loss_type not in known:
@@ -157,6 +160,7 @@ def objective_for(
 def _try_out(objective: Objective) -> None:
     """Raise ``ConfigError`` where the functions of an objective fail with the most ordinary of scores."""
     one, two = mx.array([-1.0, -2.0]), mx.array([-2.0, -1.0])
+    _check_call(objective)
     losses = objective.losses(AnswerScores(one, two, one, two, mx.ones(2), mx.ones(2)))
     for function, values in ((objective.fn, losses), (objective.reward_fn, objective.rewards(one))):
         if function is not None and not np.isfinite(np.array(values)).all():
@@ -165,6 +169,25 @@ def _try_out(objective: Objective) -> None:
                 f"The function {name_of(function)} of {function.__module__} returns {np.array(values).tolist()} for "
                 f"log-probs of -1 and -2{given}, but must return finite numbers."
             )
+
+
+def _check_call(objective: Objective) -> None:
+    """Raise ``ConfigError`` where the parameters of the loss are not those that it is called with."""
+    masks = ("policy_chosen_score", "policy_rejected_score", "chosen_masks", "rejected_masks")
+    named_arguments = (*(masks if objective.takes_masks else ()), *objective.options)
+    positional = () if objective.takes_masks else ("chosen_logps", "rejected_logps")
+    try:
+        signature(objective.fn).bind(*positional, **dict.fromkeys(named_arguments))
+    except TypeError as error:
+        call = ", ".join((*positional, *(f"{name}=" for name in named_arguments)))
+        raise ConfigError(
+            f"The function {name_of(objective.fn)} of {objective.fn.__module__} is called as "
+            f"{name_of(objective.fn)}({call}), but its parameters are others ({first_line(error)}): give it these.",
+            key="loss_fn",
+            allowed=call,
+        ) from error
+    except ValueError:  # functions written in C may not tell their parameters
+        return
 
 
 def _losses_by_masks(function: Callable[..., object], scores: AnswerScores, options: Mapping[str, object]) -> mx.array:
@@ -192,12 +215,15 @@ def _losses_by_masks(function: Callable[..., object], scores: AnswerScores, opti
 
 def _of_each_pair(result: object, pairs: int, function: Callable[..., object], what: str) -> mx.array:
     """Return the result of a function for B pairs as float32 [B]; raise ``ConfigError`` where it is something else."""
-    if isinstance(result, mx.array) and result.shape == (pairs,):
-        return result.astype(mx.float32)
-    found = f"an array of shape {list(result.shape)}" if isinstance(result, mx.array) else type(result).__name__
+    found = type(result).__name__
+    if isinstance(result, mx.array):
+        floats = mx.issubdtype(result.dtype, mx.floating)  # others have no gradient
+        if floats and result.shape == (pairs,):
+            return result.astype(mx.float32)
+        found = f"an array of {f'shape {list(result.shape)}' if floats else result.dtype}"
     raise ConfigError(
         f"The function {name_of(function)} of {function.__module__} returns {found} for {pairs} "
-        f"pair{'s' * (pairs > 1)}, but must return {what} as an mlx.core.array of shape [{pairs}]."
+        f"pair{'s' * (pairs > 1)}, but must return {what} as an mlx.core.array of floats of shape [{pairs}]."
     )
 
 
@@ -207,8 +233,16 @@ def name_of(function: Callable[..., object]) -> str:
 
 
 def _takes(function: Callable[..., object], name: str) -> bool:
-    parameters = signature(function).parameters
+    parameters = _parameters(function)
     return name in parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _parameters(function: Callable[..., object]) -> Mapping[str, Parameter]:
+    """Return the parameters of a function by name; empty where one written in C does not tell them."""
+    try:
+        return signature(function).parameters
+    except ValueError:
+        return {}
 
 
 def _in_the_call(key: str) -> str:

@@ -25,7 +25,7 @@ from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.call import pairs_of, training_arguments
+from mlx_cpo_plugin.training.call import check_callback, pairs_of, training_arguments
 from mlx_cpo_plugin.training.duration import Forecast
 from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, saved_on_failure, stop_requests
 from mlx_cpo_plugin.training.held_out import score_saved
@@ -70,10 +70,11 @@ def train_cpo(
         Exception: whatever a callback raises; what was done is saved.
     """
     args = training_arguments(args)
+    check_callback(training_callback)
     use_fast_blas()
     objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
-    pairs = pairs_of(train_dataset, args.max_seq_length, tokenizer)
-    val_pairs = pairs_of(val_dataset if args.val_batches else None, args.max_seq_length, tokenizer, "valid")
+    pairs = pairs_of(train_dataset, args.max_seq_length, tokenizer, model=model)
+    val_pairs = pairs_of(val_dataset if args.val_batches else None, args.max_seq_length, tokenizer, "valid", model)
     if not pairs:
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.", key="data")
     require_validation(args, val_pairs)
@@ -265,7 +266,7 @@ def evaluate_cpo(
     """
     use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
-    pairs = pairs_of(dataset, max_seq_length, tokenizer, "test")
+    pairs = pairs_of(dataset, max_seq_length, tokenizer, "test", model)
     if not pairs:
         raise DataError("There is no preference pair to evaluate on; check the data with 'mlx-cpo check'.")
     if not pairs.report.all_used:

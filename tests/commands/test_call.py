@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pandas
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
@@ -25,6 +26,8 @@ from support.tiny import assert_same, parameters, preference_rows, saved_arrays
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import TrainingResult, blas, cli
+from mlx_cpo_plugin.activation.patches import resolved_settings
+from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError
 
 RunMain = Callable[..., None]
@@ -250,6 +253,81 @@ def test_what_holds_no_rows_to_train_on_is_refused(
         train(model_folder, data)
 
     assert not (tmp_path / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "place", "allowed"),
+    [
+        ({"vaild": ROWS[:2]}, "vaild", "valid"),
+        ({"validaton": ROWS[:2]}, "validaton", "valid"),
+        ({"held": ROWS[:2]}, "held", "train, valid, test"),
+        ({"valid": 3}, "data['valid']", "a list of mappings"),
+        ({"valid": True}, "data['valid']", "a list of mappings"),
+        ({"valid": ROWS[0]}, "data['valid']", "a list of mappings"),
+        ({"valid": ["row"]}, "data['valid']", "mappings"),
+    ],
+)
+def test_a_mapping_with_what_is_no_split_is_refused(
+    others: Any, place: str, allowed: str, model_folder: Path, train: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    with refused(DataError, key="data", place=place, allowed=allowed):
+        train(model_folder, {"train": ROWS, **others})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_split_that_is_none_is_not_there_and_those_of_other_rows_are_passed_over(model_folder: Path) -> None:
+    rows = {"train_prefs": ROWS, "train_sft": ["other rows"], "valid": None}
+
+    found = read_splits(resolved_settings({"train_mode": "cpo", "train": True}), ("train", "valid"), rows)
+
+    assert [len(group.rows) for group in found["train"]] == [len(ROWS)]
+    assert not found["valid"]
+
+
+def test_a_table_of_columns_is_told_how_to_give_its_rows(
+    model_folder: Path, train: Callable[..., TrainingResult]
+) -> None:
+    with refused(DataError, "DataFrame.*to_dict", key="data"):
+        train(model_folder, pandas.DataFrame(ROWS))
+
+
+def test_a_misspelt_model_folder_is_told_with_the_one_that_is_there(
+    train: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    (tmp_path / "models" / "smollm").mkdir(parents=True)
+
+    with refused(ConfigError, "does not exist", key="model", allowed="models/smollm"):
+        train("models/smolm", ROWS)
+    with refused(ConfigError, "does not exist", key="model", allowed=""):
+        train("./nowhere", ROWS)
+
+
+def test_what_is_no_model_with_its_tokenizer_is_refused(
+    model_folder: Path, train: Callable[..., TrainingResult]
+) -> None:
+    model, tokenizer = load(str(model_folder))
+
+    for pair in ((model, None), (nn.Linear(2, 2), tokenizer)):
+        with refused(ConfigError, key="model", place="in the call"):
+            train(pair, ROWS)
+
+
+def test_a_callback_without_the_methods_of_the_host_is_refused_before_loading(
+    train: Callable[..., TrainingResult],
+) -> None:
+    with refused(ConfigError, key="training_callback", place="in the call"):
+        train("a model", ROWS, training_callback=print)
+
+
+@pytest.mark.slow
+def test_a_test_without_a_folder_returns_its_metrics(
+    model_folder: Path, train: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    result = train(model_folder, {"test": ROWS}, train=False, test=True, adapter_path="", batch_size=2)
+
+    assert {"test_loss", "test_accuracies"} <= result.metrics.keys()
+    assert [row["kind"] for row in result.history] == ["test"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_data_is_refused(train: Callable[..., TrainingResult]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
+import pandas
 import pytest
 from datasets import Dataset
 from mlx_lm_lora.trainer import cpo_trainer, datasets, dpo_trainer, sft_trainer
@@ -167,6 +168,9 @@ def test_a_loss_with_the_hosts_parameters_counts_scored_tokens_by_its_masks(scor
         (lambda losses: (losses, {}), "tuple"),
         (lambda losses: np.array(losses), "ndarray"),
         (lambda losses: None, "NoneType"),
+        (lambda losses: losses > 0, "an array of mlx.core.bool"),
+        (lambda losses: losses.astype(mx.int32), "an array of mlx.core.int32"),
+        (lambda losses: losses.astype(mx.complex64), "an array of mlx.core.complex64"),
     ],
 )
 def test_a_loss_that_is_not_one_number_a_pair_is_told_what_to_return(result: Any, found: str) -> None:
@@ -175,9 +179,47 @@ def test_a_loss_that_is_not_one_number_a_pair_is_told_what_to_return(result: Any
             return result(mx.stop_gradient(rejected_logps - chosen_logps))
 
     told = re.escape(f"returns {found} for 2 pairs")
-    ends = re.escape("must return the loss of each pair, not their mean, as an mlx.core.array of shape [2].")
+    ends = re.escape("must return the loss of each pair, not their mean, as an mlx.core.array of floats of shape [2].")
     with pytest.raises(ConfigError, match=f"mine .*{told}.*{ends}$"):
         evaluate(build_model(), build_pairs(4), loss_fn=mine)
+
+
+def of_one_argument(logps: mx.array) -> mx.array:
+    return logps
+
+
+def of_one_more(chosen_logps: mx.array, rejected_logps: mx.array, margin: float) -> mx.array:
+    return rejected_logps - chosen_logps + margin
+
+
+def by_one_mask(policy_chosen_score: mx.array, **options: Any) -> mx.array:
+    return policy_chosen_score.mean()
+
+
+def by_masks_and_more(margin: float, policy_chosen_score: mx.array, **options: Any) -> mx.array:
+    return policy_chosen_score.mean() + margin
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", 7, of_one_argument, of_one_more, by_masks_and_more])
+def test_what_cannot_be_called_as_a_loss_is_refused_before_training(loss: Any) -> None:
+    with refused(ConfigError, key="loss_fn"):
+        evaluate(build_model(), build_pairs(4), loss_fn=loss)
+
+
+@pytest.mark.parametrize("loss", [mx.logaddexp, by_one_mask])
+def test_functions_that_do_not_tell_all_their_parameters_are_losses(loss: Any) -> None:
+    assert np.isfinite(evaluate(build_model(), build_pairs(4), loss_fn=loss)[0])
+
+
+@pytest.mark.parametrize(
+    "callback", ["a name", SimpleNamespace(on_train_loss_report=print), SimpleNamespace(on_val_loss_report=print)]
+)
+def test_a_callback_without_the_methods_of_the_host_is_refused_before_training(callback: Any, tmp_path: Path) -> None:
+    args = CPOTrainingArgs(iters=1, adapter_file=str(tmp_path / "made" / "adapters.safetensors"))
+
+    with refused(ConfigError, key="training_callback", place="in the call"):
+        train_cpo(add_adapter(build_model()), optimizers.SGD(0.1), build_pairs(4), None, args, None, callback)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "mine"])
@@ -340,6 +382,39 @@ def test_rows_need_their_tokenizer_and_the_error_says_so() -> None:
     tokenizer = tokenizer_named("chatml")
     model = build_model(vocab_size=len(tokenizer.get_vocab()))
     assert evaluate(model, rows, tokenizer=tokenizer)[:2] == evaluate(model, pairs_of(rows, 64, tokenizer))[:2]
+
+
+@pytest.mark.parametrize(
+    "data", [pandas.DataFrame(preference_rows(4)), {"train": preference_rows(4)}, 7, "rows.jsonl", b"rows"]
+)
+def test_what_holds_no_rows_one_by_one_is_refused(data: Any) -> None:
+    with refused(DataError, key="data", allowed="a list of mappings"):
+        pairs_of(data, 64, tokenizer_named("chatml"))
+
+
+@pytest.mark.parametrize("row", ["row", None, ("Hi", "Yes", "No"), b"row", {"chosen": [1, 2], "rejected": [1, 2.5]}])
+def test_an_item_that_is_no_preference_is_told_what_may_stand_there(row: Any) -> None:
+    with refused(DataError, "token ids.* or rows of text", key="data", place="item 0"):
+        pairs_of([row], 64, tokenizer_named("chatml"))
+
+
+@pytest.mark.parametrize("token", [-1, 2.5, True, 2**31, 2**70, float("nan")])
+def test_what_is_no_token_id_is_refused_with_its_item(token: Any) -> None:
+    items = [{"chosen": [1, 2, 3], "rejected": [1, 2, 4]}, {"chosen": [token], "rejected": [1, 2, 4]}]
+
+    with refused(DataError, key="data", place="item 1"):
+        pairs_of(items, 64)
+
+
+def test_a_token_beyond_the_vocabulary_of_the_model_is_refused_with_its_item() -> None:
+    model = build_model()
+    last = model.args.vocab_size - 1
+    items = [{"chosen": [1, 2, 3], "rejected": [1, 2, 4]}, {"chosen": [1, 2, 3], "rejected": [1, 2, last]}]
+
+    assert np.isfinite(evaluate(model, items)[0])
+    items[1]["rejected"].append(last + 1)
+    with refused(DataError, key="data", place="item 1", allowed=f"0 to {last}"):
+        evaluate(model, items)
 
 
 def test_wrappers_of_the_host_keep_what_is_known_of_their_rows() -> None:
