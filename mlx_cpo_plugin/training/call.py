@@ -96,9 +96,9 @@ def pairs_of(
     return pairs
 
 
-def check_callback(callback: object) -> None:
-    """Raise ``ConfigError`` where a callback lacks one of the two methods that the host's has."""
-    methods = ("on_train_loss_report", "on_val_loss_report")
+def check_callback(callback: object, validates: bool = True) -> None:
+    """Raise ``ConfigError`` where a callback lacks one of the host's two methods that is going to be called."""
+    methods = ("on_train_loss_report", "on_val_loss_report")[: 1 + validates]
     if callback is not None and not all(callable(getattr(callback, method, None)) for method in methods):
         allowed = f"an object with the methods {' and '.join(methods)}, as mlx_lm.tuner.callbacks.TrainingCallback has"
         raise refused("training_callback", callback, IN_THE_CALL, allowed)

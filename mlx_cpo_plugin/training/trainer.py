@@ -70,7 +70,6 @@ def train_cpo(
         Exception: whatever a callback raises; what was done is saved.
     """
     args = training_arguments(args)
-    check_callback(training_callback)
     use_fast_blas()
     objective = objective_for(args.loss_type, args.loss_settings(), loss_fn, args.cpo_alpha)
     pairs = pairs_of(train_dataset, args.max_seq_length, tokenizer, model=model)
@@ -78,6 +77,7 @@ def train_cpo(
     if not pairs:
         raise DataError("There is no preference pair to train on; check the data with 'mlx-cpo check'.", key="data")
     require_validation(args, val_pairs)
+    check_callback(training_callback, validates=bool(val_pairs))
 
     with (
         lasting_output(),

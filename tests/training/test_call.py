@@ -218,7 +218,7 @@ def test_a_callback_without_the_methods_of_the_host_is_refused_before_training(c
     args = CPOTrainingArgs(iters=1, adapter_file=str(tmp_path / "made" / "adapters.safetensors"))
 
     with refused(ConfigError, key="training_callback", place="in the call"):
-        train_cpo(add_adapter(build_model()), optimizers.SGD(0.1), build_pairs(4), None, args, None, callback)
+        train_cpo(add_adapter(build_model()), optimizers.SGD(0.1), build_pairs(4), build_pairs(2), args, None, callback)
     assert not list(tmp_path.iterdir())
 
 
