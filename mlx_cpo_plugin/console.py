@@ -13,7 +13,7 @@ from typing import TextIO
 
 WIDTH = 80
 _STREAMS = ("stdout", "stderr")
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Frames, which must not be wrapped.
 _DRAWN = re.compile("[\u2500-\u259f]")
 # A number stays with its name and its unit.
@@ -76,7 +76,7 @@ class LastingStream:
 
     def _as_it_ends(self, text: str) -> str:
         """Return what can be passed on of the text so far: whole lines as a terminal would show them in the end."""
-        *whole, rest = (self._overwritten + _ESCAPES.sub("", text)).split("\n")
+        *whole, rest = (self._overwritten + ESCAPES.sub("", text)).split("\n")
         self._overwritten = "\r" + rest.rpartition("\r")[2] if "\r" in rest else ""
         return "".join(f"{_last(line)}\n" for line in whole) + ("" if self._overwritten else rest)
 
@@ -111,7 +111,7 @@ def wrapped(text: str) -> str:
 
 
 def _wrapped_line(line: str, width: int) -> str:
-    if len(_ESCAPES.sub("", line)) <= width or "\r" in line or _DRAWN.search(line):
+    if len(ESCAPES.sub("", line)) <= width or "\r" in line or _DRAWN.search(line):
         return line
     indent = line[: len(line) - len(line.lstrip())]
     lines = textwrap.wrap(

@@ -112,7 +112,8 @@ def load_dataset(
 
     train_set, valid_set, test_set = data.load_dataset(args, tokenizer)
     if args.sample_prompts and valid_set.chat_tokenizer is not None:
-        own_prompts(args.sample_prompts, valid_set.chat_tokenizer)  # what cannot be asked is refused here
+        # What cannot be asked is refused here.
+        own_prompts(args.sample_prompts, valid_set.chat_tokenizer, args.max_seq_length)
     return train_set, valid_set, test_set
 
 

@@ -13,8 +13,11 @@ NLL_ALLOWANCE = 0.2
 LEAST = 0.001
 # The mean share of an answer's phrases that it has had before: a model's own answers are below half of it.
 REPETITIVE = 0.5
+# Pairs that all change alike, as accuracies may, from which on that is certain at 95 %, by the sign test.
+LEAST_ALIKE = 6
+_LENGTH = ("val_sample_length", "val_sample_length_change")
 _REPETITION = ("val_sample_repetition", "val_sample_repetition_change")
-_OF_ANSWERS = ("val_sample_length", "val_sample_length_change", *_REPETITION)
+_OF_ANSWERS = (*_LENGTH, *_REPETITION)
 OUTCOMES = {1: "better", 0: "undecided", -1: "worse"}
 
 
@@ -49,7 +52,7 @@ class Change(NamedTuple):
 
     def sign(self, least: float = LEAST) -> int:
         """Return 1 or -1 where the change is, at 95 %, certain to exceed ``least`` on that side of zero; else 0."""
-        if not math.isfinite(self.mean) or self.pairs < 2:
+        if not math.isfinite(self.mean) or self.pairs < 2 or (self.stderr == 0 and self.pairs < LEAST_ALIKE):
             return 0
         certain = abs(self.mean) - least > students_t(self.pairs - 1) * self.stderr
         return int(math.copysign(1, self.mean)) if certain else 0
@@ -73,8 +76,9 @@ class Verdict:
     def of(cls, changes: Mapping[str, Change], answers: Mapping[str, float] | None = None) -> Verdict:
         """Judge by the changes of all measures.
 
-        A model whose loss rises, whose chosen answers become much less likely, or whose own answers begin to repeat
-        themselves is worse, whatever its accuracy is; otherwise the measures that moved decide if they agree.
+        A model whose loss rises, whose chosen answers become much less likely, or whose own answers become empty or
+        begin to repeat themselves is worse, whatever its accuracy is; otherwise the measures that moved decide if they
+        agree.
         """
         signs = {}
         for measure in MEASURES:
@@ -83,7 +87,7 @@ class Verdict:
             signs[measure.name] = side if side > 0 else measure.sign * change.sign(measure.allowance)
         lost = any(not math.isfinite(change.mean) for change in changes.values())
         answers = dict(answers or {})
-        if lost or -1 in (signs["loss"], signs["nll_loss"]) or _repeats(answers):
+        if lost or -1 in (signs["loss"], signs["nll_loss"]) or _repeats(answers) or _are_empty(answers):
             outcome = -1
         else:
             outcome = (1 in signs.values()) - (-1 in signs.values())
@@ -121,11 +125,14 @@ class Verdict:
         figures = []
         for measure in MEASURES:
             mean, stderr = self.changes[measure.name]
-            figures.append(f"{measure.label} {mean:+{measure.form}} ± {stderr:{measure.form}}")
+            error = f" ± {stderr:{measure.form}}" if math.isfinite(stderr) else ""
+            figures.append(f"{measure.label} {mean:+{measure.form}}{error}")
         than = f"{self.word} than" if self.outcome else "not certain to be better or worse than"
         if _repeats(self.answers):
             now, change = (self.answers[name] for name in _REPETITION)
             figures.append(f"answers that repeat {now:.0%} of their phrases, {now - change:.0%} before")
+        if _are_empty(self.answers):
+            figures.append("answers that are empty")
         return f"{than} before training: {', '.join(figures)}"
 
 
@@ -137,11 +144,19 @@ def _repeats(answers: Mapping[str, float]) -> bool:
     return now > REPETITIVE and now - change < REPETITIVE / 2
 
 
+def _are_empty(answers: Mapping[str, float]) -> bool:
+    """Whether no answer has a token any more."""
+    now, change = (answers.get(name, 0.0) for name in _LENGTH)
+    return now == 0 > change
+
+
 def students_t(freedom: int) -> float:
-    """Return the two-sided 95 % point of Student's t, to 1 % from three degrees of freedom on.
+    """Return the two-sided 95 % point of Student's t, to 1 %.
 
     Source: Abramowitz and Stegun 1964, 26.7.5.
     """
+    if freedom < 3:
+        return (12.7062, 4.3027)[freedom - 1]
     z = 1.959964
     terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return sum(term / freedom**power for power, term in enumerate(terms))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,23 +17,16 @@ from mlx_cpo_plugin.checkpoints import (
     ADAPTER_CONFIG,
     BEST,
     CHECKPOINTS,
-    METRICS_FILE,
     PREVIOUS,
     RECORD,
-    RUN_SETTINGS,
 )
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
-from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord, read_record, run_in
+from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 
 LOCK_NAME, SOFT = ".lock", ".soft"
-
-_LEFT_BY_EVERY_RUN = re.compile(
-    rf"{CHECKPOINTS}(-rank-\d+)?|{BEST}(-[a-z]+-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
-    rf"|{re.escape(METRICS_FILE)}|{re.escape(RUN_SETTINGS)}"
-)
 
 
 @contextmanager
@@ -52,7 +44,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     lock = _locked(folder)
     try:
         remove_partials(
-            folder, lambda name: name in (RECORD, ADAPTER_CONFIG) or bool(_LEFT_BY_EVERY_RUN.fullmatch(name))
+            folder, lambda name: name in (RECORD, ADAPTER_CONFIG) or bool(LEFT_BY_EVERY_RUN.fullmatch(name))
         )
         for inside in (folder / BEST, *folder.glob(f"{CHECKPOINTS}*")):
             remove_partials(inside)
@@ -204,7 +196,7 @@ def _write(folder: Path, record: RunRecord) -> None:
 
 def _left_by(record: RunRecord | None, folder: Path, in_use: Collection[Path]) -> list[Path]:
     """Return what a run has left in a folder, in the order in which it is put aside."""
-    names = [path.name for path in folder.iterdir() if _LEFT_BY_EVERY_RUN.fullmatch(path.name)]
+    names = [path.name for path in folder.iterdir() if LEFT_BY_EVERY_RUN.fullmatch(path.name)]
     names.sort(key=lambda name: (not name.startswith(CHECKPOINTS), name))  # without these, none is resumed by mistake
     if record is not None and not any(os.path.realpath(path) == os.path.realpath(folder) for path in in_use):
         names += [name for name in record.files if os.path.lexists(folder / name)]

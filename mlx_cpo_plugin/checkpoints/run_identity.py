@@ -6,16 +6,23 @@ A run is told from others by its identity alone, never by an iteration, a file n
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE, RECORD, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import BEST, CHECKPOINTS, METRICS_FILE, RECORD, RUN_SETTINGS
 from mlx_cpo_plugin.types import Values
 
 TRAINED, TESTED, FUSED = "trained", "tested", "fused"
+# Names of files and folders.
+LEFT_BY_EVERY_RUN = re.compile(
+    rf"{CHECKPOINTS}(-rank-\d+)?|{BEST}(-[a-z]+-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
+    rf"|{re.escape(METRICS_FILE)}|{re.escape(RUN_SETTINGS)}"
+)
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,10 @@ def run_in(folder: Path) -> RunIdentity | None:
     if record is not None:
         return record.run
     times = []
-    for name in (METRICS_FILE, ADAPTER_FILE, RUN_SETTINGS, CHECKPOINTS):
-        with suppress(OSError):
-            times.append((folder / name).lstat().st_mtime)
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        if LEFT_BY_EVERY_RUN.fullmatch(name):
+            with suppress(OSError):
+                times.append((folder / name).lstat().st_mtime)
     if not times:
         return None
     begun = datetime.fromtimestamp(int(min(times)), UTC)

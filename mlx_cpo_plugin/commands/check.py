@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, TextIO
 
 import mlx.nn as nn
@@ -26,7 +25,6 @@ from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import (
     build_optimizer,
@@ -48,7 +46,9 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
-from mlx_cpo_plugin.training.wiring import kernels_pay, kernels_suit
+from mlx_cpo_plugin.training.summary import counted
+from mlx_cpo_plugin.training.validation import unused_without_validation
+from mlx_cpo_plugin.training.wiring import kernels_expected
 from mlx_cpo_plugin.types import TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -114,7 +114,8 @@ def _check_rows(
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     if settings.sample_prompts:
         with refusals:
-            own_prompts(settings.sample_prompts, ChatTokenizer.from_settings(tokenizer, settings))
+            chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
+            own_prompts(settings.sample_prompts, chat_tokenizer, settings.max_seq_length)
     for dataset in splits:
         print(*dataset.report.lines(), sep="\n", file=stream)
     for dataset in splits:
@@ -170,11 +171,13 @@ def _print_steps(rows: Sequence[Any], settings: RunSettings, stream: TextIO) -> 
     steps, accumulation = optimizer_steps(settings, rows), settings.gradient_accumulation_steps
     key = "batch_size" if settings.batch_tokens is None else "batch_tokens"
     each = f"{key} {getattr(settings, key)}, gradient_accumulation_steps {accumulation}"
-    in_epoch = f"{batches} iterations, {math.ceil(batches / accumulation)} optimizer steps ({each})"
+    in_epoch = (
+        f"{counted(batches, 'iteration')}, {counted(math.ceil(batches / accumulation), 'optimizer step')} ({each})"
+    )
     print(f"\nSteps per epoch: {in_epoch}", file=stream)
     epochs = settings.iters / batches
-    in_run = f"{settings.iters} iterations, {steps} optimizer steps, {epochs:.3g} epoch{'s' * (epochs != 1)}"
-    print(f"Steps of the run: {in_run}", file=stream)
+    in_run = f"{counted(settings.iters, 'iteration')}, {counted(steps, 'optimizer step')}"
+    print(f"Steps of the run: {in_run}, {epochs:.3g} epoch{'s' * (epochs != 1)}", file=stream)
     return steps
 
 
@@ -196,7 +199,9 @@ def _print_plan(
         return
     with rehearsed(settings, model, train, valid, probing=timed or settings.scoring == "shared") as run:
         print(*run.memory.lines(device_memory()), sep="\n", file=stream)
-        for note in [*plan_notes(settings, run.step.optimizer, steps), *position_notes(settings.model, train)]:
+        unused = None if run.val_pairs else unused_without_validation(run.args)
+        notes = [*plan_notes(settings, run.step.optimizer, steps), *position_notes(settings.model, train), unused]
+        for note in filter(None, notes):
             print(note, file=stream)
         if timed:
             print(measured_duration(run), file=stream)
@@ -208,8 +213,7 @@ def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[Pre
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
     grouping = expected_grouping(model) if settings.scoring != "plain" else None
-    kernels = library.suits_device() and kernels_suit(model, args) and kernels_pay(model, args, pairs)
-    with library.used() if kernels and library.compiler() is not None else nullcontext():
+    with kernels_expected(model, args, pairs):
         return MemoryEstimate(model, optimizer, pairs, args, grouping)
 
 

@@ -71,8 +71,8 @@ def check_parser() -> argparse.ArgumentParser:
     parser = calls.build_parser(other_modes=False)
     parser.prog, parser.usage = "mlx-cpo check", "%(prog)s --config FILE [--time | --longest] [options of the run]"
     parser.description = (
-        "Show what a run would train on: rows read, skipped and cut, lengths, steps, memory,\n"
-        "and which tokens are scored; and what the run would refuse. The model is not loaded.\n"
+        "Show what a run would train on: rows read, skipped and cut, lengths, steps,\n"
+        "memory, and which tokens are scored; and what the run would refuse.\n"
         "The groups below hold options of the run that is checked."
     )
     parser.add_argument(TIME, action="store_true", help="Load the model and measure how long the run takes.")

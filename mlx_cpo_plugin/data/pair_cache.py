@@ -21,6 +21,7 @@ LEAST_ROWS = 5_000
 MOST_BYTES = 4 << 30
 """Of all files; the ones that were not used for longest go first."""
 _PATTERN = "pairs-*.pickle"
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 Outcomes = list[TruncatedPair | UnusableRow]
 
@@ -46,6 +47,10 @@ class PairCache:
             return None
         try:
             with self.file.open("rb") as file:
+                # A flipped bit would be another token.
+                if file.read(_DIGEST_SIZE) != _digest_of_rest(file):
+                    return None
+                file.seek(_DIGEST_SIZE)
                 outcomes = list(chain.from_iterable(_parts(file)))
             self.file.touch()
         except Exception:  # a damaged pickle raises anything
@@ -58,13 +63,25 @@ class PairCache:
             return
 
         def fill(path: Path) -> None:
-            with path.open("wb") as file:
+            with path.open("w+b") as file:
+                file.write(bytes(_DIGEST_SIZE))
                 for start in range(0, len(outcomes), LEAST_ROWS):  # a pickle keeps all of its objects in memory
                     pickle.dump(list(outcomes[start : start + LEAST_ROWS]), file)
+                file.seek(_DIGEST_SIZE)
+                digest = _digest_of_rest(file)
+                file.seek(0)
+                file.write(digest)
 
         with suppress(OSError):
             replace_whole(self.file, fill)
             _make_room(self.file)
+
+
+def _digest_of_rest(file: IO[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return digest.digest()
 
 
 def _parts(file: IO[bytes]) -> Iterator[Outcomes]:

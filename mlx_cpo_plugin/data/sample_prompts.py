@@ -48,11 +48,14 @@ def read_prompts(path: Path) -> list[object]:
     return [line for line in lines if line.strip()]
 
 
-def own_prompts(prompts: Sequence[str | Values], tokenizer: ChatTokenizer) -> list[SamplePrompt]:
+def own_prompts(prompts: Sequence[str | Values], tokenizer: ChatTokenizer, longest: int) -> list[SamplePrompt]:
     """Return the user's prompts, each a text or a row with ``prompt`` or ``messages``, as rows of data are rendered.
 
+    Args:
+        longest: prompt, in tokens.
+
     Raises:
-        DataError: the template does not take one.
+        DataError: the template does not take one, or it is too long.
     """
     rendered = []
     for number, prompt in enumerate(prompts, 1):
@@ -63,6 +66,12 @@ def own_prompts(prompts: Sequence[str | Values], tokenizer: ChatTokenizer) -> li
                 f"Prompt {number} of sample_prompts, {shown(prompt)}, cannot be asked ({error}); write another.",
                 key="sample_prompts",
             ) from error
+        if len(tokens) > longest:
+            raise DataError(
+                f"Prompt {number} of sample_prompts has {len(tokens)} tokens, max_seq_length is {longest}; shorten it.",
+                key="sample_prompts",
+                allowed=f"at most {longest} tokens",
+            )
         text = prompt if isinstance(prompt, str) else tokenizer.readable(tokens)
         rendered.append(SamplePrompt(f"prompt {number}", text, tokens.tolist()))
     return rendered

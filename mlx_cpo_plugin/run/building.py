@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from mlx_lm_lora.visuals import Colors, print_info
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules
+from mlx_cpo_plugin.console import ESCAPES, is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
 from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
@@ -41,6 +43,14 @@ QUANTISED_LOADS: dict[str, Values] = {
 }
 
 
+def info(line: str) -> None:
+    """Print a line as the host prints information, without its colours where none are shown."""
+    if is_live(sys.stdout):
+        print_info(line)
+    else:
+        print(f"[INFO] {ESCAPES.sub('', line)}")
+
+
 def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None = None) -> tuple[nn.Module, Tokenizer]:
     """Load model and tokenizer, or take those that are loaded; the model gets a fresh adapter, the same for a seed.
 
@@ -52,7 +62,7 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
     np.random.seed(settings.seed)
     mx.random.seed(settings.seed)
     if loaded is None:
-        print_info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
+        info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     with _loading(settings):
         model, tokenizer = loaded or from_pretrained(model=settings.model)[:2]
         _choose_trained_weights(model, settings)
@@ -87,9 +97,9 @@ def _fit_to_settings(model: nn.Module, settings: RunSettings) -> None:
     if precision:
         if any("scales" in module for module in model.modules()):
             raise ConfigError(f"The model is quantised already; remove {precision}.", key=precision)
-        print_info(quantise_base(model, precision))
+        info(quantise_base(model, precision))
     if settings.num_layers > len(model.layers):
-        print_info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
+        info(f"num_layers is {settings.num_layers}; all {len(model.layers)} layers of the model are trained.")
 
 
 def unevaluated_model(settings: RunSettings) -> nn.Module:
@@ -213,7 +223,7 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
     folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith(CHECKPOINTS) else [])
     config_file = next((path for folder in folders if (path := folder / ADAPTER_CONFIG).is_file()), None)
     if config_file is None:
-        print_info(f"There is no {ADAPTER_CONFIG} beside {file}: lora_parameters and num_layers are the settings'.")
+        info(f"There is no {ADAPTER_CONFIG} beside {file}: lora_parameters and num_layers are the settings'.")
         return
 
     layers = len(model.layers)
@@ -263,7 +273,7 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
         )
     if dropout is not None:
         here = wanted["lora_parameters.dropout"]
-        print_info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
+        info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
 
 
 def build_optimizer(settings: RunSettings, steps: int = 1) -> optimizers.Optimizer:
@@ -321,7 +331,7 @@ def optimizer_steps(settings: RunSettings, train_set: Sequence[Any]) -> int:
     return sum(micro_batch.closes_window for micro_batch in plan)
 
 
-def iterations(settings: RunSettings, train_set: Sequence[Any], say: Callable[[str], None] = print_info) -> int:
+def iterations(settings: RunSettings, train_set: Sequence[Any], say: Callable[[str], None] = info) -> int:
     """Return ``iters``, or what ``epochs`` amounts to, or the host's default."""
     if settings.iters is not None:
         return int(settings.iters)

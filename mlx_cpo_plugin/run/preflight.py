@@ -21,7 +21,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.run.building import build_optimizer, optimizer_steps, positions_of
+from mlx_cpo_plugin.run.building import build_optimizer, optimizer_steps, positions_of, quantised_load
 from mlx_cpo_plugin.run.fusing import fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import require_clients
@@ -139,7 +139,7 @@ def rehearsed(
 
 
 def plan_notes(settings: RunSettings, optimizer: optimizers.Optimizer, steps: int) -> list[str]:
-    """Return notes on a learning rate that is far too large, and on a warm-up that does not end within the run.
+    """Return notes on a learning rate far too large, a warm-up longer than the run, and weights that stay as they are.
 
     Args:
         steps: optimizer steps of the run.
@@ -157,6 +157,11 @@ def plan_notes(settings: RunSettings, optimizer: optimizers.Optimizer, steps: in
         notes.append(
             f"note: lr_schedule.warmup is {warmup} optimizer steps, and the run has {steps}: the learning rate only "
             f"reaches {max(rates):g}."
+        )
+    if settings.train_type == "full" and (key := quantised_load(settings)):
+        notes.append(
+            f"note: train_type full trains only what {key} leaves unquantised, such as norms; use lora, or do without "
+            f"{key}."
         )
     return notes
 

@@ -99,7 +99,7 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
             run_process.stop(Path(folder))
         except (UserError, OSError) as error:
             return fault_html(error)
-        return note_html("Stopping after this micro-batch; press again to stop without saving.")
+        return note_html("Stopping after this micro-batch or validation; press again to stop without saving.")
 
     def began(folder: str, present: str) -> str:
         return folder or present

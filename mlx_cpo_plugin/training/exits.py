@@ -61,7 +61,9 @@ def stop_requests() -> Iterator[StopRequest]:
         request.signal_number = number
         if sys.__stderr__ is not None:  # closed from the start, another file may have its number
             with suppress(OSError):  # not print, which may be what was interrupted
-                os.write(2, b"\nStopping after this micro-batch; press Ctrl-C again to stop without saving.\n")
+                os.write(
+                    2, b"\nStopping after this micro-batch or validation; press Ctrl-C again to stop without saving.\n"
+                )
 
     previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
         each: signal.signal(each, ask)

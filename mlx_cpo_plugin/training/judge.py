@@ -64,7 +64,7 @@ class Judge(Resumable):
         differences = np.array([loss + self.cpo_alpha * per_token, per_token, margins, accuracies])
         sums = gather([differences.sum(1).tolist(), (differences**2).sum(1).tolist()])
         mean, square = np.sum(sums, axis=0) / pairs
-        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(pairs - 1, 1))
+        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(pairs - 1, 1)) if pairs > 1 else np.full(4, np.nan)
         self.latest = Verdict.of(
             {
                 measure.name: Change(of_mean, of_stderr, int(pairs))

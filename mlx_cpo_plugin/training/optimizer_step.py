@@ -17,7 +17,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import TrainingError
+from mlx_cpo_plugin.errors import ConfigError, TrainingError
 from mlx_cpo_plugin.exchange import sum_over_ranks
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.rounding import dithered
@@ -126,6 +126,9 @@ class OptimizerStep:
         gradients: computes the gradients of micro-batches.
         max_norm: gradients are scaled down to it; ``None``: they are not.
 
+    Raises:
+        ConfigError: the model has no trainable parameters.
+
     Attributes:
         number: of the current step, from 1.
         total: its gradient so far; ``None`` before the first micro-batch.
@@ -151,6 +154,10 @@ class OptimizerStep:
         self._pairs: list[PreferencePair] = []
         self._all_satisfied = True
         self.masters = MasterWeights(model)
+        if not self.masters.weights():
+            raise ConfigError(
+                "The model has no trainable parameters; give it an adapter, or unfreeze what is to learn."
+            )
         self.layout = layout = layout_for(optimizer, self.masters.weights())
         # Without this the first two steps would be traced as two different ones.
         optimizer.init(layout.tree(self.masters.weights()))

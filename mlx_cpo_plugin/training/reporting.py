@@ -31,7 +31,14 @@ Item = TypeVar("Item")
 # Means by their names in console lines. MLX LoRA Studio looks for the loss and the rewards by the host's names.
 _LABELS = {"loss": "loss", "accuracies": "acc", "margins": "margin"}
 _TRAIN_LABELS = _LABELS | {"chosen_reward": "chosen_r", "rejected_reward": "rejected_r"}
-_VALID_LABELS = _LABELS | {"chosen_reward": "Val chosen reward", "rejected_reward": "Val rejected reward"}
+# As the host's own lines name them, which other programs read.
+_VALID_LABELS = {
+    "loss": "Val loss",
+    "accuracies": "Val accuracy",
+    "margins": "Val margin",
+    "chosen_reward": "Val chosen reward",
+    "rejected_reward": "Val rejected reward",
+}
 # Micro-batches in each half of the displacement alarm's window, and standard errors that the halves must differ by.
 WINDOW = 20
 CERTAIN = 3.0
@@ -155,7 +162,7 @@ class ProgressReporter(Resumable):
         if not self.is_main:
             return
         info = {**_validation(iteration, means, verdict), "val_time": seconds}
-        tqdm.write(f"Iter {iteration}: Val {_labelled(means, _VALID_LABELS)}, {seconds:.1f} s")
+        tqdm.write(f"Iter {iteration}: {_labelled(means, _VALID_LABELS)}, Val took {seconds:.1f} s")
         self.metrics_file.append("valid", info)
         self.warn(warning)
         self.say(line)

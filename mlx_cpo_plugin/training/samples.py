@@ -54,10 +54,10 @@ class Samples(Resumable):
     Attributes:
         prompts: none where there are none, or nobody knows the tokenizer.
         before: figures of the answers before training, by name; None where there are none.
-        latest: the iteration of the last answers, and their figures.
+        latest: the iteration of the last complete answers, and their figures.
     """
 
-    remembered: ClassVar[tuple[str, ...]] = ("digest", "before")
+    remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "latest")
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Samples(Resumable):
         self.prompts: Sequence[SamplePrompt] = ()
         if tokenizer is not None and self.every != 0 and is_first_rank():
             own = args.sample_prompts
-            self.prompts = own_prompts(own, tokenizer) if own else held_out_prompts(val_pairs, tokenizer)
+            self.prompts = (
+                own_prompts(own, tokenizer, args.max_seq_length) if own else held_out_prompts(val_pairs, tokenizer)
+            )
             self.tokenizer = tokenizer
         self.digest = hashlib.sha256(repr([prompt.tokens for prompt in self.prompts]).encode()).hexdigest()[:16]
         self.before: dict[str, float] | None = None
@@ -91,7 +93,8 @@ class Samples(Resumable):
         seed, started, samples = random_seed(), time.perf_counter(), []
         with evaluation_mode(self.model):
             for number, prompt in enumerate(self.prompts):
-                left = max(SHARE * (time.perf_counter() - self.began), SECONDS) - self.spent
+                allowed = SECONDS / 2 if before_training else max(SHARE * (time.perf_counter() - self.began), SECONDS)
+                left = allowed - self.spent
                 seconds = (left - (time.perf_counter() - started)) / (len(self.prompts) - number)
                 try:
                     samples += [self._answer(prompt, seconds)] if seconds > 0 else []
@@ -134,16 +137,20 @@ class Samples(Resumable):
         """Return the figures of the answers at an iteration by name; none if there were no answers."""
         return self.latest[1] if self.latest[0] == iteration else {}
 
-    def compared(self, iteration: int) -> dict[str, float]:
-        """Return the figures of the answers at an iteration, and how they changed, by their names in reports."""
-        now = self.figures_of(iteration)
-        before = now if self.before is None else self.before
-        changes = {} if now is before else {f"val_{name}_change": now[name] - before[name] for name in now}
-        return {f"val_{name}": value for name, value in now.items()} | changes
+    def compared(self) -> dict[str, float]:
+        """Return the figures of the newest answers since training began, and how they changed, by their report's names.
+
+        What a verdict rests on does not depend on whether there was time for answers at just this iteration.
+        """
+        now, before = self.latest[1], self.before or {}
+        changes = {f"val_{name}_change": now[name] - value for name, value in before.items()}
+        return {} if now is before else {f"val_{name}": value for name, value in now.items()} | changes
 
     def restore(self, state: Values) -> None:
         """Continue from ``state``; answers to other prompts are not compared."""
-        self.before = state["before"] if state["digest"] == self.digest else None
+        if state["digest"] == self.digest:
+            iteration, newest = state["latest"]
+            self.before, self.latest = state["before"], (iteration, newest)
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float]:

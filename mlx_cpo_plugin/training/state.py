@@ -86,7 +86,8 @@ class TrainingState:
         try:
             for name, part in self.parts.items():
                 part.restore(values[name])
-        except (KeyError, TypeError) as error:
+            _update_in_place(self.step.optimizer.state, tree_unflatten(list(checkpoint.arrays("optimizer").items())))
+        except (KeyError, TypeError, IndexError) as error:
             raise ConfigError(
                 f"The checkpoint {checkpoint.folder} was written by another version of mlx-cpo-plugin; continue with "
                 "that version, or start anew with another adapter_path, from its weights with resume_adapter_file.",
@@ -95,7 +96,6 @@ class TrainingState:
             ) from error
         self.iteration, self.step.number = values["iteration"], values["optimizer_step"]
         self.step.masters.set(checkpoint.arrays("adapters"))
-        _update_in_place(self.step.optimizer.state, tree_unflatten(list(checkpoint.arrays("optimizer").items())))
         self.step.total = checkpoint.arrays("gradient") or None
         mx.random.seed(values["random_seed"])
         # The files may be moved before anything is computed with them.

@@ -92,8 +92,8 @@ def _loss_line(run: Run) -> str:
 def _step_line(run: Run) -> str:
     args, ranks = run.args, mx.distributed.init().size()
     if args.batch_tokens is None:
-        micro_batch, together = _counted(args.batch_size, "pair"), args.batch_size * args.gradient_accumulation_steps
-        total = f" = {_counted(together, 'pair')}"
+        micro_batch, together = counted(args.batch_size, "pair"), args.batch_size * args.gradient_accumulation_steps
+        total = f" = {counted(together, 'pair')}"
     else:
         micro_batch, total = f"at most {args.batch_tokens:,} tokens", ""
     shared = f", shared by {ranks} ranks" if ranks > 1 else ""
@@ -107,8 +107,8 @@ def _length_line(run: Run) -> str:
             steps, pairs = steps + 1, pairs + len(micro_batch.window)
     epochs = pairs / len(run.pairs)
     return (
-        f"Run: {_counted(run.args.iters, 'iteration')}, {_counted(steps, 'optimizer step')}, "
-        f"{epochs:.3g} epoch{'s' * (epochs != 1)} of {_counted(len(run.pairs), 'pair')}"
+        f"Run: {counted(run.args.iters, 'iteration')}, {counted(steps, 'optimizer step')}, "
+        f"{epochs:.3g} epoch{'s' * (epochs != 1)} of {counted(len(run.pairs), 'pair')}"
     )
 
 
@@ -121,11 +121,12 @@ def _trained_line(run: Run) -> str:
     details += [_flow(adapter["lora_parameters"])] if adapter["lora_parameters"] else []
     if adapter["num_layers"] > 0:
         details.append(f"last {adapter['num_layers']} of {layers} layers")
-    size = f"{_counted(trained, 'parameter')}, {trained / total:.2%} of the model's {total:,}"
+    size = f"{counted(trained, 'parameter')}, {trained / total:.2%} of the model's {total:,}"
     return f"Trained: {size}; {', '.join(details)}"
 
 
-def _counted(number: int, thing: str) -> str:
+def counted(number: int, thing: str) -> str:
+    """Return ``1 pair`` or ``2 pairs``."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 

@@ -202,7 +202,7 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
         if before_training:
             run.judge.begin(values)
         else:
-            verdict = run.judge.verdict(values, run.samples.compared(iteration))
+            verdict = run.judge.verdict(values, run.samples.compared())
             if best.saved and best.is_best(means):
                 run.outputs.save_best(iteration)
             best.add(iteration, means)  # now that the file is written

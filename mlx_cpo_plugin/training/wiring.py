@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,8 @@ class Run:
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
         resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "samples", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
-        self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
+        with nullcontext() if probing else kernels_expected(model, args, pairs):
+            self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
         self.identity = identity(args, model, optimizer, pairs) if comparing else {}
         self.recorded = recorded(args, model, optimizer, pairs)
@@ -196,6 +197,14 @@ def kernels_pay(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[Prefere
     epoch = sum(pair.tokens for pair in pairs)
     tokens = epoch / len(pairs) * args.batch_size * args.iters if args.iters else epoch
     return library.pays(6 * get_total_parameters(model) * tokens)
+
+
+def kernels_expected(
+    model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]
+) -> AbstractContextManager[None]:
+    """Return a context in which an estimate counts with the kernels if the run is going to have them."""
+    found = library.suits_device() and library.compiler() is not None
+    return library.used() if found and kernels_suit(model, args) and kernels_pay(model, args, pairs) else nullcontext()
 
 
 class Environment(NamedTuple):

@@ -91,7 +91,14 @@ def test_the_day_counts_where_a_template_asks_for_it(template: str, same: bool) 
     assert (first == second) is same
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"", lambda _: b"?"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    ],
+)
 def test_a_damaged_file_is_made_again(damage: Callable[[bytes], bytes], folder: Path, tokenised: list[str]) -> None:
     first = contents(converted())
     (file,) = folder.iterdir()

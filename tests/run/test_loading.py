@@ -183,7 +183,7 @@ def test_all_modules_by_name_are_those_that_are_taken_without_keys(settings: Set
     [
         ("q_proj", "self_attn.q_proj"),
         ("model.layers.0.mlp.up_proj", "mlp.up_proj"),
-        ("self_attn.q_porj", "self_attn.q_proj, self_attn.o_proj, self_attn.v_proj"),
+        ("self_attn.q_porj", "self_attn.q_proj, self_attn.v_proj, self_attn.o_proj"),
         ("lm_head", ", ".join(MODULES)),
     ],
 )
@@ -192,7 +192,6 @@ def test_a_module_that_no_layer_has_is_refused_with_the_nearest(
 ) -> None:
     with refused(ConfigError, f"'{re.escape(key)}'", key="lora_parameters.keys", allowed=near):
         run_main({**settings, **with_keys(["self_attn.v_proj", key])})
-    assert refused.value.key == "lora_parameters.keys"
     assert not Path(settings["adapter_path"]).exists()
 
 

@@ -167,6 +167,19 @@ def test_a_warmup_longer_than_the_run_is_noted_with_the_rate_that_it_reaches(con
     ]
 
 
+def test_full_training_of_a_quantised_load_is_noted(configured: Configured) -> None:
+    assert notes(configured, train_type="full") == []
+    assert notes(configured, load_in_4bits=True) == []
+    (line,) = notes(configured, train_type="full", load_in_4bits=True)
+    assert "load_in_4bits" in line
+
+
+@pytest.mark.parametrize("key", ["save_best", "early_stopping_patience", "eval_per_epoch"])
+def test_settings_without_validation_are_named_by_check(configured: Configured, key: str) -> None:
+    value = {"save_best": "loss", "early_stopping_patience": 2, "eval_per_epoch": True}[key]
+    assert f"{key} has no effect" in check(configured(val_batches=0, **{key: value}))
+
+
 def test_pairs_beyond_the_positions_of_the_model_are_noted(tmp_path: Path, build_pair: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 20}}))
     pairs: list[PreferencePair] = [build_pair(length, f"x:{length}") for length in (20, 22, 30)]

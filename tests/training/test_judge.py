@@ -123,16 +123,16 @@ def test_a_run_that_gets_worse_says_so_once_and_at_its_end(tmp_path: Path, capsy
         PreferencePair(own.prompt, own.rejected, own.chosen, own.rejected_scored, own.chosen_scored)
         for own in build_pairs(24)
     ]
-    reports = run(tmp_path, swapped, rate=0.01)
+    reports = run(tmp_path, swapped, rate=0.01, iters=96, steps_per_eval=48)
 
     printed = capsys.readouterr().out
     assert [report.get("val_verdict") for report in reports] == [None, -1, -1]
-    assert printed.count("Warning: Iter 12: the model is worse than before training: loss +") == 1
+    assert printed.count("Warning: Iter 48: the model is worse than before training: loss ") == 1
     assert "cpo_alpha: 1" in printed
-    assert "Iter 24: the model is" not in printed
+    assert "Iter 96: the model is" not in printed
     last = printed.strip().splitlines()[-1]
     assert last.startswith("The model is worse than before training: loss +")
-    assert last.endswith("the best validation, by loss, was that of iteration 24.")
+    assert last.endswith("the best validation, by loss, was that of iteration 96.")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["val_verdict"] for row in rows if row["kind"] == "valid" and row["iteration"] > 1] == [-1, -1]
 

@@ -10,8 +10,10 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
+from support.refusals import refused
 from support.tiny import add_adapter, build_model
 
+from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training import optimizer_step
 from mlx_cpo_plugin.training.optimizer_step import ByName, Joined, OptimizerStep, layout_for
@@ -56,6 +58,13 @@ def test_joined_arrays_are_updated_as_each_by_itself(name: str, monkeypatch: pyt
     # Norms that are added up in another order differ in the last bits, and so may what is clipped.
     for key, weights in steps_taken(ALIKE[name]).items():
         np.testing.assert_allclose(np.array(joined[key]), np.array(weights), rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    model = adapted_model()
+    model.freeze()
+    with refused(ConfigError):
+        OptimizerStep(model, optimizers.Adam(1e-3), gradients=None)  # type: ignore[arg-type]
 
 
 def layout_of(make: Make, adapted: nn.Module, **state: Any) -> ByName:

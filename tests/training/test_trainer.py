@@ -371,6 +371,9 @@ def test_reports_have_the_names_that_the_host_gives_them(tmp_path: Path, capsys:
     # What MLX LoRA Studio looks for.
     for name in ("loss", "chosen_r", "rejected_r", "lr", "it/s", "tok/s", "peak_mem"):
         assert re.search(rf"\b{name} -?\d", line), name
+    (line,) = [line for line in lines.splitlines() if line.startswith("Iter 4: Val ")]
+    for name in ("loss", "chosen reward", "rejected reward", "accuracy", "margin", "took"):  # the host's
+        assert re.search(rf"\bVal {name} -?\d", line), name
     assert f"Saved final weights to {tmp_path / 'adapters.safetensors'}." in lines
 
 
