@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
@@ -14,11 +15,12 @@ import numpy as np
 from mlx_cpo_plugin.checkpoints.adapter import describe_adapter
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import LONGEST_VALUE, ConfigError, named, shown
+from mlx_cpo_plugin.errors import LONGEST_VALUE, ConfigError, named
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.settings.nested import spans_run
 from mlx_cpo_plugin.settings.options import DATA_OPTIONS, MODEL_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import plain_settings
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs, option_of
 from mlx_cpo_plugin.types import Values
 
@@ -144,8 +146,13 @@ def _changes(key: str, old: object, new: object) -> Iterator[tuple[str, str]]:
         for name in sorted({*old, *new}):
             yield from _changes(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
-        values = (named(value, LONGEST_VALUE) if isinstance(value, str) else shown(value) for value in (old, new))
-        yield key, f"{key}: {' → '.join(values)}"
+        yield key, f"{key}: {' → '.join(_as_in_yaml(value) for value in (old, new))}"
+
+
+def _as_in_yaml(value: object) -> str:
+    if isinstance(value, str):
+        return named(value, LONGEST_VALUE)
+    return named(dump_settings([value], flow=True, width=math.inf).strip()[1:-1], LONGEST_VALUE)
 
 
 def _changed_rows(before: Mapping[str, Sequence[object]], now: Mapping[str, Sequence[object]]) -> Iterator[str]:

@@ -95,6 +95,8 @@ class Judge(Resumable):
             return OTHER_PAIRS if self.before is None else None
         label = next(measure.label for measure in MEASURES if measure.name == best.measure)
         of_best = f"the best validation, by {label}, was that of iteration {best.iteration}"
+        if self.of_best is not None and best.sign * self.of_best.changes[best.measure][0] < 0:
+            of_best += ", and the one before training was better"
         return f"The model is {verdict.sentence()}; {of_best if best.iteration else 'no validation was finite'}."
 
     def state(self) -> Values:

@@ -179,7 +179,7 @@ class ProgressReporter(Resumable):
             return
         for number, sample in enumerate(samples, 1):
             if introduce:
-                self.say(f"Sample {number} ({sample.prompt.source}): {_one_line(sample.prompt.text)}")
+                self.say(f"Sample {number} ({sample.prompt.source}): {_end_of(sample.prompt.text)}")
             self.say(f"Iter {iteration}: sample {number}: {_one_line(sample.answer)}")
             texts = {"prompt": sample.prompt.text, "answer": sample.answer, "source": sample.prompt.source}
             self.metrics_file.append("sample", {"iteration": iteration, **texts, "ended": sample.ended})
@@ -278,6 +278,12 @@ def _one_line(text: str) -> str:
     """Return the beginning of a text, on one line."""
     line = " ".join(text.split()) or "(nothing)"
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
+
+
+def _end_of(prompt: str) -> str:
+    """Return the end of a prompt, on one line: what stands first is often the same in all of them."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= SHOWN else f"…{line[1 - SHOWN :]}"
 
 
 def own_stream(callback: object) -> TextIO | None:
