@@ -293,7 +293,7 @@ def without(adapter_path: Path, name: str) -> None:
         ("adapter_config.json", [], "There is no adapter_config.json in {path}; give the adapter_path of a run"),
         ("run_settings.yaml", [], "There is no run_settings.yaml in {path}; give --model, and --data for rows."),
         (None, ["--data", "/no/rows"], "data names /no/rows, which does not exist"),
-        (None, ["--model", "/no/model"], "The tokenizer of model '/no/model' cannot be loaded"),
+        (None, ["--model", "/no/model"], "model names '/no/model', which does not exist"),
         (None, ["--prompt", " "], "--prompt ' ' cannot be asked"),
         (None, ["--json", "/no/folder/out.json"], "--json /no/folder/out.json: there is no folder /no/folder"),
     ],
