@@ -13,13 +13,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
-from mlx_cpo_plugin.checkpoints import (
-    ADAPTER_CONFIG,
-    BEST,
-    CHECKPOINTS,
-    PREVIOUS,
-    RECORD,
-)
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, BEST, CHECKPOINTS, PREVIOUS, RECORD
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in

@@ -112,9 +112,9 @@ def _check_rows(
             _print_steps(rows[0], settings, stream)
         return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     if settings.sample_prompts:
         with refusals:
-            chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
             own_prompts(settings.sample_prompts, chat_tokenizer, settings.max_seq_length)
     for dataset in splits:
         print(*dataset.report.lines(), sep="\n", file=stream)
@@ -128,7 +128,7 @@ def _check_rows(
         if splits[0]:
             _print_plan(settings, splits, timed, stream)
     shown = next((dataset[:examples] for dataset in splits if dataset), [])
-    _print_examples(shown, ChatTokenizer.from_settings(tokenizer, settings), stream)
+    _print_examples(shown, chat_tokenizer, stream)
 
 
 def _print_columns(report: DataReport, stream: TextIO) -> None:

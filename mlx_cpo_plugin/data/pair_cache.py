@@ -48,7 +48,7 @@ class PairCache:
         try:
             with self.file.open("rb") as file:
                 # A flipped bit would be another token.
-                if file.read(_DIGEST_SIZE) != _digest_of_rest(file):
+                if file.read(_DIGEST_SIZE) != hashlib.file_digest(file, "sha256").digest():
                     return None
                 file.seek(_DIGEST_SIZE)
                 outcomes = list(chain.from_iterable(_parts(file)))
@@ -68,20 +68,13 @@ class PairCache:
                 for start in range(0, len(outcomes), LEAST_ROWS):  # a pickle keeps all of its objects in memory
                     pickle.dump(list(outcomes[start : start + LEAST_ROWS]), file)
                 file.seek(_DIGEST_SIZE)
-                digest = _digest_of_rest(file)
+                digest = hashlib.file_digest(file, "sha256").digest()
                 file.seek(0)
                 file.write(digest)
 
         with suppress(OSError):
             replace_whole(self.file, fill)
             _make_room(self.file)
-
-
-def _digest_of_rest(file: IO[bytes]) -> bytes:
-    digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest.digest()
 
 
 def _parts(file: IO[bytes]) -> Iterator[Outcomes]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
@@ -28,6 +27,7 @@ from mlx_cpo_plugin.trackers import require_clients
 from mlx_cpo_plugin.training.call import training_arguments
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
 from mlx_cpo_plugin.training.objective import objective_for
+from mlx_cpo_plugin.training.optimizer_step import learning_rates
 from mlx_cpo_plugin.training.resumption import restore
 from mlx_cpo_plugin.training.wiring import Run, training_environment
 
@@ -145,8 +145,7 @@ def plan_notes(settings: RunSettings, optimizer: optimizers.Optimizer, steps: in
         steps: optimizer steps of the run.
     """
     notes = []
-    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
-    rates = [float(schedule(mx.array(step))) for step in np.unique(np.linspace(0, steps - 1, _LOOKED_AT, dtype=int))]
+    rates = learning_rates(optimizer, np.unique(np.linspace(0, steps - 1, _LOOKED_AT, dtype=int)))
     usual = USUAL_RATES.get(settings.optimizer, USUAL_RATE)
     if max(rates) > FAR_ABOVE * usual:
         notes.append(

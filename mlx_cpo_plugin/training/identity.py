@@ -22,6 +22,7 @@ from mlx_cpo_plugin.settings.options import DATA_OPTIONS, MODEL_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import plain_settings
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs, option_of
+from mlx_cpo_plugin.training.optimizer_step import learning_rates
 from mlx_cpo_plugin.types import Values
 
 # Steps at which learning-rate schedules are compared.
@@ -199,9 +200,7 @@ def _optimizer_description(optimizer: optimizers.Optimizer) -> str:
     """Return the class, its numbers, and its learning rate or some values of its schedule."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(vars(optimizer).items())}
     numbers = {key: value for key, value in plain.items() if _is_plain(value) and key[0] != "_"}
-    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
-    rates = [float(schedule(mx.array(step))) for step in _SCHEDULE_STEPS]
-    return f"{type(optimizer).__name__} {numbers} {rates}"
+    return f"{type(optimizer).__name__} {numbers} {learning_rates(optimizer, _SCHEDULE_STEPS)}"
 
 
 def _is_plain(value: object) -> bool:

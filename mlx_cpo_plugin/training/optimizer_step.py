@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -154,13 +154,14 @@ class OptimizerStep:
         self._pairs: list[PreferencePair] = []
         self._all_satisfied = True
         self.masters = MasterWeights(model)
-        if not self.masters.weights():
+        weights = self.masters.weights()
+        if not weights:
             raise ConfigError(
                 "The model has no trainable parameters; give it an adapter, or unfreeze what is to learn."
             )
-        self.layout = layout = layout_for(optimizer, self.masters.weights())
+        self.layout = layout = layout_for(optimizer, weights)
         # Without this the first two steps would be traced as two different ones.
-        optimizer.init(layout.tree(self.masters.weights()))
+        optimizer.init(layout.tree(weights))
         changed = [model.state, optimizer.state, self.masters.copies]
 
         @partial(mx.compile, inputs=changed, outputs=changed)
@@ -227,6 +228,12 @@ class OptimizerStep:
 
 def _is_half(value: mx.array) -> bool:
     return value.dtype in _HALVES
+
+
+def learning_rates(optimizer: optimizers.Optimizer, steps: Iterable[int]) -> list[float]:
+    """Return the learning rate of each step, counted from 0: that of the schedule, if there is one."""
+    schedule = getattr(optimizer, "_schedulers", {}).get("learning_rate", lambda _: optimizer.learning_rate)
+    return [float(schedule(mx.array(step))) for step in steps]
 
 
 def in_float32(parameters: dict) -> dict:
