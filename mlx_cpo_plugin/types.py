@@ -38,6 +38,7 @@ class Option:
         optional: whether ``None`` (YAML ``null``) is allowed.
         shown_when: other option's name -> values for which this option has an effect.
         spelled: what a shorter spelling stands for, ``value as written -> value``.
+        listed: checks a list, where one may stand in place of text: ``(list, key, place) -> list to use``.
         inside: a further check, ``(value, key, place) -> value to use``, after type and range; see
             :mod:`mlx_cpo_plugin.settings.nested`.
         free_on_resume: whether a run may be resumed with another value, since the trained weights do not depend on it.
@@ -59,6 +60,7 @@ class Option:
     inside: Callable[..., object] | None = None
     free_on_resume: bool = False
     spelled: Callable[[object], object] | None = None
+    listed: Callable[..., object] | None = None
     group: str = ""
 
     @property
@@ -81,7 +83,7 @@ class Option:
         if self.minimum is not None and self.maximum is not None:
             limits = f"from {self.minimum} to {self.maximum}"
         words = f"{_TYPES_IN_WORDS.get(self.type, self.type.__name__)} {limits}".rstrip()
-        return words + (" or null" if self.optional else "")
+        return words + (" or a list" if self.listed else "") + (" or null" if self.optional else "")
 
 
 @dataclass(frozen=True)

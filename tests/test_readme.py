@@ -80,7 +80,7 @@ def test_the_config_can_be_checked(config: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("page", [name for name in FOR_USERS if blocks("json", name)])
 def test_every_row_is_read(page: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    (rows,) = blocks("json", page)
+    rows = "".join(blocks("json", page))
     (tmp_path / "rows.jsonl").write_text(rows)
     tokenizer = load_tokenizer(settings["model"])
     resolved = resolve({**settings, "data": str(tmp_path / "rows.jsonl")}).settings

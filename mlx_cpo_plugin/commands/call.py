@@ -25,6 +25,7 @@ from mlx_cpo_plugin.run import mode as whole_run
 from mlx_cpo_plugin.run.fusing import fused_folder
 from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.nested import SET_KEYS
 from mlx_cpo_plugin.settings.validation import refused
 from mlx_cpo_plugin.settings.yaml_settings import read_yaml
 from mlx_cpo_plugin.training.call import check_callback
@@ -82,8 +83,9 @@ def train(
     Args:
         model: a folder or a name on the Hugging Face hub, or a model and its tokenizer as ``mlx_lm.load`` returns
             them; such a model is given the adapter in place.
-        data: a folder, a file or a name on the hub; or rows of any format, as a list, a ``datasets.Dataset`` or
-            another iterable; or such rows, or files of them, by split: ``{"train": rows, "valid": "valid.jsonl"}``.
+        data: a folder, a file or a name on the hub, or a list of such, each a mapping with ``path`` and ``weight``; or
+            rows of any format, as a list, a ``datasets.Dataset`` or another iterable; or such rows, or files of them,
+            by split: ``{"train": rows, "valid": "valid.jsonl"}``.
         config: a YAML file with settings that the call does not give.
         training_callback: gets the reports, see :func:`mlx_cpo_plugin.train_cpo`.
         settings: every key of a YAML file, with the same defaults, but ``fuse=False``.
@@ -102,7 +104,7 @@ def train(
     else:
         allowed = "a folder, a name on the hub, or a model and its tokenizer as mlx_lm.load returns them"
         raise refused("model", model, IN_THE_CALL, allowed)
-    if data is None or isinstance(data, str | os.PathLike):
+    if data is None or isinstance(data, str | os.PathLike) or _are_sets(data):
         call["data"] = data
     elif isinstance(data, Mapping):
         rows = data
@@ -134,6 +136,12 @@ def train(
         if resolved.fuse and is_first_rank():
             trained, _ = load_fused_model(fused_folder(resolved), lazy=True)
     return _result(trained, tokenizer, resolved, tested)
+
+
+def _are_sets(data: object) -> bool:
+    """Whether this is a list of sets to be mixed, not of rows."""
+    entries = data if isinstance(data, list) else []
+    return bool(entries) and all(isinstance(entry, Mapping) and {*entry} <= {*SET_KEYS} for entry in entries)
 
 
 def _check_loaded(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> None:

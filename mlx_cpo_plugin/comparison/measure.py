@@ -201,7 +201,7 @@ def held_out_pairs(
     Raises:
         DataError: the data is missing or unusable, and needed or given.
     """
-    is_file = is_given and Path(settings.data).expanduser().is_file()
+    is_file = is_given and isinstance(settings.data, str) and Path(settings.data).expanduser().is_file()
     if is_file:
         wanted = ["train"]
     elif settings.valid_fraction > 0:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, co
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.ranked import row_of
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
 from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few, rows_in
@@ -54,7 +57,7 @@ class PreferenceDataset(list[PreferencePair]):
         skipped, columns = skipped or {}, columns or ColumnsRead()
         report = DataReport(
             split=split,
-            rows=len(pairs) + sum(map(len, skipped.values())),
+            rows=_rows_behind([*(cut.pair.source for cut in pairs), *chain.from_iterable(skipped.values())]),
             pairs=len(pairs),
             skipped=skipped,
             prompts_cut=sum(cut.prompt_cut for cut in pairs),
@@ -87,7 +90,7 @@ class PreferenceDataset(list[PreferencePair]):
                 skipped.setdefault(reason, []).extend(places)
         pairs = [cut for part in parts for cut in part._cut]
         too_long = [whole for part in parts for whole in part._others["too_long"]]
-        notes = tuple(note for part in parts for note in part.report.notes)
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.report.notes))
         columns = ColumnsRead.joined([part.report.columns for part in parts])
         split, tokenizer = parts[0].report.split, parts[0].tokenizer
         joined = cls(pairs, split, skipped, notes, tokenizer, too_long=too_long, columns=columns)
@@ -105,22 +108,72 @@ class PreferenceDataset(list[PreferencePair]):
         return made
 
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
-        """Training and validation set: ``fraction`` of the pairs, at least one, drawn by ``seed``, go to the latter.
+        """Training and validation set: ``fraction`` of the rows, at least one, drawn by ``seed``, go to the latter.
 
         Raises:
-            DataError: there are fewer than two pairs.
+            DataError: there are fewer than two rows.
         """
-        if len(self) < 2:
+        # The pairs of a row with several answers stay together.
+        rows = [_row_key(cut.pair, place) for place, cut in enumerate(self._cut)]
+        each = list(dict.fromkeys(rows))
+        if len(each) < 2:
             raise DataError(
                 "valid_fraction needs at least two usable training rows: add rows, or set it to 0.",
                 key="valid_fraction",
             )
-        size = min(max(1, round(fraction * len(self))), len(self) - 1)
-        drawn = set(random.Random(seed).sample(range(len(self)), size))
-        kept, carved = ([cut for i, cut in enumerate(self._cut) if (i in drawn) == taken] for taken in (False, True))
+        size = min(max(1, round(fraction * len(each))), len(each) - 1)
+        drawn = set(random.Random(seed).sample(each, size))
+        kept, carved = (
+            [cut for row, cut in zip(rows, self._cut, strict=True) if (row in drawn) == taken]
+            for taken in (False, True)
+        )
         note = f"Drawn from the training set (valid_fraction {fraction:g}, seed {seed})."
         training = PreferenceDataset(kept, self.report.split, tokenizer=self.tokenizer, **self._others)
         return training, PreferenceDataset(carved, "valid", notes=(note,))
+
+    @classmethod
+    def mixed(cls, parts: Sequence[tuple[str, float, PreferenceDataset]], seed: int) -> PreferenceDataset:
+        """Concatenate data sets, each with its name and its weight: how often an epoch has each of its pairs.
+
+        Of a weight with a fraction, that share of the pairs, drawn by ``seed``, comes once more. The report is that of
+        the rows, however often they come.
+        """
+        joined = copy(cls.joined([part for _, _, part in parts]))
+        cuts = [(name, weight, part.cut_to) for name, weight, part in parts if part.cut_to]
+        if len(cuts) == len(parts):
+            joined.cut_to = lambda length: cls.mixed([(name, weight, cut(length)) for name, weight, cut in cuts], seed)
+        if all(weight == 1 for _, weight, _ in parts):
+            return joined
+        epoch: list[PreferencePair] = []
+        sizes = []
+        for name, weight, part in parts:
+            pairs = _weighted(part, weight, seed)
+            sizes.append((f"{len(pairs)} of {name} (weight {weight:g})", len(pairs)))
+            epoch += pairs
+        told = [f"{what}, {size / max(len(epoch), 1):.0%}" for what, size in sizes]
+        joined[:] = epoch
+        note = f"An epoch has {len(epoch)}: {'; '.join(told)}."
+        joined.report = replace(joined.report, notes=(*joined.report.notes, note))
+        return joined
+
+
+def _weighted(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list[PreferencePair]:
+    """The pairs as often as a weight says, at least one of them."""
+    whole = int(weight)
+    rest = round((weight - whole) * len(pairs)) or (not whole and bool(pairs))
+    return [*pairs] * whole + [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), rest))]
+
+
+def _row_key(pair: PreferencePair, place: int) -> str | int:
+    """What the pairs of one row have in common; ``place`` for a pair that is alone, whose source may be another's."""
+    row = row_of(pair.source)
+    return place if row == pair.source else row
+
+
+def _rows_behind(sources: Sequence[str]) -> int:
+    """How many rows pairs, or skipped rows, come from."""
+    several = {row for source in sources if (row := row_of(source)) != source}
+    return len(several) + sum(row_of(source) == source for source in sources)
 
 
 Splits = tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset]
@@ -178,17 +231,29 @@ def load_splits(
 ) -> Splits:
     """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
-    splits = {
-        split: _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
-        for split, groups in read_splits(settings, wanted, rows).items()
-    }
-    train, valid, test = (splits.get(split, PreferenceDataset(split=split)) for split in ("train", "valid", "test"))
-    if "valid" in wanted and train and not valid:
+    read = read_splits(settings, wanted, rows)
+    # The training set in as many parts as there are sets with a weight of their own.
+    parts: dict[tuple[str, float], list[RowGroup]] = {}
+    for group in read.pop("train", ()):
+        parts.setdefault(group.share or ("the others", 1.0), []).append(group)
+    parts = parts or {("none", 1.0): []}
+    sets = [
+        (*share, _make_pairs(groups, chat_tokenizer, "train", settings.max_seq_length, settings.overlong))
+        for share, groups in parts.items()
+    ]
+    valid, test = (
+        _make_pairs(read.get(split, ()), chat_tokenizer, split, settings.max_seq_length, settings.overlong)
+        for split in ("valid", "test")
+    )
+    if "valid" in wanted and any(pairs for *_, pairs in sets) and not valid:
         if settings.valid_fraction:
-            train, valid = train.split_off(settings.valid_fraction, settings.seed)
+            halves = [pairs.split_off(settings.valid_fraction, settings.seed) for *_, pairs in sets]
+            sets = [(*share, train) for share, (train, _) in zip(parts, halves, strict=True)]
+            valid = PreferenceDataset.joined([carved for _, carved in halves])
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
             valid = PreferenceDataset(split="valid", notes=(note,))
+    train = PreferenceDataset.mixed(sets, settings.seed)
     splits_of_run = train, valid.beside(train), test.beside(train)
     for pairs in splits_of_run:
         pairs.chat_tokenizer = chat_tokenizer
@@ -315,7 +380,12 @@ def _given_ids(side: object) -> TokenIds:
 def _make_pairs(
     groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
-    rows = [SourcedRow(row.value, group.columns, row.source) for group in groups for row in group.rows]
+    rows = [
+        SourcedRow(value, group.columns, source)
+        for group in groups
+        for row in group.rows
+        for value, source in group.columns.pair_rows(row.value, row.source)
+    ]
     outcomes = convert_rows(rows, RowConverter(tokenizer, max_length or sys.maxsize, overlong))
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))
@@ -340,22 +410,26 @@ def _collect(
 
     Raises:
         DataError: more than half are unusable, or the cut leaves nothing of the prompt or an answer of more than
-            :data:`SPENT`, not counting those that the settings leave out for their length.
+            :data:`SPENT`, not counting those that the settings leave out.
     """
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
     too_long: list[OverlongRow] = []
+    left_out = overlong = 0
     for outcome, source in zip(outcomes, sources, strict=True):
         if isinstance(outcome, UnusableRow):
             skipped.setdefault(str(outcome), []).append(source)
+            left_out += outcome.by_choice
+            overlong += outcome.by_choice and isinstance(outcome, OverlongRow)
             too_long += [outcome] if isinstance(outcome, OverlongRow) else []
         else:
             pairs.append(outcome)
-    overlong = sum(outcome.by_choice for outcome in too_long)
     if overlong and not pairs:
         raise DataError(
             f"no row of {name} fits: raise max_seq_length, or set overlong: cut.", key="max_seq_length", place=name
         )
+    if left_out and not pairs:
+        raise DataError(f"no row of {name} has scores that differ by min_gap: lower it.", key="min_gap", place=name)
     dataset = PreferenceDataset(
         pairs, split, skipped, notes, tokenizer, too_long=[row.whole for row in too_long], columns=columns
     )
@@ -369,11 +443,11 @@ def _collect(
             key="max_seq_length",
             place=skipped[reason][0],
         )
-    unusable = sum(map(len, skipped.values())) - overlong
+    unusable = sum(map(len, skipped.values())) - left_out
     if unusable > len(pairs):
         reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
         raise DataError(
-            f"{unusable} of {unusable + overlong + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
+            f"{unusable} of {unusable + left_out + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
             f"({first_few(places, 3)}): correct or remove them.",
             place=places[0],
         )

@@ -30,7 +30,13 @@ _WRITTEN_LIST = re.compile(r"\s*(?:array\()?\[\s*(?:\{|\w+\()")
 
 
 class UnusableRow(Exception):
-    """A row cannot become a pair; the message is the reason that the report counts it under."""
+    """A row cannot become a pair; the message is the reason that the report counts it under.
+
+    Attributes:
+        by_choice: whether the settings ask for it to be left out.
+    """
+
+    by_choice = False
 
 
 def parse_messages(value: object) -> list[Message]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,18 @@ HUB_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of one file or dataset split, which share their columns, and a note for the user on how they were chosen."""
+    """Rows of one file or dataset split, which share their columns.
+
+    Attributes:
+        note: for the user, on how they were chosen.
+        share: of a set that is mixed with others, its name and its weight.
+    """
 
     name: str
     rows: Sequence[Row]
     columns: Columns
     note: str = ""
+    share: tuple[str, float] | None = None
 
 
 Splits = dict[str, list[RowGroup]]
@@ -43,7 +49,7 @@ def read_splits(
     """Read the ``wanted`` ones of ``train``, ``valid`` and ``test``; a split that is not there has no groups.
 
     ``rows``, by split, go before ``settings.hf_dataset``, and this before ``settings.data``, which is a folder, a file
-    (the training set) or the name of a dataset on the Hugging Face hub.
+    (the training set) or the name of a dataset on the Hugging Face hub, or a list of such with their weights.
 
     Raises:
         DataError: a path does not exist, a dataset is not found, or a column is missing.
@@ -52,12 +58,48 @@ def read_splits(
         splits = _rows_of_call(rows, Columns.from_settings(settings), wanted)
     elif settings.hf_dataset:
         splits = _read_entries(settings, settings.hf_dataset, wanted)
-    else:
+    elif isinstance(settings.data, str):
         splits = _read_data(settings.data, Columns.from_settings(settings), wanted)
+    else:
+        splits = _read_sets(settings, settings.data, wanted)
     for groups in splits.values():
         for group in groups:
             group.columns.check([row.value for row in group.rows], group.name)
-    return {split: splits.get(split, []) for split in wanted}
+    return _noted_where_unscored({split: splits.get(split, []) for split in wanted})
+
+
+def _noted_where_unscored(splits: Splits) -> Splits:
+    """The splits, with a note at each group without the scores that ``min_gap`` needs.
+
+    Raises:
+        DataError: no group has any.
+    """
+    groups = [group for groups in splits.values() for group in groups if group.rows]
+    unscored = [group for group in groups if not group.columns.tell_gaps([row.value for row in group.rows])]
+    if unscored and len(unscored) == len(groups):
+        raise DataError(
+            f"min_gap is set, but {unscored[0].name} has no scores: give them as score_chosen and score_rejected, or "
+            "remove min_gap.",
+            key="min_gap",
+            place=unscored[0].name,
+        )
+
+    def noted(group: RowGroup) -> RowGroup:
+        note = f"{group.note} {group.name} has no scores, so that min_gap leaves its rows in.".lstrip()
+        return replace(group, note=note) if any(group is other for other in unscored) else group
+
+    return {split: [noted(group) for group in groups] for split, groups in splits.items()}
+
+
+def _read_sets(settings: DataSettings, sets: Sequence[Values], wanted: Collection[str]) -> Splits:
+    """The sets of a list in ``data``, one after the other; each need not have every split."""
+    splits: Splits = {split: [] for split in wanted}
+    for entry in sets:
+        share = named(str(entry["path"])), float(entry.get("weight", 1.0))
+        read = _read_data(str(entry["path"]), Columns.from_settings(settings, entry), wanted, mixed=True)
+        for split, groups in read.items():
+            splits[split] += [replace(group, share=share) for group in groups]
+    return splits
 
 
 def _rows_of_call(rows: Mapping[str, Iterable[object]], columns: Columns, wanted: Collection[str]) -> Splits:
@@ -90,13 +132,15 @@ def _rows_of_call(rows: Mapping[str, Iterable[object]], columns: Columns, wanted
     return splits
 
 
-def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
+def _read_data(data: str, columns: Columns, wanted: Collection[str], mixed: bool = False) -> Splits:
+    """The rows of one set; where it is ``mixed`` with others, their sources name its path."""
     try:
         path = Path(data).expanduser()
         if path.is_file():
-            return {"train": [RowGroup(named(path.name), read_file(path), columns)]} if "train" in wanted else {}
+            name = data if mixed else path.name
+            return {"train": [RowGroup(named(name), read_file(path, name), columns)]} if "train" in wanted else {}
         if path.is_dir():
-            return _read_folder(path, columns, wanted)
+            return _read_folder(path, columns, wanted, Path(data) if mixed else None)
         near = nearest_path(path, lambda other: other.is_dir() or kind_of(other.name) in SUFFIXES)
     except (OSError, RuntimeError) as error:  # the latter for ~somebody, who is not known here
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -109,7 +153,7 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str]) -> Splits:
     return _of_library(data, _load_from_hub(data, {}), columns, wanted)
 
 
-def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Splits:
+def _read_folder(folder: Path, columns: Columns, wanted: Collection[str], mixed_as: Path | None) -> Splits:
     if is_saved_dataset(folder):
         import datasets
 
@@ -123,9 +167,9 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str]) -> Spl
     splits: Splits = {}
     for split in wanted:
         for file in files.get(split, ()):
-            name = file.relative_to(folder).as_posix()
+            name = ((mixed_as or Path()) / file.relative_to(folder)).as_posix()
             splits.setdefault(split, []).append(RowGroup(named(name), read_file(file, name), columns))
-    if not splits:
+    if not splits and not (mixed_as and files):  # the other sets may have the split
         names_there = sorted(path.name for path in folder.iterdir())[:8]
         found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"
         needed = " or ".join(f"{split}.jsonl" for split in wanted)
@@ -183,7 +227,8 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
             if where in [group.name for group in groups]:
                 where = f"{where} ({len(groups) + 1})"
             rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
-            groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where)))
+            share = (label, float(entry["weight"])) if "weight" in entry else None
+            groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where), share))
     return splits
 
 

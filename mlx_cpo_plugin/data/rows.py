@@ -20,7 +20,17 @@ from mlx_cpo_plugin.data.messages import (
     shared_messages,
     split_system,
 )
+from mlx_cpo_plugin.data.ranked import (
+    BEST_AGAINST_WORST,
+    Selection,
+    columns_of_scores,
+    has_completions,
+    has_scores,
+    refuse_small_gap,
+    two_answer_rows,
+)
 from mlx_cpo_plugin.errors import DataError, named, shown
+from mlx_cpo_plugin.types import Values
 
 AUTO = "auto"
 # Column names under which the parts of a preference are published, the commonest first.
@@ -55,7 +65,7 @@ class ValidationSettings(Protocol):
 class DataSettings(ValidationSettings, Protocol):
     """The settings that decide on rows and pairs, by the keys of the YAML file; ``begun``: when the run began."""
 
-    data: str
+    data: str | list[Values]
     hf_dataset: list[dict[str, object]] | None
     train: bool
     test: bool
@@ -70,6 +80,8 @@ class DataSettings(ValidationSettings, Protocol):
     rejected_feature: str
     prompt_feature: str
     system_feature: str
+    completion_pairs: str
+    min_gap: float | None
 
 
 @dataclass(frozen=True)
@@ -103,19 +115,22 @@ class Columns:
     """Names of the columns to read; ``auto`` looks through :data:`ALIASES` in each row.
 
     ``prompt`` may name several columns of text, such as ``instruction+input``, which are joined by line breaks.
+    ``selection`` says which pairs are made of rows with several answers or with scores.
     """
 
     chosen: str = AUTO
     rejected: str = AUTO
     prompt: str = AUTO
     system: str = AUTO
+    selection: Selection = BEST_AGAINST_WORST
 
     @classmethod
     def from_settings(cls, settings: DataSettings, overrides: Mapping[str, object] | None = None) -> Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}
-        return cls(**{part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()})
+        names = {part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()}
+        return cls(**names, selection=Selection(settings.completion_pairs, settings.min_gap))
 
     def check(self, rows: Sequence[object], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
@@ -137,8 +152,14 @@ class Columns:
                 message = f"{where} has no column {shown(missing[0])}, which {key} names: use {listed}."
                 raise DataError(message, key=key, place=where, allowed=allowed)
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
+                if has_completions(found):
+                    continue
                 message = f"{where} has no column for the {part} answer: set {key} to {listed}."
                 raise DataError(message, key=key, place=where, allowed=allowed)
+
+    def tell_gaps(self, rows: Iterable[object]) -> bool:
+        """Whether rows have the scores that ``min_gap`` asks for, if it is set."""
+        return self.selection.min_gap is None or any(isinstance(row, Mapping) and has_scores(row) for row in rows)
 
     def read(self, rows: Iterable[object]) -> ColumnsRead:
         """Return which columns of ``rows`` are read for which part, and which are not."""
@@ -148,6 +169,8 @@ class Columns:
             for part in ALIASES:
                 column = self.find(row, part)[0]
                 read[part].update(dict.fromkeys(_columns_in(column, part, row) if column else ()))
+            for part, column in columns_of_scores(row, self.selection, self.has_several(row)).items():
+                read.setdefault(part, {})[column] = None
             if self.prompt == AUTO and set(_TASKS) & set(read["prompt"]):
                 read["prompt"].update(dict.fromkeys(column for column in _WITH_TASKS if row.get(column)))
             for column, value in row.items():
@@ -159,6 +182,34 @@ class Columns:
         doubtful = {column: parts[column] for column in unread if column in parts and found[column]}
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
+
+    def pair_rows(self, row: object, source: str) -> list[tuple[object, str]]:
+        """Return the rows of two answers that a row stands for, with their sources.
+
+        A row of which none can be made stays as it is: :func:`parse_row` says why.
+        """
+        if not isinstance(row, Mapping) or not self.has_several(row):
+            return [(row, source)]
+        try:
+            return list(self._two_answer_rows(row, source))
+        except UnusableRow:
+            return [(row, source)]
+
+    def refuse_unranked(self, row: Mapping[str, object]) -> None:
+        """Raise UnusableRow where no pair can be made of a row's several answers, or ``min_gap`` leaves it out."""
+        if self.has_several(row):
+            self._two_answer_rows(row)
+        refuse_small_gap(row, self.selection)
+
+    def _two_answer_rows(self, row: Mapping[str, object], source: str = "") -> list[tuple[Values, str]]:
+        chosen, rejected = (
+            part if name == AUTO else name for part, name in (("chosen", self.chosen), ("rejected", self.rejected))
+        )
+        return two_answer_rows(row, self.selection, (chosen, rejected), source)
+
+    def has_several(self, row: Mapping[str, object]) -> bool:
+        """Whether a row has several answers and not a chosen and a rejected one."""
+        return has_completions(row) and any(is_null(self.find(row, part)[1]) for part in ("chosen", "rejected"))
 
     def find(self, row: Mapping[str, object], part: str) -> tuple[str, object]:
         """The row's column for ``part`` and its value; None where it has none.
@@ -238,6 +289,7 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
     """Parse one raw row; UnusableRow says why it holds no preference."""
     if not isinstance(row, Mapping):
         raise UnusableRow("the row is not a JSON object")
+    columns.refuse_unranked(row)
     chosen, rejected = (decode_messages(as_json(columns.find(row, part)[1])) for part in ("chosen", "rejected"))
     for part, value in (("chosen", chosen), ("rejected", rejected)):
         if is_null(value):

@@ -44,7 +44,6 @@ class OverlongRow(UnusableRow):
 
     Attributes:
         whole: its lengths before any cut.
-        by_choice: whether the settings ask for it to be left out.
     """
 
     def __init__(self, reason: str, whole: Lengths, by_choice: bool = False) -> None:

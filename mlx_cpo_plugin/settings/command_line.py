@@ -138,7 +138,7 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
     arguments["metavar"] = option.name.upper()
     if option.choices:
         arguments["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
-    parser.add_argument(*flags, type=_reader(option.type), **arguments)
+    parser.add_argument(*flags, type=_list_or_text if option.listed else _reader(option.type), **arguments)
 
 
 def _shown(default: object) -> str:
@@ -159,6 +159,11 @@ def _reader(kind: type) -> Callable[[str], object]:
             return text
 
     return str if kind is str else number if kind in (int, float) else parse_value
+
+
+def _list_or_text(text: str) -> object:
+    value = parse_value(text) if text.startswith("[") else text
+    return value if isinstance(value, list) else text
 
 
 def host_parser() -> argparse.ArgumentParser:

@@ -50,10 +50,12 @@ LORA_PARAMETERS: tuple[Option, ...] = (
     ),
 )
 _COLUMNS = ("chosen", "rejected", "prompt", "system", "text", "chat", "completion")
+WEIGHT = Option("weight", float, 1.0, "How often an epoch has each training pair of a set.", above=0, maximum=1000)
 DATASET_KEYS = (
-    *("path", "config", "train_mode", "mask_prompt", "train_split", "valid_split", "test_split"),
+    *("path", "weight", "config", "train_mode", "mask_prompt", "train_split", "valid_split", "test_split"),
     *(f"{column}_feature" for column in _COLUMNS),
 )
+SET_KEYS = ("path", WEIGHT.name, *(f"{column}_feature" for column in _COLUMNS[:4]))
 WHOLE_RUN = ("linear", "cosine", "constant")
 """Schedules from ``learning_rate`` on that span the run; all others are MLX's, which count steps."""
 _WARMUP = (Option("warmup", int, 0, "", minimum=0), Option("warmup_init", float, 0.0, "", minimum=0))
@@ -177,9 +179,7 @@ def hf_dataset(value: list[Values], key: str, place: Place) -> list[Values]:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             raise refused(inner, entry, place(inner), "a mapping with a path")
         _only_known(entry, DATASET_KEYS, inner, place, told_as=key)
-        for name in entry:
-            if name.endswith(("_split", "_feature")):
-                check(Option(f"{inner}.{name}", str, None, "", optional=True), entry[name], place)
+        _checked_entry(entry, inner, place)
         config = entry.get("config")
         if config is not None and not isinstance(config, str | Mapping):
             raise refused(f"{inner}.config", config, place(f"{inner}.config"), "a name or a mapping")
@@ -187,6 +187,33 @@ def hf_dataset(value: list[Values], key: str, place: Place) -> list[Values]:
             # Passed on to `datasets`: not where it writes (cache_dir), nor whether it runs code (trust_remote_code).
             _only_known(config, ("name", "data_dir", "data_files", "revision", "token"), f"{inner}.config", place)
     return [dict(entry) for entry in value]
+
+
+def sets_of_rows(value: list[Values], key: str, place: Place) -> list[Values]:
+    """Return the sets that are mixed, each with a path, its weight and the columns that it names."""
+    if not value:
+        raise refused(key, value, place(key), "a folder, a file or a name, or a list with at least one set")
+    sets = []
+    for position, entry in enumerate(value):
+        inner = f"{key}.{position}"
+        entry = {"path": entry} if isinstance(entry, str | os.PathLike) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str | os.PathLike):
+            raise refused(inner, entry, place(inner), "a mapping with a path")
+        _only_known(entry, SET_KEYS, inner, place, told_as=key)
+        path = home_expanded(os.fspath(entry["path"]), inner, place)
+        sets.append({**entry, "path": path, **_checked_entry(entry, inner, place)})
+    if len({entry["path"] for entry in sets}) < len(sets):
+        raise refused(key, [entry["path"] for entry in sets], place(key), "sets that differ; weight repeats one")
+    return sets
+
+
+def _checked_entry(entry: Values, inner: str, place: Place) -> Values:
+    """Return the weight of a set, where it is given, after its splits and columns have been checked, too."""
+    for name in entry:
+        if name.endswith(("_split", "_feature")):
+            check(Option(f"{inner}.{name}", str, None, "", optional=True), entry[name], place)
+    given = entry.get(WEIGHT.name)
+    return {} if given is None else {WEIGHT.name: check(WEIGHT, given, place, f"{inner}.{WEIGHT.name}")}
 
 
 def prompts_of_file(value: object) -> object:

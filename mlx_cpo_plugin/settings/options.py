@@ -47,7 +47,7 @@ def options_of(settings: type, group: str = "") -> tuple[Option, ...]:
     for own in fields(settings):
         hint = hints[own.name]
         optional = NoneType in get_args(hint)
-        kind = get_args(hint)[0] if optional else hint
+        kind = get_args(hint)[0] if optional or "listed" in own.metadata else hint
         options.append(
             Option(own.name, get_origin(kind) or kind, optional=optional, **{"group": group, **own.metadata})
         )
@@ -83,10 +83,12 @@ class ModelSettings:
 class DataSettings:
     """The rows, and which of their columns are read."""
 
-    data: str = option(
+    data: str | list[Values] = option(
         "data/",
-        "Folder with train, valid and test files, one file, or a Hugging Face dataset name.",
+        "Folder with train, valid and test files, one file, or a Hugging Face dataset name; or a list of such, each a "
+        "mapping with path and weight.",
         inside=nested.home_expanded,
+        listed=nested.sets_of_rows,
     )
     hf_dataset: list[Values] | None = option(
         None,
@@ -102,6 +104,18 @@ class DataSettings:
     prompt_feature: str = option("auto", "Column of the prompt, if there is one; auto finds it.", title="Prompt")
     system_feature: str = option(
         "auto", "Column of the system message, if there is one; auto finds it.", title="System"
+    )
+    completion_pairs: str = option(
+        "best_worst",
+        "Pairs of a row with several completions: the best against the worst, or each against every worse one (all).",
+        choices=("best_worst", "all"),
+    )
+    min_gap: float | None = option(
+        None,
+        "Leave out pairs whose scores differ by less; rows have them as score_chosen and score_rejected, or as scores "
+        "or ranks of completions.",
+        title="Minimal gap",
+        minimum=0,
     )
     max_seq_length: int = option(
         2048, "Longest sequence in tokens, prompt and answer together.", minimum=4, free_on_resume=True

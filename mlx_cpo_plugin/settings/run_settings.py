@@ -32,6 +32,11 @@ def recorded_settings(settings: RunSettings) -> Values:
         path = values.get(key)
         if isinstance(path, str) and (key == "adapter_path" or os.path.exists(path)):
             values[key] = os.path.abspath(path)
+    if isinstance(sets := values.get("data"), list):
+        values["data"] = [
+            {**entry, "path": os.path.abspath(path) if os.path.exists(path := entry["path"]) else path}
+            for entry in sets
+        ]
     return plain_settings({"train_mode": mode.name, **values})
 
 

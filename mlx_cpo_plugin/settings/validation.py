@@ -82,6 +82,8 @@ def check(option: Option, value: object, place: Place, key: str = "") -> Any:
     meant = option.spelled(value) if option.spelled else value
     if meant is None and option.optional:
         return None
+    if option.listed is not None and isinstance(meant, list | tuple):
+        return option.listed(list(meant), key, place)
     converted = _convert(option.type, meant)
     if option.choices and isinstance(converted, str) and converted not in option.choices:
         converted = converted.lower()

@@ -96,7 +96,8 @@ class Field:
             return content
         if not content.strip():
             return None
-        return content.strip() if self.option.type is str else parse_value(content)
+        is_list = self.option.listed is not None and content.strip().startswith("[")
+        return content.strip() if self.option.type is str and not is_list else parse_value(content)
 
     def error_of(self, content: Content | None) -> str:
         """Return what is wrong with the content, as the command line would say it; nothing where it is right."""

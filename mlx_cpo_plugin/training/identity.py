@@ -143,6 +143,8 @@ def _differences(
 
 def _changes(key: str, old: object, new: object) -> Iterator[tuple[str, str]]:
     """Yield a setting, or those inside it, where the old and the new value differ, with a phrase on that."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted({*old, *new}):
             yield from _changes(f"{key}.{name}", old.get(name), new.get(name))

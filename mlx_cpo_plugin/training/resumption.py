@@ -87,7 +87,9 @@ def _take_folder(run: Run) -> None:
     if start.continues:
         goes_on(outputs.folder, start.record)
     else:
-        in_use = [Path(path) for key in ("model", "data") if isinstance(path := settings.get(key), str)]
+        sets = data if isinstance(data := settings.get("data"), list) else [{"path": data}]
+        paths = [settings.get("model"), *(entry["path"] for entry in sets)]
+        in_use = [Path(path) for path in paths if isinstance(path, str)]
         begin_run(outputs.folder, start.record, say, in_use)
     if checkpoint is None:
         return

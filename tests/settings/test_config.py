@@ -43,6 +43,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "rejected_feature": ("worse", "worst"),
     "prompt_feature": ("question", "input"),
     "system_feature": ("rules", "role"),
+    "completion_pairs": ("all", "best_worst"),
+    "min_gap": (1.0, 2.0),
     "max_seq_length": (512, 1024),
     "train": (True, False),
     "test": (True, False),
