@@ -116,9 +116,9 @@ class Samples(Resumable):
                 f"Samples are fewer or shorter than they could be: they may take {SHARE:.0%} of the run's time, or "
                 f"{SECONDS:.0f} seconds. Change steps_per_sample, or set it to 0 for none."
             )
-        if samples:
-            self.latest = iteration, figures([sample for sample in samples if sample.in_time])
-            self.before = self.latest[1] or None if before_training else self.before
+        if found := figures([sample for sample in samples if sample.in_time]):
+            self.latest = iteration, found
+            self.before = found if before_training else self.before
         return samples
 
     def _answer(self, prompt: SamplePrompt, seconds: float) -> Sample:

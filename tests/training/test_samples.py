@@ -242,6 +242,20 @@ def test_samples_end_with_their_time_and_that_is_told_once(
     assert not any("val_sample_length" in report for report in run.reports.valid)
 
 
+def test_answers_that_take_too_long_once_training_has_begun_are_not_compared(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures_of = samples.figures
+    calls = iter([True, False, False])
+    monkeypatch.setattr(samples, "figures", lambda answers: figures_of(answers if next(calls) else []))
+
+    before, *others = Trained(model_folder, tmp_path).reports.valid
+
+    assert "val_sample_length" in before
+    assert len(others) == 2
+    assert not any("val_sample_length" in report for report in others)
+
+
 def test_a_resumed_run_compares_with_the_answers_before_training(model_folder: Path, tmp_path: Path) -> None:
     whole = Trained(model_folder, tmp_path / "whole", iters=4)
     Trained(model_folder, tmp_path / "run", iters=2, steps_per_eval=2)
