@@ -15,6 +15,7 @@ from mlx_cpo_plugin.comparison import command as compare
 from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
 from mlx_cpo_plugin.studio import command as studio
 
@@ -93,6 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
             "convert",
             convert.run_convert,
             "convert a configuration of TRL, SimPO, Axolotl or LLaMA-Factory into one of this plugin",
+        )
+    )
+    push.add_arguments(
+        add(
+            "push",
+            push.run_push,
+            "push an adapter or a model, with its card, to the Hugging Face hub",
         )
     )
     add("demo", _demo, "train a tiny model and show what changed")

@@ -30,6 +30,7 @@ ORDER = (
     ("checkpoints",),
     ("settings",),
     ("trackers", "report", "convert"),
+    ("publish",),
     ("training",),
     ("cpo",),
     ("run",),

@@ -122,7 +122,7 @@ def wrapped_run(host_run: Callable[..., object]) -> Callable[..., object]:
         signature(host_run).bind(*positional, **named)  # raises what the host would
         callback = positional[1] if len(positional) > 1 else named.get("training_callback")
         with lasting_output(speaks=_is_first_rank()):
-            from mlx_cpo_plugin.run.mode import run_mode
+            from mlx_cpo_plugin.run.mode import push_run, run_mode
             from mlx_cpo_plugin.settings.config import RunSettings
 
             # Those that `main` gave to the host come back from there.
@@ -130,6 +130,7 @@ def wrapped_run(host_run: Callable[..., object]) -> Callable[..., object]:
             settings = RunSettings.of(vars(args)) if is_resolved else resolved_settings(args)
             announce(mode)
             run_mode(settings, mode, callback)
+            push_run(settings)
             return None
 
     return run

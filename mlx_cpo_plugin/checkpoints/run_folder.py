@@ -19,6 +19,7 @@ from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
+from mlx_cpo_plugin.types import Values
 
 LOCK_NAME, SOFT = ".lock", ".soft"
 
@@ -157,7 +158,7 @@ def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], 
         _move(adapter_folder / name, aside)
     if foreign:
         say(f"{', '.join(foreign)} in {adapter_folder} would have been overwritten; what was there is in {aside}.")
-    _write(adapter_folder, replace(record, files=tuple(sorted({*record.files, *names}))))
+    record_files(adapter_folder, names)
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:
@@ -170,6 +171,20 @@ def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None)
     record = read_record(adapter_folder)
     if record is not None and run in (None, record.run) and part not in record.done:
         _update(adapter_folder, replace(record, done=(*record.done, part)))
+
+
+def record_data(adapter_folder: Path, run: RunIdentity, data: Values) -> None:
+    """Record what the folder's run trained on, by split."""
+    record = read_record(adapter_folder)
+    if record is not None and record.run == run:
+        _update(adapter_folder, replace(record, data=data))
+
+
+def record_files(adapter_folder: Path, names: Collection[str]) -> None:
+    """Record that files of these names are the run's, to be put aside with it."""
+    record = read_record(adapter_folder)
+    if record is not None:
+        _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *names}))))
 
 
 def is_done(adapter_folder: Path, part: str, run: RunIdentity) -> bool:

@@ -10,14 +10,14 @@ import os
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mlx_cpo_plugin.checkpoints import BEST, CHECKPOINTS, METRICS_FILE, RECORD, RUN_SETTINGS
 from mlx_cpo_plugin.types import Values
 
-TRAINED, TESTED, FUSED = "trained", "tested", "fused"
+TRAINED, TESTED, FUSED, PUSHED = "trained", "tested", "fused", "pushed"
 # Names of files and folders.
 LEFT_BY_EVERY_RUN = re.compile(
     rf"{CHECKPOINTS}(-rank-\d+)?|{BEST}(-[a-z]+-\d+)?|(best_adapters.*|(\d{{7,}}_)?adapters)\.safetensors"
@@ -78,9 +78,10 @@ class RunRecord:
 
     Attributes:
         origin: ``None`` where the run began with a fresh adapter.
-        done: which parts of it are complete: ``trained``, ``tested``, ``fused``.
-        files: names in the folder, beside those of every run, that are its fused model's.
+        done: which parts of it are complete: ``trained``, ``tested``, ``fused``, ``pushed``.
+        files: names in the folder, beside those of every run: its fused model's, and its card's.
         successor: the record of a new run that is about to begin here, while files are being put aside for it.
+        data: split -> ``rows``, ``pairs`` and ``sha256`` of what it trained, validated or was tested on.
     """
 
     run: RunIdentity
@@ -88,6 +89,7 @@ class RunRecord:
     done: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     successor: RunRecord | None = None
+    data: Values = field(default_factory=dict)
 
     @classmethod
     def from_plain(cls, values: Values) -> RunRecord:
@@ -99,6 +101,7 @@ class RunRecord:
             tuple(values["done"]),
             tuple(values["files"]),
             successor and cls.from_plain(successor),
+            dict(values.get("data", {})),
         )
 
     def plain(self) -> Values:
@@ -109,6 +112,7 @@ class RunRecord:
             "done": self.done,
             "files": self.files,
             "successor": self.successor and self.successor.plain(),
+            "data": self.data,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.plugins import train_modes
+from mlx_cpo_plugin.publish.hub import PushAfterRunError
 from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
 from mlx_cpo_plugin.run import mode as whole_run
 from mlx_cpo_plugin.run.fusing import fused_folder
@@ -135,6 +137,10 @@ def train(
         trained, tokenizer = whole_run.run_mode(resolved, mode, training_callback, loaded)
         if resolved.fuse and is_first_rank():
             trained, _ = load_fused_model(fused_folder(resolved), lazy=True)
+        try:
+            whole_run.push_run(resolved)
+        except PushAfterRunError as error:  # the caller has a result nevertheless
+            warnings.warn(str(error), stacklevel=2)
     return _result(trained, tokenizer, resolved, tested)
 
 

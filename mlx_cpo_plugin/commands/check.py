@@ -44,6 +44,7 @@ from mlx_cpo_plugin.run.preflight import (
 )
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.identity import data_digest
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
 from mlx_cpo_plugin.training.summary import counted
@@ -154,6 +155,7 @@ def _print_lengths(dataset: PreferenceDataset, max_seq_length: int, stream: Text
     most, every = report.max_seq_length_for(0.95), report.max_seq_length_for(1)
     print(f"  Whole with max_seq_length {most}: 95% of the pairs; with {every}: all", file=stream)
     longer = float(np.mean(report.lengths["chosen"] > report.lengths["rejected"]))
+    print(f"  sha256 of the pairs as tokens: {data_digest(dataset, whole=True)}", file=stream)
     print(f"  Length bias: the chosen answer is the longer one in {longer:.0%} of the pairs", file=stream)
 
 

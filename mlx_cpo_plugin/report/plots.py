@@ -84,7 +84,7 @@ def panels_with_points(records: Sequence[RunRecord]) -> list[str]:
     return [
         name
         for name, panel in PANELS.items()
-        if any(_points(record, curve)[0] for record in records for curve in panel.curves)
+        if any(points(record, curve)[0] for record in records for curve in panel.curves)
     ]
 
 
@@ -148,7 +148,7 @@ def _draw_panel(axis: Axes, records: Sequence[RunRecord], panel: Panel) -> None:
         # A line whose label begins with an underscore has no entry in the legend.
         label = record.name[-_LONGEST_NAME:].lstrip("_") or "run"
         for number_of_curve, curve in enumerate(panel.curves):
-            iterations, values = _points(record, curve)
+            iterations, values = points(record, curve)
             if not iterations:
                 continue
             few = len(iterations) <= _MOST_MARKERS
@@ -177,7 +177,8 @@ def colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 
-def _points(record: RunRecord, curve: Curve) -> tuple[list[float], list[float]]:
+def points(record: RunRecord, curve: Curve) -> tuple[list[float], list[float]]:
+    """Return iterations and values of a curve, without those that are no numbers."""
     rows: tuple[Row, ...] = getattr(record, curve.kind)
     points = [(number(row, "iteration"), number(row, curve.metric)) for row in rows]
     points = [point for point in points if not any(map(math.isnan, point))]

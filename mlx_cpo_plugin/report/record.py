@@ -54,14 +54,14 @@ class RunRecord:
     best: tuple[Row, ...] = ()
 
     @classmethod
-    def read(cls, folder: str | Path) -> RunRecord:
+    def read(cls, folder: str | Path, needs_metrics: bool = True) -> RunRecord:
         """Read the record of the last run in ``folder``; lines of the metrics that are torn are skipped.
 
         Raises:
-            ReportError: there are no metrics, or a file cannot be read.
+            ReportError: there are no metrics although they are needed, or a file cannot be read.
         """
         folder = Path(folder)
-        rows = rows_of_last_run(folder)
+        rows = rows_of_last_run(folder) if needs_metrics or (folder / METRICS_FILE).exists() else []
         settings, versions = _read_settings(folder)
 
         def of_kind(kind: str) -> tuple[Row, ...]:

@@ -21,6 +21,7 @@ from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
 from mlx_cpo_plugin.model.layers import ADAPTED, dense_dtype, merged_weight
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.publish.card import CARD_FILE
 from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -196,6 +197,7 @@ def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> N
     base = {key: value for key, value in load_config(base_folder).items() if key not in left_out}
     config = json.dumps({**base, **load_config(folder)}, indent=4, sort_keys=True)
     (folder / "config.json").write_text(config, encoding="utf-8")
+    (folder / CARD_FILE).unlink(missing_ok=True)  # which knows neither the base model nor the data
     for pattern in ("generation_config.json", "*.py", *(("*processor*.json",) if parts else ())):
         for file in base_folder.glob(pattern):
             shutil.copy(file, folder)

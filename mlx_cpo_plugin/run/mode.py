@@ -13,17 +13,21 @@ from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
 from mlx_cpo_plugin.checkpoints import METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
-from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_done
-from mlx_cpo_plugin.checkpoints.run_identity import FUSED, TESTED
+from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_data, record_done, record_files
+from mlx_cpo_plugin.checkpoints.run_identity import FUSED, PUSHED, TESTED
 from mlx_cpo_plugin.data import PreferenceDataset
+from mlx_cpo_plugin.errors import UserError, first_line
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_tokenizer
+from mlx_cpo_plugin.publish.card import PLOT_FILE, model_card, write_card
+from mlx_cpo_plugin.publish.hub import PushAfterRunError, push, upload_of
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
 from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
 from mlx_cpo_plugin.run.preflight import adapter_file, check_destinations, plan_notes, position_notes, run_identity
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows
+from mlx_cpo_plugin.training.identity import data_digest
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.types import Tokenizer, TrainMode
 
@@ -100,6 +104,8 @@ def train_test_and_fuse(
         fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
+    if is_first_rank():
+        describe(settings, sets)
     for line in next_commands(settings, held_out=bool(valid_set or test_set)) if is_first_rank() else ():
         print(line)
 
@@ -123,6 +129,45 @@ def next_commands(settings: RunSettings, held_out: bool) -> list[str]:
             config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
             lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")
     return lines
+
+
+def describe(settings: RunSettings, sets: Sets) -> None:
+    """Write the model card of what the run has left; where that fails one warning says so."""
+    folder, run = Path(settings.adapter_path), settings.run_identity
+    data = {
+        rows.report.split: {"rows": rows.report.rows, "pairs": len(rows), "sha256": data_digest(rows, whole=True)}
+        for rows in sets
+        if isinstance(rows, PreferenceDataset) and rows
+    }
+    try:
+        record_data(folder, run, data)
+        name = write_card(model_card(folder), folder)
+        record_files(folder, [name, PLOT_FILE])
+        print(f"Model card: {folder / name}")
+        if settings.fuse and fused_folder(settings) != folder:
+            fused = fused_folder(settings)
+            write_card(model_card(folder, "mlx", here=fused.name), fused)
+    except (OSError, UserError) as error:
+        print(f"Warning: the model card cannot be written ({first_line(error)}).")
+
+
+def push_run(settings: RunSettings) -> None:
+    """Push the adapter of a complete run to ``push_to_hub``, if that is set and it has not been pushed.
+
+    Raises:
+        PushAfterRunError: the hub refuses it or cannot be reached; the run is complete and saved.
+    """
+    folder, repo, run = Path(settings.adapter_path or ""), settings.push_to_hub, settings.run_identity
+    if not (repo and settings.train and is_first_rank()) or is_done(folder, PUSHED, run):
+        return
+    try:
+        push(upload_of(folder, repo), repo, private=settings.hub_private_repo, say=print)
+    except UserError as error:
+        again = f"mlx-cpo push {quote(str(folder))} {repo}" + ("" if settings.hub_private_repo else " --public")
+        raise PushAfterRunError(
+            f"{error} The run is complete and saved in {folder}; push it later with: {again}", key="push_to_hub"
+        ) from error
+    record_done(folder, PUSHED, run)
 
 
 def train_mode(

@@ -20,6 +20,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.publish.hub import require_token
 from mlx_cpo_plugin.run.building import build_optimizer, optimizer_steps, positions_of, quantised_load
 from mlx_cpo_plugin.run.fusing import fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -57,13 +58,16 @@ def check_destinations(settings: RunSettings) -> None:
 
     Raises:
         ConfigError: ``adapter_path`` cannot be written to, would have the model overwritten, or holds no adapter to
-            test; ``resume_adapter_file`` is missing; there is no client to report through or no LM Studio to export to.
+            test; ``resume_adapter_file`` is missing; there is no client to report through, no token to push
+            with or no LM Studio to export to.
     """
     if settings.train and not settings.adapter_path:
         raise ConfigError("adapter_path is empty; give a folder for the adapter.", key="adapter_path")
     if settings.train:
         check_writable(Path(settings.adapter_path))
         require_clients(settings)
+        if settings.push_to_hub is not None:
+            require_token(settings.push_to_hub)
     elif settings.adapter_path and not os.path.isfile(adapter_file(settings)):
         raise ConfigError(
             f"There is no {adapter_file(settings)} to test; train it first, or let adapter_path name another folder.",

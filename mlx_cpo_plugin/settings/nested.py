@@ -84,6 +84,18 @@ def folder_name(name: str, key: str, place: Place) -> str:
     return name
 
 
+def repository(name: str, key: str, place: Place) -> str:
+    """Refuse what cannot be the name of a repository on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise refused(key, name, place(key), "name or account/name, of letters, digits, '-', '_' and '.'") from None
+    return name
+
+
 def count_or_all(batches: int, key: str, place: Place) -> int:
     """Refuse 0 where -1 means all."""
     if batches == 0:

@@ -200,6 +200,12 @@ class OutputSettings:
         choices=(*BITS, 16),
         shown_when={"fuse": (True,)},
     )
+    push_to_hub: str | None = option(
+        None,
+        "Repository on the Hugging Face hub that gets the adapter when the run is complete: name or account/name.",
+        inside=nested.repository,
+    )
+    hub_private_repo: bool = option(True, "Keep the repository of push_to_hub private.", title="Private repository")
     lm_studio_name: str | None = option(
         None,
         "Name under which LM Studio gets the model.",

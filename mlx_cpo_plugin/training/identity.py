@@ -184,9 +184,9 @@ def _model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_digest(pairs: Iterable[PreferencePair]) -> str:
-    """Return a digest of the pairs' tokens and masks."""
-    return _digest(pairs).hex()[:16]
+def data_digest(pairs: Iterable[PreferencePair], whole: bool = False) -> str:
+    """Return the SHA-256 of the pairs' tokens and masks, in hexadecimal digits: the ``whole`` of it, or 16 of them."""
+    return _digest(pairs).hex()[: None if whole else 16]
 
 
 def _digest(pairs: Iterable[PreferencePair]) -> bytes:

@@ -75,6 +75,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "fuse": (False, True),
     "fuse_bits": (4, 8),
     "lm_studio_name": ("yaml-name", "call-name"),
+    "push_to_hub": ("yaml/name", "call-name"),
+    "hub_private_repo": (False, True),
     "wandb": ("yaml-project", "call-project"),
     "report_to": (["wandb"], ["tensorboard", "trackio"]),
     "project": ("yaml-project", "call-project"),
@@ -281,6 +283,8 @@ def valid_value(option: Option) -> st.SearchStrategy[Any]:
         return st.integers(4, 100_000)
     if option.name in ("lm_studio_name", "run_name"):
         return st.sampled_from(["name", "a b"])
+    if option.name == "push_to_hub":
+        return st.sampled_from(["name", "account/name"])
     return VALID[option.type.__name__]
 
 

@@ -32,6 +32,8 @@ WITHOUT_HOST_DEFAULT = {
     "min_gap",
     "seq_step_size",
     "fuse_bits",
+    "push_to_hub",
+    "hub_private_repo",
     "qat_quantizer",
     "wandb",
     "report_to",

@@ -1,0 +1,341 @@
+"""A model card: what whoever finds a model has to know of it, from what its run has left, without paths."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import yaml
+
+from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST, METRICS_FILE
+from mlx_cpo_plugin.checkpoints.adapter import adapter_metadata
+from mlx_cpo_plugin.checkpoints.run_identity import read_record
+from mlx_cpo_plugin.errors import printable
+from mlx_cpo_plugin.missing_paths import looks_like_path
+from mlx_cpo_plugin.plugins import loss_types
+from mlx_cpo_plugin.report.page import course
+from mlx_cpo_plugin.report.plots import PANELS, as_png, points
+from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
+from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings
+from mlx_cpo_plugin.types import Values
+
+CARD_FILE, BESIDE, PLOT_FILE = "README.md", "MODEL_CARD.md", "cpo-results.png"
+# A plot of fewer points shows less than the table.
+LEAST_POINTS = 5
+_PLOTTED = ("loss", "accuracy", "margin")
+_MARK = "\n<!-- Written by mlx-cpo-plugin, which replaces it only while nothing in it is changed: {} -->\n"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_IN_HUB_CACHE = re.compile(r"(?:models|datasets)--([\w.-]+?(?:--[\w.-]+)?)/snapshots/")
+# Settings that are shown whether or not they are the defaults, and those that say nothing of the model.
+_ALWAYS = ("train_mode", "model", "data", LOSS_OPTION, "beta", "learning_rate", "batch_size", "iters", "seed")
+_NEVER = frozenset(
+    (
+        *("adapter_path", "reference_model_path", "sample_prompts", "steps_per_sample", "report_to", "project"),
+        *("run_name", "wandb", "fuse", "fuse_bits", "lm_studio_name", "push_to_hub", "hub_private_repo"),
+        *("keep_checkpoints", "save_every", "save_per_epoch", "steps_per_report"),
+    )
+)
+_LANGUAGE_MODEL = "text-generation"
+
+
+class Form(NamedTuple):
+    """A form in which a model is published.
+
+    Attributes:
+        title: what it is, ``{}`` being the kind of training.
+        relation: to its base model, as the hub names it.
+        library: whose files these are, as the hub names it; empty where their names say so.
+        tags: of the hub, beside those of every form.
+        language, commands: how to use it; ``{base}`` and ``{here}`` are the base model and the folder or repository.
+    """
+
+    title: str
+    relation: str
+    library: str
+    tags: tuple[str, ...]
+    language: str
+    commands: str
+
+
+_WITH_ADAPTER = "mlx_lm.generate --model {base} --adapter-path {here} --prompt 'Hi!'"
+_LLAMA_CPP = "llama-cli -m {here}/*.gguf -p 'Hi!'"
+_GENERATE = "mlx_lm.generate --model {here} --prompt 'Hi!'"
+_OLLAMA = "ollama create {name} -f {here}/Modelfile\nollama run {name}"
+_PEFT = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{here}")"""
+FORMS = {
+    "adapter": Form("{} for MLX", "adapter", "mlx", ("mlx",), "sh", _WITH_ADAPTER),
+    "mlx": Form("model for MLX with its {} merged", "finetune", "mlx", ("mlx",), "sh", _GENERATE),
+    "peft": Form("{} for PEFT", "adapter", "peft", ("peft",), "python", _PEFT),
+    "gguf": Form("GGUF model with its {} merged", "finetune", "", ("gguf",), "sh", _LLAMA_CPP),
+    "ollama": Form("model for Ollama", "finetune", "", ("gguf", "ollama"), "sh", _OLLAMA),
+}
+_KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model card.
+
+    Attributes:
+        text: Markdown with the hub's metadata before it.
+        plot: of the run, a PNG that the text shows; empty where there is little to show, or nothing to draw with.
+    """
+
+    text: str
+    plot: bytes = b""
+
+
+def model_card(
+    adapter_folder: str | Path,
+    form: str = "adapter",
+    *,
+    notes: Sequence[str] = (),
+    base_model: str | None = None,
+    here: str = "",
+) -> Card:
+    """Return the card of what a run has left; what is not known of the run is left out.
+
+    Args:
+        adapter_folder: the run's folder, or its ``best``.
+        form: one of :data:`FORMS`.
+        notes: sentences on the files, such as the bits of their weights.
+        base_model: its name on the hub, where the run was given a folder.
+        here: folder or repository that the commands name; by default the folder's name.
+
+    Raises:
+        ReportError: the run's settings cannot be read.
+        CheckpointError: the best adapter cannot be read.
+    """
+    folder = Path(adapter_folder)
+    is_best = folder.name == BEST and not (folder / METRICS_FILE).exists()
+    run_folder = folder.parent if is_best else folder
+    record = RunRecord.read(run_folder, needs_metrics=False)
+    if is_best:
+        iteration = adapter_metadata(folder / ADAPTER_FILE).get("iteration")
+        rows = [row for row in record.valid if f"{number(row, 'iteration'):.0f}" == iteration]
+        record = replace(record, best=tuple(rows[-1:]))
+    plot = _plot(record)
+    base = base_model or _hub_name(record.settings.get("model"))
+    kind = str(record.settings.get("train_type", "lora"))
+    sections = [
+        f"# {here.rpartition('/')[2] or record.name}",
+        _introduction(record, FORMS[form], kind, base),
+        _use(record, FORMS[form], base, here or folder.name),
+        _section("Files", [f"- {note}" for note in notes]),
+        _data(record, run_folder),
+        _results(record, plot),
+        _settings(record),
+        _section("Versions", [f"{record.versions}."] if record.versions else []),
+    ]
+    body = "\n\n".join(filter(None, sections)) + "\n"
+    text = _metadata(record, FORMS[form], kind, base) + "\n" + body
+    return Card(text + _MARK.format(_digest(text)), plot)
+
+
+def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
+    """Write a card and its plot into a folder and return the card's name.
+
+    It is ``README.md``, or ``MODEL_CARD.md`` beside one that a person wrote or edited.
+
+    Args:
+        replacing: the folder that ``folder`` is going to replace, whose edited ``README.md`` is carried over; then
+            whatever stands in ``folder`` is a library's.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    present = (replacing or folder) / CARD_FILE
+    name = CARD_FILE
+    if is_edited(present):
+        name = BESIDE
+        if replacing is not None:
+            shutil.copyfile(present, folder / CARD_FILE)
+    replace_whole(folder / name, lambda partial: partial.write_text(card.text, encoding="utf-8"))
+    if card.plot:
+        replace_whole(folder / PLOT_FILE, lambda partial: partial.write_bytes(card.plot))
+    return name
+
+
+def is_edited(file: Path) -> bool:
+    """Whether there is a file which is not as :func:`write_card` wrote it."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    start = text.rfind(_MARK.partition("{}")[0])
+    return start < 0 or text[start:] != _MARK.format(_digest(text[:start]))
+
+
+def without_paths(value: Any) -> Any:
+    """Return plain values in which a path, as a whole value, is the last part of it alone."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(inner) for inner in value]
+    is_path = isinstance(value, str) and not {"\n", "{"} & set(value) and (looks_like_path(value) or "\\" in value)
+    return (_hub_name(value) or _last_part(value)) if is_path else value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path.replace("\\", "/").rstrip("/")).name or "data"
+
+
+def _hub_name(name: object) -> str:
+    """Return the name on the hub of a model or data set that a run was given, or whose cache it was; else nothing."""
+    if not isinstance(name, str) or not name:
+        return ""
+    if cached := _IN_HUB_CACHE.search(name.replace("\\", "/")):
+        return cached[1].replace("--", "/")
+    return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else ""
+
+
+def _names(value: object) -> list[str]:
+    """Return the names in ``data`` or ``hf_dataset``: a name, an entry with a path, or a list of either."""
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    if isinstance(value, list | tuple):
+        return [name for entry in value for name in _names(entry)]
+    return [value] if isinstance(value, str) and value else []
+
+
+def _data_names(record: RunRecord) -> list[str]:
+    return list(dict.fromkeys(_names(record.settings.get("hf_dataset") or record.settings.get("data"))))
+
+
+def _metadata(record: RunRecord, form: Form, kind: str, base: str) -> str:
+    datasets = [hub for name in _data_names(record) if (hub := _hub_name(name))]
+    values: Values = {"base_model": base, "base_model_relation": form.relation} if base else {}
+    values |= {"datasets": datasets} if datasets else {}
+    values |= {"library_name": form.library} if form.library else {}
+    relation = [f"base_model:{form.relation}:{base}"] if base else []
+    values |= {"pipeline_tag": _LANGUAGE_MODEL, "tags": [*form.tags, "cpo", kind, *relation]}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"---\n# license: fill in, e.g. apache-2.0; that of the base model and of the data counts, too\n{text}---\n"
+
+
+def _introduction(record: RunRecord, form: Form, kind: str, base: str) -> str:
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{_shown(record.settings.get('model'))}`"
+    text = (
+        f"This {form.title.format(_KINDS.get(kind, kind))} was trained on preference pairs with CPO (Contrastive "
+        f"Preference Optimisation, [arXiv 2401.08417](https://arxiv.org/abs/2401.08417)) by "
+        f"mlx-cpo-plugin. Its base model is {named}"
+    )
+    precision = next((name for name in PRECISIONS if record.settings.get(name)), None)
+    return text + (f", quantised while loading (`{precision}`)." if precision else ".")
+
+
+def _use(record: RunRecord, form: Form, base: str, here: str) -> str:
+    base = base or _shown(record.settings.get("model"))
+    name = re.sub(r"[^\w.-]", "-", here.rpartition("/")[2]).lower()
+    return f"## Use\n\n```{form.language}\n{form.commands.format(base=base, here=here, name=name)}\n```"
+
+
+def _data(record: RunRecord, folder: Path) -> str:
+    lines = []
+    for name in _data_names(record):
+        hub = _hub_name(name)
+        lines.append(f"- [{hub}](https://huggingface.co/datasets/{hub})" if hub else f"- `{_shown(name)}`")
+    run = read_record(folder)
+    if run is not None and run.data:
+        rows = [(split, str(of["pairs"]), str(of["rows"]), f"`{of['sha256']}`") for split, of in run.data.items()]
+        lines += ["", *_table(("split", "pairs", "of rows", "sha256 of the pairs as tokens"), rows)]
+    return _section("Training data", lines)
+
+
+def _results(record: RunRecord, plot: bytes) -> str:
+    columns = {"before training": record.valid[:1], "after training": (record.best or record.valid[1:])[-1:]}
+    measured = {title: rows[0] for title, rows in columns.items() if rows}
+    figures = {f"validation, {title}": _figures(row, "val_") for title, row in measured.items()}
+    figures |= {"test": _figures(record.test[-1], "test_")} if record.test else {}
+    lines = []
+    if figures:
+        lines = _table(("", *_FIGURES), [(title, *values) for title, values in figures.items()])
+        lines += [
+            "",
+            "Accuracy is the share of pairs whose chosen answer is the more likely one, margin the mean difference of "
+            "their rewards, and nll the negative log-likelihood of the chosen answers, in nats a token.",
+        ]
+    verdict = record.verdict
+    lines += ["", f"The model is {verdict.sentence()}."] if verdict else []
+    lines += ["", course(record)] if record.train else []
+    lines += ["", f"![Loss, accuracy and margin over the iterations]({PLOT_FILE})"] if plot else []
+    return _section("Results", lines)
+
+
+_FIGURES = {
+    "accuracy": ("accuracies", "{:.1%}"),
+    "margin": ("margins", "{:+.3f}"),
+    "loss": ("loss", "{:.4f}"),
+    "nll": ("nll_loss", "{:.3f}"),
+}
+
+
+def _figures(row: Row, prefix: str) -> list[str]:
+    return [
+        form.format(value) if (value := number(row, prefix + metric)) == value else "-"
+        for metric, form in _FIGURES.values()
+    ]
+
+
+def _settings(record: RunRecord) -> str:
+    """What differs from the defaults, and what everybody asks for."""
+    values = record.settings
+    chosen = loss_types().get(str(values.get(LOSS_OPTION)))
+    options = {option.name: option for option in (*COMMON_OPTIONS, *CPO_OPTIONS, *(chosen.options if chosen else ()))}
+    unread = {option.name for loss in loss_types().values() for option in loss.options}
+    unread -= {option.name for option in (chosen.options if chosen else ())}
+    shown = {
+        name: value
+        for name, value in values.items()
+        if name not in _NEVER | unread and (name in _ALWAYS or name not in options or value != options[name].default)
+    }
+    if not shown:
+        return ""
+    text = dump_settings(without_paths(shown)).rstrip()
+    return f"## Settings\n\nAll others have their defaults.\n\n```yaml\n{text}\n```"
+
+
+def _plot(record: RunRecord) -> bytes:
+    drawn = [
+        name for name in _PLOTTED if any(len(points(record, curve)[0]) >= LEAST_POINTS for curve in PANELS[name].curves)
+    ]
+    if not drawn or find_spec("matplotlib") is None:
+        return b""
+    try:
+        return as_png([record], drawn)
+    except ReportError:
+        return b""
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    text = "\n".join(lines).strip("\n")
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [line.replace("|  |", "| |") for line in lines]
+
+
+def _shown(name: object) -> str:
+    return (
+        printable(without_paths(name)).replace("`", "'") if isinstance(name, str) and name else "a model without a name"
+    )
