@@ -298,8 +298,8 @@ def test_a_fused_model_overwrites_nothing_but_what_its_own_run_wrote(settings: S
     folder = Path(settings["adapter_path"])
     folder.mkdir()
     # As an earlier version left them, and a note of the user.
-    before = {"config.json": b"{}", "model-00001-of-00002.safetensors": b"older", "README.md": b"mine"}
-    for name, content in before.items():
+    before = {"config.json": b"{}", "model-00001-of-00002.safetensors": b"older"}
+    for name, content in {**before, "README.md": b"mine"}.items():
         (folder / name).write_bytes(content)
 
     run_main({**settings, "fuse": True})
@@ -307,6 +307,7 @@ def test_a_fused_model_overwrites_nothing_but_what_its_own_run_wrote(settings: S
     (aside,) = (folder / "previous").glob("before-*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
     assert not (folder / "model-00001-of-00002.safetensors").exists()
+    assert (folder / "README.md").read_bytes() == b"mine"  # the model's card is beside it
     load(str(folder))
     # Its own are replaced when the run goes on.
     run_main({**settings, "fuse": True, "resume": "auto", "iters": settings["iters"] + 2})
