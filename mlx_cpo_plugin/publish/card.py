@@ -18,6 +18,7 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.adapter import adapter_metadata
 from mlx_cpo_plugin.checkpoints.run_identity import read_record
+from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.errors import printable
 from mlx_cpo_plugin.missing_paths import looks_like_path
 from mlx_cpo_plugin.plugins import loss_types
@@ -204,7 +205,8 @@ def _hub_name(name: object) -> str:
         return ""
     if cached := _IN_HUB_CACHE.search(name.replace("\\", "/")):
         return cached[1].replace("--", "/")
-    return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else ""
+    is_local = kind_of(name) in SUFFIXES or os.path.exists(name)
+    return name if _HUB_NAME.fullmatch(name) and not is_local else ""
 
 
 def _names(value: object) -> list[str]:

@@ -62,8 +62,8 @@ class TestContents:
         assert f"| train | 11 | 12 | `{'ab' * 32}` |" in data
 
     def test_data_of_the_hub_are_linked_and_in_the_metadata(self, adapter: Path) -> None:
-        sets = [{"path": "account/preferences", "train_split": "train"}, {"path": "/home/somebody/more.jsonl"}]
-        change_settings(adapter, hf_dataset=sets)
+        sets = [{"path": "account/preferences", "train_split": "train"}, {"path": "more.jsonl.gz"}]
+        change_settings(adapter, data=sets)
 
         text = model_card(adapter).text
 
