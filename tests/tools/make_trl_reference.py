@@ -82,7 +82,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_rows() -> Dataset:
+def build_rows(count: int = ROWS) -> Dataset:
     """Return rows of words, prompts and answers of mixed lengths."""
     drawn = random.Random(0)
 
@@ -90,7 +90,7 @@ def build_rows() -> Dataset:
         return " ".join(f"w{drawn.randrange(WORDS)}" for _ in range(drawn.randint(2, longest)))
 
     return Dataset.from_list(
-        [{"prompt": text(8), "chosen": " " + text(9), "rejected": " " + text(9)} for _ in range(ROWS)]
+        [{"prompt": text(8), "chosen": " " + text(9), "rejected": " " + text(9)} for _ in range(count)]
     )
 
 
