@@ -3,19 +3,39 @@
 The JSON is one object::
 
     {
-      "adapter_path": "adapters", "model": "...", "train_type": "lora",
       "loss_type": "sigmoid", "beta": 0.05, "max_tokens": 128,
+      "models": [
+        {"name": "base", "model": "...", "adapter_path": null, "train_type": null},
+        {"name": "tuned", "model": "...", "adapter_path": "adapters", "train_type": "lora"}
+      ],
+      "measures": [
+        {"name": "accuracy", "of": "pairs", "count": 60,
+         "models": [{"name": "base", "mean": 0.45, "low": 0.331, "high": 0.575}, ...],
+         "best": "tuned",
+         "comparisons": [
+           {"model": "tuned", "against": "base", "difference": 0.533, "low": 0.404, "high": 0.662,
+            "wins": 33, "ties": 26, "losses": 1,
+            "win_rate": 0.767, "win_rate_low": 0.646, "win_rate_high": 0.856, "outcome": "better"}
+         ]}
+      ],
       "answers": [
         {"source": "prompt", "prompt": "Hi!", "chosen": null, "rejected": null,
-         "base": {"text": "...", "finished": true}, "tuned": {"text": "...", "finished": false}}
+         "models": [{"text": "...", "finished": true, "tokens": 12}, ...]}
       ],
       "held_out": "test",
       "preference": [
         {"name": "all", "pairs": 60, "shortest": 21, "longest": 52,
-         "before": {"accuracy": 0.5, "margin": 0.1, "loss": 0.6, "chosen_logps": -9.1, "rejected_logps": -10.2},
-         "after": {...}}
+         "models": [
+           {"accuracy": 0.45, "margin": 0.1, "loss": 0.6, "chosen_logps": -9.1, "rejected_logps": -10.2}, ...
+         ]}
       ]
     }
+
+``models`` within an answer or a group are in the order of those at the top. ``low`` and ``high`` bound the 95 %
+interval: Wilson's of a rate and of a win rate, in which a tie is half a win, and Student's t of a mean and of the mean
+difference on the same pairs or answers. ``outcome`` is ``better``, ``worse`` or ``undecided``, where the difference is
+not certain to have a sign; measures that are neither good nor bad, such as length, have none, and no wins. Every model
+is compared with the base model and with the best. A corpus has one chrF, ``corpus``, which is not the mean.
 
 ``source`` is ``prompt`` for the user's own prompts, which come first, and otherwise where the row stands, whose own
 answers are ``chosen`` and ``rejected``. ``finished`` is false where ``max_tokens`` cut an answer off. ``held_out`` is
@@ -30,42 +50,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mlx_cpo_plugin.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mlx_cpo_plugin.comparison.measure import Comparison
 
 DEFAULT_ROWS = 4
 DEFAULT_TOKENS = 128
 STANDARD_OUTPUT = "-"
-MEANS = {
-    "accuracy": "accuracies",
-    "margin": "margins",
-    "loss": "loss",
-    "chosen_logps": "policy_chosen_logps",
-    "rejected_logps": "policy_rejected_logps",
-}
-"""Name in the JSON -> name among the means over pairs."""
+METRICS = ("chrf", "chrf++")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
-    parser.add_argument("adapter_path", type=Path, metavar="ADAPTER_PATH", help="folder of a run")
+    parser.add_argument(
+        "adapter_paths",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER_PATH",
+        help="folder of a run, another adapter or a whole model; several are compared with each other, too",
+    )
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt of your own; may be given repeatedly"
     )
     parser.add_argument(
         "--rows",
-        type=_count,
+        type=_rows,
         default=DEFAULT_ROWS,
         metavar="N",
-        help="ask the prompts of the first N held-out rows, too (default: %(default)s)",
+        help="ask the prompts of the first N held-out rows, too, or of 'all' (default: %(default)s)",
     )
     parser.add_argument(
         "--data", metavar="PATH", help="held-out rows in place of those of the run: a file, a folder or a hub name"
@@ -78,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of an answer at most (default: %(default)s)",
     )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        choices=METRICS,
+        help="measure how like the chosen answers of the rows the answers are; may be given repeatedly",
+    )
     parser.add_argument("--json", metavar="FILE", help=f"write all of it there; {STANDARD_OUTPUT} prints it instead")
 
 
@@ -85,6 +105,10 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def _rows(text: str) -> int:
+    return sys.maxsize if text == "all" else _count(text)
 
 
 def _positive(text: str) -> int:
@@ -103,10 +127,14 @@ def run_compare(chosen: argparse.Namespace) -> int:
     if to_file and not Path(chosen.json).parent.is_dir():
         raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
     from mlx_cpo_plugin.atomic_files import replace_whole
+    from mlx_cpo_plugin.comparison.figures import figures_of
     from mlx_cpo_plugin.comparison.measure import compare
+    from mlx_cpo_plugin.comparison.table import as_text
+    from mlx_cpo_plugin.comparison.text_metrics import check_metrics
 
+    check_metrics(chosen.metric)
     comparison = compare(
-        chosen.adapter_path,
+        chosen.adapter_paths,
         prompts=chosen.prompt,
         rows=chosen.rows,
         model=chosen.model,
@@ -114,7 +142,7 @@ def run_compare(chosen: argparse.Namespace) -> int:
         max_tokens=chosen.max_tokens,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    figures = as_json(comparison, chosen.adapter_path, chosen.max_tokens)
+    figures = figures_of(comparison, chosen.max_tokens, chosen.metric)
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     if to_file:
         try:
@@ -123,64 +151,3 @@ def run_compare(chosen: argparse.Namespace) -> int:
             raise ConfigError(f"--json {chosen.json} cannot be written ({error.strerror}); give another.") from error
     print(text if chosen.json == STANDARD_OUTPUT else as_text(figures), end="")
     return 0
-
-
-def as_json(comparison: Comparison, adapter_path: Path, max_tokens: int) -> dict[str, Any]:
-    """Return the figures as plain values, see the top of this module."""
-    settings = comparison.settings
-    return {
-        "adapter_path": str(adapter_path),
-        "model": settings.model,
-        "train_type": settings.train_type,
-        "loss_type": settings.dpo_cpo_loss_type,
-        "beta": settings.beta,
-        "max_tokens": max_tokens,
-        "answers": [
-            {
-                "source": question.source,
-                "prompt": question.prompt,
-                "chosen": question.chosen,
-                "rejected": question.rejected,
-                "base": {"text": base.text, "finished": base.finished},
-                "tuned": {"text": tuned.text, "finished": tuned.finished},
-            }
-            for question, base, tuned in zip(comparison.questions, comparison.base, comparison.tuned, strict=True)
-        ],
-        "held_out": comparison.held_out or None,
-        "preference": [
-            {**group.description(), "before": _named_means(before), "after": _named_means(after)}
-            for group, before, after in zip(comparison.groups, comparison.before, comparison.after, strict=True)
-        ],
-    }
-
-
-def _named_means(means: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value := means[ours]) else None for name, ours in MEANS.items()}
-
-
-def as_text(figures: dict[str, Any]) -> str:
-    """Return the table of preferences and below it the answers, for a terminal."""
-    lines = []
-    if figures["preference"]:
-        lines += [
-            f"{'held out: ' + figures['held_out']:<20}{'pairs':>6}{'tokens':>12}{'accuracy':>10}{'after':>8}"
-            f"{'margin':>10}{'after':>10}"
-        ]
-        for group in figures["preference"]:
-            before, after = group["before"], group["after"]
-            tokens = f"{group['shortest']}-{group['longest']}"
-            lines.append(
-                f"{group['name']:<20}{group['pairs']:>6}{tokens:>12}{_shown(before['accuracy'], '.1%'):>10}"
-                f"{_shown(after['accuracy'], '.1%'):>8}{_shown(before['margin'], '+.3f'):>10}"
-                f"{_shown(after['margin'], '+.3f'):>10}"
-            )
-    for answer in figures["answers"]:
-        lines += ["", f"{answer['source']}: {answer['prompt'].strip()}"]
-        for name in ("base", "tuned"):
-            text = answer[name]["text"] + ("" if answer[name]["finished"] else " […]")
-            lines += [f"  {name}:", textwrap.indent(text, "    ")]
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "none" if value is None else format(value, form)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -16,7 +17,7 @@ from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
-from mlx_cpo_plugin.training.metrics import PairMeans
+from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.validation import scored_batches
 
@@ -52,10 +53,27 @@ def length_groups(pairs: Sequence[PreferencePair]) -> list[LengthGroup]:
     return groups
 
 
+class Preferences(NamedTuple):
+    """What a model prefers.
+
+    Attributes:
+        means: of every group, by the names of :data:`mlx_cpo_plugin.training.metrics.PAIR_METRICS`.
+        of_pairs: float64 [V, N], the values of :data:`mlx_cpo_plugin.training.metrics.PAIR_VALUES` of each pair.
+    """
+
+    means: list[dict[str, float]]
+    of_pairs: NDArray[np.float64]
+
+    def of_each(self, name: str) -> NDArray[np.float64]:
+        """Return one of the values of all N pairs: float64 [N]."""
+        values: NDArray[np.float64] = self.of_pairs[PAIR_VALUES.index(name)]
+        return values
+
+
 def preferences(
     model: nn.Module, groups: Sequence[LengthGroup], objective: Objective, *, batch_size: int, scoring: str
-) -> list[dict[str, float]]:
-    """Return the means of every group, by the names of :data:`mlx_cpo_plugin.training.metrics.PAIR_METRICS`.
+) -> Preferences:
+    """Return what a model prefers in every group and pair.
 
     Pairs are scored once, in the batches of a run's final test: the means over all of them are the test's.
 
@@ -64,6 +82,8 @@ def preferences(
         scoring: ``auto``, ``shared`` or ``plain``.
     """
     pairs = groups[0].pairs
+    place = {id(pair): number for number, pair in enumerate(pairs)}
+    of_pairs = np.zeros((len(PAIR_VALUES), len(pairs)))
     members = [{id(pair) for pair in group.pairs} for group in groups]
     means = [PairMeans(objective) for _ in groups]
     with compile_where_it_pays(), float32_products(model):
@@ -72,10 +92,11 @@ def preferences(
             model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer
         ):
             losses = objective.losses(scores)
-            for group_means, member in zip(means, members, strict=True):
-                chosen = [place for place, pair in enumerate(together) if id(pair) in member]
+            of_pairs[:, [place[id(pair)] for pair in together]] = means[0].add(losses, scores, scored_tokens(together))
+            for group_means, member in zip(means[1:], members[1:], strict=True):
+                chosen = [number for number, pair in enumerate(together) if id(pair) in member]
                 if chosen:
                     of_group = AnswerScores(*(values[mx.array(chosen)] for values in scores))
-                    tokens = scored_tokens([together[place] for place in chosen])
+                    tokens = scored_tokens([together[number] for number in chosen])
                     group_means.add(losses[mx.array(chosen)], of_group, tokens)
-    return [group_means.over_ranks()[0] for group_means in means]
+    return Preferences([group_means.over_ranks()[0] for group_means in means], of_pairs)

@@ -63,9 +63,9 @@ def preference_html(comparison: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><th scope='row'>{escape(group['name'])}</th><td>{group['pairs']}</td>"
         f"<td>{group['shortest']} to {group['longest']}</td>"
-        f"<td>{_percent(group['before'])}</td><td>{_percent(group['after'])}</td>"
-        f"<td>{_margin(group['before'])}</td><td>{_margin(group['after'])}</td></tr>"
+        f"<td>{_percent(base)}</td><td>{_percent(tuned)}</td><td>{_margin(base)}</td><td>{_margin(tuned)}</td></tr>"
         for group in comparison["preference"]
+        for base, tuned in [group["models"]]
     )
     titles = ("Held-out pairs", "Pairs", "Tokens", "Accuracy before", "after", "Margin before", "after")
     head = "".join(f"<th scope='col'>{title}</th>" for title in titles)
@@ -76,9 +76,9 @@ def answers_html(comparison: dict[str, Any]) -> str:
     """Return each prompt with both models' answers side by side."""
     return "".join(
         f"<article class='pair'><h5>{escape(answer['source'])}</h5><p class='prompt'>{escape(answer['prompt'])}</p>"
-        f"<div class='sides'>{_answer('Base model', answer['base'])}{_answer('Tuned model', answer['tuned'])}</div>"
-        "</article>"
+        f"<div class='sides'>{_answer('Base model', base)}{_answer('Tuned model', tuned)}</div></article>"
         for answer in comparison["answers"]
+        for base, tuned in [answer["models"]]
     )
 
 

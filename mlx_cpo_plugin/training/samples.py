@@ -43,9 +43,8 @@ class Sample(NamedTuple):
     in_time: bool
 
     def repetition(self) -> float:
-        """Return the share of its phrases of three tokens that it has had before."""
-        phrases = [tuple(self.tokens[at : at + _PHRASE]) for at in range(len(self.tokens) - _PHRASE + 1)]
-        return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0
+        """Return that of its tokens, see :func:`repetition`."""
+        return repetition(self.tokens)
 
 
 class Samples(Resumable):
@@ -151,6 +150,12 @@ class Samples(Resumable):
         if state["digest"] == self.digest:
             iteration, newest = state["latest"]
             self.before, self.latest = state["before"], (iteration, newest)
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Return the share of an answer's phrases of three tokens that it has had before."""
+    phrases = [tuple(tokens[at : at + _PHRASE]) for at in range(len(tokens) - _PHRASE + 1)]
+    return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,8 @@ from mlx_lm import generate, load
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.comparison import measure
+from mlx_cpo_plugin.comparison import measure, text_metrics
+from mlx_cpo_plugin.comparison.contenders import distinct_names
 from mlx_cpo_plugin.comparison.measure import Comparison, compare
 from mlx_cpo_plugin.comparison.preference import length_groups, preferences
 from mlx_cpo_plugin.data.batches import collate
@@ -78,15 +81,18 @@ def test_the_means_of_a_group_are_those_of_its_pairs_one_by_one(scoring: str) ->
     model, pairs, beta = add_adapter(build_model()), build_pairs(7), 0.3
     groups = length_groups(pairs)
 
-    means = preferences(model, groups, objective_for("sigmoid", {"beta": beta}), batch_size=2, scoring=scoring)
+    preferred = preferences(model, groups, objective_for("sigmoid", {"beta": beta}), batch_size=2, scoring=scoring)
 
-    for group, found in zip(groups, means, strict=True):
+    for group, found in zip(groups, preferred.means, strict=True):
         logps = np.array([reference_logps(model, pair) for pair in group.pairs])
         margins = beta * (logps[:, 0] - logps[:, 1])
         assert found["accuracies"] == np.mean(margins > 0)
         assert found["margins"] == pytest.approx(margins.mean(), rel=1e-4)
         assert found["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), rel=1e-5)
         assert found["policy_chosen_logps"] == pytest.approx(logps[:, 0].mean(), rel=1e-5)
+    every = np.array([reference_logps(model, pair) for pair in pairs])
+    np.testing.assert_allclose(preferred.of_each("margins"), beta * (every[:, 0] - every[:, 1]), rtol=1e-4)
+    np.testing.assert_array_equal(preferred.of_each("accuracies"), every[:, 0] > every[:, 1])
 
 
 def reference_logps(model: Any, pair: Any) -> list[float]:
@@ -110,15 +116,15 @@ def test_the_figures_are_those_of_the_runs_first_validation_and_of_its_final_tes
     run_main({**settings, **choice, "test": True, "learning_rate": 0.05, "val_batches": -1})
     adapter_path = Path(settings["adapter_path"])
 
-    comparison = compare(adapter_path, say=silent)
+    comparison = compare([adapter_path], say=silent)
 
     (test,) = metrics(adapter_path, "test")
     first = metrics(adapter_path, "valid")[0]  # the valid rows of the fixture are the test rows, too
     assert comparison.held_out == "test"
     for name in ("loss", "accuracies", "margins", "policy_chosen_logps", "policy_rejected_logps"):
-        assert comparison.after[0][name] == test[f"test_{name}"]
-        assert comparison.before[0][name] == pytest.approx(first[f"val_{name}"], rel=1e-6)
-    assert comparison.before != comparison.after
+        assert comparison.preferences[1].means[0][name] == test[f"test_{name}"]
+        assert comparison.preferences[0].means[0][name] == pytest.approx(first[f"val_{name}"], rel=1e-6)
+    assert comparison.preferences[0].means != comparison.preferences[1].means
 
 
 # Answers
@@ -131,11 +137,11 @@ def test_both_models_answer_as_mlx_lm_has_them_answer(
     run_main({**settings, "train_type": train_type, "learning_rate": 0.05, "iters": 4})
     adapter_path = Path(settings["adapter_path"])
 
-    comparison = compare(adapter_path, prompts=[PROMPT], max_tokens=8, say=silent)
+    comparison = compare([adapter_path], prompts=[PROMPT], max_tokens=8, say=silent)
 
-    assert comparison.base[0].text == greedy(model_folder)
-    assert comparison.tuned[0].text == greedy(model_folder, adapter_path)
-    assert comparison.base != comparison.tuned
+    assert comparison.answers[0][0].text == greedy(model_folder)
+    assert comparison.answers[1][0].text == greedy(model_folder, adapter_path)
+    assert comparison.answers[0] != comparison.answers[1]
 
 
 def test_the_model_that_answers_first_is_the_base_model_to_the_bit(
@@ -149,7 +155,7 @@ def test_the_model_that_answers_first_is_the_base_model_to_the_bit(
 
     monkeypatch.setattr(measure, "answers", look)
 
-    compare(adapter_path, say=silent)
+    compare([adapter_path], say=silent)
 
     original = dict(tree_flatten(load(str(model_folder))[0].parameters()))
     base, tuned = seen
@@ -161,14 +167,14 @@ def test_the_model_that_answers_first_is_the_base_model_to_the_bit(
 def test_the_precision_of_the_run_is_that_of_both_models(settings: Settings, run_main: RunMain) -> None:
     run_main({**settings, "load_in_4bits": True, "test": True})
 
-    comparison = compare(Path(settings["adapter_path"]), say=silent)
+    comparison = compare([Path(settings["adapter_path"])], say=silent)
 
     (test,) = metrics(Path(settings["adapter_path"]), "test")
-    assert comparison.after[0]["margins"] == test["test_margins"]
+    assert comparison.preferences[1].means[0]["margins"] == test["test_margins"]
 
 
 def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_beside(adapter_path: Path) -> None:
-    comparison = compare(adapter_path, prompts=[PROMPT], rows=2, max_tokens=2, say=silent)
+    comparison = compare([adapter_path], prompts=[PROMPT], rows=2, max_tokens=2, say=silent)
 
     own, first, second = comparison.questions
     assert (own.source, own.prompt, own.chosen) == ("prompt", PROMPT, None)
@@ -177,13 +183,13 @@ def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_besid
     assert first.prompt.endswith("<|im_start|>assistant\n")
     assert first.chosen == "There are 0 apples in the basket, my friend."
     assert first.rejected == "I do not know."
-    assert len(comparison.base) == len(comparison.tuned) == 3
+    assert [len(given) for given in comparison.answers] == [3, 3]
 
 
 def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settings, run_main: RunMain) -> None:
     run_main({**settings, "max_seq_length": 24})
 
-    comparison = compare(Path(settings["adapter_path"]), rows=1, max_tokens=1, say=silent)
+    comparison = compare([Path(settings["adapter_path"])], rows=1, max_tokens=1, say=silent)
 
     assert comparison.groups[0].description()["longest"] == 24
     assert comparison.questions[0].prompt.startswith("<|im_start|>user\nPlease tell me how many apples")
@@ -191,16 +197,16 @@ def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settin
 
 
 def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None:
-    comparison = compare(adapter_path, prompts=[PROMPT], max_tokens=1, say=silent)
+    comparison = compare([adapter_path], prompts=[PROMPT], max_tokens=1, say=silent)
 
-    assert not comparison.base[0].finished
+    assert not comparison.answers[0][0].finished
 
 
 # Which rows are held out
 
 
 def held_out(adapter_path: Path, **arguments: Any) -> tuple[str, int]:
-    comparison: Comparison = compare(adapter_path, say=silent, **arguments)
+    comparison: Comparison = compare([adapter_path], say=silent, **arguments)
     return comparison.held_out, len(comparison.groups[0].pairs) if comparison.groups else 0
 
 
@@ -217,11 +223,11 @@ def test_a_validation_set_drawn_from_the_training_rows_is_drawn_again(
     (data_folder / "test.jsonl").unlink()
     run_main({**settings, "valid_fraction": 0.3, "val_batches": -1, "iters": 1})
 
-    comparison = compare(Path(settings["adapter_path"]), say=silent)
+    comparison = compare([Path(settings["adapter_path"])], say=silent)
 
     first = metrics(Path(settings["adapter_path"]), "valid")[0]
     assert (comparison.held_out, len(comparison.groups[0].pairs)) == ("valid", 3)
-    assert comparison.before[0]["margins"] == pytest.approx(first["val_margins"], rel=1e-6)
+    assert comparison.preferences[0].means[0]["margins"] == pytest.approx(first["val_margins"], rel=1e-6)
 
 
 def test_no_more_rows_are_taken_than_the_run_tests(settings: Settings, run_main: RunMain) -> None:
@@ -240,9 +246,9 @@ def test_prompts_are_answered_without_any_rows(adapter_path: Path, data_folder: 
         (data_folder / f"{name}.jsonl").unlink()
     said: list[str] = []
 
-    comparison = compare(adapter_path, prompts=[PROMPT], rows=2, max_tokens=2, say=said.append)
+    comparison = compare([adapter_path], prompts=[PROMPT], rows=2, max_tokens=2, say=said.append)
 
-    assert (len(comparison.base), comparison.groups, comparison.after) == (1, [], [])
+    assert (len(comparison.answers[0]), comparison.groups, comparison.preferences) == (1, [], [])
     assert said[0].startswith("No held-out rows are compared: ")
 
 
@@ -259,19 +265,37 @@ def test_the_json_holds_what_its_documentation_says(
     printed = capsys.readouterr()
     figures = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert list(figures) == [
-        *("adapter_path", "model", "train_type", "loss_type", "beta", "max_tokens"),
-        *("answers", "held_out", "preference"),
+        *("loss_type", "beta", "max_tokens", "models", "measures", "answers", "held_out", "preference")
     ]
-    assert (figures["adapter_path"], figures["train_type"], figures["held_out"]) == (str(adapter_path), "lora", "test")
-    assert [set(answer) for answer in figures["answers"]] == [
-        {"source", "prompt", "chosen", "rejected", "base", "tuned"}
-    ] * 2
-    assert set(figures["answers"][0]["base"]) == {"text", "finished"}
+    assert [(model["name"], model["adapter_path"], model["train_type"]) for model in figures["models"]] == [
+        ("base", None, None),
+        ("tuned", str(adapter_path), "lora"),
+    ]
+    assert [set(answer) for answer in figures["answers"]] == [{"source", "prompt", "chosen", "rejected", "models"}] * 2
+    assert [set(model) for model in figures["answers"][0]["models"]] == [{"text", "finished", "tokens"}] * 2
+    assert figures["held_out"] == "test"
     assert [group["name"] for group in figures["preference"]] == ["all", "short", "medium", "long"]
     means = {"accuracy", "margin", "loss", "chosen_logps", "rejected_logps"}
-    assert set(figures["preference"][0]) == {"name", "pairs", "shortest", "longest", "before", "after"}
-    assert set(figures["preference"][0]["before"]) == means
-    assert "held out: test" in printed.out
+    assert set(figures["preference"][0]) == {"name", "pairs", "shortest", "longest", "models"}
+    assert [set(model) for model in figures["preference"][0]["models"]] == [means] * 2
+    names = ["accuracy", "margin", "length", "repetition", "ended"]
+    assert [measure["name"] for measure in figures["measures"]] == names
+    for entry in figures["measures"]:
+        assert set(entry) == {"name", "of", "count", "models", "best", "comparisons"}
+        assert entry["count"] == (4 if entry["of"] == "pairs" else 2)
+        assert [set(model) for model in entry["models"]] == [{"name", "mean", "low", "high"}] * 2
+        (compared,) = entry["comparisons"]
+        assert (compared["model"], compared["against"]) == ("tuned", "base")
+    margin, length = figures["measures"][1], figures["measures"][2]
+    whole = figures["preference"][0]["models"]
+    assert [model["mean"] for model in margin["models"]] == pytest.approx([model["margin"] for model in whole])
+    assert set(margin["comparisons"][0]) == {
+        *("model", "against", "difference", "low", "high", "outcome"),
+        *("wins", "ties", "losses", "win_rate", "win_rate_low", "win_rate_high"),
+    }
+    assert set(length["comparisons"][0]) == {"model", "against", "difference", "low", "high"}
+    assert max(map(len, printed.out.splitlines())) <= 80
+    assert "accuracy, 4 pairs" in printed.out
     assert f"prompt: {PROMPT}" in printed.out
     assert "The tuned model answers prompt 2 of 2." in printed.err
 
@@ -332,3 +356,128 @@ def test_a_run_without_its_settings_is_compared_with_a_named_model(
     without(adapter_path, "run_settings.yaml")
 
     assert held_out(adapter_path, model=str(model_folder), data=str(data_folder)) == ("test", 4)
+
+
+# Several models
+
+
+def as_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main(["compare", *words, "--json", "-"]) == 0
+    figures: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return figures
+
+
+def test_several_models_are_each_compared_with_the_base_and_with_the_best(
+    settings: Settings, run_main: RunMain, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, an adapter that kept no record of its run, and a whole model with nothing put on."""
+    paths = [tmp_path / name / "adapters" for name in ("good", "bad")]
+    for path, rate in zip(paths, (0.05, 1e-9), strict=True):
+        run_main({**settings, "adapter_path": str(path), "learning_rate": rate, "iters": 4})
+    (paths[1] / "run_settings.yaml").unlink()
+    capsys.readouterr()
+
+    figures = as_json([*map(str, paths), str(model_folder), "--rows", "1", "--max-tokens", "2"], capsys)
+
+    good, bad, whole = "good", "bad", model_folder.name
+    assert [model["name"] for model in figures["models"]] == ["base", good, bad, whole]
+    (margin,) = (measure for measure in figures["measures"] if measure["name"] == "margin")
+    assert margin["best"] == good
+    assert [(compared["model"], compared["against"]) for compared in margin["comparisons"]] == [
+        *((good, "base"), (bad, "base"), (whole, "base")),
+        *((bad, good), (whole, good)),
+    ]
+    means = {model["name"]: model["mean"] for model in margin["models"]}
+    assert means[whole] == means["base"] == pytest.approx(means[bad], abs=1e-3)
+    assert means[good] > means["base"]
+    for compared in margin["comparisons"]:
+        assert compared["difference"] == pytest.approx(means[compared["model"]] - means[compared["against"]])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["a"], ["tuned"]),
+        (["x/cpo/adapters", "x/dpo/adapters"], ["cpo", "dpo"]),
+        (["x/adapters", "x/adapters/best"], ["x", "best"]),
+        (["x", "x/adapters"], ["x", "adapters"]),
+        (["x/one", "y/one", "y/two"], ["x/one", "y/one", "two"]),
+        (["base", "tuned"], ["r/base", "tuned"]),
+    ],
+)
+def test_models_are_named_by_what_their_folders_differ_by(folders: list[str], names: list[str]) -> None:
+    assert distinct_names([Path("/r") / folder for folder in folders]) == names
+
+
+def test_a_model_that_reads_other_tokens_is_not_compared(
+    adapter_path: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": config["chat_template"] + "{{ '\n' }}"})
+    )
+
+    assert cli.main(["compare", str(adapter_path), str(other)]) == 2
+
+    assert f"Model '{other}' has another tokenizer or chat template" in capsys.readouterr().err
+
+
+# How like the chosen answers
+
+
+def reference_chrf(answer: str, reference: str, order: int = 6) -> float:
+    """chrF2 of one sentence, in percent: the mean over orders that both have of precision and recall, then F."""
+    precisions, recalls = [], []
+    for size in range(1, order + 1):
+        found, wanted = (
+            Counter(text[at : at + size] for at in range(len(text) - size + 1))
+            for text in (answer.replace(" ", ""), reference.replace(" ", ""))
+        )
+        if found and wanted:
+            matches = (found & wanted).total()
+            precisions.append(matches / found.total())
+            recalls.append(matches / wanted.total())
+    precision, recall = (float(np.mean(values or [0])) for values in (precisions, recalls))
+    return 100 * 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
+
+
+def test_chrf_is_the_f_score_of_character_n_grams() -> None:
+    pytest.importorskip("sacrebleu")
+    answers = ["The goods cost under 20 euros.", "", "a", "Das kostet nichts."]
+    references = ["The goods cost less than 20 euros.", "Yes.", "a", "The goods are free."]
+
+    each, corpus = text_metrics.chrf("chrf", answers, references)
+
+    expected = [reference_chrf(answer, reference) for answer, reference in zip(answers, references, strict=True)]
+    np.testing.assert_allclose(each, expected, atol=1e-6)
+    assert min(each) < corpus < max(each)
+
+
+def test_chrf_is_that_of_the_answers_and_the_rows_chosen_ones(
+    adapter_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sacrebleu")
+    words = [str(adapter_path), "--prompt", PROMPT, "--rows", "all", "--max-tokens", "24", "--metric", "chrf"]
+
+    figures = as_json(words, capsys)
+
+    (entry,) = (measure for measure in figures["measures"] if measure["name"] == "chrf")
+    rows = [answer for answer in figures["answers"] if answer["chosen"] is not None]
+    assert entry["count"] == len(rows) == 4
+    for place, model in enumerate(entry["models"]):
+        each = [reference_chrf(row["models"][place]["text"], row["chosen"]) for row in rows]
+        assert model["mean"] == pytest.approx(np.mean(each), abs=0.01)
+        assert 0 <= model["corpus"] <= 100
+
+
+def test_a_missing_package_for_a_metric_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
+
+    assert cli.main(["compare", str(tmp_path), "--metric", "chrf"]) == 2
+
+    assert capsys.readouterr().err == (
+        "error: --metric chrf needs sacrebleu; run pip install 'mlx-cpo-plugin[compare]'.\n"
+    )

@@ -281,7 +281,7 @@ def test_every_way_to_score_is_that_of_float32() -> None:
     def scores() -> list[Any]:
         group = [LengthGroup("all", pairs)]
         evaluated = evaluate_cpo(model, pairs, 2, -1, 0.1, 50.0, 64, "sigmoid")
-        compared = preferences(model, group, objective, batch_size=2, scoring="auto")
+        compared = preferences(model, group, objective, batch_size=2, scoring="auto").means
         return [evaluated[0], *evaluated[1], compared[0]["loss"], compared[0]["margins"]]
 
     ours = scores()

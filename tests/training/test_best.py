@@ -221,7 +221,8 @@ def test_the_folder_of_the_best_is_one_that_mlx_lm_loads_and_test_takes_its_weig
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (test,) = [row for row in rows if row["kind"] == "test"]
     after = [
-        compare(path, prompts=["Hi!"], max_tokens=1, say=lambda _: None).after[0] for path in (folder, folder / "best")
+        compare([path], prompts=["Hi!"], max_tokens=1, say=lambda _: None).preferences[1].means[0]
+        for path in (folder, folder / "best")
     ]
     assert after[0] == after[1]
     assert after[0]["loss"] == pytest.approx(test["test_loss"], rel=1e-5)

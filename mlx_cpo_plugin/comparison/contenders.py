@@ -1,0 +1,224 @@
+"""The models of a comparison: the base model first, then what each folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load
+
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
+from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
+from mlx_cpo_plugin.run.building import QUANTISED_LOADS, quantise_base, quantised_load
+from mlx_cpo_plugin.settings import config
+from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
+from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
+
+BASE, TUNED = "base", "tuned"
+MODEL_CONFIG = "config.json"
+# The default name of an adapter folder, which tells nothing.
+GENERIC = "adapters"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that takes part.
+
+    Attributes:
+        name: ``base``; ``tuned`` for a single adapter, or else what its folder differs by from the others.
+        settings: name the base model and the precision that it is loaded in.
+        adapter_path: what is put on; None for the base model, and for a folder that holds a whole model.
+    """
+
+    name: str
+    settings: RunSettings
+    adapter_path: Path | None = None
+
+    def description(self) -> dict[str, Any]:
+        """Return what the JSON says of it."""
+        path = self.adapter_path
+        train_type = _adapter_config(path).get("fine_tune_type", self.settings.train_type) if path else None
+        return {
+            "name": self.name,
+            "model": self.settings.model,
+            "adapter_path": path and str(path),
+            "train_type": train_type,
+        }
+
+    def same_base(self, other: Contender) -> bool:
+        """Whether :func:`load_base` would load the same again."""
+        return _base_of(self.settings) == _base_of(other.settings)
+
+
+def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> list[Contender]:
+    """Return the base model and what ``folders`` hold; data, loss and base model are those of the first run in them.
+
+    Args:
+        folders: adapters of runs, adapters with no record of their run, and whole models.
+        model, data: in place of the run's.
+
+    Raises:
+        ConfigError: a folder holds neither, is given twice, or nobody knows its base model.
+    """
+    kinds = [_check_folder(folder) for folder in folders]
+    records = [run_folder(folder) for folder in folders]
+    first = next((record for record in records if (record / RUN_SETTINGS).is_file()), records[0])
+    settings = run_settings(first, model, data)
+    found = [Contender(BASE, settings)]
+    for folder, record, kind, name in zip(folders, records, kinds, distinct_names(folders), strict=True):
+        own = settings
+        if kind == MODEL_CONFIG:
+            whole = dict.fromkeys(QUANTISED_LOADS, False) | {"model": str(folder)}
+            found.append(Contender(name, RunSettings.of({**vars(settings), **whole})))
+            continue
+        if record != first and (record / RUN_SETTINGS).is_file():
+            own = run_settings(record, model, data)
+        elif record != first and model is None and (named_model := _adapter_config(folder).get("model")):
+            own = RunSettings.of({**vars(settings), "model": str(named_model)})
+        found.append(Contender(name, own, folder))
+    return found
+
+
+def _check_folder(folder: Path) -> str:
+    """Return the file that says what a folder holds, an adapter or a model."""
+    if (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).exists():
+        return MODEL_CONFIG
+    for name in (ADAPTER_FILE, ADAPTER_CONFIG):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"There is no {name} in {named(str(folder))}; give the adapter_path of a run that was saved.",
+                place=str(folder),
+            )
+    return ADAPTER_CONFIG
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Return a short name for each folder: as many of its last parts as tell it from the others.
+
+    Raises:
+        ConfigError: a folder is given twice.
+    """
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    twice = next((folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{named(str(twice))} is given twice; give each folder once.", place=str(twice))
+    if len(folders) == 1:
+        return [TUNED]
+    shorter = [path[:-1] if path[-1] == GENERIC else path for path in paths]
+    paths = shorter if len(set(shorter)) == len(paths) else paths
+    return [
+        next(
+            "/".join(path[-count:])
+            for count in range(1, len(path) + 1)
+            if [(BASE,), *(other[-count:] for other in paths)].count(path[-count:]) == 1
+        )
+        for path in paths
+    ]
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _base_of(settings: RunSettings) -> tuple[Any, ...]:
+    return settings.model, quantised_load(settings), _is_frozen(settings)
+
+
+def _is_frozen(settings: RunSettings) -> bool:
+    """As in the run: scores are computed, and rounded, otherwise where the head is trained."""
+    return settings.train_type != "full" or settings.num_layers > 0
+
+
+def run_folder(adapter_path: Path) -> Path:
+    """Return the adapter folder of a run, which holds that of its best adapter."""
+    parent = adapter_path.absolute().parent
+    inside = adapter_path.name.startswith(BEST) and (parent / RUN_SETTINGS).is_file()
+    return parent if inside and not (adapter_path / RUN_SETTINGS).exists() else adapter_path
+
+
+def run_settings(adapter_path: Path, model: str | None, data: str | None) -> RunSettings:
+    """Return the settings of the run, with ``model`` and ``data`` in place of its own where they are given.
+
+    Raises:
+        ConfigError: they are not known, or no longer accepted.
+    """
+    record = adapter_path / RUN_SETTINGS
+    recorded: dict[str, Any] = {}
+    call: dict[str, Any] = {"train_mode": "cpo", "train": True, "model": model, "data": data}
+    if record.is_file():
+        call["config"] = str(record)
+        recorded, _ = read_run_settings(adapter_path)
+        if model is None and "model" not in recorded:
+            raise ConfigError(
+                f"{RUN_SETTINGS} in {named(str(adapter_path))} names no model, since the run was started by a call "
+                "that was given a loaded one; give --model, and --data for rows.",
+                key="model",
+            )
+    elif model is None:
+        raise ConfigError(
+            f"There is no {RUN_SETTINGS} in {named(str(adapter_path))}; give --model, and --data for rows.", key="model"
+        )
+    settings = config.resolve(call, call_place=ON_THE_COMMAND_LINE).settings
+    if data is not None:
+        settings.hf_dataset = None  # which would go before data
+    elif "data" not in recorded:
+        settings.data = ""  # the default is where another run's may be
+    return settings
+
+
+def load_base(settings: RunSettings) -> tuple[nn.Module, Any]:
+    """Load the model without any adapter, in the precision of the run.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    try:
+        model, tokenizer = load(settings.model)[:2]
+        precision = quantised_load(settings)
+        if precision is not None:
+            quantise_base(model, precision)
+    except UserError:
+        raise
+    except Exception as error:  # the hub client and the architectures raise many kinds
+        if is_device_fault(error):
+            raise
+        raise ConfigError(
+            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or give --model.",
+            key="model",
+        ) from error
+    if _is_frozen(settings):
+        model.freeze()
+    model.eval()
+    return model, tokenizer
+
+
+def put_on(model: nn.Module, contender: Contender) -> None:
+    """Put an adapter over the layers of its base model, or, of full training, over the weights.
+
+    Raises:
+        ConfigError: it is not one for this model.
+    """
+    path = str(contender.adapter_path)
+    try:
+        load_adapters(model, path)
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        if is_device_fault(error):
+            raise
+        raise ConfigError(
+            f"The adapter in {named(path)} does not fit model {contender.settings.model!r} "
+            f"({first_line(error)}); give the model that it was trained from.",
+            key="model",
+            place=path,
+        ) from error
+    model.eval()

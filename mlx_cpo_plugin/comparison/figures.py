@@ -1,0 +1,80 @@
+"""A comparison as plain values, as :mod:`mlx_cpo_plugin.comparison.command` documents them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_cpo_plugin.comparison.measure import Comparison
+from mlx_cpo_plugin.comparison.statistics import Measure, figures, finite
+from mlx_cpo_plugin.comparison.text_metrics import OF_ANSWERS, answer_values, chrf
+
+MEANS = {
+    "accuracy": "accuracies",
+    "margin": "margins",
+    "loss": "loss",
+    "chosen_logps": "policy_chosen_logps",
+    "rejected_logps": "policy_rejected_logps",
+}
+"""Name in the JSON -> name among the means over pairs."""
+OF_PAIRS = (Measure("accuracy", "pairs", is_rate=True), Measure("margin", "pairs"))
+
+
+def figures_of(comparison: Comparison, max_tokens: int, metrics: Sequence[str] = ()) -> dict[str, Any]:
+    """Return all figures.
+
+    Args:
+        metrics: of the answers, keys of :data:`mlx_cpo_plugin.comparison.text_metrics.CHRF`.
+    """
+    settings = comparison.settings
+    return {
+        "loss_type": settings.dpo_cpo_loss_type,
+        "beta": settings.beta,
+        "max_tokens": max_tokens,
+        "models": [contender.description() for contender in comparison.models],
+        "measures": list(_measures(comparison, metrics)),
+        "answers": [
+            {
+                "source": question.source,
+                "prompt": question.prompt,
+                "chosen": question.chosen,
+                "rejected": question.rejected,
+                "models": [
+                    {"text": answer.text, "finished": answer.finished, "tokens": len(answer.tokens)} for answer in given
+                ],
+            }
+            for question, *given in zip(comparison.questions, *comparison.answers, strict=True)
+        ],
+        "held_out": comparison.held_out or None,
+        "preference": [
+            {
+                **group.description(),
+                "models": [
+                    {name: finite(preferred.means[place][ours]) for name, ours in MEANS.items()}
+                    for preferred in comparison.preferences
+                ],
+            }
+            for place, group in enumerate(comparison.groups)
+        ],
+    }
+
+
+def _measures(comparison: Comparison, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what every model is measured by, on the pairs and on the answers that there are."""
+    names = [contender.name for contender in comparison.models]
+    if comparison.groups:
+        for measure in OF_PAIRS:
+            values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
+            yield figures(measure, names, np.array(values))
+    places = [place for place, question in enumerate(comparison.questions) if question.chosen is not None]
+    references = [comparison.questions[place].chosen or "" for place in places]
+    for name in metrics if places else ():
+        found = [chrf(name, [given[place].text for place in places], references) for given in comparison.answers]
+        entry = figures(Measure(name, "answers"), names, np.array([each for each, _ in found]))
+        for model, (_, corpus) in zip(entry["models"], found, strict=True):
+            model["corpus"] = corpus
+        yield entry
+    for measure in OF_ANSWERS if comparison.questions else ():
+        yield figures(measure, names, np.array([answer_values(measure, given) for given in comparison.answers]))

@@ -1,0 +1,112 @@
+"""What all models are asked: the user's own prompts and those of held-out rows, and the pairs that they score."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_cpo_plugin.data.dataset import load_splits
+from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import prompt_tokens
+from mlx_cpo_plugin.errors import DataError, named, shown
+from mlx_cpo_plugin.settings.config import RunSettings
+
+USER_PROMPT = "prompt"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both models are asked.
+
+    Attributes:
+        source: where the row stands, e.g. ``test.jsonl:3``; ``prompt`` for the user's own.
+        prompt: as text; of a row, as the chat template writes it.
+        text: the prompt without what the chat template puts around messages.
+        tokens: of the prompt.
+        chosen, rejected: the answers in the row; None for the user's own.
+    """
+
+    source: str
+    prompt: str
+    text: str
+    tokens: list[int]
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+def held_out_pairs(
+    settings: RunSettings, tokenizer: Any, *, is_given: bool, needed: bool, say: Say
+) -> tuple[str, Sequence[PreferencePair]]:
+    """Return a split and its pairs: the test set, or else the validation set, as far as the run itself evaluates it.
+
+    Args:
+        is_given: whether the user named the data; it is then taken whole, even a file without a split.
+        needed: whether there is nothing to compare without; if not, there may be no pairs.
+
+    Raises:
+        DataError: the data is missing or unusable, and needed or given.
+    """
+    is_file = is_given and isinstance(settings.data, str) and Path(settings.data).expanduser().is_file()
+    if is_file:
+        wanted = ["train"]
+    elif settings.valid_fraction > 0:
+        wanted = ["train", "valid", "test"]
+    else:
+        wanted = ["valid", "test"]
+    try:
+        if not settings.data and not settings.hf_dataset:
+            raise DataError(
+                "the run's rows are not recorded; name some with --data, or ask with --prompt alone.", key="data"
+            )
+        train, valid, test = load_splits(settings, tokenizer, wanted)
+        held_out = train if is_file else test or valid
+        if not held_out:
+            where = named(str(settings.hf_dataset or settings.data))
+            raise DataError(
+                f"{where} holds no held-out rows; name some with --data, or ask with --prompt alone.", key="data"
+            )
+    except DataError as error:
+        if needed or is_given:
+            raise
+        say(f"No held-out rows are compared: {error}")
+        return "", []
+    batches = -1 if is_given else settings.test_batches if test else settings.val_batches
+    return "file" if is_file else held_out.report.split, held_out[
+        : None if batches < 0 else batches * settings.batch_size
+    ]
+
+
+def uncut(pairs: Sequence[PreferencePair], settings: RunSettings, tokenizer: Any) -> list[PreferencePair]:
+    """Return pairs as they were before they were cut to ``max_seq_length``: half a prompt is nothing to ask."""
+    if all(pair.length < settings.max_seq_length for pair in pairs):
+        return list(pairs)
+    whole = RunSettings.of({**vars(settings), "max_seq_length": sys.maxsize})
+    splits = load_splits(whole, tokenizer, ("train", "valid", "test"))
+    by_source = {pair.source: pair for split in splits for pair in split}
+    return [by_source[pair.source] for pair in pairs]
+
+
+def own_question(prompt: str, tokenizer: ChatTokenizer) -> Question:
+    """Return a prompt of the user's under the chat template.
+
+    Raises:
+        DataError: the template does not take it.
+    """
+    try:
+        tokens = prompt_tokens(prompt, tokenizer)
+    except UnusableRow as error:
+        raise DataError(f"--prompt {shown(prompt)} cannot be asked ({error}); write another.", key="prompt") from error
+    return Question(USER_PROMPT, prompt, prompt, tokens.tolist())
+
+
+def question_of(pair: PreferencePair, tokenizer: ChatTokenizer) -> Question:
+    """Return the prompt of a held-out row with the answers that the row has."""
+    chosen, rejected = (tokenizer.without_end(tokenizer.decode(ids))[0].strip() for ids in (pair.chosen, pair.rejected))
+    text = tokenizer.readable(pair.prompt)
+    return Question(pair.source, tokenizer.decode(pair.prompt), text, pair.prompt.tolist(), chosen, rejected)

@@ -1,0 +1,129 @@
+"""What is certain at 95 %: intervals of rates and means, and which of two models is better by a measure.
+
+Rates have Wilson's interval, means and differences of two models on the same prompts or pairs Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.verdict import OUTCOMES, Change, students_t
+
+Z = 1.959964
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is measured of each model, once for each prompt or pair.
+
+    Attributes:
+        unit: what it is measured on, ``pairs`` or ``answers``.
+        sign: 1 where more is better, -1 where less is, 0 where neither is.
+        is_rate: whether each value is 0 or 1.
+    """
+
+    name: str
+    unit: str
+    sign: int = 1
+    is_rate: bool = False
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """Return the interval of a rate; a tie may count as half a success, which makes it no narrower than it should be.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    if not trials:
+        return math.nan, math.nan
+    rate, share = successes / trials, Z**2 / trials
+    half = Z * math.sqrt(rate * (1 - rate) / trials + share / (4 * trials))
+    return max(0.0, (rate + share / 2 - half) / (1 + share)), min(1.0, (rate + share / 2 + half) / (1 + share))
+
+
+def change_of(values: NDArray[np.float64]) -> Change:
+    """Return the mean of values and its standard error, which a single one has none of."""
+    count = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return Change(float(values.mean()) if count else math.nan, error, count)
+
+
+def around(change: Change) -> Interval:
+    """Return the interval of a mean."""
+    half = students_t(change.pairs - 1) * change.stderr if change.pairs > 1 else math.nan
+    return change.mean - half, change.mean + half
+
+
+def figures(measure: Measure, names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+    """Return what the JSON says of one measure: each model's mean, and who is better than whom.
+
+    All are compared with the first, the base model, and with the best.
+
+    Args:
+        names: of the M models.
+        values: float64 [M, N].
+    """
+    with np.errstate(invalid="ignore"):  # of a model that diverged
+        means = [change_of(row) for row in values]
+        best = None
+        if measure.sign:
+            best = max(range(len(means)), key=lambda place: _rank(measure.sign * means[place].mean))
+        against = [(place, 0) for place in range(1, len(means))]
+        against += [(place, best) for place in range(1, len(means)) if best and place != best]
+        return {
+            "name": measure.name,
+            "of": measure.unit,
+            "count": values.shape[1],
+            "models": [_mean(measure, name, mean) for name, mean in zip(names, means, strict=True)],
+            "best": None if best is None else names[best],
+            "comparisons": [
+                {"model": names[one], "against": names[other]} | _compared(measure, values[one] - values[other])
+                for one, other in against
+            ],
+        }
+
+
+def duel_figures(points: Sequence[float]) -> dict[str, Any]:
+    """Return wins, ties and losses, the win rate and what is certain: of points that are 1, 0.5 and 0 for these."""
+    wins, losses = (sum(point == value for point in points) for value in (1, 0))
+    rate = sum(points) / len(points) if points else math.nan
+    low, high = wilson(sum(points), len(points))
+    return {
+        "wins": wins,
+        "ties": len(points) - wins - losses,
+        "losses": losses,
+        "win_rate": finite(rate),
+        "win_rate_low": finite(low),
+        "win_rate_high": finite(high),
+        "outcome": OUTCOMES[(low > 0.5) - (high < 0.5)],
+    }
+
+
+def _mean(measure: Measure, name: str, mean: Change) -> dict[str, Any]:
+    low, high = wilson(mean.mean * mean.pairs, mean.pairs) if measure.is_rate else around(mean)
+    return {"name": name, "mean": finite(mean.mean), "low": finite(low), "high": finite(high)}
+
+
+def _compared(measure: Measure, differences: NDArray[np.float64]) -> dict[str, Any]:
+    change = change_of(differences)
+    low, high = around(change)
+    compared = {"difference": finite(change.mean), "low": finite(low), "high": finite(high)}
+    if not measure.sign:
+        return compared
+    points = 0.5 + 0.5 * np.sign(np.nan_to_num(measure.sign * differences, nan=-1.0))
+    return compared | duel_figures(points.tolist()) | {"outcome": OUTCOMES[measure.sign * change.sign(least=0.0)]}
+
+
+def _rank(mean: float) -> float:
+    return -math.inf if math.isnan(mean) else mean
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON can hold."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,74 @@
+"""A comparison for a terminal of 80 columns: which model is better by what, then their answers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_cpo_plugin.errors import named
+
+IN_PERCENT = ("accuracy", "repetition", "ended")
+DIGITS = {"length": 1, "chrf": 1, "chrf++": 1}
+LABEL = 30
+MOST_ANSWERS = 8
+ABSENT = "-"
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """Return the tables of measures and below them the first answers."""
+    lines: list[str] = []
+    for measure in figures["measures"]:
+        lines += [*_measure(measure), ""]
+    if len(figures["preference"]) > 1:
+        lines += [*_by_length(figures), ""]
+    names = [model["name"] for model in figures["models"]]
+    for answer in figures["answers"][:MOST_ANSWERS]:
+        lines.append(f"{answer['source']}: {answer['prompt'].strip()}")
+        for name, given in zip(names, answer["models"], strict=True):
+            text = given["text"] + ("" if given["finished"] else " […]")
+            lines += [f"  {name}:", textwrap.indent(text, "    ")]
+        lines.append("")
+    if len(figures["answers"]) > MOST_ANSWERS:
+        lines.append(f"{len(figures['answers']) - MOST_ANSWERS} more prompts are answered; --json FILE has them all.")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _measure(measure: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each model, then one for each comparison of two."""
+    name = measure["name"]
+    is_signed = any("wins" in compared for compared in measure["comparisons"])
+    title = f"{name}, {measure['count']} {measure['of']}"
+    yield f"{title:<{LABEL + 2}}{'mean':>9}{'95% interval':>17}{'win/tie/loss' if is_signed else '':>13}".rstrip()
+    for model in measure["models"]:
+        yield _line(name, model["name"], model["mean"], model)
+    for compared in measure["comparisons"]:
+        ends = [compared.get(end) for end in ("wins", "ties", "losses")]
+        counts = "/".join(map(str, ends)) if is_signed else ""
+        label = f"{named(compared['model'], 12)} against {named(compared['against'], 12)}"
+        line = _line(name, label, compared["difference"], compared, sign="+")
+        yield f"{line}{counts:>13}{compared.get('outcome', ''):>9}".rstrip()
+
+
+def _by_length(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield the accuracy on short, medium and long pairs, a line for each model."""
+    groups = figures["preference"][1:]
+    titles = [f"{group['name']} {group['shortest']}-{group['longest']}" for group in groups]
+    yield f"{'accuracy by tokens of a pair':<{LABEL + 2}}" + "".join(f"{title:>16}" for title in titles)
+    for place, model in enumerate(figures["models"]):
+        means = [_shown("accuracy", group["models"][place]["accuracy"]) for group in groups]
+        yield f"  {named(model['name'], LABEL - 2):<{LABEL}}" + "".join(f"{mean:>16}" for mean in means)
+
+
+def _line(measure: str, label: str, value: float | None, interval: dict[str, Any], sign: str = "") -> str:
+    low, high = (_shown(measure, interval[end], sign, unit="") for end in ("low", "high"))
+    ends = f"{low} to {high}" if interval["low"] is not None else ABSENT
+    return f"  {named(label, LABEL - 2):<{LABEL}}{_shown(measure, value, sign):>9}{ends:>17}"
+
+
+def _shown(measure: str, value: float | None, sign: str = "", unit: str = "%") -> str:
+    if value is None:
+        return ABSENT
+    if measure in IN_PERCENT:
+        return f"{100 * value:{sign}.1f}{unit}"
+    return f"{value:{sign}.{DIGITS.get(measure, 3)}f}"

@@ -1,0 +1,109 @@
+"""What is certain of rates, means and differences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_cpo_plugin.comparison.statistics import Measure, around, change_of, duel_figures, figures, wilson
+
+NAMES = ("base", "cpo", "dpo")
+
+
+@given(st.integers(0, 60), st.integers(1, 60))
+def test_wilsons_interval_holds_the_rates_that_a_score_test_does_not_reject(successes: int, trials: int) -> None:
+    successes = min(successes, trials)
+    rates = np.linspace(0, 1, 100_001)[1:-1]
+    distance = np.abs(successes / trials - rates)
+    accepted = rates[distance <= 1.959964 * np.sqrt(rates * (1 - rates) / trials)]
+
+    low, high = wilson(successes, trials)
+
+    assert low == pytest.approx(accepted.min(), abs=2e-5)
+    assert high == pytest.approx(accepted.max(), abs=2e-5)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    """Five values: the 97.5 % point of Student's t with 4 degrees of freedom is 2.776."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    low, high = around(change_of(values))
+
+    assert (low + high) / 2 == pytest.approx(3)
+    assert (high - low) / 2 == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-2)
+
+
+def test_the_interval_of_a_difference_is_that_of_differences_on_the_same_items() -> None:
+    """Values that scatter widely but all change alike: what is certain is the change, not the means."""
+    rng = np.random.default_rng(0)
+    base = 10 * rng.normal(size=50)
+    cpo = base + 0.5 + 0.1 * rng.normal(size=50)
+
+    measured = figures(Measure("reward", "answers"), NAMES[:2], np.array([base, cpo]))
+
+    (compared,) = measured["comparisons"]
+    assert compared["difference"] == pytest.approx(np.mean(cpo - base))
+    half = 2.0096 * np.std(cpo - base, ddof=1) / math.sqrt(50)
+    assert compared["high"] - compared["difference"] == pytest.approx(half, rel=1e-2)
+    assert (compared["outcome"], measured["best"]) == ("better", "cpo")
+    assert measured["models"][0]["low"] < measured["models"][1]["mean"] < measured["models"][0]["high"]
+
+
+def test_every_model_is_compared_with_the_base_and_with_the_best_by_the_measures_sign() -> None:
+    values = np.array([[0.5] * 8, [0.1, 0.2] * 4, [0.3, 0.4] * 4])
+
+    measured = figures(Measure("repetition", "answers", sign=-1), NAMES, values)
+
+    assert measured["best"] == "cpo"
+    found = [(compared["model"], compared["against"], compared["outcome"]) for compared in measured["comparisons"]]
+    assert found == [("cpo", "base", "better"), ("dpo", "base", "better"), ("dpo", "cpo", "worse")]
+    assert [(one["wins"], one["ties"], one["losses"]) for one in measured["comparisons"]] == [
+        *((8, 0, 0), (8, 0, 0), (0, 0, 8))
+    ]
+
+
+def test_a_base_model_that_is_the_best_is_compared_with_once() -> None:
+    measured = figures(Measure("reward", "answers"), NAMES, np.array([[1.0] * 6, [0.0] * 6, [0.5] * 6]))
+
+    assert measured["best"] == "base"
+    assert [(one["model"], one["outcome"]) for one in measured["comparisons"]] == [("cpo", "worse"), ("dpo", "worse")]
+
+
+def test_what_is_neither_good_nor_bad_has_no_best_and_no_wins() -> None:
+    measured = figures(Measure("length", "answers", sign=0), NAMES[:2], np.array([[3.0, 5.0], [9.0, 4.0]]))
+
+    assert measured["best"] is None
+    assert set(measured["comparisons"][0]) == {"model", "against", "difference", "low", "high"}
+
+
+def test_a_model_that_diverged_is_never_the_best_and_wins_nothing() -> None:
+    measured = figures(Measure("margin", "pairs"), NAMES[:2], np.array([[0.1] * 6, [math.nan] * 6]))
+
+    (compared,) = measured["comparisons"]
+    assert (measured["best"], measured["models"][1]["mean"], compared["difference"]) == ("base", None, None)
+    assert (compared["wins"], compared["losses"]) == (0, 6)
+
+
+def test_one_item_decides_nothing() -> None:
+    measured = figures(Measure("margin", "pairs"), NAMES[:2], np.array([[0.1], [7.0]]))
+
+    (compared,) = measured["comparisons"]
+    assert (compared["difference"], compared["low"], compared["outcome"]) == (6.9, None, "undecided")
+
+
+@pytest.mark.parametrize(
+    ("points", "rate", "outcome"),
+    [([1.0] * 9 + [0.0], 0.9, "better"), ([0.0] * 9 + [1.0], 0.1, "worse"), ([0.5] * 40, 0.5, "undecided")],
+)
+def test_a_win_rate_counts_ties_as_half_and_decides_where_its_interval_leaves_one_half(
+    points: list[float], rate: float, outcome: str
+) -> None:
+    found = duel_figures(points)
+
+    assert (found["win_rate"], found["outcome"]) == (pytest.approx(rate), outcome)
+    assert found["wins"] + found["ties"] + found["losses"] == len(points)
+    assert (found["win_rate_low"], found["win_rate_high"]) == wilson(sum(points), len(points))
