@@ -15,6 +15,7 @@ from mlx_cpo_plugin.comparison import command as compare
 from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.export import command as export
 from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
 from mlx_cpo_plugin.studio import command as studio
@@ -88,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
             compare.run_compare,
             "compare answers and preference accuracy of the base model and the tuned one",
         )
+    )
+    export.add_arguments(
+        add("export", export.run_export, "write an adapter in the form of another program, and score it there")
     )
     convert.add_arguments(
         add(

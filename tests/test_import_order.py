@@ -35,6 +35,7 @@ ORDER = (
     ("cpo",),
     ("run",),
     ("demo", "comparison", "selftest"),
+    ("export",),
     ("activation",),
     ("commands",),
     ("bench", "studio"),

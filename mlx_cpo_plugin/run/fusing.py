@@ -43,17 +43,24 @@ class Fusing:
     """Merges the adapter of a run into its model.
 
     Args:
-        model: before it is trained, to compare its scores with those of the trained and the fused model.
-        pairs: a few held-out rows; without any, nothing is scored.
+        before: what the model scored before it was trained, to compare the trained and the fused model with.
+        pairs: the held-out rows that were scored; without any, nothing is.
+        bits_option: what the user sets to choose ``fuse_bits``.
     """
 
     def __init__(
-        self, settings: RunSettings, model: nn.Module, pairs: Sequence[PreferencePair], say: Callable[[str], None]
+        self,
+        settings: RunSettings,
+        before: HeldOutScores | None,
+        pairs: Sequence[PreferencePair],
+        say: Callable[[str], None],
+        bits_option: str = "fuse_bits",
     ) -> None:
         self.settings = settings
+        self.before = before
         self.pairs = pairs
         self.say = say
-        self.before = self._scores(model)
+        self.bits_option = bits_option
 
     def fuse(self, model: nn.Module, tokenizer: Tokenizer) -> Path:
         """Write the fused model and return its folder; ``model`` is empty afterwards.
@@ -81,7 +88,7 @@ class Fusing:
             if is_device_fault(error):
                 raise
             raise FuseError(
-                f"The fused model cannot be written to {target} ({first_line(error)}); free space or set fuse: false. "
+                f"The fused model cannot be written to {target} ({first_line(error)}); free space there. "
                 "The adapter is intact, and nothing of the fused model is left.",
                 key="fuse",
                 place=str(target),
@@ -90,7 +97,7 @@ class Fusing:
             self.say(rounding_cost(self.before, trained, fused))
             kept = margin_retained(self.before, trained, fused)
             if kept is not None and kept < ENOUGH:
-                self.say("Warning: rounding cost more than a tenth of that; set fuse_bits higher, or to 16.")
+                self.say(f"Warning: rounding cost more than a tenth of that; set {self.bits_option} higher, or to 16.")
         return target
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
@@ -111,8 +118,8 @@ class Fusing:
         size = group_size_for(model)
         if size is None:
             raise FuseError(
-                f"fuse_bits is {bits}, but no layer has a width that divides by 32; set it to 16.",
-                key="fuse_bits",
+                f"{self.bits_option} is {bits}, but no layer has a width that divides by 32; set it to 16.",
+                key=self.bits_option,
                 allowed="16",
             )
         _, config = quantize_model(model, {}, size, bits)
@@ -133,7 +140,10 @@ class Fusing:
             model.args.quantization = model.args.quantization_config = quantization
             return True
         share = "hardly anything was learned" if kept is None else f"only {kept:.0%} of what was learned would be left"
-        self.say(f"With the bits of the base model {share}: the fused model is not quantised; set fuse_bits to choose.")
+        self.say(
+            f"With the bits of the base model {share}: the fused model is not quantised; set {self.bits_option} to "
+            "choose."
+        )
         model.update_modules(tree_unflatten(adapters))
         return False
 
@@ -154,8 +164,8 @@ class Fusing:
         if free < size + BESIDES:
             raise FuseError(
                 f"The fused model takes {_bytes(size)}, but {there} has {_bytes(free)} left; free space, or set "
-                "fuse_bits: 4 or fuse: false. The adapter is intact.",
-                key="fuse_bits",
+                f"{self.bits_option} to 4. The adapter is intact.",
+                key=self.bits_option,
                 place=str(there),
             )
 

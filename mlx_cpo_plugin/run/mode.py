@@ -26,7 +26,7 @@ from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
 from mlx_cpo_plugin.run.preflight import adapter_file, check_destinations, plan_notes, position_notes, run_identity
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, tracked_run
-from mlx_cpo_plugin.training.held_out import held_out_rows
+from mlx_cpo_plugin.training.held_out import held_out_rows, held_out_scores
 from mlx_cpo_plugin.training.identity import data_digest
 from mlx_cpo_plugin.training.metrics import MetricsFile
 from mlx_cpo_plugin.types import Tokenizer, TrainMode
@@ -88,7 +88,9 @@ def train_test_and_fuse(
     folder, run = Path(settings.adapter_path), settings.run_identity
     fusing = None
     if settings.fuse and is_first_rank():
-        fusing = Fusing(settings, model, held_out_rows(valid_set, train_set), print_info)
+        rows = held_out_rows(valid_set, train_set)
+        before = held_out_scores(model, rows, settings.scoring) if rows else None
+        fusing = Fusing(settings, before, rows, print_info)
 
     print_section("Training")
     # Only the first rank has a callback.

@@ -1,0 +1,99 @@
+"""The arguments of ``mlx-cpo export``, and which target writes what."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from shlex import quote
+
+from mlx_cpo_plugin._version import __version__
+
+TARGETS = {"mlx": "a fused model for mlx_lm", "peft": "an adapter for PyTorch"}
+BITS = {"mlx": (2, 3, 4, 5, 6, 8, 16)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.add_argument("adapter_path", type=Path, metavar="ADAPTER_PATH", help="folder of a run, or its best/")
+    described = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
+    parser.add_argument("--to", required=True, choices=TARGETS, help=described)
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where it goes (default: ADAPTER_PATH-TARGET, beside the adapter)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="bits of the weights: 16 for none, 2 to 8 for mlx (default: those of the run's fuse_bits or of the base)",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="base model in place of the one that the run names")
+    parser.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="for peft: the model in PyTorch that it is loaded onto (default: the run's)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="rows to score the export on in place of the run's: a file, a folder or a hub name",
+    )
+
+
+def run_export(chosen: argparse.Namespace) -> int:
+    """Write the export, score it, and say where it is; progress goes to standard error.
+
+    Raises:
+        UserError: the arguments, the adapter, the model or the data are at fault, or the target cannot hold it.
+    """
+    from mlx_cpo_plugin.export.errors import ExportError
+    from mlx_cpo_plugin.export.folder import check_target, whole_or_nothing
+    from mlx_cpo_plugin.export.fused_model import write_fused_model
+    from mlx_cpo_plugin.export.peft_adapter import write_peft_adapter
+    from mlx_cpo_plugin.export.trained import Trained
+    from mlx_cpo_plugin.publish.card import model_card, write_card
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    to, bits = chosen.to, chosen.bits
+    allowed = BITS.get(to, ())
+    if bits is not None and bits not in allowed:
+        takes = f"takes {', '.join(map(str, allowed))}" if allowed else "takes no --bits"
+        raise ExportError(f"--bits {bits}: --to {to} {takes}.", key="bits", allowed=", ".join(map(str, allowed)))
+    if chosen.base_model is not None and to != "peft":
+        raise ExportError(f"--base-model is for --to peft; --to {to} needs none.", key="base-model")
+    target = chosen.output or default_target(chosen.adapter_path, to)
+    check_target(target, chosen.force)
+    trained = Trained.load(chosen.adapter_path, chosen.model, chosen.data, say)
+    record = {
+        "target": to,
+        "adapter_path": str(chosen.adapter_path),
+        "run": trained.run,
+        "model": trained.settings.model,
+        "bits": bits,
+        "version": __version__,
+    }
+    with whole_or_nothing(target, record) as folder:
+        if to == "mlx":
+            write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
+        else:
+            write_peft_adapter(trained, folder, chosen.base_model, say)
+        card = model_card(chosen.adapter_path, to, base_model=chosen.base_model, here=target.name)
+        write_card(card, folder, replacing=target)
+    print(f"Wrote {target}. {how_to_use(to, target)}")
+    return 0
+
+
+def default_target(adapter_path: Path, to: str) -> Path:
+    """Return the folder beside an adapter for an export of it."""
+    path = adapter_path.absolute()
+    return path.with_name(f"{path.name}-{to}")
+
+
+def how_to_use(to: str, target: Path) -> str:
+    """Return the command or the line of Python that uses an export."""
+    if to == "mlx":
+        return f"Try it: mlx_lm.generate --model {quote(str(target))} --prompt 'Hi!'"
+    return f"In Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"

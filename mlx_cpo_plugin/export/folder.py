@@ -1,0 +1,76 @@
+"""The folder of an export: there as a whole or not at all, and never in place of something that is no export."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
+from mlx_cpo_plugin.errors import first_line, is_device_fault, named
+from mlx_cpo_plugin.export.errors import ExportError
+from mlx_cpo_plugin.types import Values
+
+# What was exported, in every export.
+RECORD = "export.json"
+
+
+def check_target(target: Path, replace: bool) -> None:
+    """Find out, without changing anything, whether an export may go to ``target``.
+
+    Raises:
+        ExportError: there is something already, which is not to be replaced or is no export.
+    """
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / RECORD).is_file():
+        raise ExportError(
+            f"{named(str(target))} is there already and no export; give another --output.",
+            key="output",
+            place=str(target),
+        )
+    if not replace:
+        raise ExportError(
+            f"{named(str(target))} is an export already; give --force to replace it, or another --output.",
+            key="output",
+            place=str(target),
+        )
+
+
+@contextmanager
+def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its place when the context ends without an error.
+
+    Raises:
+        ExportError: it cannot be written; what was at ``target`` is as it was.
+    """
+    target = Path(os.path.realpath(target))
+    staging, replaced = partial_of(target), partial_of(target, "removed")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
+        staging.mkdir()
+        yield staging
+        (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for path in staging.rglob("*"):
+            flush(path)
+        if target.exists():
+            target.rename(replaced)
+        staging.rename(target)
+        flush(target.parent)
+    except OSError as error:
+        if is_device_fault(error):
+            raise
+        raise ExportError(
+            f"The export cannot be written to {named(str(target))} ({first_line(error)}); free space, or give another "
+            "--output.",
+            key="output",
+            place=str(target),
+        ) from error
+    finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        remove(replaced)
+        remove(staging)
