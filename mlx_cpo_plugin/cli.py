@@ -19,6 +19,7 @@ from mlx_cpo_plugin.export import command as export
 from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
 from mlx_cpo_plugin.studio import command as studio
+from mlx_cpo_plugin.sweep import command as sweep
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
 TRAINING_COMMANDS = {"train": train.run_train, "check": train.run_check}
@@ -92,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_arguments(
         add("export", export.run_export, "write an adapter in the form of another program, and score it there")
+    )
+    sweep.add_arguments(
+        add("sweep", sweep.run_sweep, "train with many settings and seeds, and write the best configuration")
     )
     convert.add_arguments(
         add(

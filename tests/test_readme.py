@@ -19,6 +19,7 @@ from mlx_cpo_plugin import cli, data, plugins
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.settings.cpo_options import PRESETS
+from mlx_cpo_plugin.sweep.plan import KEYS, read_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.md")}
@@ -152,13 +153,25 @@ def test_the_page_about_losses_has_every_loss_and_preset() -> None:
 @pytest.mark.parametrize("page", FOR_USERS)
 def test_every_key_in_yaml_exists(page: str) -> None:
     for block in blocks("yaml", page):
-        assert set(yaml.safe_load(block)) <= {*options(), "train_mode"}
+        if page != "docs/sweep.md":
+            assert set(yaml.safe_load(block)) <= {*options(), "train_mode"}
     for key in re.findall(r"`([a-z_0-9]+): [^`]*`", FOR_USERS[page]):
         assert key in {*options(), "train_mode", "rank_margin", *OF_OTHERS}, key
 
 
+def test_the_sweep_that_the_page_shows_is_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    (block,) = blocks("yaml", "docs/sweep.md")
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "sweep.yaml").write_text(block)
+
+    sweep = read_sweep(tmp_path / "sweep.yaml")
+
+    assert len(sweep.runs) == (4 + 4) * 3
+    assert set(yaml.safe_load(block)) == {*KEYS} - {"output"}
+
+
 # Keys that the pages quote from elsewhere: configurations of other trainers, and notes.
-OF_OTHERS = {"rl", "stage", "pref_loss", "enable_thinking"}
+OF_OTHERS = {"halve_at", "rl", "stage", "pref_loss", "enable_thinking"}
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def as_svg(records: Sequence[RunRecord], panels: Sequence[str] | None = None, co
     """
     names = list(panels_with_points(records) if panels is None else panels)
     # Salted by its panels, so that no two drawings on a page have an id in common.
-    with _style(salt=" ".join(names)):
+    with style(salt=" ".join(names)):
         stream = io.StringIO()
         draw(records, names, columns).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
@@ -106,7 +106,7 @@ def as_svg(records: Sequence[RunRecord], panels: Sequence[str] | None = None, co
 def as_png(records: Sequence[RunRecord], panels: Sequence[str] | None = None, columns: int = 3) -> bytes:
     """As :func:`as_svg`, at 150 dots per inch, as the bytes of a PNG file."""
     names = list(panels_with_points(records) if panels is None else panels)
-    with _style(salt=""):
+    with style(salt=""):
         stream = io.BytesIO()
         draw(records, names, columns).savefig(stream, format="png", dpi=_DOTS_PER_INCH)
     return stream.getvalue()
@@ -186,7 +186,8 @@ def points(record: RunRecord, curve: Curve) -> tuple[list[float], list[float]]:
 
 
 @contextmanager
-def _style(salt: str) -> Iterator[None]:
+def style(salt: str) -> Iterator[None]:
+    """Draw as reports are drawn, with the same bytes for the same salt; raises ReportError without matplotlib."""
     require_matplotlib()
     import matplotlib
 

@@ -1,115 +1,388 @@
-"""The sweep over losses and betas trains, goes on where it was stopped, and draws the same plot again."""
+"""``mlx-cpo sweep``: which runs a file asks for, how they are carried out, and what comes of them."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import sweep_losses
-from support.tiny import preference_rows
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from support.prepared import Prepared, run_module
+from support.refusals import refused
+from support.tiny import saved_arrays
+
+from mlx_cpo_plugin import cli
+from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.settings.config import resolve
+from mlx_cpo_plugin.sweep import command, runs
+from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, random_draws, read_sweep, with_options
+from mlx_cpo_plugin.sweep.results import (
+    FAILED,
+    FINISHED,
+    GIVEN_UP,
+    RESULT,
+    Outcome,
+    SettingResult,
+    results_of,
+    score_of,
+    table,
+)
+from mlx_cpo_plugin.sweep.runs import carry_out, outcomes_of
+
+ITERS, EVERY = 8, 2
 
 
 @pytest.fixture
-def given(model_folder: Path, tmp_path: Path) -> list[str]:
-    """Arguments of a sweep of one loss with two betas on a few rows."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(8)))
-    sizes = ["--train-rows", "4", "--valid-rows", "3", "--epochs", "1", "--answers", "2", "--answer-tokens", "4"]
-    what = ["--losses", "hinge", "--betas", "2", "--num-layers", "2", "--longest", "300"]
-    return ["--model", str(model_folder), "--rows", str(rows), "--output", str(tmp_path / "sweep"), *what, *sizes]
+def base(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "train_mode"} | {"iters": ITERS}
 
 
-def runs(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+@pytest.fixture
+def write(tmp_path: Path, base: dict[str, Any]) -> Callable[..., Path]:
+    """Write a sweep file with these keys; the base stands in it, on one line."""
+
+    def write(**keys: Any) -> Path:
+        file = tmp_path / "sweep.yaml"
+        lines = [f"{key}: {json.dumps(value)}" for key, value in {"base": base, **keys}.items()]
+        file.write_text("\n".join(lines) + "\n")
+        return file
+
+    return write
 
 
-@pytest.mark.slow
-def test_every_run_is_a_line_and_an_interrupted_sweep_goes_on_after_the_last_of_them(
-    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+class Pretended:
+    """Runs that train nothing: they validate every two iterations, with the figures that ``accuracy`` gives.
+
+    Attributes:
+        launched: the configuration of each launch, in order.
+    """
+
+    def __init__(self, accuracy: Callable[[dict[str, Any], int], float], fails: Iterable[int] = ()) -> None:
+        self.accuracy, self.fails = accuracy, list(fails)
+        self.launched: list[dict[str, Any]] = []
+
+    def __call__(self, folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        self.launched.append(config)
+        if len(self.launched) in self.fails:
+            return 2, "the device is out of memory"
+        (folder / "run_settings.yaml").write_text(f"iters: {config['iters']}\n")
+        file = folder / "metrics.jsonl"
+        done = [json.loads(line)["iteration"] for line in file.read_text().splitlines()] if file.exists() else []
+        for iteration in [1, *range(EVERY, config["iters"] + 1, EVERY)]:
+            if iteration in done:
+                continue
+            value = 0.5 if iteration == 1 else self.accuracy(config, iteration)
+            row = {"kind": "valid", "run": "r", "iteration": iteration, "val_accuracies": value, "val_loss": 1 - value}
+            row |= {"val_nll_loss": 2 - value, "val_margins": value}
+            if iteration > 1:
+                row |= {"val_verdict": (value > 0.5) - (value < 0.5), "val_accuracies_change": value - 0.5}
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            if is_far_enough():
+                return 143, "stopped"
+        return 0, ""
+
+
+def by_beta(config: dict[str, Any], iteration: int) -> float:
+    """The larger beta, the better; each seed a little; the longer, the better."""
+    return 0.5 + config.get("beta", 0.1) * iteration / ITERS + 0.01 * config["seed"]
+
+
+def done(sweep: Sweep, launch: Pretended, said: list[str] | None = None) -> dict[str, Outcome]:
+    return carry_out(sweep, launch, ([] if said is None else said).append)
+
+
+def launches(launch: Pretended, *keys: str) -> list[tuple[Any, ...]]:
+    return [tuple(config[key] for key in keys) for config in launch.launched]
+
+
+def options(sweep: Sweep) -> list[tuple[dict[str, Any], int]]:
+    return [(run.options, run.seed) for run in sweep.runs]
+
+
+def test_a_grid_is_every_combination_with_every_seed(write: Callable[..., Path]) -> None:
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.1], "lora_parameters.rank": [2, 4]}, seeds=[3, 5]))
+
+    assert options(sweep) == [
+        ({"beta": beta, "lora_parameters.rank": rank}, seed)
+        for beta in (0.05, 0.1)
+        for rank in (2, 4)
+        for seed in (3, 5)
+    ]
+    assert all(run.values["lora_parameters"] == {"rank": run.options["lora_parameters.rank"]} for run in sweep.runs)
+    assert len({run.name for run in sweep.runs}) == 8
+
+
+def test_several_grids_stand_in_a_list_and_what_is_in_two_of_them_is_run_once(write: Callable[..., Path]) -> None:
+    of_sigmoid = {"dpo_cpo_loss_type": "sigmoid", "beta": [0.05, 0.1]}
+    of_simpo = {"dpo_cpo_loss_type": ["simpo"], "beta": [2.0], "simpo_gamma": [1.0]}
+
+    sweep = read_sweep(write(grid=[of_sigmoid, of_simpo, {**of_sigmoid, "beta": 0.1}]))
+
+    assert [run.options["beta"] for run in sweep.runs] == [0.05, 0.1, 2.0]
+
+
+def test_null_is_the_default_whatever_the_base_says(write: Callable[..., Path], base: dict[str, Any]) -> None:
+    base["max_grad_norm"] = 1.0
+
+    sweep = read_sweep(write(grid={"max_grad_norm": [None, 2.0]}))
+
+    assert [run.values.get("max_grad_norm") for run in sweep.runs] == [None, 2.0]
+
+
+@given(count=st.integers(1, 6), seed=st.integers(0, 99))
+def test_draws_are_in_their_ranges_and_more_of_them_begin_with_those_of_fewer(count: int, seed: int) -> None:
+    asked = {"seed": seed, "learning_rate": {"log": [1e-6, 1e-4]}, "beta": {"uniform": [0, 1]}}
+    asked |= {"batch_size": {"log": [1, 8]}, "dpo_cpo_loss_type": ["sigmoid", "hinge"]}
+
+    fewer, more = (list(random_draws({"n": n, **asked}, str)) for n in (count, count + 2))
+
+    assert more[:count] == fewer
+    for draw in more:
+        assert 1e-6 <= draw["learning_rate"] <= 1e-4
+        assert 0 <= draw["beta"] <= 1
+        assert draw["batch_size"] in range(1, 9)
+        assert draw["dpo_cpo_loss_type"] in ("sigmoid", "hinge")
+
+
+def test_the_base_may_be_a_file_beside_the_sweep(
+    write: Callable[..., Path], base: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
+
+    named, inline = read_sweep(write(base="run.yaml", seeds=2)), read_sweep(write(seeds=2))
+
+    assert [run.digest for run in named.runs] == [run.digest for run in inline.runs]
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "line"),
+    [
+        ({"gird": {"beta": [1]}}, "gird", 2),
+        ({"grid": {"beta": [0.1, -1]}}, "beta", 2),
+        ({"seeds": 2, "grid": {"bate": [0.1]}}, "bate", 3),
+        ({"grid": {"lora_parameters.rank": [0]}}, "lora_parameters.rank", 2),
+        ({"grid": {"beta": []}}, "grid.beta", 2),
+        ({"grid": 7}, "grid", 2),
+        ({"grid": {"seed": [1, 2]}}, "grid.seed", 2),
+        ({"grid": {"adapter_path": ["a", "b"]}}, "grid.adapter_path", 2),
+        ({"random": {"n": 0, "beta": [1]}}, "random.n", 2),
+        ({"random": {"n": 2}}, "random", 2),
+        ({"random": {"n": 2, "beta": {"uniform": [1, 0]}}}, "random.beta", 2),
+        ({"random": {"n": 2, "beta": {"log": [0, 1]}}}, "random.beta", 2),
+        ({"random": {"n": 2, "beta": {"normal": [0, 1]}}}, "random.beta", 2),
+        ({"seeds": []}, "seeds", 2),
+        ({"seeds": [1, -1]}, "seeds.1", 2),
+        ({"seeds": 2, "metric": "bleu"}, "metric", 3),
+        ({"seeds": 2, "halve_at": [0.5, 1]}, "halve_at.1", 3),
+    ],
+)
+def test_a_mistake_names_its_key_and_its_line(
+    write: Callable[..., Path], keys: dict[str, Any], key: str, line: int
+) -> None:
+    file = write(**keys)
+
+    with refused(ConfigError, key=key, place=f"in {file}, line {line}"):
+        read_sweep(file)
+
+
+def test_one_run_is_no_sweep_and_rows_to_validate_on_are_needed(
+    write: Callable[..., Path], base: dict[str, Any], data_folder: Path, tmp_path: Path
+) -> None:
+    with refused(ConfigError, key="grid"):
+        read_sweep(write())
+    base["val_batches"] = 0
+    with refused(DataError, key="val_batches"):
+        read_sweep(write(seeds=2))
+    base |= {"val_batches": -1, "data": str(data_folder / "train.jsonl")}
+    with refused(DataError, key="valid_fraction"):
+        read_sweep(write(seeds=2))
+    base["valid_fraction"] = 0.2
+    assert len(read_sweep(write(seeds=2)).runs) == 2
+    with refused(ConfigError, key="output"):
+        read_sweep(write(seeds=2, output=str(tmp_path / "sweep.yaml")))
+
+
+def test_each_run_is_the_base_with_its_options_in_a_folder_of_its_own(
+    write: Callable[..., Path], base: dict[str, Any]
+) -> None:
+    launch = Pretended(by_beta)
+
+    outcomes = done(read_sweep(write(grid={"beta": [0.05, 0.1]}, seeds=2)), launch)
+
+    assert launches(launch, "beta", "seed") == [(0.05, 0), (0.05, 1), (0.1, 0), (0.1, 1)]
+    assert {outcome.status for outcome in outcomes.values()} == {FINISHED}
+    for config in launch.launched:
+        own = {"beta", "seed", "adapter_path", "resume", "fuse", "train_mode"}
+        assert {key: value for key, value in config.items() if key not in own} == {
+            key: value for key, value in base.items() if key not in own
+        }
+        assert (config["resume"], config["fuse"], config["train_mode"]) == ("auto", False, "cpo")
+    assert len(set(launches(launch, "adapter_path"))) == 4
+
+
+def test_a_killed_sweep_goes_on_and_a_changed_one_does_what_is_new(
+    write: Callable[..., Path], base: dict[str, Any], data_folder: Path
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+        if len(launch.launched) == 2:
+            raise Killed
+        return launch(folder, is_far_enough)
+
+    launch = Pretended(by_beta)
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.1, 0.2]}))
+    with pytest.raises(Killed):
+        carry_out(sweep, killed, print)
+    done(sweep, launch)
+    assert launches(launch, "beta") == [(0.05,), (0.1,), (0.2,)]
+
+    wider = read_sweep(write(grid={"beta": [0.3, 0.1, 0.2], "cpo_alpha": [0.0]}))
+    done(wider, launch)
+    assert launches(launch, "beta")[3:] == [(0.3,)]
+    assert {one.status for one in outcomes_of(wider).values()} == {FINISHED}
+    assert command._no_longer_asked_for(wider) == [
+        "note: 1 runs there are of an earlier state of the file or its rows; they are left out."
+    ]
+
+    rows = (data_folder / "train.jsonl").read_text().splitlines()
+    (data_folder / "train.jsonl").write_text("\n".join(rows[1:]))
+    done(read_sweep(write(grid={"beta": [0.3, 0.1]})), launch)
+    assert launches(launch, "beta")[4:] == [(0.3,), (0.1,)]
+    base["learning_rate"] = 2e-3
+    done(read_sweep(write(grid={"beta": [0.3, 0.1]})), launch)
+    assert len(launch.launched) == 8
+
+
+def test_a_run_that_fails_is_a_line_of_the_table_and_is_tried_again(write: Callable[..., Path]) -> None:
+    launch, said = Pretended(by_beta, fails=[2]), list[str]()
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.3, 0.2]}))
+
+    results = results_of(sweep, done(sweep, launch, said))
+
+    assert [outcome.status for result in results for outcome in result.outcomes] == [FINISHED, FINISHED, FAILED]
+    assert "failed: the device is out of memory" in table(sweep, results)
+    assert any("the device is out of memory" in line for line in said)
+    assert results[0].name == "beta 0.2"
+    again = results_of(sweep, done(sweep, launch))
+    assert again[0].name == "beta 0.3"
+    assert len(launch.launched) == 4
+
+
+def test_of_settings_that_do_worse_half_way_only_the_better_half_goes_on(write: Callable[..., Path]) -> None:
+    launch = Pretended(by_beta)
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.4, 0.1, 0.3]}, seeds=2, metric="accuracy", halve_at=[0.25, 0.5]))
+
+    outcomes = done(sweep, launch)
+
+    last = {run.options["beta"]: outcomes[run.digest].after for run in sweep.runs}
+    assert {beta: row and row["iteration"] for beta, row in last.items()} == {0.05: 2, 0.1: 2, 0.3: 4, 0.4: ITERS}
+    assert len(launch.launched) == 8 + 4 + 2
+    status = {run.options["beta"]: outcomes[run.digest].status for run in sweep.runs}
+    assert status == {0.05: GIVEN_UP, 0.1: GIVEN_UP, 0.3: GIVEN_UP, 0.4: FINISHED}
+    done(sweep, launch)
+    assert len(launch.launched) == 14  # nothing is done twice
+    assert results_of(sweep, outcomes)[0].name == "beta 0.4"
+
+
+def outcome(accuracy: float, nll: float = 1.0, verdict: float = 0.0) -> Outcome:
+    row = {"val_accuracies": accuracy, "val_nll_loss": nll, "val_verdict": verdict, "val_loss": nll, "val_margins": 1.0}
+    return Outcome(PlannedRun({}, 0, {}, ""), Path(), FINISHED, after=row)
+
+
+def test_settings_are_ordered_by_the_metric_and_what_is_not_finite_is_last() -> None:
+    good, sure, lost = outcome(0.9, 1.0), outcome(0.8, 1.0, verdict=1), outcome(math.nan, math.nan)
+
+    def order(metric: str) -> list[Outcome]:
+        return sorted([lost, sure, good], key=lambda one: score_of([one], metric), reverse=True)
+
+    assert order("verdict") == [sure, good, lost]
+    assert order("accuracy") == [good, sure, lost]
+    assert order("nll")[-1] is lost
+    assert score_of([outcome(0.5, 1.0)], "nll") > score_of([outcome(0.9, 2.0)], "nll")
+    assert score_of([outcome(0.5, 1.0)], "accuracy") > score_of([outcome(0.5, 2.0)], "accuracy")
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_means_over_seeds_have_their_standard_error(values: list[float]) -> None:
+    mean = SettingResult(tuple(map(outcome, values))).mean("accuracy")
+
+    assert mean.value == pytest.approx(statistics.fmean(values))
+    assert mean.stderr == pytest.approx(statistics.stdev(values) / len(values) ** 0.5, abs=1e-12)
+
+
+def test_the_command_writes_table_plots_and_a_config_that_trains(
+    write: Callable[..., Path],
+    base: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
-    folder = tmp_path / "sweep"
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
+    file = write(grid={"beta": [0.05, 0.3]}, seeds=3, metric="accuracy")
 
-    sweep_losses.main(given)
+    assert cli.main(["sweep", str(file)]) == 0
 
-    before, *trained = runs(folder)
-    assert before["loss"] is None
-    assert [(run["loss"], run["beta"]) for run in trained] == [("hinge", 0.05), ("hinge", 0.5)]
-    assert all(len(run["chosen"]) == len(run["rejected"]) == 3 for run in runs(folder))
-    assert all(max(run["answer_lengths"]) <= 4 and len(run["answer_lengths"]) == 2 for run in runs(folder))
-    assert before["chosen"] != trained[0]["chosen"]
-    assert "| `hinge` | 0.05 |" in capsys.readouterr().out
+    printed, folder = capsys.readouterr().out, tmp_path / "sweep"
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best == with_options({**base, "train_mode": "cpo"}, {"beta": 0.3})
+    assert resolve({"config": str(folder / "best.yaml")}).settings.beta == 0.3
+    rows = re.findall(r"^\| (0\.\S+) \| 3 \| better \| (\S+) \((\S+) ± (\S+)\)", printed, flags=re.MULTILINE)
+    error = f"{0.01 / 3**0.5:.1%}"
+    assert rows == [("0.3", "81.0%", "+31.0%", error), ("0.05", "56.0%", "+6.0%", error)]
+    assert "| before training |  |  | 50.0% |" in printed
+    assert f"+25.0% ± {math.hypot(0.01, 0.01) / 3**0.5:.1%}" in printed
+    assert (folder / "table.md").read_text().splitlines()[0] in printed
+    plot = (folder / "plots.svg").read_bytes()
+    assert b"<svg" in plot
 
-    plot = (folder / "losses-rows.svg").read_bytes()
-    (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs(folder)[:2]))
-    repeated = []
-    whole_run = sweep_losses.run
-    monkeypatch.setattr(sweep_losses, "run", lambda *what: repeated.append(what[0]) or whole_run(*what))
-    sweep_losses.main(given)
+    assert cli.main(["sweep", str(file), "--no-more-runs"]) == 0
+    assert (folder / "plots.svg").read_bytes() == plot
 
-    assert repeated == [sweep_losses.Setting("hinge", 0.5)]
-    assert (folder / "losses-rows.svg").read_bytes() == plot
+
+def test_where_no_run_finishes_the_command_says_why(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta, fails=[1, 2]))
+
+    assert cli.main(["sweep", str(write(seeds=2))]) == 2
+
+    assert "the device is out of memory" in capsys.readouterr().err
+
+
+def test_a_metric_whose_scale_differs_between_runs_is_noted(write: Callable[..., Path]) -> None:
+    assert "beta" in "".join(read_sweep(write(grid={"beta": [0.1, 0.2]}, metric="loss")).notes)
+    assert not read_sweep(write(grid={"beta": [0.1, 0.2]}, metric="nll")).notes
+    assert not read_sweep(write(grid={"learning_rate": [0.1, 0.2]}, metric="loss")).notes
 
 
 @pytest.mark.slow
-def test_an_unfinished_sweep_can_be_drawn(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_trains_as_the_host_does_and_a_stopped_one_goes_on_to_the_bit(
+    write: Callable[..., Path], base: dict[str, Any], tmp_path: Path, run_main: Callable[..., None]
+) -> None:
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
-    with pytest.raises(SystemExit, match="no run on rows yet"):
-        sweep_losses.main([*given, "--no-more-runs"])
-    sweep_losses.main([*given, "--betas", "1"])
+    base |= {"steps_per_eval": 2, "iters": 6, "val_batches": -1}
+    file = write(grid={"learning_rate": [1e-3, 3.0]}, halve_at=0.3, metric="nll")
 
-    sweep_losses.main([*given, "--no-more-runs"])
+    ended = Prepared(run_module, "mlx_cpo_plugin", "sweep", str(file), output=tmp_path / "told").ended()
 
-    assert len(runs(tmp_path / "sweep")) == 2
-    assert (tmp_path / "sweep" / "losses-rows.svg").exists()
-    assert "| hinge | 0.5 |" not in capsys.readouterr().out
-
-
-def test_the_figures_are_means_over_rows_and_over_tokens() -> None:
-    result = {
-        "chosen": [-10.0, -30.0],
-        "rejected": [-12.0, -24.0],
-        "chosen_tokens": [5, 15],
-        "answer_lengths": [3, 8],
-    }
-
-    of_run = sweep_losses.figures(result)
-
-    assert of_run == pytest.approx({"accuracy": 0.5, "margin": -2.0, "chosen": -2.0, "length": 5.5})
-
-
-def test_changes_come_with_their_standard_error_over_rows() -> None:
-    before = {"chosen": [-10.0, -30.0, -20.0], "rejected": [-12.0, -24.0, -20.0], "chosen_tokens": [1, 1, 2]}
-    after = {"chosen": [-9.0, -29.0, -18.0], "rejected": [-12.0, -25.0, -21.0], "chosen_tokens": [1, 1, 2]}
-
-    margin = sweep_losses.change(after, before, "margin")
-    chosen = sweep_losses.change(after, before, "chosen")
-
-    assert margin == pytest.approx((2.0, 1.0 / 3**0.5))  # changes of 1, 2 and 3
-    assert chosen == pytest.approx((1.0, 0.0))  # a token
-
-
-def test_too_few_short_rows_are_said_to_be_so(given: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r"rows\.jsonl has 0 rows of at most 5 tokens, not 7"):
-        sweep_losses.main([*given, "--longest", "5"])
-
-
-def test_the_log_probs_are_those_of_the_model(model_folder: Path, given: list[str]) -> None:
-    import mlx.core as mx
-    from mlx_lm import load
-
-    model, tokenizer = load(str(model_folder))
-    pairs = sweep_losses.short_rows(Path(given[3]), tokenizer, sweep_losses.arguments(given))[:2]
-
-    scores = sweep_losses.log_probs(model, pairs)
-
-    for side in ("chosen", "rejected"):
-        for pair, value in zip(pairs, scores[side], strict=True):
-            answer = getattr(pair, side)
-            tokens = np.concatenate([pair.prompt, answer])
-            logits = np.array(model(mx.array(tokens[None, :-1]))[0], np.float64)
-            logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            scored = np.flatnonzero(getattr(pair, f"{side}_scored")) + len(pair.prompt)
-            assert value == pytest.approx(sum(logps[at - 1, tokens[at]] for at in scored), abs=2e-3)
+    assert ended.code == 0, ended.told
+    assert "given up" in ended.printed
+    best = tmp_path / "sweep" / "best.yaml"
+    adapter = re.search(r"^Adapter: (.*)$", ended.printed, flags=re.MULTILINE)
+    assert adapter
+    run_main({"config": str(best), "adapter_path": str(tmp_path / "again")})
+    files = [Path(folder) / "adapters.safetensors" for folder in (adapter[1], tmp_path / "again")]
+    assert saved_arrays(files[0]) == saved_arrays(files[1])
+    assert json.loads((Path(adapter[1]) / RESULT).read_text())["status"] == FINISHED

@@ -1,0 +1,1 @@
+"""``mlx-cpo sweep``: many runs of one configuration, and which of its settings is the best."""

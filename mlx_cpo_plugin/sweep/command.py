@@ -1,0 +1,100 @@
+"""The arguments of ``mlx-cpo sweep``, and what it writes: the table, the plots and the best configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_cpo_plugin.errors import ConfigError, named
+
+if TYPE_CHECKING:
+    from mlx_cpo_plugin.sweep.plan import Sweep
+    from mlx_cpo_plugin.sweep.results import SettingResult
+
+BEST, TABLE, PLOTS = "best.yaml", "table.md", "plots.svg"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the subcommand."""
+    parser.add_argument("file", type=Path, metavar="SWEEP.YAML", help="base, grid, random, seeds, metric and halve_at")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where runs and results go; by default named after the file"
+    )
+    parser.add_argument(
+        "--no-more-runs", action="store_true", help="only list the runs and show the results of those that are finished"
+    )
+
+
+def run_sweep(chosen: argparse.Namespace) -> int:
+    """Do the runs that are not finished yet, and write down what came of all.
+
+    Raises:
+        UserError: the file, a setting of a run or its data is at fault, or no run has finished.
+    """
+    from mlx_cpo_plugin.sweep.plan import read_sweep
+    from mlx_cpo_plugin.sweep.results import FINISHED, results_of
+    from mlx_cpo_plugin.sweep.runs import carry_out, in_a_process, outcomes_of
+
+    sweep = read_sweep(chosen.file, chosen.output)
+    for note in sweep.notes:
+        print(f"note: {note}")
+    there = outcomes_of(sweep)
+    done = sum(outcome.status == FINISHED for outcome in there.values())
+    print(f"{len(sweep.settings)} settings, {len(sweep.runs)} runs, of which {done} are finished, in {sweep.output}.")
+    for line in _no_longer_asked_for(sweep):
+        print(line)
+    outcomes = there if chosen.no_more_runs else carry_out(sweep, in_a_process, lambda line: print(line, flush=True))
+    results = results_of(sweep, outcomes)
+    if not any(result.finished for result in results):
+        if chosen.no_more_runs:
+            for run in sweep.runs:
+                print(f"  {run.name}")
+            return 0
+        reasons = list(dict.fromkeys(outcome.reason for outcome in outcomes.values() if outcome.reason))
+        raise ConfigError(f"No run of {named(str(chosen.file))} has finished; the first failed because: {reasons[0]}")
+    write_results(sweep, results)
+    return 0
+
+
+def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
+    """Print the table, and write it, the plots and the best configuration."""
+    from mlx_cpo_plugin.atomic_files import replace_whole
+    from mlx_cpo_plugin.report.record import ReportError
+    from mlx_cpo_plugin.sweep.plots import draw
+    from mlx_cpo_plugin.sweep.results import conclusion, table
+
+    text, sentence = table(sweep, results), conclusion(results, sweep.metric)
+    print(f"\n{text}\n\n{sentence}")
+    replace_whole(sweep.output / TABLE, lambda partial: partial.write_text(f"{text}\n\n{sentence}\n", encoding="utf-8"))
+    best = results[0]
+    config = best_config(sweep, best, sentence)
+    replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
+    print(f"Train:   mlx_lm_lora.train --config {sweep.output / BEST}")
+    print(f"Adapter: {best.finished[0].folder}")
+    try:
+        replace_whole(sweep.output / PLOTS, lambda partial: draw(sweep, results, partial))
+        print(f"Plots:   {sweep.output / PLOTS}")
+    except ReportError as error:
+        print(f"note: {error}")
+
+
+def best_config(sweep: Sweep, best: SettingResult, sentence: str) -> str:
+    """Return the text of the base with the options of the best setting."""
+    from mlx_cpo_plugin.settings.yaml_settings import dump_settings
+    from mlx_cpo_plugin.sweep.plan import with_options
+
+    values = with_options(sweep.base, best.outcomes[0].run.options)
+    return f"# {sentence}\n# Of {len(sweep.settings)} settings in {named(str(sweep.file))}.\n{dump_settings(values)}"
+
+
+def _no_longer_asked_for(sweep: Sweep) -> list[str]:
+    """Return a line on runs in the folder that the sweep file, or its rows, has changed away from."""
+    from mlx_cpo_plugin.sweep.runs import RUNS
+
+    digests = {run.digest for run in sweep.runs}
+    others = [path for path in sweep.output.glob(f"{RUNS}/*") if path.name.rpartition("-")[2] not in digests]
+    if not others:
+        return []
+    return [f"note: {len(others)} runs there are of an earlier state of the file or its rows; they are left out."]

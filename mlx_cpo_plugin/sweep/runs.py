@@ -1,0 +1,192 @@
+"""Carry out the runs of a sweep one after the other, each a process like any other run; a killed sweep goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, refuse_if_in_use
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.report.record import Row, number
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings
+from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described
+from mlx_cpo_plugin.sweep.results import (
+    FAILED,
+    FINISHED,
+    WAITING,
+    Outcome,
+    read_result,
+    record_of,
+    score_of,
+    write_result,
+)
+
+RUNS, CONFIG, CONSOLE = "runs", "config.yaml", "console.log"
+# Seconds between two looks at what a run has validated, or at whether its folder is free.
+LOOK_EVERY = 0.5
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+
+Launch = Callable[[Path, Callable[[], bool]], tuple[int, str]]
+"""``(folder of the run, whether it has gone far enough) -> (exit code, last line on its console)``."""
+
+
+def folder_of(sweep: Sweep, run: PlannedRun) -> Path:
+    """Return the folder of a run: one with its digest, if there is one, whatever it was called."""
+    runs = sweep.output / RUNS
+    return next(iter(sorted(runs.glob(f"*-{run.digest}"))), runs / run.name)
+
+
+def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[str, Outcome]:
+    """Do the runs that are not finished yet, and return how each stands, by its digest.
+
+    Runs that failed are tried again. With ``halve_at`` all runs go to the first of these points, and only those of the
+    better half of the settings from there to the next one.
+
+    Raises:
+        ConfigError: another sweep is writing to the folder.
+    """
+    given_up: dict[str, str] = {}
+    with only_run_in(sweep.output):
+        for part in (*sweep.halve_at, 1.0):
+            going_on = [run for run in sweep.runs if run.digest not in given_up]
+            for place, run in enumerate(going_on, 1):
+                _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}")
+            if part < 1:
+                for run in _worse_half(sweep, going_on, part):
+                    given_up[run.digest] = f"worse than half of the settings after {part:.0%} of the run"
+                say(f"After {part:.0%} of a run {len(given_up)} of {len(sweep.runs)} runs are given up.")
+    return outcomes_of(sweep, given_up)
+
+
+def outcomes_of(sweep: Sweep, given_up: dict[str, str] | None = None) -> dict[str, Outcome]:
+    """Return how each run stands, by its digest."""
+    reasons = given_up or {}
+    return {run.digest: Outcome.of(run, folder_of(sweep, run), reasons.get(run.digest, "")) for run in sweep.runs}
+
+
+def _advance(
+    sweep: Sweep, run: PlannedRun, part: float, launch: Launch, say: Callable[[str], None], place: str
+) -> None:
+    """Train a run as far as ``part`` of it, unless it is there already."""
+    folder = folder_of(sweep, run)
+    told = f"Run {place}: {described({**run.options, 'seed': run.seed})}"
+    status = read_result(folder).get("status", WAITING)
+    if status == FINISHED or (part < 1 and (status == FAILED or validation_at(folder, part))):
+        return
+    say(f"{told} ...")
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {**run.values, "adapter_path": str(folder)}
+    replace_whole(folder / CONFIG, lambda partial: partial.write_text(dump_settings(values), encoding="utf-8"))
+    started = time.monotonic()
+    code, last_line = launch(folder, lambda: part < 1 and validation_at(folder, part) is not None)
+    if code and not (code in _STOPPED and part < 1 and validation_at(folder, part)):
+        write_result(folder, run, FAILED, last_line or f"exit code {code}")
+        say(f"  failed: {last_line or f'exit code {code}'} (see {folder / CONSOLE})")
+        return
+    if code == 0:
+        write_result(folder, run, FINISHED)
+    outcome = Outcome.of(run, folder)
+    verdict = "" if outcome.after is None else f"accuracy {outcome.figure('accuracy'):.1%}, "
+    say(f"  {FINISHED if code == 0 else 'stopped'}: {verdict}{time.monotonic() - started:.0f} s")
+
+
+def validation_at(folder: Path, part: float) -> Row | None:
+    """Return the first validation of a run after ``part`` of its iterations; None where it has none yet."""
+    record = record_of(folder)
+    if record is None or not record.iters:
+        return None
+    least = math.ceil(part * record.iters)
+    return next((row for row in record.valid if number(row, "iteration") >= max(least, 2)), None)
+
+
+def _worse_half(sweep: Sweep, runs: Sequence[PlannedRun], part: float) -> list[PlannedRun]:
+    """Return the runs of the settings that do worse than the better half, by their validations at ``part``."""
+    settings: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        settings.setdefault(described(run.options), []).append(run)
+
+    def worth(of_setting: list[PlannedRun]) -> tuple[float, ...]:
+        rows = [(run, folder, validation_at(folder, part)) for run in of_setting if (folder := folder_of(sweep, run))]
+        return score_of([Outcome(run, folder, after=row) for run, folder, row in rows], sweep.metric)
+
+    ordered = sorted(settings.values(), key=worth, reverse=True)
+    return [run for of_setting in ordered[math.ceil(len(ordered) / 2) :] for run in of_setting]
+
+
+def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+    """Run the host's own command on the configuration in a folder; see :data:`Launch`.
+
+    What ends this process lets the run save and stop. A run that an earlier sweep has left behind is waited for.
+    """
+    _wait_until_free(folder)
+    with (folder / CONSOLE).open("ab") as console, _stop_on_termination():
+        began = console.tell()
+        command = [sys.executable, "-m", "mlx_cpo_plugin", "train", "--config", str(folder / CONFIG)]
+        # In a session of its own Ctrl-C does not reach it twice, which would end it before it has saved.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while child.poll() is None:
+                if is_far_enough():
+                    child.terminate()
+                    child.wait()
+                    break
+                try:
+                    child.wait(LOOK_EVERY)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    return child.returncode, _last_line(folder / CONSOLE, began)
+
+
+def _wait_until_free(folder: Path) -> None:
+    told = False
+    while True:
+        try:
+            return refuse_if_in_use(folder)
+        except ConfigError as error:
+            if error.place or not os.access(folder, os.W_OK):  # it is no other run that is in the way
+                raise
+        if not told:
+            print(
+                f"  A run that an earlier sweep has started is still writing to {folder}; waiting for it.", flush=True
+            )
+        told = True
+        time.sleep(LOOK_EVERY)
+
+
+@contextmanager
+def _stop_on_termination() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that it can stop the run."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _last_line(console: Path, began: int) -> str:
+    """Return the last line that a run has printed, without ``error: ``."""
+    with console.open("rb") as stream:
+        stream.seek(max(began, stream.seek(0, os.SEEK_END) - 10_000))
+        lines = stream.read().decode("utf-8", errors="replace").split("\n")
+    said = [line.rstrip("\r").rpartition("\r")[2].strip() for line in lines]
+    return next((line.removeprefix("error: ") for line in reversed(said) if line), "")
