@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(
             "compare",
             compare.run_compare,
-            "compare answers and preference accuracy of the base model and the tuned one",
+            "say which model is better: the base model or tuned ones, by held-out pairs, answers, rewards and judges",
         )
     )
     export.add_arguments(

@@ -35,7 +35,10 @@ The JSON is one object::
 interval: Wilson's of a rate and of a win rate, in which a tie is half a win, and Student's t of a mean and of the mean
 difference on the same pairs or answers. ``outcome`` is ``better``, ``worse`` or ``undecided``, where the difference is
 not certain to have a sign; measures that are neither good nor bad, such as length, have none, and no wins. Every model
-is compared with the base model and with the best. A corpus has one chrF, ``corpus``, which is not the mean.
+is compared with the base model and with the best. A corpus has one chrF, ``corpus``, which is not the mean. The measure
+of a reward function is called ``reward NAME``. That of a judge has ``judge``, its name, no means and no differences,
+but in each comparison ``points``, 1, 0.5 or 0 for each answer, and ``unclear``, how many replies named none, which
+count as ties.
 
 ``source`` is ``prompt`` for the user's own prompts, which come first, and otherwise where the row stands, whose own
 answers are ``chosen`` and ``rejected``. ``finished`` is false where ``max_tokens`` cut an answer off. ``held_out`` is
@@ -52,11 +55,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, UserError
 
 DEFAULT_ROWS = 4
 DEFAULT_TOKENS = 128
+DEFAULT_TIMEOUT = 60
 STANDARD_OUTPUT = "-"
 METRICS = ("chrf", "chrf++")
 
@@ -98,6 +103,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METRICS,
         help="measure how like the chosen answers of the rows the answers are; may be given repeatedly",
     )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="measure answers by a reward function, as mlx-lm-lora's are; FILE.py:FUNCTION works, too; may be repeated",
+    )
+    parser.add_argument(
+        "--judge", metavar="MODEL", help="have a model of MLX say which answer is better, in both orders"
+    )
+    parser.add_argument(
+        "--judge-url",
+        metavar="URL",
+        help="have the model behind an OpenAI-compatible endpoint say it; prompts and answers are sent there",
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the model's name at --judge-url")
+    parser.add_argument(
+        "--judge-key", metavar="VARIABLE", help="environment variable that holds the key of --judge-url"
+    )
+    parser.add_argument(
+        "--judge-timeout",
+        type=_positive,
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help="how long --judge-url may take for a reply (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help=f"write all of it there; {STANDARD_OUTPUT} prints it instead")
 
 
@@ -127,12 +158,17 @@ def run_compare(chosen: argparse.Namespace) -> int:
     if to_file and not Path(chosen.json).parent.is_dir():
         raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
     from mlx_cpo_plugin.atomic_files import replace_whole
+    from mlx_cpo_plugin.comparison.deciding import Deciders
     from mlx_cpo_plugin.comparison.figures import figures_of
     from mlx_cpo_plugin.comparison.measure import compare
     from mlx_cpo_plugin.comparison.table import as_text
     from mlx_cpo_plugin.comparison.text_metrics import check_metrics
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     check_metrics(chosen.metric)
+    deciders = Deciders(chosen)
     comparison = compare(
         chosen.adapter_paths,
         prompts=chosen.prompt,
@@ -140,9 +176,16 @@ def run_compare(chosen: argparse.Namespace) -> int:
         model=chosen.model,
         data=chosen.data,
         max_tokens=chosen.max_tokens,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=say,
     )
-    figures = figures_of(comparison, chosen.max_tokens, chosen.metric)
+    decided: list[dict[str, Any]] = []
+    fault: UserError | None = None
+    try:
+        if comparison.questions:
+            decided.extend(deciders.entries(comparison, say))
+    except UserError as error:  # what the models took long to answer is shown all the same
+        fault = error
+    figures = figures_of(comparison, chosen.max_tokens, list(dict.fromkeys(chosen.metric)), decided)
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     if to_file:
         try:
@@ -150,4 +193,6 @@ def run_compare(chosen: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"--json {chosen.json} cannot be written ({error.strerror}); give another.") from error
     print(text if chosen.json == STANDARD_OUTPUT else as_text(figures), end="")
+    if fault is not None:
+        raise fault
     return 0

@@ -183,9 +183,21 @@ def load_base(settings: RunSettings) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: it cannot be loaded.
     """
+    model, tokenizer = load_model(settings.model, quantised_load(settings))
+    if _is_frozen(settings):
+        model.freeze()
+    model.eval()
+    return model, tokenizer
+
+
+def load_model(name: str, precision: str | None = None, option: str = "--model") -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer, and quantise its weights if ``precision``, a setting's key, says so.
+
+    Raises:
+        ConfigError: it cannot be loaded; ``option`` gives another one.
+    """
     try:
-        model, tokenizer = load(settings.model)[:2]
-        precision = quantised_load(settings)
+        model, tokenizer = load(name)[:2]
         if precision is not None:
             quantise_base(model, precision)
     except UserError:
@@ -194,12 +206,8 @@ def load_base(settings: RunSettings) -> tuple[nn.Module, Any]:
         if is_device_fault(error):
             raise
         raise ConfigError(
-            f"model {settings.model!r} cannot be loaded ({first_line(error)}); check its files or give --model.",
-            key="model",
+            f"model {name!r} cannot be loaded ({first_line(error)}); check its files or give {option}.", key="model"
         ) from error
-    if _is_frozen(settings):
-        model.freeze()
-    model.eval()
     return model, tokenizer
 
 

@@ -22,11 +22,14 @@ MEANS = {
 OF_PAIRS = (Measure("accuracy", "pairs", is_rate=True), Measure("margin", "pairs"))
 
 
-def figures_of(comparison: Comparison, max_tokens: int, metrics: Sequence[str] = ()) -> dict[str, Any]:
+def figures_of(
+    comparison: Comparison, max_tokens: int, metrics: Sequence[str] = (), decided: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Return all figures.
 
     Args:
         metrics: of the answers, keys of :data:`mlx_cpo_plugin.comparison.text_metrics.CHRF`.
+        decided: what rewards and judges say, see :mod:`mlx_cpo_plugin.comparison.deciding`.
     """
     settings = comparison.settings
     return {
@@ -34,7 +37,7 @@ def figures_of(comparison: Comparison, max_tokens: int, metrics: Sequence[str] =
         "beta": settings.beta,
         "max_tokens": max_tokens,
         "models": [contender.description() for contender in comparison.models],
-        "measures": list(_measures(comparison, metrics)),
+        "measures": [*_of_pairs(comparison), *decided, *_of_answers(comparison, metrics)],
         "answers": [
             {
                 "source": question.source,
@@ -61,13 +64,15 @@ def figures_of(comparison: Comparison, max_tokens: int, metrics: Sequence[str] =
     }
 
 
-def _measures(comparison: Comparison, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield what every model is measured by, on the pairs and on the answers that there are."""
-    names = [contender.name for contender in comparison.models]
-    if comparison.groups:
-        for measure in OF_PAIRS:
-            values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
-            yield figures(measure, names, np.array(values))
+def _of_pairs(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    for measure in OF_PAIRS if comparison.groups else ():
+        values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
+        yield figures(measure, comparison.names, np.array(values))
+
+
+def _of_answers(comparison: Comparison, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the metrics on answers to rows, which have a chosen answer, and the other figures on all answers."""
+    names = comparison.names
     places = [place for place, question in enumerate(comparison.questions) if question.chosen is not None]
     references = [comparison.questions[place].chosen or "" for place in places]
     for name in metrics if places else ():

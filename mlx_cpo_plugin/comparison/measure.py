@@ -46,6 +46,11 @@ class Comparison:
     answers: list[list[Answer]] = field(default_factory=list)
     preferences: list[Preferences] = field(default_factory=list)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the models."""
+        return [contender.name for contender in self.models]
+
 
 def compare(
     folders: Sequence[Path],

@@ -8,9 +8,11 @@ from typing import Any
 
 from mlx_cpo_plugin.errors import named
 
-IN_PERCENT = ("accuracy", "repetition", "ended")
+IN_PERCENT = ("accuracy", "repetition", "ended", "win rate")
+# Measures of which the rate of wins is of interest.
+BY_WINS = ("reward", "judge")
 DIGITS = {"length": 1, "chrf": 1, "chrf++": 1}
-LABEL = 30
+LABEL = 28
 MOST_ANSWERS = 8
 ABSENT = "-"
 
@@ -38,16 +40,21 @@ def _measure(measure: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each model, then one for each comparison of two."""
     name = measure["name"]
     is_signed = any("wins" in compared for compared in measure["comparisons"])
-    title = f"{name}, {measure['count']} {measure['of']}"
-    yield f"{title:<{LABEL + 2}}{'mean':>9}{'95% interval':>17}{'win/tie/loss' if is_signed else '':>13}".rstrip()
+    title = named(f"{name}, {measure['count']} {measure['of']}", LABEL + 2)
+    mean = "mean" if measure["models"] else "win rate"
+    yield f"{title:<{LABEL + 2}}{mean:>9}{'95% interval':>17}{'win/tie/loss' if is_signed else '':>13}".rstrip()
     for model in measure["models"]:
         yield _line(name, model["name"], model["mean"], model)
     for compared in measure["comparisons"]:
+        label = f"{named(compared['model'], 12)} vs {named(compared['against'], 12)}"
         ends = [compared.get(end) for end in ("wins", "ties", "losses")]
-        counts = "/".join(map(str, ends)) if is_signed else ""
-        label = f"{named(compared['model'], 12)} against {named(compared['against'], 12)}"
-        line = _line(name, label, compared["difference"], compared, sign="+")
-        yield f"{line}{counts:>13}{compared.get('outcome', ''):>9}".rstrip()
+        counts = f"{'/'.join(map(str, ends)):>13}{compared['outcome']:>11}" if is_signed else ""
+        if "difference" in compared:
+            yield _line(name, label, compared["difference"], compared, sign="+") + counts
+            label, counts = "  win rate", ""
+        if name.startswith(BY_WINS):
+            wins = {end: compared[f"win_rate_{end}"] for end in ("low", "high")}
+            yield _line("win rate", label, compared["win_rate"], wins) + counts
 
 
 def _by_length(figures: dict[str, Any]) -> Iterator[str]:
@@ -57,13 +64,13 @@ def _by_length(figures: dict[str, Any]) -> Iterator[str]:
     yield f"{'accuracy by tokens of a pair':<{LABEL + 2}}" + "".join(f"{title:>16}" for title in titles)
     for place, model in enumerate(figures["models"]):
         means = [_shown("accuracy", group["models"][place]["accuracy"]) for group in groups]
-        yield f"  {named(model['name'], LABEL - 2):<{LABEL}}" + "".join(f"{mean:>16}" for mean in means)
+        yield f"  {named(model['name'], LABEL):<{LABEL}}" + "".join(f"{mean:>16}" for mean in means)
 
 
 def _line(measure: str, label: str, value: float | None, interval: dict[str, Any], sign: str = "") -> str:
     low, high = (_shown(measure, interval[end], sign, unit="") for end in ("low", "high"))
     ends = f"{low} to {high}" if interval["low"] is not None else ABSENT
-    return f"  {named(label, LABEL - 2):<{LABEL}}{_shown(measure, value, sign):>9}{ends:>17}"
+    return f"  {named(label, LABEL):<{LABEL}}{_shown(measure, value, sign):>9}{ends:>17}"
 
 
 def _shown(measure: str, value: float | None, sign: str = "", unit: str = "%") -> str:

@@ -14,6 +14,7 @@ import yaml
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.report.plots import PANELS, as_svg, colour, panels_with_points
 from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, answers_over_time, differing_settings, number
+from mlx_cpo_plugin.report.standings import Standing
 
 TEMPLATE = Path(__file__).with_name("page.html")
 COLUMNS = ("First", "Best", "Last", "Test")
@@ -53,8 +54,8 @@ class Figure(NamedTuple):
     iteration: str = ""
 
 
-def as_html(records: Sequence[RunRecord]) -> str:
-    """Return the page; what comes from files is escaped.
+def as_html(records: Sequence[RunRecord], standings: Sequence[Standing] = ()) -> str:
+    """Return the page, with what a comparison says of the models; what comes from files is escaped.
 
     Raises:
         ReportError: matplotlib or Jinja is missing, or there is nothing to draw.
@@ -73,6 +74,7 @@ def as_html(records: Sequence[RunRecord]) -> str:
         several=len(records) > 1,
         columns=COLUMNS,
         runs=[_run(record, place) for place, record in enumerate(records)],
+        standings=standings,
         warnings=[(record.name, text) for record in records for text in record.warnings],
         differing=[(key, list(map(_shown, values))) for key, values in differing_settings(records).items()],
         # matplotlib escapes what it writes.

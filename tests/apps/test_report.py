@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from support.refusals import refused
 
 from mlx_cpo_plugin import cli
+from mlx_cpo_plugin.comparison.statistics import Measure, duel_figures, figures
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.report import plots
 from mlx_cpo_plugin.report.page import as_html
@@ -381,6 +383,40 @@ def test_the_report_lies_in_the_folder_of_the_run(tmp_path: Path, capsys: pytest
 
     assert capsys.readouterr().out == f"Wrote {folder / 'report.html'}.\n"
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_comparison_stands_in_the_page(tmp_path: Path) -> None:
+    accuracy = figures(Measure("accuracy", "pairs", is_rate=True), ["base", "<b>"], np.array([[0.0] * 8, [1.0] * 8]))
+    judge = {"model": "<b>", "against": "base", "unclear": 1} | duel_figures([1.0, 0.5, 0.5, 0.5])
+    measures = [accuracy, {"name": "judge", "of": "answers", "count": 4, "models": [], "comparisons": [judge]}]
+    (tmp_path / "models.json").write_text(json.dumps({"measures": measures}))
+    folder = write_run(tmp_path / "run")
+
+    assert cli.main(["report", str(folder), "--comparison", str(tmp_path / "models.json")]) == 0
+
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r'<h2 id="comparison">.*?</section>', page, re.DOTALL)
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)][5:]
+    assert cells == [
+        *("accuracy, 8 pairs", "base", "0.0%", "0.0% to 32.4%", "", ""),
+        *("&lt;b&gt;", "100.0%", "67.6% to 100.0%", "", ""),
+        *("&lt;b&gt; against base", "+100.0%", "+100.0% to +100.0%", "8/0/0, 100.0% (67.6% to 100.0%)", "better"),
+        *("judge, 4 answers", "&lt;b&gt; against base", "", "", "1/3/0, 62.5% (21.9% to 90.8%)", "undecided"),
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"measures": 3}', '{"measures": [{"name": "x"}]}', None])
+def test_a_comparison_that_is_none_is_one_sentence(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.json"
+    if content is not None:
+        file.write_text(content)
+
+    assert cli.main(["report", str(write_run(tmp_path / "run")), "--comparison", str(file)]) == 2
+
+    assert capsys.readouterr().err.startswith(f"error: --comparison {file} cannot be read (")
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<svg"), ("a.PNG", b"\x89PNG"), ("a.html", b"<!DOCTYPE")])

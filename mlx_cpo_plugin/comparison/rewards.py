@@ -1,0 +1,114 @@
+"""Reward functions, as mlx-lm-lora's online train modes call them: prompts and completions -> numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_cpo_plugin.comparison.measure import Comparison
+from mlx_cpo_plugin.comparison.questions import Question
+from mlx_cpo_plugin.comparison.statistics import Measure, figures
+from mlx_cpo_plugin.comparison.text_metrics import Answer
+from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
+
+Reward = Callable[..., Any]
+
+
+def load_reward(entry: str) -> Reward:
+    """Return the function that ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION`` names; a module may be in this folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place, _, name = entry.rpartition(":")
+    if not place or not name:
+        raise ConfigError(
+            f"--reward {named(entry)} names no function; write MODULE:FUNCTION or FILE.py:FUNCTION.", key="reward"
+        )
+    try:
+        function = getattr(_imported(place), name)
+    except Exception as error:  # whatever somebody's module does
+        raise ConfigError(
+            f"--reward {named(entry)} cannot be imported ({type(error).__name__}: {first_line(error)}); check the "
+            "module and the name of the function.",
+            key="reward",
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"--reward {named(entry)} is no function; name one.", key="reward")
+    reward: Reward = function
+    return reward
+
+
+def rewards(
+    entry: str, reward: Reward, questions: Sequence[Question], answers: Sequence[Answer]
+) -> NDArray[np.float64]:
+    """Return the reward of each of N answers: float64 [N], NaN where the function returns None.
+
+    It is called as mlx-lm-lora calls it, once, with lists: ``prompts`` without the chat template, ``completions``,
+    ``answer``, the rows' chosen answers or empty texts, and ``types``, all None.
+
+    Raises:
+        UserError: it fails, or does not return a number for each answer.
+    """
+    try:
+        returned = reward(
+            prompts=[question.text for question in questions],
+            completions=[answer.text for answer in answers],
+            answer=[question.chosen or "" for question in questions],
+            types=[None] * len(answers),
+        )
+        values = np.array([np.nan if value is None else float(value) for value in returned], np.float64)
+    except Exception as error:  # whatever somebody's function does
+        raise UserError(
+            f"--reward {named(entry)} failed ({type(error).__name__}: {first_line(error)}); it gets prompts, "
+            "completions, answer and types, and returns a list of numbers.",
+            key="reward",
+        ) from error
+    if len(values) != len(answers):
+        raise UserError(
+            f"--reward {named(entry)} returned {len(values)} numbers for {len(answers)} answers; return one for each.",
+            key="reward",
+        )
+    return values
+
+
+def reward_figures(comparison: Comparison, entry: str, reward: Reward) -> dict[str, Any]:
+    """Return what the JSON says of a reward function; answers that it gives none for are left out.
+
+    Raises:
+        UserError: see :func:`rewards`.
+    """
+    values = np.array([rewards(entry, reward, comparison.questions, given) for given in comparison.answers])
+    measure = Measure(f"reward {entry.rpartition(':')[2]}", "answers")
+    return figures(measure, comparison.names, values[:, ~np.isnan(values).any(axis=0)])
+
+
+def _imported(place: str) -> Any:
+    with _this_folder_first():
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None  # that of .py
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+@contextmanager
+def _this_folder_first() -> Iterator[None]:
+    """Find modules in the current folder, which a console script does not."""
+    before = list(sys.path)
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path[:] = before
