@@ -14,3 +14,5 @@ RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 # What earlier runs have left, in a folder for each.
 PREVIOUS = "previous"
+# Held by the run that writes into the folder.
+LOCK = ".lock"

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, BEST, CHECKPOINTS, PREVIOUS, RECORD
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, BEST, CHECKPOINTS, LOCK, PREVIOUS, RECORD
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
@@ -21,7 +21,9 @@ from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 from mlx_cpo_plugin.types import Values
 
-LOCK_NAME, SOFT = ".lock", ".soft"
+SOFT = ".soft"
+# Whoever looks whether a run is at work holds its lock for a moment.
+PATIENCE, BETWEEN_ATTEMPTS = 0.1, 0.02  # seconds
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def refuse_if_in_use(folder: Path) -> None:
     Raises:
         ConfigError: another run is writing to it, or earlier ones could not be moved aside.
     """
-    if any((folder / name).exists() for name in (LOCK_NAME, LOCK_NAME + SOFT)):
+    if any((folder / name).exists() for name in (LOCK, LOCK + SOFT)):
         _locked(folder).release()
     if run_in(folder) is not None:
         _place_for_earlier_runs(folder)
@@ -74,16 +76,16 @@ def _place_for_earlier_runs(folder: Path) -> Path:
 
 def _locked(folder: Path) -> BaseFileLock:
     """Return the lock of a folder, which ends with the process; its file stays."""
-    file = os.path.realpath(folder) + os.sep + LOCK_NAME
+    file = os.path.realpath(folder) + os.sep + LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock: BaseFileLock = FileLock(file, blocking=False, is_singleton=True)
+            lock: BaseFileLock = FileLock(file, PATIENCE, poll_interval=BETWEEN_ATTEMPTS, is_singleton=True)
             lock.acquire()
         except Timeout:
             raise
         except (OSError, NotImplementedError):  # a file system without locks
-            lock = SoftFileLock(f"{file}{SOFT}", blocking=False, is_singleton=True)  # a dead process holds none
+            lock = SoftFileLock(f"{file}{SOFT}", PATIENCE, is_singleton=True)  # a dead process holds none
             lock.acquire()
     except Timeout:
         raise ConfigError(

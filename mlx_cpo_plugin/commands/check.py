@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import mlx.nn as nn
@@ -55,8 +55,16 @@ from mlx_cpo_plugin.types import TrainMode
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
+Loaded = Callable[[Sequence[PreferenceDataset], ChatTokenizer], object]
+
+
 def run_check(
-    settings: RunSettings, mode: TrainMode, stream: TextIO | None = None, examples: int = 3, timed: bool = False
+    settings: RunSettings,
+    mode: TrainMode,
+    stream: TextIO | None = None,
+    examples: int = 3,
+    timed: bool = False,
+    loaded: Loaded = lambda splits, tokenizer: None,
 ) -> None:
     """Load tokenizer and data, and print what a training run would make of them, and what it would refuse.
 
@@ -66,6 +74,7 @@ def run_check(
         stream: where to print; standard output by default.
         examples: pairs of the first split to show as text.
         timed: load the model, too, and measure how long the run takes.
+        loaded: receives the splits of CPO, and what made their pairs, before the run is planned.
 
     Raises:
         UserError: the first of what the run would refuse; the others are printed.
@@ -78,7 +87,7 @@ def run_check(
         settings.run_identity = run_identity(settings)
         settings.begun = settings.run_identity.begun
     with refusals:
-        _check_rows(settings, mode, stream, examples, timed, refusals)
+        _check_rows(settings, mode, stream, examples, timed, refusals, loaded)
     refusals.tell(stream)
 
 
@@ -102,7 +111,13 @@ class _Refusals(list[UserError]):
 
 
 def _check_rows(
-    settings: RunSettings, mode: TrainMode, stream: TextIO, examples: int, timed: bool, refusals: _Refusals
+    settings: RunSettings,
+    mode: TrainMode,
+    stream: TextIO,
+    examples: int,
+    timed: bool,
+    refusals: _Refusals,
+    loaded: Loaded,
 ) -> None:
     tokenizer = load_chat_tokenizer(settings.model)
     if mode.load_dataset is not cpo.load_dataset:
@@ -114,6 +129,7 @@ def _check_rows(
         return
     splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
+    loaded(splits, chat_tokenizer)
     if settings.sample_prompts:
         with refusals:
             own_prompts(settings.sample_prompts, chat_tokenizer, settings.max_seq_length)

@@ -137,7 +137,7 @@ def find_runs(root: str | Path, depth: int = SEARCH_DEPTH) -> list[RunRecord]:
     Links are not followed; checkpoints, hidden folders and runs that cannot be read are left out.
     """
     records = []
-    for folder in _folders(Path(root), depth):
+    for folder in folders_below(Path(root), depth):
         files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
         if files[0].is_file() and not any(file.is_symlink() for file in files):
             try:
@@ -180,7 +180,8 @@ def number(row: Row, name: str) -> float:
         return math.nan
 
 
-def _folders(root: Path, depth: int) -> Iterable[Path]:
+def folders_below(root: Path, depth: int) -> Iterable[Path]:
+    """Return ``root`` and the folders up to ``depth`` levels below it, without hidden ones, checkpoints and links."""
     for path, names, _ in os.walk(root, followlinks=False):
         folder = Path(path)
         level = len(folder.relative_to(root).parts)
@@ -200,6 +201,11 @@ def _read_metrics(file: Path) -> list[Row]:
         raise ReportError(
             f"{named(str(file))} cannot be read ({error.strerror}); check the path.", place=str(file)
         ) from error
+    return parsed_rows(lines)
+
+
+def parsed_rows(lines: Iterable[str]) -> list[Row]:
+    """Return the rows in lines of metrics; those that are torn are left out."""
     return [row for line in lines if (row := _row(line)) is not None]
 
 
@@ -212,15 +218,20 @@ def _row(line: str) -> Row | None:
 
 
 def rows_of_last_run(folder: Path) -> list[Row]:
-    """Return the rows of the run that wrote last.
-
-    Rows that do not say which run they are of, as earlier versions wrote them, are taken since their iterations last
-    began anew.
+    """Return the rows of the run that wrote last into a folder.
 
     Raises:
         ReportError: there are no metrics, or they cannot be read.
     """
-    rows = _read_metrics(folder / METRICS_FILE)
+    return last_run_of(_read_metrics(folder / METRICS_FILE))
+
+
+def last_run_of(rows: list[Row]) -> list[Row]:
+    """Return those of the run that wrote last.
+
+    Rows that do not say which run they are of, as earlier versions wrote them, are taken since their iterations last
+    began anew.
+    """
     if rows and "run" in rows[-1]:
         return [row for row in rows if row.get("run") == rows[-1]["run"]]
     first, before, trained = 0, 0.0, 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pandas as pd
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 
@@ -22,9 +23,11 @@ SHOWN_AT_ONCE = 3
 PARTS = ("prompt", "chosen", "rejected")
 
 
-def build_check_tab(root: Path, yaml: gr.Code) -> None:
+def build_check_tab(root: Path, yaml: gr.Code, jobs: Jobs) -> None:
     """Lay out the tab; the configuration that ``yaml`` holds is looked at."""
-    button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
+    with gr.Row():
+        button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
+        cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="check-cancel")
     said = gr.HTML("", elem_id="check-said")
     confirmation = build_confirmation(root, "check")
     summary = gr.HTML("", elem_id="check-summary")
@@ -46,34 +49,44 @@ def build_check_tab(root: Path, yaml: gr.Code) -> None:
         ]
     pairs = gr.HTML("", elem_id="check-pairs")
 
-    def check(text: str, ticked: bool, asked: list[str]) -> list[Any]:
-        hidden = [gr.update(visible=False)] * len(PARTS)
-        answer = confirmation.unchanged
+    def shown(report: dict[str, Any]) -> dict[Any, Any]:
+        drawn = (gr.update(value=histogram(report, part), visible=True) for part in PARTS)
+        return dict(zip(histograms, drawn, strict=True)) | {summary: summary_html(report), pairs: pairs_html(report)}
+
+    def check(request: gr.Request, text: str, ticked: bool, asked: list[str]) -> Iterator[dict[Any, Any]]:
+        done = {button: gr.update(interactive=True), cancel: gr.update(interactive=False)}
         try:
             question, answer = confirmation.ask(vars(document.resolved(text).settings), ticked, asked)
+            nothing = {summary: "", pairs: ""} | dict.fromkeys(histograms, gr.update(visible=False))
+            yield dict(zip(confirmation.parts, answer, strict=True)) | nothing | {said: question}
             if question:
-                return [question, "", *hidden, "", *answer]
+                return
             with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
                 config.write(text)
                 config.flush()
-                report = json_of(["mlx_cpo_plugin.studio.inspection", config.name], root)
+                words = ["mlx_cpo_plugin.studio.inspection", config.name]
+                with jobs.start(request.session_hash, words, root) as job:
+                    busy = {button: gr.update(interactive=False), cancel: gr.update(interactive=True)}
+                    for step in job.steps():
+                        report = job.written()
+                        yield busy | {said: step.html("Checking")} | ({} if report is None else shown(report))
+                    report = job.result()
         except UserError as error:
-            return [fault_html(error), "", *hidden, "", *answer]
-        return [
-            "",
-            summary_html(report),
-            *(gr.update(value=histogram(report, part), visible=True) for part in PARTS),
-            pairs_html(report),
-            *answer,
-        ]
+            yield done | {said: fault_html(error)}
+            return
+        yield done | {said: fault_html(report["error"])} | shown(report)
+
+    def end(request: gr.Request) -> None:
+        jobs.cancel(request.session_hash)
 
     button.click(
         check,
         [yaml, *confirmation.parts],
-        [said, summary, *histograms, pairs, *confirmation.parts],
-        show_progress="minimal",
-        show_progress_on=said,
+        [said, summary, *histograms, pairs, button, cancel, *confirmation.parts],
+        show_progress="hidden",
+        concurrency_limit=None,
     )
+    cancel.click(end, queue=False)
 
 
 def histogram(report: dict[str, Any], part: str) -> pd.DataFrame:
@@ -107,8 +120,12 @@ def summary_html(report: dict[str, Any]) -> str:
             "<h3>Skipped rows</h3><div class='wide'><table><thead><tr><th>Split</th><th>Reason</th><th>Rows</th>"
             f"<th>Where</th></tr></thead><tbody>{skipped}</tbody></table></div>"
         )
+    first = (
+        note_html(f"Of the first {report['sample']} rows of each split; the others follow.") if report["sample"] else ""
+    )
     notes = "".join(note_html(note) for split in report["splits"] for note in split["notes"])
-    return f"{table}{notes}<details><summary>The report in full</summary><pre>{escape(report['text'])}</pre></details>"
+    full = f"<details><summary>The report in full</summary><pre>{escape(report['text'])}</pre></details>"
+    return f"{first}{table}{notes}{full if report['text'] else ''}"
 
 
 def _lengths(split: dict[str, Any]) -> str:

@@ -1,20 +1,149 @@
-"""Work in a process of its own that leaves JSON behind."""
+"""Work in a process of its own that tells how far it is, can be cancelled, and leaves JSON behind."""
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from html import escape
 from pathlib import Path
-from typing import Any
+from queue import Empty, Queue
+from threading import Lock, Thread
+from typing import Any, NamedTuple
 
 from mlx_cpo_plugin.errors import UserError
+
+SECONDS_BETWEEN_STEPS = 1.0
 
 
 class ChildError(UserError):
     """A worker process of the page failed; says why."""
+
+
+class Step(NamedTuple):
+    """How far a worker is.
+
+    Attributes:
+        line: what it printed last.
+        seconds: since it began.
+    """
+
+    line: str
+    seconds: float
+
+    def html(self, title: str) -> str:
+        """Return it as a piece of the page."""
+        said = f": {escape(self.line)}" if self.line else " …"
+        return (
+            f'<div class="working" role="status"><progress aria-label="{escape(title)}"></progress>'
+            f"<p>{escape(title)}{said} <span>{self.seconds:.0f} s</span></p></div>"
+        )
+
+
+class Job:
+    """``python -m WORDS FILE`` in a process of its own, and what it writes into the file.
+
+    What it prints to standard error is progress; the last line of a process that failed is its reason. The process ends
+    with the context.
+
+    Args:
+        words: the module and its arguments but the last.
+        root: where it runs.
+    """
+
+    def __init__(self, words: Sequence[str], root: Path) -> None:
+        self.cancelled = False
+        self._began = time.monotonic()
+        self._folder = tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-")
+        self._output = Path(self._folder.name) / "output.json"
+        self._read = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *words, str(self._output)],
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: Queue[str | None] = Queue()
+        self._last, self._ended = "", False
+        Thread(target=self._listen, daemon=True).start()
+        atexit.register(self.cancel)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+        self._process.wait()
+        self._folder.cleanup()
+        atexit.unregister(self.cancel)
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if line.strip():
+                self._lines.put(line.strip())
+        self._lines.put(None)
+
+    def steps(self) -> Iterator[Step]:
+        """Yield how far it is, every second at least, until it has ended."""
+        while not self._ended:
+            yield Step(self._last, time.monotonic() - self._began)
+            try:
+                line = self._lines.get(timeout=SECONDS_BETWEEN_STEPS)
+                while line is not None:
+                    self._last = line
+                    line = self._lines.get_nowait()
+                self._ended = True
+            except Empty:
+                continue
+
+    def written(self) -> dict[str, Any] | None:
+        """Return what it has written; None where that is nothing, or nothing new."""
+        try:
+            status = self._output.stat()
+        except OSError:
+            return None
+        if status.st_mtime_ns == self._read:
+            return None
+        self._read = status.st_mtime_ns
+        result: dict[str, Any] = json.loads(self._output.read_text(encoding="utf-8"))
+        return result
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end and return what it wrote.
+
+        Raises:
+            ChildError: it failed, or was cancelled.
+        """
+        for _ in self.steps():
+            pass
+        code = self._process.wait()
+        if self.cancelled:
+            raise ChildError("Cancelled.")
+        self._read = 0
+        result = self.written() if code == 0 else None
+        if result is None:
+            killed = " It was killed: out of memory?" if code == -signal.SIGKILL else ""
+            raise ChildError((self._last.removeprefix("error: ") or f"exit code {code}") + killed)
+        return result
+
+    def cancel(self) -> None:
+        """End it and the processes that it has started."""
+        if self._process.poll() is None:
+            self.cancelled = True
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:
@@ -23,20 +152,28 @@ def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:
     Raises:
         ChildError: it failed; the last line that it printed is quoted.
     """
-    with tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-") as folder:
-        output = Path(folder) / "output.json"
-        finished = subprocess.run(
-            [sys.executable, "-m", *words, str(output)],
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if not output.exists():
-            lines = [line for line in finished.stderr.splitlines() if line.strip()]
-            raise ChildError(lines[-1].removeprefix("error: ") if lines else f"exit code {finished.returncode}")
-        result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return result
+    with Job(words, root) as job:
+        return job.result()
+
+
+class Jobs:
+    """The job of each visit of the page, at most one; a new one ends the one before."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._jobs: dict[str, Job] = {}
+
+    def start(self, visit: str | None, words: Sequence[str], root: Path) -> Job:
+        """Start a job; see :class:`Job`."""
+        self.cancel(visit)
+        job = Job(words, root)
+        with self._lock:
+            self._jobs[visit or ""] = job
+        return job
+
+    def cancel(self, visit: str | None) -> None:
+        """End the job of a visit, if there is one."""
+        with self._lock:
+            job = self._jobs.pop(visit or "", None)
+        if job is not None:
+            job.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.studio.child import json_of
+from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
@@ -18,41 +19,60 @@ MOST_ROWS = 16
 ANSWER_TOKENS = 128
 
 
-def build_compare_tab(root: Path) -> gr.Dropdown:
+def build_compare_tab(root: Path, jobs: Jobs) -> gr.Dropdown:
     """Lay out the tab; return the control that names the run, whose choices are those at the time."""
     run = gr.Dropdown(run_names(root), label="Run", info="Adapter folder of a run.", elem_id="compare-run")
     prompt = gr.Textbox(
         "", lines=3, label="Prompt", info="Your own; leave it empty for held-out rows only.", elem_id="compare-prompt"
     )
     rows = gr.Slider(0, MOST_ROWS, value=2, step=1, label="Held-out rows to answer", elem_id="compare-rows")
-    button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
+    with gr.Row():
+        button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
+        cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="compare-cancel")
     said = gr.HTML("", elem_id="compare-said")
     confirmation = build_confirmation(root, "compare")
     answers = gr.HTML("", elem_id="compare-answers")
 
-    def compare(name: str | None, prompt: str, rows: int, ticked: bool, asked: list[str]) -> list[Any]:
-        answer = confirmation.unchanged
+    def compare(
+        request: gr.Request, name: str | None, prompt: str, rows: int, ticked: bool, asked: list[str]
+    ) -> Iterator[dict[Any, Any]]:
+        done = {button: gr.update(interactive=True), cancel: gr.update(interactive=False)}
         try:
             (record,) = chosen_runs(root, [name] if name else [])
             settings = record.settings | {"adapter_path": str(record.folder)}
             question, answer = confirmation.ask(settings, ticked, asked)
+            yield dict(zip(confirmation.parts, answer, strict=True)) | {said: question, answers: ""}
             if question:
-                return [question, "", *answer]
+                return
             words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
             words += ["--max-tokens", str(ANSWER_TOKENS)]
             words += [f"--prompt={prompt}"] if prompt.strip() else []
-            comparison = json_of([*words, "--json"], root)
+            with jobs.start(request.session_hash, [*words, "--json"], root) as job:
+                for step in job.steps():
+                    yield {
+                        said: step.html(f"Comparing {name} with its base model"),
+                        button: gr.update(interactive=False),
+                        cancel: gr.update(interactive=True),
+                    }
+                comparison = job.result()
         except UserError as error:
-            return [fault_html(error), "", *answer]
-        return ["", preference_html(comparison) + answers_html(comparison), *answer]
+            yield done | {said: fault_html(error), answers: ""}
+            return
+        title = f"<h3>{escape(str(name))} against {escape(str(comparison['models'][0]['model']))}</h3>"
+        yield done | {said: "", answers: title + preference_html(comparison) + answers_html(comparison)}
 
     button.click(
         compare,
         [run, prompt, rows, *confirmation.parts],
-        [said, answers, *confirmation.parts],
-        show_progress="minimal",
-        show_progress_on=said,
+        [said, answers, button, cancel, *confirmation.parts],
+        show_progress="hidden",
+        concurrency_limit=None,
     )
+
+    def end(request: gr.Request) -> None:
+        jobs.cancel(request.session_hash)
+
+    cancel.click(end, queue=False)
     return run
 
 

@@ -8,12 +8,15 @@ from typing import Any
 import gradio as gr
 
 from mlx_cpo_plugin.studio.check_tab import build_check_tab
+from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.compare_tab import build_compare_tab
-from mlx_cpo_plugin.studio.run_tab import build_run_tab, folder_to_watch
+from mlx_cpo_plugin.studio.live_runs import LiveRuns
+from mlx_cpo_plugin.studio.run_tab import build_run_tab
 from mlx_cpo_plugin.studio.runs_tab import build_runs_tab, run_names
 from mlx_cpo_plugin.studio.train_tab import build_train_tab
 
 STYLE = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("page.js")
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
 
@@ -26,29 +29,48 @@ def build_page(root: Path, text: str, name: str) -> gr.Blocks:
         text: the configuration to begin with.
         name: its file, below ``root``; may be empty.
     """
+    live, checks, comparisons = LiveRuns(root), Jobs(), Jobs()
+
+    def leave(request: gr.Request) -> None:
+        for jobs in (checks, comparisons):
+            jobs.cancel(request.session_hash)
+
+    def compare_run(folder: str) -> tuple[Any, Any]:
+        return gr.Tabs(selected="compare"), gr.update(choices=run_names(root), value=live.name(Path(folder)))
+
     with gr.Blocks(title="MLX CPO", analytics_enabled=False) as page:
         gr.HTML("<h1>CPO training</h1>")
-        with gr.Tabs():
+        banner = gr.HTML("", elem_id="banner")
+        with gr.Tabs() as tabs:
             with gr.Tab("Train", id="train"):
                 yaml = build_train_tab(root, text, name)
             with gr.Tab("Check", id="check"):
-                build_check_tab(root, yaml)
-            with gr.Tab("Run", id="run"):
-                run = build_run_tab(root, yaml)
+                build_check_tab(root, yaml, checks)
+            with gr.Tab("Run", id="run") as run_tab:
+                run = build_run_tab(root, yaml, banner, live)
             with gr.Tab("Compare", id="compare") as compare_tab:
-                compared = build_compare_tab(root)
+                compared = build_compare_tab(root, comparisons)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs = build_runs_tab(root)
         compare_tab.select(lambda: gr.update(choices=run_names(root)), None, compared, show_progress="hidden")
         runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
-        page.load(lambda text: folder_to_watch(root, text), yaml, run.watched).then(
-            run.look, [run.watched, run.seen], [*run.parts, run.seen], show_progress="hidden"
-        )
+        for event in (page.load, run_tab.select):
+            event(run.visit, [run.watched, yaml], run.visited, show_progress="hidden").then(
+                run.look, run.inputs, run.outputs, show_progress="hidden"
+            )
+        page.unload(leave)
+        run.compare.click(compare_run, run.watched, [tabs, compared])
     return page
 
 
 def appearance() -> dict[str, Any]:
     """Return theme and style: fonts of the system only, so that nothing is fetched."""
     theme = gr.themes.Base(font=_FONTS, font_mono=_MONOSPACED, text_size="md", spacing_size="sm")
-    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
-    return {"theme": theme, "css_paths": STYLE}
+    theme.set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+    )
+    return {"theme": theme, "css_paths": STYLE, "js": SCRIPT.read_text(encoding="utf-8")}

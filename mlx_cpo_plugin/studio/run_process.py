@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.checkpoints import LOCK, METRICS_FILE, RECORD, run_identity
 from mlx_cpo_plugin.errors import ConfigError
 
 CONFIG_NAME = "studio.yaml"
@@ -24,6 +25,7 @@ RECORD_NAME = "studio_run.json"
 LOCK_NAME = ".studio.lock"
 STOP_NAME = ".studio.stop"
 CONSOLE_TAIL = 64 * 1024
+STOPPED = "stopped after iteration"
 OWNER_ONLY = 0o077
 # Whoever looks whether a run is at work holds its lock for a moment.
 _LOCK_ATTEMPTS = 5
@@ -53,13 +55,15 @@ class RunState:
     """How a run stands.
 
     Attributes:
-        status: ``none`` (never started from the page), ``running``, ``finished``, ``stopped`` (and saved), ``ended``
-            (by a signal, at once), ``failed`` or ``lost`` (nobody saw how it ended).
+        status: ``none`` (nothing ran here), ``running``, ``finished``, ``stopped`` (and saved), ``ended`` (by a signal,
+            at once), ``killed`` (by a signal that cannot be caught), ``failed`` or ``lost`` (nobody saw how it ended).
         exit_code: of the training, where it is known.
+        own: whether the page started it, and so can stop it.
     """
 
     status: str
     exit_code: int | None = None
+    own: bool = True
 
     @property
     def running(self) -> bool:
@@ -144,17 +148,20 @@ def stop(folder: Path) -> None:
 
 def state(folder: Path) -> RunState:
     """Return how the run in an adapter folder stands."""
-    if _is_locked(folder):
+    if _is_locked(folder / LOCK_NAME):
         return RunState("running")
+    if _is_locked(folder / LOCK):
+        return RunState("running", own=False)
     record = read_record(folder)
-    if record is None:
-        return RunState("none")
-    if record.exit_code is None:
-        return RunState("lost")
-    names = {0: "finished"}
+    code = None if record is None else record.exit_code
+    is_later = _is_later(folder / RECORD, folder / RECORD_NAME)
+    if code is None or is_later:
+        own = record is not None and code is None
+        return RunState(_outcome_written(folder, own, is_later or not own), own=own)
+    names = {0: "finished", -signal.SIGKILL: "killed"}
     for number in (signal.SIGTERM, signal.SIGINT):
         names |= {128 + number: "stopped", -number: "ended"}
-    return RunState(names.get(record.exit_code, "failed"), record.exit_code)
+    return RunState(names.get(code, "failed"), code)
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -214,6 +221,28 @@ def watch(folder: Path, lock: int, words: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def _outcome_written(folder: Path, own: bool, is_new: bool) -> str:
+    """Return the status of a run whose end nobody saw, by what it has written itself.
+
+    Args:
+        own: whether the page started it, so that the console is of this run.
+        is_new: whether ``run.json`` has been written since.
+    """
+    run = run_identity.read_record(folder)
+    if is_new and run is not None and run_identity.TRAINED in run.done:
+        return "finished"
+    if own:
+        return "stopped" if any(STOPPED in line for line in console_tail(folder, 1)) else "lost"
+    return "none" if run is None and not (folder / METRICS_FILE).is_file() else "lost"
+
+
+def _is_later(file: Path, other: Path) -> bool:
+    try:
+        return file.stat().st_mtime_ns > other.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
 def _write(folder: Path, record: RunRecord) -> None:
     replace_whole(folder / RECORD_NAME, lambda partial: partial.write_text(json.dumps(asdict(record))))
 
@@ -271,9 +300,9 @@ def _locked(file: int, kind: int) -> bool:
     return True
 
 
-def _is_locked(folder: Path) -> bool:
+def _is_locked(file: Path) -> bool:
     try:
-        lock = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        lock = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

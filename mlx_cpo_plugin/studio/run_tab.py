@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document, run_process
 from mlx_cpo_plugin.studio.confirmation import build_confirmation, outside_paths
+from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
-from mlx_cpo_plugin.studio.run_view import (
-    CURVES,
-    Curve,
-    amounts_written,
-    console_html,
-    curve_frame,
-    read_metrics,
-    status_html,
-)
+from mlx_cpo_plugin.studio.metrics_file import read_metrics
+from mlx_cpo_plugin.studio.run_view import amounts_written, banner_html, charts_html, console_html, status_html
+from mlx_cpo_plugin.studio.runs_tab import report_of
 
-# Blue and orange, which people who see no red or green can tell apart.
-COLOURS = ("#2f81f7", "#e3820b")
 SECONDS_BETWEEN_LOOKS = 1.0
-FEWEST_POINTS = 2
 
-# A folder, the bytes of metrics and of console in it, and how its run stood.
-Seen = tuple[str, int, int, str]
+
+class Seen(NamedTuple):
+    """What a look at the runs has found; what has not changed since is not shown again.
+
+    Attributes:
+        folder: of the run that is shown.
+        amounts: bytes of its metrics and its console.
+        status: how it stands.
+        at_work: the names of all runs that are at work.
+        target: the folder that Start and Resume are about, whether it is in use, and whether there is a checkpoint.
+    """
+
+    folder: str = ""
+    amounts: tuple[int, int] = (-1, -1)
+    status: str = ""
+    at_work: tuple[str, ...] = ()
+    target: tuple[str, bool, bool] = ("", False, False)
 
 
 @dataclass(frozen=True)
@@ -38,44 +47,94 @@ class RunTab:
 
     Attributes:
         watched: the adapter folder of the run that is shown, as text; may be empty.
-        look: returns updates for ``parts`` from the watched folder, and what was seen last.
-        parts: status, console and curves.
+        look: returns updates for ``outputs``; its inputs are ``inputs``.
+        compare: the button that asks for the run to be compared.
+        visit: searches for runs; returns updates for ``visited``.
     """
 
     watched: gr.State
-    look: Any
-    seen: gr.State
-    parts: list[Any]
+    look: Callable[..., dict[Any, Any]]
+    inputs: list[Any]
+    outputs: list[Any]
+    compare: gr.Button
+    visit: Callable[..., dict[Any, Any]]
+    visited: list[Any]
 
 
-def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
-    """Lay out the tab; runs are of the configuration that ``yaml`` holds."""
-    watched, seen = gr.State(""), gr.State(("", -1, -1, ""))
+def build_run_tab(root: Path, yaml: gr.Code, banner: gr.HTML, live: LiveRuns) -> RunTab:
+    """Lay out the tab; runs are of the configuration that ``yaml`` holds.
+
+    Args:
+        banner: shows on every tab how the run stands.
+    """
+    watched, seen = gr.State(""), gr.State(Seen())
+    picker = gr.Dropdown([], label="Run", info="The run that is shown below, which Stop stops.", elem_id="run-picker")
     with gr.Row():
         start_button = gr.Button("Start", size="md", variant="primary", elem_id="start")
-        stop_button = gr.Button("Stop (saves)", size="md", variant="stop", elem_id="stop")
-        resume_button = gr.Button("Resume", size="md", elem_id="resume")
+        stop_button = gr.Button("Stop (saves)", size="md", variant="stop", interactive=False, elem_id="stop")
+        resume_button = gr.Button("Resume", size="md", interactive=False, elem_id="resume")
     said = gr.HTML("", elem_id="run-said")
     confirmation = build_confirmation(root, "run")
+    with gr.Row(visible=False) as ended:
+        compare_button = gr.Button("Compare with the base model", size="md", elem_id="run-compare")
+        report_button = gr.Button("Make a report", size="md", elem_id="run-report")
+    report = gr.File(label="Report", visible=False, elem_id="run-report-file")
     status = gr.HTML("", elem_id="status")
-    with gr.Row(elem_classes="curves"):
-        plots = [_plot(curve) for curve in CURVES]
+    charts = gr.HTML("", elem_id="curves")
     console = gr.HTML("", elem_id="console")
-    parts = [status, console, *plots]
+    folder_of = lru_cache(maxsize=64)(lambda text: _folder_of(text, root))
 
-    def look(folder: str, before: Seen) -> list[Any]:
-        """Return what is new: nothing, the words, or the curves, too."""
-        if not folder:
-            return [*[gr.skip()] * len(parts), before]
-        path = Path(folder)
-        now = (folder, *amounts_written(path), run_process.state(path).status)
-        if now == tuple(before):
-            return [*[gr.skip()] * len(parts), before]
+    def look(folder: str, before: Seen, text: str) -> dict[Any, Any]:
+        """Return what is new since the look before: nothing, the words, or the charts, too."""
+        at_work = live.at_work()
+        names = tuple(map(live.name, at_work))
+        begun = [each for each, name in zip(at_work, names, strict=True) if name not in before.at_work]
+        path = Path(folder) if folder else None
+        if begun and (path is None or path not in at_work):
+            path = begun[0]
+        target = _target(folder_of(text))
+        if path is None:
+            now = Seen(at_work=names, target=target)
+        else:
+            now = Seen(str(path), amounts_written(path), run_process.state(path).status, names, target)
+        updates: dict[Any, Any] = {seen: now}
+        if now == before:
+            return updates
+        if now.target != before.target or now.status != before.status or now.folder != before.folder:
+            updates |= buttons(path, target)
+        if path is None:
+            return updates
+        if now.folder != before.folder:
+            updates |= {watched: now.folder, picker: gr.update(choices=choices(path), value=live.name(path))}
+            updates[report] = gr.update(visible=False)
         rows = read_metrics(path)
-        drawn = [gr.skip()] * len(CURVES)
-        if now[:2] != tuple(before)[:2]:
-            drawn = [_drawn(curve, rows) for curve in CURVES]
-        return [status_html(path, rows), console_html(path), *drawn, now]
+        if (now.folder, now.amounts[0]) != (before.folder, before.amounts[0]):
+            updates[charts] = charts_html(rows)
+        beside = "".join(
+            note_html(f"{live.name(each)} is training, too: they share memory and processor.")
+            for each in at_work
+            if each != path and path in at_work
+        )
+        updates |= {
+            status: beside + status_html(path, rows),
+            console: console_html(path),
+            banner: banner_html(live.name(path), path, sum(each != path for each in at_work)),
+        }
+        return updates
+
+    def buttons(path: Path | None, target: tuple[str, bool, bool]) -> dict[Any, Any]:
+        _, in_use, has_checkpoint = target
+        now = None if path is None else run_process.state(path)
+        has_ended = path is not None and now is not None and not now.running and (path / ADAPTER_FILE).is_file()
+        return {
+            start_button: gr.update(interactive=not in_use),
+            resume_button: gr.update(interactive=has_checkpoint and not in_use),
+            stop_button: gr.update(interactive=now is not None and now.running and now.own),
+            ended: gr.update(visible=has_ended),
+        }
+
+    def choices(shown: Path) -> list[str]:
+        return list(dict.fromkeys([live.name(shown), *map(live.name, live.known())]))
 
     def begin(text: str, resume: bool, ticked: bool, asked: list[str]) -> list[Any]:
         """Start a run, and return what there is to say and the folder to watch; that of a run already in it, too."""
@@ -90,11 +149,15 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
         except UserError as error:
             found = folder is not None and run_process.state(folder).running
             return [fault_html(error), str(folder) if found else "", *answer]
+        live.add(folder)
         return [note_html(f"Started in {folder}."), str(folder), *answer]
 
     def end(folder: str) -> str:
-        if not folder or not run_process.state(Path(folder)).running:
+        now = run_process.state(Path(folder)) if folder else run_process.RunState("none")
+        if not now.running:
             return note_html("Nothing is running.")
+        if not now.own:
+            return note_html("This run was not started from the page; press Ctrl-C in its terminal.")
         try:
             run_process.stop(Path(folder))
         except (UserError, OSError) as error:
@@ -104,57 +167,64 @@ def build_run_tab(root: Path, yaml: gr.Code) -> RunTab:
     def began(folder: str, present: str) -> str:
         return folder or present
 
+    def pick(name: str, present: str) -> str:
+        return str(live.folder(name or "") or present)
+
+    def visit(folder: str, text: str) -> dict[Any, Any]:
+        """Search for runs; show one that is at work, or that of the configuration, if anything ran in it."""
+        known = live.search()
+        found = [Path(folder)] if folder else live.at_work()
+        own = folder_of(text)
+        if not found and own is not None and own in known:
+            found = [own]
+        value = live.name(found[0]) if found else None
+        return {
+            watched: str(found[0]) if found else folder,
+            picker: gr.update(choices=list(map(live.name, known)), value=value),
+        }
+
+    def write_report(folder: str) -> dict[Any, Any]:
+        try:
+            return {report: gr.update(value=report_of([Path(folder)]), visible=True), said: ""}
+        except UserError as error:
+            return {report: gr.update(visible=False), said: fault_html(error)}
+
+    inputs = [watched, seen, yaml]
+    outputs = [
+        *(seen, watched, picker, start_button, stop_button, resume_button, ended, report),
+        *(status, charts, console, banner),
+    ]
     for button, resume in ((start_button, False), (resume_button, True)):
         started = gr.State("")
         button.click(
             lambda text, ticked, asked, resume=resume: begin(text, resume, ticked, asked),
             [yaml, *confirmation.parts],
             [said, started, *confirmation.parts],
-        ).then(began, [started, watched], watched).then(look, [watched, seen], [*parts, seen], show_progress="hidden")
+        ).then(began, [started, watched], watched).then(look, inputs, outputs, show_progress="hidden")
     stop_button.click(end, watched, said)
+    picker.input(pick, [picker, watched], watched).then(look, inputs, outputs, show_progress="hidden")
+    report_button.click(write_report, watched, [report, said], show_progress="minimal", show_progress_on=said)
     timer = gr.Timer(SECONDS_BETWEEN_LOOKS)
-    timer.tick(look, [watched, seen], [*parts, seen], show_progress="hidden", queue=False)
-    return RunTab(watched, look, seen, parts)
+    timer.tick(look, inputs, outputs, show_progress="hidden", queue=False)
+    return RunTab(watched, look, inputs, outputs, compare_button, visit, [watched, picker])
 
 
-def folder_to_watch(root: Path, text: str) -> str:
-    """Return the folder of a run that is at work, or else that of the configuration, if anything ran in it.
+def _folder_of(text: str, root: Path) -> Path | None:
+    """Return the adapter folder of a configuration; None where it has none.
 
-    Folders outside ``root`` are not looked into.
+    One outside ``root`` is not looked into: that is done once a run in it was asked for, and confirmed.
     """
-    running = run_process.running_folders(root)
-    if running:
-        return str(running[0])
     try:
         folder = document.adapter_folder(text, root)
-        if outside_paths({"adapter_path": str(folder)}, root):
-            return ""  # it is looked at once a run in it was asked for, and confirmed
+        return None if outside_paths({"adapter_path": str(folder)}, root) else folder
     except UserError:
-        return ""
-    return str(folder) if any(amounts_written(folder)) or run_process.read_record(folder) else ""
+        return None
 
 
-def _drawn(curve: Curve, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Show a plot once there is a line to see, the first one: it takes its lines from the first table it is given."""
-    frame = curve_frame(rows, curve)
-    if (frame["line"] == next(iter(curve.lines))).sum() < FEWEST_POINTS:
-        return gr.update(visible=False)
-    return gr.update(value=frame, visible=True)
-
-
-def _plot(curve: Curve) -> gr.LinePlot:
-    return gr.LinePlot(
-        None,
-        visible=False,
-        x="iteration",
-        y="value",
-        color="line",
-        color_map=dict(zip(curve.lines, COLOURS, strict=False)),
-        color_title=" ",
-        title=curve.title,
-        x_title="Iteration",
-        y_title=" ",
-        height=240,
-        min_width=300,
-        elem_id="curve-" + curve.title.split(",")[0].lower().replace(" ", "-"),
-    )
+def _target(folder: Path | None) -> tuple[str, bool, bool]:
+    """Return a folder, whether a run is at work in it, and whether there is a checkpoint to go on from."""
+    if folder is None:
+        return "", False, True  # Resume says what is missing
+    checkpoints = folder / CHECKPOINTS
+    has_checkpoint = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return str(folder), run_process.state(folder).running, has_checkpoint

@@ -1,50 +1,94 @@
-"""What a run has written so far, as tables for curves and as pieces of the page."""
+"""What a run has written so far, as pieces of the page."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
-from mlx_cpo_plugin.report.record import ReportError, answers_over_time, rows_of_last_run
+from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.report.record import Row, answers_over_time, number
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
+from mlx_cpo_plugin.studio.charts import Line, Point, chart_html
+from mlx_cpo_plugin.studio.charts import number as shortly
+from mlx_cpo_plugin.studio.metrics_file import read_metrics
 from mlx_cpo_plugin.studio.run_process import CONSOLE_NAME, RunState, console_tail, state
 from mlx_cpo_plugin.verdict import Verdict
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A plot of the page.
+    """A line of a chart.
+
+    Attributes:
+        key: of the metrics that it follows.
+        name: what stands beside it.
+        colour: see the style.
+        dashed: of a validation.
+    """
+
+    key: str
+    name: str
+    colour: str
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page: its element is called ``curve-`` and its name.
 
     Attributes:
         title: what it shows.
-        lines: name of a line -> the key of the metrics that it follows.
+        unit: what stands beside the y axis.
+        limits: of the y axis, where they do not depend on the values.
     """
 
+    name: str
     title: str
-    lines: Mapping[str, str]
+    unit: str
+    curves: tuple[Curve, ...]
+    limits: Point | None = None
 
 
-CURVES = (
-    Curve("Loss", {"train": "train_loss", "validation": "val_loss"}),
-    Curve("Accuracy", {"train": "train_accuracies", "validation": "val_accuracies"}),
-    Curve("Margin", {"train": "train_margins", "validation": "val_margins"}),
-    Curve("Reward", {"chosen": "train_chosen_reward", "rejected": "train_rejected_reward"}),
-    Curve("Log-prob", {"chosen": "train_policy_chosen_logps", "rejected": "train_policy_rejected_logps"}),
-    Curve("Learning rate", {"learning rate": "learning_rate"}),
-    Curve("Tokens per second", {"tokens": "tokens_per_second"}),
-    Curve("Peak memory, GB", {"memory": "peak_memory"}),
+def _train_and_valid(metric: str) -> tuple[Curve, Curve]:
+    return (
+        Curve(f"train_{metric}", "training", "train"),
+        Curve(f"val_{metric}", "validation", "valid", dashed=True),
+    )
+
+
+def _chosen_and_rejected(metric: str) -> tuple[Curve, ...]:
+    return tuple(
+        Curve(f"{prefix}_{metric.format(side)}", f"{name}{side}", side, dashed=prefix == "val")
+        for prefix, name in (("train", ""), ("val", "validation: "))
+        for side in ("chosen", "rejected")
+    )
+
+
+CHARTS = (
+    Chart("loss", "Loss", "Loss", _train_and_valid("loss")),
+    Chart("accuracy", "Preference accuracy", "Share of pairs", _train_and_valid("accuracies"), (0.0, 1.0)),
+    Chart("margin", "Margin of the rewards", "Chosen minus rejected", _train_and_valid("margins")),
+    Chart("rewards", "Rewards", "Reward", _chosen_and_rejected("{}_reward")),
+    Chart("logps", "Log-probs of the answers", "Nats", _chosen_and_rejected("policy_{}_logps")),
+    Chart("rate", "Learning rate", "Learning rate", (Curve("learning_rate", "learning rate", "train"),)),
+    Chart("speed", "Speed", "Scored tokens per second", (Curve("tokens_per_second", "tokens/s", "train"),)),
+    Chart("memory", "Peak memory", "GB", (Curve("peak_memory", "peak", "train"),)),
 )
 FIGURES = {
     "Loss": "train_loss",
     "Validation loss": "val_loss",
+    "Test loss": "test_loss",
     "Accuracy": "train_accuracies",
+    "Validation accuracy": "val_accuracies",
+    "Test accuracy": "test_accuracies",
     "Margin": "train_margins",
+    "Validation margin": "val_margins",
+    "Test margin": "test_margins",
     "Learning rate": "learning_rate",
     "Tokens per second": "tokens_per_second",
     "Peak memory, GB": "peak_memory",
@@ -55,22 +99,47 @@ STATUS_WORDS = {
     "finished": "Finished",
     "stopped": "Stopped and saved",
     "ended": "Stopped at once",
+    "killed": "Killed: out of memory?",
     "failed": "Failed",
     "lost": "Ended, cause unknown",
 }
+KILLED = (
+    "The training was killed by a signal that cannot be caught, as the system does when memory runs out. Its last "
+    "lines are in the console below. A lower batch_size or max_seq_length, or grad_checkpoint: true, takes less "
+    "memory; Resume continues from the last checkpoint."
+)
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
 _PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")
+_RESUMED = re.compile(r"Resuming after iteration (\d+)")
 # A stop was asked for: that it took place is no alarm.
 _ALARM = re.compile(r"^(?:Warning: |error: (?!stopped after iteration)|\[?ERROR|\S*Error: )")
 _COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that the last run in a folder has written whole; none where there are none."""
-    try:
-        return rows_of_last_run(folder)
-    except ReportError:
-        return []
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done, total: iterations, those before it was resumed included.
+        left: the time left in words; empty where it is not known.
+        resumed_after: the iteration after which it was resumed; None of a run that was not.
+    """
+
+    done: int
+    total: int
+    left: str = ""
+    resumed_after: int | None = None
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.done // max(self.total, 1)
+
+    def words(self) -> str:
+        """Return it as a sentence."""
+        resumed = "" if self.resumed_after is None else f", resumed after {self.resumed_after:,}"
+        left = f", {self.left} left" if self.left else ""
+        return f"Iteration {self.done:,} of {self.total:,} ({self.percent} %){left}{resumed}"
 
 
 def amounts_written(folder: Path) -> tuple[int, int]:
@@ -80,37 +149,79 @@ def amounts_written(folder: Path) -> tuple[int, int]:
     return metrics, console
 
 
-def curve_frame(rows: Sequence[Mapping[str, Any]], curve: Curve) -> pd.DataFrame:
-    """Return the columns ``iteration``, ``value`` and ``line`` of a plot."""
-    points = [
-        (row["iteration"], row[key], name)
-        for name, key in curve.lines.items()
-        for row in rows
-        if "iteration" in row and row.get(key) is not None
-    ]
-    frame = pd.DataFrame(points, columns=["iteration", "value", "line"])
-    return frame.astype({"iteration": "int64", "value": "float64", "line": "object"})
+def points(rows: Iterable[Row], key: str) -> list[Point]:
+    """Return iteration and value of every finite number of this name."""
+    values = ((number(row, "iteration"), number(row, key)) for row in rows if key in row)
+    return [(x, value) for x, value in values if x == x and value == value]
 
 
-def progress_of(lines: Sequence[str]) -> tuple[int, int, str] | None:
-    """Return iterations that are done, all of them, and the time left in words, from the last progress bar."""
+def charts_html(rows: Sequence[Row]) -> str:
+    """Return all charts that have something to show."""
+    drawn = (
+        chart_html(
+            f"curve-{chart.name}",
+            chart.title,
+            chart.unit,
+            [Line(curve.name, points(rows, curve.key), curve.colour, curve.dashed) for curve in chart.curves],
+            chart.limits,
+        )
+        for chart in CHARTS
+    )
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def progress_of(lines: Sequence[str]) -> Progress | None:
+    """Return how far the run is that printed these lines, from its last progress bar."""
+    resumed = next((int(found[1]) for line in lines if (found := _RESUMED.search(line))), None)
     for line in reversed(lines):
-        found = _PROGRESS.search(line)
-        if found:
-            return int(found[1]), int(found[2]), found[4]
+        if found := _PROGRESS.search(line):
+            left = "" if "?" in found[4] else found[4]
+            return Progress(int(found[1]), int(found[2]), left, resumed)
     return None
 
 
-def status_html(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+def progress_in(folder: Path, now: RunState, rows: Sequence[Row]) -> Progress | None:
+    """Return how far the run in a folder is; of one that the page did not start, as far as its metrics tell."""
+    if now.own:
+        found = progress_of(console_tail(folder, 400))
+        return found if found is None or now.running else Progress(found.done, found.total, "", found.resumed_after)
+    try:
+        total = read_run_settings(folder)[0].get("iters")
+    except (UserError, OSError, ValueError):
+        total = None
+    iterations = [number(row, "iteration") for row in rows if row["kind"] == "train"]
+    return Progress(int(iterations[-1]), total) if iterations and isinstance(total, int) else None
+
+
+def banner_html(name: str, folder: Path, others: int = 0) -> str:
+    """Return one line that says how a run stands, for all tabs.
+
+    Its attributes tell the script of the page the status and the per cent that are done.
+    """
+    now, rows = state(folder), read_metrics(folder)
+    progress = progress_in(folder, now, rows)
+    percent = "" if progress is None else str(progress.percent)
+    words = [escape(name)]
+    if progress is not None:
+        words.append(escape(progress.words()))
+    words += [f"{others} more at work"] if others else []
+    return (
+        f'<p class="status {now.status}" data-status="{now.status}" data-percent="{percent}" data-run="{escape(name)}">'
+        f"<strong>{STATUS_WORDS[now.status]}</strong> <span>{' · '.join(words)}</span></p>"
+    )
+
+
+def status_html(folder: Path, rows: Sequence[Row]) -> str:
     """Return how a run stands: status, progress, alarms and the latest figures."""
     now, lines = state(folder), console_tail(folder, 400)
     parts = [
         f'<p class="status {now.status}" role="status"><strong>{STATUS_WORDS[now.status]}</strong>'
         f" <span>{escape(str(folder))}</span></p>",
-        _progress_html(now, lines),
+        _progress_html(now, progress_in(folder, now, rows)),
     ]
-    alarms = list(dict.fromkeys(line for line in lines if _ALARM.match(line)))
-    parts += [f'<p class="alarm" role="alert">{escape(line)}</p>' for line in alarms[-5:]]
+    alarms = list(dict.fromkeys(line for line in lines if now.own and _ALARM.match(line)))[-5:]
+    alarms += [KILLED] * (now.status == "killed")
+    parts += [f'<p class="alarm" role="alert">{escape(line)}</p>' for line in alarms]
     verdicts = [verdict for row in rows if (verdict := Verdict.from_report(row)) is not None]
     if verdicts:
         parts.append(f"<p>The model is {escape(verdicts[-1].sentence())}.</p>")
@@ -120,7 +231,7 @@ def status_html(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     known = {title: latest[key] for title, key in FIGURES.items() if latest.get(key) is not None}
     if known:
         cells = "".join(
-            f"<div><dt>{escape(title)}</dt><dd>{_number(value)}</dd></div>" for title, value in known.items()
+            f"<div><dt>{escape(title)}</dt><dd>{shortly(value)}</dd></div>" for title, value in known.items()
         )
         parts.append(f'<dl class="figures">{cells}</dl>')
     samples = [dict(row) for row in rows if row.get("kind") == "sample"]
@@ -133,25 +244,24 @@ def _answers_html(prompt: str, answers: Sequence[tuple[int, str]]) -> str:
     heads = "".join(f'<th scope="col">Iteration {iteration}</th>' for iteration, _ in answers)
     cells = "".join(f"<td>{escape(answer) or '(nothing)'}</td>" for _, answer in answers)
     table = f"<caption>{escape(prompt)}</caption><thead><tr>{heads}</tr></thead><tbody><tr>{cells}</tr></tbody>"
-    return f'<div class="wide" tabindex="0" role="region" aria-label="Answers to a prompt"><table>{table}</table></div>'
+    label = escape(f"Answers to: {prompt}")
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>{table}</table></div>'
 
 
-def _progress_html(now: RunState, lines: Sequence[str]) -> str:
-    progress = progress_of(lines)
+def _progress_html(now: RunState, progress: Progress | None) -> str:
     if progress is None or now.status == "none":
         return "<p>Loading data and model …</p>" if now.running else ""
-    done, total, left = progress
-    words = f"Iteration {done} of {total}" + (f", {left} left" if now.running and "?" not in left else "")
     return (
-        f'<label class="progress">{words}<progress max="{total}" value="{done}">{done / total:.0%}</progress></label>'
+        f'<label class="progress">{escape(progress.words())}<progress max="{progress.total}" value="{progress.done}">'
+        f"{progress.percent} %</progress></label>"
     )
 
 
 def console_html(folder: Path) -> str:
     """Return the last lines of the console."""
-    text = "\n".join(_COLOUR_CODES.sub("", line) for line in console_tail(folder))
-    return f'<div class="console" tabindex="0" aria-label="Console"><pre>{escape(text) or "Nothing yet."}</pre></div>'
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    now = state(folder)
+    if now.own or now.status == "none":
+        text = "\n".join(_COLOUR_CODES.sub("", line) for line in console_tail(folder)) or "Nothing yet."
+    else:
+        text = "This run was not started from the page; what it prints is in its own terminal."
+    return f'<div class="console" tabindex="0" role="region" aria-label="Console"><pre>{escape(text)}</pre></div>'

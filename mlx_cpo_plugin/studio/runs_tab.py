@@ -66,17 +66,25 @@ def build_runs_tab(root: Path) -> gr.CheckboxGroup:
 
     def write(chosen: Sequence[str]) -> tuple[str, Any]:
         try:
-            folders = [record.folder for record in chosen_runs(root, chosen)]
-            # What the browser may fetch lies in a folder that holds nothing else.
-            output = Path(tempfile.mkdtemp(prefix="mlx-cpo-report-")) / "report.html"
-            write_report(folders, output)
+            output = report_of([record.folder for record in chosen_runs(root, chosen)])
         except UserError as error:
             return fault_html(error), gr.update(visible=False)
-        return "", gr.update(value=str(output), visible=True)
+        return "", gr.update(value=output, visible=True)
 
     show.click(compare, runs, [said, table, curves], show_progress="minimal")
     make.click(write, runs, [said, report], show_progress="minimal")
     return runs
+
+
+def report_of(folders: Sequence[Path]) -> str:
+    """Write the report of runs where the browser may fetch it, a folder that holds nothing else; return its path.
+
+    Raises:
+        ReportError: there is no run, or it cannot be drawn.
+    """
+    output = Path(tempfile.mkdtemp(prefix="mlx-cpo-report-")) / "report.html"
+    write_report(folders, output)
+    return str(output)
 
 
 def table_html(records: Sequence[RunRecord]) -> str:

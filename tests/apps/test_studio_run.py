@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +20,13 @@ import pytest
 import yaml
 from support.refusals import refused
 
-pytest.importorskip("pandas", reason="needs the extra 'studio'")
-
-from mlx_cpo_plugin.checkpoints.run_folder import begin_run
-from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord
+from mlx_cpo_plugin.checkpoints.run_folder import begin_run, only_run_in, record_done
+from mlx_cpo_plugin.checkpoints.run_identity import TRAINED, RunIdentity, RunRecord
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.studio import run_process
-from mlx_cpo_plugin.studio.run_view import CURVES, curve_frame, progress_of, read_metrics, status_html
+from mlx_cpo_plugin.studio.live_runs import LiveRuns
+from mlx_cpo_plugin.studio.metrics_file import MetricsFile, read_metrics
+from mlx_cpo_plugin.studio.run_view import Progress, banner_html, charts_html, console_html, progress_of, status_html
 
 
 def wait_until(reached: Callable[[], bool], folder: Path) -> None:
@@ -190,8 +192,8 @@ def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stoppe
     wait_until(lambda: not run_process.state(folder).running, folder)
 
     assert "stopped after iteration" in run_process.console_tail(folder)[-1]
-    assert run_process.state(folder).status == "lost"
-    assert "Ended, cause unknown" in status_html(folder, read_metrics(folder))
+    assert run_process.state(folder).status == "stopped"
+    assert "Stopped and saved" in status_html(folder, read_metrics(folder))
 
 
 @pytest.mark.slow
@@ -267,28 +269,139 @@ def test_a_folder_that_nothing_ran_in_has_no_run(tmp_path: Path) -> None:
     assert run_process.running_folders(tmp_path) == []
 
 
-def test_progress_is_that_of_the_last_bar() -> None:
+def test_progress_is_that_of_the_last_bar_and_says_where_a_run_was_resumed() -> None:
     lines = [
         "Training:  10%|# | 3/30 [00:01<00:10, 2.9it/s]",
         "Training:  40%|####  | 12/30 [00:10<00:15, 1.2it/s]",
         "x",
     ]
 
-    assert progress_of(lines) == (12, 30, "00:15")
+    assert progress_of(lines) == Progress(12, 30, "00:15")
+    assert progress_of(["Resuming after iteration 3 from x.", *lines]) == Progress(12, 30, "00:15", 3)
+    assert progress_of(["Training:  10%|# | 3/30 [00:00<?, ?it/s]"]) == Progress(3, 30)
     assert progress_of(["nothing"]) is None
 
 
-def test_curves_have_the_points_of_the_metrics_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def write_rows(folder: Path, *rows: dict[str, Any], torn: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+
+
+def test_metrics_are_read_on_from_where_the_last_look_ended_and_a_torn_line_once_it_is_whole(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    assert file.rows() == []
+    first, second, third = ({"kind": "train", "run": "a", "iteration": number} for number in (1, 2, 3))
+
+    write_rows(tmp_path, first, torn='{"kind": "tra')
+    assert file.rows() == [first]
+    with (tmp_path / "metrics.jsonl").open("r+") as stream:
+        stream.write(" " * (len(json.dumps(first)) + 1))  # what has been read is not read again
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('in", "run": "a", "iteration": 2}\n')
+    assert file.rows() == [first, second]
+
+    write_rows(tmp_path / "new", third)
+    (tmp_path / "new" / "metrics.jsonl").replace(tmp_path / "metrics.jsonl")
+    assert file.rows() == [third]
+
+
+def test_charts_are_of_the_metrics_that_there_are_and_leave_out_what_is_no_number(tmp_path: Path) -> None:
     rows = [
         {"kind": "valid", "iteration": 1, "val_loss": 0.9},
         {"kind": "train", "iteration": 2, "train_loss": 0.7},
         {"kind": "train", "iteration": 4, "train_loss": None},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + '\n{"kind": "tra')
+    write_rows(tmp_path, *rows)
 
-    frame = curve_frame(read_metrics(tmp_path), CURVES[0])
+    drawn = charts_html(read_metrics(tmp_path))
 
-    assert frame.to_dict("list") == {"iteration": [2, 1], "value": [0.7, 0.9], "line": ["train", "validation"]}
+    assert re.findall(r'id="curve-(\w+)"', drawn) == ["loss"]
+    assert 'aria-label="Loss: training 0.7; validation 0.9"' in drawn
+
+
+def test_accuracy_and_margin_of_validation_and_test_stand_in_tiles(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "valid", "iteration": 1, "val_accuracies": 0.25, "val_margins": -2.0},
+        {"kind": "valid", "iteration": 9, "val_accuracies": 0.75, "val_margins": 1.5},
+        {"kind": "test", "test_accuracies": 0.625, "test_margins": 0.125, "test_loss": 0.5},
+    ]
+
+    tiles = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", status_html(tmp_path, rows)))
+
+    assert tiles == {
+        "Test loss": "0.5",
+        "Validation accuracy": "0.75",
+        "Test accuracy": "0.625",
+        "Validation margin": "1.5",
+        "Test margin": "0.125",
+    }
+
+
+class TestEnds:
+    """How a run stands, by what has been left of it."""
+
+    def left(self, folder: Path, console: str = "", **record: Any) -> None:
+        (folder / run_process.CONSOLE_NAME).write_text(console)
+        (folder / run_process.RECORD_NAME).write_text(json.dumps({"pid": 1, "training_pid": 1} | record))
+
+    def test_a_run_that_was_killed_is_asked_about_its_memory_beside_its_last_lines(self, tmp_path: Path) -> None:
+        self.left(tmp_path, "Iter 8: loss 0.5\n", exit_code=-signal.SIGKILL)
+
+        assert run_process.state(tmp_path).status == "killed"
+        assert "out of memory?" in status_html(tmp_path, [])
+        assert "Iter 8: loss 0.5" in console_html(tmp_path)
+
+    def test_the_end_of_a_run_whose_watcher_was_killed_is_read_from_what_it_wrote(self, tmp_path: Path) -> None:
+        self.left(tmp_path)
+        begin_run(tmp_path, RunRecord(RunIdentity.new()), print)
+        assert run_process.state(tmp_path).status == "lost"
+
+        record_done(tmp_path, TRAINED)
+
+        assert run_process.state(tmp_path).status == "finished"
+
+    def test_a_run_of_the_command_line_is_at_work_while_it_holds_the_folder(self, tmp_path: Path) -> None:
+        write_rows(tmp_path, {"kind": "train", "iteration": 30}, {"kind": "train", "iteration": 60})
+        (tmp_path / "run_settings.yaml").write_text("iters: 120\n")
+
+        with only_run_in(tmp_path):
+            assert run_process.state(tmp_path) == run_process.RunState("running", own=False)
+            assert 'data-percent="50"' in banner_html("a", tmp_path)
+            run_process.stop(tmp_path)
+        assert run_process.state(tmp_path).status == "lost"
+
+    def test_a_look_at_a_folder_does_not_keep_a_run_out_of_it(self, tmp_path: Path) -> None:
+        with only_run_in(tmp_path):
+            pass
+
+        with (tmp_path / ".lock").open() as looking:
+            fcntl.flock(looking, fcntl.LOCK_SH)
+            threading.Timer(0.01, fcntl.flock, [looking, fcntl.LOCK_UN]).start()
+            with only_run_in(tmp_path):
+                pass
+
+    def test_a_run_that_began_later_on_the_command_line_is_not_taken_for_that_of_the_page(self, tmp_path: Path) -> None:
+        self.left(tmp_path, "error: of the page\n", exit_code=1)
+        begin_run(tmp_path, RunRecord(RunIdentity.new()), print)
+        record_done(tmp_path, TRAINED)
+
+        assert run_process.state(tmp_path) == run_process.RunState("finished", own=False)
+        assert "of the page" not in status_html(tmp_path, []) + console_html(tmp_path)
+
+
+def test_runs_are_found_below_the_folder_newest_first_and_those_at_work_are_known(tmp_path: Path) -> None:
+    live = LiveRuns(tmp_path)
+    for age, name in enumerate(("new", "old", "checkpoints", ".hidden")):
+        write_rows(tmp_path / name, {"kind": "train", "iteration": 1})
+        os.utime(tmp_path / name / "metrics.jsonl", (1e9 - age, 1e9 - age))
+    (tmp_path / "none").mkdir()
+
+    assert list(map(live.name, live.search())) == ["new", "old"]
+    assert live.at_work() == []
+    with only_run_in(tmp_path / "old"):
+        assert live.at_work() == [tmp_path / "old"]
+    assert live.folder("old") == tmp_path / "old"
+    assert live.folder("../elsewhere") is None
 
 
 def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import mlx.optimizers as optimizers
 import pytest
 from filelock import FileLock
 
-from mlx_cpo_plugin.checkpoints.run_folder import LOCK_NAME
+from mlx_cpo_plugin.checkpoints import LOCK
 from mlx_cpo_plugin.commands.check import run_check
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError
@@ -107,7 +107,7 @@ def test_check_refuses_a_folder_in_use_and_one_without_a_place_for_earlier_runs(
     configured: Configured, tmp_path: Path
 ) -> None:
     run(configured())
-    with FileLock(tmp_path / "adapters" / LOCK_NAME):
+    with FileLock(tmp_path / "adapters" / LOCK):
         assert_both_refuse(configured, tmp_path)
     (tmp_path / "adapters" / "previous").symlink_to(tmp_path)
 

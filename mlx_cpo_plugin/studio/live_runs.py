@@ -1,0 +1,67 @@
+"""Which runs there are below the folder of the page, and which of them are at work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import Lock
+
+from mlx_cpo_plugin.checkpoints import METRICS_FILE
+from mlx_cpo_plugin.report.record import SEARCH_DEPTH, folders_below
+from mlx_cpo_plugin.studio import run_process
+
+_MARKS = (METRICS_FILE, run_process.RECORD_NAME)
+
+
+class LiveRuns:
+    """The runs below a folder, shared by all who look at the page.
+
+    To search the folder may take long, so that is done when a page is opened; in between, runs that the page starts
+    are added.
+
+    Args:
+        root: the folder of the page.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = Lock()
+        self._known: set[Path] = set()
+
+    def add(self, folder: Path) -> None:
+        """Look at this folder from now on."""
+        with self._lock:
+            self._known.add(Path(os.path.abspath(folder)))
+
+    def search(self) -> list[Path]:
+        """Search anew; return the folders of all runs, the one that wrote last first."""
+        found = {folder for folder in folders_below(self.root, SEARCH_DEPTH) if _last_written(folder)}
+        with self._lock:
+            self._known = found | {folder for folder in self._known if _last_written(folder)}
+        return self.known()
+
+    def known(self) -> list[Path]:
+        """Return the folders of all runs that are known, the one that wrote last first."""
+        with self._lock:
+            return sorted(self._known, key=_last_written, reverse=True)
+
+    def at_work(self) -> list[Path]:
+        """Return the folders of runs that are at work, in the order of their names."""
+        with self._lock:
+            known = sorted(self._known)
+        return [folder for folder in known if run_process.state(folder).running]
+
+    def name(self, folder: Path) -> str:
+        """Return the name of a run: its folder, relative to that of the page where it is inside."""
+        return str(folder.relative_to(self.root)) if folder.is_relative_to(self.root) else str(folder)
+
+    def folder(self, name: str) -> Path | None:
+        """Return the folder of a known run by its name."""
+        with self._lock:
+            return next((folder for folder in self._known if self.name(folder) == name), None)
+
+
+def _last_written(folder: Path) -> float:
+    """Return when a run last wrote into a folder; 0 where none ever has."""
+    times = [file.lstat().st_mtime for name in _MARKS if (file := folder / name).is_file() and not file.is_symlink()]
+    return max(times, default=0.0)

@@ -1,0 +1,85 @@
+() => {
+  const banner = () => document.querySelector("#banner [data-status]");
+  const plain = document.title;
+  let before = {};
+
+  const tell = (title, text) => {
+    if ("Notification" in window && Notification.permission === "granted") new Notification(title, { body: text });
+  };
+
+  // Per cent in the title, and a notification at the end of a run.
+  const follow = () => {
+    const { status = "", percent = "", run = "" } = banner()?.dataset ?? {};
+    const title = status === "running" && percent !== "" ? `${percent}% · ${plain}` : plain;
+    if (document.title !== title) document.title = title;
+    if (before.status === "running" && before.run === run && status !== "running" && status !== "") {
+      tell(banner().querySelector("strong").textContent, run);
+    }
+    before = { status, run };
+  };
+
+  // A field at fault says so to those who do not see the sentence beside it.
+  const mark = () => {
+    for (const error of document.querySelectorAll("[id^=error-]")) {
+      const wrong = error.querySelector(".fault") !== null && error.offsetParent !== null;
+      const field = document.getElementById(error.id.replace("error-", "field-"));
+      for (const control of field?.querySelectorAll("input, textarea") ?? []) {
+        if (wrong === (control.getAttribute("aria-invalid") === "true")) continue;
+        for (const [name, value] of [["aria-invalid", "true"], ["aria-describedby", error.id]]) {
+          if (wrong) control.setAttribute(name, value);
+          else control.removeAttribute(name);
+        }
+      }
+    }
+  };
+
+  // One tab is in the order of the Tab key, the others are reached by arrow keys.
+  const tabs = () => [...document.querySelectorAll("[role=tablist] [role=tab]")].filter((tab) => tab.offsetParent !== null);
+  const order = () => {
+    for (const tab of tabs()) {
+      const wanted = tab.getAttribute("aria-selected") === "true" ? 0 : -1;
+      if (tab.tabIndex !== wanted) tab.tabIndex = wanted;
+    }
+  };
+  const places = {
+    ArrowRight: (at, count) => (at + 1) % count,
+    ArrowLeft: (at, count) => (at + count - 1) % count,
+    Home: () => 0,
+    End: (_, count) => count - 1,
+  };
+  document.addEventListener("keydown", (event) => {
+    const all = tabs();
+    const at = all.indexOf(document.activeElement);
+    if (at < 0 || !(event.key in places) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    const next = all[places[event.key](at, all.length)];
+    next.click();
+    next.focus();
+  });
+
+  // Browsers ask for it only when something is pressed.
+  document.addEventListener("click", (event) => {
+    const starts = event.target.closest?.("#start, #resume");
+    if (starts && "Notification" in window && Notification.permission === "default") Notification.requestPermission();
+  });
+
+  let due = false;
+  const look = () => {
+    due = false;
+    follow();
+    mark();
+    order();
+  };
+  const changed = () => {
+    if (!due) setTimeout(look, 50); // a frame would not come while the tab is hidden
+    due = true;
+  };
+  new MutationObserver(changed).observe(document.body, {
+    subtree: true,
+    childList: true,
+    characterData: true,
+    attributes: true,
+    attributeFilter: ["aria-selected", "class", "data-status", "data-percent", "style"],
+  });
+  look();
+}

@@ -1,0 +1,95 @@
+"""A worker of the page tells how far it is, is cancelled with all that it has started, and says why it failed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from mlx_cpo_plugin.studio.child import ChildError, Job, Jobs, json_of
+
+Words = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Words:
+    """Makes a module of some lines and returns the words that run it; ``output`` is where it has to write."""
+
+    def made(lines: str) -> list[str]:
+        beginning = "import os, signal, subprocess, sys\nfrom pathlib import Path\noutput = Path(sys.argv[1])\n"
+        (tmp_path / "worker.py").write_text(beginning + lines)
+        return ["worker"]
+
+    return made
+
+
+def test_what_it_prints_is_its_progress_and_what_it_writes_its_result(worker: Words, tmp_path: Path) -> None:
+    words = worker(
+        "output.write_text('{\"part\": 1}')\nprint('half', file=sys.stderr, flush=True)\n"
+        "while not Path('go').exists(): pass\noutput.with_name('x').write_text('{\"part\": 2}')\n"
+        "output.with_name('x').replace(output)\n"
+    )
+    with Job(words, tmp_path) as job:
+        seen = next(step for step in job.steps() if step.line)
+        assert "half" in seen.html("Working")
+        assert job.written() == {"part": 1}
+        assert job.written() is None
+        (tmp_path / "go").touch()
+
+        assert job.result() == {"part": 2}
+        assert list(job.steps()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("output.write_text('{}')\nsys.exit('error: no such file')", "no such file"),
+        ("sys.exit(3)", "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "out of memory?"),
+    ],
+)
+def test_one_that_fails_says_why(lines: str, reason: str, worker: Words, tmp_path: Path) -> None:
+    with pytest.raises(ChildError, match=reason.replace("?", r"\?")):
+        json_of(worker(lines), tmp_path)
+
+
+def test_a_cancelled_one_ends_with_all_that_it_has_started(worker: Words, tmp_path: Path) -> None:
+    words = worker(
+        "child = subprocess.Popen(['sleep', '600'])\nprint(child.pid, file=sys.stderr, flush=True)\nsignal.pause()"
+    )
+    jobs = Jobs()
+    with jobs.start("a", words, tmp_path) as job:
+        child = int(next(step for step in job.steps() if step.line).line)
+        jobs.cancel("b")
+        assert not job.cancelled
+        jobs.cancel("a")
+        with pytest.raises(ChildError, match=r"^Cancelled\.$"):
+            job.result()
+
+    while _is_alive(child):
+        Event().wait(0.01)
+
+
+def test_a_new_one_of_the_same_visit_ends_the_one_before(worker: Words, tmp_path: Path) -> None:
+    words, jobs = worker("signal.pause()"), Jobs()
+    first = jobs.start("a", words, tmp_path)
+    second = jobs.start("a", words, tmp_path)
+
+    with first, pytest.raises(ChildError, match="Cancelled"):
+        first.result()
+    assert not second.cancelled
+    with second:
+        pass
+    assert second.cancelled
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
