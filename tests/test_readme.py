@@ -13,6 +13,7 @@ import pytest
 import yaml
 from mlx_lm.utils import load_tokenizer
 from support.prepared import Prepared, run_module
+from support.tiny import CHAT_TEMPLATE
 
 import mlx_cpo_plugin
 from mlx_cpo_plugin import cli, data, plugins
@@ -84,7 +85,11 @@ def test_every_row_is_read(page: str, settings: dict[str, Any], tmp_path: Path) 
     rows = "".join(blocks("json", page))
     (tmp_path / "rows.jsonl").write_text(rows)
     tokenizer = load_tokenizer(settings["model"])
-    resolved = resolve({**settings, "data": str(tmp_path / "rows.jsonl")}).settings
+    with_calls = CHAT_TEMPLATE.replace(
+        "<|im_end|>", "{{ message.tool_calls | tojson if message.tool_calls }}<|im_end|>"
+    )
+    values = {**settings, "data": str(tmp_path / "rows.jsonl"), "chat_template": with_calls}
+    resolved = resolve(values).settings
 
     train, _, _ = data.load_dataset(resolved, tokenizer)
 
@@ -153,8 +158,11 @@ def test_the_page_about_losses_has_every_loss_and_preset() -> None:
 @pytest.mark.parametrize("page", FOR_USERS)
 def test_every_key_in_yaml_exists(page: str) -> None:
     for block in blocks("yaml", page):
-        if page != "docs/sweep.md":
-            assert set(yaml.safe_load(block)) <= {*options(), "train_mode"}
+        if page == "docs/sweep.md":
+            continue
+        values = yaml.safe_load(block)
+        assert set(values) <= {*options(), "train_mode"}
+        resolve({"train_mode": "cpo", "train": True, **values})  # which refuses values and what contradicts itself
     for key in re.findall(r"`([a-z_0-9]+): [^`]*`", FOR_USERS[page]):
         assert key in {*options(), "train_mode", "rank_margin", *OF_OTHERS}, key
 
