@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError, named
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def run_sweep(chosen: argparse.Namespace) -> int:
     print(f"{len(sweep.settings)} settings, {len(sweep.runs)} runs, of which {done} are finished, in {sweep.output}.")
     for line in _no_longer_asked_for(sweep):
         print(line)
-    outcomes = there if chosen.no_more_runs else carry_out(sweep, in_a_process, lambda line: print(line, flush=True))
+    outcomes = there
+    if not chosen.no_more_runs:
+        with lasting_output():  # hours of runs do not end because nobody reads any more
+            outcomes = carry_out(sweep, in_a_process, lambda line: print(line, flush=True))
     results = results_of(sweep, outcomes)
     if not any(result.finished for result in results):
         if chosen.no_more_runs:

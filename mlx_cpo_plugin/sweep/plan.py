@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import ConfigError, DataError, named
+from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
@@ -29,8 +30,8 @@ METRICS = ("verdict", "accuracy", "nll", "margin", "loss")
 KEYS = ("base", "grid", "random", "seeds", "metric", "halve_at", "output")
 MOST_RUNS = 10_000
 # What is decided by the sweep in a configuration: each run has a folder of its own, and is continued there.
-_OF_SWEEP: Values = {"fuse": False, "resume": "auto"}
-_NOT_SWEPT = ("adapter_path", "config", "fuse", "resume", "seed", "train", "train_mode")
+_OF_SWEEP: Values = {"fuse": False, "push_to_hub": None, "resume": "auto"}
+_NOT_SWEPT = ("adapter_path", "config", *_OF_SWEEP, "seed", "train", "train_mode")
 _WITHOUT_SEED = ("adapter_path", "fuse")
 _UNIFORM, _LOG = "uniform", "log"
 _DIGITS = 4
@@ -118,10 +119,10 @@ def read_sweep(file: Path, output: Path | None = None) -> Sweep:
             f"{named(str(file))} asks for more than {MOST_RUNS:,} runs; make the grid smaller.", key="grid"
         )
     runs: dict[str, PlannedRun] = {}
-    rows = _RowDigests()
+    inputs = _Inputs()
     for options in settings or [{}]:
         for seed in seeds:
-            run = _planned(options, seed, base, given, rows)
+            run = _planned(options, seed, base, given, inputs)
             runs.setdefault(run.digest, run)
     metric = check(_METRIC, values.get("metric") or METRICS[0], place)
     folder = output or Path(
@@ -160,7 +161,7 @@ def with_options(values: Values, options: Mapping[str, object]) -> Values:
 
 
 def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
     return "".join(character if character.isalnum() or character in ".-+" else "-" for character in text)
 
 
@@ -266,7 +267,7 @@ def _fractions(given: object, place: Place) -> tuple[float, ...]:
     return tuple(sorted(set(fractions)))
 
 
-def _planned(options: Values, seed: int, base: YamlSettings, sweep: YamlSettings, rows: _RowDigests) -> PlannedRun:
+def _planned(options: Values, seed: int, base: YamlSettings, sweep: YamlSettings, inputs: _Inputs) -> PlannedRun:
     """Return a run whose settings hold; raises ConfigError as the run would, with the line of the sweep file."""
     values = with_options(base.values, {**options, "seed": seed, **_OF_SWEEP})
     names = {key.partition(".")[0] for key in options} | {"seed", *_OF_SWEEP}
@@ -275,7 +276,7 @@ def _planned(options: Values, seed: int, base: YamlSettings, sweep: YamlSettings
     where = f"in {named(sweep.file)}"
     try:
         settings = resolve(varied, kept, call_place=where).settings
-        digest = rows.of(settings)
+        digest = inputs.digest_of(settings)
     except ConfigError as error:
         key = next((key for key in _lines_of(error.key, options, sweep) if key), "")
         if error.place != where or not key:
@@ -296,14 +297,23 @@ def _lines_of(key: str, options: Values, sweep: YamlSettings) -> Iterator[str]:
                 yield line
 
 
-class _RowDigests:
-    """Digests of the rows that runs read, each set of them read once."""
+class _Inputs:
+    """What runs read, each model's tokenizer and each set of rows once."""
 
     def __init__(self) -> None:
+        self._models: set[str] = set()
         self._known: dict[str, str] = {}
 
-    def of(self, settings: RunSettings) -> str:
-        """Return the digest of the rows; raises DataError where there are none to validate on."""
+    def digest_of(self, settings: RunSettings) -> str:
+        """Return the digest of the rows.
+
+        Raises:
+            ConfigError: there is no such model.
+            DataError: the rows cannot be read, or there are none to validate on.
+        """
+        if settings.model not in self._models:
+            load_chat_tokenizer(settings.model)
+            self._models.add(settings.model)
         if settings.val_batches == 0:
             raise DataError("val_batches is 0, but a sweep compares validations: set it to -1.", key="val_batches")
         key = repr([settings.data, settings.hf_dataset, settings.valid_fraction, settings.completion_pairs])

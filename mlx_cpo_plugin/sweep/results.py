@@ -202,7 +202,7 @@ def table(sweep: Sweep, results: Sequence[SettingResult]) -> str:
 
 
 def _cell(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    text = f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 

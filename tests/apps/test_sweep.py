@@ -211,21 +211,32 @@ def test_one_run_is_no_sweep_and_rows_to_validate_on_are_needed(
         read_sweep(write(seeds=2, output=str(tmp_path / "sweep.yaml")))
 
 
+def test_a_model_that_is_not_there_is_told_before_anything_trains(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    with refused(ConfigError, key="model"):
+        read_sweep(write(grid={"model": [str(tmp_path / "none"), str(tmp_path / "neither")]}))
+
+
 def test_each_run_is_the_base_with_its_options_in_a_folder_of_its_own(
     write: Callable[..., Path], base: dict[str, Any]
 ) -> None:
     launch = Pretended(by_beta)
+    base |= {"fuse": True, "push_to_hub": "account/name"}
 
     outcomes = done(read_sweep(write(grid={"beta": [0.05, 0.1]}, seeds=2)), launch)
 
     assert launches(launch, "beta", "seed") == [(0.05, 0), (0.05, 1), (0.1, 0), (0.1, 1)]
     assert {outcome.status for outcome in outcomes.values()} == {FINISHED}
     for config in launch.launched:
-        own = {"beta", "seed", "adapter_path", "resume", "fuse", "train_mode"}
+        own = {"beta", "seed", "adapter_path", "resume", "fuse", "push_to_hub", "train_mode"}
         assert {key: value for key, value in config.items() if key not in own} == {
             key: value for key, value in base.items() if key not in own
         }
         assert (config["resume"], config["fuse"], config["train_mode"]) == ("auto", False, "cpo")
+        assert "push_to_hub" not in config
     assert len(set(launches(launch, "adapter_path"))) == 4
 
 
