@@ -82,6 +82,12 @@ class Outcome:
         """Return how a figure has changed since the validation before training."""
         return number(self.after or {}, f"{FIGURES[name].metric}_change")
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word; ``-`` where there is none."""
+        value = self.figure("verdict")
+        return OUTCOMES[int(value)] if value in OUTCOMES else "-"
+
     def stderr(self, name: str) -> float:
         """Return the standard error of the change over the validation pairs."""
         return number(self.after or {}, f"{FIGURES[name].metric}_stderr")
@@ -224,7 +230,7 @@ def _figure(result: SettingResult, name: str) -> str:
 
 def _status(result: SettingResult) -> str:
     """Return the verdicts of the finished runs, and what has become of the others."""
-    words = [OUTCOMES.get(int(value), "") for o in result.finished if math.isfinite(value := o.figure("verdict"))]
+    words = [outcome.word for outcome in result.finished]
     words += [
         outcome.status + (f": {_cell(outcome.reason)}" if outcome.reason else "")
         for outcome in result.outcomes

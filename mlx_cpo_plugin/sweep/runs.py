@@ -21,7 +21,7 @@ from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described
 from mlx_cpo_plugin.sweep.results import (
     FAILED,
     FINISHED,
-    WAITING,
+    RESULT,
     Outcome,
     read_result,
     record_of,
@@ -53,49 +53,70 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
     Raises:
         ConfigError: another sweep is writing to the folder.
     """
-    given_up: dict[str, str] = {}
+    failed: set[str] = set()
     with only_run_in(sweep.output):
-        for part in (*sweep.halve_at, 1.0):
-            going_on = [run for run in sweep.runs if run.digest not in given_up]
+        for number, part in enumerate((*sweep.halve_at, 1.0)):
+            given_up = runs_given_up(sweep, sweep.halve_at[:number])
+            if number:
+                at = sweep.halve_at[number - 1]
+                say(f"After {at:.0%} of a run {len(given_up)} of {len(sweep.runs)} are given up.")
+            going_on = [run for run in sweep.runs if run.digest not in {*given_up, *failed}]
             for place, run in enumerate(going_on, 1):
-                _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}")
-            if part < 1:
-                for run in _worse_half(sweep, going_on, part):
-                    given_up[run.digest] = f"worse than half of the settings after {part:.0%} of the run"
-                say(f"After {part:.0%} of a run {len(given_up)} of {len(sweep.runs)} runs are given up.")
-    return outcomes_of(sweep, given_up)
+                if not _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}"):
+                    failed.add(run.digest)
+    return outcomes_of(sweep)
 
 
-def outcomes_of(sweep: Sweep, given_up: dict[str, str] | None = None) -> dict[str, Outcome]:
+def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
     """Return how each run stands, by its digest."""
-    reasons = given_up or {}
+    reasons = runs_given_up(sweep, sweep.halve_at)
     return {run.digest: Outcome.of(run, folder_of(sweep, run), reasons.get(run.digest, "")) for run in sweep.runs}
+
+
+def runs_given_up(sweep: Sweep, parts: Sequence[float]) -> dict[str, str]:
+    """Return the runs that are not continued after these parts of a run, as far as all have got there, and why."""
+    given_up: dict[str, str] = {}
+    for part in parts:
+        settings: dict[str, list[Outcome]] = {}
+        for run in sweep.runs:
+            folder = folder_of(sweep, run)
+            if run.digest in given_up or read_result(folder).get("status") == FAILED:
+                continue
+            row = validation_at(folder, part)
+            if row is None:
+                return given_up
+            settings.setdefault(described(run.options), []).append(Outcome(run, folder, after=row))
+        ordered = sorted(settings.values(), key=lambda outcomes: score_of(outcomes, sweep.metric), reverse=True)
+        for outcome in (outcome for outcomes in ordered[math.ceil(len(ordered) / 2) :] for outcome in outcomes):
+            given_up[outcome.run.digest] = f"worse than half of the settings after {part:.0%} of the run"
+    return given_up
 
 
 def _advance(
     sweep: Sweep, run: PlannedRun, part: float, launch: Launch, say: Callable[[str], None], place: str
-) -> None:
-    """Train a run as far as ``part`` of it, unless it is there already."""
+) -> bool:
+    """Train a run as far as ``part`` of it, unless it is there already; return whether that went well."""
     folder = folder_of(sweep, run)
-    told = f"Run {place}: {described({**run.options, 'seed': run.seed})}"
-    status = read_result(folder).get("status", WAITING)
-    if status == FINISHED or (part < 1 and (status == FAILED or validation_at(folder, part))):
-        return
-    say(f"{told} ...")
+    if read_result(folder).get("status") == FINISHED or (part < 1 and validation_at(folder, part)):
+        return True
+    say(f"Run {place}: {described({**run.options, 'seed': run.seed})} ...")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)  # that it failed once
     values = {**run.values, "adapter_path": str(folder)}
     replace_whole(folder / CONFIG, lambda partial: partial.write_text(dump_settings(values), encoding="utf-8"))
     started = time.monotonic()
     code, last_line = launch(folder, lambda: part < 1 and validation_at(folder, part) is not None)
     if code and not (code in _STOPPED and part < 1 and validation_at(folder, part)):
-        write_result(folder, run, FAILED, last_line or f"exit code {code}")
-        say(f"  failed: {last_line or f'exit code {code}'} (see {folder / CONSOLE})")
-        return
+        reason = last_line or f"exit code {code}"
+        write_result(folder, run, FAILED, reason)
+        say(f"  failed: {reason} (see {folder / CONSOLE})")
+        return False
     if code == 0:
         write_result(folder, run, FINISHED)
     outcome = Outcome.of(run, folder)
-    verdict = "" if outcome.after is None else f"accuracy {outcome.figure('accuracy'):.1%}, "
-    say(f"  {FINISHED if code == 0 else 'stopped'}: {verdict}{time.monotonic() - started:.0f} s")
+    figure = f"{outcome.word}, accuracy {outcome.figure('accuracy'):.1%}, " if outcome.after else ""
+    say(f"  {FINISHED if code == 0 else 'paused'}: {figure}{time.monotonic() - started:.0f} s")
+    return True
 
 
 def validation_at(folder: Path, part: float) -> Row | None:
@@ -105,20 +126,6 @@ def validation_at(folder: Path, part: float) -> Row | None:
         return None
     least = math.ceil(part * record.iters)
     return next((row for row in record.valid if number(row, "iteration") >= max(least, 2)), None)
-
-
-def _worse_half(sweep: Sweep, runs: Sequence[PlannedRun], part: float) -> list[PlannedRun]:
-    """Return the runs of the settings that do worse than the better half, by their validations at ``part``."""
-    settings: dict[str, list[PlannedRun]] = {}
-    for run in runs:
-        settings.setdefault(described(run.options), []).append(run)
-
-    def worth(of_setting: list[PlannedRun]) -> tuple[float, ...]:
-        rows = [(run, folder, validation_at(folder, part)) for run in of_setting if (folder := folder_of(sweep, run))]
-        return score_of([Outcome(run, folder, after=row) for run, folder, row in rows], sweep.metric)
-
-    ordered = sorted(settings.values(), key=worth, reverse=True)
-    return [run for of_setting in ordered[math.ceil(len(ordered) / 2) :] for run in of_setting]
 
 
 def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:

@@ -306,6 +306,20 @@ def test_of_settings_that_do_worse_half_way_only_the_better_half_goes_on(write: 
     assert results_of(sweep, outcomes)[0].name == "beta 0.4"
 
 
+def test_a_run_that_fails_before_the_half_is_tried_again_by_the_next_call_and_then_takes_part(
+    write: Callable[..., Path],
+) -> None:
+    launch = Pretended(by_beta, fails=[2])
+    sweep = read_sweep(write(grid={"beta": [0.1, 0.4, 0.2]}, metric="accuracy", halve_at=0.5))
+
+    first = [one.status for one in done(sweep, launch).values()]
+    again = [one.status for one in done(sweep, launch).values()]
+
+    assert first == [GIVEN_UP, FAILED, FINISHED]
+    assert again == [GIVEN_UP, FINISHED, FINISHED]
+    assert launches(launch, "beta") == [(0.1,), (0.4,), (0.2,), (0.2,), (0.4,), (0.4,)]
+
+
 def outcome(accuracy: float, nll: float = 1.0, verdict: float = 0.0) -> Outcome:
     row = {"val_accuracies": accuracy, "val_nll_loss": nll, "val_verdict": verdict, "val_loss": nll, "val_margins": 1.0}
     return Outcome(PlannedRun({}, 0, {}, ""), Path(), FINISHED, after=row)
