@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
 from support.compiled import use_kernels
 from support.fresh_environment import open_workshop
-from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, preference_rows
+from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, write_data
 
 # How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
 hypothesis_settings.register_profile(
@@ -132,12 +132,7 @@ def model_folder(tokenizer_folder: Path) -> Path:
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Path:
     """train, valid and test files of 10, 4 and 4 preference rows."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, count in (("train", 10), ("valid", 4), ("test", 4)):
-        lines = [json.dumps(row) for row in preference_rows(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_data(tmp_path / "data")
 
 
 @pytest.fixture

@@ -168,6 +168,8 @@ def run_compare(chosen: argparse.Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     check_metrics(chosen.metric)
+    if not chosen.rows and (chosen.metric or (_decides(chosen) and not chosen.prompt)):
+        raise ConfigError("--rows 0 leaves no answers to measure; give --rows N, or --prompt for judges.", key="rows")
     deciders = Deciders(chosen)
     comparison = compare(
         chosen.adapter_paths,
@@ -196,3 +198,7 @@ def run_compare(chosen: argparse.Namespace) -> int:
     if fault is not None:
         raise fault
     return 0
+
+
+def _decides(chosen: argparse.Namespace) -> bool:
+    return bool(chosen.reward or chosen.judge or chosen.judge_url)

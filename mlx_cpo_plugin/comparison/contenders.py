@@ -14,6 +14,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
 from mlx_cpo_plugin.run.building import QUANTISED_LOADS, quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
@@ -71,6 +72,8 @@ def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> 
     records = [run_folder(folder) for folder in folders]
     first = next((record for record in records if (record / RUN_SETTINGS).is_file()), records[0])
     settings = run_settings(first, model, data)
+    run = run_in(first)
+    settings.begun = run.begun if run else None  # which templates tell that print the date
     found = [Contender(BASE, settings)]
     for folder, record, kind, name in zip(folders, records, kinds, distinct_names(folders), strict=True):
         own = settings

@@ -11,8 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
-from mlx_cpo_plugin.checkpoints.run_identity import run_in
-from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on, run_folder
+from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on
 from mlx_cpo_plugin.comparison.preference import LengthGroup, Preferences, length_groups, preferences
 from mlx_cpo_plugin.comparison.questions import Question, Say, held_out_pairs, own_question, question_of, uncut
 from mlx_cpo_plugin.comparison.text_metrics import Answer
@@ -77,8 +76,6 @@ def compare(
     """
     models = contenders(folders, model, data)
     settings = models[0].settings
-    run = run_in(run_folder(folders[0]))
-    settings.begun = run.begun if run else None  # which templates tell that print the date
     tokenizer = load_chat_tokenizer(settings.model)
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     _check_tokenizers(models, chat_tokenizer)

@@ -417,7 +417,7 @@ def test_rewards_and_a_judge_stand_among_the_measures_and_fit_into_80_columns(
     (tmp_path / "r.py").write_text(
         "def length(prompts, completions, **_): return [len(text) for text in completions]\n"
     )
-    words = [settings["adapter_path"], "--prompt", "Hi", "--rows", "2", "--max-tokens", "6"]
+    words = [settings["adapter_path"], "--prompt", "Hi", "--rows", "2", "--max-tokens", "4"]
     of_judge = ["--judge-url", fake.url, "--judge-model", "judge-1"]
     fake.replies[:] = [completion("A")]
 
@@ -452,6 +452,8 @@ def test_rewards_and_a_judge_stand_among_the_measures_and_fit_into_80_columns(
         (["--judge-key", "K"], "--judge-key is for an endpoint; give --judge-url, too."),
         (["--judge", "/no/model"], "model names '/no/model', which does not exist"),
         (["--reward", "no_such_module:f"], "--reward no_such_module:f cannot be imported"),
+        (["--judge", "m", "--rows", "0"], "--rows 0 leaves no answers to measure"),
+        (["--metric", "chrf", "--prompt", "Hi", "--rows", "0"], "--rows 0 leaves no answers to measure"),
     ],
 )
 def test_a_mistake_in_who_decides_is_said_before_anything_is_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,12 @@ def preference_rows(count: int) -> list[dict[str, str]]:
         }
         for number in range(count)
     ]
+
+
+def write_data(folder: Path) -> Path:
+    """Write train, valid and test files of 10, 4 and 4 preference rows into a new folder, and return it."""
+    folder.mkdir()
+    for name, count in (("train", 10), ("valid", 4), ("test", 4)):
+        lines = [json.dumps(row) for row in preference_rows(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
