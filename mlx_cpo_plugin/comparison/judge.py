@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from mlx_cpo_plugin.comparison.contenders import load_model
-from mlx_cpo_plugin.comparison.questions import Question, Say
+from mlx_cpo_plugin.comparison.questions import Question, Say, is_told
 from mlx_cpo_plugin.comparison.statistics import duel_figures
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.data.messages import UnusableRow
@@ -67,12 +67,15 @@ def judged(
     def duel(one: int, other: int) -> dict[str, Any]:
         points: list[float] = []
         unclear = 0
-        for number, question in enumerate(questions):
-            say(f"The judge compares {models[one]} with {models[other]}, prompt {number + 1} of {len(questions)}.")
-            verdicts = both_orders(judge, question.text, answers[one][number].text, answers[other][number].text)
+        for number, (question, first, second) in enumerate(
+            zip(questions, answers[one], answers[other], strict=True), 1
+        ):
+            if is_told(number, len(questions)):
+                say(f"The judge compares {models[one]} with {models[other]}, prompt {number} of {len(questions)}.")
+            verdicts = both_orders(judge, question.text, first.text, second.text)
             unclear += verdicts.count(None)
             points.append(verdicts[0] if verdicts[0] is not None and verdicts[0] == verdicts[1] else TIE)
-            if number + 1 == min(len(questions), _PATIENCE) and unclear == 2 * len(points):
+            if number == min(len(questions), _PATIENCE) and unclear == 2 * len(points):
                 raise UserError(
                     f"The judge {named(name)} named no answer in {unclear} replies; give a larger model.", key="judge"
                 )

@@ -13,12 +13,13 @@ from mlx_lm import stream_generate
 
 from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on
 from mlx_cpo_plugin.comparison.preference import LengthGroup, Preferences, length_groups, preferences
-from mlx_cpo_plugin.comparison.questions import Question, Say, held_out_pairs, own_question, question_of, uncut
+from mlx_cpo_plugin.comparison.questions import Question, Say, held_out_pairs, is_told, own_question, question_of, uncut
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.run.building import quantised_load
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.objective import objective_for
 
@@ -83,6 +84,11 @@ def compare(
     questions = [own_question(prompt, chat_tokenizer) for prompt in prompts]
     questions += [question_of(pair, chat_tokenizer) for pair in uncut(held_out[:rows], settings, tokenizer)]
     comparison = Comparison(settings, models, questions, length_groups(held_out) if held_out else [], split)
+    for contender in models[1:]:
+        precision = quantised_load(contender.settings)
+        if precision != quantised_load(settings) and contender.adapter_path is not None:
+            loaded = f"with {precision}" if precision else "unquantised"
+            say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
     with compile_where_it_pays():
         _measure_all(comparison, max_tokens, say)
     return comparison
@@ -128,7 +134,8 @@ def answers(
     """Return the greedy answer to every question, at most ``max_tokens`` long."""
     given = []
     for number, question in enumerate(questions, 1):
-        say(f"The {name} answers prompt {number} of {len(questions)}.")
+        if is_told(number, len(questions)):
+            say(f"The {name} answers prompt {number} of {len(questions)}.")
         text, tokens, finished = "", [], False
         for response in stream_generate(model, tokenizer, question.tokens, max_tokens=max_tokens):
             text += response.text

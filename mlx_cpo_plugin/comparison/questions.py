@@ -18,6 +18,8 @@ from mlx_cpo_plugin.settings.config import RunSettings
 
 USER_PROMPT = "prompt"
 Say = Callable[[str], None]
+# Many prompts are told of now and then.
+_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,8 @@ def question_of(pair: PreferencePair, tokenizer: ChatTokenizer) -> Question:
     chosen, rejected = (tokenizer.without_end(tokenizer.decode(ids))[0].strip() for ids in (pair.chosen, pair.rejected))
     text = tokenizer.readable(pair.prompt)
     return Question(pair.source, tokenizer.decode(pair.prompt), text, pair.prompt.tolist(), chosen, rejected)
+
+
+def is_told(number: int, count: int) -> bool:
+    """Whether there is a line of progress for one of many prompts, counted from 1."""
+    return number in (1, count) or number % max(1, count // _TOLD) == 0
