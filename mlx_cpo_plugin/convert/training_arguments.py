@@ -222,13 +222,29 @@ def put_interval(conversion: Conversion, key: str, iterations: int | None, given
 
 
 def convert_tracking(source: Source, conversion: Conversion) -> None:
-    """Convert ``report_to``, ``project`` and ``run_name``; nothing is reported where the file does not say so."""
+    """Convert where reports and the model go to; nothing leaves the machine where the file does not say so."""
+    _convert_hub(source, conversion)
     wanted = source.raw("report_to", [])
     names = [str(name) for name in (wanted if isinstance(wanted, list) else str(wanted).split(","))]
     put_trackers(conversion, [name.strip() for name in names if not is_off(name.strip())])
     project, run_name = source.raw("project"), source.raw("run_name")
     if conversion.settings.get("report_to"):
         conversion.settings |= merged({"project": project, "run_name": run_name and str(run_name).replace("/", "-")})
+
+
+def _convert_hub(source: Source, conversion: Conversion) -> None:
+    """Convert ``push_to_hub``, which is the name of the repository here, and private by default."""
+    if not source.flag("push_to_hub"):
+        return
+    name = source.text("hub_model_id")
+    if name is None:
+        conversion.tell("push_to_hub is the name of a repository here; set it to have the adapter pushed.")
+        return
+    conversion.settings["push_to_hub"] = name
+    if source.flag("hub_private_repo", True):
+        conversion.tell("push_to_hub makes a private repository; set hub_private_repo: false for a public one.")
+    else:
+        conversion.settings["hub_private_repo"] = False
 
 
 def put_trackers(conversion: Conversion, names: list[str]) -> None:

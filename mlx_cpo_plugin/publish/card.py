@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path, PurePath
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -148,7 +150,7 @@ def model_card(
 def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
     """Write a card and its plot into a folder and return the card's name.
 
-    It is ``README.md``, or ``MODEL_CARD.md`` beside one that a person wrote or edited.
+    It is ``README.md``, or ``MODEL_CARD.md`` beside one that a person wrote or edited, and so on.
 
     Args:
         replacing: the folder that ``folder`` is going to replace, whose edited ``README.md`` is carried over; then
@@ -157,12 +159,12 @@ def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
     Raises:
         OSError: a file cannot be written.
     """
-    present = (replacing or folder) / CARD_FILE
-    name = CARD_FILE
-    if is_edited(present):
-        name = BESIDE
-        if replacing is not None:
-            shutil.copyfile(present, folder / CARD_FILE)
+    names = (CARD_FILE, BESIDE, *(f"MODEL_CARD-{number}.md" for number in range(2, 100)))
+    edited = list(takewhile(lambda name: is_edited((replacing or folder) / name), names))
+    name = names[len(edited)]
+    if replacing is not None:
+        for kept in edited:
+            shutil.copyfile(replacing / kept, folder / kept)
     replace_whole(folder / name, lambda partial: partial.write_text(card.text, encoding="utf-8"))
     if card.plot:
         replace_whole(folder / PLOT_FILE, lambda partial: partial.write_bytes(card.plot))
@@ -234,19 +236,24 @@ def _metadata(record: RunRecord, form: Form, kind: str, base: str) -> str:
 
 
 def _introduction(record: RunRecord, form: Form, kind: str, base: str) -> str:
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{_shown(record.settings.get('model'))}`"
     text = (
         f"This {form.title.format(_KINDS.get(kind, kind))} was trained on preference pairs with CPO (Contrastive "
         f"Preference Optimisation, [arXiv 2401.08417](https://arxiv.org/abs/2401.08417)) by "
-        f"mlx-cpo-plugin. Its base model is {named}"
+        f"mlx-cpo-plugin."
     )
+    local = _shown(record.settings.get("model"))
+    if not base and not local:  # a model that was loaded already
+        return text
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{local}`"
     precision = next((name for name in PRECISIONS if record.settings.get(name)), None)
-    return text + (f", quantised while loading (`{precision}`)." if precision else ".")
+    return f"{text} Its base model is {named}" + (f", quantised while loading (`{precision}`)." if precision else ".")
 
 
 def _use(record: RunRecord, form: Form, base: str, here: str) -> str:
-    base = base or _shown(record.settings.get("model"))
-    name = re.sub(r"[^\w.-]", "-", here.rpartition("/")[2]).lower()
+    base = base or _shown(record.settings.get("model")) or "MODEL"
+    if form.language == "sh":
+        base, here = quote(base), quote(here)
+    name = re.sub(r"[^\w.-]", "-", here.rpartition("/")[2].strip("'")).lower()
     return f"## Use\n\n```{form.language}\n{form.commands.format(base=base, here=here, name=name)}\n```"
 
 
@@ -338,6 +345,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _shown(name: object) -> str:
-    return (
-        printable(without_paths(name)).replace("`", "'") if isinstance(name, str) and name else "a model without a name"
-    )
+    """Return the name of a model or data set as text without a path; nothing where there is none."""
+    return printable(without_paths(name)).replace("`", "'") if isinstance(name, str) else ""

@@ -23,6 +23,7 @@ def run_push(chosen: argparse.Namespace) -> int:
         HubError: there is nothing to push, or the hub refuses it or cannot be reached.
         ReportError: the run's settings cannot be read.
     """
+    from mlx_cpo_plugin.data.rows import first_few
     from mlx_cpo_plugin.publish.hub import push, upload_of
     from mlx_cpo_plugin.settings.nested import repository
 
@@ -33,7 +34,7 @@ def run_push(chosen: argparse.Namespace) -> int:
     for name, size in upload.sizes().items():
         print(f"{size:>16,}  {name}")
     if upload.left_out:
-        print(f"Not pushed: {', '.join(upload.left_out)}.")
+        print(f"Not pushed: {first_few(upload.left_out, 12)}.")
     if chosen.dry_run:
         visible = "public" if chosen.public else "private"
         print(f"Nothing is pushed: this is what would go to {chosen.repo} ({visible}).")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +166,8 @@ def _local_paths_removed(value: object) -> object:
         return {key: _local_paths_removed(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_local_paths_removed(inner) for inner in value]
-    is_local = isinstance(value, str) and "\n" not in value and (os.path.isabs(value) or value.startswith("~"))
+    # A token such as "/think" begins with a slash, too.
+    is_local = isinstance(value, str) and value.startswith(("/", "~/")) and len(Path(value).parts) > 2
     return without_paths(value) if is_local else value
 
 

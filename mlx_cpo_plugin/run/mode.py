@@ -143,11 +143,12 @@ def describe(settings: RunSettings, sets: Sets) -> None:
     }
     try:
         record_data(folder, run, data)
-        name = write_card(model_card(folder), folder)
+        fused = fused_folder(settings) if settings.fuse else folder
+        merged = "`config.json` and `model*.safetensors`: the model with the adapter merged"
+        name = write_card(model_card(folder, notes=[merged] if settings.fuse and fused == folder else ()), folder)
         record_files(folder, [name, PLOT_FILE])
         print(f"Model card: {folder / name}")
-        if settings.fuse and fused_folder(settings) != folder:
-            fused = fused_folder(settings)
+        if fused != folder:
             write_card(model_card(folder, "mlx", here=fused.name), fused)
     except (OSError, UserError) as error:
         print(f"Warning: the model card cannot be written ({first_line(error)}).")

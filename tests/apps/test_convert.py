@@ -696,6 +696,26 @@ def test_trackers(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> No
     assert {key: settings[key] for key in ("report_to", "project", "run_name") if key in settings} == ours
 
 
+@pytest.mark.parametrize("name", ["trl", "llama-factory"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"push_to_hub": True, "hub_model_id": "me/it"}, {"push_to_hub": "me/it"}),
+        (
+            {"push_to_hub": True, "hub_model_id": "me/it", "hub_private_repo": False},
+            {"push_to_hub": "me/it", "hub_private_repo": False},
+        ),
+        ({"push_to_hub": True}, {}),
+        ({"push_to_hub": False, "hub_model_id": "me/it"}, {}),
+    ],
+)
+def test_a_push_goes_to_the_same_repository(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    conversion = converted(name, theirs)
+
+    assert {key: value for key, value in conversion.settings.items() if "hub" in key} == ours
+    assert ("push_to_hub" in told(conversion)) == (theirs["push_to_hub"] and "hub_private_repo" not in ours)
+
+
 def test_the_best_checkpoint_is_kept_and_loaded_by_the_same_measure() -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins", "save_total_limit": 3}
     ours = converted("trl", best).settings

@@ -136,10 +136,16 @@ class TestContents:
         assert metadata(text)["base_model"] == "account/base"
         assert "somebody" not in text
 
+    def test_a_name_with_spaces_is_quoted_in_commands(self, adapter: Path) -> None:
+        change_settings(adapter, model="/home/somebody/my model")
+
+        assert "--model 'my model' --adapter-path polite" in section(model_card(adapter).text, "Use")
+
     def test_what_a_run_has_not_left_is_left_out(self, tmp_path: Path) -> None:
         text = model_card(tmp_path).text
 
         assert metadata(text)["tags"] == ["mlx", "cpo", "lora"]
+        assert "model is" not in text
         assert not {"## Results", "## Settings", "## Training data", "## Versions"} & set(text.splitlines())
 
     @given(st.lists(st.text("abc._- ", min_size=1).filter(lambda part: part.strip(". ")), min_size=2, max_size=5))
@@ -181,6 +187,10 @@ class TestFiles:
         assert write_card(model_card(adapter), adapter) == BESIDE
         assert file.is_dir() or file.read_bytes() == changed[change]
         assert (adapter / BESIDE).read_bytes() == written
+
+        (adapter / BESIDE).write_text("# Mine, too\n")
+        assert write_card(model_card(adapter), adapter) == "MODEL_CARD-2.md"
+        assert (adapter / BESIDE).read_text() == "# Mine, too\n"
 
     def test_an_export_over_another_carries_an_edited_card_over(self, adapter: Path, tmp_path: Path) -> None:
         old, new = tmp_path / "old", tmp_path / "new"

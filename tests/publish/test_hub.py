@@ -36,6 +36,12 @@ class TestFiles:
         assert isinstance(content, bytes)
         assert json.loads(content) == {"fine_tune_type": "dora", "model": "m"}
 
+    def test_what_only_looks_like_a_path_stays(self, adapter: Path) -> None:
+        values = {"tokens": ["/think", "/", "//", "a/b/c"], "template": "/{{ a }}/b"}
+        (adapter / "adapter_config.json").write_text(json.dumps(values))
+
+        assert upload_of(adapter, "polite").files["adapter_config.json"] == adapter / "adapter_config.json"
+
     def test_an_edited_card_goes_as_it_is(self, adapter: Path) -> None:
         (adapter / CARD_FILE).write_text("# Mine\n")
 
