@@ -21,7 +21,7 @@ from mlx_cpo_plugin.settings.command_line import (
     host_defaults,
     known_options,
 )
-from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, CPOSettings, Preset
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, SIMPO_GAMMA, CPOSettings, Preset
 from mlx_cpo_plugin.settings.options import (
     COMMON_OPTIONS,
     PRECISIONS,
@@ -38,6 +38,8 @@ from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
 LARGE_BETA = 0.1
+# SimPO and AlphaPO are published with 2 and more.
+SMALL_BETA = 1.0
 
 
 @dataclass
@@ -227,6 +229,10 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     usual = [LARGE_BETA, *(option.default for option in loss.options if option.name == "beta")] if loss else []
     if loss and loss.reads("beta") and not loss.length_normalised and settings.beta > max(usual):
         notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")
+    if loss and loss.reads(SIMPO_GAMMA.name) and settings.beta < SMALL_BETA:
+        notes.append(
+            f"beta is {settings.beta:g}: {loss.name} averages log-probs over an answer's tokens; from 2 to 10 is usual."
+        )
     if settings.reference_model_path and loss is not None:
         notes.append(f"reference_model_path has no effect: {settings.train_mode} uses no reference model.")
     if settings.iters is not None and settings.epochs is not None:

@@ -17,14 +17,15 @@ from mlx_cpo_plugin.studio import document
 from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.train_tab import Form
 
 BINS = 24
 SHOWN_AT_ONCE = 3
 PARTS = ("prompt", "chosen", "rejected")
 
 
-def build_check_tab(root: Path, yaml: gr.Code, jobs: Jobs) -> None:
-    """Lay out the tab; the configuration that ``yaml`` holds is looked at."""
+def build_check_tab(root: Path, form: Form, jobs: Jobs) -> None:
+    """Lay out the tab; the configuration that the form stands for is looked at."""
     with gr.Row():
         button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
         cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="check-cancel")
@@ -79,9 +80,10 @@ def build_check_tab(root: Path, yaml: gr.Code, jobs: Jobs) -> None:
     def end(request: gr.Request) -> None:
         jobs.cancel(request.session_hash)
 
-    button.click(
+    form.controls.on(
+        button.click,
         check,
-        [yaml, *confirmation.parts],
+        confirmation.parts,
         [said, summary, *histograms, pairs, button, cancel, *confirmation.parts],
         show_progress="hidden",
         concurrency_limit=None,

@@ -48,10 +48,11 @@ def _serve(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.studio import document, page, server
 
     root = Path.cwd()
-    text, name = document.new_document(), ""
+    name = ""
     if chosen.config is not None:
         path = document.path_in(root, str(chosen.config))
-        text, name = document.read_document(path), str(path.relative_to(root))
+        document.read_document(path)  # what cannot be opened is refused at once
+        name = str(path.relative_to(root))
     port = server.free_port(chosen.port)
-    server.serve(page.build_page(root, text, name), port, page.appearance(), not chosen.no_browser)
+    server.serve(page.build_page(root, name), port, page.appearance(), not chosen.no_browser)
     return 0

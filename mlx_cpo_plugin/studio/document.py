@@ -16,9 +16,9 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from mlx_cpo_plugin.checkpoints.adapter import write_atomically
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import Resolved, resolve
-from mlx_cpo_plugin.settings.cpo_options import PRESETS
+from mlx_cpo_plugin.settings.options import PRECISIONS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, read_yaml
-from mlx_cpo_plugin.studio.form import LOSS_KEY, MODE, Content, Field
+from mlx_cpo_plugin.studio.form import LOSS_KEY, MODE, PRESET_KEY, QUANTISATION, Content, Field, loss_of_preset
 
 SUFFIXES = (".yaml", ".yml")
 UNSAVED = "the form"
@@ -45,9 +45,12 @@ def read_document(path: Path) -> str:
 
 
 def contents_of(text: str, fields: Iterable[Field]) -> dict[str, Content]:
-    """Return what each control holds for a file, by key."""
+    """Return what each control holds for a file, by key; the loss is that of a preset where the file names no other."""
     values = parse_settings(text, UNSAVED).values
-    return {field.key: field.content_of(_looked_up(values, field.key)) for field in fields}
+    contents = {field.key: field.content_of(_looked_up(values, field.key)) for field in fields}
+    if values.get(LOSS_KEY) is None and (loss := loss_of_preset(contents.get(PRESET_KEY))):
+        contents[LOSS_KEY] = loss
+    return contents
 
 
 def with_contents(text: str, contents: Mapping[str, Content], fields: Iterable[Field]) -> str:
@@ -66,10 +69,12 @@ def with_contents(text: str, contents: Mapping[str, Content], fields: Iterable[F
     before = contents_of(text, fields)
     for field in fields:
         content = contents.get(field.key)
+        if field.key == LOSS_KEY and document.get(LOSS_KEY) is None:  # then a preset decides
+            before[LOSS_KEY] = loss_of_preset(contents.get(PRESET_KEY)) or field.default
         if content != before[field.key]:
             _set(document, field, content)
     for field in fields:
-        if _goes_unread(field, document, contents):
+        if _goes_unread(field, contents):
             _set(document, field, None)
     stream = io.StringIO()
     editor.dump(document, stream)
@@ -119,6 +124,11 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
     return path
 
 
+def is_same(text: str, other: str) -> bool:
+    """Whether two texts are the same file, whatever line breaks end it."""
+    return text.rstrip("\n") == other.rstrip("\n")
+
+
 def save_document(text: str, path: Path) -> None:
     """Write a configuration file atomically, with a line break at its end.
 
@@ -144,6 +154,8 @@ def _editor() -> YAML:
 
 
 def _looked_up(values: Mapping[str, Any], key: str) -> Any:
+    if key == QUANTISATION.name:
+        return next((name for name in PRECISIONS if values.get(name) is True), None)
     name, _, inner = key.partition(".")
     value = values.get(name)
     if inner:
@@ -153,6 +165,12 @@ def _looked_up(values: Mapping[str, Any], key: str) -> Any:
 
 def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
     """Write a setting where it differs from what is there; take it out where the control is empty."""
+    if field.option is QUANTISATION:
+        for precision in PRECISIONS:
+            document.pop(precision, None)
+        if content:
+            document[content] = True
+        return
     name, _, inner = field.key.partition(".")
     holder = document
     if inner:
@@ -160,7 +178,7 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
         holder = held if isinstance(held, CommentedMap) else CommentedMap()
     key = inner or name
     value = field.value_of(content)
-    if value is None or (content == field.default and key not in holder):
+    if value is None:
         holder.pop(key, None)
     else:
         holder[key] = _as_typed(content, value)
@@ -170,12 +188,9 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
         document.pop(name, None)
 
 
-def _goes_unread(field: Field, document: CommentedMap, contents: Mapping[str, Content]) -> bool:
+def _goes_unread(field: Field, contents: Mapping[str, Content]) -> bool:
     """Whether the loss does not read what its hidden control still holds, which a run would refuse."""
-    loss = contents.get(LOSS_KEY)
-    if LOSS_KEY not in document:
-        loss = next((preset.values[LOSS_KEY] for preset in PRESETS if preset.name == contents.get("preset")), loss)
-    unread = bool(field.read_by) and loss not in field.read_by
+    unread = bool(field.read_by) and contents.get(LOSS_KEY) not in field.read_by
     return unread and field.value_of(contents.get(field.key)) not in (None, field.option.default)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
-from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS
 from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS, OPTIMIZERS
 from mlx_cpo_plugin.settings.options import (
     DATA_OPTIONS,
+    LOSS,
     MODEL_OPTIONS,
     OUTPUT_OPTIONS,
+    PRECISIONS,
     QAT_OPTIONS,
     TRAINING_OPTIONS,
 )
@@ -22,15 +24,33 @@ from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_value
 from mlx_cpo_plugin.types import Option
 
-MODE, LOSS_KEY = "cpo", LOSS_OPTION
-PREFERENCE = "Preference And Judge"
-MODEL_AND_DATA, FINE_TUNE, TRAINING = "Model & Data", "Fine-tune", "Training Settings"
+MODE, LOSS_KEY, PRESET_KEY = "cpo", LOSS_OPTION, "preset"
+PREFERENCE, TRAINING = "Preference And Judge", "Training Settings"
+MODEL_AND_DATA, FINE_TUNE, MORE_TRAINING = "Model & Data", "Fine-tune", "More Training Settings"
 COLUMNS, OUTPUT, QAT = "Dataset Columns", "Output", "QAT"
-BLOCKS = (PREFERENCE, MODEL_AND_DATA, FINE_TUNE, TRAINING, COLUMNS, OUTPUT, QAT)
+BLOCKS = (PREFERENCE, TRAINING, MODEL_AND_DATA, FINE_TUNE, MORE_TRAINING, COLUMNS, OUTPUT, QAT)
 
-# The page decides these: a run of the form always trains, and resuming is a button.
+# What everybody looks for, in the order in which it leads its block.
+LEADING = (
+    LOSS_KEY,
+    "beta",
+    "delta",
+    PRESET_KEY,
+    "cpo_alpha",
+    "iters",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "model",
+)
+QUANTISATION = Option(
+    "quantisation", str, None, "Quantise the base model while loading.", choices=PRECISIONS, optional=True
+)
+"""One control for all keys of ``PRECISIONS``, of which a run takes one."""
+
 CHOICE_TITLES = {"lora": "LoRA", "dora": "DoRA", "full": "Full", **OPTIMIZERS}
-NO_FIELD = ("train", "resume", "reference_model_path")
+# The page decides these: a run of the form always trains, and resuming is a button.
+NO_FIELD = ("train", "resume", "reference_model_path", *PRECISIONS)
 
 Content = str | bool
 """What a control holds: text, a choice or a tick. No text means that the setting is left at its default."""
@@ -65,10 +85,10 @@ class Field:
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, value) of each choice; where nothing may be chosen, too, that comes first."""
         losses = loss_types() if self.key == LOSS_KEY else {}
-        named = [
-            (losses[choice].title if choice in losses else CHOICE_TITLES.get(str(choice), str(choice)), str(choice))
-            for choice in self.option.choices
-        ]
+        titles = CHOICE_TITLES | {name: loss.title for name, loss in losses.items()}
+        if self.option is QUANTISATION:
+            titles = {option.name: option.label.removeprefix("Load in ") for option in MODEL_OPTIONS}
+        named = [(titles.get(str(choice), str(choice)), str(choice)) for choice in self.option.choices]
         return [("none", ""), *named] if self.option.optional else named
 
     @property
@@ -118,18 +138,19 @@ def form_fields() -> list[Field]:
     for title, options in (
         (FINE_TUNE, MODEL_OPTIONS),
         (MODEL_AND_DATA, DATA_OPTIONS),
-        (TRAINING, TRAINING_OPTIONS),
+        (MORE_TRAINING, TRAINING_OPTIONS),
         (OUTPUT, OUTPUT_OPTIONS),
         (QAT, QAT_OPTIONS),
     ):
         blocks |= {option.name: title for option in options}
     blocks["model"] = MODEL_AND_DATA
+    blocks |= dict.fromkeys(("iters", "epochs", "batch_size", "learning_rate"), TRAINING)
     blocks |= {option.name: COLUMNS for option in DATA_OPTIONS if option.name.endswith("_feature")}
 
-    fields = []
+    fields = [Field(QUANTISATION.name, QUANTISATION, FINE_TUNE)]
     for name, option in known_options([train_modes()[MODE]], losses.values()).items():
         readers = tuple(loss.name for loss in losses.values() if loss.reads(name))
-        block = PREFERENCE if readers or name == LOSS_KEY else blocks.get(name, TRAINING)
+        block = PREFERENCE if readers or option.group == LOSS else blocks.get(name, MORE_TRAINING)
         if name == "lora_parameters":
             parts = [replace(part, shown_when=option.shown_when) for part in LORA_PARAMETERS]
             fields += [Field(f"{name}.{part.name}", part, block) for part in parts]
@@ -139,8 +160,12 @@ def form_fields() -> list[Field]:
 
 
 def _rank(key: str) -> int:
-    """Put beta and the loss, which everybody looks for, before what some losses read besides."""
-    return {"beta": 0, LOSS_KEY: 1}.get(key, 2)
+    return LEADING.index(key) if key in LEADING else len(LEADING)
+
+
+def loss_of_preset(name: Content | None) -> str | None:
+    """Return the loss that a preset sets; ``None`` where there is no such preset."""
+    return next((preset.values[LOSS_KEY] for preset in PRESETS if preset.name == name), None)
 
 
 def has_effect(field: Field, contents: Mapping[str, Content], fields: Mapping[str, Field]) -> bool:

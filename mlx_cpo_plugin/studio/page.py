@@ -21,13 +21,12 @@ _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
 
 
-def build_page(root: Path, text: str, name: str) -> gr.Blocks:
+def build_page(root: Path, name: str) -> gr.Blocks:
     """Return the page.
 
     Args:
         root: the folder in which runs start and configurations lie.
-        text: the configuration to begin with.
-        name: its file, below ``root``; may be empty.
+        name: the configuration file to begin with, below ``root``; empty for what was last in the form.
     """
     live, checks, comparisons = LiveRuns(root), Jobs(), Jobs()
 
@@ -43,19 +42,20 @@ def build_page(root: Path, text: str, name: str) -> gr.Blocks:
         banner = gr.HTML("", elem_id="banner")
         with gr.Tabs() as tabs:
             with gr.Tab("Train", id="train"):
-                yaml = build_train_tab(root, text, name)
+                form = build_train_tab(root, name)
             with gr.Tab("Check", id="check"):
-                build_check_tab(root, yaml, checks)
+                build_check_tab(root, form, checks)
             with gr.Tab("Run", id="run") as run_tab:
-                run = build_run_tab(root, yaml, banner, live)
+                run = build_run_tab(root, form, banner, live)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compared = build_compare_tab(root, comparisons)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs = build_runs_tab(root)
         compare_tab.select(lambda: gr.update(choices=run_names(root)), None, compared, show_progress="hidden")
         runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
-        for event in (page.load, run_tab.select):
-            event(run.visit, [run.watched, yaml], run.visited, show_progress="hidden").then(
+        opened = form.load(page.load)
+        for event in (opened.then, run_tab.select):
+            event(run.visit, [run.watched, form.yaml], run.visited, show_progress="hidden").then(
                 run.look, run.inputs, run.outputs, show_progress="hidden"
             )
         page.unload(leave)

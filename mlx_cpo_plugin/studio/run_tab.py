@@ -19,8 +19,12 @@ from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.metrics_file import read_metrics
 from mlx_cpo_plugin.studio.run_view import amounts_written, banner_html, charts_html, console_html, status_html
 from mlx_cpo_plugin.studio.runs_tab import report_of
+from mlx_cpo_plugin.studio.train_tab import Form
+from mlx_cpo_plugin.studio.used_folder import build_used_folder
 
 SECONDS_BETWEEN_LOOKS = 1.0
+# What becomes of a run that the folder holds already.
+RESUME, ASIDE = "resume", "aside"
 
 
 class Seen(NamedTuple):
@@ -61,8 +65,8 @@ class RunTab:
     visited: list[Any]
 
 
-def build_run_tab(root: Path, yaml: gr.Code, banner: gr.HTML, live: LiveRuns) -> RunTab:
-    """Lay out the tab; runs are of the configuration that ``yaml`` holds.
+def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns) -> RunTab:
+    """Lay out the tab; runs are of the configuration that the form stands for.
 
     Args:
         banner: shows on every tab how the run stands.
@@ -75,6 +79,7 @@ def build_run_tab(root: Path, yaml: gr.Code, banner: gr.HTML, live: LiveRuns) ->
         resume_button = gr.Button("Resume", size="md", interactive=False, elem_id="resume")
     said = gr.HTML("", elem_id="run-said")
     confirmation = build_confirmation(root, "run")
+    used = build_used_folder(root)
     with gr.Row(visible=False) as ended:
         compare_button = gr.Button("Compare with the base model", size="md", elem_id="run-compare")
         report_button = gr.Button("Make a report", size="md", elem_id="run-report")
@@ -136,21 +141,33 @@ def build_run_tab(root: Path, yaml: gr.Code, banner: gr.HTML, live: LiveRuns) ->
     def choices(shown: Path) -> list[str]:
         return list(dict.fromkeys([live.name(shown), *map(live.name, live.known())]))
 
-    def begin(text: str, resume: bool, ticked: bool, asked: list[str]) -> list[Any]:
-        """Start a run, and return what there is to say and the folder to watch; that of a run already in it, too."""
-        answer, folder = confirmation.unchanged, None
+    def begin(text: str, answer: str, ticked: bool, asked: list[str]) -> list[Any]:
+        """Start a run, and return what there is to say and the folder to watch; that of a run already in it, too.
+
+        Args:
+            answer: what becomes of a run that the folder holds; empty where that has not been asked.
+        """
+        confirmed, folder = confirmation.unchanged, None
         try:
             settings = document.resolved(text).settings
-            question, answer = confirmation.ask(vars(settings), ticked, asked)
+            question, confirmed = confirmation.ask(vars(settings), ticked, asked)
             if question:
-                return [question, "", *answer]
+                return [question, "", *confirmed, *used.hidden]
             folder = document.adapter_folder(text, root)
-            run_process.start(folder, text, root, resume)
-        except UserError as error:
+            if not answer and not run_process.state(folder).running and (asking := used.ask(settings)):
+                return ["", "", *confirmed, *asking]
+            run_process.start(folder, text, root, resume=answer == RESUME)
+        except (UserError, OSError) as error:
             found = folder is not None and run_process.state(folder).running
-            return [fault_html(error), str(folder) if found else "", *answer]
+            return [fault_html(error), str(folder) if found else "", *confirmed, *used.hidden]
         live.add(folder)
-        return [note_html(f"Started in {folder}."), str(folder), *answer]
+        return [note_html(f"Started in {folder}."), str(folder), *confirmed, *used.hidden]
+
+    def begin_elsewhere(text: str, ticked: bool, asked: list[str], adapter_path: str) -> list[Any]:
+        fields = form.controls.fields.values()
+        contents = document.contents_of(text, fields) | {"adapter_path": adapter_path}
+        changed = document.with_contents(text, contents, fields)
+        return [*begin(changed, "", ticked, asked), adapter_path]
 
     def end(folder: str) -> str:
         now = run_process.state(Path(folder)) if folder else run_process.RunState("none")
@@ -189,18 +206,35 @@ def build_run_tab(root: Path, yaml: gr.Code, banner: gr.HTML, live: LiveRuns) ->
         except UserError as error:
             return {report: gr.update(visible=False), said: fault_html(error)}
 
-    inputs = [watched, seen, yaml]
+    inputs = [watched, seen, form.yaml]
     outputs = [
         *(seen, watched, picker, start_button, stop_button, resume_button, ended, report),
         *(status, charts, console, banner),
     ]
-    for button, resume in ((start_button, False), (resume_button, True)):
+
+    def then_watch(beginning: Any, started: gr.State) -> None:
+        watching = beginning.then(began, [started, watched], watched)
+        watching.then(look, inputs, outputs, show_progress="hidden")
+
+    asked_first = [*confirmation.parts, *used.parts]
+    for button, answer in ((start_button, ""), (resume_button, RESUME), (used.resume, RESUME), (used.aside, ASIDE)):
         started = gr.State("")
-        button.click(
-            lambda text, ticked, asked, resume=resume: begin(text, resume, ticked, asked),
-            [yaml, *confirmation.parts],
-            [said, started, *confirmation.parts],
-        ).then(began, [started, watched], watched).then(look, inputs, outputs, show_progress="hidden")
+        beginning = form.controls.on(
+            button.click,
+            lambda text, ticked, asked, answer=answer: begin(text, answer, ticked, asked),
+            confirmation.parts,
+            [said, started, *asked_first],
+        )
+        then_watch(beginning, started)
+    started = gr.State("")
+    adapter_path = form.controls.inputs["adapter_path"]
+    beginning = form.controls.on(
+        used.fresh.click,
+        begin_elsewhere,
+        [*confirmation.parts, used.proposed],
+        [said, started, *asked_first, adapter_path],
+    )
+    then_watch(beginning, started)
     stop_button.click(end, watched, said)
     picker.input(pick, [picker, watched], watched).then(look, inputs, outputs, show_progress="hidden")
     report_button.click(write_report, watched, [report, said], show_progress="minimal", show_progress_on=said)

@@ -1,163 +1,268 @@
-"""The form and the YAML that it stands for."""
+"""The configuration file and the form: opened, edited, judged and saved, and nothing that was typed is lost."""
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
-from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.form import BLOCKS, LOSS_KEY, PREFERENCE, Content, Field, form_fields, has_effect
+from mlx_cpo_plugin.studio.controls import Controls, Updates, picks
+from mlx_cpo_plugin.studio.drafts import Draft, Drafts
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.pickers import datasets_here, models_here
+from mlx_cpo_plugin.studio.readiness import readiness
 
-# Blocks that stand open; the others are what most people leave as it is.
-OPEN_BLOCKS = (PREFERENCE, "Model & Data", "Fine-tune")
 CONFIG_DEPTH = 2
+NEW = "a new configuration"
+DISCARD = "Discard the changes"
 
-Updates = dict[Any, Any]
+
+class Form(NamedTuple):
+    """What other tabs take from the form.
+
+    Attributes:
+        controls: ``controls.on`` listens to a button and passes on the YAML as the form stands for it then.
+        yaml: shows that YAML; it is read, never written to.
+        load: brings the form into the state in which it was left, when the page is opened.
+    """
+
+    controls: Controls
+    yaml: gr.Code
+    load: Any
 
 
-def build_train_tab(root: Path, text: str, name: str) -> gr.Code:
-    """Lay out the tab; return what holds the YAML that the form stands for.
+class _Files:
+    """The part of the tab that opens and saves, with its controls.
 
     Args:
         root: the folder that configurations are read from and written into.
-        text: the configuration to begin with.
-        name: its file, below ``root``; may be empty.
-    """
-    fields = {field.key: field for field in form_fields()}
-    contents = document.contents_of(text, fields.values())
-    controls: dict[str, Any] = {}
-    errors: dict[str, gr.HTML] = {}
-    opened = gr.State(text)
-    shown = gr.State(
-        {key: (field.error_of(contents[key]), has_effect(field, contents, fields)) for key, field in fields.items()}
-    )
+        name: the file to begin with; empty for what was last in the form.
 
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=320):
-            for block in BLOCKS:
-                with gr.Accordion(block, open=block in OPEN_BLOCKS), gr.Row(elem_classes="fields"):
-                    for field in fields.values():
-                        if field.block == block:
-                            with gr.Column(min_width=230, elem_classes="field"):
-                                works = has_effect(field, contents, fields)
-                                controls[field.key] = _control(field, contents[field.key], works)
-                                fault = field.error_of(contents[field.key])
-                                errors[field.key] = gr.HTML(
-                                    fault_html(fault), elem_id=f"error-{_id(field)}", visible=bool(fault)
-                                )
-        with gr.Column(scale=2, min_width=320, elem_classes="side"):
-            file = gr.Dropdown(
-                _configurations(root),
-                value=name or None,
+    Attributes:
+        begun: what the form holds first.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root, self.drafts, self.name = root, Drafts(root), name
+        if name:
+            self.drafts.turn_to(name)
+        self.begun = self.current()
+        with gr.Row(elem_classes="file-row", equal_height=False):
+            self.file = gr.Dropdown(
+                configurations(root),
+                value=self.begun.name or None,
                 label="Configuration file",
-                info=f"Below {root}. Type a new name to save to a new file.",
+                info=f"Below {root}. Pick one to open it; type a new name to save under it.",
                 allow_custom_value=True,
                 elem_id="file",
+                scale=3,
+                min_width=280,
             )
-            with gr.Row():
-                open_button = gr.Button("Open", size="sm", elem_id="open")
-                save_button = gr.Button("Save", size="sm", variant="primary", elem_id="save")
-            said = gr.HTML("", elem_id="said")
-            yaml = gr.Code(text, language="yaml", label="YAML of this form", elem_id="yaml")
-            verdict = gr.HTML(_verdict(text), elem_id="verdict")
+            with gr.Column(scale=2, min_width=280):
+                with gr.Row():
+                    self.new_button = gr.Button("New", size="md", elem_id="new", min_width=80)
+                    self.open_button = gr.Button("Open", size="md", elem_id="open", min_width=80)
+                    self.save_button = gr.Button("Save", size="md", variant="primary", elem_id="save", min_width=80)
+                self.state = gr.HTML(self.state_html(self.begun), elem_id="file-state", padding=False)
+        self.said = gr.HTML("", elem_id="said", padding=False)
+        with gr.Row(visible=False) as self.question:
+            self.confirm = gr.Button("", size="sm", variant="stop", elem_id="confirm", min_width=120)
+            self.refrain = gr.Button("Cancel", size="sm", elem_id="refrain", min_width=80)
+        self.opened_name = gr.State(self.begun.name)
+        self.asked = gr.State("")
 
-    def judged(base: str, known: dict[str, Any], contents: dict[str, Content]) -> Updates:
-        """Return the YAML, and what changes beside the controls."""
+    @property
+    def parts(self) -> list[Any]:
+        """What opening and saving change beside the form."""
+        return [self.file, self.state, self.said, self.question, self.confirm, self.opened_name, self.asked]
+
+    def state_html(self, draft: Draft) -> str:
+        """Return which file the form is an edit of, and whether it differs from it."""
+        if document.is_same(draft.opened, draft.text):
+            return note_html(f"{draft.name}: no unsaved changes." if draft.name else f"{NEW.capitalize()}.")
+        return f'<p class="unsaved" role="status">Unsaved changes in {escape(draft.name or NEW)}.</p>'
+
+    def current(self) -> Draft:
+        """Return what was last in the form: what was typed, or else the file as it is now."""
+        current = self.drafts.current
+        name = self.name if current is None else current
+        if not name:
+            return self.new()
         try:
-            changed = document.with_contents(base, contents, fields.values())
-        except Exception as error:
-            raise gr.Error(f"The opened file cannot be changed: {error}") from error
-        updates: Updates = {yaml: changed, verdict: _verdict(changed)}
-        now = {}
-        for key, field in fields.items():
-            works, fault = has_effect(field, contents, fields), field.error_of(contents[key])
-            now[key] = (fault, works)
-            if known.get(key) != now[key]:
-                updates[errors[key]] = gr.update(value=fault_html(fault), visible=bool(fault))
-                if known.get(key, ("", True))[1] != works:
-                    updates[controls[key]] = gr.update(interactive=works)
-        return updates | {shown: now}
+            return self.drafts.get(name) or self.as_on_disk(name)
+        except (UserError, ValueError):  # it is not there any more
+            return self.new()
 
-    def on_input(base: str, known: dict[str, Any], *values: Content) -> Updates:
-        return judged(base, known, dict(zip(fields, values, strict=True)))
+    def new(self) -> Draft:
+        """Return what was typed without a file, or else a new document."""
+        text = document.new_document()
+        return self.drafts.get("") or Draft("", text, text)
 
-    def filled(text: str, name: str) -> Updates:
-        """Return what changes where another file is opened."""
-        contents = document.contents_of(text, fields.values())
-        updates = judged(text, {}, contents)
-        for key, content in contents.items():
-            works = has_effect(fields[key], contents, fields)
-            updates[controls[key]] = gr.update(value=content, interactive=works)
-        return updates | {opened: text, file: gr.update(choices=_configurations(root), value=name)}
+    def as_on_disk(self, name: str) -> Draft:
+        """Return what a file holds; raise UserError or ValueError where it cannot be read."""
+        path = document.path_in(self.root, name)
+        text = document.read_document(path)
+        return Draft(self.name_of(path), text, text)
 
-    def open_file(name: str | None) -> Updates:
+    def name_of(self, path: Path) -> str:
+        """Return the name of a file that ``document.path_in`` returned."""
+        return str(path.relative_to(self.root.resolve()))
+
+    def keep(self, draft: Draft) -> Updates:
+        """Write down what the form holds; return the updates that say whether it is saved."""
+        self.drafts.keep(draft, document.is_same(draft.opened, draft.text))
+        return {self.state: self.state_html(draft)}
+
+    def ask(self, question: str, action: str, what: str) -> Updates:
+        """Return updates that ask before something would be lost."""
+        return {
+            self.said: fault_html(question),
+            self.question: gr.update(visible=True),
+            self.confirm: action,
+            self.asked: what,
+        }
+
+    def say(self, html: str) -> Updates:
+        """Return updates that say something and ask nothing."""
+        return {self.said: html, self.question: gr.update(visible=False), self.asked: ""}
+
+    def why_not_overwrite(self, path: Path, opened_name: str, opened: str) -> str:
+        """Return why a file that is there may not simply be written over; nothing where it may."""
+        name = self.name_of(path)
+        if not path.exists():
+            return ""
+        if name != opened_name:
+            return f"{name} exists, and is not the file that is open."
         try:
-            text = document.read_document(document.path_in(root, name or ""))
-            return filled(text, name or "") | {said: note_html(f"Opened {name}.")}
+            same = document.is_same(path.read_text(encoding="utf-8"), opened)
+        except (OSError, UnicodeDecodeError):
+            same = False
+        return "" if same else f"{name} has changed on the disk since it was opened."
+
+
+def build_train_tab(root: Path, name: str) -> Form:
+    """Lay out the tab; return what other tabs take from it.
+
+    Args:
+        root: the folder that configurations are read from and written into.
+        name: the file to begin with, below ``root``; empty for what was last in the form.
+    """
+    files = _Files(root, name)
+    with gr.Row(equal_height=False, elem_classes="form-row"):
+        with gr.Column(scale=3, min_width=320):
+            controls = Controls(files.begun.opened, files.begun.text)
+        with gr.Column(scale=2, min_width=320, elem_classes="side"):
+            verdict = gr.HTML("", elem_id="verdict", padding=False)
+            yaml = gr.Code(
+                files.begun.text, language="yaml", label="YAML of this form", interactive=False, elem_id="yaml"
+            )
+    judged_parts = [yaml, verdict, controls.pairs]
+
+    def judged(text: str) -> Updates:
+        ready = readiness(text, root)
+        return {yaml: text, verdict: ready.html(), controls.pairs: ready.pairs_html()}
+
+    def changed(text: str, opened: str, opened_name: str) -> Updates:
+        return judged(text) | files.keep(Draft(opened_name, opened, text))
+
+    controls.on_change(changed, [controls.opened, files.opened_name], [*judged_parts, files.state])
+
+    def filled(draft: Draft, said: str = "") -> Updates:
+        """Return what changes where another configuration comes into the form."""
+        text = controls.text(draft.opened, document.contents_of(draft.text, controls.fields.values()))
+        updates = controls.filled(draft.opened, text) | judged(text) | files.say(said)
+        updates |= files.keep(Draft(draft.name, draft.opened, text))
+        shown = gr.update(choices=configurations(root), value=draft.name or None)
+        return updates | {files.file: shown, files.opened_name: draft.name}
+
+    def load() -> Updates:
+        choices = {"model": models_here(root), "data": datasets_here(root)}
+        pickers = {controls.pickers[key]: gr.update(choices=picks(key, names)) for key, names in choices.items()}
+        draft = files.current()
+        if draft != files.begun:
+            return filled(draft) | pickers
+        return judged(draft.text) | {files.file: gr.update(choices=configurations(root))} | pickers
+
+    def pick(name: str | None, opened_name: str) -> Updates:
+        """Open what was picked, with what was typed and not saved; a name of no file is one to save under."""
+        if not name or name == opened_name:
+            return {files.said: gr.skip()}
+        try:
+            path = document.path_in(root, name)
+            if not path.exists():
+                return files.say(note_html(f"{name} is new; Save writes it."))
+            draft = files.drafts.get(files.name_of(path)) or files.as_on_disk(name)
         except (UserError, ValueError) as error:
-            return {said: fault_html(error)}
+            return files.say(fault_html(error))
+        return filled(draft, note_html(f"Opened {name}."))
 
-    def save_file(name: str | None, text: str) -> Updates:
+    def reopen(action: str, name: str | None) -> Updates:
+        """Open a file as it is on the disk, or a new document."""
+        if action == "new":
+            files.drafts.keep(Draft("", "", ""), is_saved=True)
+            return filled(files.new())
+        try:
+            draft = files.as_on_disk(name or "")
+        except (UserError, ValueError) as error:
+            return files.say(fault_html(error))
+        return filled(draft, note_html(f"Opened {draft.name}."))
+
+    def open_file(text: str, name: str | None, opened: str, opened_name: str) -> Updates:
+        if name == opened_name and not document.is_same(text, opened):
+            return files.ask(f"What was changed in {name} and not saved would be lost.", DISCARD, "open")
+        return reopen("open", name)
+
+    def new(text: str, name: str | None, opened: str, opened_name: str) -> Updates:
+        if opened_name:
+            return filled(files.new())
+        if not document.is_same(text, opened):
+            return files.ask("What was not saved would be lost.", DISCARD, "new")
+        return reopen("new", name)
+
+    def save(text: str, name: str | None, opened: str, opened_name: str, sure: bool = False) -> Updates:
         try:
             path = document.path_in(root, name or "")
+            document.resolved(text)
+            why_not = "" if sure else files.why_not_overwrite(path, opened_name, opened)
+            if why_not:
+                return files.ask(why_not, f"Overwrite {files.name_of(path)}", "save")
             document.save_document(text, path)
         except UserError as error:
-            return {said: fault_html(error)}
-        return {said: note_html(f"Saved {name}."), file: gr.update(choices=_configurations(root))}
+            return files.say(fault_html(f"Not saved: {error}"))
+        name = files.name_of(path)
+        if name != opened_name:  # which has none of what was typed any more
+            files.drafts.keep(Draft(opened_name, "", ""), is_saved=True)
+        shown = gr.update(choices=configurations(root), value=name)
+        updates = files.keep(Draft(name, text, text)) | files.say(note_html(f"Saved {name}."))
+        return updates | {controls.opened: text, files.opened_name: name, files.file: shown}
 
-    judged_parts = [*controls.values(), *errors.values(), yaml, verdict, shown]
-    for control in controls.values():
-        control.input(
-            on_input,
-            [opened, shown, *controls.values()],
-            judged_parts,
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
-    open_button.click(open_file, file, [*judged_parts, opened, file, said], show_progress="hidden")
-    save_button.click(save_file, [file, yaml], [said, file], show_progress="hidden")
-    return yaml
+    def confirmed(text: str, name: str | None, opened: str, opened_name: str, asked: str) -> Updates:
+        return save(text, name, opened, opened_name, sure=True) if asked == "save" else reopen(asked, name)
 
+    outputs = [*controls.parts, *judged_parts, *files.parts]
+    given = [files.file, controls.opened, files.opened_name]
+    quiet: Any = {"show_progress": "hidden"}
+    files.file.change(pick, [files.file, files.opened_name], outputs, **quiet)
+    controls.on(files.new_button.click, new, given, outputs, **quiet)
+    controls.on(files.open_button.click, open_file, given, outputs, **quiet)
+    controls.on(files.save_button.click, save, given, outputs, **quiet)
+    controls.on(files.confirm.click, confirmed, [*given, files.asked], outputs, **quiet)
+    files.refrain.click(lambda: files.say(""), None, files.parts, **quiet)
 
-def _control(field: Field, content: Content, works: bool) -> Any:
-    common: dict[str, Any] = {
-        "label": field.option.label,
-        "info": field.help,
-        "elem_id": f"field-{_id(field)}",
-        "interactive": works,
-    }
-    if field.option.type is bool:
-        return gr.Checkbox(bool(content), **common)
-    if field.key == LOSS_KEY:
-        return gr.Radio(field.choices, value=str(content), **common)
-    if field.option.choices:
-        return gr.Dropdown(field.choices, value=str(content), **common)
-    return gr.Textbox(
-        str(content), placeholder="" if field.option.default is None else str(field.option.default), **common
-    )
+    def on_load(event: Any) -> Any:
+        return event(load, None, [*outputs, *controls.pickers.values()], queue=False, **quiet)
+
+    return Form(controls, yaml, on_load)
 
 
-def _id(field: Field) -> str:
-    return field.key.replace("_", "-").replace(".", "-")
-
-
-def _configurations(root: Path) -> list[str]:
+def configurations(root: Path) -> list[str]:
     """Return the configuration files below ``root``, as paths relative to it."""
     patterns = [
         "/".join(["*"] * levels + [f"*{suffix}"]) for levels in range(CONFIG_DEPTH) for suffix in document.SUFFIXES
     ]
     found = {file.relative_to(root) for pattern in patterns for file in root.glob(pattern)}
     return sorted(str(file) for file in found if not any(part.startswith(".") for part in file.parts))
-
-
-def _verdict(text: str) -> str:
-    """Return the notes that a run of this configuration would print first."""
-    try:
-        notes = document.resolved(text).notes
-    except ConfigError as error:
-        return fault_html(error)
-    return note_html("Ready to train.") + "".join(note_html(note) for note in notes)

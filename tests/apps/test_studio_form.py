@@ -24,7 +24,7 @@ from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings,
 pytest.importorskip("ruamel.yaml", reason="needs the extra 'studio'")
 
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.form import PREFERENCE, Content, Field, form_fields, has_effect
+from mlx_cpo_plugin.studio.form import PREFERENCE, TRAINING, Content, Field, form_fields, has_effect
 
 FILE = """\
 # what I begin with
@@ -52,12 +52,19 @@ def changed(text: str, **contents: Content) -> str:
 
 
 class TestFields:
-    def test_preference_comes_first_with_beta_the_loss_and_what_losses_read(self) -> None:
-        keys = [field.key for field in form_fields() if field.block == PREFERENCE]
+    def test_preference_comes_first_then_what_everybody_sets_of_the_training(self) -> None:
+        keys = [field.key for field in form_fields()]
 
-        assert keys[:2] == ["beta", "dpo_cpo_loss_type"]
-        assert "delta" in keys
-        assert form_fields()[0].block == PREFERENCE
+        assert keys[:5] == ["dpo_cpo_loss_type", "beta", "delta", "preset", "cpo_alpha"]
+        assert {field.key for field in form_fields() if field.block == PREFERENCE} >= {"simpo_gamma", "label_smoothing"}
+        trained = [field.key for field in form_fields() if field.block == TRAINING]
+        assert trained == ["iters", "epochs", "batch_size", "learning_rate"]
+
+    def test_one_field_stands_for_all_quantisations(self) -> None:
+        assert [key for key in fields() if key.startswith(("load_in", "quantisation"))] == ["quantisation"]
+        assert [title for title, _ in fields()["quantisation"].choices] == [
+            *("none", "4 bits", "6 bits", "8 bits", "MXFP4"),
+        ]
 
     def test_there_is_no_field_for_a_reference_model(self) -> None:
         assert not any("reference" in key for key in fields())
@@ -212,7 +219,28 @@ class TestDocument:
 
         assert "delta: 9" in text
         assert "delta" not in changed(text, dpo_cpo_loss_type="hinge")
-        assert "simpo_gamma: 2" in changed(FILE, preset="simpo", simpo_gamma="2")
+        assert "simpo_gamma: 2" in changed(FILE, preset="simpo", dpo_cpo_loss_type="simpo", simpo_gamma="2")
+
+    def test_of_the_quantisations_the_one_that_is_picked_is_in_the_file(self) -> None:
+        text = changed(FILE + "load_in_4bits: false\nload_in_8bits: true\n")
+
+        assert document.contents_of(text, form_fields())["quantisation"] == "load_in_8bits"
+        assert yaml.safe_load(changed(text, quantisation="load_in_4bits"))["load_in_4bits"] is True
+        assert "load_in_8bits" not in changed(text, quantisation="load_in_4bits")
+        assert "load_in" not in changed(text, quantisation="")
+
+    def test_the_loss_of_the_form_is_that_of_the_run_with_a_preset_too(self) -> None:
+        text = FILE + "preset: simpo\n"
+
+        assert document.contents_of(text, form_fields())["dpo_cpo_loss_type"] == "simpo"
+        assert changed(text) == text
+        for contents in ({"preset": ""}, {"preset": "dpop", "dpo_cpo_loss_type": "dpop"}):
+            edited = changed(text, **contents)
+            assert (
+                document.resolved(edited).settings.dpo_cpo_loss_type
+                == document.contents_of(edited, form_fields())["dpo_cpo_loss_type"]
+                == contents.get("dpo_cpo_loss_type", "simpo")
+            )
 
     def test_a_file_for_another_train_mode_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "sft.yaml"

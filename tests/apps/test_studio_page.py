@@ -8,159 +8,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from http.client import HTTPConnection
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
-from support.tiny import TESTS, preference_rows
+from support.studio_pages import NEEDS, PATIENCE, Server, expect, tab, write
+from support.tiny import TESTS
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
-    pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra 'studio'"),
-    pytest.mark.slow,
-]
-PATIENCE = 120_000
-expect = playwright.expect
-
-
-class Server(NamedTuple):
-    """The page as it runs.
-
-    Attributes:
-        home: its address without the token.
-        address: the one that is printed.
-        opened: holds the words that the browser was started with, once it was.
-        pid: of its process.
-    """
-
-    home: str
-    address: str
-    opened: Path
-    pid: int
-
-    @property
-    def token(self) -> str:
-        return self.address.partition("token=")[2]
-
-
-@pytest.fixture(scope="module")
-def root(model_folder: Path) -> Iterator[Path]:
-    """A folder with data and a configuration, into which every account may go."""
-    with tempfile.TemporaryDirectory(prefix="studio-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        fill(folder, model_folder)
-        yield folder
-
-
-def fill(folder: Path, model_folder: Path) -> None:
-    (folder / "data").mkdir()
-    for name, count in (("train", 10), ("valid", 4), ("test", 4)):
-        lines = [json.dumps(row) for row in preference_rows(count)]
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    settings = {
-        "model": str(model_folder),
-        "data": "data",
-        "train": True,
-        "train_mode": "cpo",
-        "adapter_path": "adapters",
-        "iters": 200,
-        "batch_size": 2,
-        "learning_rate": 0.001,
-        "steps_per_report": 5,
-        "steps_per_eval": 50,
-        "fuse": False,
-        "top_p": 0.5,
-    }
-    (folder / "my.yaml").write_text("# mine\n" + yaml.safe_dump(settings, sort_keys=False))
-
-
-@pytest.fixture(scope="module")
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(root: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("browser")
-    opened = folder / "words"
-    script = folder / "browser.py"
-    script.write_text(f"import os, sys\nopen({str(opened)!r}, 'w').write(' '.join(sys.argv))")
-    command = [sys.executable, "-m", "mlx_cpo_plugin", "studio", "--config", "my.yaml", "--port", str(port)]
-    environment = os.environ | {"BROWSER": f"{sys.executable} {script} %s"}
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        address = next(line.strip() for line in process.stdout if "http://" in line)
-        home = f"http://127.0.0.1:{port}/"
-        assert address.startswith(f"{home}?token=")
-        while True:  # it listens a moment later
-            with socket.socket() as trial:
-                if trial.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
-            Event().wait(0.05)
-        yield Server(home, address, opened, process.pid)
-        process.terminate()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    preloaded = os.environ.pop("LD_PRELOAD", None)  # a BLAS is nothing for a browser
-    with playwright.sync_playwright() as engine:
-        yield engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-    if preloaded is not None:
-        os.environ["LD_PRELOAD"] = preloaded
-
-
-@pytest.fixture(scope="module")
-def visits(browser: Any) -> Iterator[Any]:
-    """What visits of one person share: the token, and scripts that were fetched and compiled once."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce") as context:
-        yield context
-
-
-@pytest.fixture
-def page(server: Server, visits: Any) -> Iterator[Any]:
-    page = visits.new_page()
-    page.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    page.outside = []
-    page.on("request", lambda request: page.outside.append(request.url) if is_outside(request.url, server) else None)
-    page.goto(server.address)
-    expect(page.locator("#yaml")).to_contain_text("train_mode")
-    yield page
-    assert page.outside == []
-    page.close()
-
-
-def is_outside(url: str, server: Server) -> bool:
-    return not url.startswith((server.home, "data:", "blob:"))
-
-
-def write(page: Any, key: str, text: str) -> None:
-    page.locator(f"#field-{key}").locator("input, textarea").click()
-    page.keyboard.press("Control+a")
-    page.keyboard.type(text)
-
-
-def tab(page: Any, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
+pytestmark = NEEDS
 
 
 def test_the_form_is_filled_by_keyboard_alone_and_a_mistake_is_told_beside_its_field_until_it_is_fixed(
@@ -182,12 +43,12 @@ def test_the_form_is_filled_by_keyboard_alone_and_a_mistake_is_told_beside_its_f
     expect(page.locator("#verdict")).to_contain_text("Ready to train.")
     expect(page.locator("#yaml")).to_contain_text("beta: 0.05")
 
-    delta = page.locator("#field-delta").locator("input, textarea")
-    expect(delta).to_be_disabled()
+    delta = page.locator("#field-delta")
+    expect(delta).to_be_hidden()
     page.get_by_role("radio", name="DPOP").click()
-    expect(delta).to_be_enabled()
+    expect(delta).to_be_visible()
     page.get_by_role("radio", name="Hinge").click()
-    expect(delta).to_be_disabled()
+    expect(delta).to_be_hidden()
 
 
 def open_changed(page: Any, root: Path, name: str, **changes: Any) -> None:
@@ -216,7 +77,7 @@ def test_a_saved_file_keeps_comments_and_keys_without_a_field_and_an_opened_one_
     open_changed(page, root, "second.yaml", beta=0.7, dpo_cpo_loss_type="dpop", delta=5)
 
     expect(page.locator("#field-beta").locator("input, textarea")).to_have_value("0.7")
-    expect(page.locator("#field-delta").locator("input, textarea")).to_be_enabled()
+    expect(page.locator("#field-delta")).to_be_visible()
     expect(page.locator("#field-delta").locator("input, textarea")).to_have_value("5")
     expect(page.locator("#yaml")).to_contain_text("dpo_cpo_loss_type: dpop")
 

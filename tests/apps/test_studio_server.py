@@ -37,10 +37,9 @@ def server() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def app(server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from mlx_cpo_plugin.studio import document
     from mlx_cpo_plugin.studio.page import appearance, build_page
 
-    page = build_page(tmp_path_factory.mktemp("root"), document.new_document(), "")
+    page = build_page(tmp_path_factory.mktemp("root"), "")
     return server.build_app(page, PORT, appearance(), TOKEN)
 
 

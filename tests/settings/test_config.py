@@ -354,6 +354,13 @@ def test_note_on_a_large_beta() -> None:
 
 def test_no_note_on_the_beta_of_a_loss_of_means() -> None:
     assert notes(dpo_cpo_loss_type="simpo", beta=2.0) == ()
+    assert notes(dpo_cpo_loss_type="ipo", beta=0.05) == ()
+
+
+def test_note_on_a_beta_with_which_no_margin_of_means_is_reached() -> None:
+    assert notes(dpo_cpo_loss_type="simpo", beta=0.05) == (
+        "beta is 0.05: simpo averages log-probs over an answer's tokens; from 2 to 10 is usual.",
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
@@ -413,7 +420,8 @@ def test_what_a_loss_does_not_read_may_be_given_at_its_default(loss: str) -> Non
     defaults = {option.name: option.default for option in plugins.train_modes()["cpo"].options}
     given_values = {key: defaults[key] for key in ("delta", "label_smoothing", "simpo_gamma", "alphapo_alpha")}
 
-    assert notes(dpo_cpo_loss_type=loss, **given_values) == ()
+    beta = 2.0 if loss in ("simpo", "alphapo") else 0.1
+    assert notes(dpo_cpo_loss_type=loss, beta=beta, **given_values) == ()
 
 
 def test_note_on_a_reference_model() -> None:

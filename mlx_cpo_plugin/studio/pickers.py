@@ -1,0 +1,170 @@
+"""What is on this machine to pick from: models, data sets, and the first pairs of a data set."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from mlx_cpo_plugin.data.files import SUFFIXES, Row, kind_of, numbered, read_file
+from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, split_files
+from mlx_cpo_plugin.data.messages import Message, UnusableRow
+from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.errors import DataError
+from mlx_cpo_plugin.settings.config import RunSettings
+
+DEPTH = 3
+MOST_CHOICES = 200
+PAIRS_SHOWN = 2
+BEGINNING = 2**20
+"""Bytes of a file of lines that are read for its first pairs."""
+LARGEST_WHOLE = 32 * 2**20
+"""Bytes of a file that is read whole where its beginning alone cannot be read."""
+
+
+@dataclass(frozen=True)
+class PairText:
+    """A pair as text: the prompt (empty where there is none) and both answers."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def models_here(root: Path) -> list[str]:
+    """Return the model folders below ``root``, relative to it, and the models in the Hugging Face cache."""
+    folders = [
+        str(folder.relative_to(root))
+        for folder in _folders(root)
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    ]
+    cached = [
+        name
+        for name, snapshot in _cached("models")
+        if (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+    ]
+    return [*folders, *cached][:MOST_CHOICES]
+
+
+def datasets_here(root: Path) -> list[str]:
+    """Return folders and files below ``root`` that hold a training set, and the data sets in the Hugging Face cache."""
+    found = []
+    for folder in _folders(root):
+        if folder != root and _training_files(folder):
+            found.append(str(folder.relative_to(root)))
+        files = [path for path in sorted(folder.iterdir()) if path.is_file() and kind_of(path.name) in SUFFIXES]
+        found += [str(file.relative_to(root)) for file in files if kind_of(file.name) != ".json"]
+    return [*found, *(name for name, _ in _cached("datasets"))][:MOST_CHOICES]
+
+
+def is_cached(dataset: str) -> bool:
+    """Whether a data set of the hub is in the Hugging Face cache."""
+    return any(name == dataset for name, _ in _cached("datasets"))
+
+
+def first_pairs(settings: RunSettings, root: Path) -> list[PairText] | None:
+    """Return the first pairs of the training set; ``None`` where only a check can tell, as of data on the hub.
+
+    Raises:
+        DataError: there are no training rows, they cannot be read, a column is missing, or none of them is a pair.
+    """
+    path = root / settings.data
+    if settings.hf_dataset or not path.exists() or (path.is_dir() and (is_saved_dataset(path) or has_card(path))):
+        return None
+    file = path
+    if path.is_dir():
+        files = split_files(path).get("train", ())
+        if not files:
+            raise DataError(f"{settings.data} holds no training rows, such as train.jsonl; put them there.", key="data")
+        file = files[0]
+    rows = _first_rows(file)
+    if rows is None:
+        return None
+    if not rows:
+        raise DataError(f"{file.name} holds no rows; add some.", key="data")
+    columns = Columns.from_settings(settings)
+    columns.check([row.value for row in rows], file.name)
+    pairs, reasons = [], []
+    for row in rows:
+        try:
+            pairs.append(_pair_text(row.value, columns))
+        except UnusableRow as error:
+            reasons.append(f"{error} ({row.source})")
+    if not pairs:
+        raise DataError(f"None of the first rows is a pair: {reasons[0]}; correct them.", key="data")
+    return pairs[:PAIRS_SHOWN]
+
+
+def _first_rows(file: Path) -> list[Row] | None:
+    """Return some rows from the beginning of a file; ``None`` where the whole of a large one would have to be read."""
+    if kind_of(file.name) == ".parquet" and file.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            batch = next(parquet.ParquetFile(file).iter_batches(batch_size=10 * PAIRS_SHOWN), None)
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{file.name} is not a Parquet file that can be read ({error}); check it.") from error
+        return numbered(batch.to_pylist() if batch else [], file.name)
+    size = file.stat().st_size
+    if size > BEGINNING and file.suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        with file.open("rb") as stream:
+            beginning = stream.read(BEGINNING)
+        whole = beginning[: beginning.rfind(b"\n") + 1]
+        if whole:
+            with tempfile.NamedTemporaryFile(suffix=file.suffix) as part:
+                part.write(whole)
+                part.flush()
+                return read_file(Path(part.name), file.name)[: 10 * PAIRS_SHOWN]
+    return read_file(file)[: 10 * PAIRS_SHOWN] if size <= LARGEST_WHOLE else None
+
+
+def _pair_text(row: object, columns: Columns) -> PairText:
+    parsed = parse_row(row, columns)
+    if isinstance(parsed, PlainText):
+        return PairText("", parsed.chosen, parsed.rejected)
+    prompt, sides = parsed.chosen[: parsed.shared], (parsed.chosen, parsed.rejected)
+    return PairText(_said(prompt), *(_said(side[parsed.shared :]) for side in sides))
+
+
+def _said(messages: list[Message]) -> str:
+    """Return what was said, with the speakers where there are several messages."""
+    texts = [_text(message.get("content")) for message in messages]
+    if len(messages) == 1:
+        return texts[0]
+    return "\n\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else str(content or "")
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """The folder and those below it, without links, hidden folders and checkpoints."""
+    for path, names, _ in os.walk(root, followlinks=False):
+        folder = Path(path)
+        deep = len(folder.relative_to(root).parts) >= DEPTH
+        names[:] = [] if deep else [name for name in sorted(names) if not name.startswith((".", "checkpoints", "__"))]
+        yield folder
+
+
+def _training_files(folder: Path) -> list[Path]:
+    try:
+        return split_files(folder).get("train", [])
+    except (DataError, OSError):
+        return []
+
+
+def _cached(kind: str) -> list[tuple[str, Path]]:
+    """The repositories of a kind in the Hugging Face cache, each with one of its snapshots."""
+    found = []
+    cache = Path(constants.HF_HUB_CACHE)
+    for folder in sorted(cache.glob(f"{kind}--*")) if cache.is_dir() else ():
+        snapshot = next((path for path in sorted((folder / "snapshots").glob("*")) if path.is_dir()), None)
+        if snapshot is not None:
+            found.append((folder.name.removeprefix(f"{kind}--").replace("--", "/"), snapshot))
+    return found
