@@ -67,34 +67,42 @@ def is_cached(dataset: str) -> bool:
     return any(name == dataset for name, _ in _cached("datasets"))
 
 
+def sets_named(settings: RunSettings) -> list[str]:
+    """Return the folders, files and names that ``data`` is made up of."""
+    return [settings.data] if isinstance(settings.data, str) else [str(entry["path"]) for entry in settings.data]
+
+
 def first_pairs(settings: RunSettings, root: Path) -> list[PairText] | None:
     """Return the first pairs of the training set; ``None`` where only a check can tell, as of data on the hub.
+
+    Of several sets that are mixed it is the first.
 
     Raises:
         DataError: there are no training rows, they cannot be read, a column is missing, or none of them is a pair.
     """
-    path = root / settings.data
+    data = sets_named(settings)[0]
+    path = root / data
     if settings.hf_dataset or not path.exists() or (path.is_dir() and (is_saved_dataset(path) or has_card(path))):
         return None
     file = path
     if path.is_dir():
         files = split_files(path).get("train", ())
         if not files:
-            raise DataError(f"{settings.data} holds no training rows, such as train.jsonl; put them there.", key="data")
+            raise DataError(f"{data} holds no training rows, such as train.jsonl; put them there.", key="data")
         file = files[0]
     rows = _first_rows(file)
     if rows is None:
         return None
     if not rows:
         raise DataError(f"{file.name} holds no rows; add some.", key="data")
-    columns = Columns.from_settings(settings)
+    columns = Columns.from_settings(settings, settings.data[0] if isinstance(settings.data, list) else None)
     columns.check([row.value for row in rows], file.name)
     pairs, reasons = [], []
-    for row in rows:
+    for value, source in (pair for row in rows for pair in columns.pair_rows(*row)):
         try:
-            pairs.append(_pair_text(row.value, columns))
+            pairs.append(_pair_text(value, columns))
         except UnusableRow as error:
-            reasons.append(f"{error} ({row.source})")
+            reasons.append(f"{error} ({source})")
     if not pairs:
         raise DataError(f"None of the first rows is a pair: {reasons[0]}; correct them.", key="data")
     return pairs[:PAIRS_SHOWN]

@@ -14,7 +14,7 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.studio import document
 from mlx_cpo_plugin.studio.confirmation import outside_paths
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
-from mlx_cpo_plugin.studio.pickers import PairText, first_pairs, is_cached
+from mlx_cpo_plugin.studio.pickers import PairText, first_pairs, is_cached, sets_named
 
 READY = "Ready to train."
 READY_ONCE_FETCHED = "Ready to train once this has been fetched from the Hugging Face hub:"
@@ -98,13 +98,13 @@ def _model_to_fetch(settings: RunSettings, root: Path) -> list[str]:
 
 
 def _data_to_fetch(settings: RunSettings, root: Path) -> list[str]:
-    data, path = settings.data, root / settings.data
-    if settings.hf_dataset or path.exists():
-        return []
-    if data == RunSettings().data:
+    missing = [] if settings.hf_dataset else [name for name in sets_named(settings) if not (root / name).exists()]
+    if missing == [RunSettings().data]:
         raise ConfigError("No data is chosen; pick a folder or file, or name a data set on the hub.", key="data")
-    _refuse_missing("data", data, nearest_path(path, lambda other: other.exists()), looks_like_path(data, SUFFIXES))
-    return [] if is_cached(data) else [f"the data set {data}"]
+    for name in missing:
+        near = nearest_path(root / name, lambda other: other.exists())
+        _refuse_missing("data", name, near, looks_like_path(name, SUFFIXES))
+    return [f"the data set {name}" for name in missing if not is_cached(name)]
 
 
 def _refuse_missing(key: str, name: str, near: str | None, is_path: bool) -> None:

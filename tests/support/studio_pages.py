@@ -28,7 +28,7 @@ NEEDS = [
     pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra 'studio'"),
     pytest.mark.slow,
 ]
-PATIENCE = 30_000
+PATIENCE = 120_000
 expect = playwright.expect
 
 
