@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.data.files import SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, split_files
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
@@ -55,6 +56,8 @@ def datasets_here(root: Path) -> list[str]:
     """Return folders and files below ``root`` that hold a training set, and the data sets in the Hugging Face cache."""
     found = []
     for folder in _folders(root):
+        if any((folder / name).is_file() for name in ("config.json", METRICS_FILE)):  # a model, a run
+            continue
         if folder != root and _training_files(folder):
             found.append(str(folder.relative_to(root)))
         files = [path for path in sorted(folder.iterdir()) if path.is_file() and kind_of(path.name) in SUFFIXES]
