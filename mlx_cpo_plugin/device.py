@@ -14,6 +14,8 @@ from typing import Literal
 import mlx.core as mx
 
 CPU, METAL, CUDA = "CPU", "Metal", "CUDA"
+# Of 10 bits of fraction.
+TF32_EPSILON = 2.0**-11
 Attention = Literal["ours", "kernel forwards", "kernels"]
 
 
@@ -99,6 +101,12 @@ def current_device() -> Device:
     if mx.default_device().type == mx.DeviceType.cpu:
         return DEVICES[CPU]
     return DEVICES[CUDA if mx.cuda.is_available() else METAL]
+
+
+def float32_product_epsilon() -> float:
+    """Return the relative rounding of what is multiplied in float32: that of TF32, where products are rounded to it."""
+    rounded = current_device().rounded_products and os.environ.get("MLX_ENABLE_TF32") != "0"
+    return TF32_EPSILON if rounded else float(mx.finfo(mx.float32).eps)
 
 
 def device_name() -> str:

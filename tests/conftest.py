@@ -38,6 +38,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 def pytest_configure(config: pytest.Config) -> None:
     """What worker processes share is made by the process that starts them; kernels are for tests that ask for them."""
     os.environ["MLX_CPO_PLUGIN_KERNELS"] = "none"
+    os.environ["MLX_ENABLE_TF32"] = "0"  # float64 references are compared with float32, on a GPU, too
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     if not hasattr(config, "workerinput"):
         config.add_cleanup(open_workshop())

@@ -32,7 +32,9 @@ class StepTimer(TrainerCallback):
         self.clock = StepClock()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Take note of a step's end."""
+        """Take note of a step's end, which on a GPU is that of its last kernel."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.clock.step()
 
 
@@ -120,7 +122,7 @@ def main() -> None:
         seconds=timer.clock.seconds,
         processor_seconds=timer.clock.processor_seconds,
         scored_tokens=trainer.scored_tokens,
-        peak_memory=None,
+        peak_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         peak_resident=peak_resident(),
         losses=trainer.losses,
         blas=blas_name(),

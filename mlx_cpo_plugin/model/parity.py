@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.device import TF32_EPSILON, float32_product_epsilon
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
@@ -19,8 +20,9 @@ from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answ
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, collate_shared
 
-# Relative, of an answer's log-prob; half precision rounds differently for other shapes.
+# Relative, of an answer's log-prob; half precision, and TF32, round differently for other shapes.
 FLOAT32_TOLERANCE = 1e-4
+TF32_TOLERANCE = 1e-2
 HALF_TOLERANCE = 3e-2
 # What an architecture raises that does not expect our caches.
 ARCHITECTURE_ERRORS = (
@@ -144,7 +146,9 @@ def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair
 def _fault(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> str:
     """Return how log-probs differ from plain ones, if they do."""
     difference = _largest_difference(scorer, score, _sample(pairs))
-    tolerance = HALF_TOLERANCE if scorer.split.dtype in HALF_PRECISION else FLOAT32_TOLERANCE
+    tolerance = FLOAT32_TOLERANCE if float32_product_epsilon() < TF32_EPSILON else TF32_TOLERANCE
+    if scorer.split.dtype in HALF_PRECISION:
+        tolerance = HALF_TOLERANCE
     return f"log-probs differ by {difference:.1e}" if difference > tolerance else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import compile_where_it_pays, current_device
+from mlx_cpo_plugin.device import TF32_EPSILON, compile_where_it_pays, current_device, float32_product_epsilon
 from mlx_cpo_plugin.errors import first_line
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping
 from mlx_cpo_plugin.model.parity import choose_scorer
@@ -42,8 +41,6 @@ from mlx_cpo_plugin.training.wiring import training_environment
 # Sums of thousands of float32 products carry hundreds of its roundings; half-precision products are summed in float32,
 # so only what goes from layer to layer is rounded to half precision.
 FLOAT32_ROUNDINGS, HALF_ROUNDINGS = 800, 16
-# TF32 has 10 bits of fraction.
-TF32_EPSILON = 2.0**-11
 # The quantiser of mlx-lm-lora works in float64, too, as MLX's own does not.
 QAT: dict[str, Any] = {"bits": 8, "group_size": 32, "quantizer": "host"}
 SEGMENT = 16
@@ -237,8 +234,8 @@ def tolerance_for(dtype: mx.Dtype) -> float:
     """Return the relative error that results of a model of this dtype may have on the device at hand."""
     if dtype != mx.float32:
         return HALF_ROUNDINGS * float(mx.finfo(dtype).eps)
-    rounded_products = current_device().rounded_products and os.environ.get("MLX_ENABLE_TF32") != "0"
-    return HALF_ROUNDINGS * TF32_EPSILON if rounded_products else FLOAT32_ROUNDINGS * float(mx.finfo(mx.float32).eps)
+    epsilon = float32_product_epsilon()
+    return (HALF_ROUNDINGS if epsilon == TF32_EPSILON else FLOAT32_ROUNDINGS) * epsilon
 
 
 def _judged(errors: Mapping[str, float], tolerance: float) -> Outcome:
