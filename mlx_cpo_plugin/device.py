@@ -54,10 +54,10 @@ class Device:
     takes_kernels: bool
 
 
-def _gpu(kind: str, attention: Attention) -> Device:
+def _gpu(kind: str, attention: Attention, compiles: bool) -> Device:
     return Device(
         kind=kind,
-        compiles=True,
+        compiles=compiles,
         attention=attention,
         fused_cross_entropy=True,
         fast_exponential=True,
@@ -86,8 +86,8 @@ DEVICES = {
         reports_exhausted_memory=False,
         takes_kernels=True,
     ),
-    METAL: _gpu(METAL, "kernel forwards"),
-    CUDA: _gpu(CUDA, "kernels"),
+    METAL: _gpu(METAL, "kernel forwards", compiles=True),
+    CUDA: _gpu(CUDA, "kernels", compiles=False),
 }
 
 # A device to take in place of the real one: its kernels are then their definitions, which MLX has for every device.

@@ -1,0 +1,457 @@
+"""Do models get better? Every run of docs/results.md: train, then score and ask held-out rows.
+
+    python tests/tools/measure_learning.py --model FOLDER --data FOLDER --output FOLDER [--parts accuracy text …]
+
+The data folder has the files of :data:`SETS`. Each finished run is a JSON file in the output folder, with the scores of
+every held-out row; started again, the tool goes on with those that are missing. ``tests/tools/learning_tables.py``
+turns them into tables and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+SEEDS = (0, 1, 2)
+RATES = (5e-6, 2e-5, 1e-4)
+LONGEST = 1024
+BATCH = 8
+MOST_TOKENS = 96
+LORA = {"rank": 8, "dropout": 0.0, "scale": 10.0}
+LOSSES: dict[str, dict[str, Any]] = {
+    "cpo-paper": {"preset": "cpo-paper"},
+    "sigmoid": {"dpo_cpo_loss_type": "sigmoid", "beta": 0.1},
+    "simpo": {"preset": "simpo"},
+    "dpop": {"preset": "dpop"},
+}
+BETAS: dict[str, dict[str, Any]] = {
+    "cpo-paper, beta 0.05": {"preset": "cpo-paper", "beta": 0.05},
+    "cpo-paper, beta 0.5": {"preset": "cpo-paper", "beta": 0.5},
+    "sigmoid, beta 0.05": {"dpo_cpo_loss_type": "sigmoid", "beta": 0.05},
+    "sigmoid, beta 0.5": {"dpo_cpo_loss_type": "sigmoid", "beta": 0.5},
+    "simpo, beta 10": {"preset": "simpo", "beta": 10.0},
+    "cpo-simpo": {"preset": "cpo-simpo"},
+}
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A file of rows: the first ``training`` are trained on, the next ``held_out`` are not.
+
+    Attributes:
+        chosen_on: how many of the last training rows are left out to choose the learning rate on.
+        epochs: of a run.
+    """
+
+    name: str
+    training: int
+    held_out: int
+    chosen_on: int
+    epochs: int
+
+
+SETS = {
+    each.name: each
+    for each in (
+        RowSet("translation_prompt", 1200, 160, 80, 1),
+        RowSet("openai_preference", 240, 44, 40, 2),
+        RowSet("messages_dpo_mix", 210, 47, 40, 2),
+        RowSet("hh_strings", 31, 15, 6, 3),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run.
+
+    Attributes:
+        part: of the measurements.
+        rows: the name of a set.
+        trainer: ``cpo``, the host's ``sft`` or ``dpo``, or ``none`` for the model as it is.
+        loss: what the setting is called.
+        settings: of the loss, and whatever else differs.
+        training, held_out: numbers of the rows, the first and the one behind the last.
+        into_english: of the rows, take only translations into English, and let the model answer the held-out ones.
+        quantised: also score the merged model in 4 bits.
+    """
+
+    part: str
+    rows: str
+    trainer: str
+    loss: str
+    rate: float
+    seed: int
+    epochs: int
+    training: tuple[int, int]
+    held_out: tuple[int, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    into_english: bool = False
+    quantised: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the file of the run is called."""
+        words = f"{self.part} {self.rows} {self.trainer} {self.loss} {self.rate:g} seed {self.seed}"
+        return words.replace(", ", " ").replace(" ", "_")
+
+    @property
+    def cost(self) -> float:
+        """How long it takes, beside others."""
+        longer = {"messages_dpo_mix": 4.0, "openai_preference": 2.0}.get(self.rows, 1.0)
+        return self.epochs * (self.training[1] - self.training[0]) * longer + 200 * self.into_english
+
+
+def untrained(rows: RowSet, held_out: tuple[int, int], part: str) -> Task:
+    """The model as it is."""
+    return Task(part, rows.name, "none", "before training", 0.0, 0, 0, (0, 0), held_out)
+
+
+def rate_tasks(sets: Iterable[RowSet]) -> Iterator[Task]:
+    """Every loss at every rate, judged by training rows that are left out; of a long file, the first 400 rows train."""
+    for rows in sets:
+        end = rows.training - rows.chosen_on
+        held_out = (end, rows.training)
+        yield untrained(rows, held_out, "rates")
+        for loss, settings in LOSSES.items():
+            for rate in RATES:
+                yield Task("rates", rows.name, "cpo", loss, rate, 0, rows.epochs, (0, min(end, 400)), held_out, settings)
+
+
+def accuracy_tasks(sets: Iterable[RowSet], rates: dict[tuple[str, str], float]) -> Iterator[Task]:
+    """Every loss at its own rate with three seeds."""
+    for rows in sets:
+        held_out = (rows.training, rows.training + rows.held_out)
+        yield untrained(rows, held_out, "accuracy")
+        for loss, settings in LOSSES.items():
+            rate = rates[rows.name, loss]
+            for seed in SEEDS:
+                yield Task(
+                    "accuracy", rows.name, "cpo", loss, rate, seed, rows.epochs, (0, rows.training), held_out, settings
+                )
+
+
+def text_tasks() -> Iterator[Task]:
+    """Answers after SFT, DPO and CPO at equal steps."""
+    rows = SETS["translation_prompt"]
+    held_out = (rows.training, rows.training + rows.held_out)
+    yield replace(untrained(rows, held_out, "text"), into_english=True)
+    for seed in SEEDS:
+        for rate in RATES[1:]:
+            for trainer, settings in (
+                ("sft", {"mask_prompt": True}),
+                ("dpo", {"beta": 0.1, "reference_model_path": None}),
+                ("cpo", LOSSES["cpo-paper"]),
+            ):
+                loss = {"sft": "SFT", "dpo": "DPO", "cpo": "cpo-paper"}[trainer]
+                yield Task(
+                    "text", rows.name, trainer, loss, rate, seed, 1, (0, rows.training), held_out, settings, True
+                )
+
+
+def quantised_tasks() -> Iterator[Task]:
+    """LoRA, LoRA on a base of 4 bits, and LoRA that is trained for 4 bits; the merged model is scored in 4 bits."""
+    rows = SETS["translation_prompt"]
+    held_out = (rows.training, rows.training + rows.held_out)
+    ways: dict[str, dict[str, Any]] = {
+        "LoRA": {},
+        "QLoRA": {"load_in_4bits": True},
+        "QAT": {"qat_enable": True, "qat_bits": 4, "qat_group_size": 64},
+    }
+    yield replace(untrained(rows, held_out, "quantised"), quantised=True)
+    for seed in SEEDS:
+        for way, settings in ways.items():
+            merged = {**LOSSES["cpo-paper"], **settings}
+            quantised = way != "QLoRA"
+            yield Task(
+                "quantised", rows.name, "cpo", way, 1e-4, seed, 1, (0, 400), held_out, merged, quantised=quantised
+            )
+
+
+def beta_tasks() -> Iterator[Task]:
+    """Other betas at two rates with three seeds, on the first 400 translations and on short instructions."""
+    for name in ("translation_prompt", "openai_preference"):
+        rows = SETS[name]
+        held_out = (rows.training, rows.training + rows.held_out)
+        yield untrained(rows, held_out, "betas")
+        for loss, settings in {**LOSSES, **BETAS}.items():
+            for rate in RATES[1:]:
+                for seed in SEEDS:
+                    end = min(rows.training, 400)
+                    yield Task("betas", name, "cpo", loss, rate, seed, rows.epochs, (0, end), held_out, settings)
+
+
+class Bench:
+    """What every task needs: the model's folder, the rows, a folder for results."""
+
+    def __init__(self, model: str, data: Path, output: Path) -> None:
+        self.model, self.data, self.output = model, data, output
+
+    def lines(self, task: Task, between: tuple[int, int]) -> list[str]:
+        """Return rows of a task's file, as JSON."""
+        lines = (self.data / f"{task.rows}.jsonl").read_text(encoding="utf-8").splitlines()[slice(*between)]
+        if task.into_english:
+            lines = [line for line in lines if json.loads(line)["language_pair"].endswith("-en")]
+        return lines
+
+    def do(self, task: Task) -> dict[str, Any]:
+        """Train, score, ask, and write what came of it."""
+        begun = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            result = measured(self, task, Path(folder))
+        result |= {"task": asdict(task), "seconds_in_all": time.time() - begun}
+        file = self.output / f"{task.name}.json"
+        temporary = file.with_suffix(".part")
+        temporary.write_text(json.dumps(result))
+        temporary.replace(file)
+        return result
+
+
+def measured(bench: Bench, task: Task, folder: Path) -> dict[str, Any]:
+    """Return what a run gives: time, memory, the scores and, if wanted, the answers of held-out rows."""
+    import mlx.core as mx
+    from mlx_lm import load
+
+    data = folder / "data"
+    data.mkdir()
+    held_out = folder / "held_out.jsonl"
+    held_out.write_text("\n".join(bench.lines(task, task.held_out)) + "\n")
+    lines = training_lines(bench, task)
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (data / "valid.jsonl").write_text("\n".join(lines[:BATCH]) + "\n")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    begun = time.perf_counter()
+    if task.trainer == "none":
+        model, tokenizer = load(bench.model)[:2]
+    else:
+        model, tokenizer = trained(bench, task, data, folder / "adapters")
+    result: dict[str, Any] = {"seconds": time.perf_counter() - begun, "peak_memory": mx.get_peak_memory()}
+    result["scores"] = scores(bench, task, model, held_out)
+    if task.into_english:
+        result["answers"] = answers(task, bench, model, tokenizer)
+    if task.quantised:
+        quantise_merged(model)
+        result["quantised_scores"] = scores(bench, task, model, held_out)
+    return result
+
+
+def training_lines(bench: Bench, task: Task) -> list[str]:
+    """Return the rows that a trainer reads: for SFT, prompt and chosen answer."""
+    lines = bench.lines(task, task.training) or bench.lines(task, task.held_out)[:1]
+    if task.trainer != "sft":
+        return lines
+    rows = map(json.loads, lines)
+    return [json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) for row in rows]
+
+
+def trained(bench: Bench, task: Task, data: Path, adapters: Path) -> tuple[Any, Any]:
+    """Return the model and its tokenizer after a run of the host's command, from Python."""
+    import mlx.core as mx
+
+    rows = len((data / "train.jsonl").read_text().splitlines())
+    settings: dict[str, Any] = {
+        "model": bench.model,
+        "data": str(data),
+        "adapter_path": str(adapters),
+        "learning_rate": task.rate,
+        "seed": task.seed,
+        "batch_size": min(BATCH, rows),
+        "max_seq_length": LONGEST,
+        "num_layers": -1,
+        "lora_parameters": LORA,
+        "steps_per_report": 10,
+        "steps_per_eval": 10**6,
+        "val_batches": 0,
+        "save_every": 10**6,
+        **task.settings,
+    }
+    if task.trainer == "cpo":
+        from mlx_cpo_plugin import train
+
+        result = train(**settings, epochs=task.epochs, steps_per_sample=0)
+        return result.model, result.tokenizer
+    from mlx_lm import load
+    from mlx_lm_lora.train import main
+
+    from mlx_cpo_plugin.bench.host_trainer import make_runnable
+
+    make_runnable()
+    settings |= {"train": True, "train_mode": task.trainer, "iters": task.epochs * rows // BATCH, "fuse": False}
+    try:
+        main({**settings, "train_type": "lora", "val_batches": 1, "optimizer": "adam", "test": False})
+    finally:
+        mx.enable_compile()
+    return load(bench.model, adapter_path=str(adapters))[:2]
+
+
+def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[float]]:
+    """Return log-probs, in nats, and numbers of tokens of both answers of each row, in the order of the file."""
+    import numpy as np
+
+    from mlx_cpo_plugin.data import load_dataset
+    from mlx_cpo_plugin.device import compile_where_it_pays
+    from mlx_cpo_plugin.host import load_chat_tokenizer
+    from mlx_cpo_plugin.model.parity import choose_scorer
+    from mlx_cpo_plugin.model.products import float32_products
+    from mlx_cpo_plugin.settings.config import resolve
+    from mlx_cpo_plugin.training.validation import scored_batches
+
+    wanted = {"train_mode": "cpo", "train": True, "data": str(rows), "max_seq_length": LONGEST, "model": bench.model}
+    pairs = load_dataset(resolve(wanted).settings, load_chat_tokenizer(bench.model))[0]
+    found: dict[str, dict[str, float]] = {}
+    with compile_where_it_pays(), float32_products(model):
+        scorer = choose_scorer(model, pairs, "auto", lambda _: None)
+        for part, together in scored_batches(model, pairs, False, batch_size=4, scorer=scorer):
+            columns = {name: np.array(value, np.float64).tolist() for name, value in part._asdict().items()}
+            for place, pair in enumerate(together):
+                found[pair.source] = {name: column[place] for name, column in columns.items()}
+    order = [found[pair.source] for pair in pairs]
+    return {name: [row[name] for row in order] for name in order[0]} | {"sources": [pair.source for pair in pairs]}
+
+
+def answers(task: Task, bench: Bench, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the greedy answer to every held-out prompt, and whether it ended by itself."""
+    from mlx_lm.generate import batch_generate
+
+    from mlx_cpo_plugin.device import compile_where_it_pays
+
+    rows = [json.loads(line) for line in bench.lines(task, task.held_out)]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True)
+        for row in rows
+    ]
+    with compile_where_it_pays():
+        given = batch_generate(model, tokenizer, prompts, max_tokens=MOST_TOKENS, return_token_ids=True)
+    return [
+        {"answer": text.strip(), "tokens": len(tokens), "ended": len(tokens) < MOST_TOKENS, "reference": row["reference"]}
+        for text, tokens, row in zip(given.texts, given.token_ids, rows, strict=True)
+    ]
+
+
+def quantise_merged(model: Any) -> None:
+    """Merge the adapter and quantise the model as ``mlx_lm.convert -q`` does, in groups of 64."""
+    import mlx.nn as nn
+    from mlx.utils import tree_unflatten
+
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    nn.quantize(model, 64, 4)
+
+
+def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], float]:
+    """Return, for each set and loss, the rate after which most of the left-out rows are ordered rightly.
+
+    Ties go to the rate with the larger margin a token.
+    """
+    found = {}
+    for rows in sets:
+        for loss in LOSSES:
+            best = (-1.0, -1e9, RATES[0])
+            for rate in RATES:
+                task = next(
+                    task for task in rate_tasks([rows]) if (task.loss, task.rate) == (loss, rate)
+                )
+                file = output / f"{task.name}.json"
+                if not file.exists():
+                    continue
+                measured_scores = json.loads(file.read_text())["scores"]
+                margins = [
+                    chosen - rejected
+                    for chosen, rejected in zip(
+                        measured_scores["chosen_logps"], measured_scores["rejected_logps"], strict=True
+                    )
+                ]
+                accuracy = sum(margin > 0 for margin in margins) / len(margins)
+                best = max(best, (accuracy, sum(margins), rate))
+            found[rows.name, loss] = best[2]
+    return found
+
+
+_bench: Bench | None = None
+
+
+def begin(model: str, data: Path, output: Path) -> None:
+    """Prepare a process that does tasks."""
+    global _bench
+    import mlx.core as mx
+
+    from mlx_cpo_plugin.blas import use_fast_blas
+
+    use_fast_blas()
+    mx.set_cache_limit(2 << 30)
+    log = os.open(output / f"log-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _bench = Bench(model, data, output)
+
+
+def do(task: Task, until: float) -> str:
+    """Do a task in a process of its own, unless the time is over; return one line."""
+    if _bench is None or time.time() > until:
+        return f"left out: {task.name}"
+    try:
+        result = _bench.do(task)
+    except Exception:  # one run that fails is not the end of the others
+        traceback.print_exc()
+        return f"FAILED: {task.name}: {traceback.format_exc().splitlines()[-1]}"
+    return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
+
+
+def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task], output: Path, until: float) -> None:
+    """Do what is not done yet, what takes longest first within each part."""
+    missing = [task for task in tasks if not (output / f"{task.name}.json").exists()]
+    waiting = [pool.submit(do, task, until) for task in missing]
+    for done in as_completed(waiting):
+        print(done.result(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    until = time.time() + given.seconds
+    sets = [SETS[name] for name in given.sets]
+    pool = ProcessPoolExecutor(
+        given.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=begin,
+        initargs=(given.model, given.data.absolute(), given.output.absolute()),
+    )
+    with pool:
+        tasks = list(rate_tasks(sets)) if "rates" in given.parts else []
+        tasks += [task for part in given.parts if part in OTHERS for task in OTHERS[part]()]
+        first = [task for task in tasks if task.part != "betas"]
+        run_all(pool, sorted(first, key=lambda task: -task.cost), given.output, until)
+        if "accuracy" in given.parts:
+            final = list(accuracy_tasks(sets, chosen_rates(given.output, sets)))
+            run_all(pool, sorted(final, key=lambda task: -task.cost), given.output, until)
+        last = [task for task in tasks if task.part == "betas"]
+        run_all(pool, sorted(last, key=lambda task: -task.cost), given.output, until)
+
+
+OTHERS = {"text": text_tasks, "quantised": quantised_tasks, "betas": beta_tasks}
+PARTS = ("rates", "accuracy", *OTHERS)
+
+if __name__ == "__main__":
+    main()
