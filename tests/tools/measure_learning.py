@@ -125,7 +125,9 @@ def rate_tasks(sets: Iterable[RowSet]) -> Iterator[Task]:
         yield untrained(rows, held_out, "rates")
         for loss, settings in LOSSES.items():
             for rate in RATES:
-                yield Task("rates", rows.name, "cpo", loss, rate, 0, rows.epochs, (0, min(end, 400)), held_out, settings)
+                yield Task(
+                    "rates", rows.name, "cpo", loss, rate, 0, rows.epochs, (0, min(end, 400)), held_out, settings
+                )
 
 
 def accuracy_tasks(sets: Iterable[RowSet], rates: dict[tuple[str, str], float]) -> Iterator[Task]:
@@ -334,7 +336,12 @@ def answers(task: Task, bench: Bench, model: Any, tokenizer: Any) -> list[dict[s
     with compile_where_it_pays():
         given = batch_generate(model, tokenizer, prompts, max_tokens=MOST_TOKENS, return_token_ids=True)
     return [
-        {"answer": text.strip(), "tokens": len(tokens), "ended": len(tokens) < MOST_TOKENS, "reference": row["reference"]}
+        {
+            "answer": text.strip(),
+            "tokens": len(tokens),
+            "ended": len(tokens) < MOST_TOKENS,
+            "reference": row["reference"],
+        }
         for text, tokens, row in zip(given.texts, given.token_ids, rows, strict=True)
     ]
 
@@ -360,9 +367,7 @@ def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], 
         for loss in LOSSES:
             best = (-1.0, -1e9, RATES[0])
             for rate in RATES:
-                task = next(
-                    task for task in rate_tasks([rows]) if (task.loss, task.rate) == (loss, rate)
-                )
+                task = next(task for task in rate_tasks([rows]) if (task.loss, task.rate) == (loss, rate))
                 file = output / f"{task.name}.json"
                 if not file.exists():
                     continue
@@ -410,8 +415,9 @@ def do(task: Task, until: float) -> str:
 
 
 def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task], output: Path, until: float) -> None:
-    """Do what is not done yet, what takes longest first within each part."""
+    """Do what is not done yet, what takes longest first."""
     missing = [task for task in tasks if not (output / f"{task.name}.json").exists()]
+    missing.sort(key=lambda task: -task.cost)
     waiting = [pool.submit(do, task, until) for task in missing]
     for done in as_completed(waiting):
         print(done.result(), flush=True)
@@ -439,19 +445,16 @@ def main() -> None:
         initargs=(given.model, given.data.absolute(), given.output.absolute()),
     )
     with pool:
-        tasks = list(rate_tasks(sets)) if "rates" in given.parts else []
-        tasks += [task for part in given.parts if part in OTHERS for task in OTHERS[part]()]
-        first = [task for task in tasks if task.part != "betas"]
-        run_all(pool, sorted(first, key=lambda task: -task.cost), given.output, until)
-        if "accuracy" in given.parts:
-            final = list(accuracy_tasks(sets, chosen_rates(given.output, sets)))
-            run_all(pool, sorted(final, key=lambda task: -task.cost), given.output, until)
-        last = [task for task in tasks if task.part == "betas"]
-        run_all(pool, sorted(last, key=lambda task: -task.cost), given.output, until)
+        first = [*(rate_tasks(sets) if "rates" in given.parts else ())]
+        first += quantised_tasks() if "quantised" in given.parts else ()
+        run_all(pool, first, given.output, until)
+        then = [*(accuracy_tasks(sets, chosen_rates(given.output, sets)) if "accuracy" in given.parts else ())]
+        then += text_tasks() if "text" in given.parts else ()
+        run_all(pool, then, given.output, until)
+        run_all(pool, list(beta_tasks()) if "betas" in given.parts else [], given.output, until)
 
 
-OTHERS = {"text": text_tasks, "quantised": quantised_tasks, "betas": beta_tasks}
-PARTS = ("rates", "accuracy", *OTHERS)
+PARTS = ("rates", "quantised", "accuracy", "text", "betas")
 
 if __name__ == "__main__":
     main()
