@@ -25,7 +25,8 @@ class Device:
 
     Attributes:
         kind: :data:`CPU`, :data:`METAL` or :data:`CUDA`.
-        compiles: compiling a step pays. On a CPU each shape costs a run of a C++ compiler, which takes many seconds.
+        compiles: compiling a step pays. On a CPU each shape costs a run of a C++ compiler, which takes many seconds,
+            and on CUDA it took 7 s on an H200, the first step a minute.
         attention: whose attention keeps no scores for the backward pass: ours, MLX's kernel forwards and ours
             backwards, or MLX's kernels.
         fused_cross_entropy: cross-entropy is one kernel, which sums in float32 whatever the dtype of the logits.

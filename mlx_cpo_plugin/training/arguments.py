@@ -71,7 +71,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
     run_identity: RunIdentity | None = field(
         default=None, metadata={"help": "Which run this is, where it was decided before; by default here."}
     )
-    compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on a GPU only."})
+    compile: bool | None = field(default=None, metadata={"help": "Compile the step; by default on Metal only."})
 
     @classmethod
     def from_settings(cls, settings: RunSettings, adapter_file: Path) -> CPOTrainingArgs:
