@@ -33,6 +33,11 @@
     }
   };
 
+  // Two empty conversations are no two landmarks of one name.
+  const unname = () => {
+    for (const empty of document.querySelectorAll(".placeholder-content[role]")) empty.removeAttribute("role");
+  };
+
   // One tab is in the order of the Tab key, the others are reached by arrow keys.
   const tabs = () => [...document.querySelectorAll("[role=tablist] [role=tab]")].filter((tab) => tab.offsetParent !== null);
   const order = () => {
@@ -68,6 +73,7 @@
     due = false;
     follow();
     mark();
+    unname();
     order();
   };
   const changed = () => {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from mlx_cpo_plugin.studio.chat_tab import Chats, build_chat_tab
 from mlx_cpo_plugin.studio.check_tab import build_check_tab
 from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.compare_tab import build_compare_tab
@@ -28,11 +30,13 @@ def build_page(root: Path, name: str) -> gr.Blocks:
         root: the folder in which runs start and configurations lie.
         name: the configuration file to begin with, below ``root``; empty for what was last in the form.
     """
-    live, checks, comparisons = LiveRuns(root), Jobs(), Jobs()
+    live, checks, comparisons, chats = LiveRuns(root), Jobs(), Jobs(), Chats()
+    atexit.register(chats.end_all)
 
     def leave(request: gr.Request) -> None:
         for jobs in (checks, comparisons):
             jobs.cancel(request.session_hash)
+        chats.end(request.session_hash)
 
     def compare_run(folder: str) -> tuple[Any, Any]:
         return gr.Tabs(selected="compare"), gr.update(choices=run_names(root), value=live.name(Path(folder)))
@@ -49,10 +53,12 @@ def build_page(root: Path, name: str) -> gr.Blocks:
                 run = build_run_tab(root, form, banner, live)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compared = build_compare_tab(root, comparisons)
+            with gr.Tab("Chat", id="chat") as chat_tab:
+                talked = build_chat_tab(root, chats)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs = build_runs_tab(root)
-        compare_tab.select(lambda: gr.update(choices=run_names(root)), None, compared, show_progress="hidden")
-        runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
+        for tab, names in ((compare_tab, compared), (chat_tab, talked), (runs_tab, runs)):
+            tab.select(lambda: gr.update(choices=run_names(root)), None, names, show_progress="hidden")
         opened = form.load(page.load)
         for event in (opened.then, run_tab.select):
             event(run.visit, [run.watched, form.yaml], run.visited, show_progress="hidden").then(
