@@ -66,6 +66,7 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     """Print the table, and write it, the plots and the best configuration."""
     from mlx_cpo_plugin.atomic_files import replace_whole
     from mlx_cpo_plugin.report.record import ReportError
+    from mlx_cpo_plugin.sweep.plan import varied
     from mlx_cpo_plugin.sweep.plots import draw
     from mlx_cpo_plugin.sweep.results import conclusion, table
 
@@ -77,6 +78,8 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
     print(f"Train:   mlx_lm_lora.train --config {sweep.output / BEST}")
     print(f"Adapter: {best.finished[0].folder}")
+    if not varied(sweep.runs):
+        return
     try:
         replace_whole(sweep.output / PLOTS, lambda partial: draw(sweep, results, partial))
         print(f"Plots:   {sweep.output / PLOTS}")

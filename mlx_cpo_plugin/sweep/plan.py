@@ -32,7 +32,6 @@ MOST_RUNS = 10_000
 # What is decided by the sweep in a configuration: each run has a folder of its own, and is continued there.
 _OF_SWEEP: Values = {"fuse": False, "push_to_hub": None, "resume": "auto"}
 _NOT_SWEPT = ("adapter_path", "config", *_OF_SWEEP, "seed", "train", "train_mode")
-_WITHOUT_SEED = ("adapter_path", "fuse")
 _UNIFORM, _LOG = "uniform", "log"
 _DIGITS = 4
 
@@ -108,21 +107,24 @@ def read_sweep(file: Path, output: Path | None = None) -> Sweep:
         if key not in KEYS:
             raise unknown("key", key, KEYS, place(key))
     base = _base(given, file)
-    settings = [*_grid(values.get("grid"), place), *random_draws(values.get("random"), place)]
+    settings = [
+        *_grid(values.get("grid"), place),
+        *(("random", draw) for draw in random_draws(values.get("random"), place)),
+    ]
     seeds = _seeds(values.get("seeds"), base, place)
     if not settings and len(seeds) < 2:
         raise ConfigError(
             f"{named(str(file))} asks for one run only; write a grid, random or several seeds.", key="grid"
         )
-    if len(settings or [{}]) * len(seeds) > MOST_RUNS:
+    if max(1, len(settings)) * len(seeds) > MOST_RUNS:
         raise ConfigError(
             f"{named(str(file))} asks for more than {MOST_RUNS:,} runs; make the grid smaller.", key="grid"
         )
     runs: dict[str, PlannedRun] = {}
     inputs = _Inputs()
-    for options in settings or [{}]:
+    for origin, options in settings or [("", {})]:
         for seed in seeds:
-            run = _planned(options, seed, base, given, inputs)
+            run = _planned(options, origin, seed, base, given, inputs)
             runs.setdefault(run.digest, run)
     metric = check(_METRIC, values.get("metric") or METRICS[0], place)
     folder = output or Path(
@@ -181,8 +183,8 @@ def _base(given: YamlSettings, file: Path) -> YamlSettings:
     return YamlSettings(read.file, {"train_mode": "cpo", **read.values, "train": True}, read.lines)
 
 
-def _grid(grid: object, place: Place) -> Iterator[Values]:
-    """Yield every combination of each mapping from an option to its values."""
+def _grid(grid: object, place: Place) -> Iterator[tuple[str, Values]]:
+    """Yield every combination of each mapping from an option to its values, after the key that the mapping has."""
     for number, part in enumerate(grid if isinstance(grid, list) else [] if grid is None else [grid]):
         key = f"grid.{number}" if isinstance(grid, list) else "grid"
         if not isinstance(part, Mapping) or not part:
@@ -192,7 +194,7 @@ def _grid(grid: object, place: Place) -> Iterator[Values]:
             if values == []:
                 raise refused(f"{key}.{name}", values, place(f"{key}.{name}"), "a list with at least one value")
         lists = [values if isinstance(values, list) else [values] for values in part.values()]
-        yield from (dict(zip(part, combination, strict=True)) for combination in itertools.product(*lists))
+        yield from ((key, dict(zip(part, combination, strict=True))) for combination in itertools.product(*lists))
 
 
 def random_draws(asked: object, place: Place) -> Iterator[Values]:
@@ -238,10 +240,13 @@ def _draw(name: str, spread: object, generator: random.Random, place: Place) -> 
 
 
 def _type_of(name: str) -> type | None:
-    options = known_options(train_modes().values(), loss_types().values())
     inside = {f"lora_parameters.{option.name}": option for option in LORA_PARAMETERS}
-    option = {**options, **inside}.get(name)
+    option = {**_options(), **inside}.get(name)
     return option.type if option else None
+
+
+def _options() -> dict[str, Option]:
+    return known_options(train_modes().values(), loss_types().values())
 
 
 def _refuse_unswept(name: object, key: str, place: Place) -> None:
@@ -267,8 +272,14 @@ def _fractions(given: object, place: Place) -> tuple[float, ...]:
     return tuple(sorted(set(fractions)))
 
 
-def _planned(options: Values, seed: int, base: YamlSettings, sweep: YamlSettings, inputs: _Inputs) -> PlannedRun:
-    """Return a run whose settings hold; raises ConfigError as the run would, with the line of the sweep file."""
+def _planned(
+    options: Values, origin: str, seed: int, base: YamlSettings, sweep: YamlSettings, inputs: _Inputs
+) -> PlannedRun:
+    """Return a run whose settings hold; raises as the run would, with the line of the sweep file.
+
+    Args:
+        origin: the key of the sweep file under which the options stand.
+    """
     values = with_options(base.values, {**options, "seed": seed, **_OF_SWEEP})
     names = {key.partition(".")[0] for key in options} | {"seed", *_OF_SWEEP}
     varied = {key: value for key, value in values.items() if key in names}
@@ -278,23 +289,20 @@ def _planned(options: Values, seed: int, base: YamlSettings, sweep: YamlSettings
         settings = resolve(varied, kept, call_place=where).settings
         digest = inputs.digest_of(settings)
     except ConfigError as error:
-        key = next((key for key in _lines_of(error.key, options, sweep) if key), "")
-        if error.place != where or not key:
+        wrong = [key for key in options if error.key in (key, key.partition(".")[0])]
+        if error.place != where or not wrong:
             raise
-        at = sweep.place(key)
+        at = sweep.place(f"{origin}.{wrong[0]}")
         raise ConfigError(str(error).replace(where, at, 1), key=error.key, place=at, allowed=error.allowed) from error
-    recorded = {key: value for key, value in recorded_settings(settings).items() if key not in _WITHOUT_SEED}
+    # Without what is left at its default, so that a later version with more options knows the run.
+    defaults = {name: option.default for name, option in _options().items()}
+    recorded = {
+        key: value
+        for key, value in recorded_settings(settings).items()
+        if key not in ("adapter_path", "fuse") and (key not in defaults or value != defaults[key])
+    }
     text = json.dumps([recorded, digest], sort_keys=True, default=str)
     return PlannedRun(options, seed, values, hashlib.sha256(text.encode()).hexdigest()[:8])
-
-
-def _lines_of(key: str, options: Values, sweep: YamlSettings) -> Iterator[str]:
-    """Yield the keys of the sweep file under which an option may stand."""
-    for name in (key, key.partition(".")[0], *(own for own in options if own.partition(".")[0] == key)):
-        for line in sweep.lines:
-            head, _, rest = line.partition(".")
-            if head in ("grid", "random") and name in (rest, rest.partition(".")[2]):
-                yield line
 
 
 class _Inputs:

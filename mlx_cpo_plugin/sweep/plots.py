@@ -5,81 +5,103 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_cpo_plugin.report.plots import colour, style
 from mlx_cpo_plugin.report.record import number
 from mlx_cpo_plugin.sweep.plan import Sweep, described, varied
 from mlx_cpo_plugin.sweep.results import COMPARABLE, FIGURES, SettingResult
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _MARKERS = "os^vDP*"  # some curves lie on one another
+_SIZE = (4.6, 3.0)
 # Above this ratio of the largest to the smallest value an axis is logarithmic.
 _WIDE = 8
+# With more curves than this, as random draws have, all settings are points alike.
+_MOST_CURVES = 12
+
+
+class Point(NamedTuple):
+    """Where a setting is drawn: the value of the option, or its number among the values that are no numbers."""
+
+    at: float
+    mean: float
+    stderr: float
 
 
 def draw(sweep: Sweep, results: Sequence[SettingResult], file: Path) -> None:
-    """Draw every figure over the option with the most values; the dashed line is the model before training.
+    """Draw every figure over the number with the most values; the dashed line is the model before training.
 
     Bars are standard errors over seeds. The same results give the same bytes.
+
+    Raises:
+        ReportError: matplotlib is missing.
     """
     options = varied(sweep.runs)
-    axis = max(options, key=lambda name: (_is_numeric(options[name]), len(options[name]))) if options else "seed"
+    axis = max(options, key=lambda name: (len(options[name]) > 1, _are_numbers(options[name]), len(options[name])))
     done = [result for result in results if result.finished]
     figures = [name for name in FIGURES if any(math.isfinite(result.mean(name).value) for result in done)]
-    values: list[Any] = options.get(axis, [])
-    values = sorted(values) if _is_numeric(values) else list(map(str, values))
     with style(salt="sweep"):
         from matplotlib.figure import Figure
 
         columns = min(2, len(figures))
         rows = math.ceil(len(figures) / columns)
-        figure = Figure(figsize=(4.6 * columns, 3.0 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
-        for place in range(rows * columns):
-            panel = panels[place // columns][place % columns]
-            if place >= len(figures):
-                panel.axis("off")
-                continue
-            name = figures[place]
+        figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for panel, name in zip(panels, figures, strict=False):
             if name in COMPARABLE:
                 before = number(done[0].finished[0].before or {}, FIGURES[name].metric)
                 panel.axhline(before, color="#888888", linestyle="--", label="before training")
-            for number_of_curve, (label, points) in enumerate(_curves(done, axis, name).items()):
-                points.sort(key=lambda point: values.index(point[0]))
-                panel.errorbar(
-                    [point[0] for point in points],
-                    [point[1] for point in points],
-                    yerr=[0 if math.isnan(point[2]) else point[2] for point in points],
-                    color=colour(number_of_curve),
-                    marker=_MARKERS[number_of_curve % len(_MARKERS)],
-                    fillstyle="none",
-                    label=label,
-                )
-            if _is_numeric(values) and min(values) > 0 and max(values) / min(values) >= _WIDE:
-                panel.set_xscale("log")
-            panel.set_xlabel(axis)
-            panel.set_title(FIGURES[name].title, loc="left")
-        handles, labels = panels[0][0].get_legend_handles_labels()
+            _draw_panel(panel, done, axis, options[axis], name)
+        for panel in panels[len(figures) :]:
+            panel.axis("off")
+        handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _curves(
-    results: Sequence[SettingResult], axis: str, name: str
-) -> dict[str, list[tuple[float | str, float, float]]]:
-    """Return (value of the option, mean, standard error) of each point, by the other options."""
-    curves: dict[str, list[tuple[float | str, float, float]]] = {}
+def _draw_panel(panel: Axes, results: Sequence[SettingResult], axis: str, values: list[object], name: str) -> None:
+    curves = _curves(results, axis, values, name)
+    if len(curves) > _MOST_CURVES:
+        curves = {"settings": [point for points in curves.values() for point in points]}
+    for place, (label, points) in enumerate(curves.items()):
+        points.sort()
+        panel.errorbar(
+            [point.at for point in points],
+            [point.mean for point in points],
+            yerr=[0 if math.isnan(point.stderr) else point.stderr for point in points],
+            color=colour(place),
+            linestyle="" if label == "settings" else "-",
+            marker=_MARKERS[place % len(_MARKERS)],
+            fillstyle="none",
+            label=label,
+        )
+    if not _are_numbers(values):
+        panel.set_xticks(range(len(values)), [str(value) for value in values])
+    elif (low := min(map(_as_float, values))) > 0 and max(map(_as_float, values)) / low >= _WIDE:
+        panel.set_xscale("log")
+    panel.set_xlabel(axis)
+    panel.set_title(FIGURES[name].title, loc="left")
+
+
+def _curves(results: Sequence[SettingResult], axis: str, values: list[object], name: str) -> dict[str, list[Point]]:
+    """Return the points of each combination of the other options, in its words."""
+    curves: dict[str, list[Point]] = {}
     for result in results:
         options = dict(result.outcomes[0].run.options)
-        at = options.pop(axis, "")
         mean = result.mean(name)
-        if math.isfinite(mean.value):
-            numeric = isinstance(at, int | float) and not isinstance(at, bool)
-            point = (at if numeric else str(at), mean.value, mean.stderr)
-            curves.setdefault(described(options) if options else axis, []).append(point)
+        if axis in options and math.isfinite(mean.value):  # else it is of another grid
+            value = options.pop(axis)
+            at = _as_float(value) if _are_numbers(values) else values.index(value)
+            curves.setdefault(described(options) if options else axis, []).append(Point(at, *mean))
     return dict(sorted(curves.items()))
 
 
-def _is_numeric(values: Sequence[object]) -> bool:
+def _as_float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
     return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -171,6 +171,7 @@ def test_the_base_may_be_a_file_beside_the_sweep(
         ({"seeds": 2, "grid": {"bate": [0.1]}}, "bate", 3),
         ({"grid": {"lora_parameters.rank": [0]}}, "lora_parameters.rank", 2),
         ({"grid": {"beta": []}}, "grid.beta", 2),
+        ({"grid": [{"beta": 0.1}, {"beta": [0.1, 0]}]}, "beta", 2),
         ({"grid": 7}, "grid", 2),
         ({"grid": {"seed": [1, 2]}}, "grid.seed", 2),
         ({"grid": {"adapter_path": ["a", "b"]}}, "grid.adapter_path", 2),
@@ -374,6 +375,21 @@ def test_the_command_writes_table_plots_and_a_config_that_trains(
 
     assert cli.main(["sweep", str(file), "--no-more-runs"]) == 0
     assert (folder / "plots.svg").read_bytes() == plot
+
+
+def test_grids_of_other_options_and_seeds_alone_have_their_table_and_their_plots(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
+    grid = [{"beta": [0.1, 0.2, 0.3]}, {"learning_rate": [2e-3, 1e-2]}, {"dpo_cpo_loss_type": ["hinge"], "beta": None}]
+
+    assert cli.main(["sweep", str(write(grid=grid, output=str(tmp_path / "grids")))]) == 0
+    assert cli.main(["sweep", str(write(seeds=2, output=str(tmp_path / "seeds")))]) == 0
+
+    assert (tmp_path / "grids" / "plots.svg").exists()
+    assert not (tmp_path / "seeds" / "plots.svg").exists()
+    assert len((tmp_path / "grids" / "table.md").read_text().splitlines()) == 3 + 6 + 4
 
 
 def test_where_no_run_finishes_the_command_says_why(
