@@ -21,6 +21,7 @@ _SIZE = (4.6, 3.0)
 _WIDE = 8
 # With more curves than this, as random draws have, all settings are points alike.
 _MOST_CURVES = 12
+_MOST_TICKS = 6
 
 
 class Point(NamedTuple):
@@ -82,6 +83,10 @@ def _draw_panel(panel: Axes, results: Sequence[SettingResult], axis: str, values
         panel.set_xticks(range(len(values)), [str(value) for value in values])
     elif (low := min(map(_as_float, values))) > 0 and max(map(_as_float, values)) / low >= _WIDE:
         panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.xaxis.set_minor_formatter(lambda value, _: "")
+        if len(values) <= _MOST_TICKS:
+            panel.set_xticks([_as_float(value) for value in values])
     panel.set_xlabel(axis)
     panel.set_title(FIGURES[name].title, loc="left")
 
