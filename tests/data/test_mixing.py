@@ -15,6 +15,7 @@ from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
 from support.tiny import build_pairs, saved_arrays
 
+from mlx_cpo_plugin import train
 from mlx_cpo_plugin.data import PreferenceDataset, load_dataset
 from mlx_cpo_plugin.data.batches import BatchSize, training_plan
 from mlx_cpo_plugin.data.tokens import Lengths, TruncatedPair
@@ -147,7 +148,7 @@ def test_a_run_on_mixed_sets_goes_on_to_the_bit_and_with_other_weights_not_at_al
 ) -> None:
     sets = [{"path": settings["data"], "weight": 0.5}, {"path": str(write(tmp_path / "b.jsonl", "b", 3)), "weight": 2}]
     whole, parts = ({**settings, "data": sets, "adapter_path": str(tmp_path / name)} for name in ("whole", "parts"))
-    run_main({**whole, "iters": 14})
+    train(**{**whole, "iters": 14})  # by a call, which takes lists of rows, too
     run_main({**parts, "iters": 9})
 
     run_main({**parts, "iters": 14, "resume": "auto"})
