@@ -24,6 +24,7 @@ from mlx_cpo_plugin.comparison import measure, text_metrics
 from mlx_cpo_plugin.comparison.contenders import distinct_names
 from mlx_cpo_plugin.comparison.measure import Comparison, compare
 from mlx_cpo_plugin.comparison.preference import length_groups, preferences
+from mlx_cpo_plugin.comparison.text_metrics import Answer, answer_values
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.training.objective import objective_for
 
@@ -217,6 +218,7 @@ def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None
     comparison = compare([adapter_path], prompts=[PROMPT], max_tokens=1, say=silent)
 
     assert not comparison.answers[0][0].finished
+    assert len(comparison.answers[0][0].tokens) == 1
 
 
 # Which rows are held out
@@ -442,14 +444,13 @@ def test_a_model_that_reads_other_tokens_is_not_compared(
 # How like the chosen answers
 
 
-def reference_chrf(answer: str, reference: str, order: int = 6) -> float:
+def reference_chrf(answer: str, reference: str, words: int = 0) -> float:
     """chrF2 of one sentence, in percent: the mean over orders that both have of precision and recall, then F."""
+    texts: list[list[Any]] = [[answer.replace(" ", ""), reference.replace(" ", "")]] * 6
+    texts += [[answer.split(), reference.split()]] * words
     precisions, recalls = [], []
-    for size in range(1, order + 1):
-        found, wanted = (
-            Counter(text[at : at + size] for at in range(len(text) - size + 1))
-            for text in (answer.replace(" ", ""), reference.replace(" ", ""))
-        )
+    for size, sides in zip([*range(1, 7), *range(1, words + 1)], texts, strict=True):
+        found, wanted = (Counter(tuple(side[at : at + size]) for at in range(len(side) - size + 1)) for side in sides)
         if found and wanted:
             matches = (found & wanted).total()
             precisions.append(matches / found.total())
@@ -458,16 +459,25 @@ def reference_chrf(answer: str, reference: str, order: int = 6) -> float:
     return 100 * 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
 
 
-def test_chrf_is_the_f_score_of_character_n_grams() -> None:
+@pytest.mark.parametrize(("name", "words"), [("chrf", 0), ("chrf++", 2)])
+def test_chrf_is_the_f_score_of_n_grams(name: str, words: int) -> None:
     pytest.importorskip("sacrebleu")
-    answers = ["The goods cost under 20 euros.", "", "a", "Das kostet nichts."]
-    references = ["The goods cost less than 20 euros.", "Yes.", "a", "The goods are free."]
+    answers = ["The goods cost under 20 euros", "", "a", "Das kostet nichts"]
+    references = ["The goods cost less than 20 euros", "Yes", "a", "The goods are free"]
 
-    each, corpus = text_metrics.chrf("chrf", answers, references)
+    each, corpus = text_metrics.chrf(name, answers, references)
 
-    expected = [reference_chrf(answer, reference) for answer, reference in zip(answers, references, strict=True)]
-    np.testing.assert_allclose(each, expected, atol=1e-6)
+    pairs = zip(answers, references, strict=True)
+    np.testing.assert_allclose(each, [reference_chrf(*pair, words) for pair in pairs], atol=1e-6)
     assert min(each) < corpus < max(each)
+
+
+def test_length_repetition_and_end_are_those_of_an_answers_tokens() -> None:
+    given = [Answer("a b c", True, (1, 2, 3)), Answer("a a a a a", False, (1, 1, 1, 1, 1)), Answer("", True)]
+
+    values = {measure.name: answer_values(measure, given).tolist() for measure in text_metrics.OF_ANSWERS}
+
+    assert values == {"length": [3, 5, 0], "repetition": [0, pytest.approx(2 / 3), 0], "ended": [1, 0, 1]}
 
 
 def test_chrf_is_that_of_the_answers_and_the_rows_chosen_ones(

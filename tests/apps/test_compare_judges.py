@@ -294,13 +294,20 @@ def test_what_does_not_pass_is_one_sentence_without_the_key(
     assert "\n" not in str(error.value)
 
 
-def test_an_endpoint_that_never_answers_is_given_up_after_the_timeout() -> None:
+def test_an_endpoint_that_never_answers_is_given_up_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[float | None] = []
+    settimeout = socket.socket.settimeout
+    monkeypatch.setattr(
+        socket.socket, "settimeout", lambda self, value: (allowed.append(value), settimeout(self, 0.05))[1]
+    )
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and says nothing
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-        judge = Endpoint(url, "judge-1", timeout=0.05, wait=lambda _: None)
+        judge = Endpoint(url, "judge-1", timeout=30.0, wait=lambda _: None)
 
-        with pytest.raises(UserError, match=r"no answer within 0\.05 seconds"):
+        with pytest.raises(UserError, match="no answer within 30 seconds"):
             judge("Which?")
+
+    assert set(allowed) == {30.0}
 
 
 def test_a_port_that_nobody_listens_at_is_said_at_once() -> None:
