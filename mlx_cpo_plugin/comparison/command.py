@@ -193,7 +193,7 @@ def run_compare(chosen: argparse.Namespace) -> int:
         try:
             replace_whole(Path(chosen.json), lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--json {chosen.json} cannot be written ({error.strerror}); give another.") from error
+            fault = ConfigError(f"--json {chosen.json} cannot be written ({error.strerror}); give another.")
     print(text if chosen.json == STANDARD_OUTPUT else as_text(figures), end="")
     if fault is not None:
         raise fault

@@ -110,8 +110,9 @@ def own_question(prompt: str, tokenizer: ChatTokenizer) -> Question:
 def question_of(pair: PreferencePair, tokenizer: ChatTokenizer) -> Question:
     """Return the prompt of a held-out row with the answers that the row has."""
     chosen, rejected = (tokenizer.without_end(tokenizer.decode(ids))[0].strip() for ids in (pair.chosen, pair.rejected))
-    text = tokenizer.readable(pair.prompt)
-    return Question(pair.source, tokenizer.decode(pair.prompt), text, pair.prompt.tolist(), chosen, rejected)
+    prompt = tokenizer.decode(pair.prompt)
+    text = tokenizer.without_control(prompt).strip()
+    return Question(pair.source, prompt, text, pair.prompt.tolist(), chosen, rejected)
 
 
 def is_told(number: int, count: int) -> bool:

@@ -280,8 +280,11 @@ class ChatTokenizer:
 
     def readable(self, ids: Sequence[int] | TokenIds) -> str:
         """Text of ``ids`` in one line, without special tokens and what the template puts around messages."""
-        text = self.decode(ids)
-        return " ".join((self._control.sub(" ", text) if self._control is not None else text).split())
+        return " ".join(self.without_control(self.decode(ids), " ").split())
+
+    def without_control(self, text: str, replacement: str = "") -> str:
+        """``text`` without special tokens and what the template puts around messages; roles stay."""
+        return text if self._control is None else self._control.sub(replacement, text)
 
     def _always_opens_answer(self) -> bool:
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}

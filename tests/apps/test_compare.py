@@ -199,6 +199,7 @@ def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_besid
     assert (first.source, second.source) == ("test.jsonl:1", "test.jsonl:2")
     assert first.prompt.startswith("<|im_start|>user\nPlease tell me how many apples are in basket 0.<|im_end|>")
     assert first.prompt.endswith("<|im_start|>assistant\n")
+    assert first.text == "user\nPlease tell me how many apples are in basket 0.\nassistant"
     assert first.chosen == "There are 0 apples in the basket, my friend."
     assert first.rejected == "I do not know."
     assert [len(given) for given in comparison.answers] == [3, 3]
@@ -323,6 +324,18 @@ def test_json_to_standard_output_stands_there_alone(adapter_path: Path, capsys: 
     assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", "-"]) == 0
 
     assert json.loads(capsys.readouterr().out)["answers"] == []
+
+
+def test_a_file_that_cannot_be_written_in_the_end_costs_nothing_else(
+    adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", str(tmp_path / "taken")]) == 2
+
+    printed = capsys.readouterr()
+    assert "accuracy, 4 pairs" in printed.out
+    assert printed.err.splitlines()[-1].startswith(f"error: --json {tmp_path / 'taken'} cannot be written")
 
 
 def without(adapter_path: Path, name: str) -> None:

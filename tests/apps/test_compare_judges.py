@@ -442,8 +442,8 @@ def test_rewards_and_a_judge_stand_among_the_measures_and_fit_into_80_columns(
     assert re.search(r"^judge, 3 answers +win rate", table, re.MULTILINE)
 
     fake.replies[:] = [completion("A"), Reply(401, {})]
-    figures, said = compared([*words, *of_judge], 2, capsys)
-    assert [measure["name"] for measure in figures["measures"]][:3] == ["accuracy", "margin", "length"]
+    figures, said = compared([*words, *of_judge, "--reward", f"{tmp_path / 'r.py'}:length"], 2, capsys)
+    assert [one["name"] for one in figures["measures"]][:4] == ["accuracy", "margin", "reward length", "length"]
     assert said.splitlines()[-1].startswith("error: The judge judge-1 at 127.0.0.1")
 
     figures, _ = compared([*words, "--judge", settings["model"]], 0, capsys)
