@@ -64,6 +64,14 @@ def has_completions(names: Iterable[object]) -> bool:
     return not set(COMPLETIONS).isdisjoint(names)
 
 
+def is_ranked(row: Mapping[str, object]) -> bool:
+    """Whether a row says what each of its several answers is worth."""
+    try:
+        return has_completions(row) and bool(_answers(row))
+    except UnusableRow:
+        return False
+
+
 def has_scores(names: Iterable[object]) -> bool:
     """Whether columns of these names say what answers are worth; answers in a list may say so themselves."""
     names = set(names)

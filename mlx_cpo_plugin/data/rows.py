@@ -26,6 +26,7 @@ from mlx_cpo_plugin.data.ranked import (
     columns_of_scores,
     has_completions,
     has_scores,
+    is_ranked,
     refuse_small_gap,
     two_answer_rows,
 )
@@ -152,9 +153,13 @@ class Columns:
                 message = f"{where} has no column {shown(missing[0])}, which {key} names: use {listed}."
                 raise DataError(message, key=key, place=where, allowed=allowed)
             if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
-                if has_completions(found):
+                if any(isinstance(row, Mapping) and is_ranked(row) for row in rows):
                     continue
                 message = f"{where} has no column for the {part} answer: set {key} to {listed}."
+                if has_completions(found):
+                    message = (
+                        f"{where} has several answers in a row, but no scores or ranks of them: add either column."
+                    )
                 raise DataError(message, key=key, place=where, allowed=allowed)
 
     def tell_gaps(self, rows: Iterable[object]) -> bool:

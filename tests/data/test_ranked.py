@@ -121,6 +121,13 @@ def test_rows_that_say_too_little_are_skipped_with_their_reason(tmp_path: Path) 
     assert pairs.report.rows == 2 * len(faults)
 
 
+def test_answers_without_any_scores_or_ranks_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": "Who?", "answers": ["A", "B"]}]
+
+    with refused(DataError, match="scores or ranks", key="chosen_feature", place="rows.jsonl"):
+        load(write(tmp_path / "rows.jsonl", rows))
+
+
 def test_rows_are_counted_as_rows_and_stay_together_where_some_are_held_out(tmp_path: Path) -> None:
     rows = [{"prompt": f"Who {i}?", "completions": ["A", "B", "C"], "scores": [3, 2, 1]} for i in range(10)]
     settings = RunSettings.of(
