@@ -19,9 +19,10 @@ from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
 
 from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.report import DataReport
-from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.rows import parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import ConfigError, DataError, named, shown
 from mlx_cpo_plugin.host import load_chat_tokenizer

@@ -15,10 +15,10 @@ from mlx_cpo_plugin import cpo
 from mlx_cpo_plugin.commands.timing import measured_duration
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
+from mlx_cpo_plugin.data.columns import first_few
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.report import DataReport, columns_of
-from mlx_cpo_plugin.data.rows import first_few
 from mlx_cpo_plugin.data.sample_prompts import own_prompts
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds
 from mlx_cpo_plugin.data.tokens import Lengths

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.console import is_live
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair_cache import PairCache
-from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
 

@@ -9,8 +9,7 @@ from copy import copy
 from dataclasses import replace
 from itertools import chain
 
-import numpy as np
-
+from mlx_cpo_plugin.data.columns import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few, rows_in
 from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, convert_rows
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
@@ -18,9 +17,8 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.ranked import row_of
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
-from mlx_cpo_plugin.data.rows import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few, rows_in
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
-from mlx_cpo_plugin.data.tokens import CUT, Lengths, OverlongRow, Side, TruncatedPair, split_pair, truncate
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
+from mlx_cpo_plugin.data.tokens import Lengths, OverlongRow, TruncatedPair
 from mlx_cpo_plugin.errors import DataError, named
 from mlx_cpo_plugin.types import Tokenizer, Values
 
@@ -238,11 +236,11 @@ def load_splits(
         parts.setdefault(group.share or ("the others", 1.0), []).append(group)
     parts = parts or {("none", 1.0): []}
     sets = [
-        (*share, _make_pairs(groups, chat_tokenizer, "train", settings.max_seq_length, settings.overlong))
+        (*share, make_pairs(groups, chat_tokenizer, "train", settings.max_seq_length, settings.overlong))
         for share, groups in parts.items()
     ]
     valid, test = (
-        _make_pairs(read.get(split, ()), chat_tokenizer, split, settings.max_seq_length, settings.overlong)
+        make_pairs(read.get(split, ()), chat_tokenizer, split, settings.max_seq_length, settings.overlong)
         for split in ("valid", "test")
     )
     if "valid" in wanted and any(pairs for *_, pairs in sets) and not valid:
@@ -267,119 +265,22 @@ def pairs_of_rows(
 
     Where ``max_seq_length`` is None, they are cut when it is known, by ``cut_to``.
     """
-    groups = _rows_as_group(rows, Columns.from_settings(settings))
+    groups = rows_as_group(rows, Columns.from_settings(settings))
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
-    return _make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
+    return make_pairs(groups, chat_tokenizer, split, settings.max_seq_length, settings.overlong)
 
 
-def _rows_as_group(rows: Iterable[object], columns: Columns) -> list[RowGroup]:
+def rows_as_group(rows: Iterable[object], columns: Columns) -> list[RowGroup]:
+    """Return rows of a call as the one group that they are; raises DataError as the rows of a file do."""
     group = RowGroup("the data set", numbered(rows_in(rows, "the data set"), "row", before=" "), columns)
     columns.check([row.value for row in group.rows], group.name)
     return [group]
 
 
-def as_pairs(
-    dataset: Sequence[object] | None,
-    max_seq_length: int | None = None,
-    tokenizer: Tokenizer | None = None,
-    split: str = "train",
-) -> PreferenceDataset:
-    """Pairs of any preference data, cut to ``max_seq_length`` where it is given.
-
-    Args:
-        dataset: a PreferenceDataset, a sequence of PreferencePair, raw rows as any iterable, or a sequence of mappings
-            with the token ids ``chosen`` and ``rejected`` and, where known, ``chosen_prompt_length`` and
-            ``rejected_prompt_length`` (without them the prompt is what both sides share); None is an empty one.
-        max_seq_length: tokens that either side may have, prompt included. Where a prompt of token ids is cut, the token
-            with which all items begin stays first.
-        tokenizer: turns raw rows into tokens.
-        split: which one the report names.
-
-    Raises:
-        DataError: an item is something else, there is no tokenizer for raw rows, or more than half of the items are
-            unusable.
-    """
-    if dataset is None:
-        return PreferenceDataset(split=split)
-    digest = ""
-    if isinstance(dataset, PreferenceDataset):
-        if max_seq_length is None or all(pair.length <= max_seq_length for pair in dataset):
-            return dataset
-        if dataset.cut_to is not None:
-            return dataset.cut_to(max_seq_length)
-        split, digest = dataset.report.split, dataset.tokenizer
-    # Data sets of mlx-lm-lora have no iterator of their own; generators have nothing else.
-    rows_in(dataset, f"the {split} data set")
-    items = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
-    if items and all(_is_row(item) for item in items):
-        if tokenizer is None:
-            raise DataError(
-                "The data set holds rows, not token ids: give their tokenizer as tokenizer=, or the data set that "
-                "create_dataset or load_dataset of mlx-lm-lora makes of them with train_mode 'cpo'.",
-                key="tokenizer",
-            )
-        return _make_pairs(_rows_as_group(items, Columns()), ChatTokenizer(tokenizer), split, max_seq_length, CUT)
-
-    sources = [f"item {i}" for i in range(len(items))]
-    pairs = [
-        item if isinstance(item, PreferencePair) else _sides_of_item(item, source)
-        for item, source in zip(items, sources, strict=True)
-    ]
-    # BOS is not known from ids alone: it is what all of several items begin with.
-    firsts = [pair.prompt[:1] if isinstance(pair, PreferencePair) else pair[0].ids[:1] for pair in pairs]
-    beginnings = {int(first[0]) for first in firsts if len(first)}
-    bos_id = beginnings.pop() if len(pairs) > 1 and len(beginnings) == 1 else None
-
-    def outcome(item: PreferencePair | tuple[Side, Side], source: str) -> Outcome:
-        try:
-            pair = item if isinstance(item, PreferencePair) else split_pair(*item, source)
-            return truncate(pair, sys.maxsize if max_seq_length is None else max_seq_length, bos_id)
-        except UnusableRow as error:
-            return error
-
-    return _collect(map(outcome, pairs, sources), sources, "the data set", split, tokenizer=digest)
-
-
-def _is_row(item: object) -> bool:
-    """Whether an item is a raw row, with text or messages in place of token ids."""
-    return isinstance(item, Mapping) and not all(_are_ids(item.get(side)) for side in ("chosen", "rejected"))
-
-
-def _are_ids(side: object) -> bool:
-    if not isinstance(side, Iterable) or isinstance(side, str | Mapping):
-        return False
-    return not any(isinstance(token, str | Mapping) for token in side)
-
-
-def _sides_of_item(item: object, source: str) -> tuple[Side, Side]:
-    """Both sides of one item of mlx-lm-lora's tokenised data sets."""
-    values = item if isinstance(item, Mapping) else {}
-    try:
-        ids = [_given_ids(values[part]) for part in ("chosen", "rejected")]
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise DataError(
-            f"{source} of the data set is not a tokenised preference: give token ids, whole numbers from 0 on, as "
-            "chosen and rejected, or rows of text or messages and their tokenizer.",
-            key="data",
-            place=source,
-        ) from None
-    shared = common_prefix(*ids)
-    sizes = [values.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
-    chosen, rejected = (Side(side, np.arange(len(side)) >= size) for side, size in zip(ids, sizes, strict=True))
-    return chosen, rejected
-
-
-def _given_ids(side: object) -> TokenIds:
-    """Return a caller's token ids as int32 [T]; raise ValueError where they are none."""
-    given = np.asarray(side)
-    if given.size and (given.dtype.kind not in "iuf" or not np.all((given >= 0) & (given < 2**31) & (given % 1 == 0))):
-        raise ValueError(side)
-    return as_ids(given)
-
-
-def _make_pairs(
+def make_pairs(
     groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
+    """Return the data set of the rows of a split; raises DataError as :func:`collect` and :func:`load_dataset` do."""
     rows = [
         SourcedRow(value, group.columns, source)
         for group in groups
@@ -390,14 +291,14 @@ def _make_pairs(
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))
     columns = ColumnsRead.joined([group.columns.read([row.value for row in group.rows]) for group in groups])
-    pairs = _collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest(), columns)
+    pairs = collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest(), columns)
     pairs.chat_tokenizer = tokenizer
     if max_length is None:
-        pairs.cut_to = lambda length: _make_pairs(groups, tokenizer, split, length, overlong)
+        pairs.cut_to = lambda length: make_pairs(groups, tokenizer, split, length, overlong)
     return pairs
 
 
-def _collect(
+def collect(
     outcomes: Iterable[Outcome],
     sources: Sequence[str],
     name: str,

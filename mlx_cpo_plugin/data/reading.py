@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.data.columns import Columns, DataSettings, rows_in
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, nearest_split, pick_splits, split_files
-from mlx_cpo_plugin.data.rows import Columns, DataSettings, rows_in
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 from mlx_cpo_plugin.missing_paths import looks_like_path, nearest_path
 from mlx_cpo_plugin.types import Values

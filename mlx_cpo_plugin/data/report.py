@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.rows import ColumnsRead, first_few
+from mlx_cpo_plugin.data.columns import ColumnsRead, first_few
 from mlx_cpo_plugin.data.tokens import Lengths, TruncatedPair
 from mlx_cpo_plugin.errors import shown
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.data.columns import DataSettings
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
-from mlx_cpo_plugin.data.rows import DataSettings
 from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
 from mlx_cpo_plugin.types import Tokenizer
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import Message, UnusableRow, split_system
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.rendering import Rendering, render, share_what_renders_alike
-from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, IDENTICAL, Columns, Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import EMPTY_ANSWER, IDENTICAL, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, TokenIds, as_ids, common_prefix
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.types import Values

@@ -23,7 +23,7 @@ def run_push(chosen: argparse.Namespace) -> int:
         HubError: there is nothing to push, or the hub refuses it or cannot be reached.
         ReportError: the run's settings cannot be read.
     """
-    from mlx_cpo_plugin.data.rows import first_few
+    from mlx_cpo_plugin.data.columns import first_few
     from mlx_cpo_plugin.publish.hub import push, upload_of
     from mlx_cpo_plugin.settings.nested import repository
 

@@ -12,10 +12,11 @@ from typing import Any
 from huggingface_hub import constants
 
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.files import SUFFIXES, Row, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, split_files
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
-from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import PlainText, parse_row
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from support.data_tokenizers import CHATML, make_tokenizer, tokenizer_named
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow, decode_messages
-from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import tokenize
 

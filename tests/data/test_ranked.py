@@ -14,8 +14,8 @@ from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
 
 from mlx_cpo_plugin.data import PreferenceDataset, load_dataset
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.ranked import row_of
-from mlx_cpo_plugin.data.rows import Columns
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
 

@@ -16,8 +16,9 @@ from filelock import FileLock
 from support.row_forms import FORMS, Preference
 from support.tiny import SHARED
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
-from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.rows import parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import tokenize
 from mlx_cpo_plugin.host import load_chat_tokenizer

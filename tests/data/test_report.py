@@ -10,8 +10,8 @@ from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
 
 from mlx_cpo_plugin.data import PreferenceDataset, pairs_of_rows
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.dataset import load_splits
-from mlx_cpo_plugin.data.rows import Columns
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
 

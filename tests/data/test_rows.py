@@ -3,8 +3,9 @@
 import pytest
 from support.refusals import refused
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow, parse_dialogue
-from mlx_cpo_plugin.data.rows import Columns, Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
 from mlx_cpo_plugin.errors import DataError
 
 

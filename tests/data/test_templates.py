@@ -11,7 +11,8 @@ from support.data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_n
 from support.refusals import refused
 from tokenizers import normalizers
 
-from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.columns import Columns
+from mlx_cpo_plugin.data.rows import parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
 from mlx_cpo_plugin.data.tokens import prompt_tokens, tokenize
 from mlx_cpo_plugin.errors import ConfigError

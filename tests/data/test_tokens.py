@@ -6,8 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.data_tokenizers import CHATML, THINKING, make_tokenizer, tokenizer_named
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
-from mlx_cpo_plugin.data.rows import Columns, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import tokenize
 

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
 
+from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.rows import Columns, parse_row
+from mlx_cpo_plugin.data.rows import parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import PROMPT_SHARE, OverlongRow, fit, tokenize, truncate
 from mlx_cpo_plugin.errors import DataError
