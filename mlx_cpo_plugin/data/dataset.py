@@ -233,8 +233,8 @@ def load_splits(
     # The training set in as many parts as there are sets with a weight of their own.
     parts: dict[tuple[str, float], list[RowGroup]] = {}
     for group in read.pop("train", ()):
-        parts.setdefault(group.share or ("the others", 1.0), []).append(group)
-    parts = parts or {("none", 1.0): []}
+        parts.setdefault(group.share or ("", 1.0), []).append(group)
+    parts = parts or {("", 1.0): []}
     sets = [
         (*share, make_pairs(groups, chat_tokenizer, "train", settings.max_seq_length, settings.overlong))
         for share, groups in parts.items()

@@ -206,7 +206,9 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
     """The entries of ``hf_dataset``, one after the other, each with its own columns."""
     carve = settings.valid_fraction > 0  # which takes rows of the training set
     splits: Splits = {split: [] for split in wanted}
-    for entry in [entries] if isinstance(entries, Mapping) else entries:
+    entries = [entries] if isinstance(entries, Mapping) else entries
+    weighted = any(isinstance(entry, Mapping) and "weight" in entry for entry in entries)
+    for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):  # as apps may give it
             raise DataError(
                 "hf_dataset has an entry without a path: write path: and the dataset's name.", key="hf_dataset"
@@ -227,7 +229,7 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
             if where in [group.name for group in groups]:
                 where = f"{where} ({len(groups) + 1})"
             rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
-            share = (label, float(entry["weight"])) if "weight" in entry else None
+            share = (where, float(entry.get("weight", 1.0))) if weighted else None
             groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where), share))
     return splits
 

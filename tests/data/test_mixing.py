@@ -113,6 +113,20 @@ def test_a_list_of_sets_is_written_in_yaml_or_on_the_command_line_and_recorded_w
     assert recorded_settings(in_file)["data"] == [{"path": str(tmp_path / "b.jsonl")}, wanted[1]]
 
 
+def test_entries_of_hf_dataset_have_weights_too(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    files = [write(tmp_path / f"{name}.jsonl", name, count) for name, count in (("a", 4), ("b", 3))]
+    splits = {"path": "json", "train_split": "train", "valid_split": None}
+    entries = [{**splits, "config": {"data_files": str(file)}} for file in files]
+
+    train, _, _ = load_dataset(
+        RunSettings.of({"hf_dataset": [{**entries[0], "weight": 2}, entries[1]], "train": True, "max_seq_length": 512}),
+        tokenizer_named("chatml"),
+    )
+
+    assert sorted(Counter(id(pair) for pair in train).values()) == [1] * 3 + [2] * 4
+
+
 def test_the_form_holds_a_list_of_sets_as_it_holds_a_path() -> None:
     field = next(field for field in form_fields() if field.key == "data")
 
