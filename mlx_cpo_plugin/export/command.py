@@ -9,8 +9,12 @@ from shlex import quote
 
 from mlx_cpo_plugin._version import __version__
 
-TARGETS = {"mlx": "a fused model for mlx_lm", "peft": "an adapter for PyTorch"}
-BITS = {"mlx": (2, 3, 4, 5, 6, 8, 16)}
+TARGETS = {
+    "mlx": "a fused model for mlx_lm",
+    "peft": "an adapter for PyTorch",
+    "gguf": "a fused model for llama.cpp and LM Studio",
+}
+BITS = {"mlx": (2, 3, 4, 5, 6, 8, 16), "gguf": (8, 16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=int,
         metavar="N",
-        help="bits of the weights: 16 for none, 2 to 8 for mlx (default: those of the run's fuse_bits or of the base)",
+        help="bits of the weights: 16 for none; mlx takes 2 to 8, too (default: the run's fuse_bits or those of the "
+        "base), gguf 8, which is q8_0 (default: 16)",
     )
     parser.add_argument("--model", metavar="MODEL", help="base model in place of the one that the run names")
     parser.add_argument(
@@ -50,6 +55,7 @@ def run_export(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.export.errors import ExportError
     from mlx_cpo_plugin.export.folder import check_target, whole_or_nothing
     from mlx_cpo_plugin.export.fused_model import write_fused_model
+    from mlx_cpo_plugin.export.gguf_file import TYPES, write_gguf
     from mlx_cpo_plugin.export.peft_adapter import write_peft_adapter
     from mlx_cpo_plugin.export.trained import Trained
     from mlx_cpo_plugin.publish.card import model_card, write_card
@@ -76,11 +82,14 @@ def run_export(chosen: argparse.Namespace) -> int:
         "version": __version__,
     }
     with whole_or_nothing(target, record) as folder:
+        notes: list[str] = []
         if to == "mlx":
             write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
-        else:
+        elif to == "peft":
             write_peft_adapter(trained, folder, chosen.base_model, say)
-        card = model_card(chosen.adapter_path, to, base_model=chosen.base_model, here=target.name)
+        else:
+            notes = write_gguf(trained, folder / f"model-{TYPES[bits or 16]}.gguf", bits or 16, say)
+        card = model_card(chosen.adapter_path, to, notes=notes, base_model=chosen.base_model, here=target.name)
         write_card(card, folder, replacing=target)
     print(f"Wrote {target}. {how_to_use(to, target)}")
     return 0
@@ -96,4 +105,6 @@ def how_to_use(to: str, target: Path) -> str:
     """Return the command or the line of Python that uses an export."""
     if to == "mlx":
         return f"Try it: mlx_lm.generate --model {quote(str(target))} --prompt 'Hi!'"
+    if to == "gguf":
+        return f"Try it: llama-cli -m {quote(str(target))}/*.gguf -p 'Hi!'"
     return f"In Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"

@@ -101,10 +101,12 @@ def margin_retained(before: HeldOutScores, trained: HeldOutScores, handed_on: He
     return (handed_on.margin - before.margin) / won if abs(won) >= SMALL else None
 
 
-def rounding_cost(before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores) -> str:
-    """Return one sentence on what rounding cost the fused model, ``handed_on``."""
+def rounding_cost(
+    before: HeldOutScores, trained: HeldOutScores, handed_on: HeldOutScores, name: str = "fused model"
+) -> str:
+    """Return one sentence on what rounding cost the fused model, ``handed_on``, which is called ``name``."""
     sentence = (
-        f"The fused model gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; "
+        f"The {name} gives {handed_on.logps.shape[1]} held-out rows a margin of {handed_on.margin:+.3f} nats; "
         f"trained were {trained.margin:+.3f}, from {before.margin:+.3f}"
     )
     kept = margin_retained(before, trained, handed_on)
