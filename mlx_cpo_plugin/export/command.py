@@ -13,8 +13,9 @@ TARGETS = {
     "mlx": "a fused model for mlx_lm",
     "peft": "an adapter for PyTorch",
     "gguf": "a fused model for llama.cpp and LM Studio",
+    "ollama": "the same with a Modelfile",
 }
-BITS = {"mlx": (2, 3, 4, 5, 6, 8, 16), "gguf": (8, 16)}
+BITS = {"mlx": (2, 3, 4, 5, 6, 8, 16), "gguf": (8, 16), "ollama": (8, 16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="bits of the weights: 16 for none; mlx takes 2 to 8, too (default: the run's fuse_bits or those of the "
-        "base), gguf 8, which is q8_0 (default: 16)",
+        "base), gguf and ollama 8, which is q8_0 (default: 16)",
     )
     parser.add_argument("--model", metavar="MODEL", help="base model in place of the one that the run names")
     parser.add_argument(
@@ -56,6 +57,7 @@ def run_export(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.export.folder import check_target, whole_or_nothing
     from mlx_cpo_plugin.export.fused_model import write_fused_model
     from mlx_cpo_plugin.export.gguf_file import TYPES, write_gguf
+    from mlx_cpo_plugin.export.ollama import write_ollama
     from mlx_cpo_plugin.export.peft_adapter import write_peft_adapter
     from mlx_cpo_plugin.export.trained import Trained
     from mlx_cpo_plugin.publish.card import model_card, write_card
@@ -87,6 +89,8 @@ def run_export(chosen: argparse.Namespace) -> int:
             write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
         elif to == "peft":
             write_peft_adapter(trained, folder, chosen.base_model, say)
+        elif to == "ollama":
+            notes = write_ollama(trained, folder, bits or 16, say)
         else:
             notes = write_gguf(trained, folder / f"model-{TYPES[bits or 16]}.gguf", bits or 16, say)
         card = model_card(chosen.adapter_path, to, notes=notes, base_model=chosen.base_model, here=target.name)
@@ -107,4 +111,6 @@ def how_to_use(to: str, target: Path) -> str:
         return f"Try it: mlx_lm.generate --model {quote(str(target))} --prompt 'Hi!'"
     if to == "gguf":
         return f"Try it: llama-cli -m {quote(str(target))}/*.gguf -p 'Hi!'"
+    if to == "ollama":
+        return f"Try it: ollama create my-model -f {quote(str(target / 'Modelfile'))} && ollama run my-model"
     return f"In Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"

@@ -85,7 +85,7 @@ class Tensor:
 
 
 def write_gguf(trained: Trained, file: Path, bits: int, say: Say) -> list[str]:
-    """Write the fused model to ``file``, read it back, score it and return notes on it; ``trained.model`` is empty then.
+    """Write the fused model to ``file``, read it back, score it and return notes; ``trained.model`` is then empty.
 
     Args:
         bits: 16 for float16, 8 for ``q8_0``; vectors are float32.
@@ -98,7 +98,8 @@ def write_gguf(trained: Trained, file: Path, bits: int, say: Say) -> list[str]:
     family = check_gguf(trained)
     tensors = _tensors(text_model, family)
     _write(file, trained, family, tensors, bits)
-    model_class, args = type(text_model), text_model.args
+    model_class: Any = type(text_model)
+    args = text_model.args
     rope_of_base = _rope_factors(text_model)
     trained.model.update(tree_map(lambda _: mx.array([]), trained.model.parameters()))
     scores = trained.scores_of(_read_back(file, tensors, model_class(args), rope_of_base))
@@ -237,7 +238,7 @@ def _write(file: Path, trained: Trained, family: Family, tensors: Sequence[Tenso
     writer = gguf.GGUFWriter(file, family.name)
     try:
         _add_architecture(writer, args, family, trained.settings.model, bits)
-        add_tokenizer(writer, trained.tokenizer, args.vocab_size)
+        add_tokenizer(writer, trained.tokenizer, args.vocab_size, trained.adds_bos)
         factors = _rope_factors(text_model)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)

@@ -49,8 +49,11 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
         raise _unknown(f"it has the token {largest}, and the model's embedding {vocabulary} rows")
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> None:
+def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int, adds_bos: bool) -> None:
     """Add tokens, merges or scores, special tokens and chat template to the metadata of a file.
+
+    Args:
+        adds_bos: whether llama.cpp is to put BOS before what it is given.
 
     Raises:
         ExportError: see :func:`check_tokenizer`.
@@ -69,8 +72,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> 
         writer.add_add_space_prefix(_puts_space(described))
     else:
         writer.add_token_merges(merges)
-    begins = inner.encode("a")[:1] == [inner.bos_token_id]
-    writer.add_add_bos_token(bool(begins and inner.bos_token_id is not None))
+    writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(False)
     for token, add in (
         (inner.bos_token_id, writer.add_bos_token_id),

@@ -104,6 +104,17 @@ class Trained:
         key = quantised_load(self.settings)
         return None if key is None else int(QUANTISED_LOADS[key]["bits"])
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts its BOS before a text, and before the prompts that the adapter was trained on."""
+        bos, inner = self.tokenizer.bos_token_id, self.inner_tokenizer
+        return bos is not None and [int(self.rows[0].prompt[0])] == [bos] == inner.encode("a")[:1]
+
+    @property
+    def inner_tokenizer(self) -> Any:
+        """That of transformers, inside mlx_lm's wrapper."""
+        return getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+
     def scores_of(self, model: nn.Module) -> HeldOutScores:
         """Return what another model gives the same rows."""
         return held_out_scores(model, self.rows, self.settings.scoring)
