@@ -145,7 +145,14 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_whatever_is_imported_is_declared() -> None:
     """For each folder: the dependencies of all, and for the page and for reports those of their extras."""
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {"studio": "studio", "report": "report", "sweep": "report", "bench": "bench", "comparison": "compare"}
+    extras = {
+        "studio": "studio",
+        "report": "report",
+        "sweep": "report",
+        "bench": "bench",
+        "comparison": "compare",
+        "export": "gguf",
+    }
     # Run by Pythons of environments that hold those trainers, not by this one's.
     elsewhere = {"bench.trl_worker": {"torch", "trl", "peft"}, "bench.unsloth_worker": {"unsloth_zoo"}}
     for name, path in modules(ROOT).items():

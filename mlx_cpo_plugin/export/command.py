@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="NAME",
-        help="for peft: the model in PyTorch that it is loaded onto (default: the run's)",
+        help="the base model's name on the hub, for the model card and for peft, which loads the adapter onto it "
+        "(default: the run's)",
     )
     parser.add_argument(
         "--data",
@@ -56,7 +57,7 @@ def run_export(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.export.errors import ExportError
     from mlx_cpo_plugin.export.folder import check_target, whole_or_nothing
     from mlx_cpo_plugin.export.fused_model import write_fused_model
-    from mlx_cpo_plugin.export.gguf_file import TYPES, write_gguf
+    from mlx_cpo_plugin.export.gguf_file import TYPES, require_gguf, write_gguf
     from mlx_cpo_plugin.export.ollama import write_ollama
     from mlx_cpo_plugin.export.peft_adapter import write_peft_adapter
     from mlx_cpo_plugin.export.trained import Trained
@@ -70,11 +71,14 @@ def run_export(chosen: argparse.Namespace) -> int:
     if bits is not None and bits not in allowed:
         takes = f"takes {', '.join(map(str, allowed))}" if allowed else "takes no --bits"
         raise ExportError(f"--bits {bits}: --to {to} {takes}.", key="bits", allowed=", ".join(map(str, allowed)))
-    if chosen.base_model is not None and to != "peft":
-        raise ExportError(f"--base-model is for --to peft; --to {to} needs none.", key="base-model")
+    if to in ("gguf", "ollama"):
+        require_gguf()
     target = chosen.output or default_target(chosen.adapter_path, to)
     check_target(target, chosen.force)
     trained = Trained.load(chosen.adapter_path, chosen.model, chosen.data, say)
+    planned = trained.settings.qat_bits if trained.settings.qat_enable else None
+    if bits is None and planned in allowed and planned != trained.settings.fuse_bits:
+        say(f"It was trained to be deployed with {planned} bits: --bits {planned} gives it these.")
     record = {
         "target": to,
         "adapter_path": str(chosen.adapter_path),
@@ -84,11 +88,10 @@ def run_export(chosen: argparse.Namespace) -> int:
         "version": __version__,
     }
     with whole_or_nothing(target, record) as folder:
-        notes: list[str] = []
         if to == "mlx":
-            write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
+            notes = write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
         elif to == "peft":
-            write_peft_adapter(trained, folder, chosen.base_model, say)
+            notes = write_peft_adapter(trained, folder, chosen.base_model, say)
         elif to == "ollama":
             notes = write_ollama(trained, folder, bits or 16, say)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
+from numpy.typing import NDArray
 
 from mlx_cpo_plugin.comparison.questions import Say
 from mlx_cpo_plugin.export.errors import ExportError
@@ -29,14 +31,15 @@ if TYPE_CHECKING:
 
 # Bits -> what llama.cpp calls them.
 TYPES = {16: "f16", 8: "q8_0"}
-# Nats a token: rounding to 8 bits moves log-probs by hundredths, a tensor in a wrong place by whole ones.
-WRONG = 0.25
+# Nats a token, by bits: more than rounding moves a log-prob by.
+WRONG = {16: 0.05, 8: 0.25}
 # A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
 ENOUGH = 0.9
 _BLOCK = 32
 _HALF_MAX = 65504.0
 
 Change = Callable[[mx.array], mx.array]
+Factors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -91,25 +94,36 @@ def write_gguf(trained: Trained, file: Path, bits: int, say: Say) -> list[str]:
         bits: 16 for float16, 8 for ``q8_0``; vectors are float32.
 
     Raises:
-        ExportError: the package gguf is missing, llama.cpp's form of the model or of its tokenizer is not known here,
-            or the file does not score as the adapter.
+        ExportError: llama.cpp's form of the model or of its tokenizer is not known here, or the file does not score as
+            the adapter.
     """
-    text_model = trained.model.language_model if "language_model" in trained.model else trained.model
     family = check_gguf(trained)
-    tensors = _tensors(text_model, family)
-    _write(file, trained, family, tensors, bits)
-    model_class: Any = type(text_model)
-    args = text_model.args
-    rope_of_base = _rope_factors(text_model)
+    tensors = _tensors(trained.text_model, family)
+    factors = _rope_factors(trained.text_model)
+    _write(file, trained, family, tensors, factors, bits)
+    model_class: Any = type(trained.text_model)
     trained.model.update(tree_map(lambda _: mx.array([]), trained.model.parameters()))
-    scores = trained.scores_of(_read_back(file, tensors, model_class(args), rope_of_base))
-    _check_scores(trained, scores, file)
+    scores = trained.scores_of(_read_back(file, tensors, model_class(trained.text_model.args), factors))
+    _check_scores(trained, scores, file, WRONG[bits])
     sentence = rounding_cost(trained.before, trained.scores, scores, f"{TYPES[bits]} file")
     say(sentence)
     kept = margin_retained(trained.before, trained.scores, scores)
     if bits == 8 and kept is not None and kept < ENOUGH:
         say("Warning: rounding cost more than a tenth of that; take --bits 16.")
-    return [f"Weights of matrices in {TYPES[bits]}, of vectors in float32.", sentence]
+    notes = [f"Weights of matrices in {TYPES[bits]}, of vectors in float32.", sentence]
+    if trained.text_model is not trained.model:
+        notes.append("The language model alone: what the base model has for images is not in the file.")
+        say(notes[-1])
+    return notes
+
+
+def require_gguf() -> None:
+    """Raise ExportError where the package that writes the file is missing."""
+    if find_spec("gguf") is None:
+        raise ExportError(
+            "A GGUF file is written with the package gguf, which is missing: pip install 'mlx-cpo-plugin[gguf]'.",
+            key="to",
+        )
 
 
 def check_gguf(trained: Trained) -> Family:
@@ -118,13 +132,6 @@ def check_gguf(trained: Trained) -> Family:
     Raises:
         ExportError: see :func:`write_gguf`.
     """
-    try:
-        import gguf  # noqa: F401  # whether it is there
-    except ImportError as error:
-        raise ExportError(
-            "A GGUF file is written with the package gguf, which is missing: pip install 'mlx-cpo-plugin[gguf]'.",
-            key="to",
-        ) from error
     kind = str(trained.config.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
@@ -133,8 +140,7 @@ def check_gguf(trained: Trained) -> Family:
             key="to",
             allowed=", ".join(FAMILIES),
         )
-    text_model = trained.model.language_model if "language_model" in trained.model else trained.model
-    args: Any = text_model.args
+    args: Any = trained.text_model.args
     scaling = _scaling(args)
     if scaling not in ("default", "linear", "llama3"):
         raise ExportError(
@@ -190,22 +196,24 @@ def _tensors(model: nn.Module, family: Family) -> list[Tensor]:
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
     """Yield name, shape and a function that returns the float32 value of each parameter of the merged, dense model."""
     for path, module in model.named_modules():
-        if path.endswith(".linear") or path.endswith(".embedding"):
+        if path.endswith((".linear", ".embedding")):
             continue  # inside an adapter
-        if isinstance(module, ADAPTED):
-            inner = module.linear
-            yield f"{path}.weight", (module.lora_b.shape[-1], module.lora_a.shape[0]), partial(merged_weight, module)
-            if "bias" in inner:
-                yield f"{path}.bias", inner.bias.shape, partial(inner.bias.astype, mx.float32)
-        elif "scales" in module:
-            width = module.weight.shape[-1] * 32 // module.bits
-            yield f"{path}.weight", (*module.weight.shape[:-1], width), partial(stored_weight, module)
-            if "bias" in module:
-                yield f"{path}.bias", module.bias.shape, partial(module.bias.astype, mx.float32)
-        else:
-            for kind, value in module.items():
-                if isinstance(value, mx.array) and not kind.startswith("_"):
-                    yield f"{path}.{kind}", value.shape, partial(value.astype, mx.float32)
+        layer = module.linear if isinstance(module, ADAPTED) else module
+        for kind in layer:
+            shape = tuple(getattr(layer[kind], "shape", ()))
+            if not isinstance(layer[kind], mx.array) or kind.startswith("_") or kind in ("scales", "biases"):
+                continue
+            if kind != "weight" or (layer is module and "scales" not in module):
+                yield f"{path}.{kind}", shape, partial(_value, layer, kind)
+                continue
+            width = shape[-1] * 32 // layer.bits if "scales" in layer else shape[-1]
+            read = stored_weight if layer is module else merged_weight
+            yield f"{path}.{kind}", (*shape[:-1], width), partial(read, module)
+
+
+def _value(module: nn.Module, kind: str) -> mx.array:
+    value: mx.array = module[kind].astype(mx.float32)
+    return value
 
 
 def _as_it_is(weight: mx.array) -> mx.array:
@@ -229,17 +237,17 @@ def _in_halves(weight: mx.array, heads: int) -> mx.array:
 # Writing
 
 
-def _write(file: Path, trained: Trained, family: Family, tensors: Sequence[Tensor], bits: int) -> None:
+def _write(
+    file: Path, trained: Trained, family: Family, tensors: Sequence[Tensor], factors: Factors | None, bits: int
+) -> None:
     """Write the file tensor by tensor, so that no second model is in memory."""
     import gguf
 
-    text_model = trained.model.language_model if "language_model" in trained.model else trained.model
-    args: Any = text_model.args
+    args: Any = trained.text_model.args
     writer = gguf.GGUFWriter(file, family.name)
     try:
         _add_architecture(writer, args, family, trained.settings.model, bits)
         add_tokenizer(writer, trained.tokenizer, args.vocab_size, trained.adds_bos)
-        factors = _rope_factors(text_model)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
         kinds = {tensor.gguf_name: _kind(tensor.shape, bits) for tensor in tensors}
@@ -300,7 +308,7 @@ def _add_architecture(writer: GGUFWriter, args: Any, family: Family, name: str, 
         writer.add_rope_scaling_factor(args.rope_scaling["factor"])
 
 
-def _rope_factors(model: nn.Module) -> Any:
+def _rope_factors(model: nn.Module) -> Factors | None:
     """Return what llama.cpp divides the rotary frequencies of Llama 3 by, float32 [head / 2]; None for other models."""
     if _scaling(model.args) != "llama3":
         return None
@@ -312,7 +320,7 @@ def _rope_factors(model: nn.Module) -> Any:
 # Reading back
 
 
-def _read_back(file: Path, tensors: Sequence[Tensor], model: nn.Module, factors: Any) -> nn.Module:
+def _read_back(file: Path, tensors: Sequence[Tensor], model: nn.Module, factors: Factors | None) -> nn.Module:
     """Return the model with the weights in the file; vectors and the embedding in float32, others in float16.
 
     Raises:
@@ -337,15 +345,18 @@ def _read_back(file: Path, tensors: Sequence[Tensor], model: nn.Module, factors:
     return model
 
 
-def _check_scores(trained: Trained, scores: HeldOutScores, file: Path) -> None:
+def _check_scores(trained: Trained, scores: HeldOutScores, file: Path, too_much: float) -> None:
     """Compare the log-probs of the file with those of the adapter.
+
+    Args:
+        too_much: nats a token.
 
     Raises:
         ExportError: they differ by more than rounding.
     """
     counts = [(pair.chosen_tokens, int(pair.rejected_scored.sum())) for pair in trained.rows]
     apart = float((np.abs(scores.logps - trained.scores.logps).T / counts).max())
-    if not apart < WRONG:
+    if not apart < too_much:
         raise ExportError(
             f"Read back, {file.name} gives answers log-probs up to {apart:.2f} nats a token away from those of the "
             "adapter, more than rounding explains; please report it, or export with --to mlx."

@@ -29,8 +29,8 @@ _PREFIX = "base_model.model."
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<path>.+)")
 
 
-def write_peft_adapter(trained: Trained, folder: Path, base_model: str | None, say: Say) -> None:
-    """Write the adapter into ``folder``, read it back and score it.
+def write_peft_adapter(trained: Trained, folder: Path, base_model: str | None, say: Say) -> list[str]:
+    """Write the adapter into ``folder``, read it back, score it and return notes.
 
     Args:
         base_model: what PEFT loads it onto, in place of the run's model.
@@ -56,11 +56,14 @@ def write_peft_adapter(trained: Trained, folder: Path, base_model: str | None, s
         f"Read back, {len(adapters)} layers give {len(trained.rows)} held-out rows the log-probs of the adapter: a "
         f"margin of {scores.margin:+.3f} nats."
     )
-    if trained.bits_of_base and not base_model:
-        say(
-            f"It was trained on weights of {trained.bits_of_base} bits, of which PyTorch's model has others: its "
-            "answers may differ a little there. --base-model names the model to load it onto."
+    notes = []
+    if trained.bits_of_base:
+        notes.append(
+            f"It was trained on weights of {trained.bits_of_base} bits; PyTorch's model has others, with which its "
+            "answers may differ a little."
         )
+        say(notes[-1] + ("" if base_model else " --base-model names the model to load it onto."))
+    return notes
 
 
 def _adapters(trained: Trained) -> dict[str, nn.Module]:

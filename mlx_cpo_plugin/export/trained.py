@@ -105,6 +105,11 @@ class Trained:
         return None if key is None else int(QUANTISED_LOADS[key]["bits"])
 
     @property
+    def text_model(self) -> nn.Module:
+        """The model, or the language model inside a multimodal one."""
+        return self.model.language_model if "language_model" in self.model else self.model
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer puts its BOS before a text, and before the prompts that the adapter was trained on."""
         bos, inner = self.tokenizer.bos_token_id, self.inner_tokenizer

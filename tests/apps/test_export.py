@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +19,17 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import convert
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load
+from mlx_lm.utils import _get_classes, load
+from support.refusals import refused
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
-from mlx_cpo_plugin.export import peft_adapter
+from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.export import gguf_file, peft_adapter
+from mlx_cpo_plugin.export.errors import ExportError
+from mlx_cpo_plugin.export.ollama import chat_format
 from mlx_cpo_plugin.export.trained import Trained
+from mlx_cpo_plugin.model.layers import merged_weight
 
 Arrays = dict[str, np.ndarray]
 PEFT_PREFIX = "base_model.model."
@@ -242,11 +249,10 @@ def test_peft_is_told_of_a_base_of_few_bits_and_gets_the_model_that_is_named(
     convert(str(model_folder), str(quantised), quantize=True, q_bits=4)
     adapter = train_adapter(quantised, tmp_path / "adapters")
 
-    export(adapter, quantised, data_folder, "peft")
-    assert "weights of 4 bits" in capsys.readouterr().err
+    folder = export(adapter, quantised, data_folder, "peft", "--base-model", "someone/model")
 
-    folder = export(adapter, quantised, data_folder, "peft", "--force", "--base-model", "someone/model")
-    assert "weights of 4 bits" not in capsys.readouterr().err
+    assert "weights of 4 bits" in capsys.readouterr().err
+    assert "weights of 4 bits" in (folder / "README.md").read_text()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/model"
 
 
@@ -313,9 +319,274 @@ def test_without_the_runs_rows_an_export_is_scored_on_built_in_ones(
 
 
 def test_an_option_of_another_target_is_refused(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (
-        ["--to", "peft", "--bits", "4"],
-        ["--to", "mlx", "--bits", "7"],
-        ["--to", "mlx", "--base-model", "x"],
-    ):
+    for arguments in (["--to", "peft", "--bits", "4"], ["--to", "mlx", "--bits", "7"], ["--to", "gguf", "--bits", "4"]):
         assert refusal(capsys, ["export", str(adapter), *arguments])
+
+
+# GGUF
+
+needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra 'gguf'")
+
+
+def read_gguf(file: Path) -> tuple[Arrays, str]:
+    """The tensors in a file by their names, dequantised, and the architecture that it names."""
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(file)
+    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    return tensors, bytes(reader.fields["general.architecture"].parts[-1]).decode()
+
+
+# What is not the same in all of them.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": False},
+    "mistral": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3": {
+        "model_type": "llama",
+        "rope_scaling": {
+            **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"vocab_size": 520, "tie_word_embeddings": False},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 32, "num_hidden_layers": 7, "query_pre_attn_scalar": 32, "sliding_window": 4},
+}
+
+
+def make_model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
+    """A random model of a family in which no weight is as it is initialised, norms and biases included."""
+    config = {
+        **{"model_type": family, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 512},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
+        **{"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2},
+        **FAMILIES[family],
+    }
+    model_class, args = _get_classes(config)
+    mx.random.seed(1)
+    weights = {
+        name: value + 0.1 * mx.random.normal(value.shape)
+        for name, value in tree_flatten(model_class(args.from_dict(dict(config))).parameters())
+    }
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / name, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+class LlamaCpp:
+    """llama.cpp with a file, from the package xllamacpp."""
+
+    def __init__(self, file: Path) -> None:
+        llama_cpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp, in the package xllamacpp")
+        parameters = llama_cpp.CommonParams()
+        parameters.model.path = str(file)
+        parameters.n_ctx, parameters.n_parallel, parameters.verbosity, parameters.warmup = 512, 1, 0, False
+        parameters.cpuparams.n_threads = 1
+        self.server = llama_cpp.Server(parameters)
+
+    def next_tokens(self, prompt: str | list[int]) -> dict[int, float]:
+        """The likeliest tokens after a prompt with their log-probs; none where the first is no whole character."""
+        request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "logprobs": 4, "cache_prompt": False}
+        (choice,) = self.server.handle_completions(request)["choices"]
+        content = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
+        return {token["id"]: token["logprob"] for token in content[0]["top_logprobs"]}
+
+
+@needs_gguf
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_itself_gives_the_log_probs_of_the_adapter_and_reads_text_as_the_same_tokens(
+    shared: Path, tmp_path: Path, data_folder: Path, family: str
+) -> None:
+    model = make_model(family, shared / "models" / "stories260k-chat", tmp_path / "model")
+    adapter = train_adapter(model, tmp_path / "adapters", scale=1.0)
+    llama_cpp = LlamaCpp(export(adapter, model, data_folder, "gguf") / "model-f16.gguf")
+    tuned, tokenizer = load(str(model), adapter_path=str(adapter))
+    text = "Once upon a time, 12 friends met:\n\tTom's dog"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+
+    compared = 0
+    for count in range(3, len(ids), 5):
+        found = llama_cpp.next_tokens(ids[:count])
+        given = np.array(tuned(mx.array([ids[:count]]))[0, -1].astype(mx.float32), np.float64)
+        expected = given - np.log(np.exp(given).sum())
+        np.testing.assert_allclose(list(found.values()), expected[list(found)], rtol=0, atol=0.05)
+        compared += bool(found)
+    assert compared >= 2
+    assert llama_cpp.next_tokens(text) == llama_cpp.next_tokens(ids)
+
+
+@needs_gguf
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_gguf_file_holds_the_merged_weights_by_the_names_of_llama_cpp(
+    model_folder: Path, data_folder: Path, adapter: Path, bits: int
+) -> None:
+    folder = export(adapter, model_folder, data_folder, "gguf", "--bits", str(bits))
+
+    found, architecture = read_gguf(folder / f"model-{'q8_0' if bits == 8 else 'f16'}.gguf")
+    weights, base = arrays(adapter / "adapters.safetensors"), arrays(model_folder / "model.safetensors")
+    assert len(found) == len(base)
+
+    def merged(name: str) -> np.ndarray:
+        return base[f"{name}.weight"] + 2.5 * (weights[f"{name}.lora_a"] @ weights[f"{name}.lora_b"]).T
+
+    within = {"rtol": 0, "atol": 5e-3 if bits == 8 else 5e-4}
+    up, query = merged("model.layers.1.mlp.up_proj"), merged("model.layers.1.self_attn.q_proj")
+    np.testing.assert_allclose(found["blk.1.ffn_up.weight"], up, **within)
+    # In each of the 4 heads, dimension i turns with i + 16 in MLX, and with its neighbour here.
+    pairs = [32 * head + i + half for head in range(4) for i in range(16) for half in (0, 16)]
+    np.testing.assert_allclose(found["blk.1.attn_q.weight"], query[pairs], **within)
+    np.testing.assert_allclose(found["output_norm.weight"], base["model.norm.weight"])
+    assert architecture == "llama"
+
+
+@needs_gguf
+def test_a_quantised_base_is_written_with_the_weights_that_it_stands_for(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    quantised = tmp_path / "quantised"
+    convert(str(model_folder), str(quantised), quantize=True, q_bits=4)
+    adapter = train_adapter(quantised, tmp_path / "adapters", keys=ATTENTION)
+
+    file = export(adapter, quantised, data_folder, "gguf") / "model-f16.gguf"
+
+    stored = dict(mx.load(str(quantised / "model.safetensors")))
+    parts = [stored[f"model.layers.0.mlp.up_proj.{part}"] for part in ("weight", "scales", "biases")]
+    expected = np.array(mx.dequantize(*parts, group_size=64, bits=4), np.float64)
+    found, _ = read_gguf(file)
+    np.testing.assert_allclose(found["blk.0.ffn_up.weight"], expected, rtol=1e-3, atol=1e-6)
+
+
+@needs_gguf
+def test_a_file_that_does_not_score_as_the_adapter_is_not_left_behind(
+    model_folder: Path,
+    data_folder: Path,
+    adapter: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gguf_file, "merged_weight", lambda module: 1.1 * merged_weight(module))
+    arguments = ["export", str(adapter), "--to", "gguf", "--model", str(model_folder), "--data", str(data_folder)]
+
+    assert "nats a token away" in refusal(capsys, arguments)
+    assert [path.name for path in adapter.parent.iterdir() if "gguf" in path.name] == []
+
+
+@needs_gguf
+def test_what_gguf_cannot_hold_is_refused(
+    model_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split_otherwise = shutil.copytree(model_folder, tmp_path / "split")
+    described = json.loads((split_otherwise / "tokenizer.json").read_text())
+    steps = [{"type": "Punctuation", "behavior": "Isolated"}, described["pre_tokenizer"]]
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (split_otherwise / "tokenizer.json").write_text(json.dumps(described))
+    scaled = shutil.copytree(model_folder, tmp_path / "scaled")
+    config = json.loads((scaled / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    (scaled / "config.json").write_text(json.dumps(config))
+
+    for number, (model, word) in enumerate(((split_otherwise, "splits text"), (scaled, "yarn"))):
+        adapter = train_adapter(model_folder, tmp_path / f"adapters{number}", keys=ATTENTION)
+        arguments = ["export", str(adapter), "--to", "ollama", "--model", str(model), "--data", str(data_folder)]
+        assert word in refusal(capsys, arguments)
+        assert not adapter.with_name(f"{adapter.name}-ollama").exists()
+
+
+@needs_gguf
+def test_a_type_of_model_that_gguf_is_not_written_for_is_refused(
+    model_folder: Path, data_folder: Path, adapter: Path
+) -> None:
+    trained = Trained.load(adapter, str(model_folder), str(data_folder), lambda _: None)
+    trained.config["model_type"] = "cohere2"
+
+    with refused(ExportError, "cohere2", key="to"):
+        gguf_file.check_gguf(trained)
+
+
+# Ollama
+
+CHATML_IN_GO = """{{ $answered := false }}{{ if .System }}<|im_start|>system
+{{ .System }}<|im_end|>
+<|im_start|>user
+{{ else }}<|im_start|>user
+{{ end }}{{ range $place, $message := .Messages }}{{ if eq .Role "user" }}{{ if $answered }}<|im_end|>
+<|im_start|>user
+{{ end }}{{ .Content }}<|im_end|>
+<|im_start|>assistant
+{{ else if eq .Role "assistant" }}{{ .Content }}{{ $answered = true }}{{ end }}{{ end }}"""
+
+
+@needs_gguf
+def test_a_modelfile_has_model_template_ends_and_how_to_sample(
+    model_folder: Path, data_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "do_sample": True}))
+
+    folder = export(adapter, base, data_folder, "ollama", "--bits", "8")
+
+    assert (folder / "Modelfile").read_text() == (
+        f'FROM ./model-q8_0.gguf\nTEMPLATE """{CHATML_IN_GO}"""\nPARAMETER stop "<|im_end|>"\n'
+        "PARAMETER num_ctx 2048\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n"
+    )
+    assert (folder / "model-q8_0.gguf").is_file()
+
+
+Messages = list[dict[str, str]]
+
+
+class Rendering:
+    """In place of a tokenizer: a chat template in Python."""
+
+    def __init__(self, render: Callable[[Messages], str]) -> None:
+        self.render_messages = render
+
+    def render(self, messages: Messages, tools: None, add_generation_prompt: bool) -> str:
+        return self.render_messages(messages)
+
+
+def folded(messages: Messages) -> str:
+    """As Gemma has it: what the system says opens the first message of the user; BOS in front; a header that thinks."""
+    text, opening = "<bos>", ""
+    for message in messages:
+        if message["role"] == "system":
+            opening = message["content"] + "\n\n"
+        else:
+            text += f"<{message['role']}>{opening}{message['content']}<end>"
+            opening = ""
+    return f"{text}<assistant><think>"
+
+
+def without_system(messages: Messages) -> str:
+    if messages[0]["role"] == "system":
+        raise UnusableRow("no system role")
+    return folded(messages)
+
+
+@pytest.mark.parametrize(("template", "system"), [(folded, "Be kind."), (folded, None), (without_system, None)])
+def test_a_chat_format_renders_as_the_chat_template(template: Callable[[Messages], str], system: str | None) -> None:
+    form = chat_format(cast(Any, Rendering(template)), bos="<bos>")
+
+    turns = ["How {{ are }} you?", "Fine.", " Bye.\n"]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [
+        {"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns, strict=True)
+    ]
+    assert "<bos>" + form.render(turns, system) == template(messages)
+    assert (form.before_system is None) == (template is without_system)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        lambda messages: "".join(f"{number}: {message['content']} " for number, message in enumerate(messages)),
+        lambda messages: messages[-1]["content"],
+        lambda messages: "".join(message["content"].upper() for message in messages),
+    ],
+)
+def test_a_chat_template_that_does_more_than_frame_messages_is_refused(template: Callable[[Messages], str]) -> None:
+    with refused(ExportError, key="to"):
+        chat_format(cast(Any, Rendering(template)))
