@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, refuse_if_in_use
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.report.record import Row, number
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described
@@ -51,10 +51,10 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
     better half of the settings from there to the next one.
 
     Raises:
-        ConfigError: another sweep is writing to the folder.
+        ConfigError: another sweep is writing to the folder, or it cannot be written to.
     """
     failed: set[str] = set()
-    with only_run_in(sweep.output):
+    with _only_sweep_in(sweep.output):
         for number, part in enumerate((*sweep.halve_at, 1.0)):
             given_up = runs_given_up(sweep, sweep.halve_at[:number])
             if number:
@@ -65,6 +65,20 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
                 if not _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}"):
                     failed.add(run.digest)
     return outcomes_of(sweep)
+
+
+@contextmanager
+def _only_sweep_in(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_run_in(folder))
+        except ConfigError as error:
+            raise ConfigError(
+                f"Another sweep is writing to {named(str(folder))}, or it cannot be written to; give another --output.",
+                key="output",
+                place=str(folder),
+            ) from error
+        yield
 
 
 def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:

@@ -392,6 +392,21 @@ def test_grids_of_other_options_and_seeds_alone_have_their_table_and_their_plots
     assert len((tmp_path / "grids" / "table.md").read_text().splitlines()) == 3 + 6 + 4
 
 
+def test_a_folder_that_another_sweep_is_in_or_that_cannot_be_made_is_refused(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = read_sweep(write(seeds=2, output=str(tmp_path / "in_use")))
+    (tmp_path / "file").touch()
+
+    def occupied(folder: Path) -> None:
+        raise ConfigError("Another run is writing to it.", key="adapter_path")
+
+    for output in (read_sweep(write(seeds=2, output=str(tmp_path / "file" / "inside"))), sweep):
+        with refused(ConfigError, key="output", place=str(output.output)):
+            done(output, Pretended(by_beta))
+        monkeypatch.setattr(runs, "only_run_in", occupied)
+
+
 def test_where_no_run_finishes_the_command_says_why(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
