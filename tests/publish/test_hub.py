@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,12 @@ class TestCommand:
 
 class TestRun:
     def test_a_run_describes_and_pushes_its_adapter_and_a_failed_push_does_not_lose_it(
-        self, settings: dict[str, Any], hub: Hub, run_main: Callable[..., None], tmp_path: Path
+        self,
+        settings: dict[str, Any],
+        hub: Hub,
+        run_main: Callable[..., None],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         folder = tmp_path / "adapters"
         call = {**settings, "test": True, "push_to_hub": "polite"}
@@ -159,6 +165,9 @@ class TestRun:
         card = (folder / CARD_FILE).read_text()
         assert all(f"| {split} | {pairs} |" in card for split, pairs in (("train", 10), ("valid", 4), ("test", 4)))
         assert str(tmp_path) not in card
+        cli.main(["check", "--config", str(folder / "run_settings.yaml")])
+        digests = re.findall(r"\b[0-9a-f]{64}\b", card)
+        assert digests == re.findall(r"\b[0-9a-f]{64}\b", capsys.readouterr().out)
 
         hub.refusals = {}
         for _ in range(2):
