@@ -19,8 +19,8 @@ AVERAGED_SHARE = 0.05
 MOST_MARKERS = 40
 _WIDTH, _HEIGHT = 480, 240
 _LEFT, _TOP, _BOTTOM = 70, 12, 44
-_CHARACTER, _LABEL_HEIGHT = 7.5, 15
-_LONGEST_LABEL_LINE = 20
+_CHARACTER, _LABEL_HEIGHT = 8.8, 15
+_LONGEST_LABEL_LINE = 16
 _TICKS = 5
 
 Point = tuple[float, float]
@@ -31,7 +31,7 @@ class Line:
     """Values over iterations.
 
     Attributes:
-        name: what stands beside its end.
+        name: what stands beside its end, with the last value; empty for nothing.
         points: iteration and value, in order.
         colour: a colour of the style, as in ``--chart-train``.
         dashed: drawn without a moving average, as each value is one of many pairs.
@@ -65,13 +65,14 @@ def chart_html(name: str, title: str, unit: str, lines: Sequence[Line], limits: 
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    described = "; ".join(f"{line.name} {number(line.points[-1][1])}" for line in lines)
+    drawing = _Drawing(lines, limits)
+    described = "; ".join(f"{line.name} {number(line.points[-1][1])}" for line in lines if line.name)
     averaged = max(line.averaged_over for line in lines)
     note = f" <small>moving average of {averaged} reports</small>" if averaged > 1 else ""
     return (
         f'<figure class="chart" id="{escape(name)}"><figcaption>{escape(title)}{note}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {described}")}">'
-        f"{_Drawing(lines, limits).svg(unit)}</svg></figure>"
+        f'<svg viewBox="0 0 {_WIDTH} {drawing.height}" role="img" aria-label="{escape(f"{title}: {described}")}">'
+        f"{drawing.svg(unit)}</svg></figure>"
     )
 
 
@@ -116,8 +117,9 @@ class _Drawing:
 
     def __init__(self, lines: Sequence[Line], limits: Point | None) -> None:
         self.lines = lines
-        self.labels = [[*_broken(line.name), number(line.points[-1][1])] for line in lines]
-        self.right = _WIDTH - _CHARACTER * max(len(text) for label in self.labels for text in label) - 14
+        self.labels = [[*_broken(line.name), number(line.points[-1][1])] * bool(line.name) for line in lines]
+        self.height = max(_HEIGHT, sum(map(len, self.labels)) * _LABEL_HEIGHT + _BOTTOM)
+        self.right = _WIDTH - _CHARACTER * max((len(text) for label in self.labels for text in label), default=0) - 14
         xs = [x for line in lines for x in (line.points[0][0], line.points[-1][0])]
         self.x_limits = _apart(min(xs), max(xs))
         values = [value for line in lines for _, value in line.points]
@@ -134,7 +136,7 @@ class _Drawing:
 
     def y(self, value: float) -> float:
         low, high = self.y_limits
-        return round(_HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP), 1)
+        return round(self.height - _BOTTOM - (value - low) / (high - low) * (self.height - _BOTTOM - _TOP), 1)
 
     def _axes(self, unit: str) -> Iterable[str]:
         for value in ticks(*self.y_limits):
@@ -143,12 +145,13 @@ class _Drawing:
             yield f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{number(value)}</text>'
         for value in ticks(*self.x_limits):
             if value == int(value):
-                yield f'<text x="{self.x(value)}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:,.0f}</text>'
+                place = f'x="{self.x(value)}" y="{self.height - _BOTTOM + 16}"'
+                yield f'<text {place} text-anchor="middle">{value:,.0f}</text>'
         middle = (_LEFT + self.right) / 2
-        yield f'<text x="{middle:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">Iteration</text>'
-        place = (_HEIGHT - _BOTTOM + _TOP) / 2
-        turned = f'transform="rotate(-90 12 {place:.0f})"'
-        yield f'<text x="12" y="{place:.0f}" text-anchor="middle" {turned}>{escape(unit)}</text>'
+        yield f'<text x="{middle:.0f}" y="{self.height - 6}" text-anchor="middle">Iteration</text>'
+        centre = (self.height - _BOTTOM + _TOP) / 2
+        turned = f'transform="rotate(-90 12 {centre:.0f})"'
+        yield f'<text x="12" y="{centre:.0f}" text-anchor="middle" {turned}>{escape(unit)}</text>'
 
     def _line(self, line: Line) -> str:
         averaged = line.averaged_over > 1
@@ -171,10 +174,10 @@ class _Drawing:
         order = sorted(range(len(ends)), key=lambda place: ends[place])
         room = sum(len(label) for label in self.labels) * _LABEL_HEIGHT
         free = 0.0
-        for place in order:
+        for place in filter(lambda place: self.labels[place], order):
             height = len(self.labels[place]) * _LABEL_HEIGHT
             room -= height
-            top = max(free, min(ends[place] - height / 2, _HEIGHT - _BOTTOM + _LABEL_HEIGHT - room - height))
+            top = max(free, min(ends[place] - height / 2, self.height - _BOTTOM + _LABEL_HEIGHT - room - height))
             free = top + height
             rows = "".join(
                 f'<tspan x="{self.right + 8:.0f}" y="{top + _LABEL_HEIGHT * (row + 0.8):.1f}">{escape(text)}</tspan>'

@@ -56,24 +56,27 @@ class Job:
     Args:
         words: the module and its arguments but the last.
         root: where it runs.
+        writes: whether it gets the name of a file to write into; otherwise what it prints is its result.
     """
 
-    def __init__(self, words: Sequence[str], root: Path) -> None:
+    def __init__(self, words: Sequence[str], root: Path, writes: bool = True) -> None:
         self.cancelled = False
         self._began = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-")
         self._output = Path(self._folder.name) / "output.json"
         self._read = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *words, str(self._output)],
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        self._printed = self._output.with_name("printed")
+        with self._printed.open("wb") as printed:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *words, *[str(self._output)] * writes],
+                cwd=root,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         self._lines: Queue[str | None] = Queue()
         self._last, self._ended = "", False
         Thread(target=self._listen, daemon=True).start()
@@ -126,17 +129,27 @@ class Job:
         Raises:
             ChildError: it failed, or was cancelled.
         """
+        self._wait()
+        self._read = 0
+        result = self.written()
+        if result is None:
+            raise ChildError(self._last or "Nothing was written.")
+        return result
+
+    def printed(self) -> str:
+        """Wait for its end and return what it printed; raises as :meth:`result` does."""
+        self._wait()
+        return self._printed.read_text(encoding="utf-8", errors="replace")
+
+    def _wait(self) -> None:
         for _ in self.steps():
             pass
         code = self._process.wait()
         if self.cancelled:
             raise ChildError("Cancelled.")
-        self._read = 0
-        result = self.written() if code == 0 else None
-        if result is None:
+        if code != 0:
             killed = " It was killed: out of memory?" if code == -signal.SIGKILL else ""
             raise ChildError((self._last.removeprefix("error: ") or f"exit code {code}") + killed)
-        return result
 
     def cancel(self) -> None:
         """End it and the processes that it has started."""
@@ -163,10 +176,10 @@ class Jobs:
         self._lock = Lock()
         self._jobs: dict[str, Job] = {}
 
-    def start(self, visit: str | None, words: Sequence[str], root: Path) -> Job:
+    def start(self, visit: str | None, words: Sequence[str], root: Path, writes: bool = True) -> Job:
         """Start a job; see :class:`Job`."""
         self.cancel(visit)
-        job = Job(words, root)
+        job = Job(words, root, writes)
         with self._lock:
             self._jobs[visit or ""] = job
         return job

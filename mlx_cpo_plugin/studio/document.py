@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from mlx_cpo_plugin.checkpoints.adapter import write_atomically
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import Resolved, resolve
 from mlx_cpo_plugin.settings.options import PRECISIONS
@@ -135,7 +135,7 @@ def save_document(text: str, path: Path) -> None:
     A new file has the permissions that the process gives; one that was there keeps its own.
 
     Raises:
-        CheckpointError: it cannot be written.
+        ConfigError: it cannot be written.
     """
 
     def write(partial: Path) -> None:
@@ -143,7 +143,12 @@ def save_document(text: str, path: Path) -> None:
         if path.exists():
             shutil.copymode(path, partial)
 
-    write_atomically(path, write)
+    try:
+        replace_whole(path, write)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); give another name, or free space.", place=str(path)
+        ) from error
 
 
 def _editor() -> YAML:

@@ -20,12 +20,12 @@
 
   // A field at fault says so to those who do not see the sentence beside it.
   const mark = () => {
-    for (const error of document.querySelectorAll("[id^=error-]")) {
-      const wrong = error.querySelector(".fault") !== null && error.offsetParent !== null;
-      const field = document.getElementById(error.id.replace("error-", "field-"));
-      for (const control of field?.querySelectorAll("input, textarea") ?? []) {
+    for (const field of document.querySelectorAll("[id^=field-]")) {
+      const error = document.getElementById(field.id.replace("field-", "error-"));
+      const wrong = Boolean(error?.offsetParent && error.querySelector(".fault"));
+      for (const control of field.querySelectorAll("input, textarea")) {
         if (wrong === (control.getAttribute("aria-invalid") === "true")) continue;
-        for (const [name, value] of [["aria-invalid", "true"], ["aria-describedby", error.id]]) {
+        for (const [name, value] of [["aria-invalid", "true"], ["aria-describedby", error?.id]]) {
           if (wrong) control.setAttribute(name, value);
           else control.removeAttribute(name);
         }

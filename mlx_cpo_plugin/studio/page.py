@@ -19,6 +19,12 @@ from mlx_cpo_plugin.studio.train_tab import build_train_tab
 
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
+# What is seen until the page's own scripts have been read.
+HEAD = """<style>
+body:not(:has(.gradio-container))::before { content: "CPO training"; display: block; padding: 1.5rem; }
+body:not(:has(.gradio-container))::before { font: 600 1.4rem system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { body:not(:has(.gradio-container)) { background: #0f0f11; color: #f4f4f5; } }
+</style>"""
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
 
@@ -30,11 +36,12 @@ def build_page(root: Path, name: str) -> gr.Blocks:
         root: the folder in which runs start and configurations lie.
         name: the configuration file to begin with, below ``root``; empty for what was last in the form.
     """
-    live, checks, comparisons, chats = LiveRuns(root), Jobs(), Jobs(), Chats()
+    live, chats = LiveRuns(root), Chats()
+    checks, comparisons, exports = Jobs(), Jobs(), Jobs()
     atexit.register(chats.end_all)
 
     def leave(request: gr.Request) -> None:
-        for jobs in (checks, comparisons):
+        for jobs in (checks, comparisons, exports):
             jobs.cancel(request.session_hash)
         chats.end(request.session_hash)
 
@@ -50,7 +57,7 @@ def build_page(root: Path, name: str) -> gr.Blocks:
             with gr.Tab("Check", id="check"):
                 build_check_tab(root, form, checks)
             with gr.Tab("Run", id="run") as run_tab:
-                run = build_run_tab(root, form, banner, live)
+                run = build_run_tab(root, form, banner, live, exports)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compared = build_compare_tab(root, comparisons)
             with gr.Tab("Chat", id="chat") as chat_tab:
@@ -79,4 +86,4 @@ def appearance() -> dict[str, Any]:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
     )
-    return {"theme": theme, "css_paths": STYLE, "js": SCRIPT.read_text(encoding="utf-8")}
+    return {"theme": theme, "css_paths": STYLE, "head": HEAD, "js": SCRIPT.read_text(encoding="utf-8")}

@@ -13,7 +13,9 @@ import gradio as gr
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document, run_process
+from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation, outside_paths
+from mlx_cpo_plugin.studio.export_form import build_export_form
 from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.metrics_file import read_metrics
@@ -65,7 +67,7 @@ class RunTab:
     visited: list[Any]
 
 
-def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns) -> RunTab:
+def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, exports: Jobs) -> RunTab:
     """Lay out the tab; runs are of the configuration that the form stands for.
 
     Args:
@@ -84,6 +86,7 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns) -> Ru
         compare_button = gr.Button("Compare with the base model", size="md", elem_id="run-compare")
         report_button = gr.Button("Make a report", size="md", elem_id="run-report")
     report = gr.File(label="Report", visible=False, elem_id="run-report-file")
+    export = build_export_form(root, watched, exports)
     status = gr.HTML("", elem_id="status")
     charts = gr.HTML("", elem_id="curves")
     console = gr.HTML("", elem_id="console")
@@ -136,6 +139,7 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns) -> Ru
             resume_button: gr.update(interactive=has_checkpoint and not in_use),
             stop_button: gr.update(interactive=now is not None and now.running and now.own),
             ended: gr.update(visible=has_ended),
+            export: gr.update(visible=has_ended),
         }
 
     def choices(shown: Path) -> list[str]:
@@ -208,7 +212,7 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns) -> Ru
 
     inputs = [watched, seen, form.yaml]
     outputs = [
-        *(seen, watched, picker, start_button, stop_button, resume_button, ended, report),
+        *(seen, watched, picker, start_button, stop_button, resume_button, ended, export, report),
         *(status, charts, console, banner),
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.report.record import Row, answers_over_time, number
+from mlx_cpo_plugin.report.record import Row, RunRecord, answers_over_time, number
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.studio.charts import Line, Point, chart_html
 from mlx_cpo_plugin.studio.charts import number as shortly
@@ -108,6 +108,7 @@ KILLED = (
     "lines are in the console below. A lower batch_size or max_seq_length, or grad_checkpoint: true, takes less "
     "memory; Resume continues from the last checkpoint."
 )
+_RUN_COLOURS = 6
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
 _PROGRESS = re.compile(r"Training:.*?(\d+)/(\d+) \[([\d:]+)<([\d:?]+)")
 _RESUMED = re.compile(r"Resuming after iteration (\d+)")
@@ -168,6 +169,30 @@ def charts_html(rows: Sequence[Row]) -> str:
         for chart in CHARTS
     )
     return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def overlaid_html(records: Mapping[str, RunRecord]) -> str:
+    """Return a chart of every metric that a run has; of several runs, a colour and a name for each."""
+    several = len(records) > 1
+
+    def drawn(chart: Chart) -> str:
+        curves = chart.curves[:2] if several else chart.curves
+        if several and curves[-1].key.startswith("train_"):
+            return ""  # chosen and rejected of several runs are too many lines; their margin is shown
+        lines = [
+            Line(
+                curve.name if not several else name if curve is curves[0] else "",
+                points([*record.train, *record.valid], curve.key),
+                str(place % _RUN_COLOURS) if several else curve.colour,
+                curve.dashed,
+            )
+            for place, (name, record) in enumerate(records.items())
+            for curve in curves
+        ]
+        dashed = " (dashed: validation)" if several and curves[-1].dashed else ""
+        return chart_html(f"runs-{chart.name}", chart.title + dashed, chart.unit, lines, chart.limits)
+
+    return f'<div class="charts">{"".join(map(drawn, CHARTS))}</div>'
 
 
 def progress_of(lines: Sequence[str]) -> Progress | None:

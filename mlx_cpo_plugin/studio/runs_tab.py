@@ -12,9 +12,9 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.report.command import write_report
-from mlx_cpo_plugin.report.plots import as_svg
 from mlx_cpo_plugin.report.record import RunRecord, differing_settings, find_runs
 from mlx_cpo_plugin.studio.messages import fault_html
+from mlx_cpo_plugin.studio.run_view import overlaid_html
 
 SHOWN_AT_FIRST = 3
 
@@ -60,7 +60,8 @@ def build_runs_tab(root: Path) -> gr.CheckboxGroup:
     def compare(chosen: Sequence[str]) -> tuple[str, str, str]:
         try:
             records = chosen_runs(root, chosen)
-            return "", table_html(records), f'<div class="paper">{as_svg(records)}</div>'
+            names = dict(zip(chosen, records, strict=True))
+            return "", table_html(records), overlaid_html(names)
         except UserError as error:
             return fault_html(error), "", ""
 

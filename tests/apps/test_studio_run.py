@@ -23,10 +23,19 @@ from support.refusals import refused
 from mlx_cpo_plugin.checkpoints.run_folder import begin_run, only_run_in, record_done
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED, RunIdentity, RunRecord
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.report.record import RunRecord as RunFolder
 from mlx_cpo_plugin.studio import run_process
 from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.metrics_file import MetricsFile, read_metrics
-from mlx_cpo_plugin.studio.run_view import Progress, banner_html, charts_html, console_html, progress_of, status_html
+from mlx_cpo_plugin.studio.run_view import (
+    Progress,
+    banner_html,
+    charts_html,
+    console_html,
+    overlaid_html,
+    progress_of,
+    status_html,
+)
 
 
 def wait_until(reached: Callable[[], bool], folder: Path) -> None:
@@ -317,6 +326,32 @@ def test_charts_are_of_the_metrics_that_there_are_and_leave_out_what_is_no_numbe
 
     assert re.findall(r'id="curve-(\w+)"', drawn) == ["loss"]
     assert 'aria-label="Loss: training 0.7; validation 0.9"' in drawn
+
+
+def test_several_runs_are_overlaid_in_a_colour_each_with_their_whole_names(tmp_path: Path) -> None:
+    names = ("a-name-that-is-longer-than-a-line/adapters", "b")
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        rows = [{"train_loss": 2.0, "train_chosen_reward": 1.0}, {"kind": "valid", "val_loss": 1.0}]
+        write_rows(tmp_path / name, *({"kind": "train", "iteration": 1} | row for row in rows))
+
+    drawn = overlaid_html({name: RunFolder.read(tmp_path / name) for name in names})
+
+    assert re.findall(r'id="runs-(\w+)"', drawn) == ["loss"]
+    assert re.findall(r"--line: var\((.*?)\)", drawn) == ["--chart-0", "--chart-0", "--chart-1", "--chart-1"]
+    assert drawn.count('class="course dashed"') == 2
+    assert names[0] in "".join(re.findall("<tspan.*?>(.*?)</tspan>", drawn))
+
+
+def test_what_the_page_reads_of_runs_is_read_without_what_trains() -> None:
+    code = (
+        "import sys, mlx_cpo_plugin.studio.run_view, mlx_cpo_plugin.studio.live_runs, mlx_cpo_plugin.studio.document\n"
+        "sys.exit(str({'mlx.core', 'mlx_lm', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert ended.stderr.strip() == "set()"
 
 
 def test_accuracy_and_margin_of_validation_and_test_stand_in_tiles(tmp_path: Path) -> None:
