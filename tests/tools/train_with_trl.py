@@ -1,6 +1,6 @@
 """Trains with TRL's own CPOTrainer and keeps what it reports of each step; ``trajectory.py`` starts it.
 
-    TRL_PYTHON tests/tools/train_with_trl.py FOLDER
+    TRL_PYTHON tests/tools/train_with_trl.py FOLDER [float64]
 
 The folder holds ``trl.yaml``, as TRL's scripts read it; ``rows.jsonl``, taken in their order; and
 ``initial.safetensors``, the adapter to start from under MLX's names. Into it are written ``trl.json`` and
@@ -76,17 +76,20 @@ def tokens_of(row: dict[str, Any]) -> dict[str, list[int]]:
     return {"prompt": row["chosen_input_ids"][:start], **answers}
 
 
-def train(folder: Path) -> RecordingTrainer:
-    """Train as the folder says, on a processor in float32."""
+def train(folder: Path, dtype: str = "float32") -> RecordingTrainer:
+    """Train as the folder says."""
     parser = TrlParser((CPOConfig, ModelConfig))
     arguments, model_arguments = parser.parse_args_and_config(["--config", str(folder / "trl.yaml")])
     arguments.train_sampling_strategy = "sequential"
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     trainer = RecordingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_arguments.model_name_or_path, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model_arguments.model_name_or_path, dtype=getattr(torch, dtype)),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(model_arguments.model_name_or_path),
+        processing_class=tokenizer,
         peft_config=get_peft_config(model_arguments),
     )
     set_adapter(trainer.model, load_file(folder / "initial.safetensors"))
@@ -96,8 +99,8 @@ def train(folder: Path) -> RecordingTrainer:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    trainer = train(folder)
-    adapter = {name: value.detach().T.contiguous() for name, value in adapter_of(trainer.model).items()}
+    trainer = train(folder, *sys.argv[2:])
+    adapter = {name: value.detach().T.float().contiguous() for name, value in adapter_of(trainer.model).items()}
     save_file(adapter, folder / "trl.safetensors")
     report = {"steps": trainer.steps, "tokens": [tokens_of(row) for row in trainer.train_dataset]}
     (folder / "trl.json").write_text(json.dumps(report))

@@ -53,6 +53,7 @@ class Setting:
         trl: keys of TRL's configuration beside those that all have.
         ours: keys of our configuration that are set in another way than TRL's; ``None`` leaves a key out.
         rows: ``texts``, in which TRL finds the same tokens as we, or ``messages``, which each renders itself.
+        dtype: that TRL computes in.
         trl_of, ours_of: another setting with the same run on that side.
     """
 
@@ -60,6 +61,7 @@ class Setting:
     trl: Mapping[str, Any]
     ours: Mapping[str, Any] = field(default_factory=dict)
     rows: str = TEXTS
+    dtype: str = "float32"
     trl_of: str = ""
     ours_of: str = ""
 
@@ -73,8 +75,10 @@ SETTINGS = {
     "ipo": Setting("`ipo`", {"loss_type": "ipo", "beta": 0.5, "cpo_alpha": 0.0}),
 }
 ADAMW = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
-# What differs unless it is made equal; each beside `sigmoid` with `cpo_alpha` 1.
+# What differs unless it is made equal, each beside `sigmoid` with `cpo_alpha` 1; the first two are rounding.
 DIFFERENCES = {
+    "exact": Setting("TRL in float64", PAPER, dtype="float64", ours_of="paper"),
+    "order": Setting("`scoring: plain`, sums in another order", PAPER, {"scoring": "plain"}, trl_of="paper"),
     "messages": Setting("TRL renders the messages itself", PAPER, rows=MESSAGES, ours_of="paper"),
     "accumulation": Setting(
         "2 micro-batches of 1 pair", {**PAPER, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -185,66 +189,54 @@ def write_initial(settings: RunSettings, file: Path) -> None:
     mx.save_safetensors(str(file), adapter)
 
 
-def train_ours(folder: Path) -> Trajectory:
-    """Train with the host's command."""
-    with (folder / "ours.log").open("w") as log:
-        command = [COMMANDS / "mlx_lm_lora.train", "--config", folder / "cpo.yaml"]
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-    return ours_in(folder)
+def our_run(name: str, rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> Trajectory:
+    """Return our trajectory of a setting, trained by the host's command where that has not been done."""
+    folder = args.output / name
+    report, adapter = folder / "ours.json", folder / "adapters" / "adapters.safetensors"
+    if not report.exists():
+        prepare(ALL[name], rows, args, folder)
+        with (folder / "ours.log").open("w") as log:
+            command = [COMMANDS / "mlx_lm_lora.train", "--config", folder / "cpo.yaml"]
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        lines = [json.loads(line) for line in adapter.with_name("metrics.jsonl").read_text().splitlines()]
+        steps = [{metric: line[key] for metric, key in METRICS.items()} for line in lines if line["kind"] == "train"]
+        report.write_text(json.dumps({"steps": steps}))  # which says that the run has ended
+    return trajectory_in(report, adapter)
 
 
-def ours_in(folder: Path) -> Trajectory:
-    """Read what our run left."""
-    lines = map(json.loads, (folder / "adapters" / "metrics.jsonl").read_text().splitlines())
-    steps = [line for line in lines if line["kind"] == "train"]
-    columns = {name: np.array([step[key] for step in steps]) for name, key in METRICS.items()}
-    return Trajectory(columns, arrays_in(folder / "adapters" / "adapters.safetensors"))
+def run_of_trl(name: str, rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> Trajectory:
+    """Return TRL's trajectory of a setting, trained where that has not been done; texts have to give our tokens."""
+    folder, setting = args.output / name, ALL[name]
+    report = folder / "trl.json"
+    if not report.exists():
+        pairs, order = in_our_order(prepare(setting, rows, args, folder))
+        decode = load_chat_tokenizer(str(args.model)).decode
+        texts = [{part: decode(tokens) for part, tokens in pair.items()} for pair in pairs]
+        write_rows(folder / "rows.jsonl", texts if setting.rows == TEXTS else [rows[index] for index in order])
+        with (folder / "trl.log").open("w") as log:
+            subprocess.run([args.trl_python, TRL_WORKER, folder, setting.dtype], check=True, stdout=log, stderr=log)
+        if setting.rows == TEXTS and json.loads(report.read_text())["tokens"] != pairs:
+            raise SystemExit(f"{folder}: TRL has made other tokens of the texts.")
+    return trajectory_in(report, folder / "trl.safetensors")
 
 
-def train_trl(
-    setting: Setting, settings: RunSettings, rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, folder: Path
-) -> Trajectory:
-    """Train with TRL on the same rows in the order in which we take them; where they are texts, on the same tokens."""
-    tokenizer = load_chat_tokenizer(settings.model)
-    pairs, _, _ = load_dataset(settings, tokenizer)
+def in_our_order(settings: RunSettings) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """Return the tokens of the rows in the order in which our run takes them, and the places of these rows."""
+    pairs, _, _ = load_dataset(settings, load_chat_tokenizer(settings.model))
     size = BatchSize(settings.batch_size, accumulation=settings.gradient_accumulation_steps)
     iterations = len(pairs) // settings.batch_size
     plan = training_plan([pair.tokens for pair in pairs], size, iters=iterations, seed=settings.seed)
     order = [index for micro_batch in plan for index in micro_batch.indices]
-    tokens = [
+    return [
         {part: getattr(pairs[index], part).tolist() for part in ("prompt", "chosen", "rejected")} for index in order
-    ]
-    texts = [{part: tokenizer.decode(ids) for part, ids in row.items()} for row in tokens]
-    write_rows(folder / "rows.jsonl", texts if setting.rows == TEXTS else [rows[index] for index in order])
-    with (folder / "trl.log").open("w") as log:
-        subprocess.run([args.trl_python, TRL_WORKER, folder], check=True, stdout=log, stderr=log)
-    if setting.rows == TEXTS and json.loads((folder / "trl.json").read_text())["tokens"] != tokens:
-        raise SystemExit(f"{folder}: TRL has made other tokens of the texts.")
-    return trl_in(folder)
+    ], order
 
 
-def trl_in(folder: Path) -> Trajectory:
-    """Read what TRL's run left."""
-    steps = json.loads((folder / "trl.json").read_text())["steps"]
-    columns = {name: np.array([step[name] for step in steps]) for name in METRICS}
-    return Trajectory(columns, arrays_in(folder / "trl.safetensors"))
-
-
-def arrays_in(file: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file."""
-    return {name: np.array(value) for name, value in mx.load(str(file)).items()}
-
-
-def compare(name: str, rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> tuple[Trajectory, Trajectory]:
-    """Return our trajectory and TRL's of a setting, trained where that has not been done."""
-    setting, folder = ALL[name], args.output / name
-    ours_folder, trl_folder = args.output / (setting.ours_of or name), args.output / (setting.trl_of or name)
-    missing_ours = not (ours_folder / "adapters" / "adapters.safetensors").exists()
-    missing_trl = not (trl_folder / "trl.json").exists()
-    settings = prepare(setting, rows, args, folder) if missing_ours or missing_trl else None
-    ours = train_ours(ours_folder) if missing_ours else ours_in(ours_folder)
-    theirs = train_trl(setting, settings, rows, args, trl_folder) if missing_trl and settings else trl_in(trl_folder)
-    return ours, theirs
+def trajectory_in(report: Path, adapter: Path) -> Trajectory:
+    """Read what a run has left."""
+    steps = json.loads(report.read_text())["steps"]
+    columns = {metric: np.array([step[metric] for step in steps]) for metric in METRICS}
+    return Trajectory(columns, {name: np.array(value) for name, value in mx.load(str(adapter)).items()})
 
 
 def figures(ours: Trajectory, theirs: Trajectory) -> list[str]:
@@ -256,8 +248,8 @@ def figures(ours: Trajectory, theirs: Trajectory) -> list[str]:
 
 
 HEADER = (
-    "| {} | TRL's loss, first → last | loss apart, last step | most in any step: loss | chosen log-prob | "
-    "rejected log-prob | margin | learned B·A apart |\n|" + " --- |" * 8
+    "| {} | TRL's loss, first → last step | difference of the loss at the last step | greatest difference: loss | "
+    "chosen log-prob | rejected log-prob | margin | distance of B·A |\n|" + " --- |" * 8
 )
 
 
@@ -288,7 +280,6 @@ def draw(trajectories: Mapping[str, tuple[Trajectory, Trajectory]], file: Path) 
         len(trajectories),
         figsize=(11, 8),
         sharex=True,
-        sharey="row",
         squeeze=False,
         layout="constrained",
     )
@@ -297,14 +288,13 @@ def draw(trajectories: Mapping[str, tuple[Trajectory, Trajectory]], file: Path) 
         for panel, metric in zip(column, PANELS, strict=False):
             panel.plot(numbers, theirs.steps[metric], color="tab:orange", linewidth=4, alpha=0.6, label="TRL")
             panel.plot(numbers, ours.steps[metric], color="tab:blue", linewidth=1, label="mlx-cpo-plugin")
-            panel.set_ylabel(PANELS[metric])
         column[-1].semilogy(numbers, np.abs(ours.steps["loss"] - theirs.steps["loss"]), color="tab:gray")
-        column[-1].set_ylabel("losses apart")
         column[-1].set_xlabel("step")
         column[0].set_title(ALL[name].title.replace("`", ""), fontsize="medium")
-    for panel in axes.flat:
-        panel.grid(alpha=0.3)
-        panel.label_outer()
+    for row, label in zip(axes, [*PANELS.values(), "difference of the losses"], strict=True):
+        row[0].set_ylabel(label)
+        for panel in row:
+            panel.grid(alpha=0.3)
     axes[0, 0].legend(frameon=False)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
@@ -317,17 +307,31 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="rows with prompt, chosen and rejected as texts")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--settings", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--settings", nargs="+", choices=ALL, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=100, help="of two pairs each")
     parser.add_argument("--longest", type=int, default=64, help="tokens of prompt and longer answer")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     return parser.parse_args(given)
 
 
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse an output folder of runs that were others; what it has would pass for the runs that are asked for."""
+    kind = {name: str(getattr(args, name)) for name in ("model", "rows", "steps", "longest", "learning_rate")}
+    file = args.output / "runs.json"
+    if file.exists() and json.loads(file.read_text()) != kind:
+        raise SystemExit(f"{args.output} has runs with {json.loads(file.read_text())}; give another --output.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kind))
+
+
 def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
+    check_folder(args)
     rows = chosen_rows(args)
-    trajectories = {name: compare(name, rows, args) for name in args.settings}
+    trajectories = {
+        name: (our_run(ALL[name].ours_of or name, rows, args), run_of_trl(ALL[name].trl_of or name, rows, args))
+        for name in args.settings
+    }
     for heading, settings in (("loss", SETTINGS), ("what differs", DIFFERENCES)):
         done = {name: both for name, both in trajectories.items() if name in settings}
         if done:
