@@ -261,7 +261,7 @@ def table(heading: str, trajectories: Mapping[str, tuple[Trajectory, Trajectory]
 
 PANELS = {
     "loss": "loss",
-    "chosen_logps": "log-prob of the chosen answers",
+    "chosen_logps": "chosen log-prob",
     "margins": "margin",
 }
 
@@ -278,8 +278,8 @@ def draw(trajectories: Mapping[str, tuple[Trajectory, Trajectory]], file: Path) 
     figure, axes = pyplot.subplots(
         len(PANELS) + 1,
         len(trajectories),
-        figsize=(11, 8),
-        sharex=True,
+        figsize=(1 + 3 * len(trajectories), 8),
+        sharex="col",
         squeeze=False,
         layout="constrained",
     )
