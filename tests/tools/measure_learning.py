@@ -414,6 +414,11 @@ def do(task: Task, until: float) -> str:
     return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
 
 
+def shortened(tasks: Iterable[Task], most: int) -> list[Task]:
+    """Return tasks that train on at most so many rows."""
+    return [replace(task, training=(task.training[0], min(task.training[1], most))) for task in tasks]
+
+
 def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task], output: Path, until: float) -> None:
     """Do what is not done yet, what takes longest first."""
     missing = [task for task in tasks if not (output / f"{task.name}.json").exists()]
@@ -432,12 +437,14 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
     )
+    parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     until = time.time() + given.seconds
     sets = [SETS[name] for name in given.sets]
+    most = given.most_rows
     pool = ProcessPoolExecutor(
         given.workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -447,11 +454,11 @@ def main() -> None:
     with pool:
         first = [*(rate_tasks(sets) if "rates" in given.parts else ())]
         first += quantised_tasks() if "quantised" in given.parts else ()
-        run_all(pool, first, given.output, until)
+        run_all(pool, shortened(first, most), given.output, until)
         then = [*(accuracy_tasks(sets, chosen_rates(given.output, sets)) if "accuracy" in given.parts else ())]
         then += text_tasks() if "text" in given.parts else ()
-        run_all(pool, then, given.output, until)
-        run_all(pool, list(beta_tasks()) if "betas" in given.parts else [], given.output, until)
+        run_all(pool, shortened(then, most), given.output, until)
+        run_all(pool, shortened(beta_tasks() if "betas" in given.parts else (), most), given.output, until)
 
 
 PARTS = ("rates", "quantised", "accuracy", "text", "betas")
