@@ -319,7 +319,7 @@ def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[f
             for place, pair in enumerate(together):
                 found[pair.source] = {name: column[place] for name, column in columns.items()}
     order = [found[pair.source] for pair in pairs]
-    return {name: [row[name] for row in order] for name in order[0]} | {"sources": [pair.source for pair in pairs]}
+    return {name: [row[name] for row in order] for name in order[0]}
 
 
 def answers(task: Task, bench: Bench, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
@@ -357,30 +357,38 @@ def quantise_merged(model: Any) -> None:
     nn.quantize(model, 64, 4)
 
 
-def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], float]:
-    """Return, for each set and loss, the rate after which most of the left-out rows are ordered rightly.
+def held_out_loss(task: Task, measured_scores: dict[str, list[float]]) -> float:
+    """Return the mean loss of the rows that a task holds out, in the objective that it trains with."""
+    import mlx.core as mx
 
-    Ties go to the rate with the larger margin a token.
-    """
+    from mlx_cpo_plugin.model.logps import AnswerScores
+    from mlx_cpo_plugin.settings.config import resolve
+    from mlx_cpo_plugin.training.objective import objective_for
+
+    settings = resolve({"train_mode": "cpo", "train": True, **task.settings}).settings
+    options = {"beta": settings.beta, "delta": settings.delta, **settings.loss_options}
+    objective = objective_for(settings.dpo_cpo_loss_type, options, cpo_alpha=settings.cpo_alpha)
+    columns = {name: mx.array(measured_scores[name]) for name in AnswerScores._fields}
+    if objective.length_normalised:
+        for side in ("chosen", "rejected"):
+            columns[f"{side}_logps"] = columns[f"{side}_logps"] / columns[f"{side}_tokens"]
+    answer_scores = AnswerScores(**columns)
+    nll = objective.chosen_nll(answer_scores).sum() / answer_scores.chosen_tokens.sum()
+    return float(objective.losses(answer_scores).mean() + settings.cpo_alpha * nll)
+
+
+def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], float]:
+    """Return, for each set and loss, the rate with the least loss of the rows that were left out for this choice."""
     found = {}
     for rows in sets:
-        for loss in LOSSES:
-            best = (-1.0, -1e9, RATES[0])
-            for rate in RATES:
-                task = next(task for task in rate_tasks([rows]) if (task.loss, task.rate) == (loss, rate))
-                file = output / f"{task.name}.json"
-                if not file.exists():
-                    continue
-                measured_scores = json.loads(file.read_text())["scores"]
-                margins = [
-                    chosen - rejected
-                    for chosen, rejected in zip(
-                        measured_scores["chosen_logps"], measured_scores["rejected_logps"], strict=True
-                    )
-                ]
-                accuracy = sum(margin > 0 for margin in margins) / len(margins)
-                best = max(best, (accuracy, sum(margins), rate))
-            found[rows.name, loss] = best[2]
+        losses: dict[str, dict[float, float]] = {loss: {} for loss in LOSSES}
+        for task in rate_tasks([rows]):
+            file = output / f"{task.name}.json"
+            if task.loss in LOSSES and file.exists():
+                losses[task.loss][task.rate] = held_out_loss(task, json.loads(file.read_text())["scores"])
+        for loss, of_rates in losses.items():
+            found[rows.name, loss] = min(of_rates or RATES, key=lambda rate: of_rates.get(rate, 0.0))
+            print(rows.name, loss, {rate: round(value, 4) for rate, value in of_rates.items()}, flush=True)
     return found
 
 
