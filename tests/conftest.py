@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from mlx.utils import tree_flatten
 from support.compiled import use_kernels
+from support.devices import pretended
 from support.fresh_environment import open_workshop
 from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, write_data
+
+from mlx_cpo_plugin.device import CPU
 
 # How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
 hypothesis_settings.register_profile(
@@ -63,6 +66,13 @@ def _same_random_numbers() -> None:
     np.random.seed(0)
     np.random.random_sample()
     mx.random.seed(2**40)
+
+
+@pytest.fixture
+def choices_of_a_cpu() -> Iterator[None]:
+    """What is chosen is what suits a CPU, whatever computes it: for tests of these choices."""
+    with pretended(CPU):
+        yield
 
 
 @pytest.fixture

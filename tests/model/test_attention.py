@@ -104,6 +104,7 @@ def test_half_precision_stays_half_precision() -> None:
         assert np.linalg.norm(np.array(value.astype(mx.float32)) - expected) < 0.02 * np.linalg.norm(expected)
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_models_use_it_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
@@ -120,6 +121,7 @@ def test_models_use_it_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) 
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 128)
     layers, heads, tokens = 4, 4, 1024

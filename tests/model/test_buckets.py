@@ -117,6 +117,7 @@ def test_the_size_of_a_pair_is_what_it_computes() -> None:
     assert size.scored == pair.chosen_scored.sum() + pair.rejected_scored.sum() - 1
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_larger_layers_put_fewer_pairs_together() -> None:
     small, large = (grouping_for(build_model(hidden_size=size, intermediate_size=2 * size)) for size in (32, 256))
 
@@ -149,6 +150,7 @@ def test_a_model_that_miscounts_padding_is_computed_pair_by_pair(monkeypatch: py
     assert scorer.grouping == PAIR_BY_PAIR
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_what_a_token_keeps_grows_with_the_width_of_the_layers() -> None:
     narrow, wide = (kept_bytes(build_model(hidden_size=size)) for size in (32, 64))
     half = build_model()

@@ -9,6 +9,7 @@ import pytest
 from mlx_cpo_plugin.model import exponential as module
 from mlx_cpo_plugin.model.exponential import exponential, power_of_two, sigmoid
 
+pytestmark = pytest.mark.usefixtures("choices_of_a_cpu")
 EVERY_SIZE = np.concatenate([np.linspace(-87, 88, 100_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
 
 

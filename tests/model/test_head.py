@@ -135,6 +135,7 @@ def test_values_and_gradients_equal_the_float64_formula(kind: str, way: str) -> 
         np.testing.assert_allclose(np.array(value), np.array(same), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_a_large_vocabulary_costs_no_digits() -> None:
     model = build_model(vocab_size=2**16)
     model.freeze()
@@ -219,6 +220,7 @@ def test_a_head_whose_whole_weight_is_looked_at_is_not_cut() -> None:
         assert SplitModel(model).output_layer is None
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_the_logits_in_memory_do_not_grow_with_the_vocabulary() -> None:
     def extra(vocabulary: int) -> int:
         model = build_model(vocab_size=vocabulary)

@@ -163,6 +163,7 @@ def test_memory_of_a_pair_in_segments_grows_with_its_tokens_and_not_with_their_s
     assert peak(512) < 2.5 * peak(256)
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_kernels_hold_neither_scores_of_attention_nor_weights_that_are_widened() -> None:
     pairs, model = pairs_of(400, 50, 50), larger_model()
     model.set_dtype(mx.bfloat16)
@@ -421,6 +422,7 @@ def test_no_line_looks_like_a_report_of_training(peak: list[int]) -> None:
     assert not [line for line in lines if any(part in line.lower() for part in reports)]
 
 
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_half_precision_that_would_fit_in_float32_is_told_how_to_get_there(peak: list[int]) -> None:
     pairs = pairs_of(200, 40, 40)
     half = larger_model()

@@ -129,6 +129,7 @@ def test_another_model_of_the_same_class_does_not_count_and_nothing_stays_behind
 
 
 @pytest.mark.parametrize(("shape", "arguments", "tokens", "logits", "passes"), WORK_OF_AN_ITERATION)
+@pytest.mark.usefixtures("choices_of_a_cpu")
 def test_an_iteration_computes_exactly_this_much(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
