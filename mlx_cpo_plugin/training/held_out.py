@@ -110,4 +110,5 @@ def rounding_cost(
         f"trained were {trained.margin:+.3f}, from {before.margin:+.3f}"
     )
     kept = margin_retained(before, trained, handed_on)
-    return f"{sentence}." if kept is None else f"{sentence}: {kept:.0%} of what was learned."
+    is_share = kept is not None and 0 <= kept <= 1.5  # else rounding moved the margin by more than training did
+    return f"{sentence}: {kept:.0%} of what was learned." if is_share else f"{sentence}."

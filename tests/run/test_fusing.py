@@ -430,3 +430,5 @@ def test_the_share_that_is_kept_is_that_of_the_margin_won() -> None:
     assert fusing.margin_retained(before, trained, rounded) == pytest.approx(0.75)
     assert fusing.margin_retained(before, before, rounded) is None
     assert "75% of what was learned" in fusing.rounding_cost(before, trained, rounded)
+    barely = HeldOutScores(np.array([[-5.9], [-5.0]]))
+    assert "of what was learned" not in fusing.rounding_cost(before, barely, rounded)  # 3000% would be no share
