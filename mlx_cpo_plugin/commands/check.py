@@ -143,7 +143,7 @@ def _check_rows(
         require_splits(settings, splits)
     with refusals:
         if splits[0]:
-            _print_plan(settings, splits, timed, stream)
+            print_plan(settings, splits, timed, stream)
     shown = next((dataset[:examples] for dataset in splits if dataset), [])
     _print_examples(shown, chat_tokenizer, stream)
 
@@ -199,7 +199,7 @@ def _print_steps(rows: Sequence[Any], settings: RunSettings, stream: TextIO) -> 
     return steps
 
 
-def _print_plan(
+def print_plan(
     settings: RunSettings,
     splits: tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset],
     timed: bool,

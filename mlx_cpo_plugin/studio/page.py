@@ -37,11 +37,11 @@ def build_page(root: Path, name: str) -> gr.Blocks:
         name: the configuration file to begin with, below ``root``; empty for what was last in the form.
     """
     live, chats = LiveRuns(root), Chats()
-    checks, comparisons, exports = Jobs(), Jobs(), Jobs()
+    checks, comparisons, estimates, exports = Jobs(), Jobs(), Jobs(), Jobs()
     atexit.register(chats.end_all)
 
     def leave(request: gr.Request) -> None:
-        for jobs in (checks, comparisons, exports):
+        for jobs in (checks, comparisons, estimates, exports):
             jobs.cancel(request.session_hash)
         chats.end(request.session_hash)
 
@@ -57,7 +57,7 @@ def build_page(root: Path, name: str) -> gr.Blocks:
             with gr.Tab("Check", id="check"):
                 build_check_tab(root, form, checks)
             with gr.Tab("Run", id="run") as run_tab:
-                run = build_run_tab(root, form, banner, live, exports)
+                run = build_run_tab(root, form, banner, live, estimates, exports)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compared = build_compare_tab(root, comparisons)
             with gr.Tab("Chat", id="chat") as chat_tab:

@@ -15,6 +15,7 @@ from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document, run_process
 from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation, outside_paths
+from mlx_cpo_plugin.studio.estimate import build_estimate
 from mlx_cpo_plugin.studio.export_form import build_export_form
 from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
@@ -67,7 +68,7 @@ class RunTab:
     visited: list[Any]
 
 
-def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, exports: Jobs) -> RunTab:
+def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estimates: Jobs, exports: Jobs) -> RunTab:
     """Lay out the tab; runs are of the configuration that the form stands for.
 
     Args:
@@ -79,9 +80,12 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, expor
         start_button = gr.Button("Start", size="md", variant="primary", elem_id="start")
         stop_button = gr.Button("Stop (saves)", size="md", variant="stop", interactive=False, elem_id="stop")
         resume_button = gr.Button("Resume", size="md", interactive=False, elem_id="resume")
+        estimate_button = gr.Button("Estimate memory and time", size="md", elem_id="estimate")
+        cancel_button = gr.Button("Cancel", size="md", visible=False, elem_id="estimate-cancel")
     said = gr.HTML("", elem_id="run-said")
     confirmation = build_confirmation(root, "run")
     used = build_used_folder(root)
+    build_estimate(root, form, estimates, confirmation, estimate_button, cancel_button)
     with gr.Row(visible=False) as ended:
         compare_button = gr.Button("Compare with the base model", size="md", elem_id="run-compare")
         report_button = gr.Button("Make a report", size="md", elem_id="run-report")

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from mlx_cpo_plugin.checkpoints.run_folder import begin_run
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.studio import pickers
+from mlx_cpo_plugin.studio import pickers, planning
 from mlx_cpo_plugin.studio.drafts import Draft, Drafts
 from mlx_cpo_plugin.studio.readiness import READY, readiness
 from mlx_cpo_plugin.studio.used_folder import can_be_resumed, unused_folder
@@ -106,6 +106,22 @@ class TestReadiness:
         (root / "rows" / "train.jsonl").write_text(json.dumps(row) + "\n")
 
         assert "<script>" not in readiness(config(), root).pairs_html()
+
+
+def test_an_estimate_has_steps_and_memory_and_then_the_time_and_leaves_nothing_behind(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[str]] = []
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(planning, "_write", lambda lines, output: written.append(lines))
+
+    planning.plan(tmp_path / "my.yaml", tmp_path / "plan.json")
+
+    assert [[line.partition(":")[0] for line in lines if not line.startswith("note")] for lines in written] == [
+        ["Steps per epoch", "Steps of the run", "Estimate"],
+        ["Steps per epoch", "Steps of the run", "Estimate", "Time"],
+    ]
+    assert not Path(settings["adapter_path"]).exists()
 
 
 class TestPickers:
