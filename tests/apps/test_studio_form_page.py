@@ -198,3 +198,19 @@ def test_a_folder_that_holds_a_run_is_asked_about_and_another_is_proposed(page: 
     assert (root / "adapters" / "metrics.jsonl").exists()
     tab(page, "Train")
     expect(page.locator("#yaml")).to_contain_text("adapter_path: adapters-2")
+
+
+def test_memory_and_time_are_estimated_beside_start(page: Any) -> None:
+    tab(page, "Run")
+    page.click("#estimate")
+
+    expect(page.locator("#estimate-said")).to_contain_text("Estimate: about")
+    expect(page.locator("#estimate-said")).to_contain_text("Time: about")
+    expect(page.locator("#estimate-cancel")).to_be_hidden()
+
+
+def test_the_yaml_stays_in_view_while_the_form_is_scrolled(page: Any) -> None:
+    page.locator("#field-learning-rate").scroll_into_view_if_needed()
+    page.mouse.wheel(0, 600)
+
+    expect(page.locator("#yaml")).to_be_in_viewport()
