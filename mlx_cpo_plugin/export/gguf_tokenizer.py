@@ -45,7 +45,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
         raise _unknown(f"it is of the kind {model['type']}")
     if not model.get("byte_fallback"):
         _split_name(described)
-    if (largest := max(_inner(tokenizer).get_vocab().values())) >= vocabulary:
+    if (largest := max(model["vocab"].values())) >= vocabulary:
         raise _unknown(f"it has the token {largest}, and the model's embedding {vocabulary} rows")
 
 
@@ -150,7 +150,8 @@ def _tokens(described: Values, vocabulary: int, by_characters: bool) -> tuple[li
         texts[token] = text
         is_byte = by_characters and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         types[token] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
-    for added in described["added_tokens"]:
+    # Gemma's tokenizer has one more than the embedding, for images.
+    for added in (token for token in described["added_tokens"] if token["id"] < vocabulary):
         texts[added["id"]] = added["content"] if added["special"] else added["content"].replace(_SPACE, " ")
         types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     unknown = model["vocab"].get(model.get("unk_token"))

@@ -475,6 +475,21 @@ def test_a_file_that_does_not_score_as_the_adapter_is_not_left_behind(
 
 
 @needs_gguf
+def test_an_added_token_without_a_row_in_the_embedding_is_left_out(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    described = json.loads((base / "tokenizer.json").read_text())
+    rows = arrays(base / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    described["added_tokens"].append({**described["added_tokens"][0], "id": rows, "content": "<image_soft_token>"})
+    (base / "tokenizer.json").write_text(json.dumps(described))
+
+    file = export(train_adapter(base, tmp_path / "adapters"), base, data_folder, "gguf") / "model-f16.gguf"
+
+    assert read_gguf(file)[0]["token_embd.weight"].shape[0] == rows
+
+
+@needs_gguf
 def test_what_gguf_cannot_hold_is_refused(
     model_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
