@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm import convert
+from mlx_lm import convert, generate
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load
 from support.refusals import refused
@@ -413,9 +413,27 @@ def test_llama_cpp_itself_gives_the_log_probs_of_the_adapter_and_reads_text_as_t
         given = np.array(tuned(mx.array([ids[:count]]))[0, -1].astype(mx.float32), np.float64)
         expected = given - np.log(np.exp(given).sum())
         np.testing.assert_allclose(list(found.values()), expected[list(found)], rtol=0, atol=0.05)
-        compared += bool(found)
+        if found:
+            assert expected[next(iter(found))] > expected.max() - 0.05  # the likeliest, but for rounding
+            compared += 1
     assert compared >= 2
     assert llama_cpp.next_tokens(text) == llama_cpp.next_tokens(ids)
+
+
+@needs_gguf
+def test_llama_cpp_answers_a_chat_as_the_adapter_does(shared: Path, tmp_path: Path, data_folder: Path) -> None:
+    model = shared / "models" / "stories260k-chat"
+    adapter = train_adapter(model, tmp_path / "adapters", scale=0.5)
+    messages = [{"role": "user", "content": "One day, Tom and Sue went to the park."}]
+    llama_cpp = LlamaCpp(export(adapter, model, data_folder, "gguf") / "model-f16.gguf")
+
+    found = llama_cpp.server.handle_chat_completions({"messages": messages, "max_tokens": 24, "temperature": 0.0})
+
+    tuned, tokenizer = load(str(model), adapter_path=str(adapter))
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    answer = generate(tuned, tokenizer, prompt, max_tokens=24)
+    assert len(answer) > 20
+    assert found["choices"][0]["message"]["content"].strip() == answer.strip()
 
 
 @needs_gguf
