@@ -21,6 +21,7 @@ from mlx_cpo_plugin.studio.form import (
     Field,
     form_fields,
     has_effect,
+    left_empty,
     loss_of_preset,
 )
 from mlx_cpo_plugin.studio.messages import fault_html
@@ -63,7 +64,7 @@ class Controls:
                 with gr.Row(elem_classes="fields"):
                     for field in self.fields.values():
                         if field.block == block:
-                            self._lay_out(field, contents[field.key], *looks[field.key])
+                            self._lay_out(field, contents[field.key], contents[PRESET_KEY], *looks[field.key])
                 if block == MODEL_AND_DATA:
                     self.pairs = gr.HTML("", elem_id="first-pairs")
         self._keep_loss_and_preset_together()
@@ -113,8 +114,9 @@ class Controls:
 
         def changed(text: str, looked: dict[str, Any], *rest: Any) -> Updates:
             contents = document.contents_of(text, self.fields.values())
-            return self._look_updates(contents, looked) | fn(text, *rest)
+            return self._look_updates(contents, looked) | self._placeholders(contents) | fn(text, *rest)
 
+        placeholders = self._placeholders({PRESET_KEY: ""})
         triggers = [control.change for control in self.inputs.values()]
 
         def any_change(listener: Any, inputs: Any, outputs: Any, **how: Any) -> Any:
@@ -124,7 +126,7 @@ class Controls:
             any_change,
             changed,
             [self._looked, *inputs],
-            [*self._holders.values(), *self._errors.values(), self._looked, *outputs],
+            [*placeholders, *self._holders.values(), *self._errors.values(), self._looked, *outputs],
             show_progress="hidden",
             trigger_mode="always_last",
         )
@@ -143,8 +145,16 @@ class Controls:
             opened: the file that it is an edit of.
         """
         contents = document.contents_of(text, self.fields.values())
-        updates: Updates = {self.inputs[key]: content for key, content in contents.items()}
+        updates: Updates = {self.inputs[key]: gr.update(value=content) for key, content in contents.items()}
         return updates | self._look_updates(contents, {}) | {self.opened: opened}
+
+    def _placeholders(self, contents: Mapping[str, Content]) -> Updates:
+        """Updates with which controls of the loss that are left empty show what a run has for them."""
+        return {
+            self.inputs[key]: gr.update(placeholder=left_empty(field, contents[PRESET_KEY]))
+            for key, field in self.fields.items()
+            if field.block == PREFERENCE and isinstance(self.inputs[key], gr.Textbox)
+        }
 
     def _looks(self, contents: Mapping[str, Content]) -> dict[str, tuple[str, bool]]:
         """The fault of each field, and whether it is shown: where it does something, or something is wrong with it."""
@@ -165,9 +175,9 @@ class Controls:
                 updates[self._holders[key]] = gr.update(visible=shown)
         return updates
 
-    def _lay_out(self, field: Field, content: Content, fault: str, shown: bool) -> None:
+    def _lay_out(self, field: Field, content: Content, preset: Content, fault: str, shown: bool) -> None:
         with gr.Column(min_width=230, elem_classes="field", visible=shown) as self._holders[field.key]:
-            control = self.inputs[field.key] = _control(field, content)
+            control = self.inputs[field.key] = _control(field, content, preset)
             if field.key in PICKED:
                 picker = self.pickers[field.key] = gr.Dropdown(
                     picks(field.key, []),
@@ -204,7 +214,7 @@ def picks(key: str, names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _control(field: Field, content: Content) -> Any:
+def _control(field: Field, content: Content, preset: Content) -> Any:
     common: dict[str, Any] = {
         "label": field.option.label,
         "info": field.help,
@@ -217,9 +227,7 @@ def _control(field: Field, content: Content) -> Any:
         return gr.Radio(field.choices, value=str(content), **common)
     if field.option.choices:
         return gr.Dropdown(field.choices, value=str(content), **common)
-    return gr.Textbox(
-        str(content), placeholder="" if field.option.default is None else str(field.option.default), **common
-    )
+    return gr.Textbox(str(content), placeholder=left_empty(field, preset), **common)
 
 
 def _id(field: Field) -> str:

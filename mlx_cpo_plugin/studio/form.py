@@ -168,6 +168,13 @@ def loss_of_preset(name: Content | None) -> str | None:
     return next((preset.values[LOSS_KEY] for preset in PRESETS if preset.name == name), None)
 
 
+def left_empty(field: Field, preset: Content | None) -> str:
+    """Return the value that a run has where the field is left empty: that of a preset, or else the default."""
+    values = next((each.values for each in PRESETS if each.name == preset), {})
+    value = values.get(field.key, field.option.default)
+    return "" if value is None else str(value)
+
+
 def has_effect(field: Field, contents: Mapping[str, Content], fields: Mapping[str, Field]) -> bool:
     """Whether the field's setting does something beside what the others hold."""
     if field.read_by:

@@ -150,6 +150,7 @@ def test_a_loss_shows_what_it_reads_and_a_preset_its_loss(page: Any) -> None:
     expect(page.get_by_role("radio", name="SimPO")).to_be_checked()
     expect(page.locator("#field-simpo-gamma")).to_be_visible()
     expect(page.locator("#verdict")).to_contain_text("preset simpo sets")
+    expect(field(page, "beta")).to_have_attribute("placeholder", "2.0")
     page.get_by_role("radio", name="Hinge").click()
     expect(page.locator("#yaml")).not_to_contain_text("preset")
     expect(page.locator("#verdict")).to_contain_text("Ready to train.")
