@@ -6,8 +6,10 @@ Colours are those of the page's style, so that a chart is drawn once for light a
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import accumulate
 
@@ -49,6 +51,7 @@ class Line:
             return 1
         return 2 * max(2, round(len(self.points) * AVERAGED_SHARE / 2)) + 1
 
+    @cached_property
     def course(self) -> list[Point]:
         """Return the line as it is drawn: the moving average, or the values themselves."""
         return moving_average(self.points, self.averaged_over)
@@ -103,6 +106,12 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
     return [points[place] for place in sorted(kept)]
 
 
+def evenly(points: Sequence[Point], most: int) -> list[Point]:
+    """Return at most ``most`` points, as many of each stretch, so that they lie as dense as all of them do."""
+    count = min(most, len(points))
+    return [points[place * len(points) // count] for place in range(count)]
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Return round numbers within the limits, about five."""
     rough = (high - low) / _TICKS
@@ -155,8 +164,8 @@ class _Drawing:
 
     def _line(self, line: Line) -> str:
         averaged = line.averaged_over > 1
-        course = thinned(line.course(), self.budget)
-        raw = self._dots(thinned(line.points, self.budget), "raw") if averaged else ""
+        course = thinned(line.course, self.budget)
+        raw = self._dots(evenly(line.points, self.budget), "raw") if averaged else ""
         dots = self._dots(course, "dots") if not averaged and len(course) <= MOST_MARKERS else ""
         path = f'<path class="course{" dashed" if line.dashed else ""}" d="{self._path(course)}"/>'
         return f'<g style="--line: var(--chart-{line.colour})">{raw}{path}{dots}</g>'
@@ -170,7 +179,7 @@ class _Drawing:
 
     def _labels(self) -> Iterable[str]:
         """Names beside the ends, pushed apart where ends are close."""
-        ends = [self.y(line.course()[-1][1]) for line in self.lines]
+        ends = [self.y(line.course[-1][1]) for line in self.lines]
         order = sorted(range(len(ends)), key=lambda place: ends[place])
         room = sum(len(label) for label in self.labels) * _LABEL_HEIGHT
         free = 0.0
@@ -197,4 +206,4 @@ def _apart(low: float, high: float, margin: float = 0.0) -> Point:
 
 def _broken(name: str) -> list[str]:
     """Return a long name in several lines, whole."""
-    return [name[start : start + _LONGEST_LABEL_LINE] for start in range(0, len(name), _LONGEST_LABEL_LINE)] or [""]
+    return textwrap.wrap(name, _LONGEST_LABEL_LINE)

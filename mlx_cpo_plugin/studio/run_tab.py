@@ -26,6 +26,8 @@ from mlx_cpo_plugin.studio.train_tab import Form
 from mlx_cpo_plugin.studio.used_folder import build_used_folder
 
 SECONDS_BETWEEN_LOOKS = 1.0
+# Charts of so many rows do not look otherwise with another one.
+ROWS_A_STEP = 250
 # What becomes of a run that the folder holds already.
 RESUME, ASIDE = "resume", "aside"
 
@@ -39,6 +41,7 @@ class Seen(NamedTuple):
         status: how it stands.
         at_work: the names of all runs that are at work.
         target: the folder that Start and Resume are about, whether it is in use, and whether there is a checkpoint.
+        drawn: how many rows of metrics the charts show.
     """
 
     folder: str = ""
@@ -46,6 +49,7 @@ class Seen(NamedTuple):
     status: str = ""
     at_work: tuple[str, ...] = ()
     target: tuple[str, bool, bool] = ("", False, False)
+    drawn: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
         if path is None:
             now = Seen(at_work=names, target=target)
         else:
-            now = Seen(str(path), amounts_written(path), run_process.state(path).status, names, target)
+            status_now = run_process.state(path).status
+            now = Seen(str(path), amounts_written(path), status_now, names, target, before.drawn)
         updates: dict[Any, Any] = {seen: now}
         if now == before:
             return updates
@@ -120,8 +125,9 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
             updates |= {watched: now.folder, picker: gr.update(choices=choices(path), value=live.name(path))}
             updates[report] = gr.update(visible=False)
         rows = read_metrics(path)
-        if (now.folder, now.amounts[0]) != (before.folder, before.amounts[0]):
-            updates[charts] = charts_html(rows)
+        is_other = (now.folder, now.status) != (before.folder, before.status)
+        if is_other or abs(len(rows) - now.drawn) > len(rows) // ROWS_A_STEP:
+            updates |= {charts: charts_html(rows), seen: now._replace(drawn=len(rows))}
         beside = "".join(
             note_html(f"{live.name(each)} is training, too: they share memory and processor.")
             for each in at_work

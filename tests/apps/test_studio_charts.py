@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_cpo_plugin.studio.charts import MOST_POINTS, Line, chart_html, moving_average, thinned, ticks
+from mlx_cpo_plugin.studio.charts import MOST_POINTS, Line, chart_html, evenly, moving_average, thinned, ticks
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
@@ -41,6 +41,14 @@ def test_thinning_keeps_both_ends_and_the_extremes_in_order(values: list[float],
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     assert {min(values), max(values)} <= {value for _, value in kept}
     assert kept == sorted(kept)
+
+
+@given(st.integers(1, 400), st.integers(1, 60))
+def test_faint_points_are_taken_at_even_distances(count: int, most: int) -> None:
+    kept = [x for x, _ in evenly(line(*range(count)).points, most)]
+
+    assert len(kept) == min(count, most)
+    assert max(np.diff(kept), default=1) - min(np.diff(kept), default=1) <= 1
 
 
 @given(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5))

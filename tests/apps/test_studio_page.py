@@ -119,6 +119,14 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     expect(page.locator("#compare-answers tbody tr").first).to_contain_text("%")
     expect(page.locator("#compare-answers article").first).to_contain_text("Tuned model")
 
+    tab(page, "Chat")
+    page.locator("#chat-prompt textarea").fill("How many apples are in basket 3?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat-said")).to_contain_text("Loading")
+    expect(page.locator("#chat-send")).to_be_enabled()
+    for side in ("base", "tuned"):
+        expect(page.locator(f"#chat-{side} .message")).to_have_count(2)
+
     tab(page, "Runs")
     page.get_by_label("adapters", exact=True).check()
     page.click("#show-runs")
