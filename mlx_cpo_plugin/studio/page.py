@@ -45,6 +45,10 @@ def build_page(root: Path, name: str) -> gr.Blocks:
             jobs.cancel(request.session_hash)
         chats.end(request.session_hash)
 
+    def newest_run(chosen: str | None) -> Any:
+        names = run_names(root)
+        return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
+
     def compare_run(folder: str) -> tuple[Any, Any]:
         return gr.Tabs(selected="compare"), gr.update(choices=run_names(root), value=live.name(Path(folder)))
 
@@ -64,8 +68,9 @@ def build_page(root: Path, name: str) -> gr.Blocks:
                 talked = build_chat_tab(root, chats)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs = build_runs_tab(root)
-        for tab, names in ((compare_tab, compared), (chat_tab, talked), (runs_tab, runs)):
-            tab.select(lambda: gr.update(choices=run_names(root)), None, names, show_progress="hidden")
+        for tab, run_of_tab in ((compare_tab, compared), (chat_tab, talked)):
+            tab.select(newest_run, run_of_tab, run_of_tab, show_progress="hidden")
+        runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
         opened = form.load(page.load)
         for event in (opened.then, run_tab.select):
             event(run.visit, [run.watched, form.yaml], run.visited, show_progress="hidden").then(

@@ -112,14 +112,14 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     assert (root / "adapters" / "adapters.safetensors").exists()
 
     tab(page, "Compare")
-    page.locator("#compare-run").locator("input").click()
-    page.get_by_role("option", name="adapters").click()
+    expect(page.locator("#compare-run input")).to_have_value("adapters")
     page.locator("#compare-prompt textarea").fill("Please tell me how many apples are in basket 3.")
     page.click("#compare")
     expect(page.locator("#compare-answers tbody tr").first).to_contain_text("%")
     expect(page.locator("#compare-answers article").first).to_contain_text("Tuned model")
 
     tab(page, "Chat")
+    expect(page.locator("#chat-run input")).to_have_value("adapters")
     page.locator("#chat-prompt textarea").fill("How many apples are in basket 3?")
     page.keyboard.press("Enter")
     expect(page.locator("#chat-said")).to_contain_text("Loading")
