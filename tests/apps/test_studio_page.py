@@ -125,7 +125,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     expect(page.locator("#chat-said")).to_contain_text("Loading")
     expect(page.locator("#chat-send")).to_be_enabled()
     for side in ("base", "tuned"):
-        expect(page.locator(f"#chat-{side} .message")).to_have_count(2)
+        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(1)
 
     tab(page, "Runs")
     page.get_by_label("adapters", exact=True).check()
