@@ -1,0 +1,79 @@
+"""Prints the tables of docs/results.md from what ``measure_learning.py`` has left in a folder.
+
+    python tests/tools/learning_tables.py FOLDER
+
+Changes are against the model before training, paired row by row; of several seeds, each row counts with its mean over
+them. Behind ± stands the standard error over rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEAD = "| rows | loss | learning rate | seeds | accuracy | change | margin, nats | chosen, nats a token |"
+
+
+def change(values: NDArray[np.float64], form: str) -> str:
+    """Return mean and standard error of changes of N rows."""
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():+{form}} ± {error:{form}}"
+
+
+def change_per_token(values: NDArray[np.float64], tokens: NDArray[np.float64]) -> str:
+    """Return the change of all rows together by token, and the standard error of that ratio over rows."""
+    ratio = values.sum() / tokens.sum()
+    error = (values - ratio * tokens).std(ddof=1) / np.sqrt(len(values)) / tokens.mean()
+    return f"{ratio:+.3f} ± {error:.3f}"
+
+
+def means_of(runs: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """Return, of each held-out row, the means over seeds of log-probs, margin and accuracy."""
+    chosen, rejected = (np.array([run["scores"][f"{side}_logps"] for run in runs]) for side in ("chosen", "rejected"))
+    return {
+        "chosen": chosen.mean(0),
+        "margin": (chosen - rejected).mean(0),
+        "accuracy": (chosen > rejected).astype(np.float64).mean(0),
+    }
+
+
+def lines_of(part: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of one part of the measurements."""
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+    before = {run["task"]["rows"]: run for run in runs if run["task"]["trainer"] == "none"}
+    for run in runs:
+        if run["task"]["trainer"] != "none":
+            groups[run["task"]["rows"], run["task"]["loss"], run["task"]["rate"]].append(run)
+    lines = [f"{part}", "", HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |"]
+    for rows, run in sorted(before.items()):
+        base, tokens = means_of([run]), np.array(run["scores"]["chosen_tokens"])
+        start = f"{base['margin'].mean():+.2f} | {base['chosen'].sum() / tokens.sum():.3f} |"
+        lines.append(
+            f"| {rows}, {len(tokens)} held out | before training | | | {base['accuracy'].mean():.1%} | | {start}"
+        )
+        for (_, loss, rate), seeds in sorted((key, group) for key, group in groups.items() if key[0] == rows):
+            after = means_of(seeds)
+            changes = (
+                change(after["accuracy"] - base["accuracy"], ".1%"),
+                change(after["margin"] - base["margin"], ".2f"),
+                change_per_token(after["chosen"] - base["chosen"], tokens),
+            )
+            measured = f"{after['accuracy'].mean():.1%} | {' | '.join(changes)}"
+            lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {measured} |")
+    return lines
+
+
+def main() -> None:
+    runs = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*.json"))]
+    for part in sorted({run["task"]["part"] for run in runs}):
+        print("\n".join(lines_of(part, [run for run in runs if run["task"]["part"] == part])), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
