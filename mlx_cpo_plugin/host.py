@@ -104,8 +104,11 @@ def _models_restored() -> Iterator[None]:
                     setattr(owner, name, names[name])
 
 
-def load_chat_tokenizer(model: str) -> Tokenizer:
+def load_chat_tokenizer(model: str, option: str = "model") -> Tokenizer:
     """Load the tokenizer of a model folder or hub name, with the host's fallback chat template if it has none.
+
+    Args:
+        option: what names the model, for errors.
 
     Raises:
         ConfigError: there is no such model, or its tokenizer cannot be read.
@@ -115,7 +118,7 @@ def load_chat_tokenizer(model: str) -> Tokenizer:
         near = nearest_path(Path(model)) if missing else None
     advice = f"did you mean {near}?" if near else "give a local folder or the name of a model on the hub."
     if missing and looks_like_path(model):
-        raise ConfigError(f"model names {model!r}, which does not exist: {advice}", key="model", allowed=near or "")
+        raise ConfigError(f"{option} names {model!r}, which does not exist: {advice}", key="model", allowed=near or "")
     try:
         # Said outright: transformers would ask otherwise, and run the folder's code after one keystroke.
         tokenizer = load_tokenizer(model, {"trust_remote_code": False})

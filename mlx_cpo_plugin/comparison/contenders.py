@@ -145,8 +145,9 @@ def _is_frozen(settings: RunSettings) -> bool:
 
 def run_folder(adapter_path: Path) -> Path:
     """Return the adapter folder of a run, which holds that of its best adapter."""
-    parent = adapter_path.absolute().parent
-    inside = adapter_path.name.startswith(BEST) and (parent / RUN_SETTINGS).is_file()
+    path = Path(os.path.abspath(adapter_path))
+    parent = path.parent
+    inside = path.name.startswith(BEST) and (parent / RUN_SETTINGS).is_file()
     return parent if inside and not (adapter_path / RUN_SETTINGS).exists() else adapter_path
 
 

@@ -34,7 +34,7 @@ class Deciders:
         self._judge: Callable[[], Judge] | None = None
         self.name = ""
         if chosen.judge:
-            load_chat_tokenizer(chosen.judge)
+            load_chat_tokenizer(chosen.judge, "--judge")
             self.name, self._judge = chosen.judge, lambda: LocalJudge(chosen.judge)
         elif chosen.judge_url:
             endpoint = Endpoint(chosen.judge_url, chosen.judge_model, chosen.judge_key, chosen.judge_timeout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mlx_cpo_plugin.comparison.questions import Question
 from mlx_cpo_plugin.comparison.statistics import Measure, figures
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
+from mlx_cpo_plugin.training.summary import counted
 
 Reward = Callable[..., Any]
 
@@ -35,7 +36,7 @@ def load_reward(entry: str) -> Reward:
         )
     try:
         function = getattr(_imported(place), name)
-    except Exception as error:  # whatever somebody's module does
+    except (Exception, SystemExit) as error:  # whatever somebody's module does
         raise ConfigError(
             f"--reward {named(entry)} cannot be imported ({type(error).__name__}: {first_line(error)}); check the "
             "module and the name of the function.",
@@ -50,13 +51,13 @@ def load_reward(entry: str) -> Reward:
 def rewards(
     entry: str, reward: Reward, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> NDArray[np.float64]:
-    """Return the reward of each of N answers: float64 [N], NaN where the function returns None.
+    """Return the reward of each of N answers: float64 [N], NaN where the function returns None or NaN.
 
     It is called as mlx-lm-lora calls it, once, with lists: ``prompts`` without the chat template, ``completions``,
     ``answer``, the rows' chosen answers or empty texts, and ``types``, all None.
 
     Raises:
-        UserError: it fails, or does not return a number for each answer.
+        UserError: it fails, or does not return a finite number, None or NaN for each answer.
     """
     try:
         returned = reward(
@@ -65,8 +66,10 @@ def rewards(
             answer=[question.chosen or "" for question in questions],
             types=[None] * len(answers),
         )
+        if isinstance(returned, str | bytes | Mapping | Set):  # whose items are no rewards, or in no order
+            raise TypeError(f"it returned a {type(returned).__name__}")
         values = np.array([np.nan if value is None else float(value) for value in returned], np.float64)
-    except Exception as error:  # whatever somebody's function does
+    except (Exception, SystemExit) as error:  # whatever somebody's function does
         raise UserError(
             f"--reward {named(entry)} failed ({type(error).__name__}: {first_line(error)}); it gets prompts, "
             "completions, answer and types, and returns a list of numbers.",
@@ -74,7 +77,14 @@ def rewards(
         ) from error
     if len(values) != len(answers):
         raise UserError(
-            f"--reward {named(entry)} returned {len(values)} numbers for {len(answers)} answers; return one for each.",
+            f"--reward {named(entry)} returned {counted(len(values), 'number')} for "
+            f"{counted(len(answers), 'answer')}; return one for each.",
+            key="reward",
+        )
+    if np.isinf(values).any():
+        raise UserError(
+            f"--reward {named(entry)} returned {values[np.isinf(values)][0]}, of which there is no mean; return finite "
+            "numbers, or None for answers that it cannot measure.",
             key="reward",
         )
     return values
@@ -84,11 +94,18 @@ def reward_figures(comparison: Comparison, entry: str, reward: Reward) -> dict[s
     """Return what the JSON says of a reward function; answers that it gives none for are left out.
 
     Raises:
-        UserError: see :func:`rewards`.
+        UserError: see :func:`rewards`, or there is no question of which it measures all answers.
     """
     values = np.array([rewards(entry, reward, comparison.questions, given) for given in comparison.answers])
+    measured = ~np.isnan(values).any(axis=0)
+    if not measured.any():
+        raise UserError(
+            f"--reward {named(entry)} returned None or NaN for an answer to each prompt, so there is nothing to "
+            "compare; check the function.",
+            key="reward",
+        )
     measure = Measure(f"reward {entry.rpartition(':')[2]}", "answers")
-    return figures(measure, comparison.names, values[:, ~np.isnan(values).any(axis=0)])
+    return figures(measure, comparison.names, values[:, measured])
 
 
 def _imported(place: str) -> Any:

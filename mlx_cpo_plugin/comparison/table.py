@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_cpo_plugin.errors import named
+from mlx_cpo_plugin.training.summary import counted
 
 IN_PERCENT = ("accuracy", "repetition", "ended", "win rate")
 # Measures of which the rate of wins is of interest.
 BY_WINS = ("reward", "judge")
 DIGITS = {"length": 1, "chrf": 1, "chrf++": 1}
-LABEL = 28
+MOST_DIGITS = 3
+# Widths of columns.
+LABEL, MEAN, ENDS = 28, 9, 17
 MOST_ANSWERS = 8
 ABSENT = "-"
 
@@ -40,9 +43,10 @@ def _measure(measure: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each model, then one for each comparison of two."""
     name = measure["name"]
     is_signed = any("wins" in compared for compared in measure["comparisons"])
-    title = named(f"{name}, {measure['count']} {measure['of']}", LABEL + 2)
+    title = named(f"{name}, {counted(measure['count'], measure['of'].removesuffix('s'))}", LABEL + 2)
     mean = "mean" if measure["models"] else "win rate"
-    yield f"{title:<{LABEL + 2}}{mean:>9}{'95% interval':>17}{'win/tie/loss' if is_signed else '':>13}".rstrip()
+    counts = "win/tie/loss" if is_signed else ""
+    yield f"{title:<{LABEL + 2}}{mean:>{MEAN}}{'95% interval':>{ENDS}}{counts:>13}".rstrip()
     for model in measure["models"]:
         yield _line(name, model["name"], model["mean"], model)
     for compared in measure["comparisons"]:
@@ -68,14 +72,18 @@ def _by_length(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _line(measure: str, label: str, value: float | None, interval: dict[str, Any], sign: str = "") -> str:
-    low, high = (_shown(measure, interval[end], sign, unit="") for end in ("low", "high"))
-    ends = f"{low} to {high}" if interval["low"] is not None else ABSENT
-    return f"  {named(label, LABEL):<{LABEL}}{_shown(measure, value, sign):>9}{ends:>17}"
+    for digits in range(DIGITS.get(measure, MOST_DIGITS), -1, -1):
+        low, high = (_shown(measure, interval[end], sign, unit="", digits=digits) for end in ("low", "high"))
+        ends = f"{low} to {high}" if interval["low"] is not None else ABSENT
+        mean = _shown(measure, value, sign, digits=digits)
+        if len(mean) < MEAN and len(ends) < ENDS:
+            break
+    return f"  {named(label, LABEL):<{LABEL}} {mean:>{MEAN - 1}} {ends:>{ENDS - 1}}"
 
 
-def _shown(measure: str, value: float | None, sign: str = "", unit: str = "%") -> str:
+def _shown(measure: str, value: float | None, sign: str = "", unit: str = "%", digits: int = MOST_DIGITS) -> str:
     if value is None:
         return ABSENT
     if measure in IN_PERCENT:
-        return f"{100 * value:{sign}.1f}{unit}"
-    return f"{value:{sign}.{DIGITS.get(measure, 3)}f}"
+        return f"{100 * value:{sign}.{min(digits, 1)}f}{unit}"
+    return f"{value:{sign}.{digits}f}"

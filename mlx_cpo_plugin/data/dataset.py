@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -316,11 +317,12 @@ def collect(
     pairs: list[TruncatedPair] = []
     skipped: dict[str, list[str]] = {}
     too_long: list[OverlongRow] = []
-    left_out = overlong = 0
+    left_out: Counter[str] = Counter()
+    overlong = 0
     for outcome, source in zip(outcomes, sources, strict=True):
         if isinstance(outcome, UnusableRow):
             skipped.setdefault(str(outcome), []).append(source)
-            left_out += outcome.by_choice
+            left_out[str(outcome)] += outcome.by_choice
             overlong += outcome.by_choice and isinstance(outcome, OverlongRow)
             too_long += [outcome] if isinstance(outcome, OverlongRow) else []
         else:
@@ -329,7 +331,7 @@ def collect(
         raise DataError(
             f"no row of {name} fits: raise max_seq_length, or set overlong: cut.", key="max_seq_length", place=name
         )
-    if left_out and not pairs:
+    if left_out.total() and not pairs:
         raise DataError(f"no row of {name} has scores that differ by min_gap: lower it.", key="min_gap", place=name)
     dataset = PreferenceDataset(
         pairs, split, skipped, notes, tokenizer, too_long=[row.whole for row in too_long], columns=columns
@@ -344,11 +346,11 @@ def collect(
             key="max_seq_length",
             place=skipped[reason][0],
         )
-    unusable = sum(map(len, skipped.values())) - left_out
+    unusable = sum(map(len, skipped.values())) - left_out.total()
     if unusable > len(pairs):
-        reason, places = max(skipped.items(), key=lambda entry: len(entry[1]))
+        reason, places = max(skipped.items(), key=lambda entry: len(entry[1]) - left_out[entry[0]])
         raise DataError(
-            f"{unusable} of {unusable + left_out + len(pairs)} rows of {name} cannot be used, mostly because {reason} "
+            f"{unusable} of {len(sources)} rows of {name} cannot be used, mostly because {reason} "
             f"({first_few(places, 3)}): correct or remove them.",
             place=places[0],
         )

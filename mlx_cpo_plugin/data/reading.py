@@ -95,7 +95,7 @@ def _read_sets(settings: DataSettings, sets: Sequence[Values], wanted: Collectio
     """The sets of a list in ``data``, one after the other; each need not have every split."""
     splits: Splits = {split: [] for split in wanted}
     for entry in sets:
-        share = named(str(entry["path"])), float(entry.get("weight", 1.0))
+        share = named(str(entry["path"])), float(entry.get("weight") or 1.0)
         read = _read_data(str(entry["path"]), Columns.from_settings(settings, entry), wanted, mixed=True)
         for split, groups in read.items():
             splits[split] += [replace(group, share=share) for group in groups]
@@ -207,7 +207,7 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
     carve = settings.valid_fraction > 0  # which takes rows of the training set
     splits: Splits = {split: [] for split in wanted}
     entries = [entries] if isinstance(entries, Mapping) else entries
-    weighted = any(isinstance(entry, Mapping) and "weight" in entry for entry in entries)
+    weighted = any(isinstance(entry, Mapping) and entry.get("weight") is not None for entry in entries)
     for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):  # as apps may give it
             raise DataError(
@@ -229,7 +229,7 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
             if where in [group.name for group in groups]:
                 where = f"{where} ({len(groups) + 1})"
             rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
-            share = (where, float(entry.get("weight", 1.0))) if weighted else None
+            share = (where, float(entry.get("weight") or 1.0)) if weighted else None
             groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where), share))
     return splits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from shlex import quote
@@ -104,7 +105,7 @@ def run_export(chosen: argparse.Namespace) -> int:
 
 def default_target(adapter_path: Path, to: str) -> Path:
     """Return the folder beside an adapter for an export of it."""
-    path = adapter_path.absolute()
+    path = Path(os.path.abspath(adapter_path))  # .. has no name of its own
     return path.with_name(f"{path.name}-{to}")
 
 

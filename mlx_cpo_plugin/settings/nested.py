@@ -214,7 +214,7 @@ def sets_of_rows(value: list[Values], key: str, place: Place) -> list[Values]:
         _only_known(entry, SET_KEYS, inner, place, told_as=key)
         path = home_expanded(os.fspath(entry["path"]), inner, place)
         sets.append({**entry, "path": path, **_checked_entry(entry, inner, place)})
-    if len({entry["path"] for entry in sets}) < len(sets):
+    if len({os.path.normpath(entry["path"]) for entry in sets}) < len(sets):
         raise refused(key, [entry["path"] for entry in sets], place(key), "sets that differ; weight repeats one")
     return sets
 

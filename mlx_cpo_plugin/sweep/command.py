@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mlx_cpo_plugin.console import lasting_output
@@ -37,13 +38,15 @@ def run_sweep(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.sweep.plan import read_sweep
     from mlx_cpo_plugin.sweep.results import FINISHED, results_of
     from mlx_cpo_plugin.sweep.runs import carry_out, in_a_process, outcomes_of
+    from mlx_cpo_plugin.training.summary import counted
 
     sweep = read_sweep(chosen.file, chosen.output)
     for note in sweep.notes:
         print(f"note: {note}")
     there = outcomes_of(sweep)
     done = sum(outcome.status == FINISHED for outcome in there.values())
-    print(f"{len(sweep.settings)} settings, {len(sweep.runs)} runs, of which {done} are finished, in {sweep.output}.")
+    asked = f"{counted(len(sweep.settings), 'setting')}, {counted(len(sweep.runs), 'run')}"
+    print(f"{asked}, {done} finished, in {sweep.output}.")
     for line in _no_longer_asked_for(sweep):
         print(line)
     outcomes = there
@@ -76,7 +79,7 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     best = results[0]
     config = best_config(sweep, best, sentence)
     replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
-    print(f"Train:   mlx_lm_lora.train --config {sweep.output / BEST}")
+    print(f"Train:   mlx_lm_lora.train --config {quote(str(sweep.output / BEST))}")
     print(f"Adapter: {best.finished[0].folder}")
     if not varied(sweep.runs):
         return
@@ -99,9 +102,10 @@ def best_config(sweep: Sweep, best: SettingResult, sentence: str) -> str:
 def _no_longer_asked_for(sweep: Sweep) -> list[str]:
     """Return a line on runs in the folder that the sweep file, or its rows, has changed away from."""
     from mlx_cpo_plugin.sweep.runs import RUNS
+    from mlx_cpo_plugin.training.summary import counted
 
     digests = {run.digest for run in sweep.runs}
     others = [path for path in sweep.output.glob(f"{RUNS}/*") if path.name.rpartition("-")[2] not in digests]
     if not others:
         return []
-    return [f"note: {len(others)} runs there are of an earlier state of the file or its rows; they are left out."]
+    return [f"note: left out: {counted(len(others), 'run')} of an earlier state of the file or its rows."]

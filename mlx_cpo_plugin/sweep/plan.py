@@ -288,12 +288,14 @@ def _planned(
     try:
         settings = resolve(varied, kept, call_place=where).settings
         digest = inputs.digest_of(settings)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         wrong = [key for key in options if error.key in (key, key.partition(".")[0])]
-        if error.place != where or not wrong:
+        if error.place not in ("", where) or not wrong:
             raise
-        at = sweep.place(f"{origin}.{wrong[0]}")
-        raise ConfigError(str(error).replace(where, at, 1), key=error.key, place=at, allowed=error.allowed) from error
+        at, text = sweep.place(f"{origin}.{wrong[0]}"), str(error)
+        text = text.replace(where, at, 1) if where in text else f"{text.removesuffix('.')} ({wrong[0]} {at})."
+        kind = DataError if isinstance(error, DataError) else ConfigError
+        raise kind(text, key=error.key, place=at, allowed=error.allowed) from error
     # Without what is left at its default, so that a later version with more options knows the run.
     defaults = {name: option.default for name, option in _options().items()}
     recorded = {

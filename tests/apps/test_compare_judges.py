@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -22,8 +23,9 @@ from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.comparison.endpoint import Endpoint
 from mlx_cpo_plugin.comparison.judge import LocalJudge, judged, prompt_of, verdict_in
 from mlx_cpo_plugin.comparison.questions import Question
-from mlx_cpo_plugin.comparison.rewards import load_reward, rewards
-from mlx_cpo_plugin.comparison.statistics import wilson
+from mlx_cpo_plugin.comparison.rewards import load_reward, reward_figures, rewards
+from mlx_cpo_plugin.comparison.statistics import Measure, figures, wilson
+from mlx_cpo_plugin.comparison.table import as_text
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.errors import ConfigError, UserError
 
@@ -392,7 +394,12 @@ def test_reward_functions_of_mlx_lm_lora_and_of_modules_in_this_folder_work(
         ("def f(): pass", "{file}:f", r"failed \(TypeError"),
         ("def f(**_): return ['good']", "{file}:f", r"failed \(ValueError"),
         ("def f(**_): return None", "{file}:f", r"failed \(TypeError"),
-        ("def f(**_): return [1, 2]", "{file}:f", "returned 2 numbers for 1 answers"),
+        ("def f(**_): return [1, 2]", "{file}:f", "returned 2 numbers for 1 answer;"),
+        ("def f(**_): return {0: 0.5}", "{file}:f", r"failed \(TypeError: it returned a dict"),
+        ("def f(**_): return '7'", "{file}:f", r"failed \(TypeError: it returned a str"),
+        ("def f(**_): return [float('-inf')]", "{file}:f", "returned -inf, of which there is no mean"),
+        ("raise SystemExit(0)", "{file}:f", r"cannot be imported \(SystemExit"),
+        ("def f(**_): raise SystemExit(0)", "{file}:f", r"failed \(SystemExit"),
     ],
 )
 def test_a_reward_function_that_is_none_is_one_sentence(tmp_path: Path, source: str, entry: str, sentence: str) -> None:
@@ -400,6 +407,33 @@ def test_a_reward_function_that_is_none_is_one_sentence(tmp_path: Path, source: 
 
     with pytest.raises(UserError, match=sentence):
         rewards("f", load_reward(entry.format(file=tmp_path / "f.py")), QUESTIONS[:1], answers("a"))
+
+
+@pytest.mark.parametrize(("kept", "count"), [(0, None), (1, 1)])
+def test_questions_of_which_an_answer_has_no_reward_are_left_out_unless_all_are(kept: int, count: int | None) -> None:
+    comparison: Any = SimpleNamespace(
+        names=NAMES[:2], questions=QUESTIONS[:2], answers=[answers("a", "b"), answers("c", "d")]
+    )
+    entry = "f.py:f", lambda completions, **_: [0.5] * kept + [None, float("nan")][kept:]
+
+    if count is None:
+        with pytest.raises(UserError, match="nothing to compare"):
+            reward_figures(comparison, *entry)
+    else:
+        assert reward_figures(comparison, *entry)["count"] == count
+
+
+def test_columns_of_large_numbers_do_not_run_into_each_other() -> None:
+    values = np.array([[-200.5, 123.5, 99.25], [310.25, -520.75, 8.5]])
+    measure = figures(Measure("reward f", "answers"), NAMES[:2], values)
+
+    lines = as_text({"measures": [measure], "preference": [], "answers": [], "models": []}).splitlines()
+
+    assert all(len(line) <= 80 for line in lines)
+    for line in lines[1:4]:
+        mean, low, to, high = line[30:56].split()
+        assert float(low) < float(mean) < float(high)
+        assert to == "to"
 
 
 # The command
@@ -457,7 +491,7 @@ def test_rewards_and_a_judge_stand_among_the_measures_and_fit_into_80_columns(
         (["--judge-url", "http://h"], "--judge-url and --judge-model belong together; give both."),
         (["--judge-model", "m"], "--judge-url and --judge-model belong together; give both."),
         (["--judge-key", "K"], "--judge-key is for an endpoint; give --judge-url, too."),
-        (["--judge", "/no/model"], "model names '/no/model', which does not exist"),
+        (["--judge", "/no/model"], "--judge names '/no/model', which does not exist"),
         (["--reward", "no_such_module:f"], "--reward no_such_module:f cannot be imported"),
         (["--judge", "m", "--rows", "0"], "--rows 0 leaves no answers to measure"),
         (["--metric", "chrf", "--prompt", "Hi", "--rows", "0"], "--rows 0 leaves no answers to measure"),

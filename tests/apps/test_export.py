@@ -24,8 +24,10 @@ from support.refusals import refused
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
+from mlx_cpo_plugin.comparison.contenders import run_folder
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.export import gguf_file, peft_adapter
+from mlx_cpo_plugin.export.command import default_target
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.export.ollama import chat_format
 from mlx_cpo_plugin.export.trained import Trained
@@ -257,6 +259,20 @@ def test_peft_is_told_of_a_base_of_few_bits_and_gets_the_model_that_is_named(
 
 
 # The folder
+
+
+@pytest.mark.parametrize(
+    ("inside", "given", "folder"), [("", ".", "run"), ("best", "..", "run"), ("best", ".", "run/best")]
+)
+def test_dots_stand_for_the_folder_that_they_lead_to(
+    inside: str, given: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "run_settings.yaml").touch()
+    monkeypatch.chdir(tmp_path / "run" / inside)
+
+    assert default_target(Path(given), "peft") == tmp_path / f"{folder}-peft"
+    assert run_folder(Path(given)).resolve() == tmp_path / "run"
 
 
 def test_only_an_export_is_replaced_and_only_when_asked_to(

@@ -217,8 +217,18 @@ def test_a_model_that_is_not_there_is_told_before_anything_trains(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    with refused(ConfigError, key="model"):
-        read_sweep(write(grid={"model": [str(tmp_path / "none"), str(tmp_path / "neither")]}))
+    file = write(grid={"model": [str(tmp_path / "none"), str(tmp_path / "neither")]})
+    with refused(ConfigError, key="model", place=f"in {file}, line 2"):
+        read_sweep(file)
+
+
+def test_rows_that_are_not_there_are_told_with_the_line_that_asks_for_them(
+    write: Callable[..., Path], base: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write(seeds=2, grid={"data": [base["data"], str(tmp_path / "none")]})
+
+    with refused(DataError, key="data", place=f"in {file}, line 3"):
+        read_sweep(file)
 
 
 def test_each_run_is_the_base_with_its_options_in_a_folder_of_its_own(
@@ -263,9 +273,7 @@ def test_a_killed_sweep_goes_on_and_a_changed_one_does_what_is_new(
     done(wider, launch)
     assert launches(launch, "beta")[3:] == [(0.3,)]
     assert {one.status for one in outcomes_of(wider).values()} == {FINISHED}
-    assert command._no_longer_asked_for(wider) == [
-        "note: 1 runs there are of an earlier state of the file or its rows; they are left out."
-    ]
+    assert command._no_longer_asked_for(wider) == ["note: left out: 1 run of an earlier state of the file or its rows."]
 
     rows = (data_folder / "train.jsonl").read_text().splitlines()
     (data_folder / "train.jsonl").write_text("\n".join(rows[1:]))
@@ -358,9 +366,11 @@ def test_the_command_writes_table_plots_and_a_config_that_trains(
     monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
     file = write(grid={"beta": [0.05, 0.3]}, seeds=3, metric="accuracy")
 
-    assert cli.main(["sweep", str(file)]) == 0
+    folder = tmp_path / "my sweep"
+    assert cli.main(["sweep", str(file), "--output", str(folder)]) == 0
 
-    printed, folder = capsys.readouterr().out, tmp_path / "sweep"
+    printed = capsys.readouterr().out
+    assert f"--config '{folder / 'best.yaml'}'" in printed
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best == with_options({**base, "train_mode": "cpo"}, {"beta": 0.3})
     assert resolve({"config": str(folder / "best.yaml")}).settings.beta == 0.3

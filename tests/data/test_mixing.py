@@ -113,6 +113,14 @@ def test_a_list_of_sets_is_written_in_yaml_or_on_the_command_line_and_recorded_w
     assert recorded_settings(in_file)["data"] == [{"path": str(tmp_path / "b.jsonl")}, wanted[1]]
 
 
+def test_null_in_a_set_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    own = {"path": str(write(tmp_path / "a.jsonl", "a", 3)), "weight": None, "chosen_feature": None}
+
+    train, _, _ = load([own, {"path": str(write(tmp_path / "b.jsonl", "b", 2)), "weight": 2}])
+
+    assert len(train) == 3 + 2 * 2
+
+
 def test_entries_of_hf_dataset_have_weights_too(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     files = [write(tmp_path / f"{name}.jsonl", name, count) for name, count in (("a", 4), ("b", 3))]
@@ -120,7 +128,13 @@ def test_entries_of_hf_dataset_have_weights_too(tmp_path: Path) -> None:
     entries = [{**splits, "config": {"data_files": str(file)}} for file in files]
 
     train, _, _ = load_dataset(
-        RunSettings.of({"hf_dataset": [{**entries[0], "weight": 2}, entries[1]], "train": True, "max_seq_length": 512}),
+        RunSettings.of(
+            {
+                "hf_dataset": [{**entries[0], "weight": 2}, {**entries[1], "weight": None}],
+                "train": True,
+                "max_seq_length": 512,
+            }
+        ),
         tokenizer_named("chatml"),
     )
 
@@ -145,6 +159,7 @@ def test_the_form_holds_a_list_of_sets_as_it_holds_a_path() -> None:
         ("\n  - {path: a}\n  - {path: b, weight: often}", "data.1.weight", 5),
         ("\n  - {path: a, wieght: 2}", "data.wieght", 4),
         ("\n  - {path: a}\n  - {path: a}", "data", 3),
+        ("\n  - {path: a}\n  - {path: ./a/}", "data", 3),
         ("\n  - 7", "data.0", 4),
         ("{path: a}", "data", 3),
     ],

@@ -166,3 +166,12 @@ def test_a_gap_that_no_row_can_have_is_refused(tmp_path: Path) -> None:
 
     with refused(DataError, key="min_gap", place="rows.jsonl"):
         load(write(tmp_path / "rows.jsonl", rows), min_gap=1)
+
+
+def test_rows_left_out_by_choice_are_no_reason_why_the_others_cannot_be_used(tmp_path: Path) -> None:
+    near = [{"prompt": f"Who {i}?", "completions": ["A", "B"], "scores": [2, 1]} for i in range(5)]
+    wrong = [{"prompt": f"Why {i}?", "completions": ["A", "B"], "scores": [2]} for i in range(2)]
+    good = {"prompt": "Who?", "completions": ["A", "B"], "scores": [9, 1]}
+
+    with pytest.raises(DataError, match=r"2 of 8 rows .* mostly because there are 1 scores or ranks"):
+        load(write(tmp_path / "rows.jsonl", [*near, *wrong, good]), min_gap=3)
