@@ -68,7 +68,7 @@ def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> 
     Raises:
         ConfigError: a folder holds neither, is given twice, or nobody knows its base model.
     """
-    kinds = [_check_folder(folder) for folder in folders]
+    kinds = [kind_of_folder(folder) for folder in folders]
     records = [run_folder(folder) for folder in folders]
     first = next((record for record in records if (record / RUN_SETTINGS).is_file()), records[0])
     settings = run_settings(first, model, data)
@@ -89,8 +89,12 @@ def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> 
     return found
 
 
-def _check_folder(folder: Path) -> str:
-    """Return the file that says what a folder holds, an adapter or a model."""
+def kind_of_folder(folder: Path) -> str:
+    """Return the file that says what a folder holds: that of an adapter, or :data:`MODEL_CONFIG` of a whole model.
+
+    Raises:
+        ConfigError: it holds neither.
+    """
     if (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).exists():
         return MODEL_CONFIG
     for name in (ADAPTER_FILE, ADAPTER_CONFIG):

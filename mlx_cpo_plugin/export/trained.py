@@ -12,7 +12,7 @@ from mlx_lm.utils import load_config
 
 import mlx_cpo_plugin.demo
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
-from mlx_cpo_plugin.comparison.contenders import contenders, load_base, put_on, run_folder
+from mlx_cpo_plugin.comparison.contenders import MODEL_CONFIG, contenders, kind_of_folder, load_base, put_on, run_folder
 from mlx_cpo_plugin.comparison.questions import Say, held_out_pairs
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -62,13 +62,13 @@ class Trained:
         Raises:
             UserError: there is no adapter, no model, or ``data`` cannot be read.
         """
-        _, tuned = contenders([adapter_path], model, data)
-        if tuned.adapter_path is None:
+        if kind_of_folder(adapter_path) == MODEL_CONFIG:
             raise ExportError(
                 f"{named(str(adapter_path))} holds a whole model, which mlx_lm loads as it is; give the folder of an "
                 "adapter.",
                 place=str(adapter_path),
             )
+        _, tuned = contenders([adapter_path], model, data)
         settings, run = tuned.settings, run_in(run_folder(adapter_path))
         settings.begun = run.begun if run else None  # which templates tell that print the date
         tokenizer = load_chat_tokenizer(settings.model)

@@ -275,6 +275,18 @@ def test_dots_stand_for_the_folder_that_they_lead_to(
     assert run_folder(Path(given)).resolve() == tmp_path / "run"
 
 
+def test_a_whole_model_is_no_adapter_whatever_else_is_given(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["export", str(model_folder), "--to", "mlx", "--output", str(tmp_path / "out")]
+
+    said = refusal(capsys, call)
+
+    assert "holds a whole model" in said
+    assert said == refusal(capsys, [*call, "--model", str(model_folder)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_an_export_is_replaced_and_only_when_asked_to(
     model_folder: Path, data_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
