@@ -21,7 +21,7 @@ def check_target(target: Path, replace: bool) -> None:
     """Find out, without changing anything, whether an export may go to ``target``.
 
     Raises:
-        ExportError: there is something already, which is not to be replaced or is no export.
+        ExportError: there is something already, which is not to be replaced or is no export, or holds other files, too.
     """
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
@@ -37,6 +37,22 @@ def check_target(target: Path, replace: bool) -> None:
             key="output",
             place=str(target),
         )
+    if others := _others_in(target):
+        raise ExportError(
+            f"{named(str(target))} holds {named(others[0])}, too, which is no part of the export and would be lost; "
+            "move it, or give another --output.",
+            key="output",
+            place=str(target / others[0]),
+        )
+
+
+def _others_in(target: Path) -> list[str]:
+    """Return the names in an export that it did not come with, as far as it says; hidden ones, of systems, left out."""
+    try:
+        own = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return sorted(path.name for path in target.iterdir() if path.name not in (RECORD, *own) and path.name[0] != ".")
 
 
 @contextmanager
@@ -53,6 +69,7 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
         remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
         staging.mkdir()
         yield staging
+        record = {**record, "files": sorted(path.name for path in staging.iterdir())}
         (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in staging.rglob("*"):
             flush(path)

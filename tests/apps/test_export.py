@@ -291,15 +291,20 @@ def test_only_an_export_is_replaced_and_only_when_asked_to(
     model_folder: Path, data_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = export(adapter, model_folder, data_folder, "peft")
-    (folder / "mark").touch()
+    (folder / ".mark").touch()
     arguments = ["export", str(adapter), "--to", "peft", "--model", str(model_folder), "--data", str(data_folder)]
 
     assert "--force" in refusal(capsys, arguments)
     assert "no export" in refusal(capsys, [*arguments, "--force", "--output", str(tmp_path)])
-    assert (folder / "mark").exists()
+    assert (folder / ".mark").exists()
 
+    (folder / "mine.gguf").touch()
+    assert "mine.gguf" in refusal(capsys, [*arguments, "--force"])
+    assert (folder / "mine.gguf").exists()
+
+    (folder / "mine.gguf").unlink()
     assert cli.main([*arguments, "--force"]) == 0
-    assert not (folder / "mark").exists()
+    assert not (folder / ".mark").exists()
 
 
 def test_an_export_that_fails_leaves_what_was_there(
