@@ -290,7 +290,8 @@ def _planned(
         digest = inputs.digest_of(settings)
     except (ConfigError, DataError) as error:
         wrong = [key for key in options if error.key in (key, key.partition(".")[0])]
-        if error.place not in ("", where) or not wrong:
+        elsewhere = isinstance(error, ConfigError) and error.place not in ("", where)  # in the base
+        if elsewhere or not wrong:
             raise
         at, text = sweep.place(f"{origin}.{wrong[0]}"), str(error)
         text = text.replace(where, at, 1) if where in text else f"{text.removesuffix('.')} ({wrong[0]} {at})."

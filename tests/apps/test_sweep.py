@@ -230,6 +230,10 @@ def test_rows_that_are_not_there_are_told_with_the_line_that_asks_for_them(
     with refused(DataError, key="data", place=f"in {file}, line 3"):
         read_sweep(file)
 
+    (tmp_path / "none").mkdir()
+    with refused(DataError, key="data", place=f"in {file}, line 3"):
+        read_sweep(file)
+
 
 def test_each_run_is_the_base_with_its_options_in_a_folder_of_its_own(
     write: Callable[..., Path], base: dict[str, Any]
