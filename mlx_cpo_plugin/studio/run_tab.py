@@ -124,6 +124,8 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
         if now.folder != before.folder:
             updates |= {watched: now.folder, picker: gr.update(choices=choices(path), value=live.name(path))}
             updates[report] = gr.update(visible=False)
+        elif before.status == "running" != now.status:
+            updates[said] = ""  # that it started, or is about to stop
         rows = read_metrics(path)
         is_other = (now.folder, now.status) != (before.folder, before.status)
         if is_other or abs(len(rows) - now.drawn) > len(rows) // ROWS_A_STEP:
@@ -223,7 +225,7 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
     inputs = [watched, seen, form.yaml]
     outputs = [
         *(seen, watched, picker, start_button, stop_button, resume_button, ended, export, report),
-        *(status, charts, console, banner),
+        *(said, status, charts, console, banner),
     ]
 
     def then_watch(beginning: Any, started: gr.State) -> None:

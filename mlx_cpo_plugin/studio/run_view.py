@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ STATUS_WORDS = {
 KILLED = (
     "The training was killed by a signal that cannot be caught, as the system does when memory runs out. Its last "
     "lines are in the console below. A lower batch_size or max_seq_length, or grad_checkpoint: true, takes less "
-    "memory; Resume continues from the last checkpoint."
+    "memory; Resume continues from the last checkpoint, if there is one."
 )
 _RUN_COLOURS = 6
 # How the progress bar of a run writes: 40%|####  | 12/30 [00:10<00:15, 1.20it/s]
@@ -206,16 +206,20 @@ def progress_of(lines: Sequence[str]) -> Progress | None:
 
 
 def progress_in(folder: Path, now: RunState, rows: Sequence[Row]) -> Progress | None:
-    """Return how far the run in a folder is; of one that the page did not start, as far as its metrics tell."""
+    """Return how far the run in a folder is; of one that ended, or the page did not start, as far as metrics tell."""
+    iterations = [number(row, "iteration") for row in rows if row["kind"] == "train"]
+    trained = int(iterations[-1]) if iterations else None
     if now.own:
         found = progress_of(console_tail(folder, 400))
-        return found if found is None or now.running else Progress(found.done, found.total, "", found.resumed_after)
+        if found is None or now.running:
+            return found
+        # The last iteration of a run that was stopped is reported, but not drawn in its progress bar.
+        return replace(found, done=min(max(found.done, trained or 0), found.total), left="")
     try:
         total = read_run_settings(folder)[0].get("iters")
     except (UserError, OSError, ValueError):
         total = None
-    iterations = [number(row, "iteration") for row in rows if row["kind"] == "train"]
-    return Progress(int(iterations[-1]), total) if iterations and isinstance(total, int) else None
+    return Progress(trained, total) if trained is not None and isinstance(total, int) else None
 
 
 def banner_html(name: str, folder: Path, others: int = 0) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,8 @@ def build_runs_tab(root: Path) -> gr.CheckboxGroup:
 
     def compare(chosen: Sequence[str]) -> tuple[str, str, str]:
         try:
-            records = chosen_runs(root, chosen)
-            names = dict(zip(chosen, records, strict=True))
-            return "", table_html(records), overlaid_html(names)
+            names = dict(zip(chosen, chosen_runs(root, chosen), strict=True))
+            return "", table_html(names), overlaid_html(names)
         except UserError as error:
             return fault_html(error), "", ""
 
@@ -88,9 +87,10 @@ def report_of(folders: Sequence[Path]) -> str:
     return str(output)
 
 
-def table_html(records: Sequence[RunRecord]) -> str:
+def table_html(named: Mapping[str, RunRecord]) -> str:
     """Return the newest figures of each run and the settings in which they differ, a column each."""
-    head = "".join(f"<th scope='col'>{escape(record.name)}</th>" for record in records)
+    records = list(named.values())
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in named)
     rows = {
         "Iterations": [f"{record.iteration}" + (f" of {record.iters}" if record.iters else "") for record in records],
         **{
@@ -109,8 +109,8 @@ def table_html(records: Sequence[RunRecord]) -> str:
         for title, values in rows.items()
     )
     warnings = "".join(
-        f'<p class="alarm">{escape(record.name)}: {escape(warning)}</p>'
-        for record in records
+        f'<p class="alarm">{escape(name)}: {escape(warning)}</p>'
+        for name, record in named.items()
         for warning in record.warnings
     )
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Mapping
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,17 @@ def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: 
     print(f"The page is at\n    {address}\nCtrl-C closes it; a run that it started continues.", flush=True)
     if open_browser:
         threading.Timer(1, webbrowser.open, [opening_file(address).as_uri()]).start()
-    uvicorn.run(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    with suppress(KeyboardInterrupt):
+        _Server(config).run()
+
+
+class _Server(uvicorn.Server):
+    """Ends in silence: a tab that is open listens for as long as the server lives, which is no error at its end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").disabled = True
+        await super().shutdown(sockets)
 
 
 def build_app(page: gr.Blocks, port: int, appearance: dict[str, Any], token: str) -> OwnPageOnly:

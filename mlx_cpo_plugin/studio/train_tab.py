@@ -187,14 +187,14 @@ def build_train_tab(root: Path, name: str) -> Form:
             return filled(draft) | pickers
         return judged(draft.text) | {files.file: gr.update(choices=configurations(root))} | pickers
 
-    def pick(name: str | None, opened_name: str) -> Updates:
+    def pick(name: str | None, opened_name: str, asked: str) -> Updates:
         """Open what was picked, with what was typed and not saved; a name of no file is one to save under."""
         if not name or name == opened_name:
             return {files.said: gr.skip()}
         try:
             path = document.path_in(root, name)
             if not path.exists():
-                return files.say(note_html(f"{name} is new; Save writes it."))
+                return files.say("") if asked else {files.said: gr.skip()}  # Save may have spoken already
             draft = files.drafts.get(files.name_of(path)) or files.as_on_disk(name)
         except (UserError, ValueError) as error:
             return files.say(fault_html(error))
@@ -246,7 +246,7 @@ def build_train_tab(root: Path, name: str) -> Form:
     outputs = [*controls.parts, *judged_parts, *files.parts]
     given = [files.file, controls.opened, files.opened_name]
     quiet: Any = {"show_progress": "hidden"}
-    files.file.change(pick, [files.file, files.opened_name], outputs, **quiet)
+    files.file.change(pick, [files.file, files.opened_name, files.asked], outputs, **quiet)
     controls.on(files.new_button.click, new, given, outputs, **quiet)
     controls.on(files.open_button.click, open_file, given, outputs, **quiet)
     controls.on(files.save_button.click, save, given, outputs, **quiet)

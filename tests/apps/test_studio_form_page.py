@@ -67,6 +67,17 @@ def test_save_takes_the_last_key_and_refuses_what_is_wrong(page: Any, root: Path
     assert yaml.safe_load((root / "my.yaml").read_text())["beta"] == 0.0625
 
 
+def test_save_is_pressed_right_after_a_new_name_is_typed(page: Any, root: Path) -> None:
+    page.locator("#file input").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("new.yaml")
+    page.click("#save")
+
+    expect(page.locator("#said")).to_contain_text("Saved new.yaml")
+    expect(page.locator("#file-state")).to_contain_text("new.yaml: no unsaved changes")
+    assert (root / "new.yaml").read_text() == (root / "my.yaml").read_text()
+
+
 def test_picking_a_file_opens_it_and_what_was_not_saved_of_the_other_is_back_when_that_is_picked(
     page: Any, root: Path, server: Server
 ) -> None:
@@ -172,13 +183,18 @@ def test_model_and_data_are_picked_from_this_machine_and_the_first_pairs_shown(p
     expect(page.locator("#yaml")).to_contain_text("load_in_8bits: true")
 
 
-def test_in_a_narrow_window_the_file_comes_first(page: Any) -> None:
+def test_in_a_narrow_window_the_file_comes_first_and_all_is_of_one_width(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
 
-    tops = [page.locator(f"#{name}").bounding_box()["y"] for name in ("file", "open", "save", "verdict", "field-beta")]
+    boxes = {
+        name: page.locator(f"#{name}").bounding_box() for name in ("file", "open", "save", "verdict", "field-beta")
+    }
 
+    tops = [box["y"] for box in boxes.values()]
     assert tops == sorted(tops)
     assert tops[2] < 400
+    edges = {name: box["x"] + box["width"] for name, box in boxes.items()}
+    assert max(edges.values()) <= edges["save"]
 
 
 def test_a_folder_that_holds_a_run_is_asked_about_and_another_is_proposed(page: Any, root: Path) -> None:
@@ -201,8 +217,13 @@ def test_a_folder_that_holds_a_run_is_asked_about_and_another_is_proposed(page: 
     expect(page.locator("#yaml")).to_contain_text("adapter_path: adapters-2")
 
 
-def test_memory_and_time_are_estimated_beside_start(page: Any) -> None:
+def test_memory_and_time_are_estimated_beside_start_and_an_estimate_can_be_cancelled(page: Any) -> None:
     tab(page, "Run")
+    page.click("#estimate")
+    page.click("#estimate-cancel")
+    expect(page.locator("#estimate-said")).to_contain_text("Cancelled.")
+    expect(page.locator("#estimate-cancel")).to_be_hidden()
+
     page.click("#estimate")
 
     expect(page.locator("#estimate-said")).to_contain_text("Estimate: about")

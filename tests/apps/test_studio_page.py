@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.studio_pages import NEEDS, PATIENCE, Server, expect, tab, write
+from support.studio_pages import NEEDS, PATIENCE, Server, expect, serving, tab, write
 from support.tiny import TESTS
 
 pytestmark = NEEDS
@@ -99,6 +100,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     expect(page.locator("#status progress")).to_be_visible()
     page.click("#stop")
     expect(page.locator("#status")).to_contain_text("Stopped and saved")
+    expect(page.locator("#run-said")).not_to_contain_text("press again")
 
     page.click("#resume")
     expect(page.locator("#status")).to_contain_text("Running")
@@ -131,6 +133,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     page.get_by_label("adapters", exact=True).check()
     page.click("#show-runs")
     expect(page.locator("#runs-curves svg").first).to_be_visible()
+    expect(page.locator("#runs-table th[scope=col]").first).to_have_text("adapters")
     page.click("#make-report")
     with page.expect_download() as download:
         page.locator("#report a").first.click()
@@ -163,6 +166,21 @@ def test_a_browser_without_the_token_sees_one_sentence(server: Server, browser: 
     assert answer.status == 403
     assert "open the address with the token" in page.inner_text("body")
     page.close()
+
+
+def test_ctrl_c_ends_the_page_in_silence_though_a_tab_is_open(
+    visits: Any, root: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(root, port + 1, tmp_path, "--no-browser") as server:
+        page = visits.new_page()
+        page.goto(server.address)
+        expect(page.locator("#verdict p").first).to_be_visible()
+        capfd.readouterr()
+        os.kill(server.pid, signal.SIGINT)
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+    page.close()
+
+    assert capfd.readouterr().err == ""
 
 
 def test_the_browser_that_the_page_starts_is_led_in_and_its_words_tell_no_token(server: Server, browser: Any) -> None:

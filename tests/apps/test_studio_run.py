@@ -296,6 +296,14 @@ def write_rows(folder: Path, *rows: dict[str, Any], torn: str = "") -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
 
 
+def test_a_stopped_run_has_trained_the_iteration_that_it_reported_last(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"kind": "train", "iteration": 13, "train_loss": 0.5})
+    (tmp_path / "studio_run.json").write_text(json.dumps({"exit_code": 143}))
+    (tmp_path / "console.log").write_text("Training:  40%|####  | 12/30 [00:10<00:15, 1.2it/s]\n")
+
+    assert "Iteration 13 of 30 (43 %)" in banner_html("adapters", tmp_path)
+
+
 def test_metrics_are_read_on_from_where_the_last_look_ended_and_a_torn_line_once_it_is_whole(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path)
     assert file.rows() == []

@@ -156,7 +156,7 @@ def test_the_cookie_of_a_page_at_another_port_is_none_of_this_one(client: TestCl
 
 
 def test_two_pages_never_have_the_same_token(server: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(server.uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_, **__: None)
     monkeypatch.setattr(server, "build_app", lambda *_: None)
     for _ in range(2):
         server.serve(None, PORT, {}, open_browser=False)
