@@ -15,6 +15,7 @@ from mlx_cpo_plugin.types import Values
 
 # What was exported, in every export.
 RECORD = "export.json"
+HOW_TO_REPLACE = "give --force to replace it, or another --output"
 
 
 def check_target(target: Path, replace: bool) -> None:
@@ -33,7 +34,7 @@ def check_target(target: Path, replace: bool) -> None:
         )
     if not replace:
         raise ExportError(
-            f"{named(str(target))} is an export already; give --force to replace it, or another --output.",
+            f"{named(str(target))} is an export already; {HOW_TO_REPLACE}.",
             key="output",
             place=str(target),
         )

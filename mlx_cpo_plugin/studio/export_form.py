@@ -10,6 +10,7 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.export.command import TARGETS
+from mlx_cpo_plugin.export.folder import HOW_TO_REPLACE
 from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
@@ -51,7 +52,7 @@ def build_export_form(root: Path, watched: gr.State, jobs: Jobs) -> gr.Accordion
                     }
                 printed = job.printed()
         except UserError as error:
-            yield done | {said: fault_html(error)}
+            yield done | {said: fault_html(str(error).replace(HOW_TO_REPLACE, "tick the box to replace it"))}
             return
         yield done | {said: "".join(note_html(line) for line in printed.splitlines() if line.strip())}
 

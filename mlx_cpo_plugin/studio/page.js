@@ -38,6 +38,13 @@
     for (const empty of document.querySelectorAll(".placeholder-content[role]")) empty.removeAttribute("role");
   };
 
+  // What is scrolled can be scrolled by keys.
+  const reach = () => {
+    for (const scrolled of document.querySelectorAll("#yaml .cm-scroller")) {
+      if (scrolled.tabIndex !== 0) scrolled.tabIndex = 0;
+    }
+  };
+
   // One tab is in the order of the Tab key, the others are reached by arrow keys.
   const tabs = () => [...document.querySelectorAll("[role=tablist] [role=tab]")].filter((tab) => tab.offsetParent !== null);
   const order = () => {
@@ -74,6 +81,7 @@
     follow();
     mark();
     unname();
+    reach();
     order();
   };
   const changed = () => {

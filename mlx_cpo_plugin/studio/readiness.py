@@ -45,8 +45,8 @@ class Readiness(NamedTuple):
         """Return the first pairs side by side."""
         return "".join(
             f'<article class="pair"><p class="prompt">{escape(pair.prompt)}</p><div class="sides">'
-            f"<div><h5>Chosen</h5><p>{escape(pair.chosen)}</p></div>"
-            f"<div><h5>Rejected</h5><p>{escape(pair.rejected)}</p></div></div></article>"
+            f"<div><p><strong>Chosen</strong></p><p>{escape(pair.chosen)}</p></div>"
+            f"<div><p><strong>Rejected</strong></p><p>{escape(pair.rejected)}</p></div></div></article>"
             for pair in self.pairs or ()
         )
 
