@@ -60,7 +60,7 @@ def test_the_config_trains_with_the_values_that_it_shows_and_prints_what_the_rea
     lines = [row for row in rows if row["kind"] != "sample"]
     assert [line["kind"] for line in lines] == ["valid", "train", "valid", "test"]
     assert lines[1]["iteration"] == 3  # an epoch of 10 rows in batches of 4
-    assert lines[1]["learning_rate"] == pytest.approx(5e-6)
+    assert lines[1]["learning_rate"] == pytest.approx(2e-5)
     printed = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out).replace(str(tmp_path) + "/", "")
     shown = [text for text in blocks("text") if "hooks active" in text]
     assert len(shown) == 1
