@@ -160,8 +160,11 @@ def push_run(settings: RunSettings) -> None:
     Raises:
         PushAfterRunError: the hub refuses it or cannot be reached; the run is complete and saved.
     """
-    folder, repo, run = Path(settings.adapter_path or ""), settings.push_to_hub, settings.run_identity
-    if not (repo and settings.train and is_first_rank()) or is_done(folder, PUSHED, run):
+    repo = settings.push_to_hub
+    if not (repo and settings.train and is_first_rank()):
+        return
+    folder, run = Path(settings.adapter_path or ""), settings.run_identity
+    if is_done(folder, PUSHED, run):
         return
     try:
         push(upload_of(folder, repo), repo, private=settings.hub_private_repo, say=print)

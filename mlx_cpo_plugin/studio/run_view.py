@@ -207,7 +207,7 @@ def progress_of(lines: Sequence[str]) -> Progress | None:
 
 def progress_in(folder: Path, now: RunState, rows: Sequence[Row]) -> Progress | None:
     """Return how far the run in a folder is; of one that ended, or the page did not start, as far as metrics tell."""
-    iterations = [number(row, "iteration") for row in rows if row["kind"] == "train"]
+    iterations = [number(row, "iteration") for row in rows if row.get("kind") == "train"]
     trained = int(iterations[-1]) if iterations else None
     if now.own:
         found = progress_of(console_tail(folder, 400))
