@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -62,16 +61,12 @@ def build_check_tab(root: Path, form: Form, jobs: Jobs) -> None:
             yield dict(zip(confirmation.parts, answer, strict=True)) | nothing | {said: question}
             if question:
                 return
-            with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
-                config.write(text)
-                config.flush()
-                words = ["mlx_cpo_plugin.studio.inspection", config.name]
-                with jobs.start(request.session_hash, words, root) as job:
-                    busy = {button: gr.update(interactive=False), cancel: gr.update(interactive=True)}
-                    for step in job.steps():
-                        report = job.written()
-                        yield busy | {said: step.html("Checking")} | ({} if report is None else shown(report))
-                    report = job.result()
+            with jobs.on_config(request.session_hash, "mlx_cpo_plugin.studio.inspection", text, root) as job:
+                busy = {button: gr.update(interactive=False), cancel: gr.update(interactive=True)}
+                for step in job.steps():
+                    report = job.written()
+                    yield busy | {said: step.html("Checking")} | ({} if report is None else shown(report))
+                report = job.result()
         except UserError as error:
             yield done | {said: fault_html(error)}
             return

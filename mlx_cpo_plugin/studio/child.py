@@ -10,15 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Lock, Thread
 from typing import Any, NamedTuple
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.types import Values
 
 SECONDS_BETWEEN_STEPS = 1.0
 
@@ -169,6 +171,24 @@ def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:
         return job.result()
 
 
+def leave(values: Values, output: Path) -> None:
+    """Write what a job has found so far, in the job's process."""
+    replace_whole(output, lambda partial: partial.write_text(json.dumps(values), encoding="utf-8"))
+
+
+def work_on_config(work: Callable[[Path, Path], None]) -> int:
+    """Do the work of a job on the configuration and into the file that the command line names; return the exit code."""
+    from mlx_cpo_plugin.data import conversion  # which the page itself does not need
+
+    conversion.LINE_EVERY = 1.0
+    try:
+        work(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 class Jobs:
     """The job of each visit of the page, at most one; a new one ends the one before."""
 
@@ -183,6 +203,15 @@ class Jobs:
         with self._lock:
             self._jobs[visit or ""] = job
         return job
+
+    @contextmanager
+    def on_config(self, visit: str | None, module: str, text: str, root: Path) -> Iterator[Job]:
+        """Start ``python -m MODULE CONFIG FILE`` with a configuration that need not be saved."""
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
+            config.write(text)
+            config.flush()
+            with self.start(visit, [module, config.name], root) as job:
+                yield job
 
     def cancel(self, visit: str | None) -> None:
         """End the job of a visit, if there is one."""

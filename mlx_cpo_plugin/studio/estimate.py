@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -37,16 +36,12 @@ def build_estimate(
             yield dict(zip(confirmation.parts, answer, strict=True)) | {said: question}
             if question:
                 return
-            with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as config:
-                config.write(text)
-                config.flush()
-                words = ["mlx_cpo_plugin.studio.planning", config.name]
-                with jobs.start(request.session_hash, words, root) as job:
-                    busy = {button: gr.update(interactive=False), cancel: gr.update(visible=True)}
-                    for step in job.steps():
-                        shown = _lines_html(job.written()) or shown
-                        yield busy | {said: shown + step.html("Estimating")}
-                    shown = _lines_html(job.result())
+            with jobs.on_config(request.session_hash, "mlx_cpo_plugin.studio.planning", text, root) as job:
+                busy = {button: gr.update(interactive=False), cancel: gr.update(visible=True)}
+                for step in job.steps():
+                    shown = _lines_html(job.written()) or shown
+                    yield busy | {said: shown + step.html("Estimating")}
+                shown = _lines_html(job.result())
         except UserError as error:
             shown += fault_html(error)
         yield done | {said: shown}

@@ -7,16 +7,13 @@ written three times: of the first rows of each split, of all rows, and with the 
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.commands.check import run_check, scored_runs
-from mlx_cpo_plugin.data import conversion
 from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.reading import read_splits
@@ -25,6 +22,7 @@ from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
+from mlx_cpo_plugin.studio.child import leave, work_on_config
 
 SPLITS = ("train", "valid", "test")
 EXAMPLES = 20
@@ -46,7 +44,7 @@ def inspect(config: Path, output: Path) -> None:
     def write(splits: Sequence[PreferenceDataset], tokenizer: ChatTokenizer, sample: int = 0) -> None:
         report["splits"] = [_split(dataset, tokenizer) for dataset in splits if dataset.report.rows]
         report["sample"] = sample
-        _write(report, output)
+        leave(report, output)
 
     with suppress(UserError):  # of all rows, if anything is
         _look_at_first(settings, write)
@@ -57,7 +55,7 @@ def inspect(config: Path, output: Path) -> None:
         if not report["splits"] or report["sample"]:
             raise
         report["error"] = str(error)
-    _write(report | {"text": printed.getvalue()}, output)
+    leave(report | {"text": printed.getvalue()}, output)
 
 
 def _look_at_first(settings: RunSettings, write: Any) -> None:
@@ -73,10 +71,6 @@ def _look_at_first(settings: RunSettings, write: Any) -> None:
         splits = load_splits(settings, tokenizer, [*first], first)
         write(splits, ChatTokenizer.from_settings(tokenizer, settings), SAMPLE)
     print("Tokenising.", file=sys.stderr, flush=True)
-
-
-def _write(report: dict[str, Any], output: Path) -> None:
-    replace_whole(output, lambda partial: partial.write_text(json.dumps(report), encoding="utf-8"))
 
 
 def _split(dataset: PreferenceDataset, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -103,16 +97,5 @@ def _example(pair: PreferencePair, tokenizer: ChatTokenizer) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Write the report into the file that the command line names; what is wrong goes to standard error."""
-    conversion.LINE_EVERY = 1.0
-    try:
-        inspect(Path(sys.argv[1]), Path(sys.argv[2]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work_on_config(inspect))

@@ -7,19 +7,16 @@ the estimate of memory, and with the measured time.
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 
-from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.commands.check import print_plan
-from mlx_cpo_plugin.data import conversion
 from mlx_cpo_plugin.data.dataset import Splits, load_splits, require_splits
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import is_on_this_machine
 from mlx_cpo_plugin.run.preflight import run_identity
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
+from mlx_cpo_plugin.studio.child import leave, work_on_config
 
 
 def plan(config: Path, output: Path) -> None:
@@ -47,19 +44,8 @@ def _lines(settings: RunSettings, splits: Splits, timed: bool) -> list[str]:
 
 
 def _write(lines: list[str], output: Path) -> None:
-    replace_whole(output, lambda partial: partial.write_text(json.dumps({"lines": lines}), encoding="utf-8"))
-
-
-def main() -> int:
-    """Write the plan into the file that the command line names; what is wrong goes to standard error."""
-    conversion.LINE_EVERY = 1.0
-    try:
-        plan(Path(sys.argv[1]), Path(sys.argv[2]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    leave({"lines": lines}, output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work_on_config(plan))
