@@ -89,9 +89,10 @@ def check_safetensors(file: Path) -> None:
         OSError: it is not.
         ValueError: its header cannot be read.
     """
+    size = file.stat().st_size
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(header))
+        entries = json.loads(stream.read(min(header, size)))
     data = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    if (size := file.stat().st_size) != 8 + header + data:
+    if size != 8 + header + data:
         raise OSError(f"{file.name} has {size} bytes instead of {8 + header + data}")

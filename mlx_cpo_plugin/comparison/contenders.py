@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
+from mlx_cpo_plugin.atomic_files import check_safetensors
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
@@ -223,9 +224,18 @@ def put_on(model: nn.Module, contender: Contender) -> None:
     """Put an adapter over the layers of its base model, or, of full training, over the weights.
 
     Raises:
-        ConfigError: it is not one for this model.
+        ConfigError: it is damaged, or not one for this model.
     """
     path = str(contender.adapter_path)
+    file = Path(path) / ADAPTER_FILE
+    try:
+        check_safetensors(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"The adapter {named(str(file))} cannot be read ({first_line(error)}); it is damaged, give another.",
+            key="adapter_path",
+            place=str(file),
+        ) from error
     try:
         load_adapters(model, path)
     except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:

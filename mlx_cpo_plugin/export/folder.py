@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,13 @@ def check_target(target: Path, replace: bool) -> None:
     """Find out, without changing anything, whether an export may go to ``target``.
 
     Raises:
-        ExportError: there is something already, which is not to be replaced or is no export, or holds other files, too.
+        ExportError: it cannot be written, or there is something already, which is not to be replaced or is no export,
+            or holds other files, too.
     """
+    with _writing(target):
+        place = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.lexists(parent))
+        with tempfile.TemporaryDirectory(dir=place, prefix="."):
+            pass
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / RECORD).is_file():
@@ -66,18 +72,30 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     staging, replaced = partial_of(target), partial_of(target, "removed")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
-        staging.mkdir()
-        yield staging
-        record = {**record, "files": sorted(path.name for path in staging.iterdir())}
-        (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in staging.rglob("*"):
-            flush(path)
-        if target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-        flush(target.parent)
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
+            staging.mkdir()
+            yield staging
+            record = {**record, "files": sorted(path.name for path in staging.iterdir())}
+            (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            for path in staging.rglob("*"):
+                flush(path)
+            if target.exists():
+                target.rename(replaced)
+            staging.rename(target)
+            flush(target.parent)
+    finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        remove(replaced)
+        remove(staging)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if is_device_fault(error):
             raise
@@ -87,8 +105,3 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
             key="output",
             place=str(target),
         ) from error
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        remove(replaced)
-        remove(staging)

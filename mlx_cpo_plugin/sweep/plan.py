@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +193,7 @@ def _grid(grid: object, place: Place) -> Iterator[tuple[str, Values]]:
             _refuse_unswept(name, f"{key}.{name}", place)
             if values == []:
                 raise refused(f"{key}.{name}", values, place(f"{key}.{name}"), "a list with at least one value")
+        _refuse_parts_of_others(part, key, place)
         lists = [values if isinstance(values, list) else [values] for values in part.values()]
         yield from ((key, dict(zip(part, combination, strict=True))) for combination in itertools.product(*lists))
 
@@ -210,6 +211,7 @@ def random_draws(asked: object, place: Place) -> Iterator[Values]:
         if name not in ("n", "seed"):
             _refuse_unswept(name, f"random.{name}", place)
             draws[name] = _draw(name, spread, generator, place)
+    _refuse_parts_of_others(draws, "random", place)
     if not draws:
         raise refused("random", dict(asked), place("random"), "a mapping with options beside n")
     yield from ({name: draw() for name, draw in draws.items()} for _ in range(count))
@@ -253,6 +255,16 @@ def _refuse_unswept(name: object, key: str, place: Place) -> None:
     if name in _NOT_SWEPT:
         instead = "seeds, beside grid and random" if name == "seed" else "an option of training"
         raise refused(key, name, place(key), instead)
+
+
+def _refuse_parts_of_others(options: Iterable[object], key: str, place: Place) -> None:
+    """Refuse an option beside a part of it, of which only one could hold."""
+    names = [str(name) for name in options]
+    for name in names:
+        whole = name.partition(".")[0]
+        if whole != name and whole in names:
+            at = f"{key}.{name}"
+            raise refused(at, name, place(at), f"without {whole}, which holds it, or a part of each of its values")
 
 
 def _seeds(seeds: object, base: YamlSettings, place: Place) -> list[int]:

@@ -382,6 +382,20 @@ def test_an_adapter_of_another_model_is_one_sentence(adapter_path: Path, capsys:
     assert last.startswith(f"error: The adapter in {adapter_path} does not fit model ")
 
 
+@pytest.mark.parametrize("kept", [0.9, 0.01, 0.0])
+def test_a_damaged_adapter_is_one_sentence_that_names_the_file(
+    kept: float, adapter_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = adapter_path / "adapters.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    capsys.readouterr()
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: The adapter {file} cannot be read ")
+
+
 def test_a_run_without_its_settings_is_compared_with_a_named_model(
     adapter_path: Path, model_folder: Path, data_folder: Path
 ) -> None:

@@ -307,6 +307,18 @@ def test_only_an_export_is_replaced_and_only_when_asked_to(
     assert not (folder / ".mark").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["export", str(adapter), "--to", "peft", "--model", str(tmp_path / "no model")]
+
+    said = refusal(capsys, [*arguments, "--output", str(tmp_path / "file" / "deeper" / "out")])
+
+    assert "cannot be written to" in said
+    assert list(tmp_path.glob(".*")) == []
+
+
 def test_an_export_that_fails_leaves_what_was_there(
     model_folder: Path,
     data_folder: Path,

@@ -175,6 +175,16 @@ def test_the_base_may_be_a_file_beside_the_sweep(
         ({"grid": 7}, "grid", 2),
         ({"grid": {"seed": [1, 2]}}, "grid.seed", 2),
         ({"grid": {"adapter_path": ["a", "b"]}}, "grid.adapter_path", 2),
+        (
+            {"grid": {"lora_parameters.rank": [4], "lora_parameters": [{"rank": 8}, {"rank": 16}]}},
+            "grid.lora_parameters.rank",
+            2,
+        ),
+        (
+            {"random": {"n": 2, "lora_parameters.rank": [4], "lora_parameters": [{"rank": 8}]}},
+            "random.lora_parameters.rank",
+            2,
+        ),
         ({"random": {"n": 0, "beta": [1]}}, "random.n", 2),
         ({"random": {"n": 2}}, "random", 2),
         ({"random": {"n": 2, "beta": {"uniform": [1, 0]}}}, "random.beta", 2),
