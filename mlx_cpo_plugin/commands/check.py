@@ -25,7 +25,6 @@ from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.run.building import (
     build_optimizer,
     is_on_this_machine,
@@ -49,7 +48,7 @@ from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
 from mlx_cpo_plugin.training.summary import counted
 from mlx_cpo_plugin.training.validation import unused_without_validation
-from mlx_cpo_plugin.training.wiring import kernels_expected
+from mlx_cpo_plugin.training.wiring import grouping_expected, kernels_expected
 from mlx_cpo_plugin.types import TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -230,9 +229,8 @@ def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[Pre
     optimizer = build_optimizer(settings)
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
-    grouping = expected_grouping(model) if settings.scoring != "plain" else None
     with kernels_expected(model, args, pairs):
-        return MemoryEstimate(model, optimizer, pairs, args, grouping)
+        return MemoryEstimate(model, optimizer, pairs, args, grouping_expected(model, args, pairs))
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

@@ -120,12 +120,17 @@ class Grouping:
 PAIR_BY_PAIR = Grouping(overhead=0, budget=0)
 
 
-def grouping_for(model: nn.Module) -> Grouping:
-    """Return how pairs are grouped on this device: as many tokens in a pass as its speed and memory suggest."""
-    weights = sum(get_total_parameters(layer) for layer in model.layers) / len(model.layers)
-    device = current_device()
-    # A token takes two FLOPs with each weight, forwards and twice backwards.
-    overhead = device.weight_read_tokens + device.layer_start_flops / (6 * weights)
+def grouping_for(model: nn.Module, overhead: float | None = None) -> Grouping:
+    """Return how pairs are grouped on this device: as many tokens in a pass as its speed and memory suggest.
+
+    Args:
+        overhead: of a pass, in tokens; by default that of such a device.
+    """
+    if overhead is None:
+        weights = sum(get_total_parameters(layer) for layer in model.layers) / len(model.layers)
+        device = current_device()
+        # A token takes two FLOPs with each weight, forwards and twice backwards.
+        overhead = device.weight_read_tokens + device.layer_start_flops / (6 * weights)
     return Grouping(overhead, min(ENOUGH * overhead, tokens_that_fit(model)))
 
 

@@ -114,6 +114,14 @@ class CPOSettings:
         choices=("auto", "shared", "plain"),
         group=MEMORY,
     )
+    pass_overhead: int | None = option(
+        None,
+        "What starting a pass costs, in tokens: pairs share one of up to eight times as many; long runs measure it.",
+        title="Cost of a pass",
+        minimum=1,
+        free_on_resume=True,
+        group=MEMORY,
+    )
     batch_tokens: int | None = option(
         None,
         "Most tokens in a batch, prompts and both answers of its pairs together, instead of batch_size pairs.",

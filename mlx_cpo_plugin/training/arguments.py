@@ -53,6 +53,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
         default=None, metadata={"help": "Seed of the order of the pairs; by default that which the caller has set."}
     )
     scoring: str = _option("scoring")
+    pass_overhead: int | None = _option("pass_overhead")
     qat_quantizer: str = _option("qat_quantizer")
     batch_tokens: int | None = _option("batch_tokens")
     max_grad_norm: float | None = _option("max_grad_norm")

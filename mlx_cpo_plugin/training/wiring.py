@@ -20,16 +20,17 @@ from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, epoch_ends, last_
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.exchange import is_first_rank
+from mlx_cpo_plugin.exchange import gather, is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.activations import lean_activations
-from mlx_cpo_plugin.model.buckets import Grouping
+from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
 from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
 from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.training import calibration
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.gradients import gradients_for
 from mlx_cpo_plugin.training.identity import data_digest, identity, recorded
@@ -106,9 +107,11 @@ class Run:
         self.samples = Samples(model, args, val_pairs, val_pairs.chat_tokenizer or pairs.chat_tokenizer, say, warn)
         self.kernels = probing and self._choose_kernels(environment)
         self.scorer = self._choose_scorer() if probing else None
+        overhead = self._choose_grouping()
         grouping = None if self.scorer is None else self.scorer.grouping
-        if not probing and args.scoring != "plain":
-            grouping = expected_grouping(model)
+        if not probing:
+            with kernels_expected(model, args, pairs):
+                grouping = grouping_expected(model, args, pairs)
         gradients = gradients_for(
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
@@ -120,6 +123,8 @@ class Run:
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
         self.identity = identity(args, model, optimizer, pairs) if comparing else {}
         self.recorded = recorded(args, model, optimizer, pairs)
+        if overhead is not None:
+            self.recorded["settings"]["pass_overhead"] = overhead
         constants = {
             "identity": self.identity,
             "recorded": self.recorded,
@@ -142,6 +147,24 @@ class Run:
         scorer.grouping = Grouping(found["overhead"], found["budget"])
         scorer.packs = self.kernels and bool(found.get("packs"))
         return scorer
+
+    def _choose_grouping(self) -> int | None:
+        """Let as many pairs share a pass as is fastest here; return its overhead where it is not the device's default.
+
+        It is what the settings say, or what a long run measures; a resumed run keeps that which it began with.
+        """
+        model, args, scorer, checkpoint = self.model, self.args, self.scorer, self.start.checkpoint
+        if checkpoint is not None:
+            return checkpoint.values.get("recorded", {}).get("settings", {}).get("pass_overhead")
+        if scorer is None or scorer.grouping is PAIR_BY_PAIR:
+            return args.pass_overhead
+        overhead = args.pass_overhead
+        if overhead is None and calibration.pays(work_of(model, args, self.pairs)):
+            compiled = compilation_pays(args.compile)
+            overhead = gather(calibration.overhead(model, self.objective, scorer, self.pairs, compiled))[0]
+        if overhead is not None:
+            scorer.grouping = grouping_for(model, overhead)
+        return overhead
 
     def _choose_kernels(self, environment: Environment) -> bool:
         """Let the model compute with the compiled kernels, if it can and the run is long enough, or began with them."""
@@ -193,10 +216,26 @@ def kernels_suit(model: nn.Module, args: CPOTrainingArgs) -> bool:
 
 
 def kernels_pay(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> bool:
-    """Whether a run that they can compute is long enough for them; one of unknown length is taken for an epoch."""
+    """Whether a run that they can compute is long enough for them."""
+    return library.pays(work_of(model, args, pairs))
+
+
+def work_of(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> float:
+    """Return about how many multiplications and additions a run takes; one of unknown length is taken for an epoch."""
     epoch = sum(pair.tokens for pair in pairs)
     tokens = epoch / len(pairs) * args.batch_size * args.iters if args.iters else epoch
-    return library.pays(6 * get_total_parameters(model) * tokens)
+    return 6 * get_total_parameters(model) * tokens
+
+
+def grouping_expected(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> Grouping | None:
+    """Return how a run will group its pairs, as far as that shows without computing; ``None``: each by itself."""
+    grouping = expected_grouping(model) if args.scoring != "plain" else None
+    if grouping in (None, PAIR_BY_PAIR):
+        return grouping
+    overhead = args.pass_overhead
+    if overhead is None and calibration.pays(work_of(model, args, pairs)):
+        overhead = calibration.known_overhead(model, compilation_pays(args.compile))
+    return grouping_for(model, overhead)
 
 
 def kernels_expected(
