@@ -101,6 +101,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "overlong": ("drop", "error"),
     "chat_template": ("{{ messages }}", "template.jinja"),
     "chat_template_kwargs": ({"enable_thinking": False}, {"enable_thinking": True}),
+    "pass_overhead": (16, 64),
     "batch_tokens": (500, 600),
     "max_grad_norm": (1.0, 2.0),
     "resume": ("auto", "another-run"),

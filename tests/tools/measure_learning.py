@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,8 @@ def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[f
     from mlx_cpo_plugin.data import load_dataset
     from mlx_cpo_plugin.device import compile_where_it_pays
     from mlx_cpo_plugin.host import load_chat_tokenizer
+    from mlx_cpo_plugin.kernels import library
+    from mlx_cpo_plugin.model.compiled import compiled_kernels
     from mlx_cpo_plugin.model.parity import choose_scorer
     from mlx_cpo_plugin.model.products import float32_products
     from mlx_cpo_plugin.settings.config import resolve
@@ -312,7 +315,8 @@ def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[f
     wanted = {"train_mode": "cpo", "train": True, "data": str(rows), "max_seq_length": LONGEST, "model": bench.model}
     pairs = load_dataset(resolve(wanted).settings, load_chat_tokenizer(bench.model))[0]
     found: dict[str, dict[str, float]] = {}
-    with compile_where_it_pays(), float32_products(model):
+    kernels = compiled_kernels(model) if library.usable() else nullcontext()
+    with compile_where_it_pays(), float32_products(model), kernels:
         scorer = choose_scorer(model, pairs, "auto", lambda _: None)
         for part, together in scored_batches(model, pairs, False, batch_size=4, scorer=scorer):
             columns = {name: np.array(value, np.float64).tolist() for name, value in part._asdict().items()}
@@ -387,7 +391,9 @@ def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], 
             if task.loss in LOSSES and file.exists():
                 losses[task.loss][task.rate] = held_out_loss(task, json.loads(file.read_text())["scores"])
         for loss, of_rates in losses.items():
-            found[rows.name, loss] = min(of_rates or RATES, key=lambda rate: of_rates.get(rate, 0.0))
+            if not of_rates:
+                raise SystemExit(f"No rate was measured for {loss} on {rows.name}: measure --parts rates first.")
+            found[rows.name, loss] = min(of_rates, key=lambda rate: of_rates[rate])
             print(rows.name, loss, {rate: round(value, 4) for rate, value in of_rates.items()}, flush=True)
     return found
 
