@@ -6,13 +6,7 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
-import threading
-import webbrowser
 from collections.abc import Mapping
-from contextlib import suppress
-from html import escape
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -23,14 +17,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.studio.address import HOST, TOKEN, html_leading_to
 
-HOST = "127.0.0.1"
-DEFAULT_PORT = 7870
-TOKEN = "token"
 OTHER_SITE = "This page does not answer other sites."
 NO_TOKEN = "This page belongs to whoever started it; open the address with the token that mlx-cpo studio printed."
-_PORTS_TRIED = 50
 
 
 class OwnPageOnly:
@@ -92,7 +82,7 @@ class OwnPageOnly:
         """
         rest = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != TOKEN])
         address = f"/?{rest}" if rest else "/"
-        response = HTMLResponse(_page_leading_to(address), headers={"Cache-Control": "no-store"})
+        response = HTMLResponse(html_leading_to(address), headers={"Cache-Control": "no-store"})
         response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
         return response
 
@@ -102,35 +92,11 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
     return value.strip() if kind.lower() == "bearer" else None
 
 
-def free_port(wanted: int | None) -> int:
-    """Return the wanted port, or else the first free one from :data:`DEFAULT_PORT` on.
-
-    Raises:
-        ConfigError: the wanted one is taken, or none is free.
-    """
-    for port in [wanted] if wanted is not None else range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind((HOST, port))
-            except (OSError, OverflowError):
-                continue
-            return port
-    taken = f"Port {wanted} is taken" if wanted is not None else "No port is free"
-    raise ConfigError(f"{taken}; choose another one with --port.", key="port")
-
-
-def serve(page: gr.Blocks, port: int, appearance: dict[str, Any], open_browser: bool) -> None:
+def serve(page: gr.Blocks, listening: socket.socket, token: str, appearance: dict[str, Any]) -> None:
     """Serve the page until Ctrl-C."""
-    token = secrets.token_urlsafe(32)
-    app = build_app(page, port, appearance, token)
-    address = f"http://{HOST}:{port}/?{TOKEN}={token}"
-    print(f"The page is at\n    {address}\nCtrl-C closes it; a run that it started continues.", flush=True)
-    if open_browser:
-        threading.Timer(1, webbrowser.open, [opening_file(address).as_uri()]).start()
-    config = uvicorn.Config(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)
-    with suppress(KeyboardInterrupt):
-        _Server(config).run()
+    app = build_app(page, listening.getsockname()[1], appearance, token)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    _Server(config).run([listening])
 
 
 class _Server(uvicorn.Server):
@@ -155,21 +121,3 @@ def build_app(page: gr.Blocks, port: int, appearance: dict[str, Any], token: str
         **appearance,
     )
     return OwnPageOnly(app, port, token)
-
-
-def opening_file(address: str) -> Path:
-    """Write a file that leads to the address, for the browser: every account sees the words a browser is started with.
-
-    It is in the page's own folder for temporary files, which goes with the page.
-    """
-    file = Path(tempfile.mkdtemp()) / "open.html"
-    file.write_text(_page_leading_to(address), encoding="utf-8")
-    return file
-
-
-def _page_leading_to(address: str) -> str:
-    link = escape(address)
-    return (
-        '<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
-        f'<meta http-equiv="refresh" content="0; url={link}"><a href="{link}">CPO training</a>'
-    )

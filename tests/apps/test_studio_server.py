@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import secrets
+import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +21,8 @@ from support.extras import STUDIO
 from support.refusals import refused
 
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.studio import address
+from mlx_cpo_plugin.studio.address import listen, opening_file
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
@@ -155,29 +161,66 @@ def test_the_cookie_of_a_page_at_another_port_is_none_of_this_one(client: TestCl
     assert client.get("/config", headers={"cookie": f"mlx-cpo-studio-7871={TOKEN}"}).status_code == 403
 
 
-def test_two_pages_never_have_the_same_token(server: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_, **__: None)
-    monkeypatch.setattr(server, "build_app", lambda *_: None)
-    for _ in range(2):
-        server.serve(None, PORT, {}, open_browser=False)
+def test_two_pages_never_have_the_same_token(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from mlx_cpo_plugin.studio import command, page, server
 
-    tokens = re.findall(r"http://127\.0\.0\.1:7870/\?token=([\w-]+)$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(page, "build_page", lambda *_: None)
+    monkeypatch.setattr(server, "serve", lambda *_: None)
+    for _ in range(2):
+        command.serve(argparse.Namespace(config=None, port=0, no_browser=True))
+
+    tokens = re.findall(r"http://127\.0\.0\.1:\d+/\?token=([\w-]+)$", capsys.readouterr().out, re.MULTILINE)
     assert len(set(tokens)) == 2
     assert all(len(token) >= 40 for token in tokens)
 
 
 def test_the_browser_is_given_a_file_that_only_its_owner_reads_and_no_token(
-    server: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    file = server.opening_file(f"{HOME}/?token={TOKEN}")
+    file = opening_file(f"{HOME}/?token={TOKEN}")
 
     assert TOKEN not in file.as_uri()
     assert TOKEN in file.read_text()
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
-def test_a_port_that_is_taken_is_refused(server: ModuleType) -> None:
+def test_who_connects_before_the_page_is_built_is_answered_when_it_is() -> None:
+    with listen(0) as listening, socket.create_connection(listening.getsockname()) as early:
+        early.sendall(b"hello")
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.recv(5) == b"hello"
+
+
+def test_a_port_that_is_taken_is_refused_and_without_a_wish_the_next_one_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with refused(ConfigError, "99999", key="port"):
-        server.free_port(99999)
+        listen(99999)
+    with listen(0) as taken:
+        port = taken.getsockname()[1]
+        with refused(ConfigError, str(port), key="port"):
+            listen(port)
+        monkeypatch.setattr(address, "DEFAULT_PORT", port)
+        with listen(None) as other:
+            assert other.getsockname()[1] > port
+
+
+def test_gradio_is_imported_without_writing_stubs() -> None:
+    """Which takes as long as the rest of the import; the components have their events all the same."""
+    script = """if True:
+        import sys
+        opened = []
+        sys.addaudithook(lambda event, values: opened.append(values[0]) if event == "open" else None)
+        from mlx_cpo_plugin.studio.command import gradio_writes_no_stubs
+        finders = [*sys.meta_path]
+        with gradio_writes_no_stubs():
+            import gradio
+        assert sys.meta_path == finders
+        gradio.Textbox.change, gradio.Blocks.load
+        print([path for path in opened if str(path).endswith(".pyi")])
+    """
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"

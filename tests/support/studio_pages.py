@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
 from typing import Any, NamedTuple
 
 import pytest
@@ -88,12 +86,6 @@ def serving(root: Path, port: int, home: Path, *words: str) -> Iterator[Server]:
         address = next(line.strip() for line in process.stdout if "http://" in line)
         page = f"http://127.0.0.1:{port}/"
         assert address.startswith(f"{page}?token=")
-        while True:  # it listens a moment later
-            with socket.socket() as trial:
-                if trial.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
-            Event().wait(0.05)
         yield Server(page, address, opened, process.pid, home / "mlx-cpo-studio")
         process.terminate()
 
