@@ -16,7 +16,7 @@ from mlx_cpo_plugin.commands.timing import measured_duration
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of
 from mlx_cpo_plugin.data.columns import first_few
-from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits, require_splits
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, Splits, load_splits, require_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.report import DataReport, columns_of
 from mlx_cpo_plugin.data.sample_prompts import own_prompts
@@ -49,12 +49,16 @@ from mlx_cpo_plugin.training.optimizer_step import in_float32
 from mlx_cpo_plugin.training.summary import counted
 from mlx_cpo_plugin.training.validation import unused_without_validation
 from mlx_cpo_plugin.training.wiring import grouping_expected, kernels_expected
-from mlx_cpo_plugin.types import TrainMode
+from mlx_cpo_plugin.types import Tokenizer, TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 
+Load = Callable[[RunSettings, Tokenizer], Splits]
 
-Loaded = Callable[[Sequence[PreferenceDataset], ChatTokenizer], object]
+
+def load_all(settings: RunSettings, tokenizer: Tokenizer) -> Splits:
+    """Return every split that the data has."""
+    return load_splits(settings, tokenizer, ("train", "valid", "test"))
 
 
 def run_check(
@@ -63,7 +67,7 @@ def run_check(
     stream: TextIO | None = None,
     examples: int = 3,
     timed: bool = False,
-    loaded: Loaded = lambda splits, tokenizer: None,
+    load: Load = load_all,
 ) -> None:
     """Load tokenizer and data, and print what a training run would make of them, and what it would refuse.
 
@@ -73,7 +77,7 @@ def run_check(
         stream: where to print; standard output by default.
         examples: pairs of the first split to show as text.
         timed: load the model, too, and measure how long the run takes.
-        loaded: receives the splits of CPO, and what made their pairs, before the run is planned.
+        load: returns the pairs of CPO.
 
     Raises:
         UserError: the first of what the run would refuse; the others are printed.
@@ -86,7 +90,7 @@ def run_check(
         settings.run_identity = run_identity(settings)
         settings.begun = settings.run_identity.begun
     with refusals:
-        _check_rows(settings, mode, stream, examples, timed, refusals, loaded)
+        _check_rows(settings, mode, stream, examples, timed, refusals, load)
     refusals.tell(stream)
 
 
@@ -116,7 +120,7 @@ def _check_rows(
     examples: int,
     timed: bool,
     refusals: _Refusals,
-    loaded: Loaded,
+    load: Load,
 ) -> None:
     tokenizer = load_chat_tokenizer(settings.model)
     if mode.load_dataset is not cpo.load_dataset:
@@ -126,9 +130,8 @@ def _check_rows(
         if rows[0]:
             _print_steps(rows[0], settings, stream)
         return
-    splits = load_splits(settings, tokenizer, ("train", "valid", "test"))
+    splits = load(settings, tokenizer)
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
-    loaded(splits, chat_tokenizer)
     if settings.sample_prompts:
         with refusals:
             own_prompts(settings.sample_prompts, chat_tokenizer, settings.max_seq_length)
@@ -200,7 +203,7 @@ def _print_steps(rows: Sequence[Any], settings: RunSettings, stream: TextIO) -> 
 
 def print_plan(
     settings: RunSettings,
-    splits: tuple[PreferenceDataset, PreferenceDataset, PreferenceDataset],
+    splits: Splits,
     timed: bool,
     stream: TextIO,
 ) -> None:

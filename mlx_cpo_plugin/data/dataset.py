@@ -229,11 +229,15 @@ def load_splits(
     rows: Mapping[str, Iterable[object]] | None = None,
 ) -> Splits:
     """Like :func:`load_dataset`, for the ``wanted`` splits; those that the data does not have are empty."""
+    return splits_of_rows(read_splits(settings, wanted, rows), tokenizer, settings)
+
+
+def splits_of_rows(read: Mapping[str, Sequence[RowGroup]], tokenizer: Tokenizer, settings: DataSettings) -> Splits:
+    """Tokenise and cut the rows that :func:`~.reading.read_splits` has read; raises DataError as it does."""
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
-    read = read_splits(settings, wanted, rows)
     # The training set in as many parts as there are sets with a weight of their own.
     parts: dict[tuple[str, float], list[RowGroup]] = {}
-    for group in read.pop("train", ()):
+    for group in read.get("train", ()):
         parts.setdefault(group.share or ("", 1.0), []).append(group)
     parts = parts or {("", 1.0): []}
     sets = [
@@ -244,7 +248,7 @@ def load_splits(
         make_pairs(read.get(split, ()), chat_tokenizer, split, settings.max_seq_length, settings.overlong)
         for split in ("valid", "test")
     )
-    if "valid" in wanted and any(pairs for *_, pairs in sets) and not valid:
+    if "valid" in read and any(pairs for *_, pairs in sets) and not valid:
         if settings.valid_fraction:
             halves = [pairs.split_off(settings.valid_fraction, settings.seed) for *_, pairs in sets]
             sets = [(*share, train) for share, (train, _) in zip(parts, halves, strict=True)]

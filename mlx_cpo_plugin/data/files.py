@@ -78,15 +78,31 @@ def numbered(rows: Iterable[object], name: str, before: str = ":") -> list[Row]:
     return [Row(value, f"{name}{before}{number}") for number, value in enumerate(rows, start=1)]
 
 
-def _unpacked(content: bytes) -> bytes:
-    codecs = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
-    for mark, codec in codecs.items():
-        if content.startswith(mark):
-            import pyarrow
+def beginning(path: Path, size: int) -> bytes:
+    """Return the first ``size`` bytes of a file, unpacked; raises OSError where it cannot be read."""
+    with path.open("rb") as stream:
+        codec = _codec(stream.read(4))
+        stream.seek(0)
+        if codec is None:
+            return stream.read(size)
+        import pyarrow
 
-            with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), codec) as stream:
-                return bytes(stream.read())
-    return content
+        with pyarrow.CompressedInputStream(stream, codec) as unpacked:
+            return bytes(unpacked.read(size))
+
+
+def _unpacked(content: bytes) -> bytes:
+    if (codec := _codec(content)) is None:
+        return content
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), codec) as stream:
+        return bytes(stream.read())
+
+
+def _codec(content: bytes) -> str | None:
+    marks = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
+    return next((codec for mark, codec in marks.items() if content.startswith(mark)), None)
 
 
 def _columnar_rows(content: bytes, file: str, kind: str) -> list[object]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.studio.child import ChildError
+from mlx_cpo_plugin.studio.child import Cancelled, ChildError
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 
@@ -92,7 +93,7 @@ class Chat:
         if not line:
             code = self._process.wait()
             if self.is_ended:
-                raise ChildError("Stopped.")
+                raise Cancelled("Stopped.")
             killed = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
             raise ChildError(f"The models' process ended (exit code {code}{killed}).")
         reply: dict[str, Any] = json.loads(line)
@@ -118,6 +119,18 @@ class Chats:
     def __init__(self) -> None:
         self._lock = Lock()
         self._chats: dict[str, Chat] = {}
+        self._conversations: Counter[str] = Counter()
+
+    def conversation(self, visit: str | None) -> int:
+        """Return the number of the conversation that a visit is in."""
+        with self._lock:
+            return self._conversations[visit or ""]
+
+    def begin_anew(self, visit: str | None) -> None:
+        """Let a visit begin its next conversation."""
+        with self._lock:
+            self._conversations[visit or ""] += 1
+        self.stop(visit)
 
     def of(self, visit: str | None, adapter_path: Path, root: Path) -> Chat:
         """Return the chat of a visit with this adapter, begun if need be; one with another adapter ends."""
@@ -202,8 +215,11 @@ def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
             yield idle | {said: note_html("Write a message first.")}
             return
         answers = {"base": "", "tuned": ""}
+        conversation = chats.conversation(request.session_hash)
 
         def shown(nothing: str = "") -> dict[Any, Any]:
+            if chats.conversation(request.session_hash) != conversation:
+                return {}  # another has begun meanwhile
             question = {"role": "user", "content": text}
             given = [answer or nothing for answer in answers.values()]
             return {
@@ -213,28 +229,34 @@ def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
 
         try:
             (record,) = chosen_runs(root, [name] if name else [])
-            yield shown() | {
-                said: note_html(f"Loading the models of {name}, where they are not loaded yet."),
-                prompt: "",
-                send: gr.update(interactive=False),
-                stop: gr.update(interactive=True),
-            }
+        except UserError as error:
+            yield idle | {said: fault_html(error)}
+            return
+        yield shown() | {
+            said: note_html(f"Loading the models of {name}, where they are not loaded yet."),
+            prompt: "",
+            send: gr.update(interactive=False),
+            stop: gr.update(interactive=True),
+        }
+        try:
             chat = chats.of(request.session_hash, record.folder, root)
             chat.load()
             asked = {side: asked_of(history, text, system) for side, history in zip(answers, histories, strict=True)}
             for side, answer in chat.ask(**asked, max_tokens=int(tokens), temperature=temperature):
                 answers[side] = answer
                 yield shown() | {said: note_html(f"The {side} model answers.")}
+            html = ""
+        except Cancelled as error:
+            html = note_html(str(error))
         except UserError as error:
-            yield idle | dict(zip(sides, histories, strict=True)) | {said: fault_html(error), prompt: text}
-            return
-        yield idle | shown(NOTHING) | {said: ""}
+            html = fault_html(error)
+        yield idle | shown(NOTHING) | {said: html}
 
     def halt(request: gr.Request) -> None:
         chats.stop(request.session_hash)
 
     def begin_anew(request: gr.Request) -> list[Any]:
-        chats.stop(request.session_hash)
+        chats.begin_anew(request.session_hash)
         return [[], [], ""]
 
     gr.on(
@@ -244,6 +266,7 @@ def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
         [*sides, said, prompt, send, stop],
         show_progress="hidden",
         concurrency_limit=None,
+        trigger_mode="always_last",  # what is sent while an answer is being written follows it
     )
     stop.click(halt, queue=False)
     clear.click(begin_anew, None, [*sides, said], queue=False)

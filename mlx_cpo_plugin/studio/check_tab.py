@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.child import Jobs
+from mlx_cpo_plugin.studio.child import Job, Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.tasks import Task, TaskButtons, Updates, build_cancel
 from mlx_cpo_plugin.studio.train_tab import Form
 
 BINS = 24
@@ -27,7 +27,7 @@ def build_check_tab(root: Path, form: Form, jobs: Jobs) -> None:
     """Lay out the tab; the configuration that the form stands for is looked at."""
     with gr.Row():
         button = gr.Button("Check data", size="md", variant="primary", elem_id="check")
-        cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="check-cancel")
+        cancel = build_cancel("check")
     said = gr.HTML("", elem_id="check-said")
     confirmation = build_confirmation(root, "check")
     summary = gr.HTML("", elem_id="check-summary")
@@ -53,37 +53,26 @@ def build_check_tab(root: Path, form: Form, jobs: Jobs) -> None:
         drawn = (gr.update(value=histogram(report, part), visible=True) for part in PARTS)
         return dict(zip(histograms, drawn, strict=True)) | {summary: summary_html(report), pairs: pairs_html(report)}
 
-    def check(request: gr.Request, text: str, ticked: bool, asked: list[str]) -> Iterator[dict[Any, Any]]:
-        done = {button: gr.update(interactive=True), cancel: gr.update(interactive=False)}
-        try:
-            question, answer = confirmation.ask(vars(document.resolved(text).settings), ticked, asked)
-            nothing = {summary: "", pairs: ""} | dict.fromkeys(histograms, gr.update(visible=False))
-            yield dict(zip(confirmation.parts, answer, strict=True)) | nothing | {said: question}
-            if question:
-                return
-            with jobs.on_config(request.session_hash, "mlx_cpo_plugin.studio.inspection", text, root) as job:
-                busy = {button: gr.update(interactive=False), cancel: gr.update(interactive=True)}
-                for step in job.steps():
-                    report = job.written()
-                    yield busy | {said: step.html("Checking")} | ({} if report is None else shown(report))
-                report = job.result()
-        except UserError as error:
-            yield done | {said: fault_html(error)}
-            return
-        yield done | {said: fault_html(report["error"])} | shown(report)
+    def check(text: str) -> Task:
+        def meanwhile(job: Job) -> Updates:
+            report = job.written()
+            return {} if report is None else shown(report)
 
-    def end(request: gr.Request) -> None:
-        jobs.cancel(request.session_hash)
+        def result(job: Job) -> Updates:
+            report = job.result()
+            return {said: fault_html(report["error"])} | shown(report)
 
-    form.controls.on(
-        button.click,
-        check,
-        confirmation.parts,
-        [said, summary, *histograms, pairs, button, cancel, *confirmation.parts],
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
-    cancel.click(end, queue=False)
+        return Task(
+            "Checking",
+            vars(document.resolved(text).settings),
+            lambda visit: jobs.on_config(visit, "mlx_cpo_plugin.studio.inspection", text, root),
+            result,
+            meanwhile,
+            {summary: "", pairs: ""} | dict.fromkeys(histograms, gr.update(visible=False)),
+        )
+
+    buttons = TaskButtons(jobs, button, cancel, said, confirmation)
+    buttons.on(partial(form.controls.on, button.click), check, [], [summary, *histograms, pairs])
 
 
 def histogram(report: dict[str, Any], part: str) -> pd.DataFrame:
@@ -118,7 +107,7 @@ def summary_html(report: dict[str, Any]) -> str:
             f"<th>Where</th></tr></thead><tbody>{skipped}</tbody></table></div>"
         )
     first = (
-        note_html(f"Of the first {report['sample']} rows of each split; the others follow.") if report["sample"] else ""
+        note_html(f"Of the first {report['sample']} rows of each set; the others follow.") if report["sample"] else ""
     )
     notes = "".join(note_html(note) for split in report["splits"] for note in split["notes"])
     full = f"<details><summary>The report in full</summary><pre>{escape(report['text'])}</pre></details>"

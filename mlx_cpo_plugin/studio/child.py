@@ -29,6 +29,10 @@ class ChildError(UserError):
     """A worker process of the page failed; says why."""
 
 
+class Cancelled(ChildError):
+    """It was cancelled."""
+
+
 class Step(NamedTuple):
     """How far a worker is.
 
@@ -129,7 +133,8 @@ class Job:
         """Wait for its end and return what it wrote.
 
         Raises:
-            ChildError: it failed, or was cancelled.
+            Cancelled: it was.
+            ChildError: it failed.
         """
         self._wait()
         self._read = 0
@@ -148,7 +153,7 @@ class Job:
             pass
         code = self._process.wait()
         if self.cancelled:
-            raise ChildError("Cancelled.")
+            raise Cancelled("Cancelled.")
         if code != 0:
             killed = " It was killed: out of memory?" if code == -signal.SIGKILL else ""
             raise ChildError((self._last.removeprefix("error: ") or f"exit code {code}") + killed)
@@ -159,16 +164,6 @@ class Job:
             self.cancelled = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def json_of(words: Sequence[str], root: Path) -> dict[str, Any]:
-    """Run ``python -m WORDS FILE`` in ``root`` and return what it wrote into the file.
-
-    Raises:
-        ChildError: it failed; the last line that it printed is quoted.
-    """
-    with Job(words, root) as job:
-        return job.result()
 
 
 def leave(values: Values, output: Path) -> None:

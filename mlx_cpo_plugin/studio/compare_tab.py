@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.studio.child import Jobs
+from mlx_cpo_plugin.studio.child import Job, Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
-from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.messages import note_html
 from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
+from mlx_cpo_plugin.studio.tasks import Task, TaskButtons, Updates, build_cancel
 
 MOST_ROWS = 16
 ANSWER_TOKENS = 128
@@ -28,51 +27,31 @@ def build_compare_tab(root: Path, jobs: Jobs) -> gr.Dropdown:
     rows = gr.Slider(0, MOST_ROWS, value=2, step=1, label="Held-out rows to answer", elem_id="compare-rows")
     with gr.Row():
         button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
-        cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="compare-cancel")
+        cancel = build_cancel("compare")
     said = gr.HTML("", elem_id="compare-said")
     confirmation = build_confirmation(root, "compare")
     answers = gr.HTML("", elem_id="compare-answers")
 
-    def compare(
-        request: gr.Request, name: str | None, prompt: str, rows: int, ticked: bool, asked: list[str]
-    ) -> Iterator[dict[Any, Any]]:
-        done = {button: gr.update(interactive=True), cancel: gr.update(interactive=False)}
-        try:
-            (record,) = chosen_runs(root, [name] if name else [])
-            settings = record.settings | {"adapter_path": str(record.folder)}
-            question, answer = confirmation.ask(settings, ticked, asked)
-            yield dict(zip(confirmation.parts, answer, strict=True)) | {said: question, answers: ""}
-            if question:
-                return
-            words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
-            words += ["--max-tokens", str(ANSWER_TOKENS)]
-            words += [f"--prompt={prompt}"] if prompt.strip() else []
-            with jobs.start(request.session_hash, [*words, "--json"], root) as job:
-                for step in job.steps():
-                    yield {
-                        said: step.html(f"Comparing {name} with its base model"),
-                        button: gr.update(interactive=False),
-                        cancel: gr.update(interactive=True),
-                    }
-                comparison = job.result()
-        except UserError as error:
-            yield done | {said: fault_html(error), answers: ""}
-            return
-        title = f"<h3>{escape(str(name))} against {escape(str(comparison['models'][0]['model']))}</h3>"
-        yield done | {said: "", answers: title + preference_html(comparison) + answers_html(comparison)}
+    def compare(name: str | None, prompt: str, rows: int) -> Task:
+        (record,) = chosen_runs(root, [name] if name else [])
+        words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
+        words += ["--max-tokens", str(ANSWER_TOKENS)]
+        words += [f"--prompt={prompt}"] if prompt.strip() else []
 
-    button.click(
-        compare,
-        [run, prompt, rows, *confirmation.parts],
-        [said, answers, button, cancel, *confirmation.parts],
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
+        def result(job: Job) -> Updates:
+            comparison = job.result()
+            title = f"<h3>{escape(str(name))} against {escape(str(comparison['models'][0]['model']))}</h3>"
+            return {answers: title + preference_html(comparison) + answers_html(comparison)}
 
-    def end(request: gr.Request) -> None:
-        jobs.cancel(request.session_hash)
+        return Task(
+            f"Comparing {name} with its base model",
+            record.settings | {"adapter_path": str(record.folder)},
+            lambda visit: jobs.start(visit, [*words, "--json"], root),
+            result,
+            cleared={answers: ""},
+        )
 
-    cancel.click(end, queue=False)
+    TaskButtons(jobs, button, cancel, said, confirmation).on(button.click, compare, [run, prompt, rows], [answers])
     return run
 
 

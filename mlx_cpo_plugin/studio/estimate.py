@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.child import Jobs
+from mlx_cpo_plugin.studio.child import Job, Jobs
 from mlx_cpo_plugin.studio.confirmation import Confirmation
-from mlx_cpo_plugin.studio.messages import fault_html
+from mlx_cpo_plugin.studio.tasks import Task, TaskButtons, Updates
 from mlx_cpo_plugin.studio.train_tab import Form
 
 
@@ -27,39 +26,27 @@ def build_estimate(
         button, cancel: begin and end the estimate.
     """
     said = gr.HTML("", elem_id="estimate-said", padding=False)
+    plan = gr.HTML("", elem_id="plan", padding=False)
 
-    def estimate(request: gr.Request, text: str, ticked: bool, asked: list[str]) -> Iterator[dict[Any, Any]]:
-        done = {button: gr.update(interactive=True), cancel: gr.update(visible=False)}
-        shown = ""
-        try:
-            question, answer = confirmation.ask(vars(document.resolved(text).settings), ticked, asked)
-            yield dict(zip(confirmation.parts, answer, strict=True)) | {said: question}
-            if question:
-                return
-            with jobs.on_config(request.session_hash, "mlx_cpo_plugin.studio.planning", text, root) as job:
-                busy = {button: gr.update(interactive=False), cancel: gr.update(visible=True)}
-                for step in job.steps():
-                    shown = _lines_html(job.written()) or shown
-                    yield busy | {said: shown + step.html("Estimating")}
-                shown = _lines_html(job.result())
-        except UserError as error:
-            shown += fault_html(error)
-        yield done | {said: shown}
+    def estimate(text: str) -> Task:
+        def meanwhile(job: Job) -> Updates:
+            written = job.written()
+            return {} if written is None else {plan: _lines_html(written)}
 
-    def end(request: gr.Request) -> None:
-        jobs.cancel(request.session_hash)
+        return Task(
+            "Estimating",
+            vars(document.resolved(text).settings),
+            lambda visit: jobs.on_config(visit, "mlx_cpo_plugin.studio.planning", text, root),
+            lambda job: {plan: _lines_html(job.result())},
+            meanwhile,
+            {plan: ""},
+        )
 
-    form.controls.on(
-        button.click,
-        estimate,
-        confirmation.parts,
-        [said, button, cancel, *confirmation.parts],
-        show_progress="hidden",
-        concurrency_limit=None,
+    TaskButtons(jobs, button, cancel, said, confirmation).on(
+        partial(form.controls.on, button.click), estimate, [], [plan]
     )
-    cancel.click(end, queue=False)
 
 
-def _lines_html(plan: dict[str, Any] | None) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in plan["lines"]) if plan else ""
+def _lines_html(plan: dict[str, Any]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in plan["lines"])
     return f'<ul class="plan">{items}</ul>' if items else ""

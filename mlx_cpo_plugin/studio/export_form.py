@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
-from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.export.command import TARGETS
 from mlx_cpo_plugin.export.folder import HOW_TO_REPLACE
-from mlx_cpo_plugin.studio.child import Jobs
+from mlx_cpo_plugin.studio.child import ChildError, Job, Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
-from mlx_cpo_plugin.studio.messages import fault_html, note_html
+from mlx_cpo_plugin.studio.messages import note_html
+from mlx_cpo_plugin.studio.tasks import Task, TaskButtons, Updates, build_cancel
 
 
 def build_export_form(root: Path, watched: gr.State, jobs: Jobs) -> gr.Accordion:
@@ -28,43 +26,25 @@ def build_export_form(root: Path, watched: gr.State, jobs: Jobs) -> gr.Accordion
         replaces = gr.Checkbox(False, label="Replace an export that is there", elem_id="export-replaces")
         with gr.Row():
             button = gr.Button("Export", size="md", elem_id="export")
-            cancel = gr.Button("Cancel", variant="stop", size="md", interactive=False, elem_id="export-cancel")
+            cancel = build_cancel("export")
         said = gr.HTML("", elem_id="export-said")
         confirmation = build_confirmation(root, "export")
 
-    def write(
-        request: gr.Request, folder: str, to: str, force: bool, ticked: bool, asked: list[str]
-    ) -> Iterator[dict[Any, Any]]:
-        done = {button: gr.update(interactive=True), cancel: gr.update(interactive=False)}
-        try:
-            # It is written beside the adapter.
-            question, answer = confirmation.ask({"adapter_path": str(Path(folder).parent)}, ticked, asked)
-            yield dict(zip(confirmation.parts, answer, strict=True)) | {said: question}
-            if question:
-                return
-            words = ["mlx_cpo_plugin", "export", folder, "--to", to, *["--force"] * force]
-            with jobs.start(request.session_hash, words, root, writes=False) as job:
-                for step in job.steps():
-                    yield {
-                        said: step.html(f"Exporting {Path(folder).name}"),
-                        button: gr.update(interactive=False),
-                        cancel: gr.update(interactive=True),
-                    }
-                printed = job.printed()
-        except UserError as error:
-            yield done | {said: fault_html(str(error).replace(HOW_TO_REPLACE, "tick the box to replace it"))}
-            return
-        yield done | {said: "".join(note_html(line) for line in printed.splitlines() if line.strip())}
+    def write(folder: str, to: str, force: bool) -> Task:
+        words = ["mlx_cpo_plugin", "export", folder, "--to", to, *["--force"] * force]
 
-    def end(request: gr.Request) -> None:
-        jobs.cancel(request.session_hash)
+        def result(job: Job) -> Updates:
+            try:
+                return {said: "".join(note_html(line) for line in job.printed().splitlines() if line.strip())}
+            except ChildError as error:
+                raise type(error)(str(error).replace(HOW_TO_REPLACE, "tick the box to replace it")) from error
 
-    button.click(
-        write,
-        [watched, target, replaces, *confirmation.parts],
-        [said, button, cancel, *confirmation.parts],
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
-    cancel.click(end, queue=False)
+        return Task(
+            f"Exporting {Path(folder).name}",
+            {"adapter_path": str(Path(folder).parent)},  # it is written beside the adapter
+            lambda visit: jobs.start(visit, words, root, writes=False),
+            result,
+        )
+
+    TaskButtons(jobs, button, cancel, said, confirmation).on(button.click, write, [watched, target, replaces], [])
     return form

@@ -1,34 +1,35 @@
 """What training would see, as JSON: ``python -m mlx_cpo_plugin.studio.inspection CONFIG OUTPUT``.
 
-A process of its own, so that neither tokenizer nor arrays stay with the page. Rows are tokenised once. The output is
-written three times: of the first rows of each split, of all rows, and with the report of ``mlx-cpo check``.
+A process of its own, so that neither tokenizer nor arrays stay with the page. Rows are read once. The output is
+written three times: of the first rows of each set, of all rows, and with the report of ``mlx-cpo check``.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.commands.check import run_check, scored_runs
-from mlx_cpo_plugin.data.dataset import PreferenceDataset, load_splits
+from mlx_cpo_plugin.data.dataset import PreferenceDataset, Splits, splits_of_rows
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.reading import read_splits
+from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
 from mlx_cpo_plugin.studio.child import leave, work_on_config
+from mlx_cpo_plugin.types import Tokenizer
 
 SPLITS = ("train", "valid", "test")
 EXAMPLES = 20
 PLACES = 20
 SAMPLE = 100
-"""Rows of each split that are looked at first, where there are more than ten times as many."""
+"""Rows of each set that are looked at first, where there are more than ten times as many in a split."""
 
 
 def inspect(config: Path, output: Path) -> None:
@@ -38,19 +39,28 @@ def inspect(config: Path, output: Path) -> None:
         UserError: configuration or data are at fault; what could be looked at has been written.
     """
     settings = resolve({"train": True}, config).settings
-    mode = train_modes()[settings.train_mode]
     report: dict[str, Any] = {"text": "", "error": "", "splits": [], "sample": 0}
 
-    def write(splits: Sequence[PreferenceDataset], tokenizer: ChatTokenizer, sample: int = 0) -> None:
-        report["splits"] = [_split(dataset, tokenizer) for dataset in splits if dataset.report.rows]
+    def write(splits: Splits, sample: int = 0) -> None:
+        report["splits"] = [_split(dataset) for dataset in splits if dataset.report.rows]
         report["sample"] = sample
         leave(report, output)
 
-    with suppress(UserError):  # of all rows, if anything is
-        _look_at_first(settings, write)
+    def load(settings: RunSettings, tokenizer: Tokenizer) -> Splits:
+        _say("Reading the rows.")
+        rows = read_splits(settings, SPLITS)
+        if max(sum(len(group.rows) for group in groups) for groups in rows.values()) > 10 * SAMPLE:
+            with suppress(UserError):  # of all rows, if anything is
+                write(splits_of_rows(_first(rows), tokenizer, settings), SAMPLE)
+        _say("Tokenising.")
+        splits = splits_of_rows(rows, tokenizer, settings)
+        write(splits)
+        _say("Planning the run.")
+        return splits
+
     printed = io.StringIO()
     try:
-        run_check(settings, mode, printed, examples=0, loaded=write)
+        run_check(settings, train_modes()[settings.train_mode], printed, examples=0, load=load)
     except UserError as error:
         if not report["splits"] or report["sample"]:
             raise
@@ -58,23 +68,17 @@ def inspect(config: Path, output: Path) -> None:
     leave(report | {"text": printed.getvalue()}, output)
 
 
-def _look_at_first(settings: RunSettings, write: Any) -> None:
-    """Write what the first rows are, where tokenising all of them takes long."""
-    print("Reading the rows.", file=sys.stderr, flush=True)
-    rows = {
-        split: [row.value for group in groups for row in group.rows]
-        for split, groups in read_splits(settings, SPLITS).items()
-    }
-    if max(map(len, rows.values()), default=0) > 10 * SAMPLE:
-        tokenizer = load_chat_tokenizer(settings.model)
-        first = {split: some[:SAMPLE] for split, some in rows.items()}
-        splits = load_splits(settings, tokenizer, [*first], first)
-        write(splits, ChatTokenizer.from_settings(tokenizer, settings), SAMPLE)
-    print("Tokenising.", file=sys.stderr, flush=True)
+def _say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
-def _split(dataset: PreferenceDataset, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    report = dataset.report
+def _first(splits: Mapping[str, Sequence[RowGroup]]) -> dict[str, list[RowGroup]]:
+    return {split: [replace(group, rows=group.rows[:SAMPLE]) for group in groups] for split, groups in splits.items()}
+
+
+def _split(dataset: PreferenceDataset) -> dict[str, Any]:
+    report, tokenizer = dataset.report, dataset.chat_tokenizer
+    assert tokenizer is not None  # as of whatever is loaded
     return {
         "name": report.split,
         "rows": report.rows,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from huggingface_hub import constants
 
 from mlx_cpo_plugin.checkpoints import METRICS_FILE
 from mlx_cpo_plugin.data.columns import Columns
-from mlx_cpo_plugin.data.files import SUFFIXES, Row, kind_of, numbered, read_file
+from mlx_cpo_plugin.data.files import SUFFIXES, Row, beginning, kind_of, numbered, read_file
 from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, split_files
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
 from mlx_cpo_plugin.data.rows import PlainText, parse_row
@@ -114,25 +116,48 @@ def first_pairs(settings: RunSettings, root: Path) -> list[PairText] | None:
 
 def _first_rows(file: Path) -> list[Row] | None:
     """Return some rows from the beginning of a file; ``None`` where the whole of a large one would have to be read."""
-    if kind_of(file.name) == ".parquet" and file.suffix == ".parquet":
+    status = file.stat()
+    return _rows_at_first(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # asked anew at every change of the form
+def _rows_at_first(file: Path, size: int, changed: int) -> list[Row] | None:
+    kind, most = kind_of(file.name), 10 * PAIRS_SHOWN
+    if kind == ".parquet" and file.suffix == ".parquet":
         from pyarrow import ArrowException, parquet
 
         try:
-            batch = next(parquet.ParquetFile(file).iter_batches(batch_size=10 * PAIRS_SHOWN), None)
+            batch = next(parquet.ParquetFile(file).iter_batches(batch_size=most), None)
         except (ArrowException, OSError) as error:
             raise DataError(f"{file.name} is not a Parquet file that can be read ({error}); check it.") from error
         return numbered(batch.to_pylist() if batch else [], file.name)
-    size = file.stat().st_size
-    if size > BEGINNING and file.suffix in (".jsonl", ".ndjson", ".csv", ".tsv"):
-        with file.open("rb") as stream:
-            beginning = stream.read(BEGINNING)
-        whole = beginning[: beginning.rfind(b"\n") + 1]
-        if whole:
-            with tempfile.NamedTemporaryFile(suffix=file.suffix) as part:
-                part.write(whole)
-                part.flush()
-                return read_file(Path(part.name), file.name)[: 10 * PAIRS_SHOWN]
-    return read_file(file)[: 10 * PAIRS_SHOWN] if size <= LARGEST_WHOLE else None
+    if kind in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        with suppress(OSError):  # reading all of it says why
+            lines = _whole_lines(beginning(file, BEGINNING), quoted=kind in (".csv", ".tsv"))
+            if lines:
+                try:
+                    with tempfile.NamedTemporaryFile(suffix=kind) as part:
+                        part.write(lines)
+                        part.flush()
+                        return read_file(Path(part.name), file.name)[:most]
+                except DataError:  # perhaps of the cut: a value may take several lines
+                    if size > LARGEST_WHOLE:
+                        raise
+    return read_file(file)[:most] if size <= LARGEST_WHOLE else None
+
+
+def _whole_lines(text: bytes, quoted: bool) -> bytes:
+    """The lines at the beginning of a file; nothing where all of it is there, or no line is.
+
+    Args:
+        quoted: none ends within quotation marks.
+    """
+    if len(text) < BEGINNING:
+        return b""
+    lines = text[: text.rfind(b"\n") + 1]
+    while quoted and lines.count(b'"') % 2:
+        lines = lines[: lines.rfind(b"\n", 0, -1) + 1]
+    return lines
 
 
 def _pair_text(row: object, columns: Columns) -> PairText:

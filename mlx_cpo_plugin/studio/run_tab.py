@@ -22,6 +22,7 @@ from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.metrics_file import read_metrics
 from mlx_cpo_plugin.studio.run_view import amounts_written, banner_html, charts_html, console_html, status_html
 from mlx_cpo_plugin.studio.runs_tab import report_of
+from mlx_cpo_plugin.studio.tasks import build_cancel
 from mlx_cpo_plugin.studio.train_tab import Form
 from mlx_cpo_plugin.studio.used_folder import build_used_folder
 
@@ -85,7 +86,7 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
         stop_button = gr.Button("Stop (saves)", size="md", variant="stop", interactive=False, elem_id="stop")
         resume_button = gr.Button("Resume", size="md", interactive=False, elem_id="resume")
         estimate_button = gr.Button("Estimate memory and time", size="md", elem_id="estimate")
-        cancel_button = gr.Button("Cancel", size="md", visible=False, elem_id="estimate-cancel")
+        cancel_button = build_cancel("estimate")
     said = gr.HTML("", elem_id="run-said")
     confirmation = build_confirmation(root, "run")
     used = build_used_folder(root)

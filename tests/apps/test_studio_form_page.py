@@ -222,8 +222,8 @@ def test_memory_and_time_are_estimated_beside_start(page: Any) -> None:
 
     page.click("#estimate")
 
-    expect(page.locator("#estimate-said")).to_contain_text("Estimate: about")
-    expect(page.locator("#estimate-said")).to_contain_text("Time: about")
+    expect(page.locator("#plan")).to_contain_text("Estimate: about")
+    expect(page.locator("#plan")).to_contain_text("Time: about")
     expect(page.locator("#estimate-cancel")).to_be_hidden()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,43 @@ class TestPickers:
 
         assert pairs is not None
         assert len(pairs) == 1
+
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl.gz", "rows.jsonl"])
+    def test_a_beginning_that_ends_within_a_row_is_none_of_a_damaged_file(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """Whatever its kind; a file that is unpacked while it is read never is so as a whole."""
+        row = {"prompt": "p", "chosen": "one\ntwo", "rejected": "three"}
+        lines = f"{json.dumps(row)}\n" if "jsonl" in name else 'p,"one\ntwo",three\n'
+        text = ("" if "jsonl" in name else "prompt,chosen,rejected\n") + lines * 40
+        pack = gzip.compress if name.endswith(".gz") else bytes
+        (root / name).write_bytes(pack(text.encode()))
+        monkeypatch.setattr(pickers, "LARGEST_WHOLE", 0)
+
+        for size in range(2 * len(lines) + 24, 4 * len(lines) + 24):
+            monkeypatch.setattr(pickers, "BEGINNING", size)
+            pickers._rows_at_first.cache_clear()
+
+            pairs = pickers.first_pairs(RunSettings.of({"data": name}), root)
+
+            assert pairs is not None
+            assert pairs[0] == pickers.PairText("p", "one\ntwo", "three"), size
+
+    def test_a_file_is_read_again_when_it_has_changed_and_not_before(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[Path] = []
+        whole = pickers.read_file
+        monkeypatch.setattr(pickers, "read_file", lambda path, *name: reads.append(path) or whole(path, *name))
+        settings = RunSettings.of({"data": "rows"})
+        first = pickers.first_pairs(settings, root)
+        assert pickers.first_pairs(settings, root) == first
+        assert len(reads) == 1
+
+        row = {"prompt": "p", "chosen": "other", "rejected": "b"}
+        (root / "rows" / "train.jsonl").write_text(json.dumps(row) + "\n")
+
+        assert pickers.first_pairs(settings, root) == [pickers.PairText("p", "other", "b")]
 
     def test_rows_of_several_answers_are_shown_as_pairs(self, root: Path) -> None:
         row = {"prompt": "p", "completions": ["bad", "good"], "scores": [0.1, 0.9]}
