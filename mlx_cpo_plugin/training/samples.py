@@ -152,7 +152,7 @@ class Samples(Resumable):
             self.before, self.latest = state["before"], (iteration, newest)
 
 
-def repetition(tokens: Sequence[int]) -> float:
+def repetition(tokens: Sequence[object]) -> float:
     """Return the share of an answer's phrases of three tokens that it has had before."""
     phrases = [tuple(tokens[at : at + _PHRASE]) for at in range(len(tokens) - _PHRASE + 1)]
     return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0

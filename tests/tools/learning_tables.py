@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.comparison.text_metrics import chrf
+from mlx_cpo_plugin.training.samples import repetition
+
 HEAD = "| rows | loss | learning rate | seeds | accuracy | change | margin, nats | chosen, nats a token |"
+TEXT_HEAD = (
+    "| trained with | learning rate | seeds | chrF | change | tokens | repetition | ended | peak memory | time |"
+)
 
 
 def change(values: NDArray[np.float64], form: str) -> str:
@@ -69,10 +75,43 @@ def lines_of(part: str, runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def text_lines(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of runs whose model answered the held-out prompts; chrF is the mean over answers."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if "answers" in run:
+            groups[run["task"]["loss"], run["task"]["rate"]].append(run)
+    lines = ["text", "", TEXT_HEAD, "|" + " --- |" * TEXT_HEAD.count(" | ") + " --- |"]
+    (base,) = [run for run in runs if run["task"]["trainer"] == "none"]
+    before = chrf_of(base)
+    for (name, rate), seeds in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        values = np.mean([chrf_of(run) for run in seeds], axis=0)
+        given = [answer for run in seeds for answer in run["answers"]]
+        tokens, ended = (np.mean([answer[key] for answer in given]) for key in ("tokens", "ended"))
+        repeated = np.mean([repetition(answer["answer"].split()) for answer in given])
+        figures = f"{tokens:.0f} | {repeated:.1%} | {ended:.1%}"
+        start = f"| {name} | {f'{rate:g} | {len(seeds)}' if rate else '| '} | {values.mean():.1f}"
+        if rate:
+            memory, seconds = (np.mean([run[key] for run in seeds]) for key in ("peak_memory", "seconds"))
+            figures += f" | {memory / 1e9:.2f} GB | {seconds:.0f} s |"
+            lines.append(f"{start} | {change(values - before, '.1f')} | {figures}")
+        else:
+            lines.append(f"{start} | | {figures} | | |")
+    return lines
+
+
+def chrf_of(run: dict[str, Any]) -> NDArray[np.float64]:
+    """Return chrF of each of N answers with its reference."""
+    return chrf("chrf", *zip(*((answer["answer"], answer["reference"]) for answer in run["answers"]), strict=True))[0]
+
+
 def main() -> None:
     runs = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*.json"))]
     for part in sorted({run["task"]["part"] for run in runs}):
-        print("\n".join(lines_of(part, [run for run in runs if run["task"]["part"] == part])), end="\n\n")
+        of_part = [run for run in runs if run["task"]["part"] == part]
+        print("\n".join(lines_of(part, of_part)), end="\n\n")
+        if any("answers" in run for run in of_part):
+            print("\n".join(text_lines(of_part)), end="\n\n")
 
 
 if __name__ == "__main__":
