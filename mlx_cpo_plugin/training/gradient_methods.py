@@ -162,7 +162,7 @@ def weighted_sum(weights: tuple[mx.array, mx.array], left: Gradient, right: Grad
 def summed_over_groups(
     groups: Sequence[Sequence[Any]], compute: Callable[[Sequence[Any]], PairGradients], order: Sequence[int] = ()
 ) -> PairGradients:
-    """Add up what ``compute`` returns for groups of pairs, with nothing of a group left when the next one begins.
+    """Add up what ``compute`` returns for groups of pairs, one after the other.
 
     Args:
         order: the number that each of the groups' pairs has in the result; empty: they come in their order.
@@ -172,7 +172,7 @@ def summed_over_groups(
     for group in groups:
         result = compute(group)
         total = added(total, result.gradient)
-        mx.eval(total, result.losses, result.scores)
+        mx.async_eval(total, result.losses, result.scores)  # a GPU computes while the next group is put together
         losses.append(result.losses)
         scores.append(result.scores)
     columns = [mx.concatenate(list(column)) for column in (losses, *zip(*scores, strict=True))]

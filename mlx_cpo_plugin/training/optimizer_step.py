@@ -186,10 +186,9 @@ class OptimizerStep:
             TrainingError: a loss is not finite; nothing was added.
         """
         result = self.gradients(pairs, totals, quantised)
-        mx.eval(result.losses, result.scores, result.gradient)
-        check_losses(result.losses, pairs, self.number)
         total = added(self.total, result.gradient)
-        mx.eval(total)
+        mx.eval(result.losses, result.scores, total)
+        check_losses(result.losses, pairs, self.number)
         self.total = total  # only now, so that nothing is half done where memory ends
         self._pairs += pairs
         self._all_satisfied &= not np.array(result.losses).any()
