@@ -118,30 +118,27 @@ def untrained(rows: RowSet, held_out: tuple[int, int], part: str) -> Task:
     return Task(part, rows.name, "none", "before training", 0.0, 0, 0, (0, 0), held_out)
 
 
-def rate_tasks(sets: Iterable[RowSet]) -> Iterator[Task]:
-    """Every loss at every rate, judged by training rows that are left out; of a long file, the first 400 rows train."""
+def rate_tasks(sets: Iterable[RowSet], losses: Iterable[str] = LOSSES) -> Iterator[Task]:
+    """Each loss at every rate, judged by training rows that are left out; of a long file, the first 400 rows train."""
     for rows in sets:
         end = rows.training - rows.chosen_on
         held_out = (end, rows.training)
         yield untrained(rows, held_out, "rates")
-        for loss, settings in LOSSES.items():
+        for loss in losses:
             for rate in RATES:
-                yield Task(
-                    "rates", rows.name, "cpo", loss, rate, 0, rows.epochs, (0, min(end, 400)), held_out, settings
-                )
+                training = (0, min(end, 400))
+                yield Task("rates", rows.name, "cpo", loss, rate, 0, rows.epochs, training, held_out, LOSSES[loss])
 
 
 def accuracy_tasks(sets: Iterable[RowSet], rates: dict[tuple[str, str], float]) -> Iterator[Task]:
-    """Every loss at its own rate with three seeds."""
+    """Each loss that a rate was chosen for, at this rate with three seeds."""
     for rows in sets:
         held_out = (rows.training, rows.training + rows.held_out)
         yield untrained(rows, held_out, "accuracy")
-        for loss, settings in LOSSES.items():
-            rate = rates[rows.name, loss]
-            for seed in SEEDS:
-                yield Task(
-                    "accuracy", rows.name, "cpo", loss, rate, seed, rows.epochs, (0, rows.training), held_out, settings
-                )
+        for (name, loss), rate in rates.items():
+            for seed in SEEDS if name == rows.name else ():
+                training = (0, rows.training)
+                yield Task("accuracy", name, "cpo", loss, rate, seed, rows.epochs, training, held_out, LOSSES[loss])
 
 
 def text_tasks() -> Iterator[Task]:
@@ -381,14 +378,14 @@ def held_out_loss(task: Task, measured_scores: dict[str, list[float]]) -> float:
     return float(objective.losses(answer_scores).mean() + settings.cpo_alpha * nll)
 
 
-def chosen_rates(output: Path, sets: Iterable[RowSet]) -> dict[tuple[str, str], float]:
+def chosen_rates(output: Path, sets: Iterable[RowSet], among: Sequence[str]) -> dict[tuple[str, str], float]:
     """Return, for each set and loss, the rate with the least loss of the rows that were left out for this choice."""
     found = {}
     for rows in sets:
-        losses: dict[str, dict[float, float]] = {loss: {} for loss in LOSSES}
-        for task in rate_tasks([rows]):
+        losses: dict[str, dict[float, float]] = {loss: {} for loss in among}
+        for task in rate_tasks([rows], among):
             file = output / f"{task.name}.json"
-            if task.loss in LOSSES and file.exists():
+            if task.loss in losses and file.exists():
                 losses[task.loss][task.rate] = held_out_loss(task, json.loads(file.read_text())["scores"])
         for loss, of_rates in losses.items():
             if not of_rates:
@@ -451,6 +448,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
     )
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
@@ -466,10 +464,12 @@ def main() -> None:
         initargs=(given.model, given.data.absolute(), given.output.absolute()),
     )
     with pool:
-        first = [*(rate_tasks(sets) if "rates" in given.parts else ())]
+        first = [*(rate_tasks(sets, given.losses) if "rates" in given.parts else ())]
         first += quantised_tasks() if "quantised" in given.parts else ()
         run_all(pool, shortened(first, most), given.output, until)
-        then = [*(accuracy_tasks(sets, chosen_rates(given.output, sets)) if "accuracy" in given.parts else ())]
+        then = []
+        if "accuracy" in given.parts:
+            then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses))
         then += text_tasks() if "text" in given.parts else ()
         run_all(pool, shortened(then, most), given.output, until)
         run_all(pool, shortened(beta_tasks() if "betas" in given.parts else (), most), given.output, until)
