@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.logps import AnswerScores
-from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.scoring import prepared_scorer
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
 from mlx_cpo_plugin.training.objective import Objective
 from mlx_cpo_plugin.training.validation import scored_batches
@@ -86,8 +84,7 @@ def preferences(
     of_pairs = np.zeros((len(PAIR_VALUES), len(pairs)))
     members = [{id(pair) for pair in group.pairs} for group in groups]
     means = [PairMeans(objective) for _ in groups]
-    with compile_where_it_pays(), float32_products(model):
-        scorer = choose_scorer(model, pairs, scoring, say=lambda line: None)
+    with prepared_scorer(model, pairs, scoring, say=lambda line: None) as scorer:
         for scores, together in scored_batches(
             model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer
         ):

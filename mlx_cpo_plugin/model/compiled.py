@@ -29,14 +29,17 @@ _TABLES = 8
 
 
 def suits(model: nn.Module) -> bool:
-    """Whether all products of the layers can be the kernels', and only adapters are trained.
+    """Whether the kernels can train a model: they compute its layers, and only adapters are trained."""
+    trained = by_name(model.trainable_parameters()) if computes(model) else {}
+    return bool(trained) and all(name.rpartition(".")[2] in _TRAINED for name in trained)
+
+
+def computes(model: nn.Module) -> bool:
+    """Whether all products of the layers can be the kernels'.
 
     Products that are not, such as a recurrence's, would take one thread, where all others take as many as there are.
     """
     if not isinstance(model, nn.Module) or expected_grouping(model) in (None, PAIR_BY_PAIR):
-        return False
-    trained = by_name(model.trainable_parameters())
-    if not trained or any(name.rpartition(".")[2] not in _TRAINED for name in trained):
         return False
     modules = [module for layer in model.layers for module in layer.modules()]
     return all(kernel_weight(module) is not None for module in modules if isinstance(module, LINEAR))

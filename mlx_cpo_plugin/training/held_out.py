@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_in_place
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.logps import evaluation_mode, score_answers
-from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.scoring import prepared_scorer
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.wiring import Run
@@ -60,8 +58,8 @@ def held_out_rows(*splits: Sequence[object]) -> list[PreferencePair]:
 
 def held_out_scores(model: nn.Module, pairs: Sequence[PreferencePair], scoring: str = "auto") -> HeldOutScores:
     """Score ``pairs`` on this rank alone, one after the other; ``scoring`` is the setting of that name."""
-    with compile_where_it_pays(), float32_products(model):
-        return scores_of(model, pairs, choose_scorer(model, pairs, scoring, lambda _: None))
+    with prepared_scorer(model, pairs, scoring, lambda _: None) as scorer:
+        return scores_of(model, pairs, scorer)
 
 
 def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedPromptScorer | None) -> HeldOutScores:

@@ -19,11 +19,9 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.dataset import require_validation
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback
-from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.scoring import prepared_scorer
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.call import check_callback, pairs_of, training_arguments
 from mlx_cpo_plugin.training.duration import Forecast
@@ -271,8 +269,7 @@ def evaluate_cpo(
         raise DataError("There is no preference pair to evaluate on; check the data with 'mlx-cpo check'.")
     if not pairs.report.all_used:
         pairs.tell(print)
-    with out_of_memory_explained(), compile_where_it_pays(), float32_products(model):
-        scorer = choose_scorer(model, pairs, scoring)
+    with out_of_memory_explained(), prepared_scorer(model, pairs, scoring) as scorer:
         means, tokens, _ = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
         )

@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -300,21 +299,15 @@ def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[f
     import numpy as np
 
     from mlx_cpo_plugin.data import load_dataset
-    from mlx_cpo_plugin.device import compile_where_it_pays
     from mlx_cpo_plugin.host import load_chat_tokenizer
-    from mlx_cpo_plugin.kernels import library
-    from mlx_cpo_plugin.model.compiled import compiled_kernels
-    from mlx_cpo_plugin.model.parity import choose_scorer
-    from mlx_cpo_plugin.model.products import float32_products
+    from mlx_cpo_plugin.model.scoring import prepared_scorer
     from mlx_cpo_plugin.settings.config import resolve
     from mlx_cpo_plugin.training.validation import scored_batches
 
     wanted = {"train_mode": "cpo", "train": True, "data": str(rows), "max_seq_length": LONGEST, "model": bench.model}
     pairs = load_dataset(resolve(wanted).settings, load_chat_tokenizer(bench.model))[0]
     found: dict[str, dict[str, float]] = {}
-    kernels = compiled_kernels(model) if library.usable() else nullcontext()
-    with compile_where_it_pays(), float32_products(model), kernels:
-        scorer = choose_scorer(model, pairs, "auto", lambda _: None)
+    with prepared_scorer(model, pairs, "auto", lambda _: None) as scorer:
         for part, together in scored_batches(model, pairs, False, batch_size=4, scorer=scorer):
             columns = {name: np.array(value, np.float64).tolist() for name, value in part._asdict().items()}
             for place, pair in enumerate(together):

@@ -23,9 +23,7 @@ from mlx_lm.utils import load
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.data import load_dataset
-from mlx_cpo_plugin.device import compile_where_it_pays
-from mlx_cpo_plugin.model.parity import choose_scorer
-from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.scoring import prepared_scorer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
@@ -95,8 +93,7 @@ def trained(given: argparse.Namespace, pairs: Any, quantizer: str, bits: int | N
 
 def row(model: nn.Module, pairs: Any) -> str:
     """Accuracy, margin in nats, and the mean log-prob of a token of the chosen answers, over the held-out pairs."""
-    with compile_where_it_pays(), float32_products(model):
-        scorer = choose_scorer(model, pairs, "auto")
+    with prepared_scorer(model, pairs, "auto") as scorer:
         scores = [part for part, _ in scored_batches(model, pairs, False, batch_size=4, scorer=scorer)]
     chosen, rejected, tokens = (
         np.concatenate([np.array(getattr(score, name), np.float64) for score in scores])
