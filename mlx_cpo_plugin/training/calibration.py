@@ -72,6 +72,7 @@ def overhead(
     scorer: SharedPromptScorer,
     pairs: Sequence[PreferencePair],
     compiled: bool,
+    most: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int | None:
     """Return what a pass costs beside its tokens, in tokens, as it is known or else measured now.
@@ -79,6 +80,7 @@ def overhead(
     Args:
         pairs: at least one, whose tokens are used; dropout is off meanwhile, so that no random number is drawn.
         compiled: whether steps are.
+        most: tokens of a pass; larger ones than the run has are not tried, nor such as do not fit.
 
     Returns:
         ``None`` where passes take too long to measure it.
@@ -86,7 +88,7 @@ def overhead(
     known = known_overhead(model, compiled)
     if known is not None:
         return known
-    most = tokens_that_fit(model)
+    most = min(most, tokens_that_fit(model))
     samples = {tokens: _pair_of(tokens, pairs[0]) for tokens in TOKENS if tokens <= most}
     grouping, scorer.grouping = scorer.grouping, _ALL_IN_ONE
     try:

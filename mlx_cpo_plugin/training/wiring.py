@@ -161,7 +161,8 @@ class Run:
         overhead = args.pass_overhead
         if overhead is None and calibration.pays(work_of(model, args, self.pairs)):
             compiled = compilation_pays(args.compile)
-            overhead = gather(calibration.overhead(model, self.objective, scorer, self.pairs, compiled))[0]
+            most = args.batch_tokens or args.batch_size * max(pair.tokens for pair in self.pairs)
+            overhead = gather(calibration.overhead(model, self.objective, scorer, self.pairs, compiled, most))[0]
         if overhead is not None:
             scorer.grouping = grouping_for(model, overhead)
         return overhead

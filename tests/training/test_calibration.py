@@ -88,7 +88,7 @@ def test_it_is_measured_with_the_model_once_and_leaves_no_trace_there(cache: Pat
     grouping = scorer.grouping
 
     def overhead(clock: Callable[[], float]) -> int | None:
-        return calibration.overhead(model, objective, scorer, build_pairs(4), compiled=False, clock=clock)
+        return calibration.overhead(model, objective, scorer, build_pairs(4), compiled=False, most=300, clock=clock)
 
     cache.parent.mkdir(parents=True)
     cache.write_text("torn")
