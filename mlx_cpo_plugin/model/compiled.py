@@ -18,7 +18,7 @@ from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model import activations
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.layers import LINEAR, Call, dora_lengths, kernel_weight, overridden_calls
-from mlx_cpo_plugin.model.packed import Layout, Visible
+from mlx_cpo_plugin.model.packed import Row, Visible
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.parameters import by_name
 
@@ -133,11 +133,11 @@ def _rms_norm(original: Call, x: mx.array, weight: mx.array | None, eps: float, 
 
 def _rope(original: Call, x: mx.array, dims: int, **kwargs: Any) -> mx.array:
     offset = kwargs["offset"]
-    if not isinstance(offset, Layout) and (x.ndim != 4 or not _is_wide(x) or not isinstance(offset, int)):
+    if not isinstance(offset, Row) and (x.ndim != 4 or not _is_wide(x) or not isinstance(offset, int)):
         return original(x, dims, **kwargs)
     base_, scale, frequencies = kwargs["base"], kwargs["scale"], kwargs.get("freqs")
     key: tuple[Any, ...] = (dims, base_, scale, id(frequencies))
-    if isinstance(offset, Layout):
+    if isinstance(offset, Row):
         tables, positions = offset.angles, offset.positions
     else:
         tables, positions = _tables, np.arange(offset, offset + x.shape[2])

@@ -7,18 +7,35 @@ told by the caches. Only the compiled kernels can do that, see :mod:`mlx_cpo_plu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.head import target_scores
+from mlx_cpo_plugin.model.layers import Call, overridden_calls
 from mlx_cpo_plugin.model.logps import AnswerScores, sums_of_rows
 from mlx_cpo_plugin.model.shared_prefix import SplitPair
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of several texts, one behind the other.
+
+    Attributes:
+        positions: int64 [T]; of each token in its own text.
+        segments: which tokens see which.
+        angles: cosines and sines of the positions, which all layers share.
+    """
+
+    positions: NDArray[np.int64]
+    segments: tuple[Segment, ...]
+    angles: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,23 +44,24 @@ class Layout:
 
     Attributes:
         tokens: int32 [1, T].
-        positions: int64 [T]; of each token in its own text.
-        segments: which tokens see which.
-        scored: int32 [S]; where scored tokens are predicted.
+        row: where they are.
+        read: int32 [R]; the tokens whose last hidden states are read: those of the answers, and of a prefix those from
+            the first one that predicts a scored token.
+        read_row: where these are; their segments see keys of the whole row.
+        scored: int32 [S]; the places in ``read`` where scored tokens are predicted.
         targets: int32 [S]; the scored tokens.
         rows: int32 [S]; i for the i-th chosen answer, B + i for the i-th rejected one, 2 * B + i for what both share.
         token_counts: float32 [2 * B]; scored tokens of each answer, the shared ones included.
-        angles: cosines and sines of the positions, which all layers share.
     """
 
     tokens: mx.array
-    positions: NDArray[np.int64]
-    segments: tuple[Segment, ...]
+    row: Row
+    read: mx.array
+    read_row: Row
     scored: mx.array
     targets: mx.array
     rows: mx.array
     token_counts: mx.array
-    angles: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,13 +79,13 @@ class Visible:
 class PackedCache:
     """What a layer asks before it attends; nothing is remembered, since all keys are at hand."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, row: Row) -> None:
+        self.row = row
 
     @property
-    def offset(self) -> Layout:
+    def offset(self) -> Row:
         """What the rotary embedding takes the positions from."""
-        return self.layout
+        return self.row
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return keys and values as they are."""
@@ -75,31 +93,53 @@ class PackedCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Visible:
         """Return which tokens see which."""
-        return Visible(self.layout.segments, window_size)
+        return Visible(self.row.segments, window_size)
+
+
+class LastCache(PackedCache):
+    """That of the last layer: it keeps the keys and values of the whole row for a second call."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.kept: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the first keys and values."""
+        self.kept = self.kept or (keys, values)
+        return self.kept
 
 
 def lay_out(pairs: Sequence[SplitPair]) -> Layout:
     """Put pairs one behind the other: each with its prefix, its chosen and its rejected answer."""
-    tokens, positions, scored, targets, rows = [], [], [], [], []
+    tokens, positions, read, scored, targets, rows = [], [], [], [], [], []
     segments: list[Segment] = []
-    count, end = len(pairs), 0
+    read_segments: list[Segment] = []
+    count, end, read_end = len(pairs), 0, 0
     for number, pair in enumerate(pairs):
         start, shared = end, 0 if pair.prefix is None else len(pair.prefix)
-        answers = ((number, pair.chosen, shared), (count + number, pair.rejected, shared))
-        prefix = () if pair.prefix is None else ((2 * count + number, pair.prefix, 0),)
-        for row, segment, before in (*prefix, *answers):
+        answers = ((number, pair.chosen, shared, 0), (count + number, pair.rejected, shared, 0))
+        unread = 0 if pair.prefix is None else min(pair.prefix.positions, default=shared)
+        prefix = () if pair.prefix is None else ((2 * count + number, pair.prefix, 0, int(unread)),)
+        for row, segment, before, skipped in (*prefix, *answers):
             segments.append(Segment(end, len(segment), start, before, end))
             tokens.append(segment.inputs[0])
             positions.append(np.arange(before, before + len(segment)))
-            scored.append(segment.positions + end)
-            targets.append(segment.targets)
-            rows.append(np.full(len(segment.targets), row))
+            if skipped < len(segment):
+                queries = len(segment) - skipped
+                read_segments.append(Segment(read_end, queries, start, before + skipped, end + skipped))
+                read.append(np.arange(end + skipped, end + len(segment)))
+                scored.append(segment.positions - skipped + read_end)
+                targets.append(segment.targets)
+                rows.append(np.full(len(segment.targets), row))
+                read_end += queries
             end += len(segment)
     counts = np.array([pair.token_counts for pair in pairs], np.float32).T.reshape(-1)
+    all_positions = np.concatenate(positions)
     return Layout(
         tokens=_joined(tokens)[None],
-        positions=np.concatenate(positions),
-        segments=tuple(segments),
+        row=Row(all_positions, tuple(segments)),
+        read=_joined(read),
+        read_row=Row(all_positions[np.concatenate(read)], tuple(read_segments)),
         scored=_joined(scored),
         targets=_joined(targets),
         rows=_joined(rows),
@@ -113,14 +153,36 @@ def _joined(parts: Sequence[NDArray[Any]]) -> mx.array:
 
 def score_packed(split: SplitModel, layout: Layout, differentiate: bool = False) -> AnswerScores:
     """Return sums over the scored tokens of B pairs in one pass, each float32 [B]: log-probs and raw logits."""
-    pairs = len(layout.token_counts) // 2
-    hidden = split.hidden(layout.tokens, [PackedCache(layout) for _ in split.model.layers])[0]
+    pairs, layers = len(layout.token_counts) // 2, split.model.layers
+    caches = [*(PackedCache(layout.row) for _ in layers[1:]), LastCache(layout.row)]
+    with overridden_calls([(layers[-1], _call_for_read(type(layers[-1]).__call__, layout))]):
+        hidden = split.hidden(layout.tokens, caches)[0]
     logps, logits = target_scores(split, hidden[layout.scored], layout.targets, differentiate)
     chosen, rejected, both = (slice(side * pairs, (side + 1) * pairs) for side in range(3))
     sums = [sums_of_rows(values, layout.rows, 3 * pairs) for values in (logps, logits)]
     totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
     columns = (*totals, layout.token_counts[chosen], layout.token_counts[rejected])
     return AnswerScores(*columns)
+
+
+def _call_for_read(original: Call, layout: Layout) -> Call:
+    """Return the call of the last layer, of which other tokens than those that are read need keys and values alone."""
+
+    def of_read(argument: Any) -> Any:
+        if isinstance(argument, LastCache):
+            argument.row = layout.read_row
+        elif isinstance(argument, Visible):
+            return replace(argument, segments=layout.read_row.segments)
+        elif isinstance(argument, mx.array) and argument.shape[:2] == layout.tokens.shape:
+            return argument[:, layout.read]
+        return argument
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        # Of the first call MLX evaluates what the second one uses, keys and values, and of the second all else.
+        original(layer, *args, **kwargs)
+        return original(layer, *map(of_read, args), **{name: of_read(value) for name, value in kwargs.items()})
+
+    return call
 
 
 def token_count(pair: SplitPair) -> int:

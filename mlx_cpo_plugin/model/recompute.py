@@ -15,16 +15,16 @@ from mlx_cpo_plugin.model.layers import Call, overridden_calls
 
 @contextmanager
 def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Recompute every layer of ``model.layers`` in the backward pass, until the context ends.
+    """Recompute every layer of ``model.layers`` but the last in the backward pass, until the context ends.
 
-    Unlike a patch of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
+    The backward pass begins with the last one, so it would be recomputed as soon as it had been computed. Unlike a patch of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
     """
     if not enabled:
         yield
         return
     dropout_keys: dict[int, mx.array] = {}
     replacements: list[tuple[nn.Module, Call]] = []
-    for layer in model.layers:
+    for layer in model.layers[:-1]:
         dropouts = [module for module in layer.modules() if isinstance(module, nn.Dropout) and module._p_1 < 1]
         replacements.append((layer, _checkpointed_call(type(layer).__call__, dropouts, dropout_keys)))
         replacements += [(dropout, _keyed_dropout(dropout_keys)) for dropout in dropouts]

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
-from mlx_cpo_plugin.model.packed import lay_out, packed_groups
+from mlx_cpo_plugin.model.packed import Row, lay_out, packed_groups, score_packed
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
@@ -164,17 +164,24 @@ def test_only_adapters_are_trained_with_the_kernels() -> None:
 def test_each_token_of_a_layout_stands_where_its_own_text_has_it(seed: int, count: int, longest: int) -> None:
     pairs = build_pairs(count, seed=seed, longest=longest)
     layout = lay_out([split_shared_prefix(pair) for pair in pairs])
-    tokens, scored = np.array(layout.tokens[0]), set()
-    for at, target, row in zip(*map(np.array, (layout.scored, layout.targets, layout.rows)), strict=True):
-        (segment,) = [s for s in layout.segments if s.first_query <= at < s.first_query + s.queries]
+    tokens, read, scored = np.array(layout.tokens[0]), np.array(layout.read), set()
+
+    def seen_by(at: int, row: Row) -> list[int]:
+        (segment,) = [s for s in row.segments if s.first_query <= at < s.first_query + s.queries]
         own = range(segment.first_own_key, segment.first_own_key + at - segment.first_query + 1)
-        seen = [*range(segment.first_prefix_key, segment.first_prefix_key + segment.prefix_keys), *own]
+        return [*range(segment.first_prefix_key, segment.first_prefix_key + segment.prefix_keys), *own]
+
+    for at in range(len(read)):
+        assert seen_by(at, layout.read_row) == seen_by(read[at], layout.row)
+    assert np.array_equal(layout.read_row.positions, layout.row.positions[read])
+    for at, target, row in zip(*map(np.array, (layout.scored, layout.targets, layout.rows)), strict=True):
+        seen = seen_by(at, layout.read_row)
         pair = pairs[row % count]
         texts = [np.concatenate([pair.prompt, answer]) for answer in (pair.chosen, pair.rejected)]
         for side in (0, 1) if row >= 2 * count else (row // count,):
             assert np.array_equal(tokens[seen], texts[side][: len(seen)])
             assert texts[side][len(seen)] == target
-            assert layout.positions[at] == len(seen) - 1
+            assert layout.read_row.positions[at] == len(seen) - 1
             scored.add((row % count, side, len(seen)))
     assert len(scored) == layout.token_counts.sum() == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
 

@@ -1,7 +1,9 @@
 // What all operations have in common, as MLX sees them.
 #pragma once
 
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,6 +15,34 @@
 #include "products.h"
 
 namespace cpo {
+
+// The operations that wait for their turn or are at work. MLX takes the memory of dozens before the first is done, and
+// a few keep the cores as busy.
+class Waiting {
+ public:
+  void enter() {
+    std::unique_lock lock(mutex_);
+    left_.wait(lock, [&] { return count_ < kMost; });
+    ++count_;
+  }
+
+  void leave() {
+    {
+      std::lock_guard lock(mutex_);
+      --count_;
+    }
+    left_.notify_one();
+  }
+
+ private:
+  static constexpr int kMost = 4;
+
+  int count_ = 0;
+  std::mutex mutex_;
+  std::condition_variable left_;
+};
+
+inline Waiting waiting;
 
 // An operation whose outputs are computed by ``compute`` when its turn comes.
 class Kernel : public mx::Primitive {
@@ -29,6 +59,7 @@ class Kernel : public mx::Primitive {
   }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    waiting.enter();
     for (auto& output : outputs) {
       splits_heads() && output.ndim() == 4 ? allocate_heads(output)
                                            : output.set_data(mx::allocator::malloc(output.nbytes()));
@@ -41,7 +72,10 @@ class Kernel : public mx::Primitive {
       out.push_back(array::unsafe_weak_copy(output));
     }
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [this, in = std::move(in), out = std::move(out), self = keep_alive()]() mutable { compute(in, out); });
+        [this, in = std::move(in), out = std::move(out), self = keep_alive()]() mutable {
+          compute(in, out);
+          waiting.leave();
+        });
   }
 
  protected:
