@@ -45,6 +45,9 @@ from mlx_cpo_plugin.training.gradient_methods import (
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective
 
+# Raised where the same pair gets other bits than in earlier versions; checkpoints record it.
+ARITHMETIC = 2
+
 
 def gradients_for(
     model: nn.Module,
@@ -112,7 +115,8 @@ class SharedPromptGradients:
         if self.scorer.packs:
             return self._packed(splits, step)
         sizes = [PairSize.of(split) for split in splits]
-        groups = self.grouping.groups(sizes)
+        # The largest first: later ones are computed beside the gradient of those before.
+        groups = self.grouping.groups(sizes)[::-1]
 
         def compute(group: Sequence[int]) -> PairGradients:
             first, bucket = splits[group[0]], self.grouping.bucket_for([sizes[number] for number in group])
@@ -131,7 +135,10 @@ class SharedPromptGradients:
                 return self.one_after_the_other.of_pair(pairs[0], step)
             return self.packed(pairs, step)
 
-        return summed_over_groups(self.scorer.packed_groups(splits), compute)
+        tokens = [token_count(split) for split in splits]
+        groups = self.scorer.packed_groups(splits)
+        groups.sort(key=lambda group: -sum(tokens[number] for number in group))
+        return summed_over_groups(groups, compute, order=[number for group in groups for number in group])
 
 
 def is_long(pairs: Sequence[PreferencePair], step_size: int | None) -> bool:

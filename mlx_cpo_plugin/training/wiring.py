@@ -32,7 +32,7 @@ from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training import calibration
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
-from mlx_cpo_plugin.training.gradients import gradients_for
+from mlx_cpo_plugin.training.gradients import ARITHMETIC, gradients_for
 from mlx_cpo_plugin.training.identity import data_digest, identity, recorded
 from mlx_cpo_plugin.training.judge import Judge
 from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
@@ -104,6 +104,11 @@ class Run:
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         say, warn = self.reporter.say, self.reporter.warn
+        if self.start.checkpoint is not None and self.start.checkpoint.values.get("arithmetic", 1) != ARITHMETIC:
+            warn(
+                "This run began with another version of mlx-cpo-plugin, which rounded otherwise: from here on its "
+                "results are not the same to the bit."
+            )
         self.samples = Samples(model, args, val_pairs, val_pairs.chat_tokenizer or pairs.chat_tokenizer, say, warn)
         self.kernels = probing and self._choose_kernels(environment)
         self.scorer = self._choose_scorer() if probing else None
@@ -130,6 +135,7 @@ class Run:
             "recorded": self.recorded,
             "iters": args.iters,
             "kernels": self.kernels,
+            "arithmetic": ARITHMETIC,
             "scorer": self.scorer and self.scorer.found(),
             "extends_from": self.extends_from,
         }

@@ -327,6 +327,23 @@ def test_attention_of_rows_behind_a_prefix(
     )
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(16, 8), (9, 3), (12, 4)])
+def test_gradients_of_many_keys_are_summed_in_less_memory_than_each_head_would_take(heads: int, key_heads: int) -> None:
+    keys, queries, size = 2**24 // (heads * 2 * 128) + 1, 3, 128  # a few more than have sums for each head
+    numbers, segments = Numbers(2), [Segment(0, queries, 0, keys - queries, keys - queries)]
+    q, k, v = numbers(1, heads, queries, size), numbers(1, key_heads, keys, size), numbers(1, key_heads, keys, size)
+    slope = mx.array(numbers(1, heads, queries, size).astype(np.float32))
+    arrays = [mx.array(x.astype(np.float32)) for x in (q, k, v)]
+    expected = mx.vjp(
+        lambda *x: [mx.fast.scaled_dot_product_attention(*x, scale=0.05, mask="causal")], arrays, [slope]
+    )[1]
+
+    found = mx.vjp(lambda *x: [operations.attention(*x, 0.05, segments)], arrays, [slope])[1]
+
+    for gradient, reference in zip(found, expected, strict=True):
+        assert mx.linalg.norm(gradient - reference) < 1e-5 * mx.linalg.norm(reference)
+
+
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
 def test_gradients_arrive_broadcast_along_any_axis(axes: tuple[int, ...]) -> None:
     numbers, segments = Numbers(0), [Segment(0, 7, 0, 3, 3)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -130,6 +132,20 @@ def test_a_capped_head_or_one_with_a_bias_is_not_taken_for_a_product() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "dora", "4 bits"])
 def test_checkpointing_changes_nothing(kind: str, kernels: None) -> None:
     assert difference(gradient(KINDS[kind](), checkpointed=True), gradient(KINDS[kind]())) < 1e-6
+
+
+def test_the_last_layer_computes_keys_and_values_of_all_tokens_and_all_else_of_those_that_are_read(
+    kernels: None, tmp_path: Path
+) -> None:
+    model, graph = add_adapter(build_model(num_hidden_layers=2)), tmp_path / "graph.dot"
+    layout = lay_out([split_shared_prefix(pair) for pair in PAIRS])
+    with lean_activations(), compiled_kernels(model):
+        scores = score_packed(SplitModel(model), layout)
+    mx.export_to_dot(str(graph), scores.chosen_logps, scores.rejected_logps)
+
+    # Of the last layer's two calls together, each of the 7 products is evaluated once.
+    assert len(re.findall('label ?="CPOLinear"', graph.read_text())) == 2 * 7
+    assert 0 < layout.read.size < layout.tokens.size
 
 
 def test_a_packed_pass_takes_less_memory_than_padded_ones(kernels: None) -> None:

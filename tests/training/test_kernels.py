@@ -10,6 +10,7 @@ from support.resumable_runs import metrics, stopped, train
 from support.tiny import add_adapter, assert_same, build_model, saved_arrays
 
 from mlx_cpo_plugin.kernels import library
+from mlx_cpo_plugin.training import wiring
 
 USED = "Compiled kernels compute"
 
@@ -47,6 +48,19 @@ def test_a_run_that_began_with_them_says_that_they_are_gone(
 
     assert_same(train(tmp_path / "run", model=add_adapter(build_model()), resume="auto"), whole, 1e-2)
     assert "not available here" in "".join(capsys.readouterr())
+
+
+def test_a_run_that_another_version_began_says_that_its_bits_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(wiring, "ARITHMETIC", wiring.ARITHMETIC - 1)
+        stopped(tmp_path / "run", 5)
+        train(tmp_path / "run", resume="auto", iters=6)
+        assert "another version" not in "".join(capsys.readouterr())
+
+    train(tmp_path / "run", resume="auto")
+    assert "another version" in "".join(capsys.readouterr())
 
 
 def test_with_and_without_them_a_run_learns_the_same(

@@ -63,6 +63,8 @@ struct Block {
 };
 
 constexpr int64_t kQueries = 64;
+// Numbers that the sums of all heads have at most, and how many tasks there are where these would have more.
+constexpr int64_t kMostSums = 1 << 24, kFewestTasks = 8;
 
 // The rows of one head.
 struct Rows {
@@ -109,7 +111,7 @@ void over_heads(const array& queries, double work, Use use) {
   });
 }
 
-// Inputs: q, k, v, the output, its log-sums, d output. Outputs: dq, dk, dv.
+// Inputs: q, k, v, the log-sums, d output. Outputs: dq, dk, dv.
 class AttentionGradient : public Shared<AttentionGradient> {
  public:
   explicit AttentionGradient(AttentionOptions options) : options_(std::move(options)) {}
@@ -123,25 +125,45 @@ class AttentionGradient : public Shared<AttentionGradient> {
   void compute(const Arrays& in, Arrays& out) override {
     int64_t heads = in[0].shape(1), queries = in[0].shape(2), size = in[0].shape(3);
     int64_t key_heads = in[1].shape(1), keys = in[1].shape(2), value_size = in[2].shape(3), batch = in[0].shape(0);
-    // Heads that share keys work at the same time: each has sums of its own, added up afterwards.
-    std::vector<float> dk_of_heads(batch * heads * keys * size), dv_of_heads(batch * heads * keys * value_size);
-    Heads q(in[0]), k(in[1]), v(in[2]), o(in[3]), grad(in[5]), dq(out[0]);
-    over_heads(in[0], 2.5 * attention_work(options_, heads, size), [&](int64_t row, int64_t head) {
-      int64_t at = row * heads + head, key_head = head * key_heads / heads;
-      one_head(
-          {q.head(row, head), q.row_stride}, {k.head(row, key_head), k.row_stride},
-          {v.head(row, key_head), v.row_stride}, {o.head(row, head), o.row_stride},
-          {grad.head(row, head), grad.row_stride}, {dq.head(row, head), dq.row_stride},
-          in[4].data<float>() + at * queries, size, value_size, &dk_of_heads[at * keys * size],
-          &dv_of_heads[at * keys * value_size]);
+    // Heads that share keys have sums of their own, so that they can work at the same time, and where these would take
+    // much memory, several have one.
+    int64_t group = heads / key_heads, parts = group, numbers = keys * (size + value_size);
+    if (batch * heads * numbers > kMostSums) {
+      parts = std::clamp<int64_t>(kFewestTasks / (batch * key_heads), 1, group);
+    }
+    bool direct = parts == 1;
+    std::vector<float> dk_parts(direct ? 0 : batch * key_heads * parts * keys * size);
+    std::vector<float> dv_parts(direct ? 0 : batch * key_heads * parts * keys * value_size);
+    Heads q(in[0]), k(in[1]), v(in[2]), grad(in[4]), dq(out[0]), dk_out(out[1]), dv_out(out[2]);
+    in_parts(batch * key_heads * parts, 1, 2.5 * attention_work(options_, heads, size), [&](Range tasks) {
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        int64_t row = task / parts / key_heads, key_head = task / parts % key_heads;
+        Rows dk{direct ? dk_out.head(row, key_head) : &dk_parts[task * keys * size], direct ? dk_out.row_stride : size};
+        Rows dv{
+            direct ? dv_out.head(row, key_head) : &dv_parts[task * keys * value_size],
+            direct ? dv_out.row_stride : value_size};
+        for (int64_t key = 0; direct && key < keys; ++key) {
+          std::fill_n(dk.at(key), size, 0.0f), std::fill_n(dv.at(key), value_size, 0.0f);
+        }
+        Range members = part_of(group, task % parts, parts);
+        for (int64_t head = key_head * group + members.begin; head < key_head * group + members.end; ++head) {
+          one_head(
+              {q.head(row, head), q.row_stride}, {k.head(row, key_head), k.row_stride},
+              {v.head(row, key_head), v.row_stride}, {grad.head(row, head), grad.row_stride},
+              {dq.head(row, head), dq.row_stride}, in[3].data<float>() + (row * heads + head) * queries, size,
+              value_size, dk, dv);
+        }
+      }
     });
-    add_heads(dk_of_heads, out[1], heads / key_heads);
-    add_heads(dv_of_heads, out[2], heads / key_heads);
+    if (!direct) {
+      add_parts(dk_parts, out[1], parts);
+      add_parts(dv_parts, out[2], parts);
+    }
   }
 
   void one_head(
-      Rows q, Rows k, Rows v, Rows o, Rows grad, Rows dq, const float* log_sums, int64_t size, int64_t value_size,
-      float* dk, float* dv) {
+      Rows q, Rows k, Rows v, Rows grad, Rows dq, const float* log_sums, int64_t size, int64_t value_size, Rows dk,
+      Rows dv) {
     over_blocks(options_, [&](const Block& block) {
       int64_t width = block.width(), rows = block.rows(), first = block.query_row(0);
       float *weights = scratch(2, rows * width), *slopes = scratch(3, rows * width);
@@ -152,13 +174,15 @@ class AttentionGradient : public Shared<AttentionGradient> {
             v.at(key), v.stride, 0, slopes + column, width);
       });
       for (int64_t i = 0; i < rows; ++i) {
-        const float *o_row = o.at(first + i), *g_row = grad.at(first + i);
-        float delta = sum_of(value_size, [&](int64_t j) { return o_row[j] * g_row[j]; });
         float *weight = weights + i * width, *slope = slopes + i * width, log_sum = log_sums[first + i];
         Range seen = block.seen(i);
         std::fill(weight, weight + seen.begin, 0.0f), std::fill(slope, slope + seen.begin, 0.0f);
         for (int64_t j = seen.begin; j < seen.end; ++j) {
           weight[j] = power_of_two(weight[j] - log_sum);
+        }
+        // The same as the product of the output with its gradient, which would have to be kept for that.
+        float delta = sum_of(seen.size(), [&](int64_t j) { return weight[seen.begin + j] * slope[seen.begin + j]; });
+        for (int64_t j = seen.begin; j < seen.end; ++j) {
           slope[j] = weight[j] * (slope[j] - delta);
         }
         std::fill(weight + seen.end, weight + width, 0.0f), std::fill(slope + seen.end, slope + width, 0.0f);
@@ -170,16 +194,17 @@ class AttentionGradient : public Shared<AttentionGradient> {
             beta, dq.at(first), dq.stride);
         multiply(
             kTransposed, kPlain, count, size, rows, options_.scale, slopes + column, width, q.at(first), q.stride,
-            1, dk + key * size, size);
+            1, dk.at(key), dk.stride);
         multiply(
-            kTransposed, kPlain, count, value_size, rows, 1, weights + column, width, grad.at(first), grad.stride, 1, dv + key * value_size, value_size);
+            kTransposed, kPlain, count, value_size, rows, 1, weights + column, width, grad.at(first), grad.stride, 1,
+            dv.at(key), dv.stride);
         beta = 1;
       });
     });
   }
 
-  // [B, H, S, D] -> [B, H / G, S, D]
-  static void add_heads(const std::vector<float>& parts, array& sums, int64_t group) {
+  // [B, H / G, parts, S, D] -> [B, H / G, S, D]
+  static void add_parts(const std::vector<float>& parts, array& sums, int64_t count) {
     Heads sums_(sums);
     int64_t heads = sums.shape(1), keys = sums.shape(2), size = sums.shape(3);
     in_parts(sums.shape(0) * keys, 1, double(parts.size()), [&](Range range) {
@@ -188,8 +213,8 @@ class AttentionGradient : public Shared<AttentionGradient> {
         for (int64_t head = 0; head < heads; ++head) {
           float* sum = sums_.head(row, head) + key * sums_.row_stride;
           std::fill(sum, sum + size, 0.0f);
-          for (int64_t member = 0; member < group; ++member) {
-            const float* part = &parts[(((row * heads + head) * group + member) * keys + key) * size];
+          for (int64_t member = 0; member < count; ++member) {
+            const float* part = &parts[(((row * heads + head) * count + member) * keys + key) * size];
             for (int64_t i = 0; i < size; ++i) {
               sum[i] += part[i];
             }
@@ -206,8 +231,12 @@ class AttentionGradient : public Shared<AttentionGradient> {
 // the sum of each query's exponentials [B, H, N].
 class Attention : public Shared<Attention> {
  public:
-  explicit Attention(AttentionOptions options) : options_(std::move(options)) {}
+  Attention(AttentionOptions options, bool cheap) : options_(std::move(options)), cheap_(cheap) {}
   DEFINE_NAME(CPOAttention)
+
+  bool is_cheap() const override {
+    return cheap_;
+  }
 
   bool splits_heads() const override {
     return true;
@@ -217,7 +246,7 @@ class Attention : public Shared<Attention> {
       const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
       const Arrays& outputs) override {
     Arrays inputs = primals;
-    inputs.insert(inputs.end(), {outputs[0], outputs[1], cotangents[0]});
+    inputs.insert(inputs.end(), {outputs[1], cotangents[0]});
     Arrays gradients =
         apply<AttentionGradient>({primals[0].shape(), primals[1].shape(), primals[2].shape()}, inputs, options_);
     return asked_for(argnums, 3, [&](int argnum) { return gradients[argnum]; });
@@ -266,6 +295,7 @@ class Attention : public Shared<Attention> {
   }
 
   AttentionOptions options_;
+  bool cheap_;
 };
 
 // The queries of each segment follow those of the one before, and the keys that they see exist.
@@ -295,7 +325,10 @@ inline Arrays attention(const Arrays& inputs, const double* numbers) {
   require(options.window > 0 && is_complete(options.segments, q.shape(2), k.shape(2)));
   Shape logs = q.shape();
   logs.pop_back();
-  return apply<Attention>({with_last(inputs[0].shape(), inputs[2].shape(3)), logs}, inputs, options);
+  // No more work than a product of the output with a square matrix.
+  double width = double(q.shape(1)) * q.shape(3), rows = double(q.shape(0)) * q.shape(2);
+  bool cheap = q.shape(0) * attention_work(options, q.shape(1), q.shape(3)) <= 2 * rows * width * width;
+  return apply<Attention>({with_last(inputs[0].shape(), inputs[2].shape(3)), logs}, inputs, options, cheap);
 }
 
 }  // namespace cpo

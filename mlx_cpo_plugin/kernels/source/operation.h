@@ -147,17 +147,33 @@ inline array rows_of(const array& x) {
   return mx::contiguous(x);
 }
 
+// Whether an operation only says how numbers are laid out.
+inline bool is_layout(const mx::Primitive& primitive) {
+  std::string name = primitive.name();
+  return name == "Contiguous" || name == "Flatten" || name == "Reshape" || name == "Transpose";
+}
+
 // Returns what has the same value and, where that is cheap, is computed from the inputs once more, so that the array
 // itself need not be kept.
 inline array computed_again(const array& x) {
   if (!x.has_primitive()) {
     return x;
   }
-  if (x.primitive().name() == std::string("Contiguous")) {
-    return rows_of(computed_again(x.inputs()[0]));
+  if (is_layout(x.primitive()) && x.inputs().size() == 1) {
+    return array(x.shape(), x.dtype(), x.primitive_ptr(), {computed_again(x.inputs()[0])});
   }
   auto* kernel = dynamic_cast<Kernel*>(&x.primitive());
-  return kernel && kernel->is_cheap() ? array(x.shape(), x.dtype(), x.primitive_ptr(), x.inputs()) : x;
+  if (!kernel || !kernel->is_cheap()) {
+    return x;
+  }
+  std::vector<Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  size_t place = 0;
+  for (auto& output : x.outputs()) {
+    place = output.id() == x.id() ? shapes.size() : place;
+    shapes.push_back(output.shape()), dtypes.push_back(output.dtype());
+  }
+  return array::make_arrays(shapes, dtypes, x.primitive_ptr(), x.inputs())[place];
 }
 
 inline int64_t count_rows(const array& x) {
