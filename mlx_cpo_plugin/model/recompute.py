@@ -17,8 +17,8 @@ from mlx_cpo_plugin.model.layers import Call, overridden_calls
 def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Recompute every layer of ``model.layers`` but the last in the backward pass, until the context ends.
 
-    The backward pass begins with the last one, so it would be recomputed as soon as it had been computed. Unlike a patch
-    of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
+    The backward pass begins with the last one, so it would be recomputed as soon as it had been computed. Unlike a
+    patch of the layer's class, this leaves other models alone, and dropout draws the same mask in both passes.
     """
     if not enabled:
         yield
