@@ -41,29 +41,28 @@ REINSTALL = (
     "start with `mlx-cpo train` or call mlx_cpo_plugin.activate()"
 )
 
-MAIN_PROBE = """\
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_lm_lora.train import main
-try:
-    main({probe!r})
-except ConfigError as error:
-    print(f"error: {{error}}")
-"""
-RUN_PROBE = """\
+# The calls of an app, in one interpreter, since starting one takes most of the time; each has its line.
+CALLS_PROBE = """\
 from types import SimpleNamespace
-from mlx_cpo_plugin.errors import ConfigError
-from mlx_lm_lora.train import run
-try:
-    run(SimpleNamespace(**{probe!r}), None)
-except ConfigError as error:
-    print(f"error: {{error}}")
-"""
-IMPORT_PROBE = """\
 from mlx_lm_lora.trainer.cpo_trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 import mlx_cpo_plugin.training.trainer as own
-if (train_cpo, evaluate_cpo, CPOTrainingArgs) == (own.train_cpo, own.evaluate_cpo, own.CPOTrainingArgs):
-    print("the imported names are the plugin's")
+is_own = (train_cpo, evaluate_cpo, CPOTrainingArgs) == (own.train_cpo, own.evaluate_cpo, own.CPOTrainingArgs)
+print("{imports}|the imported names are", "the plugin's" if is_own else "mlx-lm-lora's")
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_lm_lora.train import main, run
+calls = {{"{main}": lambda: main({probe!r}), "{run}": lambda: run(SimpleNamespace(**{probe!r}), None)}}
+for name, call in calls.items():
+    try:
+        call()
+    except Exception as error:
+        kind = "error" if isinstance(error, ConfigError) else type(error).__name__
+        print(f"{{name}}|{{kind}}: {{str(error).strip().partition(chr(10))[0]}}")
 """
+CALLS = {
+    "main": "mlx_lm_lora.train.main({...})",
+    "run": "mlx_lm_lora.train.run(namespace)",
+    "imports": "mlx_lm_lora.trainer.cpo_trainer",
+}
 
 
 @dataclass(frozen=True)
@@ -248,22 +247,24 @@ def start_up_files_are_read() -> bool:
 
 
 def check_routes() -> list[Finding]:
-    """Whether each way into mlx-lm-lora reaches the plugin, tried in a fresh interpreter each."""
+    """Whether each way into mlx-lm-lora reaches the plugin, tried in a fresh interpreter each but for calls."""
+    commands = {name: tuple(command) for name, command in routes().items()}
+    tried = list(dict.fromkeys(commands.values()))
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
-        return list(workers.map(lambda route: check_route(*route), routes().items()))
+        told = dict(zip(tried, workers.map(_told_by, tried), strict=True))
+    return [_route_finding(name, told[command]) for name, command in commands.items()]
 
 
 def routes() -> dict[str, list[str]]:
     """Every way into mlx-lm-lora -> a command that goes it with a setting that the plugin refuses."""
     python = sys.executable
     script = _script("mlx-lm-lora", "mlx_lm_lora.train")
+    calls = [python, "-c", CALLS_PROBE.format(probe=PROBE, **CALLS)]
     return {
         "mlx_lm_lora.train": [python, str(script), *PROBE_ARGUMENTS],
         "python -m mlx_lm_lora train": [python, "-m", "mlx_lm_lora", "train", *PROBE_ARGUMENTS],
         "python -m mlx_lm_lora.train": [python, "-m", "mlx_lm_lora.train", *PROBE_ARGUMENTS],
-        "mlx_lm_lora.train.main({...})": [python, "-c", MAIN_PROBE.format(probe=PROBE)],
-        "mlx_lm_lora.train.run(namespace)": [python, "-c", RUN_PROBE.format(probe=PROBE)],
-        "mlx_lm_lora.trainer.cpo_trainer": [python, "-c", IMPORT_PROBE],
+        **dict.fromkeys(CALLS.values(), calls),
     }
 
 
@@ -278,16 +279,27 @@ def _script(distribution: str, name: str) -> Path:
 
 def check_route(name: str, command: Sequence[str]) -> Finding:
     """Run one probe, in an empty folder and without a network, and look for the plugin's refusal."""
+    return _route_finding(name, _told_by(command))
+
+
+def _told_by(command: Sequence[str]) -> list[str] | Exception:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    route = f"route {name}"
     with tempfile.TemporaryDirectory() as folder:
         try:
             probe = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            return Finding(route, "failed", f"the probe did not end: {error}")
-    lines = (probe.stderr + probe.stdout).strip().splitlines()
+            return error
+    return (probe.stderr + probe.stdout).strip().splitlines()
+
+
+def _route_finding(name: str, told: list[str] | Exception) -> Finding:
+    route = f"route {name}"
+    if isinstance(told, Exception):
+        return Finding(route, "failed", f"the probe did not end: {told}")
+    own = [line.removeprefix(f"{name}|") for line in told if line.startswith(f"{name}|")]
+    lines = own or [line for line in told if not line.startswith(tuple(f"{call}|" for call in CALLS.values()))]
     remedy = f"unset {finder.DISABLE_VARIABLE}" if finder.disabled() else REINSTALL
     if any("mlx-cpo-plugin is only partly hooked" in line for line in lines):
         remedy = ""  # it reached the plugin, which says itself what is wrong
