@@ -78,8 +78,10 @@ class SplitModel:
 
     def head_parameters(self) -> dict[str, mx.array]:
         """Return the trainable parameters that are not inside a layer, by name: all that the head can depend on."""
-        trainable = by_name(self.model.trainable_parameters())
-        return {name: value for name, value in trainable.items() if "layers" not in name.split(".")}
+        outside = self.model.filter_and_map(
+            lambda *child: child[1] != "layers" and nn.Module.trainable_parameter_filter(*child)
+        )
+        return by_name(outside)
 
     def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
         """Return the output projection, if its logits are the same when only a part of them is computed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def read_run_settings(folder: Path) -> tuple[Values, str]:
     return values, first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
+@cache
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
