@@ -1,4 +1,7 @@
-"""Fixtures that tests of every folder use."""
+"""Fixtures that tests of every folder use.
+
+The process that starts the workers loads this file, too, so what imports mlx_lm is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from mlx.utils import tree_flatten
 from support.compiled import use_kernels
 from support.devices import pretended
 from support.fresh_environment import open_workshop
-from support.tiny import CHAT_TEMPLATE, SENTENCES, SHARED, build_model, write_data
 
 from mlx_cpo_plugin.device import CPU
 
@@ -84,6 +86,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def shared() -> Path:
     """The folder with real models and rows."""
+    from support.tiny import SHARED
+
     if not SHARED.is_dir():
         pytest.skip(f"needs real models and rows in {SHARED}")
     return SHARED
@@ -92,6 +96,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer with a ChatML template, trained on a few sentences."""
+    from support.tiny import CHAT_TEMPLATE, SENTENCES
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -121,6 +126,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tokenizer_folder: Path) -> Path:
     """A llama of two layers that ``mlx_lm.load`` loads, beside its tokenizer."""
+    from support.tiny import build_model
+
     config = {
         "model_type": "llama",
         "hidden_size": 128,
@@ -143,6 +150,8 @@ def model_folder(tokenizer_folder: Path) -> Path:
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Path:
     """train, valid and test files of 10, 4 and 4 preference rows."""
+    from support.tiny import write_data
+
     return write_data(tmp_path / "data")
 
 
@@ -165,14 +174,23 @@ def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str,
 
 
 @pytest.fixture
-def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do little of what takes longer than all else of a tiny one: time products, draw curves, score rows."""
+    from mlx_cpo_plugin import blas
+    from mlx_cpo_plugin.publish import card
+    from mlx_cpo_plugin.training import held_out
+
+    monkeypatch.setattr(blas, "gigaflops", lambda *_, **__: 1.0)
+    monkeypatch.setattr(card, "as_png", lambda *_: b"\x89PNG")
+    monkeypatch.setattr(held_out, "ROWS", 2)
+
+
+@pytest.fixture
+def run_main(quick_runs: None) -> Callable[..., None]:
     """The host's own ``main``, with the plugin active."""
     import mlx_cpo_plugin
-    from mlx_cpo_plugin import blas
 
     mlx_cpo_plugin.activate()
-    # Each run says how fast products are; to find out takes as long as all else that a tiny run does.
-    monkeypatch.setattr(blas, "gigaflops", lambda *_, **__: 1.0)
     from mlx_lm_lora.train import main
 
     return main

@@ -102,7 +102,7 @@ def loaded_files() -> list[str]:
 
 
 def told_by(environment: FreshEnvironment, code: str, *flags: str, **variables: str) -> tuple[str, bool, bool]:
-    printed = environment.run_python(*flags, "-c", code + TELL, LD_PRELOAD="", **variables)
+    printed = environment.printed(*flags, "-c", code + TELL, LD_PRELOAD="", **variables)
     file, loaded, host_imported = json.loads(printed.splitlines()[-1])
     return file, loaded, host_imported
 
@@ -122,9 +122,7 @@ def test_every_route_multiplies_with_openblas(environment: FreshEnvironment, rou
 def test_where_start_up_files_are_not_read_the_plugins_own_calls_bind_it(
     environment: FreshEnvironment, route: str
 ) -> None:
-    folders = [str(environment.site_packages), *(path for path in sys.path if path.endswith("site-packages"))]
-
-    file, _, _ = told_by(environment, OWN_ROUTES[route], "-S", PYTHONPATH=os.pathsep.join(folders))
+    file, _, _ = told_by(environment, OWN_ROUTES[route], "-S", PYTHONPATH=environment.search_path)
 
     assert "openblas" in file
 
@@ -145,7 +143,7 @@ if __name__ == "__main__":
 """
     )
 
-    file, *_ = json.loads(environment.run_python(script, LD_PRELOAD="").splitlines()[-1])
+    file, *_ = json.loads(environment.printed(script, LD_PRELOAD="").splitlines()[-1])
 
     assert "openblas" in file
 
@@ -158,14 +156,14 @@ def test_a_process_without_the_host_is_left_alone(environment: FreshEnvironment,
     # Asking is done without MLX where MLX is not imported: no library called libmlx.so is loaded then.
     probe = TELL.replace('(slot,) = linkage.call_slots("libmlx.so", ["cblas_sgemm"]).values()', "import mlx.core")
     probe = probe.replace("linkage.file_of(linkage.target(slot))", '"mlx_cpo_plugin.blas" in sys.modules')
-    printed = environment.run_python("-c", code + probe, LD_PRELOAD="")
+    ended = environment.start(environment.python, "-c", code + probe, LD_PRELOAD="")
 
-    assert json.loads(printed) == [False, False, False]
+    assert json.loads(ended.stdout) == [False, False, False]
 
 
 @pytest.mark.slow
 def test_start_up_does_not_import_what_binding_needs(environment: FreshEnvironment) -> None:
-    printed = environment.run_python("-c", "import sys; print(*sys.modules)").split()
+    printed = environment.start(environment.python, "-c", "import sys; print(*sys.modules)").stdout.split()
 
     assert "mlx_cpo_plugin.activation.finder" in printed
     assert not {"ctypes", "mlx_cpo_plugin.blas", "mlx_cpo_plugin.linkage"} & set(printed)
@@ -295,30 +293,38 @@ def test_a_blas_that_is_not_the_reference_stays(
     assert [linkage.target(slot) for slot in slots.values()] == before
 
 
+@pytest.fixture
+def openblas() -> Iterator[tuple[ctypes.CDLL, str]]:
+    """An OpenBLAS and how its names begin; it has as many threads afterwards as before."""
+    library = ctypes.CDLL(linkage.file_of(next(blas._functions_found())["cblas_sgemm"]))
+    prefix = next(prefix for prefix in blas.PREFIXES if hasattr(library, f"{prefix}openblas_get_num_threads"))
+    before = library[f"{prefix}openblas_get_num_threads"]()
+    yield library, prefix
+    library[f"{prefix}openblas_set_num_threads"](before)
+
+
 @needs_package
 @pytest.mark.parametrize(
     ("cores", "variables", "expected"), [(1, {}, 1), (2, {}, 1), (4, {}, 3), (4, {"OMP_NUM_THREADS": "2"}, 7)]
 )
 def test_openblas_leaves_a_core_unless_the_environment_says_how_many(
-    reference_in_use: None, monkeypatch: pytest.MonkeyPatch, cores: int, variables: dict[str, str], expected: int
+    openblas: tuple[ctypes.CDLL, str],
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    variables: dict[str, str],
+    expected: int,
 ) -> None:
+    library, prefix = openblas
     for name in blas.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(blas, "usable_cores", lambda: cores)
-    blas.use_fast_blas()
-    library = ctypes.CDLL(blas.in_use().file)
-    prefix = next(prefix for prefix in blas.PREFIXES if hasattr(library, f"{prefix}openblas_get_num_threads"))
-    before = library[f"{prefix}openblas_get_num_threads"]()
-    try:
-        library[f"{prefix}openblas_set_num_threads"](7)
+    library[f"{prefix}openblas_set_num_threads"](7)
 
-        blas._leave_a_core(library, prefix)
+    blas._leave_a_core(library, prefix)
 
-        assert library[f"{prefix}openblas_get_num_threads"]() == expected
-    finally:
-        library[f"{prefix}openblas_set_num_threads"](before)
+    assert library[f"{prefix}openblas_get_num_threads"]() == expected
 
 
 @pytest.mark.parametrize(

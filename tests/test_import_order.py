@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -70,19 +70,22 @@ def arrows(root: Path) -> list[Arrow]:
     return [
         Arrow(name, imported, line)
         for name, path in known.items()
-        for line, dotted in imported_names(ast.parse(path.read_text(encoding="utf-8")))
+        for line, dotted in imported_names(path)
         if (imported := module_of(dotted, known)) and imported != name
     ]
 
 
-def imported_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of what a module imports, function-level imports and those for type checkers, too."""
-    for node in ast.walk(tree):
+@cache
+def imported_names(module: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of what a module imports, function-level imports and those for type checkers, too."""
+    names = []
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            names += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return names
 
 
 def module_of(dotted: str, known: dict[str, Path]) -> str:
@@ -159,7 +162,7 @@ def test_whatever_is_imported_is_declared() -> None:
         folder = name.partition(".")[0]
         declared = [*project["dependencies"], *project["optional-dependencies"].get(extras.get(folder, ""), ())]
         names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in declared}
-        imported = {dotted.partition(".")[0] for _, dotted in imported_names(ast.parse(path.read_text("utf-8")))}
+        imported = {dotted.partition(".")[0] for _, dotted in imported_names(path)}
         foreign = imported - sys.stdlib_module_names - {PACKAGE} - elsewhere.get(name, set())
         assert {DISTRIBUTIONS.get(module, module) for module in foreign} <= names, name
 

@@ -69,7 +69,7 @@ def test_a_third_party_loss_is_accepted_listed_validated_and_trained(
     def run(*words: str) -> CompletedProcess[str]:
         return environment.run(environment.host_script, "--config", config, *words, PYTHONPATH=path)
 
-    listed = json.loads(environment.run_python("-m", "mlx_cpo_plugin", "losses", "--json", PYTHONPATH=path))
+    listed = json.loads(environment.printed("-m", "mlx_cpo_plugin", "losses", "--json", PYTHONPATH=path))
     from_yaml = run()
     from_flags = run("--dpo-cpo-loss-type", "rank", "--rank-margin", "9")
     refused = run("--rank-margin", "-1")

@@ -54,8 +54,15 @@ def wheel_environment() -> FreshEnvironment:
     return installed_environment("wheel")
 
 
+def told(environment: FreshEnvironment, script: str, *flags: str) -> str:
+    """What a script prints in a process that is started for it."""
+    ended = environment.start(environment.python, *flags, "-c", script)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
 def test_the_environment_holds_the_plugin_itself(environment: FreshEnvironment) -> None:
-    where = Path(environment.run_python("-c", "import mlx_cpo_plugin; print(mlx_cpo_plugin.__file__)").strip())
+    where = Path(told(environment, "import mlx_cpo_plugin; print(mlx_cpo_plugin.__file__)"))
 
     editable = environment is installed_environment("editable")
     assert where.is_relative_to(PROJECT if editable else environment.site_packages)
@@ -77,22 +84,22 @@ def test_every_command_reaches_the_plugin(kind: str, entry: str) -> None:
         "-m mlx_lm_lora.train": [environment.python, "-m", "mlx_lm_lora.train"],
     }
 
-    ended = environment.run(*commands[entry], *REFUSED)
+    ended = environment.start(*commands[entry], *REFUSED)
 
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {REFUSAL}")
     assert ended.stdout == ""
 
 
-def test_every_function_reaches_the_plugin(environment: FreshEnvironment) -> None:
-    lines = environment.run_python("-c", CALL_FUNCTIONS).splitlines()
+def test_every_function_reaches_the_plugin(wheel_environment: FreshEnvironment) -> None:
+    lines = wheel_environment.printed("-c", CALL_FUNCTIONS).splitlines()
 
     assert len(lines) == 2
     assert all(line.startswith(REFUSAL) for line in lines)
 
 
 def test_imports_of_the_trainer_get_the_plugins(wheel_environment: FreshEnvironment) -> None:
-    printed = wheel_environment.run_python("-c", IMPORT_LIKE_STUDIO)
+    printed = wheel_environment.printed("-c", IMPORT_LIKE_STUDIO)
 
     assert "beta=0.05" in printed
     assert "batch_size=3" in printed
@@ -151,8 +158,8 @@ def test_help_without_a_mode_is_that_of_all_modes_and_with_another_mode_the_host
 
 def test_start_up_imports_nothing_but_the_finder(environment: FreshEnvironment) -> None:
     script = "import sys; print(*sorted(sys.modules))"
-    with_plugin = set(environment.run_python("-c", script).split())
-    bare = set(environment.run_python("-S", "-c", script).split())
+    with_plugin = set(told(environment, script).split())
+    bare = set(told(environment, script, "-S").split())
 
     own = {name for name in with_plugin - bare if name.startswith("mlx")}
     assert own == {
@@ -166,16 +173,13 @@ def test_start_up_imports_nothing_but_the_finder(environment: FreshEnvironment) 
 
 
 def test_where_start_up_files_are_not_read_activate_hooks_in(wheel_environment: FreshEnvironment) -> None:
-    find_host = "import mlx_lm_lora, os; print(os.path.dirname(mlx_lm_lora.__path__[0]))"
-    path = os.pathsep.join(
-        [str(wheel_environment.site_packages), wheel_environment.run_python("-c", find_host).strip()]
-    )
+    path = wheel_environment.search_path
     activate = "import mlx_cpo_plugin; mlx_cpo_plugin.activate()\n"
 
-    without = wheel_environment.run(wheel_environment.python, "-S", "-c", IMPORT_LIKE_STUDIO, PYTHONPATH=path)
-    wheel_environment.run_python("-S", "-c", activate + IMPORT_LIKE_STUDIO, PYTHONPATH=path)
+    without = wheel_environment.run("-S", "-c", IMPORT_LIKE_STUDIO, PYTHONPATH=path)
+    wheel_environment.printed("-S", "-c", activate + IMPORT_LIKE_STUDIO, PYTHONPATH=path)
     late = f"import mlx_lm_lora.train\n{activate}{CALL_FUNCTIONS}{IMPORT_LIKE_STUDIO}"
-    printed = wheel_environment.run_python("-S", "-c", late, PYTHONPATH=path)
+    printed = wheel_environment.printed("-S", "-c", late, PYTHONPATH=path)
 
     assert "AssertionError" in without.stderr
     assert printed.startswith(REFUSAL)
@@ -187,7 +191,7 @@ def test_the_own_train_command_takes_the_hosts_arguments(
 ) -> None:
     words = [wheel_environment.folder / word if "/" in word else word for word in command]
 
-    ended = wheel_environment.run(wheel_environment.python, *words, "train", *REFUSED)
+    ended = wheel_environment.run(*words, "train", *REFUSED)
 
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {REFUSAL}")
@@ -198,7 +202,7 @@ def test_the_variable_turns_the_plugin_off(wheel_environment: FreshEnvironment) 
         "import mlx_lm_lora.train as host; print(host.train_cpo.__module__, host.main.__module__, host.run.__module__)"
     )
 
-    printed = wheel_environment.run_python("-c", script, MLX_CPO_PLUGIN_DISABLE="1")
+    printed = wheel_environment.printed("-c", script, MLX_CPO_PLUGIN_DISABLE="1")
 
     assert printed.split() == ["mlx_lm_lora.trainer.cpo_trainer", "mlx_lm_lora.train", "mlx_lm_lora.train"]
 
@@ -209,7 +213,7 @@ def test_the_variable_is_read_when_the_host_is_imported(wheel_environment: Fresh
         "import mlx_lm_lora.trainer.cpo_trainer as trainer; print(trainer.train_cpo.__module__)"
     )
 
-    assert wheel_environment.run_python("-c", script).strip() == "mlx_lm_lora.trainer.cpo_trainer"
+    assert wheel_environment.printed("-c", script).strip() == "mlx_lm_lora.trainer.cpo_trainer"
 
 
 def test_the_hosts_own_functions_stay_reachable_and_a_reloaded_host_is_hooked_again(
@@ -223,7 +227,7 @@ def test_the_hosts_own_functions_stay_reachable_and_a_reloaded_host_is_hooked_ag
         "print(trainer.train_cpo.__module__, host.train_cpo.__module__, host.main.__wrapped__.__module__)"
     )
 
-    own, reloaded = wheel_environment.run_python("-c", script).splitlines()
+    own, reloaded = wheel_environment.printed("-c", script).splitlines()
 
     assert own.split() == ["mlx_lm_lora.trainer.cpo_trainer"] * 2 + ["mlx_lm_lora.train"]
     assert reloaded.split() == ["mlx_cpo_plugin.training.trainer"] * 2 + ["mlx_lm_lora.train"]
@@ -240,7 +244,7 @@ def test_processes_that_are_spawned_are_hooked(wheel_environment: FreshEnvironme
         "        print(pool.map(module_of_train_cpo, [0])[0])\n"
     )
 
-    assert wheel_environment.run_python(tmp_path / "spawning.py").strip() == "mlx_cpo_plugin.training.trainer"
+    assert wheel_environment.printed(tmp_path / "spawning.py").strip() == "mlx_cpo_plugin.training.trainer"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,11 +262,11 @@ def test_installing_twice_is_harmless_and_uninstalling_leaves_no_file(tmp_path: 
         "import sys, mlx_cpo_plugin; mlx_cpo_plugin.activate(); mlx_cpo_plugin.activate()\n"
         "print([type(finder).__name__ for finder in sys.meta_path].count('HostFinder'))"
     )
-    assert environment.run_python("-c", finders).strip() == "1"
+    assert told(environment, finders) == "1"
 
     environment.uninstall()
     assert environment.files() == before
-    assert environment.run_python("-c", "import sys; print('mlx_cpo_plugin' in sys.modules)").strip() == "False"
+    assert told(environment, "import sys; print('mlx_cpo_plugin' in sys.modules)") == "False"
 
 
 # Stands for any fault in the plugin: one of its modules cannot be imported.
@@ -300,7 +304,7 @@ def test_with_a_fault_in_the_plugin_every_entry_to_cpo_says_so_and_other_modes_r
 ) -> None:
     script = BREAKING.format(module=module) + TRY_ALL_ENTRIES + TRAIN_IN_ANOTHER_MODE
 
-    printed = wheel_environment.run_python("-c", script)
+    printed = wheel_environment.printed("-c", script)
 
     refusals = [line.split("|") for line in printed.splitlines() if line.count("|") == 2]
     assert [name for name, _, _ in refusals] == ["main", "run", "train_cpo", "evaluate_cpo", "train_cpo of train"]
@@ -322,7 +326,7 @@ def test_a_host_without_a_function_that_is_replaced_is_a_fault(
     (host / "trainer" / "cpo_trainer.py").write_text("def train_cpo(**settings): print('the host trains')\n")
     script = "from mlx_lm_lora.trainer.cpo_trainer import train_cpo; train_cpo()"
 
-    ended = wheel_environment.run(wheel_environment.python, "-c", script, PYTHONPATH=str(tmp_path))
+    ended = wheel_environment.run("-c", script, PYTHONPATH=str(tmp_path))
 
     assert ended.returncode == 1
     assert "PluginError: mlx-cpo-plugin is only partly hooked" in ended.stderr
@@ -346,7 +350,7 @@ def test_tested_versions_of_the_host_train(
         settings["adapter_path"] = str(tmp_path / f"adapters-{number}")
         (tmp_path / "my.yaml").write_text(json.dumps(settings))
 
-        ended: subprocess.CompletedProcess[str] = wheel_environment.run(
+        ended: subprocess.CompletedProcess[str] = wheel_environment.start(
             wheel_environment.python, *command, "--config", "my.yaml", folder=tmp_path, PYTHONPATH=str(host)
         )
 

@@ -26,11 +26,6 @@ from mlx_cpo_plugin.errors import DataError, StoppedError
 mlx_cpo_plugin.activate()
 
 FORMS: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
-    "prompt and answers": lambda row: row,
-    "messages": lambda row: {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
-    },
     "dialogues": lambda row: {
         side: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}" for side in ("chosen", "rejected")
     },

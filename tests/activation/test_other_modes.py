@@ -112,8 +112,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     (folder / "empty.yaml").write_text("")
     (folder / "calls.json").write_text(json.dumps({**CALLS, **UNREADABLE, "cpo": ["--config", "cpo.yaml"]}))
     environment = installed_environment("wheel")
-    with_plugin = environment.run_python("-c", RECORD, folder=folder)
-    without = environment.run_python("-c", RECORD, folder=folder, MLX_CPO_PLUGIN_DISABLE="1")
+    with_plugin = environment.printed("-c", RECORD, folder=folder)
+    without = environment.printed("-c", RECORD, folder=folder, MLX_CPO_PLUGIN_DISABLE="1")
     return json.loads(with_plugin), json.loads(without)
 
 

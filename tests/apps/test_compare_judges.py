@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -494,7 +495,11 @@ def test_rewards_and_a_judge_stand_among_the_measures_and_fit_into_80_columns(
         (["--judge", "/no/model"], "--judge names '/no/model', which does not exist"),
         (["--reward", "no_such_module:f"], "--reward no_such_module:f cannot be imported"),
         (["--judge", "m", "--rows", "0"], "--rows 0 leaves no answers to measure"),
-        (["--metric", "chrf", "--prompt", "Hi", "--rows", "0"], "--rows 0 leaves no answers to measure"),
+        pytest.param(
+            ["--metric", "chrf", "--prompt", "Hi", "--rows", "0"],
+            "--rows 0 leaves no answers to measure",
+            marks=pytest.mark.skipif(find_spec("sacrebleu") is None, reason="needs sacrebleu"),
+        ),
     ],
 )
 def test_a_mistake_in_who_decides_is_said_before_anything_is_loaded(

@@ -34,7 +34,7 @@ def environment() -> FreshEnvironment:
 
 def report_of(environment: FreshEnvironment, **variables: str) -> tuple[int, dict[str, Any]]:
     """The exit code of ``mlx-cpo doctor --json``, and its findings by name."""
-    ended = environment.run(environment.folder / "bin" / "mlx-cpo", "doctor", "--json", **variables)
+    ended = environment.start(environment.folder / "bin" / "mlx-cpo", "doctor", "--json", **variables)
     report = json.loads(ended.stdout)
     assert report["ok"] == (ended.returncode == 0)
     return ended.returncode, {finding["name"]: finding for finding in report["findings"]}

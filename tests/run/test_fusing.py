@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_leaves_the_adapter_and_no_half_model(
     before_fusing(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))
     try:
         with refused(FuseError, key="fuse"):
-            run_main(fuse_settings)
+            run_main({**fuse_settings, "iters": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -219,7 +219,7 @@ def test_a_file_that_is_cut_short_in_silence_is_found(
     before_fusing(lambda: monkeypatch.setattr(mx, "save_safetensors", save_half))
 
     with refused(FuseError, key="fuse"):
-        run_main(fuse_settings)
+        run_main({**fuse_settings, "iters": 2})
 
     assert_adapter_alone(Path(fuse_settings["adapter_path"]))
 
@@ -231,7 +231,7 @@ def test_without_room_nothing_is_written(
     monkeypatch.setattr(fusing, "save_pretrained", lambda **_: pytest.fail("it was written"))
 
     with refused(FuseError, r"takes \S+ MB.* 10\.0 MB left", key="fuse_bits"):
-        run_main(fuse_settings)
+        run_main({**fuse_settings, "iters": 2})
 
     assert_adapter_alone(Path(fuse_settings["adapter_path"]))
 
@@ -326,7 +326,7 @@ def test_what_a_killed_process_left_is_removed_and_links_are_replaced_not_follow
     for name in ("model.safetensors", "config.json"):
         (folder / name).symlink_to(base / name)
 
-    run_main({**fuse_settings, "model": str(base)})
+    run_main({**fuse_settings, "iters": 2, "model": str(base)})
 
     assert (base / "model.safetensors").read_bytes() == content
     assert not (folder / "model.safetensors").is_symlink()
@@ -340,7 +340,7 @@ def test_the_base_model_in_lm_studio_is_not_replaced(
     base = Path(shutil.copytree(model_folder, tmp_path / ".lmstudio/models/mlx_lm_lora/mine"))
 
     with refused(match="the model's own folder", key="lm_studio_name"):
-        run_main({**fuse_settings, "model": str(base), "lm_studio_name": "mine"})
+        run_main({**fuse_settings, "iters": 2, "model": str(base), "lm_studio_name": "mine"})
 
 
 # Multimodal bases

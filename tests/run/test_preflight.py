@@ -33,7 +33,7 @@ def configured(model_folder: Path, data_folder: Path, tmp_path: Path, monkeypatc
     """Settings of a short run in an empty working directory, with changes."""
     monkeypatch.chdir(tmp_path)
     given = {"train_mode": "cpo", "train": True, "model": str(model_folder), "data": str(data_folder)}
-    given |= {"adapter_path": str(tmp_path / "adapters"), "iters": 2, "batch_size": 2}
+    given |= {"adapter_path": str(tmp_path / "adapters"), "iters": 2, "batch_size": 2, "steps_per_sample": 0}
     return lambda **changed: config.resolve({**given, **changed}).settings
 
 

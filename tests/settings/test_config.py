@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm_lora.train import build_parser as build_host_parser
 from support.refusals import refused
@@ -293,7 +293,6 @@ CONTRADICTING = ("train", "qat_quantizer", *PRECISIONS)
 CHECKED = [option for option in (*COMMON_OPTIONS, BETA, DELTA, CPO_ALPHA) if option.name not in CONTRADICTING]
 
 
-@settings(max_examples=60)
 @given(st.fixed_dictionaries({}, optional={option.name: valid_value(option) for option in CHECKED}))
 def test_mapping_and_command_line_resolve_equally(values: dict[str, Any]) -> None:
     call = {"train_mode": "cpo", "train": True, "dpo_cpo_loss_type": "dpop", **values}

@@ -21,7 +21,8 @@ from support.tiny import assert_same, preference_rows
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model import recompute as checkpointing
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
-from mlx_cpo_plugin.training import long_context
+from mlx_cpo_plugin.training import long_context, trainer
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 
 
 @dataclass
@@ -229,10 +230,17 @@ def test_epochs_count_passes_over_the_rows(run: Callable[..., Outcome]) -> None:
     assert outcome.metrics("train")[-1]["iteration"] == 6
 
 
-def test_iters_default_to_the_hosts_hundred(run: Callable[..., Outcome]) -> None:
-    outcome = run(iters=None, steps_per_report=50)
+def test_iters_default_to_the_hosts_hundred(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    class BegunError(Exception):
+        pass
 
-    assert [info["iteration"] for info in outcome.metrics("train")] == [50, 100]
+    def begin(args: CPOTrainingArgs, **_: Any) -> None:
+        raise BegunError(args.iters)
+
+    monkeypatch.setattr(trainer, "train_cpo", begin)
+
+    with pytest.raises(BegunError, match=r"^100$"):
+        run(iters=None)
 
 
 def test_reports_validations_and_saves_come_when_asked(run: Callable[..., Outcome]) -> None:

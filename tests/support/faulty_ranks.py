@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from support.prepared import Ended, Prepared
-from support.tiny import TESTS
-
-SECONDS = 60
 
 
 def ring(ranks: int, folder: Path) -> str:
@@ -50,40 +46,9 @@ def free_ports(number: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[Ended]:
-    """Wait for all of them; one that hangs fails the test, and none is left behind."""
-    try:
-        outputs = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [Ended(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
-
-
 def train(folder: Path, ranks: int = 2, faults: dict[int, str] | None = None, at: int = 5) -> list[Ended]:
     """Train with one of the faults of :func:`harm` at the given micro-batch of some ranks, and wait for the end."""
-    return prepared(ranks, folder, main, wanted(folder, faults, at))
-
-
-def start_training(folder: Path, iters: int) -> list[subprocess.Popen[str]]:
-    """Start two ranks to which nothing happens, as users start processes."""
-    environment = {**os.environ, "MLX_HOSTFILE": ring(2, folder), "PYTHONUNBUFFERED": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.faulty_ranks", wanted(folder, iters=iters)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment | {"MLX_RANK": str(rank)},
-            cwd=TESTS,
-        )
-        for rank in range(2)
-    ]
-
-
-def wanted(folder: Path, faults: dict[int, str] | None = None, at: int = 5, iters: int = 8) -> str:
-    """What :func:`main` is told."""
-    return json.dumps({"folder": str(folder), "faults": faults or {}, "at": at, "iters": iters})
+    return prepared(ranks, folder, train_as_a_rank, folder, faults or {}, at)
 
 
 def train_as_configured(folder: Path) -> int:
@@ -101,9 +66,11 @@ def harm(fault: str, factor: list[float]) -> None:
         factor[0] = float("nan")
     elif fault == "crash":
         raise RuntimeError("a fault of this rank alone")
+    elif fault == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(told: str) -> None:
+def train_as_a_rank(folder: Path, faults: dict[int, str], at: int) -> None:
     """Train as the rank that the environment says."""
     import mlx.core as mx
     import mlx.optimizers as optimizers
@@ -114,12 +81,11 @@ def main(told: str) -> None:
     from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
     from support.tiny import add_adapter, build_model, build_pairs
 
-    wanted = json.loads(told)
-    rank = mx.distributed.init().rank()
-    fault, factor, calls, add = wanted["faults"].get(str(rank), ""), [1.0], count(1), OptimizerStep.add
+    fault = faults.get(mx.distributed.init().rank(), "")
+    factor, calls, add = [1.0], count(1), OptimizerStep.add
 
     def add_or_be_harmed(self: OptimizerStep, *arguments: Any) -> Any:
-        if next(calls) == wanted["at"]:
+        if next(calls) == at:
             harm(fault, factor)
         return add(self, *arguments)
 
@@ -128,21 +94,17 @@ def main(told: str) -> None:
 
     OptimizerStep.add = add_or_be_harmed  # type: ignore[method-assign]  # the fault
     settings = CPOTrainingArgs(
-        iters=wanted["iters"],
+        iters=8,
         batch_size=4,
         gradient_accumulation_steps=3,
         beta=0.3,
         steps_per_report=1,
         steps_per_save=1,
         resume="auto",
-        adapter_file=f"{wanted['folder']}/adapters.safetensors",
+        adapter_file=str(folder / "adapters.safetensors"),
     )
     try:
         train_cpo(add_adapter(build_model()), optimizers.SGD(0.05), build_pairs(12), None, settings, loss_fn=loss)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,7 +1,6 @@
 """One run of the command in which the machine takes something away after a chosen iteration.
 
-Started by tests as ``python -m support.faulty_run FAULT ITERATION ADAPTER_PATH ARGUMENT...``, with the arguments of
-``mlx-cpo train``; ends with the command's exit code.
+``python -m support.faulty_run FAULT ITERATION ADAPTER_PATH CONFIG`` ends with the command's exit code, too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mlx_cpo_plugin.cli import main as command
 from mlx_cpo_plugin.training.reporting import ProgressReporter
 
 # Bytes that still can be had after memory has run out: less than the longest row needs.
-LEFT = 16 * 2**20
+LEFT = 8 * 2**20
 
 
 def limit(kind: int, size: int) -> None:
@@ -46,19 +45,18 @@ FAULTS = {
 }
 
 
-def main() -> int:
-    """Run the command, and return its exit code."""
-    fault, iteration, folder = FAULTS[sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3])
+def main(fault: str, iteration: str, folder: str, config: str) -> int:
+    """Run the command on a configuration, and return its exit code."""
     report_training = ProgressReporter.report_training
 
     def report_then_harm(self: ProgressReporter, at: int, *arguments: Any) -> None:
         report_training(self, at, *arguments)
-        if at == iteration:
-            fault(folder)
+        if at == int(iteration):
+            FAULTS[fault](Path(folder))
 
     ProgressReporter.report_training = report_then_harm  # type: ignore[method-assign]  # the fault
-    return command(["train", *sys.argv[4:]])
+    return command(["train", "--config", config])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -1,7 +1,12 @@
-"""A virtual environment of its own, in which the plugin is installed by pip and taken away again."""
+"""A virtual environment of its own, in which the plugin is installed by pip and taken away again.
+
+Starting the host takes two seconds of a processor, most of it for imports that have nothing to do with it. On Linux a
+process whose start is not what a test is about is a fork of one in which these are done.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +15,9 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -18,6 +25,8 @@ from filelock import FileLock
 PROJECT = Path(__file__).parents[2]
 KINDS = ("wheel", "editable")
 WORKSHOP = "MLX_CPO_TEST_WORKSHOP"
+SECONDS = 120
+FORKING = Path(__file__).with_name("forking_interpreter.py")
 
 HOST_SCRIPT = """\
 #!{python}
@@ -40,7 +49,10 @@ class FreshEnvironment:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.site_packages = folder / "lib" / version / "site-packages"
         self._dependencies = self.site_packages / "borrowed_dependencies.pth"
+        # For a Python that reads no start-up files, and so does not know where to look either.
+        self.search_path = os.pathsep.join([str(self.site_packages), sysconfig.get_path("purelib")])
         self.host_script = folder / "bin" / "mlx_lm_lora.train"
+        self._forking: dict[tuple[str, ...], subprocess.Popen[str]] = {}
         if folder.exists():
             return
         _checked([sys.executable, "-m", "venv", "--without-pip", str(folder)])
@@ -73,7 +85,7 @@ class FreshEnvironment:
         """Every file of the environment but bytecode, which the interpreter writes by itself."""
         return {file for file in self.folder.rglob("*") if file.is_file() and file.suffix != ".pyc"}
 
-    def run(
+    def start(
         self, *command: str | Path, folder: Path | None = None, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command offline in ``folder``, by default an empty one, with further environment variables."""
@@ -84,13 +96,50 @@ class FreshEnvironment:
                 env=_environment(variables),
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=SECONDS,
                 check=False,
             )
 
-    def run_python(self, *arguments: str | Path, folder: Path | None = None, **variables: str) -> str:
-        """Run this environment's Python and return its standard output; a failure fails the test."""
-        ended = self.run(self.python, *arguments, folder=folder, **variables)
+    def run(
+        self, *arguments: str | Path, folder: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Do what :meth:`start` does with this environment's Python and these arguments, on Linux in a fork."""
+        words = [str(word) for word in arguments]
+        if sys.platform != "linux":
+            return self.start(self.python, *words, folder=folder, **variables)
+        flags = list(takewhile(lambda word: word[0] == "-" and word not in ("-c", "-m"), words))
+        process = self._forking_interpreter(flags, variables.get("PYTHONPATH", "") if flags else "")
+        with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as told:
+            streams = [Path(told, name) for name in ("out", "err")]
+            request = {
+                "words": words[len(flags) :],
+                "folder": str(folder or empty),
+                "environment": _environment(variables),
+                "streams": [str(stream) for stream in streams],
+                "seconds": SECONDS,
+            }
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            return subprocess.CompletedProcess(words, code, *(stream.read_text() for stream in streams))
+
+    def _forking_interpreter(self, flags: list[str], path: str) -> Any:
+        """The process that forks where Python has these flags, which is started once."""
+        key = (*flags, path)
+        if key not in self._forking:
+            self._forking[key] = subprocess.Popen(
+                [str(self.python), *flags, str(FORKING)],
+                env=_environment({"LD_PRELOAD": "", "PYTHONPATH": path}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        return self._forking[key]
+
+    def printed(self, *arguments: str | Path, folder: Path | None = None, **variables: str) -> str:
+        """Do what :meth:`run` does and return the standard output; a failure fails the test."""
+        ended = self.run(*arguments, folder=folder, **variables)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 

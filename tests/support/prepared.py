@@ -11,12 +11,18 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from support.tiny import TESTS
+
 _context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    _context.set_forkserver_preload(["mlx_cpo_plugin.cli", "mlx_cpo_plugin.training.trainer", "mlx_lm.utils"])
+    _context.set_forkserver_preload(["support.preloaded"])
 SECONDS = 600  # on a machine that is busy with much else
 
 
@@ -44,6 +50,7 @@ class Prepared:
     def __init__(self, function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> None:
         self._files = [output.with_suffix(suffix) for suffix in (".out", ".err")]
         whole = {**os.environ, **environment}  # as it is now, not as it was when the first of them was prepared
+        _start_server()
         self._process = _context.Process(target=_call, args=(function, arguments, self._files, whole))
         self._process.start()
 
@@ -54,6 +61,15 @@ class Prepared:
         self._process.kill()
         assert code is not None, f"still running: {[file.read_text() for file in self._files]}"
         return Ended(code, *(file.read_text(errors="replace") for file in self._files))
+
+
+@cache
+def _start_server() -> None:
+    """Start the process that forks, which finds ``support`` by the environment alone."""
+    if sys.platform == "linux":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(TESTS))
+            forkserver.ensure_running()
 
 
 def run_module(name: str, *words: str) -> None:

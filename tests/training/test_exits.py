@@ -36,6 +36,7 @@ MODULES = (
 )
 # They only look something up, many times.
 LOOK_UPS = {"iteration", "run", "state", "_describe", "_fault", "_hash", "_read", "_seconds", "_tree", "checkpoints_in"}
+LOOK_UPS |= {"figure"}
 # They are called once more when a run is over, to undo things.
 ENDS = {"saved_on_failure", "out_of_memory_explained", "training_environment", "stop_requests"}
 Arrays = dict[str, np.ndarray]
@@ -140,11 +141,13 @@ def points_of_a_run(folder: Path) -> list[str]:
     return points.passed
 
 
-def each_point(tmp_path: Path, make_strike: Callable[[], Strike], every: int) -> Iterator[tuple[Path, Points]]:
-    """Let every point of a run be struck, or every so many, each in a folder of its own."""
+def each_point(
+    tmp_path: Path, make_strike: Callable[[], Strike], first: int, every: int
+) -> Iterator[tuple[Path, Points]]:
+    """Let every so many points of a run, from a first one on, be struck, each in a folder of its own."""
     total = len(points_of_a_run(tmp_path / "counted"))
     assert total > 100
-    for strike_at in range(1, total + 1, every):
+    for strike_at in range(first, total + 1, every):
         yield tmp_path / str(strike_at), Points(strike_at, make_strike())
 
 
@@ -153,18 +156,18 @@ def named_checkpoints(text: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("number", "every"),
+    ("number", "first", "every"),
     [
-        (signal.SIGINT, 61),
-        (signal.SIGHUP, 71),
-        (signal.SIGTERM, 7),
+        (signal.SIGINT, 1, 61),
+        (signal.SIGHUP, 31, 71),
+        (signal.SIGTERM, 1, 11),
     ],
 )
 @pytest.mark.slow
 def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
-    number: signal.Signals, every: int, tmp_path: Path, uninterrupted: Arrays
+    number: signal.Signals, first: int, every: int, tmp_path: Path, uninterrupted: Arrays
 ) -> None:
-    for folder, points in each_point(tmp_path, lambda: lambda: signal.raise_signal(number), every):
+    for folder, points in each_point(tmp_path, lambda: lambda: signal.raise_signal(number), first, every):
         with points.watched(), pytest.raises(StoppedError) as stopped:
             train(folder)
 
@@ -184,18 +187,23 @@ def test_a_signal_at_any_point_stops_the_run_which_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("error", "every"),
+    ("error", "first", "every"),
     [
-        (MemoryError(), 7),
-        (RuntimeError("[metal::malloc] Unable to allocate"), 61),
-        (LookupError("a fault"), 71),
+        (MemoryError(), 6, 11),  # between the points of SIGTERM
+        (RuntimeError("[metal::malloc] Unable to allocate"), 11, 61),
+        (LookupError("a fault"), 41, 71),
     ],
 )
 @pytest.mark.slow
 def test_an_error_at_any_point_leaves_what_was_done_and_the_run_goes_on_to_the_same_bits(
-    error: Exception, every: int, tmp_path: Path, uninterrupted: Arrays, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    first: int,
+    every: int,
+    tmp_path: Path,
+    uninterrupted: Arrays,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for folder, points in each_point(tmp_path, lambda: raising(error), every):
+    for folder, points in each_point(tmp_path, lambda: raising(error), first, every):
         with points.watched(), pytest.raises((TrainingError, LookupError)) as ended:
             train(folder)
 

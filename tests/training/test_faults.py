@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import faulty_run
+from support.prepared import Ended, Prepared
 from support.tiny import TESTS, preference_rows, saved_arrays
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
@@ -35,7 +37,7 @@ SENTENCES = {
 def long_run(settings: Settings) -> Settings:
     """Settings of a run that comes to a row far longer than the others after the iteration of the fault."""
     rows = preference_rows(ROWS)
-    rows[0]["chosen"] = "There are many apples. " * 300
+    rows[0]["chosen"] = "There are many apples. " * 150
     (Path(settings["data"]) / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
 
     def turn_of_the_long_row(seed: int) -> int:
@@ -52,17 +54,25 @@ def short_run(settings: Settings) -> Settings:
     return settings | {"batch_size": 1, "iters": AT + 3, "save_every": 2}
 
 
-def harmed(fault: str, settings: Settings, folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def whole_runs() -> list[dict[str, bytes]]:
+    """The adapter of a short run without a fault, once one was trained."""
+    return []
+
+
+def harmed(fault: str, settings: Settings, folder: Path) -> Ended:
     """Run the command until the fault ends it."""
     config = folder / "config.json"  # which is YAML, too
     config.write_text(json.dumps(settings))
-    arguments = [fault, str(AT), settings["adapter_path"], "--config", str(config)]
-    command = [sys.executable, "-m", "support.faulty_run", *arguments]
-    if os.geteuid() == 0 and fault == "read_only":  # permissions do not bind a superuser who has this capability
-        if shutil.which("setpriv") is None:
-            pytest.skip("needs setpriv to run as a superuser whom permissions bind")
-        command = ["setpriv", "--bounding-set=-dac_override", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=TESTS)
+    arguments = [fault, str(AT), settings["adapter_path"], str(config)]
+    if os.geteuid() != 0 or fault != "read_only":
+        return Prepared(faulty_run.main, *arguments, output=folder / "told").ended()
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv to run as a superuser whom permissions bind")
+    # Permissions do not bind a superuser who has this capability.
+    command = ["setpriv", "--bounding-set=-dac_override", sys.executable, "-m", "support.faulty_run", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=TESTS)
+    return Ended(process.returncode, process.stdout, process.stderr)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process")
@@ -75,8 +85,8 @@ def test_memory_that_ends_on_a_cpu_was_warned_of_and_costs_nothing_that_was_done
 
     ended = harmed("out_of_memory", settings | {"adapter_path": str(broken)}, tmp_path)
 
-    assert ended.returncode < 0, ended.stdout  # MLX ends the process where a CPU has no memory
-    (warning,) = [line for line in ended.stdout.splitlines() if line.startswith("Warning: ")]
+    assert ended.code < 0, ended.printed  # MLX ends the process where a CPU has no memory
+    (warning,) = [line for line in ended.printed.splitlines() if line.startswith("Warning: ")]
     assert "GB are free; if the process ends here without a word, lower max_seq_length" in warning
     done = int(re.findall(r"Step (\d+)", warning)[0]) - 1
     assert read_checkpoint(broken / "checkpoints" / f"{done:07d}").iteration == done > AT
@@ -87,16 +97,18 @@ def test_memory_that_ends_on_a_cpu_was_warned_of_and_costs_nothing_that_was_done
 @pytest.mark.parametrize("fault", list(SENTENCES))
 @pytest.mark.slow
 def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
-    fault: str, short_run: Settings, run_main: RunMain, tmp_path: Path
+    fault: str, short_run: Settings, run_main: RunMain, tmp_path: Path, whole_runs: list[dict[str, bytes]]
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_main(short_run | {"adapter_path": str(whole)})
+    broken = tmp_path / "broken"
+    if not whole_runs:
+        run_main(short_run | {"adapter_path": str(tmp_path / "whole")})
+        whole_runs.append(saved_arrays(tmp_path / "whole" / "adapters.safetensors"))
 
     ended = harmed(fault, short_run | {"adapter_path": str(broken)}, tmp_path)
 
-    assert ended.returncode == 2, ended.stderr
-    assert "Traceback" not in ended.stderr
-    (sentence,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.code == 2, ended.told
+    assert "Traceback" not in ended.told
+    (sentence,) = ended.errors
     assert SENTENCES[fault] in sentence
     newest = max(path for path in (broken / "checkpoints").iterdir() if path.name.isdecimal())
     assert read_checkpoint(newest).iteration >= AT - 1
@@ -104,4 +116,4 @@ def test_a_fault_is_one_sentence_and_the_last_checkpoint_goes_on_to_the_bit(
     for folder in (broken, broken / "checkpoints"):
         folder.chmod(0o755)
     run_main(short_run | {"adapter_path": str(broken), "resume": "auto"})
-    assert saved_arrays(broken / "adapters.safetensors") == saved_arrays(whole / "adapters.safetensors")
+    assert saved_arrays(broken / "adapters.safetensors") == whole_runs[0]

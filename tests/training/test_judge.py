@@ -119,11 +119,7 @@ def test_values_stand_in_the_order_of_the_pairs_however_they_were_grouped() -> N
 
 
 def test_a_run_that_gets_worse_says_so_once_and_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swapped = [
-        PreferencePair(own.prompt, own.rejected, own.chosen, own.rejected_scored, own.chosen_scored)
-        for own in build_pairs(24)
-    ]
-    reports = run(tmp_path, swapped, rate=0.01, iters=96, steps_per_eval=48)
+    reports = run(tmp_path, contrary(build_pairs(24)), rate=0.01, iters=96, steps_per_eval=48)
 
     printed = capsys.readouterr().out
     assert [report.get("val_verdict") for report in reports] == [None, -1, -1]

@@ -17,10 +17,12 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_tokenizer
 from support.refusals import refused
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
 from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.demo.run import DEMO_DIR
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import resolve
@@ -267,17 +269,29 @@ def add_outlier_channels(model: nn.Module) -> None:
                 linear.weight = linear.weight * factors
 
 
-def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 0) -> tuple[float, float]:
-    """Train the demo model on 32 of its rows; return the loss on 20 held-out ones before and after quantisation.
+@pytest.fixture(scope="module")
+def demo_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """32 rows of the demo to train on, and 20 that are held out."""
+    folder = tmp_path_factory.mktemp("demo")
+    for split, count in (("train", 32), ("valid", 20)):
+        lines = (DEMO_DIR / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        (folder / f"{split}.jsonl").write_text("\n".join(lines[:count]), encoding="utf-8")
+    settings = resolve({"train_mode": "cpo", "train": True, "data": str(folder)}).settings
+    train, valid, _ = load_dataset(settings, load_tokenizer(DEMO_DIR / "model"))
+    return list(train), list(valid)
+
+
+def held_out_losses(
+    train_type: str, qat: bool, adapter_file: Path, pairs: tuple[list[PreferencePair], list[PreferencePair]]
+) -> tuple[float, float]:
+    """Train the demo model; return the loss on held-out rows before and after quantisation.
 
     Quantised are all linear layers, fused, to 3 bits in groups of 64; QAT is at the same bits and group size.
     """
     bits, group_size, iters = 3, 64, 30
-    mx.random.seed(seed)
-    model, tokenizer = load(str(DEMO_DIR / "model"))
-    train, valid, _ = load_dataset(
-        resolve({"train_mode": "cpo", "train": True, "data": str(DEMO_DIR / "data")}).settings, tokenizer
-    )
+    mx.random.seed(0)
+    model, _ = load(str(DEMO_DIR / "model"))
+    train, valid = pairs
     add_outlier_channels(model)
     if train_type == "lora":
         model.freeze()
@@ -287,7 +301,7 @@ def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 
         batch_size=4,
         beta=0.1,
         scoring="plain",
-        seed=seed,
+        seed=0,
         qat_enable=qat,
         qat_bits=bits,
         qat_group_size=group_size,
@@ -296,9 +310,9 @@ def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 
     )
 
     def loss() -> float:
-        return evaluate_cpo(model, valid[:20], 20, -1, args.beta, args.delta, 2048, args.loss_type, scoring="plain")[0]
+        return evaluate_cpo(model, valid, 20, -1, args.beta, args.delta, 2048, args.loss_type, scoring="plain")[0]
 
-    train_cpo(model, optimizers.Adam(optimizers.cosine_decay(5e-4, iters)), train[:32], args=args)
+    train_cpo(model, optimizers.Adam(optimizers.cosine_decay(5e-4, iters)), train, args=args)
     fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
     model.update_modules(tree_unflatten(fused))
     before = loss()
@@ -308,9 +322,11 @@ def held_out_losses(train_type: str, qat: bool, adapter_file: Path, seed: int = 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 @pytest.mark.slow
-def test_qat_lowers_the_loss_of_the_really_quantised_model(train_type: str, tmp_path: Path) -> None:
-    _, with_qat = held_out_losses(train_type, True, tmp_path / "adapters.safetensors")
-    unquantised, without = held_out_losses(train_type, False, tmp_path / "adapters.safetensors")
+def test_qat_lowers_the_loss_of_the_really_quantised_model(
+    train_type: str, tmp_path: Path, demo_pairs: tuple[list[PreferencePair], list[PreferencePair]]
+) -> None:
+    _, with_qat = held_out_losses(train_type, True, tmp_path / "adapters.safetensors", demo_pairs)
+    unquantised, without = held_out_losses(train_type, False, tmp_path / "adapters.safetensors", demo_pairs)
 
     # Training went well without QAT, too: it is quantisation that breaks its result.
     assert unquantised < 0.1 * without

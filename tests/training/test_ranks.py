@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from support.faulty_ranks import ended, prepared, start_training, train, train_as_configured
+from support.faulty_ranks import prepared, train, train_as_configured
 from support.tiny import saved_arrays
 
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
@@ -94,18 +94,12 @@ def test_the_end_of_a_rank_goes_round_the_ring(tmp_path: Path, ranks: int) -> No
 
 
 def test_a_stop_is_agreed_on_and_no_loss_of_a_rank(tmp_path: Path) -> None:
-    processes = start_training(tmp_path, iters=100_000)
-    assert processes[0].stdout is not None
-    while "Iter 3: loss" not in processes[0].stdout.readline():
-        pass
-    processes[1].send_signal(signal.SIGTERM)
-
-    run = ended(processes)
+    run = train(tmp_path, faults={1: "stopped"})
 
     assert [rank.code for rank in run] == [128 + signal.SIGTERM] * 2
     for rank in run:
         (sentence,) = rank.errors
-        assert sentence.startswith("error: stopped after iteration")
+        assert sentence.startswith("error: stopped after iteration 5,")
 
 
 def test_a_stop_that_is_asked_for_while_ranks_agree_counts_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:

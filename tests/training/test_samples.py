@@ -82,8 +82,9 @@ class Trained:
 
 
 @pytest.fixture(autouse=True)
-def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_answers_and_time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "SECONDS", 1e9)
+    monkeypatch.setattr(samples, "MOST_TOKENS", 12)
 
 
 @pytest.fixture
