@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
+pytest.importorskip("support.gradio_import", reason="needs the extra 'studio'")
 
 from mlx_cpo_plugin.studio.chat import BothModels
 from mlx_cpo_plugin.studio.chat_tab import NOTHING, Chat, Chats, asked_of

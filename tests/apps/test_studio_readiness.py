@@ -12,7 +12,7 @@ import yaml
 from support.tiny import preference_rows
 
 pytest.importorskip("ruamel.yaml", reason="needs the extra 'studio'")
-pytest.importorskip("gradio", reason="needs the extra 'studio'")
+pytest.importorskip("support.gradio_import", reason="needs the extra 'studio'")
 
 from huggingface_hub import constants
 
