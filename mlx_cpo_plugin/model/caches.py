@@ -114,13 +114,13 @@ def can_be_padded(caches: Sequence[Any]) -> bool:
 
 def cache_arrays(caches: Sequence[Any]) -> list[mx.array]:
     """Return every array that the caches hold."""
-    held = [leaf.cache if isinstance(leaf, ArraysCache) else (leaf.keys, leaf.values) for leaf in _leaves(caches)]
+    held = [leaf.cache if isinstance(leaf, ArraysCache) else (leaf.keys, leaf.values) for leaf in leaves(caches)]
     return [array for arrays in held for array in arrays if array is not None]
 
 
 def set_state(caches: Sequence[Any], like: Sequence[Any], arrays: Iterator[mx.array]) -> None:
     """Let ``caches`` hold ``arrays``, in the order that :func:`cache_arrays` gives those of ``like``."""
-    for cache, other in zip(_leaves(caches), _leaves(like), strict=True):
+    for cache, other in zip(leaves(caches), leaves(like), strict=True):
         if isinstance(cache, ArraysCache):
             cache.cache = [state if state is None else next(arrays) for state in other.cache]
         else:
@@ -142,16 +142,6 @@ def repeated(caches: Sequence[Any], rows: int) -> list[Any]:
     return forked(caches, iter([mx.broadcast_to(array, (rows, *array.shape[1:])) for array in cache_arrays(caches)]))
 
 
-def prefix_views(caches: Sequence[Any], start: Sequence[Any]) -> list[Any]:
-    """Return what ``start`` holds, with keys and values as views of those that ``caches`` hold by now."""
-    views = forked(start)
-    for view, cache in zip(_leaves(views), _leaves(caches), strict=True):
-        if isinstance(view, SegmentCache) and view.offset:
-            end = view.offset
-            view.keys, view.values = cache.keys[:, :, :end], cache.values[:, :, :end]
-    return views
-
-
 def continued(caches: Sequence[SegmentCache], lengths: mx.array, sides: int) -> list[PaddedCache]:
     """Return caches for ``sides`` times as many rows, all of the first side before all of the next.
 
@@ -166,10 +156,11 @@ def continued(caches: Sequence[SegmentCache], lengths: mx.array, sides: int) -> 
     return result
 
 
-def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
+def leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    """Yield the caches that are no lists of caches."""
     for cache in caches:
         if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
+            yield from leaves(cache.caches)
         else:
             yield cache
 

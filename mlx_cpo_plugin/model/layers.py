@@ -13,6 +13,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.kernels.operations import BITS, Weight
+from mlx_cpo_plugin.parameters import by_name
 
 Call = Callable[..., Any]
 
@@ -65,6 +66,14 @@ def kernel_weight(module: nn.Module) -> Weight | None:
 def linear_layers(layer: nn.Module) -> list[nn.Module]:
     """Return the linear layers inside a layer, quantised or not."""
     return [module for module in layer.modules() if isinstance(module, LINEAR)]
+
+
+def first_trained_layer(model: nn.Module) -> int:
+    """Return the number of the first layer that is trained, or that comes after what is."""
+    trained = [len(by_name(layer.trainable_parameters())) for layer in model.layers]
+    if sum(trained) < len(by_name(model.trainable_parameters())):
+        return 0
+    return next((number for number, parameters in enumerate(trained) if parameters), 0)
 
 
 def is_half(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_cpo_plugin.device import current_device, device_memory
 from mlx_cpo_plugin.kernels import library
-from mlx_cpo_plugin.model.layers import LINEAR, linear_layers, widths
+from mlx_cpo_plugin.model.layers import LINEAR, first_trained_layer, linear_layers, widths
 from mlx_cpo_plugin.parameters import by_name
 
 # Share of the memory that is free after loading the model which the activations of a pass may take.
@@ -39,10 +39,7 @@ def kept_bytes_of_layers(model: nn.Module) -> list[int]:
         + (not lean) * GELU_KEEPS * size * max((widths(module)[1] for module in linear_layers(layer)), default=0)
         for layer in model.layers
     ]
-    trained = [len(by_name(layer.trainable_parameters())) for layer in model.layers]
-    if sum(trained) < len(by_name(model.trainable_parameters())):  # an embedding, too
-        return kept
-    first = next((number for number, parameters in enumerate(trained) if parameters), 0)
+    first = first_trained_layer(model)
     return [0] * first + kept[first:]
 
 

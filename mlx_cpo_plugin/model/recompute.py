@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.model.caches import cache_arrays, forked, is_cache, set_state
+from mlx_cpo_plugin.model.caches import cache_arrays, forked, is_cache, leaves, set_state
 from mlx_cpo_plugin.model.layers import Call, overridden_calls
+from mlx_cpo_plugin.model.remembered import WrittenCache
 
 
 @contextmanager
@@ -46,9 +47,16 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
         keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32) if dropouts else None
         after: list[Any] = []
 
-        def inner(parameters: Any, inputs: list[mx.array], remembered: list[mx.array]) -> tuple[Any, list[mx.array]]:
+        def give_keys() -> None:
             if keys is not None:
                 dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
+
+        if any(isinstance(leaf, WrittenCache) for leaf in leaves(caches)):  # for a gradient that is to come
+            give_keys()
+            return original(layer, *args, **kwargs)
+
+        def inner(parameters: Any, inputs: list[mx.array], remembered: list[mx.array]) -> tuple[Any, list[mx.array]]:
+            give_keys()
             layer.update(parameters)
             forks = forked(before, iter(remembered))
             standing_in = dict(zip(map(id, caches), forks, strict=True))

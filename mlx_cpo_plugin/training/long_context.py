@@ -1,4 +1,4 @@
-"""The exact gradient of long pairs, segment by segment: memory grows with a segment, not with the pair.
+"""The exact gradient of long pairs, segment by segment: memory grows with a segment, and by keys and values alone.
 
 A first pass without gradient remembers keys and values. Then each segment, from the last to the first, is computed
 again from what came before it, and its vector-Jacobian product turns the gradient with respect to what later tokens
@@ -8,7 +8,7 @@ remembered of it into that with respect to the parameters and to what it remembe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +16,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.caches import cache_arrays, forked, fresh_caches, prefix_views
+from mlx_cpo_plugin.model.caches import cache_arrays, can_be_padded, forked, fresh_caches
 from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.model.remembered import State, go_back, read_from, state_of, with_room
 from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, pieces, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.parameters import by_name
@@ -31,18 +32,24 @@ from mlx_cpo_plugin.training.gradient_methods import (
 )
 from mlx_cpo_plugin.training.objective import Objective
 
+# An answer's last segment is computed once more, to be remembered like the others, where the prefix has so many times
+# its tokens: appending it to them would take their memory once more.
+FAR = 8
+
 
 @dataclass(frozen=True)
 class Chain:
-    """Consecutive segments, what is remembered at the start of each, and the seed that each is computed with."""
+    """Consecutive segments, where each starts in what is remembered, and the seed that it is computed with.
+
+    Attributes:
+        logps, logits: sums over the scored tokens of those that were computed for them, float32 [].
+    """
 
     segments: list[Segment]
-    starts: list[list[object]]
+    starts: list[State]
     seeds: list[int]
-
-    def seen_in(self, caches: list[object]) -> Chain:
-        """Return the chain with keys and values that are views of those of ``caches``, which hold the same tokens."""
-        return replace(self, starts=[prefix_views(caches, start) for start in self.starts])
+    logps: mx.array
+    logits: mx.array
 
 
 @dataclass(frozen=True)
@@ -89,90 +96,106 @@ class SegmentGradients:
 
     def of_pair(self, split: SplitPair, step: StepTotals) -> PairGradients:
         """Return loss, scores and gradient of one pair."""
-        end = fresh_caches(self.model)
-        prefix, prefix_logps, prefix_logits = self._remember_prefix(split.prefix, end)
-        sides = []
-        for side in (split.chosen, split.rejected):
-            answer = self._remember_start(side, forked(end))
-            # The answer's keys and values begin with those of the prefix, which are not to be held twice.
-            prefix, end = prefix.seen_in(answer.starts[-1]), prefix_views(answer.starts[-1], end)
-            sides.append(self._gradient(answer, mx.array(1.0)))
-        logps = [(prefix_logps + side.logps).reshape(1) for side in sides]
-        logits = [(prefix_logits + side.logits).reshape(1) for side in sides]
+        before = [] if split.prefix is None else pieces(split.prefix, self.step_size)
+        sides = [pieces(side, self.step_size) for side in (split.chosen, split.rejected)]
+        caches, start = fresh_caches(self.model), sum(map(len, before))
+        is_far = can_be_padded(caches) and start >= FAR * max(len(segments[-1]) for segments in sides)
+        remembered = [len(segments) if is_far else len(segments) - 1 for segments in sides]
+        rest = max(sum(map(len, segments[:count])) for segments, count in zip(sides, remembered, strict=True))
+        caches = with_room(caches, start + rest)
+
+        prefix = self._remember(before, len(before), caches)
+        end = state_of(caches)
+        chosen = self._gradient(self._remember(sides[0], remembered[0], caches, scored=False), caches, mx.array(1.0))
+        go_back(caches, end)
+        chain = self._remember(sides[1], remembered[1], caches, scored=is_far)
+        rejected = chain if is_far else self._gradient(chain, caches, mx.array(1.0))
+
+        columns = [(prefix.logps + side.logps, prefix.logits + side.logits) for side in (chosen, rejected)]
+        logps, logits = zip(*columns, strict=True)
         counts = [mx.array([float(count)]) for count in split.token_counts]
-        losses, scores, slopes = loss_grads_wrt_logps(self.objective, AnswerScores(*logps, *logits, *counts), step)
+        sums = AnswerScores(*(column.reshape(1) for column in (*logps, *logits)), *counts)
+        losses, scores, slopes = loss_grads_wrt_logps(self.objective, sums, step)
 
-        before = self._gradient(
-            prefix,
-            (slopes[0] + slopes[1]).reshape(()),
-            [
+        if isinstance(rejected, ChainGradient):
+            answers = weighted_sum(slopes, chosen.grad_parameters, rejected.grad_parameters)
+            grad_end = [
                 (slopes[0] * x + slopes[1] * y).astype(x.dtype)
-                for x, y in zip(*(side.taken_grad_start() for side in sides), strict=True)
-            ],
-        )
-        answers = weighted_sum(slopes, sides[0].grad_parameters, sides[1].grad_parameters)
-        return PairGradients(losses, scores, {**answers, **added(answers, before.grad_parameters)})
+                for x, y in zip(chosen.taken_grad_start(), rejected.taken_grad_start(), strict=True)
+            ]
+        else:  # with its slope known, the gradient is added to that of the other answer layer by layer
+            length = start + sum(map(len, chain.segments))
+            scaled = [_extended((slopes[0] * x).astype(x.dtype), length) for x in chosen.taken_grad_start()]
+            both = self._gradient(chain, caches, slopes[1].reshape(()), scaled)
+            answers = weighted_sum((slopes[0], mx.array(1.0)), chosen.grad_parameters, both.grad_parameters)
+            grad_end = both.taken_grad_start()
+        whole = self._gradient(prefix, caches, (slopes[0] + slopes[1]).reshape(()), grad_end)
+        return PairGradients(losses, scores, {**answers, **added(answers, whole.grad_parameters)})
 
-    def _remember_prefix(self, whole: Segment | None, caches: list[object]) -> tuple[Chain, mx.array, mx.array]:
-        """Run the prefix through ``caches``; return its chain, and the sums over its scored tokens."""
-        segments = pieces(whole, self.step_size) if whole is not None else []
+    def _remember(self, segments: list[Segment], count: int, caches: list[object], scored: bool = True) -> Chain:
+        """Run the first ``count`` segments through ``caches``, and sum over their scored tokens if wanted."""
+        starts, seeds = [], [_drawn_seed() for _ in segments]
         logps, logits = mx.array(0.0), mx.array(0.0)
-        chain = Chain(segments, [], [_drawn_seed() for _ in segments])
-        for segment, seed in zip(segments, chain.seeds, strict=True):
-            chain.starts.append(forked(caches))
+        for number, (segment, seed) in enumerate(zip(segments, seeds, strict=True)):
+            starts.append(state_of(caches))
+            if number == count:
+                break
             mx.random.seed(seed)
-            segment_logps, segment_logits = self.scorer.segment_sums(segment, caches, differentiate=False)
-            logps, logits = logps + segment_logps, logits + segment_logits
-            chain = chain.seen_in(caches)  # each start would keep all keys and values before it
+            if scored:
+                sums = self.scorer.segment_sums(segment, caches, differentiate=False)
+                logps, logits = logps + sums[0], logits + sums[1]
+            else:
+                self.scorer.split.hidden(mx.array(segment.inputs), caches)
             mx.eval(logps, logits, cache_arrays(caches))
-        return chain, logps, logits
+        return Chain(segments, starts, seeds, logps, logits)
 
-    def _remember_start(self, whole: Segment, caches: list[object]) -> Chain:
-        """Run all but the last segment of an answer through ``caches``."""
-        segments = pieces(whole, self.step_size)
-        chain = Chain(segments, [forked(caches)], [_drawn_seed() for _ in segments])
-        for segment, seed in zip(segments[:-1], chain.seeds, strict=False):
-            mx.random.seed(seed)
-            self.scorer.split.hidden(mx.array(segment.inputs), caches)
-            chain.starts.append(forked(caches))
-            chain = chain.seen_in(caches)
-            mx.eval(cache_arrays(caches))
-        return chain
-
-    def _gradient(self, chain: Chain, slope: mx.array, grad_end: list[mx.array] | None = None) -> ChainGradient:
+    def _gradient(
+        self, chain: Chain, caches: list[object], slope: mx.array, grad_end: list[mx.array] | None = None
+    ) -> ChainGradient:
         """Return the gradient of ``slope`` times the chain's log-prob, and what flows on from later chains.
 
         Args:
-            grad_end: gradient with respect to what is remembered at the chain's end; ``None``: nothing comes after it.
+            caches: hold the chain's text, but for a last segment that was not remembered.
+            grad_end: gradient with respect to what is remembered at the chain's end, which is used up; ``None``:
+                nothing comes after it.
         """
         trainable = by_name(self.model.trainable_parameters())
-        names, parameters = list(trainable), list(trainable.values())
         logps, logits = mx.array(0.0), mx.array(0.0)
         total: Gradient | None = None
-        goes_on = grad_end is not None
         for segment, start, seed in reversed(list(zip(chain.segments, chain.starts, chain.seeds, strict=True))):
             mx.random.seed(seed)  # dropout has to be that of the first pass
-
-            def forward(
-                *inputs: mx.array,
-                segment: Segment = segment,
-                start: list[object] = start,
-                goes_on: bool = goes_on,
-            ) -> list[mx.array]:
-                self.model.update(tree_unflatten(list(zip(names, inputs, strict=False))))
-                caches = forked(start, iter(inputs[len(names) :]))
-                sums = self.scorer.segment_sums(segment, caches, differentiate=True)
-                return [*sums, *(cache_arrays(caches) if goes_on else [])]
-
-            cotangents = [slope, mx.array(0.0), *(grad_end or [])]
-            sums, grads = mx.vjp(forward, [*parameters, *cache_arrays(start)], cotangents)
+            sums, gradient, grad_end = self._vjp(segment, read_from(caches, start, self.model), slope, grad_end)
             logps, logits = logps + sums[0], logits + sums[1]
-            total = added(total, dict(zip(names, grads, strict=False)))
-            grad_end, goes_on = grads[len(names) :], True
-            del sums, cotangents  # so that MLX frees keys, values and their gradients layer by layer
+            total = added(total, gradient)
+            del sums, gradient  # so that MLX frees gradients of keys and values layer by layer
             mx.eval(logps, logits, total, grad_end)
-        self.model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+        self.model.update(tree_unflatten(list(trainable.items())))
         return ChainGradient(logps, logits, total or {}, grad_end or [])
+
+    def _vjp(
+        self, segment: Segment, caches: list[object], slope: mx.array, grad_end: list[mx.array] | None
+    ) -> tuple[list[mx.array], Gradient, list[mx.array]]:
+        """Return the sums over a segment's scored tokens, and gradients w.r.t. parameters and what came before."""
+        trainable = by_name(self.model.trainable_parameters())
+        names, goes_on = list(trainable), grad_end is not None
+
+        def forward(*inputs: mx.array) -> list[mx.array]:
+            self.model.update(tree_unflatten(list(zip(names, inputs, strict=False))))
+            read = forked(caches, iter(inputs[len(names) :]))
+            sums = self.scorer.segment_sums(segment, read, differentiate=True)
+            return [*sums, *(cache_arrays(read) if goes_on else [])]
+
+        cotangents = [slope, mx.array(0.0), *(grad_end or [])]
+        if grad_end is not None:
+            grad_end.clear()
+        sums, grads = mx.vjp(forward, [*trainable.values(), *cache_arrays(caches)], cotangents)
+        self.model.update(tree_unflatten(list(trainable.items())))
+        return sums[:2], dict(zip(names, grads, strict=False)), grads[len(names) :]
+
+
+def _extended(gradient: mx.array, length: int) -> mx.array:
+    """Return the gradient of keys or values with zeros for the tokens up to ``length``."""
+    return mx.pad(gradient, [(0, 0), (0, 0), (0, length - gradient.shape[2]), (0, 0)])
 
 
 def _drawn_seed() -> int:
