@@ -16,6 +16,8 @@ from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
 
 QUERY_BLOCK = 128
+# Where keys are many a block has fewer queries, so that it has no more scores than this.
+MOST_SCORES, FEWEST_QUERIES = 2**25, 16
 # Below this many scores they are kept: starting the operations that compute them again would cost more.
 FEWEST_SCORES = 2**16
 
@@ -125,9 +127,9 @@ class _Block:
 
 
 def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = None) -> list[_Block]:
-    """Cut the queries into blocks of ``size``, by default :data:`QUERY_BLOCK`."""
-    size = size or QUERY_BLOCK
+    """Cut the queries into blocks of ``size``, by default :func:`query_block`."""
     count, total = queries.shape[2], keys.shape[2]
+    size = size or query_block(queries.shape[0] * queries.shape[1] * total)
     offset = total - count
     blocks = []
     for start in range(0, count, size):
@@ -140,6 +142,11 @@ def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = No
             part = mask[..., start:stop, :] if mask.shape[-2] > 1 else mask
         blocks.append(_Block(start, stop, visible, keys.shape[1], _added_mask(part)))
     return blocks
+
+
+def query_block(scores: int) -> int:
+    """Return how many queries a block has, of so many scores each in all rows and heads."""
+    return max(FEWEST_QUERIES, min(QUERY_BLOCK, MOST_SCORES // scores))
 
 
 def _added_mask(mask: mx.array | None) -> mx.array | None:

@@ -15,7 +15,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import current_device, device_memory, free_memory
 from mlx_cpo_plugin.errors import LOWER_THESE
 from mlx_cpo_plugin.kernels import library
-from mlx_cpo_plugin.model.attention import QUERY_BLOCK
+from mlx_cpo_plugin.model.attention import query_block
 from mlx_cpo_plugin.model.buckets import Grouping
 from mlx_cpo_plugin.model.layers import LINEAR, is_half, linear_layers, widths
 from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers
@@ -23,6 +23,7 @@ from mlx_cpo_plugin.model.products import widened_bytes
 from mlx_cpo_plugin.model.shared_prompt import can_batch_sides
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.long_context import FAR
 from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
 
 # An estimate that is off by this factor, and by this share of the device's memory, is corrected on the console.
@@ -31,6 +32,8 @@ FAR_OFF, SHARE_OF_DEVICE = 1.25, 0.02
 CORRECTING = ("first", "second")
 # Scores of a block of queries, and what their gradient is computed from.
 _SCORES_AT_A_TIME = 9
+# Keys and values of a layer, the gradient that arrives, that of its attention, and their sum.
+_COPIES_OF_LAYER = 3
 # What attention layers of mlx_lm call the number of their heads.
 _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 
@@ -77,8 +80,9 @@ class MemoryEstimate:
         keys = [module for name, module in model.named_modules() if re.search(r"\.[kv]_proj(\.linear)?$", name)]
         # MLX takes the memory of several blocks of attention scores before the first is done; the kernels keep none.
         heads = max(getattr(module, name, 0) for module in model.modules() for name in _HEADS)
-        self.scores_of_query = 0 if kernels else _SCORES_AT_A_TIME * 4 * heads
+        self.heads = 0 if kernels else heads
         self.keys_by_token = size * sum(widths(module)[1] for module in keys if isinstance(module, LINEAR))
+        self.layers = len(kept)
         # Logits, their softmax and their gradient.
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
         self.logits_by_token = 3 * size * max((len(module.weight) for module in embeddings), default=0)
@@ -180,10 +184,14 @@ class MemoryEstimate:
         if pair.length <= step_size and can_batch_sides(*sides):
             tokens = len(pair.prompt) + 2 * max(sides)
             return max(tokens, min(self.grouping.budget, pairs * tokens)) * self.by_token
-        # Keys and values, their gradients for one answer, for both, and what is being added to them.
+        # Keys and values and their gradient, of which those of a layer are there a few times while it is computed; near
+        # the start also what is appended to them, and the gradient of the other answer.
         queries = min(step_size, max(len(pair.prompt), *sides))
-        by_length = 4 * self.keys_by_token + min(queries, QUERY_BLOCK) * self.scores_of_query
-        return queries * self.by_token + pair.length * by_length
+        is_far = len(pair.prompt) >= FAR * min(step_size, max(sides))
+        copies = 2 + _COPIES_OF_LAYER / self.layers if is_far else 4
+        scores = self.heads * pair.length
+        blocks = _SCORES_AT_A_TIME * 4 * scores * min(queries, query_block(scores)) if scores else 0
+        return queries * self.by_token + pair.length * copies * self.keys_by_token + blocks
 
 
 def _gigabytes(size: float) -> str:
