@@ -17,7 +17,7 @@ from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_
 
 QUERY_BLOCK = 128
 # Where keys are many a block has fewer queries, so that it has no more scores than this.
-MOST_SCORES, FEWEST_QUERIES = 2**25, 16
+MOST_SCORES, FEWEST_QUERIES = 2**25, 8
 # Below this many scores they are kept: starting the operations that compute them again would cost more.
 FEWEST_SCORES = 2**16
 

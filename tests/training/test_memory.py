@@ -175,7 +175,7 @@ def test_kernels_hold_neither_scores_of_attention_nor_weights_that_are_widened()
 
     assert widened_bytes(model) > 0
     assert without.constant - with_kernels.constant == widened_bytes(model)
-    assert without.scores_of_query > with_kernels.scores_of_query == 0
+    assert without.heads > with_kernels.heads == 0
     assert without.widening > with_kernels.widening == 0
 
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_checked_has_the_kernels_that_it_would_have(
 
     estimate = memory_estimate_of(unevaluated_model(settings), settings, pairs_of(20, 5, 5))
 
-    assert (estimate.scores_of_query == 0) is not qat_enable
+    assert (estimate.heads == 0) is not qat_enable
     assert not library.in_use()
 
 
