@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.types import Values
 
-SECONDS_BETWEEN_STEPS = 1.0
+SECONDS_BETWEEN_STEPS = 2.0
+_SO_MANY = re.compile(r"\b(\d+) of (\d+)\b")
 
 
 class ChildError(UserError):
@@ -47,8 +49,11 @@ class Step(NamedTuple):
     def html(self, title: str) -> str:
         """Return it as a piece of the page."""
         said = f": {escape(self.line)}" if self.line else " …"
+        found = _SO_MANY.search(self.line)
+        # A bar that only moves, because nobody knows how far it is, keeps a browser busy all the time.
+        bar = found and f'<progress aria-label="{escape(title)}" value="{found[1]}" max="{found[2]}"></progress>'
         return (
-            f'<div class="working" role="status"><progress aria-label="{escape(title)}"></progress>'
+            f'<div class="working" role="status">{bar or ""}'
             f"<p>{escape(title)}{said} <span>{self.seconds:.0f} s</span></p></div>"
         )
 
@@ -105,7 +110,7 @@ class Job:
         self._lines.put(None)
 
     def steps(self) -> Iterator[Step]:
-        """Yield how far it is, every second at least, until it has ended."""
+        """Yield how far it is, from time to time and with each line that it prints, until it has ended."""
         while not self._ended:
             yield Step(self._last, time.monotonic() - self._began)
             try:
@@ -175,7 +180,7 @@ def work_on_config(work: Callable[[Path, Path], None]) -> int:
     """Do the work of a job on the configuration and into the file that the command line names; return the exit code."""
     from mlx_cpo_plugin.data import conversion  # which the page itself does not need
 
-    conversion.LINE_EVERY = 1.0
+    conversion.LINE_EVERY = SECONDS_BETWEEN_STEPS
     try:
         work(Path(sys.argv[1]), Path(sys.argv[2]))
     except UserError as error:

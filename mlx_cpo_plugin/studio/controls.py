@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -24,7 +26,6 @@ from mlx_cpo_plugin.studio.form import (
     left_empty,
     loss_of_preset,
 )
-from mlx_cpo_plugin.studio.messages import fault_html
 
 # Blocks that stand open; the others are what most people leave as it is.
 OPEN_BLOCKS = (PREFERENCE, TRAINING, MODEL_AND_DATA, FINE_TUNE)
@@ -54,17 +55,17 @@ class Controls:
         self.inputs: dict[str, Any] = {}
         self.pickers: dict[str, gr.Dropdown] = {}
         self.opened = gr.State(opened)
-        self._holders: dict[str, gr.Column] = {}
-        self._errors: dict[str, gr.HTML] = {}
         contents = document.contents_of(text, self.fields.values())
-        looks = self._looks(contents)
-        self._looked = gr.State(looks)
+        faults = self._faults(contents)
+        shown = self._shown(contents, faults)
+        self._faults_html = gr.HTML(faults_html(faults), elem_id="faults", padding=False)
+        self._shown_before = gr.State(shown)
         for block in BLOCKS:
             with gr.Accordion(block, open=block in OPEN_BLOCKS):
                 with gr.Row(elem_classes="fields"):
                     for field in self.fields.values():
                         if field.block == block:
-                            self._lay_out(field, contents[field.key], contents[PRESET_KEY], *looks[field.key])
+                            self._lay_out(field, contents[field.key], contents[PRESET_KEY], shown[field.key])
                 if block == MODEL_AND_DATA:
                     self.pairs = gr.HTML("", elem_id="first-pairs")
         self._keep_loss_and_preset_together()
@@ -72,7 +73,7 @@ class Controls:
     @property
     def parts(self) -> list[Any]:
         """What an update of the form may change."""
-        return [*self.inputs.values(), *self._holders.values(), *self._errors.values(), self.opened, self._looked]
+        return [*self.inputs.values(), self._faults_html, self.opened, self._shown_before]
 
     def on(
         self,
@@ -112,11 +113,12 @@ class Controls:
         What changes beside the controls is part of the updates that ``fn`` returns.
         """
 
-        def changed(text: str, looked: dict[str, Any], *rest: Any) -> Updates:
+        def changed(text: str, before: dict[str, bool], *rest: Any) -> Updates:
             contents = document.contents_of(text, self.fields.values())
-            return self._look_updates(contents, looked) | self._placeholders(contents) | fn(text, *rest)
+            looks = self._look_updates(contents, before)
+            return _merged(self._placeholders(contents), looks) | fn(text, *rest)
 
-        placeholders = self._placeholders({PRESET_KEY: ""})
+        may_change = [*self._placeholders({PRESET_KEY: ""}), *(self.inputs[key] for key in self._hideable())]
         triggers = [control.change for control in self.inputs.values()]
 
         def any_change(listener: Any, inputs: Any, outputs: Any, **how: Any) -> Any:
@@ -125,8 +127,8 @@ class Controls:
         self.on(
             any_change,
             changed,
-            [self._looked, *inputs],
-            [*placeholders, *self._holders.values(), *self._errors.values(), self._looked, *outputs],
+            [self._shown_before, *inputs],
+            [*dict.fromkeys(may_change), self._faults_html, self._shown_before, *outputs],
             show_progress="hidden",
             trigger_mode="always_last",
         )
@@ -146,7 +148,7 @@ class Controls:
         """
         contents = document.contents_of(text, self.fields.values())
         updates: Updates = {self.inputs[key]: gr.update(value=content) for key, content in contents.items()}
-        return updates | self._look_updates(contents, {}) | {self.opened: opened}
+        return _merged(updates, self._look_updates(contents, {})) | {self.opened: opened}
 
     def _placeholders(self, contents: Mapping[str, Content]) -> Updates:
         """Updates with which controls of the loss that are left empty show what a run has for them."""
@@ -156,43 +158,40 @@ class Controls:
             if field.block == PREFERENCE and isinstance(self.inputs[key], gr.Textbox)
         }
 
-    def _looks(self, contents: Mapping[str, Content]) -> dict[str, tuple[str, bool]]:
-        """The fault of each field, and whether it is shown: where it does something, or something is wrong with it."""
-        looks = {}
-        for key, field in self.fields.items():
-            fault = field.error_of(contents[key])
-            looks[key] = (fault, bool(fault) or has_effect(field, contents, self.fields))
-        return looks
+    def _faults(self, contents: Mapping[str, Content]) -> dict[str, str]:
+        """What is wrong, by key."""
+        faults = {key: field.error_of(contents[key]) for key, field in self.fields.items()}
+        return {key: fault for key, fault in faults.items() if fault}
 
-    def _look_updates(self, contents: Mapping[str, Content], looked: Mapping[str, Any]) -> Updates:
-        looks = self._looks(contents)
-        updates: Updates = {self._looked: looks}
-        for key, (fault, shown) in looks.items():
-            before = looked.get(key)
-            if before is None or before[0] != fault:
-                updates[self._errors[key]] = gr.update(value=fault_html(fault), visible=bool(fault))
-            if before is None or before[1] != shown:
-                updates[self._holders[key]] = gr.update(visible=shown)
-        return updates
+    def _shown(self, contents: Mapping[str, Content], faults: Mapping[str, str]) -> dict[str, bool]:
+        """Whether each field is shown: where it does something, or something is wrong with it."""
+        return {key: key in faults or has_effect(field, contents, self.fields) for key, field in self.fields.items()}
 
-    def _lay_out(self, field: Field, content: Content, preset: Content, fault: str, shown: bool) -> None:
-        with gr.Column(min_width=230, elem_classes="field", visible=shown) as self._holders[field.key]:
-            control = self.inputs[field.key] = _control(field, content, preset)
-            if field.key in PICKED:
-                picker = self.pickers[field.key] = gr.Dropdown(
-                    picks(field.key, []),
-                    value="",
-                    label=f"{field.option.label} on this machine",
-                    show_label=False,
-                    container=False,
-                    elem_id=f"pick-{field.key}",
-                )
-                picker.input(
-                    lambda picked: (picked or gr.skip(), ""), picker, [control, picker], show_progress="hidden"
-                )
-            self._errors[field.key] = gr.HTML(
-                fault_html(fault), elem_id=f"error-{_id(field)}", visible=bool(fault), padding=False
+    def _hideable(self) -> list[str]:
+        return [key for key, field in self.fields.items() if field.read_by or field.option.shown_when]
+
+    def _look_updates(self, contents: Mapping[str, Content], before: Mapping[str, bool]) -> Updates:
+        faults = self._faults(contents)
+        shown = self._shown(contents, faults)
+        updates: Updates = {self._shown_before: shown, self._faults_html: faults_html(faults)}
+        changed = (key for key in self._hideable() if shown[key] != before.get(key))
+        return updates | {self.inputs[key]: gr.update(visible=shown[key]) for key in changed}
+
+    def _lay_out(self, field: Field, content: Content, preset: Content, shown: bool) -> None:
+        if field.key not in PICKED:
+            self.inputs[field.key] = _control(field, content, preset, shown, elem_classes="field")
+            return
+        with gr.Column(min_width=230, elem_classes="field"):
+            control = self.inputs[field.key] = _control(field, content, preset, shown)
+            picker = self.pickers[field.key] = gr.Dropdown(
+                picks(field.key, []),
+                value="",
+                label=f"{field.option.label} on this machine",
+                show_label=False,
+                container=False,
+                elem_id=f"pick-{field.key}",
             )
+        picker.input(lambda picked: (picked or gr.skip(), ""), picker, [control, picker], show_progress="hidden")
 
     def _keep_loss_and_preset_together(self) -> None:
         """A preset brings its loss along, and another loss is that of no preset."""
@@ -214,12 +213,30 @@ def picks(key: str, names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _control(field: Field, content: Content, preset: Content) -> Any:
+def faults_html(faults: Mapping[str, str]) -> str:
+    """Return faults by key for the script of the page, which writes each into its field."""
+    named = {_id(key): fault for key, fault in faults.items()}
+    return f'<div hidden data-faults="{escape(json.dumps(named))}"></div>'
+
+
+def _merged(*each: Updates) -> Updates:
+    """Several updates of the same controls as one."""
+    merged: Updates = {}
+    for updates in each:
+        for control, update in updates.items():
+            merged[control] = merged[control] | update if control in merged else update
+    return merged
+
+
+def _control(field: Field, content: Content, preset: Content, shown: bool, **how: Any) -> Any:
     common: dict[str, Any] = {
         "label": field.option.label,
         "info": field.help,
-        "elem_id": f"field-{_id(field)}",
+        "elem_id": f"field-{_id(field.key)}",
         "interactive": True,
+        "visible": shown,
+        "min_width": 230,
+        **how,
     }
     if field.option.type is bool:
         return gr.Checkbox(bool(content), **common)
@@ -230,5 +247,5 @@ def _control(field: Field, content: Content, preset: Content) -> Any:
     return gr.Textbox(str(content), placeholder=left_empty(field, preset), **common)
 
 
-def _id(field: Field) -> str:
-    return field.key.replace("_", "-").replace(".", "-")
+def _id(key: str) -> str:
+    return key.replace("_", "-").replace(".", "-")

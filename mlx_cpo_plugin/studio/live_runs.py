@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
-from mlx_cpo_plugin.checkpoints import METRICS_FILE
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE
 from mlx_cpo_plugin.report.record import SEARCH_DEPTH, folders_below
 from mlx_cpo_plugin.studio import run_process
 
@@ -27,6 +28,7 @@ class LiveRuns:
         self.root = root
         self._lock = Lock()
         self._known: set[Path] = set()
+        self._heeded: set[Path] = set()
 
     def add(self, folder: Path) -> None:
         """Look at this folder from now on."""
@@ -51,6 +53,17 @@ class LiveRuns:
             known = sorted(self._known)
         return [folder for folder in known if run_process.state(folder).running]
 
+    def heed(self, folder: Path) -> None:
+        """Tell changes in this folder, too, whether a run has been in it or not."""
+        with self._lock:
+            self._heeded.add(folder)
+
+    def changes(self) -> str:
+        """Return a text that is another one once anything of what is shown of runs is."""
+        with self._lock:
+            folders = sorted(self._known | self._heeded)
+        return sha256(repr([(folder, _state_of_files(folder)) for folder in folders]).encode()).hexdigest()
+
     def name(self, folder: Path) -> str:
         """Return the name of a run: its folder, relative to that of the page where it is inside."""
         return str(folder.relative_to(self.root)) if folder.is_relative_to(self.root) else str(folder)
@@ -59,6 +72,23 @@ class LiveRuns:
         """Return the folder of a known run by its name."""
         with self._lock:
             return next((folder for folder in self._known if self.name(folder) == name), None)
+
+
+def _state_of_files(folder: Path) -> list[object]:
+    """How the run in a folder stands, and what says that it has written since."""
+    names = (METRICS_FILE, run_process.CONSOLE_NAME, ADAPTER_FILE, CHECKPOINTS)
+    found = (_status(folder / name) for name in names)
+    return [
+        run_process.state(folder),
+        *((each.st_ino, each.st_size, each.st_mtime_ns) if each else None for each in found),
+    ]
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _last_written(folder: Path) -> float:

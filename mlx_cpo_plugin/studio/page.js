@@ -18,17 +18,29 @@
     before = { status, run };
   };
 
-  // A field at fault says so to those who do not see the sentence beside it.
+  // What is wrong with a field stands in it, and it says so to those who do not see that.
   const mark = () => {
-    for (const field of document.querySelectorAll("[id^=field-]")) {
-      const error = document.getElementById(field.id.replace("field-", "error-"));
-      const wrong = Boolean(error?.offsetParent && error.querySelector(".fault"));
-      for (const control of field.querySelectorAll("input, textarea")) {
-        if (wrong === (control.getAttribute("aria-invalid") === "true")) continue;
-        for (const [name, value] of [["aria-invalid", "true"], ["aria-describedby", error?.id]]) {
-          if (wrong) control.setAttribute(name, value);
-          else control.removeAttribute(name);
-        }
+    const faults = JSON.parse(document.querySelector("#faults [data-faults]")?.dataset.faults ?? "{}");
+    for (const old of document.querySelectorAll("[id^=error-]")) {
+      if (!faults[old.id.replace("error-", "")]) accuse(old.parentElement, old, "");
+    }
+    for (const [name, fault] of Object.entries(faults)) {
+      const field = document.getElementById(`field-${name}`);
+      if (field) accuse(field, document.getElementById(`error-${name}`), fault);
+    }
+  };
+  const accuse = (field, old, fault) => {
+    const id = field.id.replace("field-", "error-");
+    if (!fault) old.remove();
+    else if (!old) {
+      field.append(Object.assign(document.createElement("p"), { id, className: "fault", role: "alert", textContent: fault }));
+    }
+    else if (old.textContent !== fault) old.textContent = fault;
+    for (const control of field.querySelectorAll("input, textarea")) {
+      if (Boolean(fault) === (control.getAttribute("aria-invalid") === "true")) continue;
+      for (const [name, value] of [["aria-invalid", "true"], ["aria-describedby", id]]) {
+        if (fault) control.setAttribute(name, value);
+        else control.removeAttribute(name);
       }
     }
   };
@@ -74,6 +86,21 @@
     const starts = event.target.closest?.("#start, #resume");
     if (starts && "Notification" in window && Notification.permission === "default") Notification.requestPermission();
   });
+
+  // Only where something has changed is the page brought up to date, which takes a hundred times as long as to ask.
+  let known = "";
+  const ask = async () => {
+    try {
+      const answer = await fetch("changes");
+      const now = answer.ok ? await answer.text() : known;
+      if (now !== known) document.querySelector("#look")?.click();
+      known = now;
+    } catch {
+      // The server is gone; it says so itself.
+    }
+    setTimeout(ask, 1000);
+  };
+  ask();
 
   let due = false;
   const look = () => {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -29,7 +30,18 @@ _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
 
 
-def build_page(root: Path, name: str) -> gr.Blocks:
+class Page(NamedTuple):
+    """The page and what it follows.
+
+    Attributes:
+        changes: returns a text that is another one once there is something new to show.
+    """
+
+    blocks: gr.Blocks
+    changes: Callable[[], str]
+
+
+def build_page(root: Path, name: str) -> Page:
     """Return the page.
 
     Args:
@@ -55,6 +67,7 @@ def build_page(root: Path, name: str) -> gr.Blocks:
     with gr.Blocks(title="MLX CPO", analytics_enabled=False) as page:
         gr.HTML("<h1>CPO training</h1>")
         banner = gr.HTML("", elem_id="banner")
+        looking = gr.Button("Look", elem_id="look")  # which the script presses where there is something new
         with gr.Tabs() as tabs:
             with gr.Tab("Train", id="train"):
                 form = build_train_tab(root, name)
@@ -76,9 +89,11 @@ def build_page(root: Path, name: str) -> gr.Blocks:
             event(run.visit, [run.watched, form.yaml], run.visited, show_progress="hidden").then(
                 run.look, run.inputs, run.outputs, show_progress="hidden"
             )
+        how: Any = {"show_progress": "hidden", "queue": False, "trigger_mode": "always_last"}
+        looking.click(run.look, run.inputs, run.outputs, **how)
         page.unload(leave)
         run.compare.click(compare_run, run.watched, [tabs, compared])
-    return page
+    return Page(page, live.changes)
 
 
 def appearance() -> dict[str, Any]:

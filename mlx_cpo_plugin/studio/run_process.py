@@ -188,13 +188,6 @@ def console_tail(folder: Path, lines: int = 40) -> list[str]:
     return [line for line in shown if line.strip()][-lines:]
 
 
-def running_folders(root: Path, depth: int = 3) -> list[Path]:
-    """Return the adapter folders below ``root`` in which a run is at work."""
-    patterns = ["/".join(["*"] * levels + [LOCK_NAME]) for levels in range(depth + 1)]
-    found = {file.parent for pattern in patterns for file in root.glob(pattern)}
-    return sorted(folder for folder in found if state(folder).running)
-
-
 def watch(folder: Path, lock: int, words: list[str]) -> int:
     """Run a Python command to its end, pass requests to stop on to it, and write down how it ended.
 

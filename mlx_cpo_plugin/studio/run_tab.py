@@ -26,7 +26,6 @@ from mlx_cpo_plugin.studio.tasks import build_cancel
 from mlx_cpo_plugin.studio.train_tab import Form
 from mlx_cpo_plugin.studio.used_folder import build_used_folder
 
-SECONDS_BETWEEN_LOOKS = 1.0
 # Charts of so many rows do not look otherwise with another one.
 ROWS_A_STEP = 250
 # What becomes of a run that the folder holds already.
@@ -109,7 +108,10 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
         path = Path(folder) if folder else None
         if begun and (path is None or path not in at_work):
             path = begun[0]
-        target = _target(folder_of(text))
+        aimed_at = folder_of(text)
+        if aimed_at is not None:
+            live.heed(aimed_at)
+        target = _target(aimed_at)
         if path is None:
             now = Seen(at_work=names, target=target)
         else:
@@ -255,8 +257,6 @@ def build_run_tab(root: Path, form: Form, banner: gr.HTML, live: LiveRuns, estim
     stop_button.click(end, watched, said)
     picker.input(pick, [picker, watched], watched).then(look, inputs, outputs, show_progress="hidden")
     report_button.click(write_report, watched, [report, said], show_progress="minimal", show_progress_on=said)
-    timer = gr.Timer(SECONDS_BETWEEN_LOOKS)
-    timer.tick(look, inputs, outputs, show_progress="hidden", queue=False)
     return RunTab(watched, look, inputs, outputs, compare_button, visit, [watched, picker])
 
 

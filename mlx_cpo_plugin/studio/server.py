@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_cpo_plugin.studio.address import HOST, TOKEN, html_leading_to
+from mlx_cpo_plugin.studio.page import Page
 
 OTHER_SITE = "This page does not answer other sites."
 NO_TOKEN = "This page belongs to whoever started it; open the address with the token that mlx-cpo studio printed."
@@ -92,7 +93,7 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
     return value.strip() if kind.lower() == "bearer" else None
 
 
-def serve(page: gr.Blocks, listening: socket.socket, token: str, appearance: dict[str, Any]) -> None:
+def serve(page: Page, listening: socket.socket, token: str, appearance: dict[str, Any]) -> None:
     """Serve the page until Ctrl-C."""
     app = build_app(page, listening.getsockname()[1], appearance, token)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
@@ -107,12 +108,14 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_app(page: gr.Blocks, port: int, appearance: dict[str, Any], token: str) -> OwnPageOnly:
+def build_app(page: Page, port: int, appearance: dict[str, Any], token: str) -> OwnPageOnly:
     """Return the page as it is served, with nothing in front of it or beside it that does without the token."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    app = FastAPI(openapi_url=None)
+    app.get("/changes")(lambda: PlainTextResponse(page.changes(), headers={"Cache-Control": "no-store"}))
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
-        page,
+        app,
+        page.blocks,
         "",
         server_name=HOST,
         server_port=port,

@@ -61,6 +61,15 @@ def test_what_had_no_answer_is_not_asked_again() -> None:
     ]
 
 
+def test_a_new_conversation_of_one_visit_is_none_of_another() -> None:
+    chats = Chats()
+    before = [chats.conversation(visit) for visit in ("a", "b")]
+
+    chats.begin_anew("a")
+
+    assert [chats.conversation(visit) == number for visit, number in zip("ab", before, strict=True)] == [False, True]
+
+
 @pytest.fixture
 def chat(model_folder: Path, tmp_path: Path) -> Iterator[Chat]:
     """A process with an adapter that changes nothing."""

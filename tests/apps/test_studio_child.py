@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from mlx_cpo_plugin.studio.child import Cancelled, ChildError, Job, Jobs
+from mlx_cpo_plugin.studio.child import Cancelled, ChildError, Job, Jobs, Step
 
 Words = Callable[[str], list[str]]
 
@@ -54,6 +54,14 @@ def test_what_it_prints_is_its_progress_and_what_it_writes_its_result(worker: Wo
 def test_one_that_fails_says_why(lines: str, reason: str, worker: Words, tmp_path: Path) -> None:
     with Job(worker(lines), tmp_path) as job, pytest.raises(ChildError, match=reason.replace("?", r"\?")):
         job.result()
+
+
+def test_a_bar_shows_how_much_is_done_where_that_is_told() -> None:
+    told, untold = (Step(line, 2.4).html("Checking") for line in ("300 of 1000 rows are done.", "<b>"))
+
+    assert '<progress aria-label="Checking" value="300" max="1000">' in told
+    assert "<progress" not in untold
+    assert "Checking: &lt;b&gt; <span>2 s" in untold
 
 
 def test_a_cancelled_one_ends_with_all_that_it_has_started(worker: Words, tmp_path: Path) -> None:

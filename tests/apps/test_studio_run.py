@@ -72,7 +72,7 @@ def test_a_run_is_found_refused_a_second_time_stopped_and_gone_on_with(
 
     run_process.start(folder, config, tmp_path, resume=False)
     assert run_process.state(folder).running
-    assert run_process.running_folders(tmp_path) == [folder]
+    assert run_process.state(folder).running
     with refused(ConfigError, "already writing", key="adapter_path", place=str(folder)):
         run_process.start(folder, config, tmp_path, resume=False)
     wait_until(lambda: len(read_metrics(folder)) > 3, folder)
@@ -190,7 +190,7 @@ def test_a_run_whose_watcher_is_killed_is_found_refused_a_second_time_and_stoppe
     os.kill(record.pid, signal.SIGKILL)
     os.waitpid(record.pid, 0)
 
-    assert run_process.running_folders(tmp_path) == [folder]
+    assert run_process.state(folder).running
     assert "Running" in status_html(folder, read_metrics(folder))
     printed = (folder / run_process.CONSOLE_NAME).read_bytes()
     for resume in (False, True):
@@ -275,7 +275,6 @@ def test_a_run_whose_end_nobody_saw_is_lost(tmp_path: Path) -> None:
 def test_a_folder_that_nothing_ran_in_has_no_run(tmp_path: Path) -> None:
     assert run_process.state(tmp_path).status == "none"
     run_process.stop(tmp_path)
-    assert run_process.running_folders(tmp_path) == []
 
 
 def test_progress_is_that_of_the_last_bar_and_says_where_a_run_was_resumed() -> None:
@@ -445,6 +444,28 @@ def test_runs_are_found_below_the_folder_newest_first_and_those_at_work_are_know
         assert live.at_work() == [tmp_path / "old"]
     assert live.folder("old") == tmp_path / "old"
     assert live.folder("../elsewhere") is None
+
+
+def test_whatever_is_shown_of_runs_changes_a_text_and_nothing_else_does(tmp_path: Path) -> None:
+    live, folder, aimed_at = LiveRuns(tmp_path), tmp_path / "run", tmp_path / "next"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "iteration": 1}\n')
+    live.search()
+    live.heed(aimed_at)
+
+    def is_told(what: Callable[[], object]) -> bool:
+        before = live.changes()
+        what()
+        return live.changes() != before
+
+    assert not is_told(lambda: (folder / "notes.txt").write_text("mine"))
+    assert is_told(lambda: (folder / "metrics.jsonl").write_text('{"kind": "train", "iteration": 10}\n'))
+    assert is_told(lambda: (folder / run_process.CONSOLE_NAME).write_text("begun"))
+    assert is_told(lambda: (folder / "adapters.safetensors").write_text(""))
+    assert is_told(lambda: (aimed_at / "checkpoints").mkdir(parents=True))
+    with only_run_in(folder):
+        at_work = live.changes()
+    assert live.changes() != at_work
 
 
 def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> None:

@@ -157,6 +157,16 @@ def test_with_the_token_only_the_page_itself_is_answered(
     assert (answered.status_code, answered.text) == ((200, "seen") if own else (403, server.OTHER_SITE))
 
 
+def test_the_script_of_the_page_can_ask_whether_there_is_something_new(client: TestClient) -> None:
+    def asked() -> str:
+        answer = client.get("/changes", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+        return answer.text
+
+    before = asked()
+    assert asked() == before
+
+
 def test_the_cookie_of_a_page_at_another_port_is_none_of_this_one(client: TestClient) -> None:
     assert client.get("/config", headers={"cookie": f"mlx-cpo-studio-7871={TOKEN}"}).status_code == 403
 

@@ -75,17 +75,17 @@ def fill(folder: Path, model_folder: Path) -> None:
 
 
 @contextmanager
-def serving(root: Path, port: int, home: Path, *words: str) -> Iterator[Server]:
+def serving(root: Path, home: Path, *words: str) -> Iterator[Server]:
     """Serve the page of a folder; ``home`` holds what it keeps outside of it."""
     opened, script = home / "words", home / "browser.py"
     script.write_text(f"import os, sys\nopen({str(opened)!r}, 'w').write(' '.join(sys.argv))")
-    command = [sys.executable, "-m", "mlx_cpo_plugin", "studio", "--port", str(port), *words]
+    command = [sys.executable, "-m", "mlx_cpo_plugin", "studio", "--port", "0", *words]
     environment = os.environ | {"BROWSER": f"{sys.executable} {script} %s", "XDG_STATE_HOME": str(home)}
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         address = next(line.strip() for line in process.stdout if "http://" in line)
-        page = f"http://127.0.0.1:{port}/"
-        assert address.startswith(f"{page}?token=")
+        page, _, token = address.partition("?token=")
+        assert token
         yield Server(page, address, opened, process.pid, home / "mlx-cpo-studio")
         process.terminate()
 
@@ -102,3 +102,32 @@ def write(page: Any, key: str, text: str) -> None:
 
 def tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
+
+
+SHOWN_AS_ON_DISK = """text => {
+    const lines = [...document.querySelectorAll("#yaml .cm-line")].map(line => line.textContent);
+    const state = document.querySelector("#file-state")?.textContent ?? "";
+    return lines.join("\\n").trim() === text.trim() && state.includes("my.yaml: no unsaved changes");
+}"""
+
+
+def begin_anew(page: Any, root: Path) -> None:
+    """Bring an open page to where it is when it is opened: the file as it is on the disk, on the first tab."""
+    text, asked = (root / "my.yaml").read_text(), page.locator("#confirm")
+    tab(page, "Train")
+    expect(page.locator("#verdict p").first).to_be_visible()  # by then the form is as it was left
+    if asked.is_visible():
+        page.click("#refrain")
+        expect(asked).to_be_hidden()
+    if page.evaluate(SHOWN_AS_ON_DISK, text):
+        return
+    name = page.locator("#file input")
+    if name.input_value() != "my.yaml":
+        name.fill("my.yaml")
+        page.keyboard.press("Enter")
+    else:
+        page.click("#open")
+        page.wait_for_function(f"text => document.querySelector('#confirm') || ({SHOWN_AS_ON_DISK})(text)", arg=text)
+        if asked.is_visible():
+            asked.click()
+    page.wait_for_function(SHOWN_AS_ON_DISK, arg=text)
