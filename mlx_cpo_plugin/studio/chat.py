@@ -32,7 +32,7 @@ from mlx_cpo_plugin.errors import DataError, UserError
 from mlx_cpo_plugin.model.products import float32_products
 
 SIDES = ("base", "tuned")
-SECONDS_BETWEEN_PARTS = 0.2
+SECONDS_BETWEEN_PARTS = 0.5
 
 Messages = Sequence[dict[str, str]]
 

@@ -129,7 +129,7 @@ def test_a_run_is_started_watched_stopped_found_again_gone_on_with_compared_and_
     message.fill("And in basket 4?")
     page.keyboard.press("Enter")  # before there is an answer, after which it is asked
     for side in ("base", "tuned"):
-        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(2)
+        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(2, timeout=3 * PATIENCE)  # four answers
         expect(page.locator(f"#chat-{side} [data-testid=user]").last).to_contain_text("And in basket 4?")
     expect(message).to_have_value("")
 
