@@ -98,7 +98,7 @@
     } catch {
       // The server is gone; it says so itself.
     }
-    setTimeout(ask, 1000);
+    setTimeout(ask, document.hidden ? 5000 : 2000);
   };
   ask();
 

@@ -120,6 +120,7 @@ def build_app(page: Page, port: int, appearance: dict[str, Any], token: str) -> 
         server_name=HOST,
         server_port=port,
         footer_links=[],
+        run_history=False,  # of all that is typed and answered, which the browser would write at every click
         ssr_mode=False,  # it would be served by another process, at another port
         **appearance,
     )

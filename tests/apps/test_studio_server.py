@@ -167,6 +167,12 @@ def test_the_script_of_the_page_can_ask_whether_there_is_something_new(client: T
     assert asked() == before
 
 
+def test_the_browser_keeps_no_record_of_what_is_typed_and_answered(client: TestClient) -> None:
+    config = client.get("/config", headers={"Authorization": f"Bearer {TOKEN}"}).json()
+
+    assert config["run_history"] is False
+
+
 def test_the_cookie_of_a_page_at_another_port_is_none_of_this_one(client: TestClient) -> None:
     assert client.get("/config", headers={"cookie": f"mlx-cpo-studio-7871={TOKEN}"}).status_code == 403
 
