@@ -72,9 +72,9 @@ class TaskButtons(NamedTuple):
                 if question:
                     return
                 with task.begin(request.session_hash) as job:
-                    yield self._working(True)
                     for step in job.steps():
-                        yield {self.said: step.html(task.title)} | task.meanwhile(job)
+                        # Of updates that follow each other closely a browser may skip one: each step says all.
+                        yield self._working(True) | {self.said: step.html(task.title)} | task.meanwhile(job)
                     done = {self.said: ""} | task.result(job)
             except Cancelled as error:
                 done = {self.said: note_html(str(error))}
