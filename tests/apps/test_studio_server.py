@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ def test_a_websocket_is_closed_without_the_token(server: ModuleType) -> None:
         "query_string": b"",
         "headers": [(b"host", f"127.0.0.1:{PORT}".encode())],
     }
-    asyncio.run(server.OwnPageOnly(never, PORT, TOKEN)(scope, never, send))
+    with ThreadPoolExecutor(1) as thread:  # a browser of other tests has an event loop in this one
+        thread.submit(asyncio.run, server.OwnPageOnly(never, PORT, TOKEN)(scope, never, send)).result()
 
     assert [message["type"] for message in sent] == ["websocket.close"]
 
