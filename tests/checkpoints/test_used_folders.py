@@ -359,6 +359,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "steps_per_eval": {"steps_per_eval": 3},
     "steps_per_save": {"steps_per_save": 3},
     "keep_checkpoints": {"keep_checkpoints": 5},
+    "pass_overhead": {"pass_overhead": 5},
     "save_best": {"save_best": "margin"},
     "eval_per_epoch": {"eval_per_epoch": True},
     "save_per_epoch": {"save_per_epoch": True},
