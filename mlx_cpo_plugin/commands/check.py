@@ -48,7 +48,7 @@ from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.optimizer_step import in_float32
 from mlx_cpo_plugin.training.summary import counted
 from mlx_cpo_plugin.training.validation import unused_without_validation
-from mlx_cpo_plugin.training.wiring import grouping_expected, kernels_expected
+from mlx_cpo_plugin.training.wiring import expected_memory
 from mlx_cpo_plugin.types import Tokenizer, TrainMode
 
 _SCORED_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -232,8 +232,7 @@ def memory_estimate(model: nn.Module, settings: RunSettings, pairs: Sequence[Pre
     optimizer = build_optimizer(settings)
     optimizer.init(in_float32(model.trainable_parameters()))
     args = CPOTrainingArgs.from_settings(settings, adapter_file(settings))
-    with kernels_expected(model, args, pairs):
-        return MemoryEstimate(model, optimizer, pairs, args, grouping_expected(model, args, pairs))
+    return expected_memory(model, optimizer, pairs, args)
 
 
 def _print_examples(pairs: list[PreferencePair], tokenizer: ChatTokenizer, stream: TextIO) -> None:

@@ -147,8 +147,8 @@ def read_from(caches: Sequence[Any], state: State, model: nn.Module) -> list[Any
         at = next(states)
         if isinstance(cache, WrittenCache):
             return ReadCache(cache, at, trained)
-        state = copy.copy(cache)
-        state.cache = list(at)
-        return state
+        copied = copy.copy(cache)
+        copied.cache = list(at)
+        return copied
 
     return [reading(cache, number >= first) for number, cache in enumerate(caches)]

@@ -159,7 +159,6 @@ class SegmentGradients:
             grad_end: gradient with respect to what is remembered at the chain's end, which is used up; ``None``:
                 nothing comes after it.
         """
-        trainable = by_name(self.model.trainable_parameters())
         logps, logits = mx.array(0.0), mx.array(0.0)
         total: Gradient | None = None
         for segment, start, seed in reversed(list(zip(chain.segments, chain.starts, chain.seeds, strict=True))):
@@ -169,7 +168,6 @@ class SegmentGradients:
             total = added(total, gradient)
             del sums, gradient  # so that MLX frees gradients of keys and values layer by layer
             mx.eval(logps, logits, total, grad_end)
-        self.model.update(tree_unflatten(list(trainable.items())))
         return ChainGradient(logps, logits, total or {}, grad_end or [])
 
     def _vjp(

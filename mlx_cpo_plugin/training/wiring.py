@@ -113,18 +113,17 @@ class Run:
         self.kernels = probing and self._choose_kernels(environment)
         self.scorer = self._choose_scorer() if probing else None
         overhead = self._choose_grouping()
-        grouping = None if self.scorer is None else self.scorer.grouping
-        if not probing:
-            with kernels_expected(model, args, pairs):
-                grouping = grouping_expected(model, args, pairs)
         gradients = gradients_for(
             model, objective, self.scorer, pairs, step_size=args.seq_step_size, compiled=args.compile
         )
         self.step = OptimizerStep(model, optimizer, gradients, args.max_grad_norm)
         resumable = {name: getattr(self, name) for name in ("reporter", "best", "judge", "samples", "displacement")}
         self.state = TrainingState(model, self.step, resumable)
-        with nullcontext() if probing else kernels_expected(model, args, pairs):
+        if probing:
+            grouping = None if self.scorer is None else self.scorer.grouping
             self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
+        else:
+            self.memory = expected_memory(model, optimizer, pairs, args)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
         self.identity = identity(args, model, optimizer, pairs) if comparing else {}
         self.recorded = recorded(args, model, optimizer, pairs)
@@ -251,6 +250,14 @@ def kernels_expected(
     """Return a context in which an estimate counts with the kernels if the run is going to have them."""
     found = library.suits_device() and library.compiler() is not None
     return library.used() if found and kernels_suit(model, args) and kernels_pay(model, args, pairs) else nullcontext()
+
+
+def expected_memory(
+    model: nn.Module, optimizer: optimizers.Optimizer, pairs: Sequence[PreferencePair], args: CPOTrainingArgs
+) -> MemoryEstimate:
+    """Return what a run takes, as far as that shows without computing; no array is evaluated."""
+    with kernels_expected(model, args, pairs):
+        return MemoryEstimate(model, optimizer, pairs, args, grouping_expected(model, args, pairs))
 
 
 class Environment(NamedTuple):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models import gemma2
 from support.architectures import COMMON, build_architecture
-from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs
+from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs, relative_error
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -103,15 +103,6 @@ def gradient(
         return result.gradient
 
 
-def difference(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
-    """The relative error of the whole gradient."""
-    assert found.keys() == expected.keys()
-    errors = [np.array(found[name], np.float64) - np.array(expected[name], np.float64) for name in found]
-    sizes = [np.array(value, np.float64) for value in expected.values()]
-    squares = [sum(float((x**2).sum()) for x in arrays) for arrays in (errors, sizes)]
-    return float(np.sqrt(squares[0] / squares[1]))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_float64(kind: str, kernels: None) -> None:
     found = [gradient(KINDS[kind](), packs=packs) for packs in (True, False)]
@@ -120,7 +111,7 @@ def test_the_gradient_is_that_of_float64(kind: str, kernels: None) -> None:
         expected = reference_gradient(unquantised(KINDS[kind]()), PAIRS, loss, lambda _: None)
 
         for each in found:
-            assert difference(each, expected) < 2e-5
+            assert relative_error(each, expected) < 2e-5
 
 
 def test_a_capped_head_or_one_with_a_bias_is_not_taken_for_a_product() -> None:
@@ -131,7 +122,7 @@ def test_a_capped_head_or_one_with_a_bias_is_not_taken_for_a_product() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "dora", "4 bits"])
 def test_checkpointing_changes_nothing(kind: str, kernels: None) -> None:
-    assert difference(gradient(KINDS[kind](), checkpointed=True), gradient(KINDS[kind]())) < 1e-6
+    assert relative_error(gradient(KINDS[kind](), checkpointed=True), gradient(KINDS[kind]())) < 1e-6
 
 
 def test_the_last_layer_computes_keys_and_values_of_all_tokens_and_all_else_of_those_that_are_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray], toler
     for name in left:
         error = np.linalg.norm(left[name].astype(np.float64) - right[name])
         assert error <= tolerance * np.linalg.norm(right[name]), f"{name}: {error}"
+
+
+def relative_error(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """That of all arrays of a gradient together."""
+    assert found.keys() == expected.keys()
+    errors = [np.array(found[name], np.float64) - np.array(expected[name], np.float64) for name in found]
+    sizes = [np.array(value, np.float64) for value in expected.values()]
+    squares = [sum(float((x**2).sum()) for x in arrays) for arrays in (errors, sizes)]
+    return float(np.sqrt(squares[0] / squares[1]))
 
 
 def preference_rows(count: int) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from support.tiny import VOCABULARY, add_adapter, build_model
+from support.tiny import VOCABULARY, add_adapter, build_model, relative_error
 
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -63,15 +63,6 @@ def gradient(
         return result.gradient
 
 
-def difference(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
-    """The relative error of the whole gradient."""
-    assert found.keys() == expected.keys()
-    errors = [np.array(found[name], np.float64) - np.array(expected[name], np.float64) for name in found]
-    sizes = [np.array(value, np.float64) for value in expected.values()]
-    squares = [sum(float((x**2).sum()) for x in arrays) for arrays in (errors, sizes)]
-    return float(np.sqrt(squares[0] / squares[1]))
-
-
 # Prompt, chosen and rejected answer: far from the prompt's start or near, in one segment or several, without a prompt
 # beside the last token of it.
 LENGTHS = {
@@ -90,13 +81,13 @@ def test_the_gradient_is_that_of_float64(lengths: str, trained: int, checkpointe
     found = gradient(model_of(trained), pairs, checkpointed=checkpointed)
     loss = ReferenceLoss("sigmoid", beta=0.1, delta=50.0)
 
-    assert difference(found, reference_gradient(model_of(trained), pairs, loss, lambda _: None)) < 1e-5
+    assert relative_error(found, reference_gradient(model_of(trained), pairs, loss, lambda _: None)) < 1e-5
 
 
 def test_with_the_kernels_it_is_the_same(kernels: None) -> None:
     pairs = [pair(*lengths, seed=seed) for seed, lengths in enumerate(LENGTHS.values())]
 
-    assert difference(gradient(model_of(1), pairs, kernels=True), gradient(model_of(1), pairs)) < 1e-5
+    assert relative_error(gradient(model_of(1), pairs, kernels=True), gradient(model_of(1), pairs)) < 1e-5
 
 
 @pytest.mark.parametrize("lengths", ["far", "near"])
@@ -105,7 +96,7 @@ def test_with_dropout_the_same_seed_gives_the_same_bits(lengths: str, checkpoint
     pairs = [pair(*LENGTHS[lengths])]
     found = [gradient(model_of(dropout=0.3), pairs, checkpointed=checkpointed) for _ in range(2)]
 
-    assert difference(*found) == 0
+    assert relative_error(*found) == 0
 
 
 def test_layers_below_the_first_trained_one_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
