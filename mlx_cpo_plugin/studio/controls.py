@@ -54,7 +54,7 @@ class Controls:
         self.fields = {field.key: field for field in form_fields()}
         self.inputs: dict[str, Any] = {}
         self.pickers: dict[str, gr.Dropdown] = {}
-        self.opened = gr.State(opened)
+        self.opened = carried(opened)
         contents = document.contents_of(text, self.fields.values())
         faults = self._faults(contents)
         shown = self._shown(contents, faults)
@@ -73,7 +73,7 @@ class Controls:
     @property
     def parts(self) -> list[Any]:
         """What an update of the form may change."""
-        return [*self.inputs.values(), self._faults_html, self.opened, self._shown_before]
+        return [self.opened, *self.inputs.values(), self._faults_html, self._shown_before]
 
     def on(
         self,
@@ -203,6 +203,14 @@ class Controls:
             preset,
             show_progress="hidden",
         )
+
+
+def carried(text: str) -> gr.Textbox:
+    """Return a control that nobody sees, whose text the browser sends together with what stands in the fields.
+
+    A ``gr.State`` may be another file's already while the fields still hold what stood there before.
+    """
+    return gr.Textbox(text, visible="hidden", container=False)
 
 
 def picks(key: str, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio import document
-from mlx_cpo_plugin.studio.controls import Controls, Updates, picks
+from mlx_cpo_plugin.studio.controls import Controls, Updates, carried, picks
 from mlx_cpo_plugin.studio.drafts import Draft, Drafts
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.pickers import datasets_here, models_here
@@ -72,13 +72,13 @@ class _Files:
         with gr.Row(visible=False) as self.question:
             self.confirm = gr.Button("", size="sm", variant="stop", elem_id="confirm", min_width=120)
             self.refrain = gr.Button("Cancel", size="sm", elem_id="refrain", min_width=80)
-        self.opened_name = gr.State(self.begun.name)
+        self.opened_name = carried(self.begun.name)
         self.asked = gr.State("")
 
     @property
     def parts(self) -> list[Any]:
         """What opening and saving change beside the form."""
-        return [self.file, self.state, self.said, self.question, self.confirm, self.opened_name, self.asked]
+        return [self.file, self.state, self.said, self.question, self.confirm, self.asked]
 
     def state_html(self, draft: Draft) -> str:
         """Return which file the form is an edit of, and whether it differs from it."""
@@ -111,6 +111,10 @@ class _Files:
     def name_of(self, path: Path) -> str:
         """Return the name of a file that ``document.path_in`` returned."""
         return str(path.relative_to(self.root.resolve()))
+
+    def named(self, name: str) -> Any:
+        """Return an update that writes a name into the field of the file."""
+        return gr.update(choices=configurations(self.root), value=name or None)
 
     def keep(self, draft: Draft) -> Updates:
         """Write down what the form holds; return the updates that say whether it is saved."""
@@ -171,13 +175,20 @@ def build_train_tab(root: Path, name: str) -> Form:
 
     controls.on_change(changed, [controls.opened, files.opened_name], [*judged_parts, files.state])
 
-    def filled(draft: Draft, said: str = "") -> Updates:
-        """Return what changes where another configuration comes into the form."""
+    def filled(draft: Draft, said: str = "", asked_for: str | None = None) -> Updates:
+        """Return what changes where another configuration comes into the form.
+
+        Args:
+            draft: the configuration.
+            said: what to say.
+            asked_for: what stood in the field of the file, where the next name may be typed by now.
+        """
         text = controls.text(draft.opened, document.contents_of(draft.text, controls.fields.values()))
         updates = controls.filled(draft.opened, text) | judged(text) | files.say(said)
         updates |= files.keep(Draft(draft.name, draft.opened, text))
-        shown = gr.update(choices=configurations(root), value=draft.name or None)
-        return updates | {files.file: shown, files.opened_name: draft.name}
+        if draft.name != asked_for:
+            updates[files.file] = files.named(draft.name)
+        return updates | {files.opened_name: draft.name}
 
     def load() -> Updates:
         choices = {"model": models_here(root), "data": datasets_here(root)}
@@ -198,7 +209,7 @@ def build_train_tab(root: Path, name: str) -> Form:
             draft = files.drafts.get(files.name_of(path)) or files.as_on_disk(name)
         except (UserError, ValueError) as error:
             return files.say(fault_html(error))
-        return filled(draft, note_html(f"Opened {name}."))
+        return filled(draft, note_html(f"Opened {name}."), name)
 
     def reopen(action: str, name: str | None) -> Updates:
         """Open a file as it is on the disk, or a new document."""
@@ -209,7 +220,7 @@ def build_train_tab(root: Path, name: str) -> Form:
             draft = files.as_on_disk(name or "")
         except (UserError, ValueError) as error:
             return files.say(fault_html(error))
-        return filled(draft, note_html(f"Opened {draft.name}."))
+        return filled(draft, note_html(f"Opened {draft.name}."), name)
 
     def open_file(text: str, name: str | None, opened: str, opened_name: str) -> Updates:
         if name == opened_name and not document.is_same(text, opened):
@@ -233,17 +244,17 @@ def build_train_tab(root: Path, name: str) -> Form:
             document.save_document(text, path)
         except UserError as error:
             return files.say(fault_html(f"Not saved: {error}"))
-        name = files.name_of(path)
+        asked_for, name = name, files.name_of(path)
         if name != opened_name:  # which has none of what was typed any more
             files.drafts.keep(Draft(opened_name, "", ""), is_saved=True)
-        shown = gr.update(choices=configurations(root), value=name)
         updates = files.keep(Draft(name, text, text)) | files.say(note_html(f"Saved {name}."))
-        return updates | {controls.opened: text, files.opened_name: name, files.file: shown}
+        updates |= {controls.opened: text, files.opened_name: name, files.file: gr.update(choices=configurations(root))}
+        return updates if name == asked_for else updates | {files.file: files.named(name)}
 
     def confirmed(text: str, name: str | None, opened: str, opened_name: str, asked: str) -> Updates:
         return save(text, name, opened, opened_name, sure=True) if asked == "save" else reopen(asked, name)
 
-    outputs = [*controls.parts, *judged_parts, *files.parts]
+    outputs = [files.opened_name, *controls.parts, *judged_parts, *files.parts]
     given = [files.file, controls.opened, files.opened_name]
     quiet: Any = {"show_progress": "hidden"}
     files.file.change(pick, [files.file, files.opened_name, files.asked], outputs, **quiet)
