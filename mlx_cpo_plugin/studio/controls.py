@@ -72,7 +72,7 @@ class Controls:
 
     @property
     def parts(self) -> list[Any]:
-        """What an update of the form may change."""
+        """What an update of the form may change: what it is an edit of comes before the fields, and so it must."""
         return [self.opened, *self.inputs.values(), self._faults_html, self._shown_before]
 
     def on(

@@ -248,12 +248,13 @@ def build_train_tab(root: Path, name: str) -> Form:
         if name != opened_name:  # which has none of what was typed any more
             files.drafts.keep(Draft(opened_name, "", ""), is_saved=True)
         updates = files.keep(Draft(name, text, text)) | files.say(note_html(f"Saved {name}."))
-        updates |= {controls.opened: text, files.opened_name: name, files.file: gr.update(choices=configurations(root))}
-        return updates if name == asked_for else updates | {files.file: files.named(name)}
+        shown = gr.update(choices=configurations(root)) if name == asked_for else files.named(name)
+        return updates | {controls.opened: text, files.opened_name: name, files.file: shown}
 
     def confirmed(text: str, name: str | None, opened: str, opened_name: str, asked: str) -> Updates:
         return save(text, name, opened, opened_name, sure=True) if asked == "save" else reopen(asked, name)
 
+    # The browser tells of a changed field before it reads what comes after it.
     outputs = [files.opened_name, *controls.parts, *judged_parts, *files.parts]
     given = [files.file, controls.opened, files.opened_name]
     quiet: Any = {"show_progress": "hidden"}

@@ -21,8 +21,13 @@ class Tab:
         from mlx_cpo_plugin.studio.train_tab import build_train_tab
 
         with gr.Blocks() as self.blocks:
-            self.form = build_train_tab(root, "first.yaml")
+            build_train_tab(root, "first.yaml")
         self.by_name = {block.elem_id: block for block in self.blocks.blocks.values()}
+
+    def listener(self, element: str, event: str) -> Any:
+        """Return what listens to an event of the control with this ``elem_id``."""
+        target = (self.by_name[element]._id, event)
+        return next(listener for listener in self.blocks.fns.values() if target in listener.targets)
 
     def answer(self, element: str, event: str, **sent: Any) -> dict[Any, Any]:
         """Return the updates by ``elem_id``, or by control where it has none.
@@ -32,10 +37,9 @@ class Tab:
             event: what happens to it.
             sent: what the browser sends in place of what was laid out, by ``elem_id``.
         """
-        target = (self.by_name[element]._id, event)
-        function = next(fn for fn in self.blocks.fns.values() if target in fn.targets)
-        values = [sent.get(control.elem_id, control.value) for control in function.inputs]
-        updates = function.fn(*([None] if element != "file" else []), *values)
+        listener = self.listener(element, event)
+        values = [sent.get(control.elem_id, control.value) for control in listener.inputs]
+        updates = listener.fn(*([None] if element != "file" else []), *values)
         return {control.elem_id or control: update for control, update in updates.items()}
 
 
@@ -71,6 +75,18 @@ def test_all_that_says_what_the_fields_are_an_edit_of_comes_from_the_browser_at_
     import gradio as gr
 
     for element in ("open", "save", "new", "confirm"):
-        function = next(fn for fn in tab.blocks.fns.values() if (tab.by_name[element]._id, "click") in fn.targets)
-        kept_by_the_server = [control for control in function.inputs if isinstance(control, gr.State)]
+        listener = tab.listener(element, "click")
+        kept_by_the_server = [control for control in listener.inputs if isinstance(control, gr.State)]
         assert len(kept_by_the_server) == (element == "confirm"), element  # which knows what was asked
+
+
+def test_what_the_fields_are_an_edit_of_reaches_the_browser_before_they_do(tab: Tab) -> None:
+    import gradio as gr
+
+    for element, event in (("file", "change"), ("open", "click"), ("save", "click"), ("new", "click")):
+        outputs = tab.listener(element, event).outputs
+        unseen = [index for index, control in enumerate(outputs) if getattr(control, "visible", True) == "hidden"]
+        fields = [index for index, control in enumerate(outputs) if (control.elem_id or "").startswith("field-")]
+        assert all(isinstance(outputs[index], gr.Textbox) for index in unseen)
+        assert len(unseen) == 2
+        assert max(unseen) < min(fields), element
