@@ -13,13 +13,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cpo_plugin.device import current_device
-from mlx_cpo_plugin.model.exponential import LOG_2, LOWEST, PER_LOG_2, power_of_two
+from mlx_cpo_plugin.model.exponential import LOG_2, PER_LOG_2, power_of_two
 
 QUERY_BLOCK = 128
 # Where keys are many a block has fewer queries, so that it has no more scores than this.
 MOST_SCORES, FEWEST_QUERIES = 2**25, 8
-# Below this many scores they are kept: starting the operations that compute them again would cost more.
-FEWEST_SCORES = 2**16
 
 # What is added to the score of a masked key: far below every score, and far from what overflows.
 _MASKED = -1e30
@@ -37,10 +35,6 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
             the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
     """
     fused = current_device().attention != "ours"
-    if queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] < FEWEST_SCORES:
-        if fused:
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-        return _attention_that_keeps_scores(queries, keys, values, scale, mask)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -81,17 +75,6 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
     return result[0]
 
 
-def _attention_that_keeps_scores(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
-) -> mx.array:
-    """Return attention as MLX itself defines it, but that weights which count for nothing are zero."""
-    (whole,) = _blocks(queries, keys, mask, queries.shape[2])
-    scores = whole.scores(queries * (scale * PER_LOG_2), keys)
-    lowest = mx.stop_gradient(scores.max(axis=-1, keepdims=True)) + LOWEST
-    weights = mx.softmax(mx.where(scores < lowest, -mx.inf, scores) * LOG_2, axis=-1)
-    return whole.by_head(weights.astype(values.dtype) @ values)
-
-
 @dataclass(frozen=True)
 class _Block:
     """Consecutive queries, with the heads that share keys stacked into the rows of one product: [B, H / G, G * n, D].
@@ -126,10 +109,10 @@ class _Block:
         return scores
 
 
-def _blocks(queries: mx.array, keys: mx.array, mask: Mask, size: int | None = None) -> list[_Block]:
-    """Cut the queries into blocks of ``size``, by default :func:`query_block`."""
+def _blocks(queries: mx.array, keys: mx.array, mask: Mask) -> list[_Block]:
+    """Cut the queries into blocks of :func:`query_block`."""
     count, total = queries.shape[2], keys.shape[2]
-    size = size or query_block(queries.shape[0] * queries.shape[1] * total)
+    size = query_block(queries.shape[0] * queries.shape[1] * total)
     offset = total - count
     blocks = []
     for start in range(0, count, size):

@@ -56,14 +56,15 @@ def choose_scorer(
         return None
     try:
         scorer = SharedPromptScorer(model)
-        fault = _fault(scorer, _scores_one_by_one, pairs)
+        trial = _Trial(scorer, pairs)
+        fault = trial.fault_of(_scores_one_by_one)
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if not fault:
-        scorer.grouping = _grouping(scorer, pairs)
-        scorer.packs = library.in_use() and _can_pack(scorer, pairs)
+        scorer.grouping = _grouping(trial)
+        scorer.packs = library.in_use() and _can_pack(trial)
         return scorer
     if wanted == "shared":
         raise ConfigError(
@@ -73,25 +74,26 @@ def choose_scorer(
     return None
 
 
-def _grouping(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> Grouping:
+def _grouping(trial: _Trial) -> Grouping:
     """Return which pairs share a pass: none where several at once would have other scores."""
-    if not can_be_padded(fresh_caches(scorer.model)):
+    model = trial.scorer.model
+    if not can_be_padded(fresh_caches(model)):
         return PAIR_BY_PAIR
     try:
-        fault = _fault(scorer, _scores_together, pairs)
+        fault = trial.fault_of(_scores_together)
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
         return PAIR_BY_PAIR  # which has just worked
-    return PAIR_BY_PAIR if fault else grouping_for(scorer.model)
+    return PAIR_BY_PAIR if fault else grouping_for(model)
 
 
-def _can_pack(scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> bool:
+def _can_pack(trial: _Trial) -> bool:
     """Whether pairs one behind the other have the same scores."""
-    if scorer.grouping is PAIR_BY_PAIR:
+    if trial.scorer.grouping is PAIR_BY_PAIR:
         return False
     try:
-        return not _fault(scorer, _scores_packed, pairs)
+        return not trial.fault_of(_scores_packed)
     except ARCHITECTURE_ERRORS as error:
         if is_device_fault(error):
             raise
@@ -143,24 +145,29 @@ def _shortened(pair: PreferencePair, prompt: int, answer: int) -> PreferencePair
     return PreferencePair(pair.prompt[-prompt:], chosen, rejected, all_chosen, all_rejected)
 
 
-def _fault(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> str:
-    """Return how log-probs differ from plain ones, if they do."""
-    difference = _largest_difference(scorer, score, _sample(pairs))
-    tolerance = FLOAT32_TOLERANCE if float32_product_epsilon() < TF32_EPSILON else TF32_TOLERANCE
-    if scorer.split.dtype in HALF_PRECISION:
-        tolerance = HALF_TOLERANCE
-    return f"log-probs differ by {difference:.1e}" if difference > tolerance else ""
+class _Trial:
+    """Two short pairs and their plain log-probs, with which every other way to score them is compared."""
 
+    def __init__(self, scorer: SharedPromptScorer, pairs: Sequence[PreferencePair]) -> None:
+        self.scorer, self.sample = scorer, _sample(pairs)
+        with evaluation_mode(scorer.model):
+            self.plain = _joined([_evaluated(score_answers(scorer.model, collate([pair]))) for pair in self.sample])
 
-def _largest_difference(scorer: SharedPromptScorer, score: Score, pairs: Sequence[PreferencePair]) -> float:
-    """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
-    with evaluation_mode(scorer.model):
-        plain = _joined([_evaluated(score_answers(scorer.model, collate([pair]))) for pair in pairs])
-        shared = score(scorer, pairs)
-        mx.eval(plain, shared)
-    differences = []
-    for side in ("chosen_logps", "rejected_logps"):
-        reference, values = np.array(getattr(plain, side)), np.array(getattr(shared, side))
-        differences.append(np.abs(values - reference) / np.maximum(np.abs(reference), 1.0))
-    largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
-    return largest if np.isfinite(largest) else float("inf")
+    def fault_of(self, score: Score) -> str:
+        """Return how the log-probs of ``score`` differ from plain ones, if they do."""
+        difference = self._largest_difference(score)
+        tolerance = FLOAT32_TOLERANCE if float32_product_epsilon() < TF32_EPSILON else TF32_TOLERANCE
+        if self.scorer.split.dtype in HALF_PRECISION:
+            tolerance = HALF_TOLERANCE
+        return f"log-probs differ by {difference:.1e}" if difference > tolerance else ""
+
+    def _largest_difference(self, score: Score) -> float:
+        """Return the largest difference from plain log-probs, relative to these or to 1, whichever is larger."""
+        with evaluation_mode(self.scorer.model):
+            scores = _evaluated(score(self.scorer, self.sample))
+        differences = []
+        for side in ("chosen_logps", "rejected_logps"):
+            reference, values = np.array(getattr(self.plain, side)), np.array(getattr(scores, side))
+            differences.append(np.abs(values - reference) / np.maximum(np.abs(reference), 1.0))
+        largest = float(np.max(differences))  # unlike Python's max, NaN where any difference is
+        return largest if np.isfinite(largest) else float("inf")

@@ -26,7 +26,6 @@ SIZES = [(7, 7), (20, 20), (20, 33), (17, 40)]
 @pytest.fixture(autouse=True)
 def blocks_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(attention, "FEWEST_SCORES", 0)
 
 
 def arrays(count: int, total: int) -> list[Array]:
@@ -141,20 +140,6 @@ def test_no_scores_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     assert plain - lean > 0.8 * layers * heads * tokens * tokens * 4
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("count", "total"), SIZES)
-def test_few_scores_are_kept(count: int, total: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_SCORES", 2 * 6 * count * total + 1)
-    monkeypatch.setattr(mx, "custom_function", lambda function: pytest.fail("scores are computed again"))
-    wide = arrays(count, total)
-    ours, added = MASKS[mask](count, total)
-
-    values = computed([mx.array(array.astype(np.float32)) for array in wide], ours)
-
-    for value, expected in zip(values, reference(*wide, added), strict=True):
-        np.testing.assert_allclose(np.array(value), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_weights_of_scores_far_apart_are_right() -> None:
     wide = arrays(20, 20)
     wide[0] *= 100
@@ -165,9 +150,7 @@ def test_weights_of_scores_far_apart_are_right() -> None:
         assert np.linalg.norm(np.array(value) - expected) < 1e-4 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("fewest", [0, 10**9])
-def test_a_gpu_has_its_own_kernel_whatever_the_size(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_SCORES", fewest)
+def test_a_gpu_has_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "power_of_two", lambda x: pytest.fail("an exponential of ours was taken"))
     used: list[str] = []
     kernel = mx.fast.scaled_dot_product_attention

@@ -78,9 +78,21 @@ def test_products_that_are_rounded_to_tf32_may_differ_by_its_rounding(
     tf32: str, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU multiplies float32 as TF32, and other shapes by other kernels: 5.8e-4 were seen on an H200."""
-    monkeypatch.setattr(parity, "_largest_difference", lambda *_: 5.8e-4)
+    monkeypatch.setattr(parity._Trial, "_largest_difference", lambda *_: 5.8e-4)
     with pretended(CUDA):
         monkeypatch.setenv("MLX_ENABLE_TF32", tf32)
         scorer = choose_scorer(add_adapter(build_model()), build_pairs(2), "auto", lambda _: None)
 
     assert (scorer is not None) == shares
+
+
+def test_plain_log_probs_are_computed_once_for_every_way_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[str] = []
+    plain = parity.score_answers
+    monkeypatch.setattr(parity, "score_answers", lambda *args: scored.append("a pair") or plain(*args))
+
+    scorer = choose_scorer(add_adapter(build_model()), build_pairs(3), "auto", pytest.fail)
+
+    assert scorer is not None
+    assert scorer.grouping is not PAIR_BY_PAIR
+    assert scored == ["a pair", "a pair"]

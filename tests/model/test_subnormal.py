@@ -70,11 +70,9 @@ def found_in_a_pass(
 
 @pytest.fixture(params=["many numbers", "few numbers"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two ways to compute exponentials and attention an array of any size takes."""
-    fewest = 0 if request.param == "many numbers" else 10**9
-    monkeypatch.setattr(attention, "FEWEST_SCORES", fewest)
+    """Which of the two ways to compute exponentials an array of any size takes."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(exponential, "FEWEST", fewest)
+    monkeypatch.setattr(exponential, "FEWEST", 0 if request.param == "many numbers" else 10**9)
     return str(request.param)
 
 
