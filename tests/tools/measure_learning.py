@@ -418,9 +418,13 @@ def do(task: Task, until: float) -> str:
     return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
 
 
-def shortened(tasks: Iterable[Task], most: int) -> list[Task]:
-    """Return tasks that train on at most so many rows."""
-    return [replace(task, training=(task.training[0], min(task.training[1], most))) for task in tasks]
+def shortened(tasks: Iterable[Task], most: int, rates: Sequence[float]) -> list[Task]:
+    """Return the tasks at some rates, and the model as it is, on at most so many training rows."""
+    return [
+        replace(task, training=(task.training[0], min(task.training[1], most)))
+        for task in tasks
+        if task.rate in (0.0, *rates)
+    ]
 
 
 def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task], output: Path, until: float) -> None:
@@ -442,6 +446,7 @@ def main() -> None:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="leave out runs at other learning rates")
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
@@ -449,7 +454,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     until = time.time() + given.seconds
     sets = [SETS[name] for name in given.sets]
-    most = given.most_rows
+    restriction = given.most_rows, given.rates
     pool = ProcessPoolExecutor(
         given.workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -459,13 +464,14 @@ def main() -> None:
     with pool:
         first = [*(rate_tasks(sets, given.losses) if "rates" in given.parts else ())]
         first += quantised_tasks() if "quantised" in given.parts else ()
-        run_all(pool, shortened(first, most), given.output, until)
+        run_all(pool, shortened(first, *restriction), given.output, until)
         then = []
         if "accuracy" in given.parts:
             then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses))
         then += text_tasks() if "text" in given.parts else ()
-        run_all(pool, shortened(then, most), given.output, until)
-        run_all(pool, shortened(beta_tasks() if "betas" in given.parts else (), most), given.output, until)
+        run_all(pool, shortened(then, *restriction), given.output, until)
+        betas = beta_tasks() if "betas" in given.parts else ()
+        run_all(pool, shortened(betas, *restriction), given.output, until)
 
 
 PARTS = ("rates", "quantised", "accuracy", "text", "betas")
