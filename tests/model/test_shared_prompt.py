@@ -225,7 +225,7 @@ def test_answers_of_which_one_continues_the_other_are_scored() -> None:
 
 
 def test_auto_falls_back_with_one_line_where_scores_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "_largest_difference", lambda *_: 0.5)
+    monkeypatch.setattr(parity._Trial, "_largest_difference", lambda *_: 0.5)
     said: list[str] = []
 
     assert choose_scorer(build_model(), build_pairs(3), "auto", said.append) is None
