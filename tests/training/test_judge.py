@@ -128,7 +128,8 @@ def test_a_run_that_gets_worse_says_so_once_and_at_its_end(tmp_path: Path, capsy
     assert "Iter 96: the model is" not in printed
     last = printed.strip().splitlines()[-1]
     assert last.startswith("The model is worse than before training: loss +")
-    assert last.endswith("by loss, was that of iteration 96, and the one before training was better.")
+    best = min(reports[1:], key=lambda report: report["val_loss"])["iteration"]
+    assert last.endswith(f"by loss, was that of iteration {best}, and the one before training was better.")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["val_verdict"] for row in rows if row["kind"] == "valid" and row["iteration"] > 1] == [-1, -1]
 
