@@ -57,11 +57,10 @@ def choose_scorer(
     try:
         scorer = SharedPromptScorer(model)
         trial = _Trial(scorer, pairs)
-        fault = trial.fault_of(_scores_one_by_one)
     except ARCHITECTURE_ERRORS as error:
-        if is_device_fault(error):
-            raise
-        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        fault = _named(error)
+    else:
+        fault = trial.fault_of(_scores_one_by_one)
     if not fault:
         scorer.grouping = _grouping(trial)
         scorer.packs = library.in_use() and _can_pack(trial)
@@ -77,27 +76,21 @@ def choose_scorer(
 def _grouping(trial: _Trial) -> Grouping:
     """Return which pairs share a pass: none where several at once would have other scores."""
     model = trial.scorer.model
-    if not can_be_padded(fresh_caches(model)):
+    if not can_be_padded(fresh_caches(model)) or trial.fault_of(_scores_together):
         return PAIR_BY_PAIR
-    try:
-        fault = trial.fault_of(_scores_together)
-    except ARCHITECTURE_ERRORS as error:
-        if is_device_fault(error):
-            raise
-        return PAIR_BY_PAIR  # which has just worked
-    return PAIR_BY_PAIR if fault else grouping_for(model)
+    return grouping_for(model)
 
 
 def _can_pack(trial: _Trial) -> bool:
     """Whether pairs one behind the other have the same scores."""
-    if trial.scorer.grouping is PAIR_BY_PAIR:
-        return False
-    try:
-        return not trial.fault_of(_scores_packed)
-    except ARCHITECTURE_ERRORS as error:
-        if is_device_fault(error):
-            raise
-        return False
+    return trial.scorer.grouping is not PAIR_BY_PAIR and not trial.fault_of(_scores_packed)
+
+
+def _named(error: Exception) -> str:
+    """Return one line on an error of an architecture; what says nothing about the model is raised."""
+    if is_device_fault(error):
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def expected_grouping(model: nn.Module) -> Grouping | None:
@@ -154,8 +147,11 @@ class _Trial:
             self.plain = _joined([_evaluated(score_answers(scorer.model, collate([pair]))) for pair in self.sample])
 
     def fault_of(self, score: Score) -> str:
-        """Return how the log-probs of ``score`` differ from plain ones, if they do."""
-        difference = self._largest_difference(score)
+        """Return how the log-probs of ``score`` differ from plain ones, or what it raises, if either."""
+        try:
+            difference = self._largest_difference(score)
+        except ARCHITECTURE_ERRORS as error:
+            return _named(error)
         tolerance = FLOAT32_TOLERANCE if float32_product_epsilon() < TF32_EPSILON else TF32_TOLERANCE
         if self.scorer.split.dtype in HALF_PRECISION:
             tolerance = HALF_TOLERANCE
