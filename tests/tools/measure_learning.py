@@ -418,7 +418,7 @@ def do(task: Task, until: float) -> str:
     return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
 
 
-def shortened(tasks: Iterable[Task], most: int, rates: Sequence[float]) -> list[Task]:
+def restricted(tasks: Iterable[Task], most: int, rates: Sequence[float]) -> list[Task]:
     """Return the tasks at some rates, and the model as it is, on at most so many training rows."""
     return [
         replace(task, training=(task.training[0], min(task.training[1], most)))
@@ -454,24 +454,26 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     until = time.time() + given.seconds
     sets = [SETS[name] for name in given.sets]
-    restriction = given.most_rows, given.rates
     pool = ProcessPoolExecutor(
         given.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=begin,
         initargs=(given.model, given.data.absolute(), given.output.absolute()),
     )
+
+    def run(tasks: Iterable[Task]) -> None:
+        run_all(pool, restricted(tasks, given.most_rows, given.rates), given.output, until)
+
     with pool:
         first = [*(rate_tasks(sets, given.losses) if "rates" in given.parts else ())]
         first += quantised_tasks() if "quantised" in given.parts else ()
-        run_all(pool, shortened(first, *restriction), given.output, until)
+        run(first)
         then = []
         if "accuracy" in given.parts:
             then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses))
         then += text_tasks() if "text" in given.parts else ()
-        run_all(pool, shortened(then, *restriction), given.output, until)
-        betas = beta_tasks() if "betas" in given.parts else ()
-        run_all(pool, shortened(betas, *restriction), given.output, until)
+        run(then)
+        run(beta_tasks() if "betas" in given.parts else ())
 
 
 PARTS = ("rates", "quantised", "accuracy", "text", "betas")
