@@ -15,6 +15,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
+from numpy.typing import NDArray
 
 from mlx_cpo_plugin.errors import UserError, is_device_fault
 from mlx_cpo_plugin.parameters import by_name
@@ -87,6 +88,17 @@ def sum_over_ranks(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         mx.eval(sums)
     gather(None)
     return sums
+
+
+def add_over_ranks(mine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of the ranks' arrays of one shape; with several ranks it is rounded to float32.
+
+    Raises:
+        LostRankError: not every rank has taken part.
+    """
+    if mx.distributed.init().size() == 1:
+        return mine
+    return np.array(sum_over_ranks({"mine": mx.array(mine, mx.float32)})["mine"], np.float64)
 
 
 def from_first_rank(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Of the chosen answers, in nats per token: what preference training may take from them unpunished.
 NLL_ALLOWANCE = 0.2
 # A change that no reader would see, such as that of a learning rate of 1e-9, can be certain all the same.
 LEAST = 0.001
 # The mean share of an answer's phrases that it has had before: a model's own answers are below half of it.
 REPETITIVE = 0.5
-# Pairs that all change alike, as accuracies may, from which on that is certain at 95 %, by the sign test.
+# Rows that all change alike, as accuracies may, from which on that is certain at 95 %, by the sign test.
 LEAST_ALIKE = 6
 _LENGTH = ("val_sample_length", "val_sample_length_change")
 _REPETITION = ("val_sample_repetition", "val_sample_repetition_change")
@@ -44,17 +47,20 @@ MEASURES = (
 
 
 class Change(NamedTuple):
-    """The mean of N paired differences, after minus before, its standard error, and N."""
+    """The mean of paired differences, after minus before, its standard error, and how many rows these are from.
+
+    Pairs of one row, which share a prompt and answers, are no further evidence: the error is that of rows.
+    """
 
     mean: float
     stderr: float
-    pairs: int
+    rows: int
 
     def sign(self, least: float = LEAST) -> int:
         """Return 1 or -1 where the change is, at 95 %, certain to exceed ``least`` on that side of zero; else 0."""
-        if not math.isfinite(self.mean) or self.pairs < 2 or (self.stderr == 0 and self.pairs < LEAST_ALIKE):
+        if not math.isfinite(self.mean) or self.rows < 2 or (self.stderr == 0 and self.rows < LEAST_ALIKE):
             return 0
-        certain = abs(self.mean) - least > students_t(self.pairs - 1) * self.stderr
+        certain = abs(self.mean) - least > students_t(self.rows - 1) * self.stderr
         return int(math.copysign(1, self.mean)) if certain else 0
 
 
@@ -148,6 +154,33 @@ def _are_empty(answers: Mapping[str, float]) -> bool:
     """Whether no answer has a token any more."""
     now, change = (answers.get(name, 0.0) for name in _LENGTH)
     return now == 0 > change
+
+
+def sums_of_rows(values: NDArray[np.float64], rows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Return the sums of the values of each row's pairs: float64 [M, ``count``].
+
+    Args:
+        values: of M measures of N pairs, float64 [M, N].
+        rows: which row each pair is from, numbered from 0, below ``count``: int64 [N].
+    """
+    return np.array([np.bincount(rows, of_measure, count) for of_measure in values], np.float64)
+
+
+def error_of_rows(of_rows: NDArray[np.float64], pairs: float) -> NDArray[np.float64]:
+    """Return the standard errors of M means over pairs, NaN where all are from one row: float64 [M].
+
+    Where each row has one pair, they are the usual ones.
+    Source: Liang and Zeger 1986, Longitudinal data analysis using generalized linear models.
+
+    Args:
+        of_rows: the sum of the distances of each row's pairs from the mean, float64 [M, R].
+        pairs: how many there are.
+    """
+    measures, rows = of_rows.shape
+    if rows < 2:
+        return np.full(measures, np.nan)
+    errors: NDArray[np.float64] = np.sqrt(rows / (rows - 1) * (of_rows**2).sum(1)) / pairs
+    return errors
 
 
 def students_t(freedom: int) -> float:

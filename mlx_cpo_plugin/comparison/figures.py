@@ -10,6 +10,7 @@ import numpy as np
 from mlx_cpo_plugin.comparison.measure import Comparison
 from mlx_cpo_plugin.comparison.statistics import Measure, figures, finite
 from mlx_cpo_plugin.comparison.text_metrics import OF_ANSWERS, answer_values, chrf
+from mlx_cpo_plugin.data.ranked import row_numbers
 
 MEANS = {
     "accuracy": "accuracies",
@@ -65,9 +66,10 @@ def figures_of(
 
 
 def _of_pairs(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    rows = row_numbers([pair.source for pair in comparison.groups[0].pairs] if comparison.groups else [])
     for measure in OF_PAIRS if comparison.groups else ():
         values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
-        yield figures(measure, comparison.names, np.array(values))
+        yield figures(measure, comparison.names, np.array(values), rows)
 
 
 def _of_answers(comparison: Comparison, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:

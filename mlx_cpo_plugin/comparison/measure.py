@@ -13,7 +13,16 @@ from mlx_lm import stream_generate
 
 from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on
 from mlx_cpo_plugin.comparison.preference import LengthGroup, Preferences, length_groups, preferences
-from mlx_cpo_plugin.comparison.questions import Question, Say, held_out_pairs, is_told, own_question, question_of, uncut
+from mlx_cpo_plugin.comparison.questions import (
+    Question,
+    Say,
+    held_out_pairs,
+    is_told,
+    one_of_each_row,
+    own_question,
+    question_of,
+    uncut,
+)
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.device import compile_where_it_pays
@@ -81,8 +90,9 @@ def compare(
     chat_tokenizer = ChatTokenizer.from_settings(tokenizer, settings)
     _check_tokenizers(models, chat_tokenizer)
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
+    asked = one_of_each_row(held_out)[:rows]
     questions = [own_question(prompt, chat_tokenizer) for prompt in prompts]
-    questions += [question_of(pair, chat_tokenizer) for pair in uncut(held_out[:rows], settings, tokenizer)]
+    questions += [question_of(pair, chat_tokenizer) for pair in uncut(asked, settings, tokenizer)]
     comparison = Comparison(settings, models, questions, length_groups(held_out) if held_out else [], split)
     for contender in models[1:]:
         precision = quantised_load(contender.settings)

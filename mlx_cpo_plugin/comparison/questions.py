@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.ranked import row_numbers
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import prompt_tokens
 from mlx_cpo_plugin.errors import DataError, named, shown
@@ -82,6 +85,12 @@ def held_out_pairs(
     return "file" if is_file else held_out.report.split, held_out[
         : None if batches < 0 else batches * settings.batch_size
     ]
+
+
+def one_of_each_row(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return the first pair of each row, in their order: all pairs of a row ask the same."""
+    numbers = row_numbers([pair.source for pair in pairs])
+    return [pairs[place] for place in np.unique(numbers, return_index=True)[1]]
 
 
 def uncut(pairs: Sequence[PreferencePair], settings: RunSettings, tokenizer: Any) -> list[PreferencePair]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.verdict import OUTCOMES, Change, students_t
+from mlx_cpo_plugin.verdict import OUTCOMES, Change, error_of_rows, students_t, sums_of_rows
 
 Z = 1.959964
 Interval = tuple[float, float]
@@ -47,20 +47,28 @@ def wilson(successes: float, trials: int) -> Interval:
     return max(0.0, (rate + share / 2 - half) / (1 + share)), min(1.0, (rate + share / 2 + half) / (1 + share))
 
 
-def change_of(values: NDArray[np.float64]) -> Change:
-    """Return the mean of values and its standard error, which a single one has none of."""
-    count = len(values)
-    error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
-    return Change(float(values.mean()) if count else math.nan, error, count)
+def change_of(values: NDArray[np.float64], rows: NDArray[np.int64]) -> Change:
+    """Return the mean of N values and its standard error, which those of a single row have none of.
+
+    Args:
+        rows: which row each is from, numbered from 0: int64 [N].
+    """
+    if not len(values):
+        return Change(math.nan, math.nan, 0)
+    mean, count = float(values.mean()), int(rows.max()) + 1
+    (error,) = error_of_rows(sums_of_rows(values[None] - mean, rows, count), len(values))
+    return Change(mean, float(error), count)
 
 
 def around(change: Change) -> Interval:
     """Return the interval of a mean."""
-    half = students_t(change.pairs - 1) * change.stderr if change.pairs > 1 else math.nan
+    half = students_t(change.rows - 1) * change.stderr if change.rows > 1 else math.nan
     return change.mean - half, change.mean + half
 
 
-def figures(measure: Measure, names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+def figures(
+    measure: Measure, names: Sequence[str], values: NDArray[np.float64], rows: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
     """Return what the JSON says of one measure: each model's mean, and who is better than whom.
 
     All are compared with the first, the base model, and with the best.
@@ -68,9 +76,11 @@ def figures(measure: Measure, names: Sequence[str], values: NDArray[np.float64])
     Args:
         names: of the M models.
         values: float64 [M, N].
+        rows: which row each is from, int64 [N]; without them each is from another.
     """
+    rows = np.arange(values.shape[1]) if rows is None else rows
     with np.errstate(invalid="ignore"):  # of a model that diverged
-        means = [change_of(row) for row in values]
+        means = [change_of(of_model, rows) for of_model in values]
         best = None
         if measure.sign:
             best = max(range(len(means)), key=lambda place: _rank(measure.sign * means[place].mean))
@@ -83,17 +93,22 @@ def figures(measure: Measure, names: Sequence[str], values: NDArray[np.float64])
             "models": [_mean(measure, name, mean) for name, mean in zip(names, means, strict=True)],
             "best": None if best is None else names[best],
             "comparisons": [
-                {"model": names[one], "against": names[other]} | _compared(measure, values[one] - values[other])
+                {"model": names[one], "against": names[other]} | _compared(measure, values[one] - values[other], rows)
                 for one, other in against
             ],
         }
 
 
-def duel_figures(points: Sequence[float]) -> dict[str, Any]:
-    """Return wins, ties and losses, the win rate and what is certain: of points that are 1, 0.5 and 0 for these."""
+def duel_figures(points: Sequence[float], rows: int | None = None) -> dict[str, Any]:
+    """Return wins, ties and losses, the win rate and what is certain: of points that are 1, 0.5 and 0 for these.
+
+    Args:
+        rows: how many rows they are about, where several may be about one.
+    """
+    rows = len(points) if rows is None else rows
     wins, losses = (sum(point == value for point in points) for value in (1, 0))
     rate = sum(points) / len(points) if points else math.nan
-    low, high = wilson(sum(points), len(points))
+    low, high = wilson(rate * rows, rows)
     return {
         "wins": wins,
         "ties": len(points) - wins - losses,
@@ -106,18 +121,19 @@ def duel_figures(points: Sequence[float]) -> dict[str, Any]:
 
 
 def _mean(measure: Measure, name: str, mean: Change) -> dict[str, Any]:
-    low, high = wilson(mean.mean * mean.pairs, mean.pairs) if measure.is_rate else around(mean)
+    low, high = wilson(mean.mean * mean.rows, mean.rows) if measure.is_rate else around(mean)
     return {"name": name, "mean": finite(mean.mean), "low": finite(low), "high": finite(high)}
 
 
-def _compared(measure: Measure, differences: NDArray[np.float64]) -> dict[str, Any]:
-    change = change_of(differences)
+def _compared(measure: Measure, differences: NDArray[np.float64], rows: NDArray[np.int64]) -> dict[str, Any]:
+    change = change_of(differences, rows)
     low, high = around(change)
     compared = {"difference": finite(change.mean), "low": finite(low), "high": finite(high)}
     if not measure.sign:
         return compared
     points = 0.5 + 0.5 * np.sign(np.nan_to_num(measure.sign * differences, nan=-1.0))
-    return compared | duel_figures(points.tolist()) | {"outcome": OUTCOMES[measure.sign * change.sign(least=0.0)]}
+    outcome = OUTCOMES[measure.sign * change.sign(least=0.0)]
+    return compared | duel_figures(points.tolist(), change.rows) | {"outcome": outcome}
 
 
 def _rank(mean: float) -> float:

@@ -15,7 +15,7 @@ from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, co
 from mlx_cpo_plugin.data.files import numbered
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.ranked import row_of
+from mlx_cpo_plugin.data.ranked import row_key, row_of
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
@@ -113,7 +113,7 @@ class PreferenceDataset(list[PreferencePair]):
             DataError: there are fewer than two rows.
         """
         # The pairs of a row with several answers stay together.
-        rows = [_row_key(cut.pair, place) for place, cut in enumerate(self._cut)]
+        rows = [row_key(cut.pair.source, place) for place, cut in enumerate(self._cut)]
         each = list(dict.fromkeys(rows))
         if len(each) < 2:
             raise DataError(
@@ -161,12 +161,6 @@ def _weighted(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list
     whole = int(weight)
     rest = round((weight - whole) * len(pairs)) or (not whole and bool(pairs))
     return [*pairs] * whole + [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), rest))]
-
-
-def _row_key(pair: PreferencePair, place: int) -> str | int:
-    """What the pairs of one row have in common; ``place`` for a pair that is alone, whose source may be another's."""
-    row = row_of(pair.source)
-    return place if row == pair.source else row
 
 
 def _rows_behind(sources: Sequence[str]) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.messages import UnusableRow, as_json, is_null, parse_json
 from mlx_cpo_plugin.types import Values
@@ -57,6 +60,20 @@ class Answer(NamedTuple):
 def row_of(source: str) -> str:
     """Return the source of the row that a pair is from: ``train.jsonl:12`` of ``train.jsonl:12 (answers 1 and 3)``."""
     return source.partition(_NUMBERED)[0]
+
+
+def row_key(source: str, place: int) -> str | int:
+    """What the pairs of one row have in common; ``place`` for a pair that is alone, whose source may be another's."""
+    row = row_of(source)
+    return place if row == source else row
+
+
+def row_numbers(sources: Sequence[str]) -> NDArray[np.int64]:
+    """Return which row each of N pairs is from, of the rows numbered in the order of the pairs: int64 [N]."""
+    numbers: dict[str | int, int] = {}
+    return np.array(
+        [numbers.setdefault(row_key(source, place), len(numbers)) for place, source in enumerate(sources)], np.int64
+    )
 
 
 def has_completions(names: Iterable[object]) -> bool:

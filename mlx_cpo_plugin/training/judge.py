@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.exchange import gather
+from mlx_cpo_plugin.exchange import add_over_ranks, gather
 from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.training.validation import BestSoFar
 from mlx_cpo_plugin.types import Values
-from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict
+from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict, error_of_rows, sums_of_rows
 
 _COMPARED = [PAIR_VALUES.index(name) for name in ("loss", "chosen_nll", "margins", "accuracies")]
 OTHER_PAIRS = "Whether the model is better than before training is not known: the validation before it had other pairs."
@@ -25,6 +25,7 @@ class Judge(Resumable):
     Args:
         digest: of the validation pairs of all ranks; a validation of others is not compared.
         cpo_alpha: weight of the likelihood term in the loss.
+        rows: which row each of the N validation pairs of all ranks is from, numbered from 0: int64 [N].
 
     Attributes:
         before: what is compared of each pair of this rank, from before training; None where it was not validated.
@@ -35,8 +36,8 @@ class Judge(Resumable):
 
     remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "told")
 
-    def __init__(self, digest: str, cpo_alpha: float) -> None:
-        self.digest, self.cpo_alpha = digest, cpo_alpha
+    def __init__(self, digest: str, cpo_alpha: float, rows: NDArray[np.int64]) -> None:
+        self.digest, self.cpo_alpha, self.rows = digest, cpo_alpha, rows
         self.before: list[list[float]] | None = None
         self.latest: Verdict | None = None
         self.of_best: Verdict | None = None
@@ -46,11 +47,14 @@ class Judge(Resumable):
         """Take a validation as the one before training; ``values`` are as in :meth:`verdict`."""
         self.before = values[_COMPARED].tolist()
 
-    def verdict(self, values: NDArray[np.float64], answers: Mapping[str, float] | None = None) -> Verdict | None:
+    def verdict(
+        self, values: NDArray[np.float64], places: NDArray[np.int64], answers: Mapping[str, float] | None = None
+    ) -> Verdict | None:
         """Return how a validation compares with the one before training; None where there is nothing to compare.
 
         Args:
             values: of this rank's pairs, in their order, float64 [len(PAIR_VALUES), n].
+            places: of these among the pairs of all ranks, int64 [n].
             answers: figures of greedy answers, by their names in reports, if there are any.
         """
         if self.before is None:
@@ -62,12 +66,13 @@ class Judge(Resumable):
         ratio = all_nll / all_tokens
         per_token = ratio + (nll - ratio * tokens) * pairs / all_tokens
         differences = np.array([loss + self.cpo_alpha * per_token, per_token, margins, accuracies])
-        sums = gather([differences.sum(1).tolist(), (differences**2).sum(1).tolist()])
-        mean, square = np.sum(sums, axis=0) / pairs
-        stderr = np.sqrt(np.maximum(square - mean**2, 0) / max(pairs - 1, 1)) if pairs > 1 else np.full(4, np.nan)
+        mean = np.sum(gather(differences.sum(1).tolist()), axis=0) / pairs
+        count = int(self.rows.max()) + 1
+        of_rows = sums_of_rows(differences - mean[:, None], self.rows[places], count)
+        stderr = error_of_rows(add_over_ranks(of_rows), pairs)
         self.latest = Verdict.of(
             {
-                measure.name: Change(of_mean, of_stderr, int(pairs))
+                measure.name: Change(of_mean, of_stderr, count)
                 for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
             },
             answers or {},

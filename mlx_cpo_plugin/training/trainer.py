@@ -193,14 +193,14 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
     run.quantisation.active = False  # whatever step it follows, so that validations are comparable
     with run.reporter.pause():
         size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
-        means, _, values = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
+        validation = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
         seconds = time.perf_counter() - started
-        means |= run.samples.figures_of(iteration)
+        means = validation.means | run.samples.figures_of(iteration)
         verdict = None
         if before_training:
-            run.judge.begin(values)
+            run.judge.begin(validation.values)
         else:
-            verdict = run.judge.verdict(values, run.samples.compared())
+            verdict = run.judge.verdict(validation.values, validation.places, run.samples.compared())
             if best.saved and best.is_best(means):
                 run.outputs.save_best(iteration)
             best.add(iteration, means)  # now that the file is written
@@ -270,7 +270,7 @@ def evaluate_cpo(
     if not pairs.report.all_used:
         pairs.tell(print)
     with out_of_memory_explained(), prepared_scorer(model, pairs, scoring) as scorer:
-        means, tokens, _ = evaluate_pairs(
+        means, tokens, *_ = evaluate_pairs(
             model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
         )
     rewards = [means.pop("chosen_reward"), means.pop("rejected_reward")]

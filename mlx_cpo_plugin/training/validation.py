@@ -31,11 +31,13 @@ class Validation(NamedTuple):
         tokens: scored tokens of all ranks.
         values: of this rank's pairs, in the order of the data, :data:`mlx_cpo_plugin.training.metrics.PAIR_VALUES`,
             float64 [values, n].
+        places: of these pairs in the data, int64 [n].
     """
 
     means: dict[str, float]
     tokens: int
     values: NDArray[np.float64]
+    places: NDArray[np.int64]
 
 
 def evaluate_pairs(
@@ -60,7 +62,8 @@ def evaluate_pairs(
         values.append(means.add(losses, scores, scored_tokens(scored_pairs)))
         places += [place[id(pair)] for pair in scored_pairs]
     # How pairs are grouped into passes may change at a resume.
-    return Validation(*means.over_ranks(), np.concatenate(values, axis=1)[:, np.argsort(places, kind="stable")])
+    order = np.argsort(places, kind="stable")
+    return Validation(*means.over_ranks(), np.concatenate(values, axis=1)[:, order], np.array(places, np.int64)[order])
 
 
 def scored_batches(

@@ -18,6 +18,7 @@ from mlx_cpo_plugin.checkpoints.resuming import find_start
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, epoch_ends, last_step_start, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.ranked import row_numbers
 from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
@@ -97,10 +98,11 @@ class Run:
 
         metrics_file = MetricsFile(folder / METRICS_FILE if is_first_rank() else None, run_id)
         self.reporter = ProgressReporter(objective, training_callback, metrics_file)
-        validated = data_digest(val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size])
+        validating = val_pairs if args.val_batches < 0 else val_pairs[: args.val_batches * args.batch_size]
+        validated = data_digest(validating)
         saves_best = args.load_best or args.save_best is not None
         self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience, validated, saves_best)
-        self.judge = Judge(validated, args.cpo_alpha)
+        self.judge = Judge(validated, args.cpo_alpha, row_numbers([pair.source for pair in validating]))
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         say, warn = self.reporter.say, self.reporter.warn

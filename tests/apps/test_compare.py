@@ -22,8 +22,10 @@ from support.tiny import add_adapter, build_model, build_pairs, write_data
 from mlx_cpo_plugin import blas, cli, train
 from mlx_cpo_plugin.comparison import measure, text_metrics
 from mlx_cpo_plugin.comparison.contenders import distinct_names
+from mlx_cpo_plugin.comparison.figures import figures_of
 from mlx_cpo_plugin.comparison.measure import Comparison, compare
 from mlx_cpo_plugin.comparison.preference import length_groups, preferences
+from mlx_cpo_plugin.comparison.statistics import wilson
 from mlx_cpo_plugin.comparison.text_metrics import Answer, answer_values
 from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.training.objective import objective_for
@@ -203,6 +205,23 @@ def test_rows_are_asked_after_the_users_own_prompts_with_their_own_answers_besid
     assert first.chosen == "There are 0 apples in the basket, my friend."
     assert first.rejected == "I do not know."
     assert [len(given) for given in comparison.answers] == [3, 3]
+
+
+def test_of_a_row_with_several_pairs_the_prompt_is_asked_once_and_its_pairs_are_one_observation(
+    adapter_path: Path, tmp_path: Path
+) -> None:
+    record = adapter_path / "run_settings.yaml"
+    record.write_text(record.read_text().replace("completion_pairs: best_worst", "completion_pairs: all"))
+    rows = [{"prompt": f"Who {i}?", "completions": ["A", "B", "C"], "scores": [3, 2, 1]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    comparison = compare([adapter_path], data=str(tmp_path / "rows.jsonl"), rows=2, max_tokens=1, say=silent)
+
+    assert [question.source.partition(" (")[0] for question in comparison.questions] == ["rows.jsonl:1", "rows.jsonl:2"]
+    accuracy, *_ = figures_of(comparison, max_tokens=1)["measures"]
+    assert accuracy["count"] == 12
+    base = accuracy["models"][0]
+    assert (base["low"], base["high"]) == pytest.approx(wilson(4 * base["mean"], 4))
 
 
 def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settings, run_main: RunMain) -> None:

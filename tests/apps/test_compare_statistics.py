@@ -31,7 +31,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
     """Five values: the 97.5 % point of Student's t with 4 degrees of freedom is 2.776."""
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 
-    low, high = around(change_of(values))
+    low, high = around(change_of(values, np.arange(5)))
 
     assert (low + high) / 2 == pytest.approx(3)
     assert (high - low) / 2 == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-2)
@@ -93,6 +93,21 @@ def test_one_item_decides_nothing() -> None:
 
     (compared,) = measured["comparisons"]
     assert (compared["difference"], compared["low"], compared["outcome"]) == (6.9, None, "undecided")
+
+
+@pytest.mark.parametrize("measure", [Measure("margin", "pairs"), Measure("accuracy", "pairs", is_rate=True)])
+def test_several_pairs_of_each_row_make_nothing_more_certain(measure: Measure) -> None:
+    values = np.random.default_rng(2).integers(0, 2, (2, 9)).astype(np.float64)
+
+    once = figures(measure, NAMES[:2], values)
+    copied = figures(measure, NAMES[:2], np.repeat(values, 4, axis=1), np.repeat(np.arange(9), 4))
+
+    for key in ("low", "high"):
+        assert [model[key] for model in copied["models"]] == pytest.approx([model[key] for model in once["models"]])
+        assert copied["comparisons"][0][key] == pytest.approx(once["comparisons"][0][key])
+        rate = f"win_rate_{key}"
+        assert copied["comparisons"][0][rate] == pytest.approx(once["comparisons"][0][rate])
+    assert (once["count"], copied["count"]) == (9, 36)
 
 
 @pytest.mark.parametrize(

@@ -371,14 +371,22 @@ def held_out_loss(task: Task, measured_scores: dict[str, list[float]]) -> float:
     return float(objective.losses(answer_scores).mean() + settings.cpo_alpha * nll)
 
 
-def chosen_rates(output: Path, sets: Iterable[RowSet], among: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Return, for each set and loss, the rate with the least loss of the rows that were left out for this choice."""
+def chosen_rates(
+    output: Path, sets: Iterable[RowSet], among: Sequence[str], rates: Sequence[float]
+) -> dict[tuple[str, str], float]:
+    """Return, for each set and loss, the rate with the least loss of the rows that were left out for this choice.
+
+    One of one rate is no choice, and needs no measurement.
+    """
     found = {}
     for rows in sets:
+        if len(rates) == 1:
+            found |= {(rows.name, loss): rates[0] for loss in among}
+            continue
         losses: dict[str, dict[float, float]] = {loss: {} for loss in among}
         for task in rate_tasks([rows], among):
             file = output / f"{task.name}.json"
-            if task.loss in losses and file.exists():
+            if task.rate in rates and task.loss in losses and file.exists():
                 losses[task.loss][task.rate] = held_out_loss(task, json.loads(file.read_text())["scores"])
         for loss, of_rates in losses.items():
             if not of_rates:
@@ -446,7 +454,7 @@ def main() -> None:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="leave out runs at other learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
@@ -470,7 +478,7 @@ def main() -> None:
         run(first)
         then = []
         if "accuracy" in given.parts:
-            then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses))
+            then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses, given.rates))
         then += text_tasks() if "text" in given.parts else ()
         run(then)
         run(beta_tasks() if "betas" in given.parts else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,11 @@ def test_the_same_model_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_change_of_the_verdict_is_news_and_the_same_again_is_not() -> None:
-    judge, pairs = Judge("digest", cpo_alpha=1.0), np.arange(6) / 100
+    judge, pairs = Judge("digest", 1.0, np.arange(6)), np.arange(6) / 100
     judge.begin(values(6))
     heard = []
     for number, loss in enumerate((0.0, 1.0, 1.0, 0.0, -1.0), 1):
-        warning, line = judge.news(number, judge.verdict(values(6, loss=loss + pairs - pairs.mean())))
+        warning, line = judge.news(number, judge.verdict(values(6, loss=loss + pairs - pairs.mean()), np.arange(6)))
         heard.append(warning or line)
 
     assert heard[0] is None
@@ -190,10 +191,10 @@ def test_a_run_resumed_with_other_validation_pairs_says_that_it_cannot_judge(
 
 
 def test_scores_that_are_no_numbers_are_worse() -> None:
-    judge = Judge("digest", cpo_alpha=0.0)
+    judge = Judge("digest", 0.0, np.arange(4))
     judge.begin(values(4))
 
-    verdict = judge.verdict(values(4, loss=np.full(4, np.nan)))
+    verdict = judge.verdict(values(4, loss=np.full(4, np.nan)), np.arange(4))
 
     assert verdict is not None
     assert verdict.word == "worse"
@@ -203,13 +204,14 @@ def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     named = {"loss": rng.normal(size=6), "chosen_nll": rng.normal(size=6), "chosen_tokens": rng.integers(1, 9, 6) * 1.0}
     before, after = values(6, chosen_tokens=named["chosen_tokens"]), values(6, **named)
-    alone = Judge("digest", cpo_alpha=0.5)
+    rows = np.array([0, 0, 1, 1, 1, 2])
+    alone = Judge("digest", 0.5, rows)
     alone.begin(before)
-    expected = alone.verdict(after)
+    expected = alone.verdict(after, np.arange(6))
 
-    judges = [Judge("digest", cpo_alpha=0.5) for _ in range(2)]
+    judges = [Judge("digest", 0.5, rows) for _ in range(2)]
     exchanged: list[list[Any]] = []
-    for exchange in range(3):  # each time one exchange gets further than before
+    for exchange in range(4):  # each time one exchange gets further than before
         sent: list[list[Any]] = [[], []]
         for rank, judge in enumerate(judges):
             replies = iter(exchanged)
@@ -219,8 +221,11 @@ def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
                 return next(replies, [mine, mine])
 
             monkeypatch.setattr("mlx_cpo_plugin.training.judge.gather", gathered)
+            monkeypatch.setattr(
+                "mlx_cpo_plugin.training.judge.add_over_ranks", lambda mine, all_of=gathered: np.sum(all_of(mine), 0)
+            )
             judge.begin(before[:, rank::2])
-            judge.verdict(after[:, rank::2])
+            judge.verdict(after[:, rank::2], np.arange(6)[rank::2])
         exchanged = [list(of_all) for of_all in zip(*sent, strict=True)][: exchange + 1]
 
     assert expected is not None
@@ -228,6 +233,47 @@ def test_ranks_judge_together(monkeypatch: pytest.MonkeyPatch) -> None:
         assert judge.latest is not None
         for name, change in expected.changes.items():
             assert judge.latest.changes[name] == pytest.approx(change)
+
+
+def test_pairs_of_one_row_are_no_further_evidence() -> None:
+    """Three rows, the first with four pairs that all change alike: as if the sums of the rows were what was drawn."""
+    change = np.array([0.3, 0.3, 0.3, 0.3, 0.1, -0.2])
+    judge = Judge("digest", 0.0, np.array([0, 0, 0, 0, 1, 2]))
+    judge.begin(values(6))
+
+    verdict = judge.verdict(values(6, margins=change), np.arange(6))
+
+    assert verdict is not None
+    mean, stderr = verdict.changes["margins"]
+    of_rows = np.array([4 * (0.3 - mean), 0.1 - mean, -0.2 - mean])
+    assert mean == pytest.approx(change.mean())
+    assert stderr == pytest.approx(np.sqrt(3 / 2 * (of_rows**2).sum()) / 6)
+    assert stderr > 1.4 * change.std(ddof=1) / np.sqrt(6)
+
+
+def test_copies_of_a_pair_make_nothing_more_certain() -> None:
+    change = np.random.default_rng(1).normal(0.5, 1.0, size=8)
+
+    def judged(copies: int) -> Verdict:
+        count = 8 * copies
+        judge = Judge("digest", 0.0, np.repeat(np.arange(8), copies))
+        judge.begin(values(count))
+        verdict = judge.verdict(values(count, margins=np.repeat(change, copies)), np.arange(count))
+        assert verdict is not None
+        return verdict
+
+    assert judged(5).changes["margins"] == pytest.approx(judged(1).changes["margins"])
+
+
+def test_a_run_knows_which_validation_pairs_are_of_one_row(tmp_path: Path) -> None:
+    pairs = [replace(pair, source=f"valid.jsonl:{number}") for number, pair in enumerate(build_pairs(6, seed=5), 1)]
+    several = [replace(pair, source=f"{pair.source} (answers 1 and {answer})") for pair in pairs for answer in (2, 3)]
+
+    once, twice = (run(tmp_path / name, of, 0.01)[-1] for name, of in (("once", pairs), ("twice", several)))
+
+    for name in ("loss", "nll_loss", "margins"):
+        assert twice[f"val_{name}_change"] == pytest.approx(once[f"val_{name}_change"], rel=1e-3)
+        assert twice[f"val_{name}_stderr"] == pytest.approx(once[f"val_{name}_stderr"], rel=1e-3)
 
 
 def test_the_last_word_is_on_the_weights_that_the_run_ends_with(
