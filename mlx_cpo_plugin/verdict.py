@@ -18,6 +18,8 @@ LEAST = 0.001
 REPETITIVE = 0.5
 # Rows that all change alike, as accuracies may, from which on that is certain at 95 %, by the sign test.
 LEAST_ALIKE = 6
+# What is left of a standard error that is none: ranks exchange float32 numbers.
+ROUNDING = 1e-6
 _LENGTH = ("val_sample_length", "val_sample_length_change")
 _REPETITION = ("val_sample_repetition", "val_sample_repetition_change")
 _OF_ANSWERS = (*_LENGTH, *_REPETITION)
@@ -47,9 +49,10 @@ MEASURES = (
 
 
 class Change(NamedTuple):
-    """The mean of paired differences, after minus before, its standard error, and how many rows these are from.
+    """The mean of paired differences, after minus before, its standard error, and how many rows it is worth.
 
-    Pairs of one row, which share a prompt and answers, are no further evidence: the error is that of rows.
+    Pairs of one row, which share a prompt and answers, are no further evidence: the error is that of rows, and where
+    some have more pairs than others, see :func:`worth_in_rows`.
     """
 
     mean: float
@@ -58,7 +61,8 @@ class Change(NamedTuple):
 
     def sign(self, least: float = LEAST) -> int:
         """Return 1 or -1 where the change is, at 95 %, certain to exceed ``least`` on that side of zero; else 0."""
-        if not math.isfinite(self.mean) or self.rows < 2 or (self.stderr == 0 and self.rows < LEAST_ALIKE):
+        alike = self.stderr <= ROUNDING * abs(self.mean)
+        if not math.isfinite(self.mean) or self.rows < 2 or (alike and self.rows < LEAST_ALIKE):
             return 0
         certain = abs(self.mean) - least > students_t(self.rows - 1) * self.stderr
         return int(math.copysign(1, self.mean)) if certain else 0
@@ -164,6 +168,18 @@ def sums_of_rows(values: NDArray[np.float64], rows: NDArray[np.int64], count: in
         rows: which row each pair is from, numbered from 0, below ``count``: int64 [N].
     """
     return np.array([np.bincount(rows, of_measure, count) for of_measure in values], np.float64)
+
+
+def worth_in_rows(rows: NDArray[np.int64]) -> int:
+    """Return how many rows of one size are as much evidence as these: all of them where each has as many pairs.
+
+    Source: Kish 1965, Survey Sampling, the effective size of a sample with weights.
+
+    Args:
+        rows: which row each pair is from, int64 [N].
+    """
+    sizes = np.unique(rows, return_counts=True)[1].tolist()
+    return int(sum(sizes) ** 2 // sum(size**2 for size in sizes)) if sizes else 0
 
 
 def error_of_rows(of_rows: NDArray[np.float64], pairs: float) -> NDArray[np.float64]:

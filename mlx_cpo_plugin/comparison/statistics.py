@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.verdict import OUTCOMES, Change, error_of_rows, students_t, sums_of_rows
+from mlx_cpo_plugin.verdict import OUTCOMES, Change, error_of_rows, students_t, sums_of_rows, worth_in_rows
 
 Z = 1.959964
 Interval = tuple[float, float]
@@ -57,7 +57,7 @@ def change_of(values: NDArray[np.float64], rows: NDArray[np.int64]) -> Change:
         return Change(math.nan, math.nan, 0)
     mean, count = float(values.mean()), int(rows.max()) + 1
     (error,) = error_of_rows(sums_of_rows(values[None] - mean, rows, count), len(values))
-    return Change(mean, float(error), count)
+    return Change(mean, float(error), worth_in_rows(rows))
 
 
 def around(change: Change) -> Interval:
@@ -103,7 +103,7 @@ def duel_figures(points: Sequence[float], rows: int | None = None) -> dict[str, 
     """Return wins, ties and losses, the win rate and what is certain: of points that are 1, 0.5 and 0 for these.
 
     Args:
-        rows: how many rows they are about, where several may be about one.
+        rows: how many rows they are worth, where several are about one.
     """
     rows = len(points) if rows is None else rows
     wins, losses = (sum(point == value for point in points) for value in (1, 0))

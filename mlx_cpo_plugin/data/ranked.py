@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ _TEXT = ("response", "answer", "text", "completion", "generation", "content")
 _SCORE, _RANK = ("score", "overall_score", "rating"), ("rank",)
 _OF_MESSAGES = ("role", "from", "messages")
 _NUMBERED = " (answers "
+_OF_ROW = re.compile(r" \(answers \d+ and \d+\)$")
 
 SMALL_GAP = "the gap between the scores is below min_gap"
 
@@ -59,7 +61,7 @@ class Answer(NamedTuple):
 
 def row_of(source: str) -> str:
     """Return the source of the row that a pair is from: ``train.jsonl:12`` of ``train.jsonl:12 (answers 1 and 3)``."""
-    return source.partition(_NUMBERED)[0]
+    return _OF_ROW.sub("", source)
 
 
 def row_key(source: str, place: int) -> str | int:

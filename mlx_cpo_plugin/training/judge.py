@@ -13,7 +13,7 @@ from mlx_cpo_plugin.training.metrics import PAIR_VALUES
 from mlx_cpo_plugin.training.state import Resumable
 from mlx_cpo_plugin.training.validation import BestSoFar
 from mlx_cpo_plugin.types import Values
-from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict, error_of_rows, sums_of_rows
+from mlx_cpo_plugin.verdict import MEASURES, Change, Verdict, error_of_rows, sums_of_rows, worth_in_rows
 
 _COMPARED = [PAIR_VALUES.index(name) for name in ("loss", "chosen_nll", "margins", "accuracies")]
 OTHER_PAIRS = "Whether the model is better than before training is not known: the validation before it had other pairs."
@@ -67,12 +67,12 @@ class Judge(Resumable):
         per_token = ratio + (nll - ratio * tokens) * pairs / all_tokens
         differences = np.array([loss + self.cpo_alpha * per_token, per_token, margins, accuracies])
         mean = np.sum(gather(differences.sum(1).tolist()), axis=0) / pairs
-        count = int(self.rows.max()) + 1
+        count, worth = int(self.rows.max()) + 1, worth_in_rows(self.rows)
         of_rows = sums_of_rows(differences - mean[:, None], self.rows[places], count)
         stderr = error_of_rows(add_over_ranks(of_rows), pairs)
         self.latest = Verdict.of(
             {
-                measure.name: Change(of_mean, of_stderr, count)
+                measure.name: Change(of_mean, of_stderr, worth)
                 for measure, of_mean, of_stderr in zip(MEASURES, mean.tolist(), stderr.tolist(), strict=True)
             },
             answers or {},

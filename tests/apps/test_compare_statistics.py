@@ -110,6 +110,18 @@ def test_several_pairs_of_each_row_make_nothing_more_certain(measure: Measure) -
     assert (once["count"], copied["count"]) == (9, 36)
 
 
+def test_intervals_of_rows_with_many_pairs_and_rows_with_one_hold_what_they_should() -> None:
+    """Two rows have most of the pairs, which all are alike in a row; nineteen of twenty intervals hold the truth."""
+    rows, rng = np.concatenate([np.repeat([0, 1], 28), np.arange(2, 20)]), np.random.default_rng(0)
+    held = {"margin": 0, "accuracy": 0}
+    for _ in range(400):
+        for name, of_rows, truth in (("margin", rng.normal(size=20), 0.0), ("accuracy", rng.random(20) < 0.5, 0.5)):
+            measured = figures(Measure(name, "pairs", is_rate=truth > 0), ["base"], of_rows[rows][None] * 1.0, rows)
+            held[name] += measured["models"][0]["low"] <= truth <= measured["models"][0]["high"]
+
+    assert min(held.values()) >= 0.9 * 400
+
+
 @pytest.mark.parametrize(
     ("points", "rate", "outcome"),
     [([1.0] * 9 + [0.0], 0.9, "better"), ([0.0] * 9 + [1.0], 0.1, "worse"), ([0.5] * 40, 0.5, "undecided")],

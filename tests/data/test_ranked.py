@@ -15,7 +15,7 @@ from support.refusals import refused
 
 from mlx_cpo_plugin.data import PreferenceDataset, load_dataset
 from mlx_cpo_plugin.data.columns import Columns
-from mlx_cpo_plugin.data.ranked import row_of
+from mlx_cpo_plugin.data.ranked import row_numbers, row_of
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
 
@@ -142,6 +142,17 @@ def test_rows_are_counted_as_rows_and_stay_together_where_some_are_held_out(tmp_
     assert not sides[0] & sides[1]
     assert (len(train), len(valid)) == (21, 9)
     assert (train.report.rows, valid.report.rows) == (7, 3)
+
+
+def test_only_what_names_two_answers_is_taken_off_the_name_of_a_row() -> None:
+    sources = [
+        "held (answers v2).jsonl:1",
+        "held (answers v2).jsonl:2",
+        "a:1 (answers 1 and 3)",
+        "a:1 (answers 2 and 3)",
+    ]
+
+    assert row_numbers(sources).tolist() == [0, 1, 2, 2]
 
 
 def test_pairs_whose_scores_are_near_are_left_out_by_choice_and_rows_without_scores_are_not(tmp_path: Path) -> None:

@@ -451,7 +451,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="accuracy needs the rates that were measured"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="accuracy needs rates that were measured, or one of --rates",
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")

@@ -251,6 +251,18 @@ def test_pairs_of_one_row_are_no_further_evidence() -> None:
     assert stderr > 1.4 * change.std(ddof=1) / np.sqrt(6)
 
 
+@pytest.mark.parametrize("rows", [2, 5])
+def test_few_rows_whose_pairs_change_in_one_pattern_decide_nothing(rows: int) -> None:
+    """The distances from the mean cancel in each row but for rounding, which is no standard error."""
+    judge = Judge("digest", 0.0, np.repeat(np.arange(rows), 3))
+    judge.begin(values(3 * rows))
+
+    verdict = judge.verdict(values(3 * rows, margins=np.array([1.0, 0.0, 0.0] * rows)), np.arange(3 * rows))
+
+    assert verdict is not None
+    assert verdict.word == "undecided"
+
+
 def test_copies_of_a_pair_make_nothing_more_certain() -> None:
     change = np.random.default_rng(1).normal(0.5, 1.0, size=8)
 
