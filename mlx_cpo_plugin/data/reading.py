@@ -154,21 +154,22 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str], mixed: bool
 
 
 def _read_folder(folder: Path, columns: Columns, wanted: Collection[str], mixed_as: Path | None) -> Splits:
+    name = folder.name if mixed_as is None else mixed_as.as_posix()
     if is_saved_dataset(folder):
         import datasets
 
         with _library(str(folder), f"{named(str(folder))} cannot be loaded", "save the data set again"):
             found = datasets.load_from_disk(str(folder))
         by_split = found if isinstance(found, Mapping) else {"train": found}
-        return _of_library(folder.name, by_split, columns, wanted)
+        return _of_library(name, by_split, columns, wanted)
     if has_card(folder):
-        return _of_library(folder.name, _load_from_hub(str(folder), {}), columns, wanted)
+        return _of_library(name, _load_from_hub(str(folder), {}), columns, wanted)
     files = split_files(folder)
     splits: Splits = {}
     for split in wanted:
         for file in files.get(split, ()):
-            name = ((mixed_as or Path()) / file.relative_to(folder)).as_posix()
-            splits.setdefault(split, []).append(RowGroup(named(name), read_file(file, name), columns))
+            where = ((mixed_as or Path()) / file.relative_to(folder)).as_posix()
+            splits.setdefault(split, []).append(RowGroup(named(where), read_file(file, where), columns))
     if not splits and not (mixed_as and files):  # the other sets may have the split
         names_there = sorted(path.name for path in folder.iterdir())[:8]
         found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"

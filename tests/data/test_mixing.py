@@ -89,6 +89,18 @@ def test_rows_held_out_are_drawn_from_every_set_and_never_trained_on(tmp_path: P
     assert not {pair.source for pair in train} & {pair.source for pair in valid}
 
 
+def test_saved_data_sets_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": "Who?", "completions": ["A", "B"], "scores": [2, 1]}]
+    for parent in "ab":
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / parent / "prefs"))
+
+    train, _, _ = load([{"path": str(tmp_path / parent / "prefs")} for parent in "ab"])
+
+    assert len({pair.source for pair in train}) == 2
+
+
 def test_each_set_has_columns_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "Who?", "good": "Me.", "bad": "You."}) + "\n")
     own = {"path": str(tmp_path / "own.jsonl"), "chosen_feature": "good", "rejected_feature": "bad"}
