@@ -187,7 +187,7 @@ class MemoryEstimate:
         # Keys and values and their gradient, of which those of a layer are there a few times while it is computed; near
         # the start also what is appended to them, and the gradient of the other answer.
         queries = min(step_size, max(len(pair.prompt), *sides))
-        is_far = len(pair.prompt) >= FAR * min(step_size, max(sides))
+        is_far = len(pair.prompt) > FAR * min(step_size, max(sides))  # its last token is read with the answers
         copies = 2 + _COPIES_OF_LAYER / self.layers if is_far else 4
         scores = self.heads * pair.length
         blocks = _SCORES_AT_A_TIME * 4 * scores * min(queries, query_block(scores)) if scores else 0
