@@ -66,8 +66,10 @@ def figures_of(
 
 
 def _of_pairs(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    rows = row_numbers([pair.source for pair in comparison.groups[0].pairs] if comparison.groups else [])
-    for measure in OF_PAIRS if comparison.groups else ():
+    if not comparison.groups:
+        return
+    rows = row_numbers([pair.source for pair in comparison.groups[0].pairs])
+    for measure in OF_PAIRS:
         values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
         yield figures(measure, comparison.names, np.array(values), rows)
 
