@@ -1,4 +1,4 @@
-"""A model that is not trained, prepared for scoring pairs."""
+"""Pairs are scored without a gradient, by a model that is trained or by one that is prepared for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.compiled import compiled_kernels, computes
+from mlx_cpo_plugin.model.logps import AnswerScores, plain_groups
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
@@ -32,6 +33,18 @@ def prepared_scorer(
         if _kernels_pay(model, pairs) and library.usable(say):
             stack.enter_context(compiled_kernels(model))
         yield choose_scorer(model, pairs, wanted, say)
+
+
+def scored_groups(
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    length_normalised: bool = False,
+    scorer: SharedPromptScorer | None = None,
+) -> Iterator[tuple[list[int], AnswerScores]]:
+    """Return the pairs of each pass, by number, and their scores; ``scorer`` shares prompts, ``None`` shares none."""
+    if scorer is None:
+        return plain_groups(model, pairs, length_normalised)
+    return scorer.scored_groups(pairs, length_normalised)
 
 
 def _kernels_pay(model: nn.Module, pairs: Sequence[PreferencePair]) -> bool:

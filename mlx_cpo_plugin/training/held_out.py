@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_in_place
-from mlx_cpo_plugin.data.batches import collate
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.logps import evaluation_mode, score_answers
-from mlx_cpo_plugin.model.scoring import prepared_scorer
-from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
+from mlx_cpo_plugin.model.logps import evaluation_mode
+from mlx_cpo_plugin.model.scoring import prepared_scorer, scored_groups
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.wiring import Run
 
@@ -67,7 +65,7 @@ def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedP
     logps = []
     with evaluation_mode(model):
         for pair in pairs:
-            scores = scorer.score(split_shared_prefix(pair)) if scorer else score_answers(model, collate([pair]))
+            ((_, scores),) = scored_groups(model, [pair], scorer=scorer)
             mx.eval(scores)
             logps.append(np.array([scores.chosen_logps, scores.rejected_logps], np.float64).reshape(2))
     return HeldOutScores(np.stack(logps, axis=1))

@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.batches import collate, evaluation_plan, scored_tokens
+from mlx_cpo_plugin.data.batches import evaluation_plan, scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
+from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode
+from mlx_cpo_plugin.model.scoring import scored_groups
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.settings.cpo_options import MEASURES
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
@@ -81,18 +82,15 @@ def scored_batches(
 
     Args:
         num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
-        scorer: shares the prompt between the answers of a pair; without it all answers of a batch are padded together.
+        scorer: shares the prompt between the answers of a pair; without it the answers of a batch are padded together,
+            but for long ones.
     """
     world = mx.distributed.init()
     with evaluation_mode(model):
         for batch in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            if scorer is None:
-                groups = iter([(list(range(len(batch))), score_answers(model, collate(batch), length_normalised))])
-            else:
-                groups = scorer.scored_groups(batch, length_normalised)
-            for group, scores in groups:
+            for group, scores in scored_groups(model, batch, length_normalised, scorer):
                 mx.eval(*scores)
                 yield scores, [batch[number] for number in group]
 

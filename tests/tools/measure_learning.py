@@ -426,12 +426,12 @@ def do(task: Task, until: float) -> str:
     return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
 
 
-def restricted(tasks: Iterable[Task], most: int, rates: Sequence[float]) -> list[Task]:
-    """Return the tasks at some rates, and the model as it is, on at most so many training rows."""
+def restricted(tasks: Iterable[Task], most: int, rates: Sequence[float], seeds: Sequence[int]) -> list[Task]:
+    """Return the tasks with some rates and seeds, and the model as it is, on at most so many training rows."""
     return [
         replace(task, training=(task.training[0], min(task.training[1], most)))
         for task in tasks
-        if task.rate in (0.0, *rates)
+        if task.trainer == "none" or (task.rate in rates and task.seed in seeds)
     ]
 
 
@@ -459,6 +459,7 @@ def main() -> None:
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
@@ -474,7 +475,7 @@ def main() -> None:
     )
 
     def run(tasks: Iterable[Task]) -> None:
-        run_all(pool, restricted(tasks, given.most_rows, given.rates), given.output, until)
+        run_all(pool, restricted(tasks, given.most_rows, given.rates, given.seeds), given.output, until)
 
     with pool:
         first = [*(rate_tasks(sets, given.losses) if "rates" in given.parts else ())]
