@@ -39,9 +39,9 @@ def change_per_token(values: NDArray[np.float64], tokens: NDArray[np.float64]) -
     return f"{ratio:+.3f} ± {error:.3f}"
 
 
-def means_of(runs: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]]:
+def means_of(runs: list[dict[str, Any]], scores: str = "scores") -> dict[str, NDArray[np.float64]]:
     """Return, of each held-out row, the means over seeds of log-probs, margin and accuracy."""
-    chosen, rejected = (np.array([run["scores"][f"{side}_logps"] for run in runs]) for side in ("chosen", "rejected"))
+    chosen, rejected = (np.array([run[scores][f"{side}_logps"] for run in runs]) for side in ("chosen", "rejected"))
     return {
         "chosen": chosen.mean(0),
         "margin": (chosen - rejected).mean(0),
@@ -64,15 +64,28 @@ def lines_of(part: str, runs: list[dict[str, Any]]) -> list[str]:
             f"| {rows}, {len(tokens)} held out | before training | | | {base['accuracy'].mean():.1%} | | {start}"
         )
         for (_, loss, rate), seeds in sorted((key, group) for key, group in groups.items() if key[0] == rows):
-            after = means_of(seeds)
-            changes = (
-                change(after["accuracy"] - base["accuracy"], ".1%"),
-                change(after["margin"] - base["margin"], ".2f"),
-                change_per_token(after["chosen"] - base["chosen"], tokens),
-            )
-            measured = f"{after['accuracy'].mean():.1%} | {' | '.join(changes)}"
-            lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {measured} |")
+            lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {changes(means_of(seeds), base, tokens)} |")
+        for (_, loss, rate), seeds in sorted(groups.items()):
+            if rows == seeds[0]["task"]["rows"] and "quantised_scores" in seeds[0]:
+                after = changes(means_of(seeds, "quantised_scores"), base, tokens)
+                lines.append(f"| | `{loss}`, merged, in 4 bits | {rate:g} | {len(seeds)} | {after} |")
+        if "quantised_scores" in run:
+            after = changes(means_of([run], "quantised_scores"), base, tokens)
+            lines.append(f"| | before training, in 4 bits | | | {after} |")
     return lines
+
+
+def changes(
+    after: dict[str, NDArray[np.float64]], before: dict[str, NDArray[np.float64]], tokens: NDArray[np.float64]
+) -> str:
+    """Return accuracy, and the changes of accuracy, margin and log-prob of the chosen answers, as cells of a table."""
+    cells = (
+        f"{after['accuracy'].mean():.1%}",
+        change(after["accuracy"] - before["accuracy"], ".1%"),
+        change(after["margin"] - before["margin"], ".2f"),
+        change_per_token(after["chosen"] - before["chosen"], tokens),
+    )
+    return " | ".join(cells)
 
 
 def text_lines(runs: list[dict[str, Any]]) -> list[str]:
