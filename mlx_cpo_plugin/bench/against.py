@@ -60,6 +60,7 @@ class Contest:
         timings: by mode, then by trainer; this project's is the first.
         notes: what differs between the trainers, one sentence each.
         failures: why a trainer has no figures, or losses that it should not have.
+        stopped: whether Ctrl-C ended it; it has what was measured up to there.
     """
 
     case: Case
@@ -68,6 +69,7 @@ class Contest:
     timings: dict[str, dict[str, Timing]]
     notes: tuple[str, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
 
     def ratio(self, mode: str, trainer: str) -> float:
         """Return how many times the seconds of this project's trainer a trainer takes, the median of the rounds."""
@@ -96,6 +98,7 @@ def hold_contest(
     Raises:
         ConfigError: there are fewer rows than a micro-batch takes.
         MeasurementError: this project's trainer failed.
+        KeyboardInterrupt: Ctrl-C, before this project's trainer was measured.
     """
     if len(case.pairs) < case.settings.batch_size:
         raise ConfigError(
@@ -107,23 +110,27 @@ def hold_contest(
     with tempfile.TemporaryDirectory(prefix="mlx-cpo-bench-") as folder:
         runs = Runs(case, Path(folder), say, pythons)
         same = runs.time_in_turn([PLUGIN, *trainers], batches, rounds, TIME, failures)
-        whole = runs.time_in_turn([*same], epoch, rounds, EPOCH, failures)
+        if PLUGIN not in same:
+            raise KeyboardInterrupt
+        whole = {} if runs.stopped else runs.time_in_turn([*same], epoch, rounds, EPOCH, failures)
     timed = sum(map(len, batches[1:]))
     # mlx-lm-lora draws full micro-batches only.
     drawn = {HOST: len(epoch) * case.settings.batch_size}
     first = {name: measured[0] for name, measured in same.items()}
     differences = _differences_of_tokens(case, batches, first)
     notes, wrong = _differences_of_losses(first, differences)
+    timings = {TIME: {name: _timing(measured, 1, timed) for name, measured in same.items()}}
+    if whole:
+        pairs = {name: drawn.get(name, len(case.pairs)) for name in whole}
+        timings[EPOCH] = {name: _timing(measured, 0, pairs[name]) for name, measured in whole.items()}
     return Contest(
         case=case,
-        rounds=rounds,
+        rounds=len(same[PLUGIN]),
         iterations=iterations,
-        timings={
-            TIME: {name: _timing(measured, 1, timed) for name, measured in same.items()},
-            EPOCH: {name: _timing(measured, 0, drawn.get(name, len(case.pairs))) for name, measured in whole.items()},
-        },
+        timings=timings,
         notes=(*case.notes, *(patch for measured in first.values() for patch in measured.patches), *notes),
         failures=failures | wrong,
+        stopped=runs.stopped,
     )
 
 

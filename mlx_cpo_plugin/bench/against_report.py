@@ -29,6 +29,8 @@ def table(contest: Contest) -> str:
             for row in rows
         ]
     lines.append(f"rounds, one trainer after the other: {contest.rounds}; median (range)")
+    if contest.stopped:
+        lines.append("stopped by Ctrl-C: what was measured in whole rounds up to there")
     lines.append("torch does not tell what it allocates; the process's peak holds Python, libraries and the files read")
     lines += [f"note: {note}" for note in contest.notes]
     return "\n".join(lines)
@@ -72,6 +74,7 @@ def _figures(contest: Contest) -> dict[str, Any]:
         },
         "notes": list(contest.notes),
         "failures": contest.failures,
+        "stopped": contest.stopped,
     }
 
 

@@ -181,11 +181,15 @@ def _hold_contests(chosen: argparse.Namespace, pythons: dict[str, str], progress
                 print(against_report.table(contest) + "\n", flush=True)
             for failure in contest.failures.values():
                 print(f"error: {case.name}: {failure}", file=sys.stderr)
+            if contest.stopped:
+                break
         if chosen.json is not None:
             _write_json(chosen.json, against_report.as_json(contests, failures))
         if chosen.chart is not None and contests:
             against_report.draw(contests, chosen.chart)
             print(f"Wrote {chosen.chart}.", file=sys.stderr)
+    if contests and contests[-1].stopped:
+        raise KeyboardInterrupt  # now that its figures are out
     return 1 if failures or any(contest.failures for contest in contests) else 0
 
 

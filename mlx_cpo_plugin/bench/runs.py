@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import mlx_cpo_plugin
@@ -35,6 +37,7 @@ class Runs:
 
     Attributes:
         host_changes: settings that mlx-lm-lora gets otherwise than the case says.
+        stopped: whether Ctrl-C ended a comparison whose figures up to there are of use.
     """
 
     def __init__(self, case: Case, folder: Path, say: Say, pythons: Mapping[str, str] | None = None) -> None:
@@ -44,6 +47,7 @@ class Runs:
         self.say = say
         self.pythons = pythons or {}
         self.host_changes: dict[str, object] = {}
+        self.stopped = False
         save_pairs(folder / "pairs.npz", case.pairs)
 
     def folder_of(self, task: str, trainer: str) -> Path:
@@ -91,22 +95,32 @@ class Runs:
         task: str = TIME,
         failures: dict[str, str] | None = None,
     ) -> dict[str, list[Measurement]]:
-        """Measure each trainer ``repeats`` times, in turn; others that fail go into ``failures`` if that is given.
+        """Measure each trainer ``repeats`` times, in turn.
+
+        With ``failures``, others that fail go in there, and after Ctrl-C what was measured in whole rounds is returned:
+        of the first one, all trainers up to there.
 
         Raises:
             MeasurementError: a process of this project's trainer failed, or one at all without ``failures``; says why.
         """
         timings: dict[str, list[Measurement]] = {trainer: [] for trainer in trainers}
-        for repeat in range(1, repeats + 1):
-            for trainer in [*timings]:
-                try:
-                    timings[trainer].append(self.run(f"{task} {repeat} of {repeats}", trainer, batches))
-                except MeasurementError as error:
-                    if failures is None or trainer == PLUGIN:
-                        raise
-                    failures[trainer] = str(error)
-                    del timings[trainer]
-        return timings
+        try:
+            for repeat in range(1, repeats + 1):
+                for trainer in [*timings]:
+                    try:
+                        timings[trainer].append(self.run(f"{task} {repeat} of {repeats}", trainer, batches))
+                    except MeasurementError as error:
+                        if failures is None or trainer == PLUGIN:
+                            raise
+                        failures[trainer] = str(error)
+                        del timings[trainer]
+        except KeyboardInterrupt:
+            if failures is None:
+                raise
+            self.stopped = True
+        measured = {trainer: rounds for trainer, rounds in timings.items() if rounds}
+        whole = min(map(len, measured.values()), default=0)
+        return {trainer: rounds[:whole] for trainer, rounds in measured.items()}
 
     def _rows(self, kind: str, batches: Batches) -> Sequence[Mapping[str, object]]:
         """The rows of the batches in their order, or all of them for a trainer that draws its own batches."""
@@ -147,20 +161,39 @@ def run_worker(command: Sequence[str], environment: dict[str, str], progress: Ca
     """
     name = Path(command[-1]).name
     kept: deque[str] = deque(maxlen=_LINES_KEPT)
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                if line.startswith(PROGRESS_MARK):
-                    progress(line.removeprefix(PROGRESS_MARK).strip())
-                elif line.strip():
-                    kept.append(line.strip())
-        except BaseException:
-            process.kill()
-            raise
+    with ExitStack() as stack:
+        with _sigterm_held():
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                )
+            )
+            stack.push(lambda kind, *_: process.kill() if kind else None)
+        for line in process.stdout or ():
+            if line.startswith(PROGRESS_MARK):
+                progress(line.removeprefix(PROGRESS_MARK).strip())
+            elif line.strip():
+                kept.append(line.strip())
     if process.returncode:
         raise MeasurementError(f"{name} {_reason(process.returncode, kept)}.")
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Hold SIGTERM back until the context ends: while a process is started, it would leave one that nobody knows of."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _reason(returncode: int, lines: Sequence[str]) -> str:

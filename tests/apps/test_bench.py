@@ -23,7 +23,7 @@ from support.prepared import Prepared, run_module
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, compare, growth, plots, report, runs, worker
+from mlx_cpo_plugin.bench import cases, command, compare, growth, plots, report, runs, worker
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape, load_pairs, save_pairs
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, TRL, Job, Measurement, gradient_file
@@ -222,6 +222,27 @@ def test_sigterm_ends_the_process_that_is_being_measured_too() -> None:
     assert returncode == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.killpg(bench.pid, 0)
+
+
+def test_sigterm_while_a_process_is_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    start = subprocess.Popen._execute_child  # type: ignore[attr-defined]  # within which no other code runs
+
+    def interrupted(process: subprocess.Popen[str], *given: Any) -> None:
+        start(process, *given)
+        started.append(process.pid)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", interrupted)
+    before = signal.signal(signal.SIGTERM, command._end)
+    try:
+        with pytest.raises(SystemExit):
+            run_worker(["sleep", "60"], {}, quiet)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 def mean_loss(model: nn.Module, pairs: Sequence[PreferencePair], loss_type: str, options: dict[str, float]) -> float:

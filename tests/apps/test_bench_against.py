@@ -227,6 +227,80 @@ class TestAnEpoch:
         assert given == [None if task == EPOCH else [[0, 1]]]
 
 
+def stop_at(process: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C be pressed while the process of this number, from 1, is measured."""
+    work, left = runs.run_worker, [process]
+
+    def interrupted(*given: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        work(*given)
+
+    monkeypatch.setattr(runs, "run_worker", interrupted)
+
+
+class TestCtrlC:
+    """Two rounds of three trainers: processes 1 to 6 on the same micro-batches, 7 to 12 over an epoch."""
+
+    @pytest.mark.parametrize(
+        ("process", "expected"),
+        [
+            (2, {TIME: {PLUGIN: 1}}),
+            (3, {TIME: {PLUGIN: 1, HOST: 1}}),
+            (5, {TIME: {PLUGIN: 1, HOST: 1, TRL: 1}}),
+            (7, {TIME: {PLUGIN: 2, HOST: 2, TRL: 2}}),
+            (9, {TIME: {PLUGIN: 2, HOST: 2, TRL: 2}, EPOCH: {PLUGIN: 1, HOST: 1}}),
+            (11, {TIME: {PLUGIN: 2, HOST: 2, TRL: 2}, EPOCH: {PLUGIN: 1, HOST: 1, TRL: 1}}),
+        ],
+    )
+    def test_what_was_measured_in_whole_rounds_is_kept(
+        self,
+        process: int,
+        expected: dict[str, dict[str, int]],
+        peers: Peers,
+        case: Case,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        stop_at(process, monkeypatch)
+
+        contest = contest_of(case, [HOST, TRL], {TRL: peers.python()}, rounds=2)
+
+        rounds = {
+            mode: {name: len(timing.seconds_per_pair) for name, timing in timings.items()}
+            for mode, timings in contest.timings.items()
+        }
+        assert rounds == expected
+        assert contest.stopped
+        assert contest.failures == {}
+        assert "stopped by Ctrl-C" in against_report.table(contest)
+
+    def test_before_this_trainer_was_measured_there_is_nothing_to_keep(
+        self, peers: Peers, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop_at(1, monkeypatch)
+
+        with pytest.raises(KeyboardInterrupt):
+            contest_of(case, [HOST], {})
+
+    def test_the_command_prints_and_writes_what_there_is_and_begins_no_other_case(
+        self, peers: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stop_at(2, monkeypatch)
+        file = tmp_path / "figures.json"
+
+        arguments = ["--shape", str(TINY), "--rows", "6", "--against", "host", "--json", str(file)]
+        assert cli.main(["bench", *arguments]) == 130
+
+        printed = capsys.readouterr()
+        assert "the same micro-batches" in printed.out
+        assert "an epoch" not in printed.out
+        assert "interrupted" in printed.err
+        (figures,) = json.loads(file.read_text())["cases"]
+        assert figures["stopped"]
+        assert [*figures["modes"]] == [TIME]
+
+
 def row(prompt: Sequence[int], chosen: Sequence[int], start: int | None = None) -> dict[str, Any]:
     """Both sides alike, with an answer that begins after the prompt or at ``start``."""
     tokens, length = [*prompt, *chosen], len(prompt) if start is None else start
