@@ -165,5 +165,6 @@ def evaluate(model: nn.Module, dataset: Sequence[object], args: RunSettings) -> 
         loss_options=args.loss_options,
         cpo_alpha=args.cpo_alpha,
         scoring=args.scoring,
+        seq_step_size=args.step_size,
     )
     return {"loss": loss, "chosen_reward": rewards[0], "rejected_reward": rewards[1], **means}

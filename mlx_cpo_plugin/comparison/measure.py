@@ -163,4 +163,11 @@ def preferred(model: nn.Module, comparison: Comparison) -> Preferences:
         {"beta": settings.beta, "delta": settings.delta, **settings.loss_options},
         cpo_alpha=settings.cpo_alpha,
     )
-    return preferences(model, comparison.groups, objective, batch_size=settings.batch_size, scoring=settings.scoring)
+    return preferences(
+        model,
+        comparison.groups,
+        objective,
+        batch_size=settings.batch_size,
+        scoring=settings.scoring,
+        step_size=settings.step_size,
+    )

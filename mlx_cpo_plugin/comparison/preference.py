@@ -69,7 +69,13 @@ class Preferences(NamedTuple):
 
 
 def preferences(
-    model: nn.Module, groups: Sequence[LengthGroup], objective: Objective, *, batch_size: int, scoring: str
+    model: nn.Module,
+    groups: Sequence[LengthGroup],
+    objective: Objective,
+    *,
+    batch_size: int,
+    scoring: str,
+    step_size: int | None = None,
 ) -> Preferences:
     """Return what a model prefers in every group and pair.
 
@@ -78,6 +84,7 @@ def preferences(
     Args:
         groups: see :func:`length_groups`; the first one holds every pair.
         scoring: ``auto``, ``shared`` or ``plain``.
+        step_size: longer pairs are computed in segments of so many tokens.
     """
     pairs = groups[0].pairs
     place = {id(pair): number for number, pair in enumerate(pairs)}
@@ -86,7 +93,7 @@ def preferences(
     means = [PairMeans(objective) for _ in groups]
     with prepared_scorer(model, pairs, scoring, say=lambda line: None) as scorer:
         for scores, together in scored_batches(
-            model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer
+            model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer, step_size=step_size
         ):
             losses = objective.losses(scores)
             of_pairs[:, [place[id(pair)] for pair in together]] = means[0].add(losses, scores, scored_tokens(together))

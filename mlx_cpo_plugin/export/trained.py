@@ -78,7 +78,7 @@ class Trained:
             tokenizer.chat_template = template
         say(f"Loading {settings.model}.")
         base, _ = load_base(settings)
-        before = held_out_scores(base, rows, settings.scoring)
+        before = held_out_scores(base, rows, settings.scoring, settings.step_size)
         say(f"Loading the adapter {adapter_path}.")
         put_on(base, tuned)
         folder = model_folder(settings.model)
@@ -92,7 +92,7 @@ class Trained:
             tokenizer,
             rows,
             before,
-            held_out_scores(base, rows, settings.scoring),
+            held_out_scores(base, rows, settings.scoring, settings.step_size),
         )
 
     @property
@@ -122,7 +122,7 @@ class Trained:
 
     def scores_of(self, model: nn.Module) -> HeldOutScores:
         """Return what another model gives the same rows."""
-        return held_out_scores(model, self.rows, self.settings.scoring)
+        return held_out_scores(model, self.rows, self.settings.scoring, self.settings.step_size)
 
 
 def _rows(settings: RunSettings, tokenizer: Any, is_given: bool, say: Say) -> list[PreferencePair]:

@@ -45,9 +45,9 @@ class SegmentCache:
         """Return the mask of N new tokens over all tokens up to the last of them."""
         if window_size is not None and self.offset + N > window_size:
             return create_causal_mask(N, self.offset, window_size=window_size)
-        if return_array:
-            return create_causal_mask(N, self.offset)
-        return None if N == 1 else "causal"
+        if N == 1:
+            return None
+        return create_causal_mask(N, self.offset) if return_array else "causal"
 
     def __bool__(self) -> bool:
         return True

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cpo_plugin.data.batches import Batch, collate, collate_answers
-from mlx_cpo_plugin.data.pair import PreferencePair
+from mlx_cpo_plugin.data.batches import Batch
 from mlx_cpo_plugin.model.exponential import exponential
 
 # On a CPU MLX adds up one number after the other, and thousands of them in float32 lose digits.
 SUM_PART = 128
-# Where no gradient follows, longer texts are not computed at once: so many tokens fill any processor.
-LONGEST_AT_ONCE = 512
 
 
 class AnswerScores(NamedTuple):
@@ -59,27 +56,6 @@ def score_answers(model: nn.Module, batch: Batch, length_normalised: bool = Fals
     columns = (*score_rows(model, batch), batch.token_counts)
     sums = AnswerScores(*(side for column in columns for side in (column[:pairs], column[pairs:])))
     return normalised(sums, length_normalised)
-
-
-def plain_groups(
-    model: nn.Module, pairs: Sequence[PreferencePair], length_normalised: bool = False
-) -> Iterator[tuple[list[int], AnswerScores]]:
-    """Yield the pairs of each pass, by number, and their scores; of long pairs one answer at a time is computed."""
-    alone = [number for number, pair in enumerate(pairs) if pair.length > LONGEST_AT_ONCE]
-    for number in alone:
-        yield [number], normalised(_answer_by_answer(model, pairs[number]), length_normalised)
-    others = [number for number in range(len(pairs)) if number not in alone]
-    if others:
-        yield others, score_answers(model, collate([pairs[number] for number in others]), length_normalised)
-
-
-def _answer_by_answer(model: nn.Module, pair: PreferencePair) -> AnswerScores:
-    sides = []
-    for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
-        batch = collate_answers([(pair.prompt, answer, scored)])
-        sides.append((*score_rows(model, batch), batch.token_counts))
-        mx.eval(sides[-1])
-    return AnswerScores(*(column for columns in zip(*sides, strict=True) for column in columns))
 
 
 def normalised(sums: AnswerScores, length_normalised: bool) -> AnswerScores:

@@ -44,14 +44,15 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
         # The backward pass runs ``inner`` again, when the caches have long moved on.
         before = forked(caches)
         remembered = cache_arrays(before)
-        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32) if dropouts else None
+        drawing = any(dropout.training for dropout in dropouts)  # so that a validation leaves the random state alone
+        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32) if drawing else None
         after: list[Any] = []
 
         def give_keys() -> None:
             if keys is not None:
                 dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
 
-        if any(isinstance(leaf, WrittenCache) for leaf in leaves(caches)):  # for a gradient that is to come
+        if any(isinstance(leaf, WrittenCache) for leaf in leaves(caches)):  # no gradient flows through it
             give_keys()
             return original(layer, *args, **kwargs)
 

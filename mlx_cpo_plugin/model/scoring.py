@@ -1,20 +1,23 @@
-"""Pairs are scored without a gradient, by a model that is trained or by one that is prepared for it."""
+"""Pairs are scored without a gradient, in a run or by a model that is prepared for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import get_total_parameters
 
+from mlx_cpo_plugin.data.batches import collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.compiled import compiled_kernels, computes
-from mlx_cpo_plugin.model.logps import AnswerScores, plain_groups
+from mlx_cpo_plugin.model.logps import AnswerScores, normalised, score_answers, score_rows
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.shared_prefix import is_long, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 
 
@@ -38,13 +41,41 @@ def prepared_scorer(
 def scored_groups(
     model: nn.Module,
     pairs: Sequence[PreferencePair],
+    scorer: SharedPromptScorer | None,
+    step_size: int | None = None,
     length_normalised: bool = False,
-    scorer: SharedPromptScorer | None = None,
 ) -> Iterator[tuple[list[int], AnswerScores]]:
-    """Return the pairs of each pass, by number, and their scores; ``scorer`` shares prompts, ``None`` shares none."""
-    if scorer is None:
-        return plain_groups(model, pairs, length_normalised)
-    return scorer.scored_groups(pairs, length_normalised)
+    """Yield the pairs of each pass, by number, and their scores.
+
+    Args:
+        scorer: shares the prompt between the answers of a pair; without it the answers are padded together.
+        step_size: longer pairs are computed each by itself, with ``scorer`` in segments of so many tokens, else one
+            answer after the other.
+    """
+    long = [number for number, pair in enumerate(pairs) if is_long(pair, step_size)]
+    for number in long:
+        yield [number], normalised(_score_long(model, pairs[number], scorer, step_size or 0), length_normalised)
+    others = [number for number in range(len(pairs)) if number not in long]
+    together = [pairs[number] for number in others]
+    if scorer is not None:
+        for group, scores in scorer.scored_groups(together, length_normalised):
+            yield [others[place] for place in group], scores
+    elif together:
+        yield others, score_answers(model, collate(together), length_normalised)
+
+
+def _score_long(
+    model: nn.Module, pair: PreferencePair, scorer: SharedPromptScorer | None, step_size: int
+) -> AnswerScores:
+    """Return the sums of a long pair, evaluated part by part."""
+    if scorer is not None:
+        return scorer.score_in_segments(split_shared_prefix(pair), step_size)
+    sides = []
+    for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+        batch = collate_answers([(pair.prompt, answer, scored)])
+        sides.append((*score_rows(model, batch), batch.token_counts))
+        mx.eval(sides[-1])
+    return AnswerScores(*(column for columns in zip(*sides, strict=True) for column in columns))
 
 
 def _kernels_pay(model: nn.Module, pairs: Sequence[PreferencePair]) -> bool:

@@ -89,6 +89,11 @@ def _segment(tokens: NDArray[np.int32], scored: NDArray[np.bool_]) -> Segment:
     )
 
 
+def is_long(pair: PreferencePair, step_size: int | None) -> bool:
+    """Whether a pair has a side, prompt included, with more tokens than the step size; ``None``: no pair is long."""
+    return step_size is not None and pair.length > step_size
+
+
 def pieces(segment: Segment, step_size: int | None) -> list[Segment]:
     """Split a segment into consecutive ones of at most ``step_size`` tokens; ``None`` leaves it whole."""
     if step_size is None:

@@ -17,7 +17,7 @@ from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, PairSize
 from mlx_cpo_plugin.model.caches import cache_arrays, continued, forked, fresh_caches, repeated
 from mlx_cpo_plugin.model.head import target_scores
-from mlx_cpo_plugin.model.logps import LONGEST_AT_ONCE, AnswerScores, normalised, sums_of_rows
+from mlx_cpo_plugin.model.logps import AnswerScores, normalised, sums_of_rows
 from mlx_cpo_plugin.model.packed import lay_out, packed_groups, score_packed, token_count
 from mlx_cpo_plugin.model.remembered import go_back, state_of, with_room
 from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, pieces, split_shared_prefix
@@ -30,11 +30,6 @@ PADDING_ALLOWED = 0.25
 def can_batch_sides(*lengths: int) -> bool:
     """Whether answers are so short and alike that one larger product beats the padding and memory it costs."""
     return max(lengths) <= LONGEST_SIDE_BY_SIDE and 2 * max(lengths) <= (1 + PADDING_ALLOWED) * sum(lengths)
-
-
-def is_long(pair: SplitPair) -> bool:
-    """Whether a pair is computed in segments where no gradient follows."""
-    return max(map(len, pair.segments)) > LONGEST_AT_ONCE
 
 
 class SharedBatch(NamedTuple):
@@ -114,35 +109,26 @@ class SharedPromptScorer:
     ) -> Iterator[tuple[list[int], AnswerScores]]:
         """Yield the pairs of each pass, by number, and their scores."""
         splits = [split_shared_prefix(pair) for pair in pairs]
-        alone = [number for number, split in enumerate(splits) if is_long(split)]
-        for number in alone:
-            yield [number], normalised(self.score(splits[number]), length_normalised)
-        others = [number for number in range(len(splits)) if number not in alone]
-        for group in self._groups([splits[number] for number in others]):
-            numbers = [others[place] for place in group]
-            yield numbers, normalised(self._score_together([splits[number] for number in numbers]), length_normalised)
-
-    def _groups(self, splits: Sequence[SplitPair]) -> list[list[int]]:
-        """Return which pairs, by number, share a pass."""
-        return self.packed_groups(splits) if self.packs else self.grouping.groups([*map(PairSize.of, splits)])
-
-    def _score_together(self, splits: Sequence[SplitPair]) -> AnswerScores:
         if self.packs:
-            return self.score_packed(splits)
-        if len(splits) == 1:
-            return self.score(splits[0])
-        bucket = self.grouping.bucket_for([*map(PairSize.of, splits)])
-        return self.score_batch(collate_shared(splits, bucket), bucket.scores_shared)
+            for group in self.packed_groups(splits):
+                sums = self.score_packed([splits[number] for number in group])
+                yield group, normalised(sums, length_normalised)
+            return
+        sizes = [PairSize.of(split) for split in splits]
+        for group in self.grouping.groups(sizes):
+            if len(group) == 1:
+                yield group, normalised(self.score(splits[group[0]]), length_normalised)
+                continue
+            bucket = self.grouping.bucket_for([sizes[number] for number in group])
+            batch = collate_shared([splits[number] for number in group], bucket)
+            yield group, normalised(self.score_batch(batch, bucket.scores_shared), length_normalised)
 
     def score(self, pair: SplitPair, differentiate: bool = False) -> AnswerScores:
         """Return sums over the scored tokens of one pair, each float32 [1]: log-probs and raw logits.
 
         Args:
-            differentiate: whether a gradient with respect to the log-probs follows; if not, a long pair is computed
-                in segments.
+            differentiate: whether a gradient with respect to the log-probs follows.
         """
-        if not differentiate and is_long(pair):
-            return self._score_in_segments(pair)
         caches, logps, logits = fresh_caches(self.model), mx.array(0.0), mx.array(0.0)
         if pair.prefix is not None:
             logps, logits = self.segment_sums(pair.prefix, caches, differentiate)
@@ -151,11 +137,14 @@ class SharedPromptScorer:
             sums = self._side_by_side(sides, caches, differentiate)
         else:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
-        return _scores_of(pair, (logps, logits), sums)
+        return sums_of_pair(pair, (logps, logits), sums)
 
-    def _score_in_segments(self, pair: SplitPair) -> AnswerScores:
-        """Return what :meth:`score` does, evaluated, with keys and values of prefix and one answer, held once."""
-        prefix = [] if pair.prefix is None else pieces(pair.prefix, LONGEST_AT_ONCE)
+    def score_in_segments(self, pair: SplitPair, step_size: int) -> AnswerScores:
+        """Return what :meth:`score` does, evaluated, with the activations of at most ``step_size`` tokens at a time.
+
+        Keys and values are remembered for the prefix and the longer answer. No gradient flows back.
+        """
+        prefix = [] if pair.prefix is None else pieces(pair.prefix, step_size)
         room = sum(map(len, prefix)) + max(len(pair.chosen), len(pair.rejected))
         caches = with_room(fresh_caches(self.model), room)
 
@@ -170,8 +159,8 @@ class SharedPromptScorer:
         shared, end, sides = sums_of(prefix), state_of(caches), []
         for side in (pair.chosen, pair.rejected):
             go_back(caches, end)
-            sides.append(sums_of(pieces(side, LONGEST_AT_ONCE)))
-        return _scores_of(pair, shared, sides)
+            sides.append(sums_of(pieces(side, step_size)))
+        return sums_of_pair(pair, shared, sides)
 
     def score_batch(self, batch: SharedBatch, scores_shared: bool, differentiate: bool = False) -> AnswerScores:
         """Return sums as :meth:`score` does, of B pairs in one padded pass, each float32 [B].
@@ -225,10 +214,15 @@ class SharedPromptScorer:
         return [(logps[part].sum(), logits[part].sum()) for part in (slice(border), slice(border, None))]
 
 
-def _scores_of(
+def sums_of_pair(
     pair: SplitPair, shared: tuple[mx.array, mx.array], sides: Sequence[tuple[mx.array, mx.array]]
 ) -> AnswerScores:
-    """Return the scores of a pair from sums of log-probs and raw logits, float32 [], of what both share and of each."""
+    """Return the sums of a pair, each float32 [1].
+
+    Args:
+        shared: log-probs and raw logits, each float32 [], summed over the scored tokens that both answers share.
+        sides: the same over the rest of the chosen and of the rejected answer.
+    """
     totals = [both + own for both, owns in zip(shared, zip(*sides, strict=True), strict=True) for own in owns]
     columns = (*totals, *(mx.array(float(count)) for count in pair.token_counts))
     return AnswerScores(*(column.reshape(1) for column in columns))

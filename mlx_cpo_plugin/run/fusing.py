@@ -101,7 +101,8 @@ class Fusing:
         return target
 
     def _scores(self, model: nn.Module) -> HeldOutScores | None:
-        return held_out_scores(model, self.pairs, self.settings.scoring) if self.pairs else None
+        settings = self.settings
+        return held_out_scores(model, self.pairs, settings.scoring, settings.step_size) if self.pairs else None
 
     def _merge(self, model: nn.Module, base: Path, trained: HeldOutScores | None) -> str:
         """Merge the adapter, give the weights the precision of the fused model, and return a description of it."""

@@ -16,6 +16,9 @@ from mlx_cpo_plugin.types import Option, Values
 
 AUTO, MLX, HOST = "auto", "mlx", "host"
 
+# Tokens in a segment of a long sequence.
+DEFAULT_SEQ_STEP_SIZE = 512
+
 # What MLX's quantiser takes.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -172,13 +175,18 @@ class TrainingSettings:
     efficient_long_context: bool = option(False, "Process long sequences in chunks to save memory.", group=MEMORY)
     seq_step_size: int | None = option(
         None,
-        "Tokens in a chunk of a long sequence; 512 when left out.",
+        f"Tokens in a chunk of a long sequence; {DEFAULT_SEQ_STEP_SIZE} when left out.",
         title="Sequence step size",
         minimum=2,
         shown_when={"efficient_long_context": (True,)},
         group=MEMORY,
     )
     recurrence_chunk_size: int = option(64, "Tokens that a recurrent layer processes at once.", minimum=1, group=MEMORY)
+
+    @property
+    def step_size(self) -> int | None:
+        """Tokens of a segment of a long pair; ``None``: no pair is split."""
+        return (self.seq_step_size or DEFAULT_SEQ_STEP_SIZE) if self.efficient_long_context else None
 
 
 @dataclass

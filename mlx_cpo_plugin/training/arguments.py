@@ -19,8 +19,6 @@ from mlx_cpo_plugin.settings.run_settings import plain_settings
 from mlx_cpo_plugin.settings.validation import check
 from mlx_cpo_plugin.types import Option, Values
 
-DEFAULT_SEQ_STEP_SIZE = 512
-
 # Arguments that mlx-lm-lora and its callers call otherwise than YAML files do.
 _YAML_NAMES = {"loss_type": LOSS_OPTION, "steps_per_save": "save_every"}
 _OPTIONS = {option.name: option for option in (*COMMON_OPTIONS, *CPO_OPTIONS)}
@@ -78,8 +76,7 @@ class CPOTrainingArgs(SFTTrainingArgs):
     def from_settings(cls, settings: RunSettings, adapter_file: Path) -> CPOTrainingArgs:
         """Return the arguments that the resolved settings of a run are."""
         values = {own.name: getattr(settings, option.name) for own in fields(cls) if (option := option_of(own.name))}
-        step_size = settings.seq_step_size or DEFAULT_SEQ_STEP_SIZE
-        values["seq_step_size"] = step_size if settings.efficient_long_context else None
+        values["seq_step_size"] = settings.step_size
         return cls(
             **values,
             adapter_file=str(adapter_file),

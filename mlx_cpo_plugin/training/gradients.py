@@ -32,7 +32,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compilation_pays
 from mlx_cpo_plugin.model.buckets import Grouping, PairSize, bucket_shapes
 from mlx_cpo_plugin.model.packed import token_count
-from mlx_cpo_plugin.model.shared_prefix import SplitPair, split_shared_prefix
+from mlx_cpo_plugin.model.shared_prefix import SplitPair, is_long, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, can_batch_sides
 from mlx_cpo_plugin.training.gradient_methods import (
     AnswerGradients,
@@ -84,7 +84,7 @@ class PlainGradients:
         self.answer_by_answer = AnswerGradients(model, objective)
 
     def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
-        compute = self.answer_by_answer if is_long(pairs, self.step_size) else self.in_one_pass
+        compute = self.answer_by_answer if any_is_long(pairs, self.step_size) else self.in_one_pass
         return compute(pairs, step, quantised)
 
 
@@ -109,7 +109,7 @@ class SharedPromptGradients:
         self.in_segments = SegmentGradients(model, objective, scorer, step_size)
 
     def __call__(self, pairs: Sequence[PreferencePair], step: StepTotals, quantised: bool = False) -> PairGradients:
-        if is_long(pairs, self.step_size):
+        if any_is_long(pairs, self.step_size):
             return self.in_segments(pairs, step, quantised)
         splits = [split_shared_prefix(pair) for pair in pairs]
         if self.scorer.packs:
@@ -141,6 +141,6 @@ class SharedPromptGradients:
         return summed_over_groups(groups, compute, order=[number for group in groups for number in group])
 
 
-def is_long(pairs: Sequence[PreferencePair], step_size: int | None) -> bool:
-    """Whether a pair of a micro-batch has a side with more tokens than the step size."""
-    return step_size is not None and max(pair.length for pair in pairs) > step_size
+def any_is_long(pairs: Sequence[PreferencePair], step_size: int | None) -> bool:
+    """Whether a pair of a micro-batch is long."""
+    return any(is_long(pair, step_size) for pair in pairs)

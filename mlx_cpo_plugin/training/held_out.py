@@ -54,18 +54,22 @@ def held_out_rows(*splits: Sequence[object]) -> list[PreferencePair]:
     return []
 
 
-def held_out_scores(model: nn.Module, pairs: Sequence[PreferencePair], scoring: str = "auto") -> HeldOutScores:
-    """Score ``pairs`` on this rank alone, one after the other; ``scoring`` is the setting of that name."""
+def held_out_scores(
+    model: nn.Module, pairs: Sequence[PreferencePair], scoring: str = "auto", step_size: int | None = None
+) -> HeldOutScores:
+    """Score ``pairs`` on this rank alone, one after the other; ``scoring`` and ``step_size`` are those of the run."""
     with prepared_scorer(model, pairs, scoring, lambda _: None) as scorer:
-        return scores_of(model, pairs, scorer)
+        return scores_of(model, pairs, scorer, step_size)
 
 
-def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedPromptScorer | None) -> HeldOutScores:
+def scores_of(
+    model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedPromptScorer | None, step_size: int | None = None
+) -> HeldOutScores:
     """Score ``pairs`` as :func:`held_out_scores` does, with a scorer that was chosen before."""
     logps = []
     with evaluation_mode(model):
         for pair in pairs:
-            ((_, scores),) = scored_groups(model, [pair], scorer=scorer)
+            ((_, scores),) = scored_groups(model, [pair], scorer, step_size)
             mx.eval(scores)
             logps.append(np.array([scores.chosen_logps, scores.rejected_logps], np.float64).reshape(2))
     return HeldOutScores(np.stack(logps, axis=1))
@@ -74,10 +78,10 @@ def scores_of(model: nn.Module, pairs: Sequence[PreferencePair], scorer: SharedP
 def score_saved(run: Run) -> None:
     """Read back what a run saved, and score the adapter on held-out rows; warn of what is lost or scores otherwise."""
     outputs, rows = run.outputs, held_out_rows(run.val_pairs, run.pairs)
-    trained = scores_of(run.model, rows, run.scorer)
+    trained = scores_of(run.model, rows, run.scorer, run.args.seq_step_size)
     try:
         with adapter_in_place(run.model, outputs.adapter_file):
-            saved = scores_of(run.model, rows, run.scorer)
+            saved = scores_of(run.model, rows, run.scorer, run.args.seq_step_size)
         if not saved.is_like(trained):
             run.reporter.warn(
                 f"{outputs.adapter_file} gives {len(rows)} held-out rows a margin of {saved.margin:+.3f} nats, and the "

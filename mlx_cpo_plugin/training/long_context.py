@@ -17,10 +17,9 @@ from mlx.utils import tree_unflatten
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model.caches import cache_arrays, can_be_padded, forked, fresh_caches
-from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.remembered import State, go_back, read_from, state_of, with_room
 from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, pieces, split_shared_prefix
-from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
+from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, sums_of_pair
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.gradient_methods import (
     Gradient,
@@ -111,10 +110,8 @@ class SegmentGradients:
         chain = self._remember(sides[1], remembered[1], caches, scored=is_far)
         rejected = chain if is_far else self._gradient(chain, caches, mx.array(1.0))
 
-        columns = [(prefix.logps + side.logps, prefix.logits + side.logits) for side in (chosen, rejected)]
-        logps, logits = zip(*columns, strict=True)
-        counts = [mx.array([float(count)]) for count in split.token_counts]
-        sums = AnswerScores(*(column.reshape(1) for column in (*logps, *logits)), *counts)
+        own = [(side.logps, side.logits) for side in (chosen, rejected)]
+        sums = sums_of_pair(split, (prefix.logps, prefix.logits), own)
         losses, scores, slopes = loss_grads_wrt_logps(self.objective, sums, step)
 
         if isinstance(rejected, ChainGradient):

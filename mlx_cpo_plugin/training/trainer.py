@@ -193,7 +193,9 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
     run.quantisation.active = False  # whatever step it follows, so that validations are comparable
     with run.reporter.pause():
         size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
-        validation = evaluate_pairs(run.model, run.val_pairs, run.objective, **size, scorer=run.scorer)
+        validation = evaluate_pairs(
+            run.model, run.val_pairs, run.objective, **size, scorer=run.scorer, step_size=args.seq_step_size
+        )
         seconds = time.perf_counter() - started
         means = validation.means | run.samples.figures_of(iteration)
         verdict = None
@@ -254,13 +256,14 @@ def evaluate_cpo(
     scoring: str = "auto",
     cpo_alpha: float = 0.0,
     tokenizer: Tokenizer | None = None,
+    seq_step_size: int | None = None,
 ) -> tuple[float, list[float], mx.array, dict[str, float]]:
     """Return loss, [chosen reward, rejected reward], scored tokens, int32 [], and the other means over pairs by name.
 
     The signature and the result are the host's; ``loss_options`` holds options of losses beside beta and delta,
     ``scoring`` is ``auto``, ``shared`` or ``plain``, and ``cpo_alpha`` weighs the negative log-likelihood of the chosen
-    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all. Data sets, ``loss_fn`` and
-    ``tokenizer`` are as in :func:`train_cpo`.
+    answers in the loss, a mean over all their tokens. ``num_batches`` -1 means all; longer pairs than ``seq_step_size``
+    are computed in segments of so many tokens. Data sets, ``loss_fn`` and ``tokenizer`` are as in :func:`train_cpo`.
     """
     use_fast_blas()
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
@@ -271,7 +274,13 @@ def evaluate_cpo(
         pairs.tell(print)
     with out_of_memory_explained(), prepared_scorer(model, pairs, scoring) as scorer:
         means, tokens, *_ = evaluate_pairs(
-            model, pairs, objective, batch_size=batch_size, num_batches=num_batches, scorer=scorer
+            model,
+            pairs,
+            objective,
+            batch_size=batch_size,
+            num_batches=num_batches,
+            scorer=scorer,
+            step_size=seq_step_size,
         )
     rewards = [means.pop("chosen_reward"), means.pop("rejected_reward")]
     return means.pop("loss"), rewards, mx.array(tokens), means

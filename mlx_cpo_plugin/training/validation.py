@@ -49,6 +49,7 @@ def evaluate_pairs(
     batch_size: int,
     num_batches: int = -1,
     scorer: SharedPromptScorer | None = None,
+    step_size: int | None = None,
 ) -> Validation:
     """Score pairs; the arguments are those of :func:`scored_batches`."""
     means = PairMeans(objective)
@@ -56,7 +57,13 @@ def evaluate_pairs(
     places: list[int] = []
     values = [np.zeros((len(PAIR_VALUES), 0))]
     for scores, scored_pairs in scored_batches(
-        model, pairs, objective.length_normalised, batch_size=batch_size, num_batches=num_batches, scorer=scorer
+        model,
+        pairs,
+        objective.length_normalised,
+        batch_size=batch_size,
+        num_batches=num_batches,
+        scorer=scorer,
+        step_size=step_size,
     ):
         losses = objective.losses(scores)
         mx.eval(losses)
@@ -75,6 +82,7 @@ def scored_batches(
     batch_size: int,
     num_batches: int = -1,
     scorer: SharedPromptScorer | None = None,
+    step_size: int | None = None,
 ) -> Iterator[tuple[AnswerScores, Sequence[PreferencePair]]]:
     """Yield the evaluated scores of pairs computed together, with these pairs; each pair of this rank comes once.
 
@@ -82,15 +90,14 @@ def scored_batches(
 
     Args:
         num_batches: how many batches of ``batch_size`` pairs to take; -1 means all.
-        scorer: shares the prompt between the answers of a pair; without it the answers of a batch are padded together,
-            but for long ones.
+        scorer, step_size: see :func:`mlx_cpo_plugin.model.scoring.scored_groups`.
     """
     world = mx.distributed.init()
     with evaluation_mode(model):
         for batch in evaluation_plan(
             pairs, batch_size=batch_size, num_batches=num_batches, rank=world.rank(), world_size=world.size()
         ):
-            for group, scores in scored_groups(model, batch, length_normalised, scorer):
+            for group, scores in scored_groups(model, batch, scorer, step_size, length_normalised):
                 mx.eval(*scores)
                 yield scores, [batch[number] for number in group]
 

@@ -57,6 +57,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "falcon_h1": {
+        "head_dim": 8, "mamba_d_conv": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8, "mamba_n_heads": 4,
+        "mamba_n_groups": 1,
+    },
     "qwen3_next": {
         "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "num_experts": 4,

@@ -332,6 +332,29 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None
     assert not model.training
 
 
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("seq_step_size", [None, 4])
+def test_what_is_validated_and_when_changes_no_weight(
+    grad_checkpoint: bool, seq_step_size: int | None, tmp_path: Path
+) -> None:
+    def run(name: str, val_pairs: list[PreferencePair] | None, **arguments: Any) -> dict[str, np.ndarray]:
+        mx.random.seed(0)
+        return train(
+            tmp_path / name,
+            build_pairs(6),
+            add_adapter(build_model(), dropout=0.3),
+            val_pairs,
+            grad_checkpoint=grad_checkpoint,
+            seq_step_size=seq_step_size,
+            **arguments,
+        )
+
+    trained = run("alone", None)
+
+    assert_same(run("often", build_pairs(5, 1), steps_per_eval=1), trained)
+    assert_same(run("at the end", build_pairs(2, 2), steps_per_eval=100), trained)
+
+
 def test_evaluation_is_the_mean_over_pairs_whatever_the_batch_size() -> None:
     model, pairs = build_model(), build_pairs(11)
     alone = [evaluate_cpo(model, [pair], 1, -1, 0.5, 50.0, 2048, "sigmoid") for pair in pairs]
