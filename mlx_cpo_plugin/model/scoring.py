@@ -54,7 +54,7 @@ def scored_groups(
     """
     long = [number for number, pair in enumerate(pairs) if is_long(pair, step_size)]
     for number in long:
-        yield [number], normalised(_score_long(model, pairs[number], scorer, step_size or 0), length_normalised)
+        yield [number], normalised(_score_long(model, pairs[number], scorer, step_size), length_normalised)
     others = [number for number in range(len(pairs)) if number not in long]
     together = [pairs[number] for number in others]
     if scorer is not None:
@@ -65,7 +65,7 @@ def scored_groups(
 
 
 def _score_long(
-    model: nn.Module, pair: PreferencePair, scorer: SharedPromptScorer | None, step_size: int
+    model: nn.Module, pair: PreferencePair, scorer: SharedPromptScorer | None, step_size: int | None
 ) -> AnswerScores:
     """Return the sums of a long pair, evaluated part by part."""
     if scorer is not None:

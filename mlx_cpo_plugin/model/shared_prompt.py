@@ -139,10 +139,11 @@ class SharedPromptScorer:
             sums = [self.segment_sums(side, forked(caches), differentiate) for side in sides]
         return sums_of_pair(pair, (logps, logits), sums)
 
-    def score_in_segments(self, pair: SplitPair, step_size: int) -> AnswerScores:
+    def score_in_segments(self, pair: SplitPair, step_size: int | None) -> AnswerScores:
         """Return what :meth:`score` does, evaluated, with the activations of at most ``step_size`` tokens at a time.
 
-        Keys and values are remembered for the prefix and the longer answer. No gradient flows back.
+        Keys and values are remembered for the prefix and the longer answer. No gradient flows back. ``None`` takes the
+        prefix and each answer whole.
         """
         prefix = [] if pair.prefix is None else pieces(pair.prefix, step_size)
         room = sum(map(len, prefix)) + max(len(pair.chosen), len(pair.rejected))
