@@ -128,6 +128,8 @@ def _mean(measure: Measure, name: str, mean: Change) -> dict[str, Any]:
 def _compared(measure: Measure, differences: NDArray[np.float64], rows: NDArray[np.int64]) -> dict[str, Any]:
     change = change_of(differences, rows)
     low, high = around(change)
+    if measure.is_rate:
+        low, high = np.clip((low, high), -1, 1)
     compared = {"difference": finite(change.mean), "low": finite(low), "high": finite(high)}
     if not measure.sign:
         return compared

@@ -53,6 +53,18 @@ def test_the_interval_of_a_difference_is_that_of_differences_on_the_same_items()
     assert measured["models"][0]["low"] < measured["models"][1]["mean"] < measured["models"][0]["high"]
 
 
+@pytest.mark.parametrize("is_rate", [True, False])
+def test_rates_differ_by_no_more_than_all(is_rate: bool) -> None:
+    measured = figures(
+        Measure("accuracy", "pairs", sign=1, is_rate=is_rate), ["base", "tuned"], np.array([[0.0, 0, 1], [1, 1, 1]])
+    )
+
+    (compared,) = measured["comparisons"]
+    assert compared["difference"] == pytest.approx(2 / 3)
+    assert compared["low"] < 0
+    assert compared["high"] == 1.0 if is_rate else compared["high"] > 2
+
+
 def test_every_model_is_compared_with_the_base_and_with_the_best_by_the_measures_sign() -> None:
     values = np.array([[0.5] * 8, [0.1, 0.2] * 4, [0.3, 0.4] * 4])
 
