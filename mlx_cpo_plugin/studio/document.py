@@ -132,15 +132,17 @@ def is_same(text: str, other: str) -> bool:
 def save_document(text: str, path: Path) -> None:
     """Write a configuration file atomically, with a line break at its end.
 
-    A new file has the permissions that the process gives; one that was there keeps its own.
+    A new file has the permissions that the process gives; one that was there keeps its own, and its line breaks.
 
     Raises:
         ConfigError: it cannot be written.
     """
 
     def write(partial: Path) -> None:
-        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        if path.exists():
+        is_there = path.exists()
+        line_break = "\r\n" if is_there and b"\r\n" in path.read_bytes() else "\n"
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline=line_break)
+        if is_there:
             shutil.copymode(path, partial)
 
     try:

@@ -263,6 +263,17 @@ class TestDocument:
         modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("old.yaml", "new.yaml")]
         assert modes == [0o640, 0o600]
 
+    @pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])
+    def test_a_saved_file_keeps_its_line_breaks(self, line_break: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "my.yaml"
+        file.write_bytes(FILE.encode().replace(b"\n", line_break))
+
+        document.save_document(changed(document.read_document(file), beta="0.3"), file)
+
+        written = file.read_bytes()
+        assert b"beta: 0.3" in written
+        assert written.count(line_break) == written.count(b"\n") == len(written.splitlines())
+
     @pytest.mark.parametrize("name", ["../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "x.txt", "", "\0.yaml"])
     def test_files_elsewhere_and_of_other_kinds_are_refused(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
