@@ -35,6 +35,11 @@ class PreferencePair:
         return self.length
 
     @property
+    def answers(self) -> tuple[tuple[NDArray[np.int32], NDArray[np.bool_]], ...]:
+        """The chosen and the rejected answer, each with which of its tokens are scored."""
+        return (self.chosen, self.chosen_scored), (self.rejected, self.rejected_scored)
+
+    @property
     def chosen_tokens(self) -> int:
         """Scored tokens of the chosen answer."""
         return int(self.chosen_scored.sum())

@@ -71,7 +71,7 @@ def _score_long(
     if scorer is not None:
         return scorer.score_in_segments(split_shared_prefix(pair), step_size)
     sides = []
-    for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+    for answer, scored in pair.answers:
         batch = collate_answers([(pair.prompt, answer, scored)])
         sides.append((*score_rows(model, batch), batch.token_counts))
         mx.eval(sides[-1])

@@ -63,7 +63,7 @@ def split_shared_prefix(pair: PreferencePair) -> SplitPair:
     scored = np.concatenate([np.zeros(len(pair.prompt), bool), pair.chosen_scored[:common]])
     chosen, rejected = (
         _segment(_from_last(prefix, answer[common:]), _from_last([False], answer_scored[common:]))
-        for answer, answer_scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored))
+        for answer, answer_scored in pair.answers
     )
     return SplitPair(_segment(prefix, scored) if len(prefix) > 1 else None, chosen, rejected)
 

@@ -84,7 +84,7 @@ def reference_of(
             sides = [
                 [
                     answer_gradient(model, pair.prompt, answer, scored, objective.length_normalised)
-                    for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored))
+                    for answer, scored in pair.answers
                 ]
                 for pair in pairs
             ]

@@ -107,7 +107,7 @@ class AnswerGradients:
 
     def _pair(self, pair: PreferencePair, step: StepTotals, quantised: bool) -> PairGradients:
         sides = []
-        for answer, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+        for answer, scored in pair.answers:
             batch = collate_answers([(pair.prompt, answer, scored)])
             (logps, logits), gradient = self._compute(quantised, batch.arrays)
             mx.eval(logps, logits, gradient)

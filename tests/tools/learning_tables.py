@@ -63,10 +63,11 @@ def lines_of(part: str, runs: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {rows}, {len(tokens)} held out | before training | | | {base['accuracy'].mean():.1%} | | {start}"
         )
-        for (_, loss, rate), seeds in sorted((key, group) for key, group in groups.items() if key[0] == rows):
+        of_rows = sorted((key, group) for key, group in groups.items() if key[0] == rows)
+        for (_, loss, rate), seeds in of_rows:
             lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {changes(means_of(seeds), base, tokens)} |")
-        for (_, loss, rate), seeds in sorted(groups.items()):
-            if rows == seeds[0]["task"]["rows"] and "quantised_scores" in seeds[0]:
+        for (_, loss, rate), seeds in of_rows:
+            if "quantised_scores" in seeds[0]:
                 after = changes(means_of(seeds, "quantised_scores"), base, tokens)
                 lines.append(f"| | `{loss}`, merged, in 4 bits | {rate:g} | {len(seeds)} | {after} |")
         if "quantised_scores" in run:
