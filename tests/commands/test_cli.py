@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mlx_cpo_plugin
+from mlx_cpo_plugin import __main__ as entry
 from mlx_cpo_plugin import cli, plugins
 from mlx_cpo_plugin.commands import check as data_check
 from mlx_cpo_plugin.commands import doctor
@@ -117,6 +119,22 @@ def test_an_interrupt_ends_the_command_with_its_exit_code(
     monkeypatch.setattr(doctor, "run_doctor", interrupted)
 
     assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_interrupt_while_modules_are_imported_ends_the_command_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(MetaPathFinder):
+        def find_spec(self, fullname: str, *arguments: object) -> None:
+            if fullname == "mlx_cpo_plugin.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "mlx_cpo_plugin.cli")
+    monkeypatch.delattr(mlx_cpo_plugin, "cli")
+
+    assert entry.main() == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
