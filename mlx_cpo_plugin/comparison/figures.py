@@ -68,7 +68,7 @@ def figures_of(
 def _of_pairs(comparison: Comparison) -> Iterator[dict[str, Any]]:
     if not comparison.groups:
         return
-    rows = row_numbers([pair.source for pair in comparison.groups[0].pairs])
+    rows = row_numbers(comparison.groups[0].pairs)
     for measure in OF_PAIRS:
         values = [preferred.of_each(MEANS[measure.name]) for preferred in comparison.preferences]
         yield figures(measure, comparison.names, np.array(values), rows)

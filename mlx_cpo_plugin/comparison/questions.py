@@ -89,7 +89,7 @@ def held_out_pairs(
 
 def one_of_each_row(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Return the first pair of each row, in their order: all pairs of a row ask the same."""
-    numbers = row_numbers([pair.source for pair in pairs])
+    numbers = row_numbers(pairs)
     return [pairs[place] for place in np.unique(numbers, return_index=True)[1]]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_cpo_plugin.data.messages import UnusableRow, as_json, is_null, parse_json
+from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.types import Values
 
 BEST_WORST, ALL = "best_worst", "all"
@@ -24,8 +25,9 @@ REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected_rating", "rejec
 _TEXT = ("response", "answer", "text", "completion", "generation", "content")
 _SCORE, _RANK = ("score", "overall_score", "rating"), ("rank",)
 _OF_MESSAGES = ("role", "from", "messages")
-_NUMBERED = " (answers "
-_OF_ROW = re.compile(r" \(answers \d+ and \d+\)$")
+# Behind the source of a row: which of its answers a pair is made of.
+_OF_ANSWERS = " (answers {} and {})"
+_ENDS_SO = re.compile(re.escape(_OF_ANSWERS).replace(r"\{\}", r"\d+") + "$")
 
 SMALL_GAP = "the gap between the scores is below min_gap"
 
@@ -61,7 +63,7 @@ class Answer(NamedTuple):
 
 def row_of(source: str) -> str:
     """Return the source of the row that a pair is from: ``train.jsonl:12`` of ``train.jsonl:12 (answers 1 and 3)``."""
-    return _OF_ROW.sub("", source)
+    return _ENDS_SO.sub("", source)
 
 
 def row_key(source: str, place: int) -> str | int:
@@ -70,12 +72,11 @@ def row_key(source: str, place: int) -> str | int:
     return place if row == source else row
 
 
-def row_numbers(sources: Sequence[str]) -> NDArray[np.int64]:
+def row_numbers(pairs: Sequence[PreferencePair]) -> NDArray[np.int64]:
     """Return which row each of N pairs is from, of the rows numbered in the order of the pairs: int64 [N]."""
     numbers: dict[str | int, int] = {}
-    return np.array(
-        [numbers.setdefault(row_key(source, place), len(numbers)) for place, source in enumerate(sources)], np.int64
-    )
+    keys = [row_key(pair.source, place) for place, pair in enumerate(pairs)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def has_completions(names: Iterable[object]) -> bool:
@@ -135,7 +136,7 @@ def two_answer_rows(
     made = [
         (
             {**rest, names[0]: better.value, names[1]: worse.value},
-            f"{source}{_NUMBERED}{number} and {other})",
+            source + _OF_ANSWERS.format(number, other),
         )
         for (number, better), (other, worse), gap in gaps
         if gap > 0 and gap >= least

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data_tokenizers import tokenizer_named
 from support.refusals import refused
+from support.tiny import build_pairs
 
 from mlx_cpo_plugin.data import PreferenceDataset, load_dataset
 from mlx_cpo_plugin.data.columns import Columns
@@ -152,7 +154,9 @@ def test_only_what_names_two_answers_is_taken_off_the_name_of_a_row() -> None:
         "a:1 (answers 2 and 3)",
     ]
 
-    assert row_numbers(sources).tolist() == [0, 1, 2, 2]
+    pairs = [replace(pair, source=source) for pair, source in zip(build_pairs(4), sources, strict=True)]
+
+    assert row_numbers(pairs).tolist() == [0, 1, 2, 2]
 
 
 def test_pairs_whose_scores_are_near_are_left_out_by_choice_and_rows_without_scores_are_not(tmp_path: Path) -> None:
