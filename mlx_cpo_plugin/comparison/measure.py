@@ -60,6 +60,11 @@ class Comparison:
         """Of the models."""
         return [contender.name for contender in self.models]
 
+    @property
+    def step_size(self) -> int | None:
+        """Tokens of a segment of a long pair: the fewest of any run, so that no model takes more than its steps did."""
+        return min((size for contender in self.models if (size := contender.settings.step_size)), default=None)
+
 
 def compare(
     folders: Sequence[Path],
@@ -169,5 +174,5 @@ def preferred(model: nn.Module, comparison: Comparison) -> Preferences:
         objective,
         batch_size=settings.batch_size,
         scoring=settings.scoring,
-        step_size=settings.step_size,
+        step_size=comparison.step_size,
     )

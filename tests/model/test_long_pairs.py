@@ -250,5 +250,10 @@ def test_a_run_its_test_and_its_commands_cut_long_pairs_as_its_steps_do(
     assert step_sizes() == {5}
     compare([adapter_path], say=lambda line: None)
     assert step_sizes() == {5}
+    other = tmp_path / "other"
+    train(**{**settings, "adapter_path": str(other), "seq_step_size": 3}, val_batches=0, test=False)
+    step_sizes()
+    compare([adapter_path, other], say=lambda line: None)
+    assert step_sizes() == {3}
     Trained.load(adapter_path, None, None, lambda line: None)
     assert step_sizes() == {5}
