@@ -96,8 +96,9 @@ class Grouping:
             for count in GROUP_SIZES:
                 if count > end:
                     break
-                tokens = count * self.bucket_for([sizes[number] for number in order[end - count : end]]).tokens
-                if count == 1 or tokens <= self.budget:
+                size = self.bucket_for([sizes[number] for number in order[end - count : end]])
+                tokens, is_shape = count * size.tokens, not self.buckets or size in self.buckets
+                if count == 1 or (tokens <= self.budget and is_shape):
                     options.append((costs[end - count] + self.overhead + tokens, count))
             cost, count = min(options)
             costs.append(cost)

@@ -71,6 +71,13 @@ def test_nothing_is_put_together_where_that_saves_nothing() -> None:
     assert len(Grouping(overhead=1, budget=19).groups(sizes)) == 4
 
 
+def test_pairs_that_no_bucket_holds_together_share_no_pass() -> None:
+    sizes = [PairSize(61, 30, 60), PairSize(30, 61, 60)]
+
+    assert len(Grouping(overhead=500, budget=5000).groups(sizes)) == 1
+    assert len(Grouping(overhead=500, budget=5000, buckets=bucket_shapes(sizes, 300)).groups(sizes)) == 2
+
+
 def test_a_group_is_padded_to_the_smallest_bucket_that_it_fits_in() -> None:
     buckets = (PairSize(16, 16, 16), PairSize(32, 16, 32, True), PairSize(64, 64, 64, True))
     grouping = Grouping(0, 0, buckets)
