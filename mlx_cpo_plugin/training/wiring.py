@@ -102,7 +102,7 @@ class Run:
         validated = data_digest(validating)
         saves_best = args.load_best or args.save_best is not None
         self.best = BestSoFar(args.save_best or "loss", args.early_stopping_patience, validated, saves_best)
-        self.judge = Judge(validated, args.cpo_alpha, row_numbers([pair.source for pair in validating]))
+        self.judge = Judge(validated, args.cpo_alpha, row_numbers(validating))
         self.displacement = DisplacementAlarm(args.cpo_alpha)
 
         say, warn = self.reporter.say, self.reporter.warn
@@ -124,6 +124,7 @@ class Run:
         if probing:
             grouping = None if self.scorer is None else self.scorer.grouping
             self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
+            environment.stack.callback(mx.set_cache_limit, self.memory.bound_cache())
         else:
             self.memory = expected_memory(model, optimizer, pairs, args)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight

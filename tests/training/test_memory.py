@@ -324,6 +324,35 @@ def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower(peak: lis
     )
 
 
+@pytest.mark.parametrize("before", [10**12, 1000], ids=["MLX's own limit", "a low one of the user's"])
+def test_freed_buffers_are_kept_up_to_what_a_step_takes_and_as_before_once_a_run_has_ended(
+    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, seen = [before], list[int]()
+
+    def set_cache_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    class Limits(TrainingCallback):
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            seen.append(limits[-1])
+
+    monkeypatch.setattr(mx, "set_cache_limit", set_cache_limit)
+    model, pairs = add_adapter(larger_model()), pairs_of(300, 40, 36)
+    mx.eval(model.parameters())
+    gc.collect()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    args = CPOTrainingArgs(iters=3, steps_per_report=1, adapter_file=str(tmp_path / "adapters.safetensors"))
+
+    train_cpo(model, optimizers.Adam(1e-4), pairs, None, args, training_callback=Limits())
+
+    step = min(before, mx.get_peak_memory() - held)
+    assert step / OFF < seen[-1] <= min(before, mx.get_peak_memory())
+    assert limits[-1] == before
+
+
 @pytest.fixture
 def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The peak that MLX reports, on a device with so much memory that small models matter."""
