@@ -1,6 +1,8 @@
-"""Prints the tables of docs/results.md from what ``measure_learning.py`` has left in a folder.
+"""Prints the tables of docs/results.md from what ``measure_learning.py`` has left in folders, and draws them.
 
-    python tests/tools/learning_tables.py FOLDER
+    python tests/tools/learning_tables.py FOLDER [FOLDER …] [--plot FILE.svg]
+
+A folder is called what its model and rows are to be called in the plot.
 
 Changes are against the model before training, paired row by row; of several seeds, each row counts with its mean over
 them. Behind ± stands the standard error over rows.
@@ -8,15 +10,17 @@ them. Behind ± stands the standard error over rows.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.bench.plots import pyplot, save
 from mlx_cpo_plugin.comparison.text_metrics import chrf
 from mlx_cpo_plugin.training.samples import repetition
 
@@ -26,17 +30,20 @@ TEXT_HEAD = (
 )
 
 
-def change(values: NDArray[np.float64], form: str) -> str:
+def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return mean and standard error of changes of N rows."""
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():+{form}} ± {error:{form}}"
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def change_per_token(values: NDArray[np.float64], tokens: NDArray[np.float64]) -> str:
+def per_token(values: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[float, float]:
     """Return the change of all rows together by token, and the standard error of that ratio over rows."""
     ratio = values.sum() / tokens.sum()
-    error = (values - ratio * tokens).std(ddof=1) / np.sqrt(len(values)) / tokens.mean()
-    return f"{ratio:+.3f} ± {error:.3f}"
+    return float(ratio), mean_and_error(values - ratio * tokens)[1] / float(tokens.mean())
+
+
+def change(found: tuple[float, float], form: str) -> str:
+    """Return a mean and its standard error as a cell of a table."""
+    return f"{found[0]:+{form}} ± {found[1]:{form}}"
 
 
 def means_of(runs: list[dict[str, Any]], scores: str = "scores") -> dict[str, NDArray[np.float64]]:
@@ -49,44 +56,82 @@ def means_of(runs: list[dict[str, Any]], scores: str = "scores") -> dict[str, ND
     }
 
 
-def lines_of(part: str, runs: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of one part of the measurements."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
-    before = {run["task"]["rows"]: run for run in runs if run["task"]["trainer"] == "none"}
-    for run in runs:
-        if run["task"]["trainer"] != "none":
-            groups[run["task"]["rows"], run["task"]["loss"], run["task"]["rate"]].append(run)
-    lines = [f"{part}", "", HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |"]
-    for rows, run in sorted(before.items()):
-        base, tokens = means_of([run]), np.array(run["scores"]["chosen_tokens"])
-        start = f"{base['margin'].mean():+.2f} | {base['chosen'].sum() / tokens.sum():.3f} |"
-        lines.append(
-            f"| {rows}, {len(tokens)} held out | before training | | | {base['accuracy'].mean():.1%} | | {start}"
-        )
-        of_rows = sorted((key, group) for key, group in groups.items() if key[0] == rows)
-        for (_, loss, rate), seeds in of_rows:
-            lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {changes(means_of(seeds), base, tokens)} |")
-        for (_, loss, rate), seeds in of_rows:
-            if "quantised_scores" in seeds[0]:
-                after = changes(means_of(seeds, "quantised_scores"), base, tokens)
-                lines.append(f"| | `{loss}`, merged, in 4 bits | {rate:g} | {len(seeds)} | {after} |")
-        if "quantised_scores" in run:
-            after = changes(means_of([run], "quantised_scores"), base, tokens)
-            lines.append(f"| | before training, in 4 bits | | | {after} |")
-    return lines
+class Part:
+    """One part of the measurements of a folder.
+
+    Attributes:
+        before: the run of the model as it is, by file of rows.
+        after: of each file, loss and rate the runs with its seeds.
+    """
+
+    def __init__(self, runs: list[dict[str, Any]]) -> None:
+        self.before = {run["task"]["rows"]: run for run in runs if run["task"]["trainer"] == "none"}
+        self.after: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+        for run in runs:
+            if run["task"]["trainer"] != "none":
+                self.after[run["task"]["rows"], run["task"]["loss"], run["task"]["rate"]].append(run)
+
+    def lines(self) -> list[str]:
+        """Return its table."""
+        lines = [HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |"]
+        for rows, run in sorted(self.before.items()):
+            base, tokens = means_of([run]), np.array(run["scores"]["chosen_tokens"])
+            start = f"{base['margin'].mean():+.2f} | {base['chosen'].sum() / tokens.sum():.3f} |"
+            lines.append(
+                f"| {rows}, {len(tokens)} held out | before training | | | {base['accuracy'].mean():.1%} | | {start}"
+            )
+            of_rows = sorted((key, group) for key, group in self.after.items() if key[0] == rows)
+            for (_, loss, rate), seeds in of_rows:
+                lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {cells(means_of(seeds), base, tokens)} |")
+            for (_, loss, rate), seeds in of_rows:
+                if "quantised_scores" in seeds[0]:
+                    after = cells(means_of(seeds, "quantised_scores"), base, tokens)
+                    lines.append(f"| | `{loss}`, merged, in 4 bits | {rate:g} | {len(seeds)} | {after} |")
+            if "quantised_scores" in run:
+                after = cells(means_of([run], "quantised_scores"), base, tokens)
+                lines.append(f"| | before training, in 4 bits | | | {after} |")
+        return lines
+
+
+def cells(
+    after: dict[str, NDArray[np.float64]], before: dict[str, NDArray[np.float64]], tokens: NDArray[np.float64]
+) -> str:
+    """Return accuracy, and the changes of accuracy, margin and log-prob of the chosen answers, as cells of a table."""
+    found = changes(after, before, tokens)
+    forms = {"accuracy": ".1%", "margin": ".2f", "chosen": ".3f"}
+    return " | ".join([f"{after['accuracy'].mean():.1%}", *(change(found[name], form) for name, form in forms.items())])
 
 
 def changes(
     after: dict[str, NDArray[np.float64]], before: dict[str, NDArray[np.float64]], tokens: NDArray[np.float64]
-) -> str:
-    """Return accuracy, and the changes of accuracy, margin and log-prob of the chosen answers, as cells of a table."""
-    cells = (
-        f"{after['accuracy'].mean():.1%}",
-        change(after["accuracy"] - before["accuracy"], ".1%"),
-        change(after["margin"] - before["margin"], ".2f"),
-        change_per_token(after["chosen"] - before["chosen"], tokens),
-    )
-    return " | ".join(cells)
+) -> dict[str, tuple[float, float]]:
+    """Return the changes of accuracy, margin and log-prob of the chosen answers, each with its standard error."""
+    found = {name: mean_and_error(after[name] - before[name]) for name in ("accuracy", "margin")}
+    return {**found, "chosen": per_token(after["chosen"] - before["chosen"], tokens)}
+
+
+def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
+    """Draw, for each folder's losses, accuracy before and after, and the change of the chosen answers' log-prob."""
+    named: list[tuple[str, dict[str, Any], dict[str, NDArray[np.float64]], list[dict[str, Any]]]] = []
+    for folder, part in parts:
+        for (rows, loss, rate), seeds in sorted(part.after.items()):
+            before = part.before[rows]
+            named.append((f"{folder}\n{loss}, {rate:g}", before, means_of([before]), seeds))
+    figure, axes = pyplot().subplots(1, 2, figsize=(9.4, 0.9 + 0.42 * len(named)), sharey=True, layout="constrained")
+    for place, (_, run, before, seeds) in enumerate(named):
+        after = means_of(seeds)
+        found = changes(after, before, np.array(run["scores"]["chosen_tokens"]))
+        start, end = (100 * float(each["accuracy"].mean()) for each in (before, after))
+        axes[0].plot([start, end], [place, place], color="tab:blue")
+        axes[0].plot(start, place, "o", color="white", markeredgecolor="tab:blue")
+        axes[0].errorbar(end, place, xerr=100 * found["accuracy"][1], fmt="o", color="tab:blue", capsize=3)
+        axes[1].errorbar(found["chosen"][0], place, xerr=found["chosen"][1], fmt="o", color="tab:orange", capsize=3)
+    axes[0].set_yticks(range(len(named)), [label for label, *_ in named])
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("held-out preference accuracy, %: before (hollow), after")
+    axes[1].set_xlabel("log-prob of the chosen answers, change in nats a token")
+    axes[1].axvline(0, color="#888888", linewidth=0.8)
+    save(figure, file)
 
 
 def text_lines(runs: list[dict[str, Any]]) -> list[str]:
@@ -108,7 +153,7 @@ def text_lines(runs: list[dict[str, Any]]) -> list[str]:
         if rate:
             memory, seconds = (np.mean([run[key] for run in seeds]) for key in ("peak_memory", "seconds"))
             figures += f" | {memory / 1e9:.2f} GB | {seconds:.0f} s |"
-            lines.append(f"{start} | {change(values - before, '.1f')} | {figures}")
+            lines.append(f"{start} | {change(mean_and_error(values - before), '.1f')} | {figures}")
         else:
             lines.append(f"{start} | | {figures} | | |")
     return lines
@@ -120,12 +165,23 @@ def chrf_of(run: dict[str, Any]) -> NDArray[np.float64]:
 
 
 def main() -> None:
-    runs = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*.json"))]
-    for part in sorted({run["task"]["part"] for run in runs}):
-        of_part = [run for run in runs if run["task"]["part"] == part]
-        print("\n".join(lines_of(part, of_part)), end="\n\n")
-        if any("answers" in run for run in of_part):
-            print("\n".join(text_lines(of_part)), end="\n\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracies and betas in there")
+    given = parser.parse_args()
+    drawn: list[tuple[str, Part]] = []
+    for folder in given.folders:
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        for name in sorted({run["task"]["part"] for run in runs}):
+            of_part = [run for run in runs if run["task"]["part"] == name]
+            part = Part(of_part)
+            print("\n".join([f"{folder.name}, {name}", "", *part.lines()]), end="\n\n")
+            if any("answers" in run for run in of_part):
+                print("\n".join(text_lines(of_part)), end="\n\n")
+            if name in ("accuracy", "betas"):
+                drawn.append((folder.name, part))
+    if given.plot:
+        plot(drawn, given.plot)
 
 
 if __name__ == "__main__":

@@ -177,17 +177,17 @@ def quantised_tasks() -> Iterator[Task]:
             )
 
 
-def beta_tasks() -> Iterator[Task]:
-    """Other betas at two rates with three seeds, on the first 400 translations and on short instructions."""
-    for name in ("translation_prompt", "openai_preference"):
-        rows = SETS[name]
+def beta_tasks(sets: Iterable[RowSet], losses: Iterable[str]) -> Iterator[Task]:
+    """Each loss with its other betas at two rates with three seeds, on the first 400 rows."""
+    among = {name: each for name, each in {**LOSSES, **BETAS}.items() if any(loss in name for loss in losses)}
+    for rows in sets:
         held_out = (rows.training, rows.training + rows.held_out)
+        training = (0, min(rows.training, 400))
         yield untrained(rows, held_out, "betas")
-        for loss, settings in {**LOSSES, **BETAS}.items():
+        for loss, settings in among.items():
             for rate in RATES[1:]:
                 for seed in SEEDS:
-                    end = min(rows.training, 400)
-                    yield Task("betas", name, "cpo", loss, rate, seed, rows.epochs, (0, end), held_out, settings)
+                    yield Task("betas", rows.name, "cpo", loss, rate, seed, rows.epochs, training, held_out, settings)
 
 
 class Bench:
@@ -457,7 +457,9 @@ def main() -> None:
         default=list(PARTS),
         help="accuracy needs rates that were measured, or one of --rates",
     )
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates and accuracy")
+    parser.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates, accuracy and betas"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
@@ -486,7 +488,7 @@ def main() -> None:
             then += accuracy_tasks(sets, chosen_rates(given.output, sets, given.losses, given.rates))
         then += text_tasks() if "text" in given.parts else ()
         run(then)
-        run(beta_tasks() if "betas" in given.parts else ())
+        run(beta_tasks(sets, given.losses) if "betas" in given.parts else ())
 
 
 PARTS = ("rates", "quantised", "accuracy", "text", "betas")
