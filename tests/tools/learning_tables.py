@@ -128,6 +128,7 @@ def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
         axes[1].errorbar(found["chosen"][0], place, xerr=found["chosen"][1], fmt="o", color="tab:orange", capsize=3)
     axes[0].set_yticks(range(len(named)), [label for label, *_ in named])
     axes[0].invert_yaxis()
+    axes[0].set_xlim(0, 100)
     axes[0].set_xlabel("held-out preference accuracy, %: before (hollow), after")
     axes[1].set_xlabel("log-prob of the chosen answers, change in nats a token")
     axes[1].axvline(0, color="#888888", linewidth=0.8)
