@@ -39,6 +39,7 @@ class Device:
         rounded_products: float32 may be multiplied as TF32, with 10 bits of fraction, unless MLX_ENABLE_TF32 is 0.
         reports_exhausted_memory: running out of memory is an exception, and not the end of the process.
         takes_kernels: the compiled kernels of this package are for it.
+        hoards_buffers: MLX keeps freed buffers for later, up to the memory of the device.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Device:
     rounded_products: bool
     reports_exhausted_memory: bool
     takes_kernels: bool
+    hoards_buffers: bool
 
 
 def _gpu(kind: str, attention: Attention, compiles: bool) -> Device:
@@ -69,6 +71,7 @@ def _gpu(kind: str, attention: Attention, compiles: bool) -> Device:
         rounded_products=True,
         reports_exhausted_memory=True,
         takes_kernels=False,
+        hoards_buffers=True,
     )
 
 
@@ -86,6 +89,7 @@ DEVICES = {
         rounded_products=False,
         reports_exhausted_memory=False,
         takes_kernels=True,
+        hoards_buffers=False,
     ),
     METAL: _gpu(METAL, "kernel forwards", compiles=True),
     CUDA: _gpu(CUDA, "kernels", compiles=False),
@@ -113,6 +117,29 @@ def float32_product_epsilon() -> float:
 def device_name() -> str:
     """Return what the device calls itself."""
     return str(mx.device_info().get("device_name", platform.machine()))
+
+
+class BufferLimit:
+    """Lets MLX keep so many bytes of freed buffers, where it would hoard them; a lower limit from before stays."""
+
+    def __init__(self, size: float) -> None:
+        self._size = round(size)
+        self._before = mx.set_cache_limit(self._size) if current_device().hoards_buffers else 0
+        self._set()
+
+    def raise_to(self, size: float) -> None:
+        """Let it keep more, if this is more."""
+        self._size = max(self._size, round(size))
+        self._set()
+
+    def undo(self) -> None:
+        """Go back to the limit from before."""
+        self._size = self._before
+        self._set()
+
+    def _set(self) -> None:
+        if current_device().hoards_buffers:
+            mx.set_cache_limit(min(self._size, self._before))
 
 
 def wired_limit() -> int | None:

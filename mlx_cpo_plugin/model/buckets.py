@@ -97,8 +97,9 @@ class Grouping:
                 if count > end:
                     break
                 size = self.bucket_for([sizes[number] for number in order[end - count : end]])
-                tokens, is_shape = count * size.tokens, not self.buckets or size in self.buckets
-                if count == 1 or (tokens <= self.budget and is_shape):
+                tokens = count * size.tokens
+                is_compiled_for = not self.buckets or size in self.buckets
+                if count == 1 or (tokens <= self.budget and is_compiled_for):
                     options.append((costs[end - count] + self.overhead + tokens, count))
             cost, count = min(options)
             costs.append(cost)

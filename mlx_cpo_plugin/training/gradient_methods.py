@@ -8,19 +8,15 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_cpo_plugin.data.batches import Arrays, Batch, StepArrays, StepTotals, collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.buckets import MOST_SHAPES, PairSize
+from mlx_cpo_plugin.model.buckets import PairSize
 from mlx_cpo_plugin.model.logps import AnswerScores, normalised, score_answers, score_rows
 from mlx_cpo_plugin.model.shared_prefix import SplitPair, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedBatch, SharedPromptScorer, collate_shared
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.objective import Objective
-
-# Of a compiled function: all shapes of pairs that share prompts, with and without fake quantisation.
-MOST_TRACES = 2 * MOST_SHAPES
 
 Gradient = dict[str, mx.array]
 
@@ -142,34 +138,14 @@ def _compiled_value_and_grad(model: nn.Module, function: Callable[..., Any]) -> 
 
     It returns the results of ``function`` behind the first, and the gradient of the first one.
     """
-    state = [model.state, mx.random.state]
 
     # ``quantised`` is read by no one here: it makes the two ways to trace the model two entries of the cache.
+    @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[model.state, mx.random.state])
     def compute(quantised: bool, *arguments: Any) -> tuple[Any, Any]:
         (_, *results), gradient = nn.value_and_grad(model, function)(model, *arguments)
         return results, gradient
 
-    return FewTraces(lambda: mx.compile(compute, inputs=state, outputs=state))
-
-
-class FewTraces:
-    """A compiled function that begins anew before it has traced more than :data:`MOST_TRACES` shapes.
-
-    MLX keeps a trace of every shape, with all buffers in it, and Metal allows a process 499,000 buffers.
-    """
-
-    def __init__(self, compiled: Callable[[], Callable[..., Any]]) -> None:
-        self._compiled, self._function = compiled, compiled()
-        self._traced: set[tuple[Any, ...]] = set()
-
-    def __call__(self, *arguments: Any) -> Any:
-        leaves = dict(tree_flatten(arguments)).values()
-        shapes = tuple(leaf.shape if isinstance(leaf, mx.array) else leaf for leaf in leaves)
-        if shapes not in self._traced and len(self._traced) == MOST_TRACES:
-            self._function = self._compiled()  # whose traces go with the last reference to it
-            self._traced.clear()
-        self._traced.add(shapes)
-        return self._function(*arguments)
+    return compute
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:

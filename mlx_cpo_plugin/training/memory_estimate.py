@@ -100,7 +100,6 @@ class MemoryEstimate:
         self.computing = self._computing([self.largest])
         self._basis, self._peak = "Estimate", mx.get_peak_memory()
         self._before = self._peak
-        self._limit_before: int | None = None
         self._correction, self._tried, self._warned, self._corrections = 1.0, 0.0, 0.0, 0
 
     @property
@@ -164,22 +163,8 @@ class MemoryEstimate:
         fixed, before = self.weights + self.optimizer, self._correction
         said, self._correction = fixed + before * self._tried, max(0.0, peak - fixed) / self._tried
         self.computing *= self._correction / before if before else 1.0
-        self.bound_cache()
         far_off = abs(peak - said) > SHARE_OF_DEVICE * device and not 1 / FAR_OFF < peak / said < FAR_OFF
         return self.lines(device) if far_off else []
-
-    def bound_cache(self) -> int:
-        """Let MLX keep as many bytes of freed buffers as a step fills anew; return the limit from before the run.
-
-        Steps differ in shape, and a GPU's allocator keeps what each has left, up to the memory of the device.
-        """
-        wanted = round(self.computing)
-        before = mx.set_cache_limit(wanted)
-        if self._limit_before is None:
-            self._limit_before = before
-        if self._limit_before < wanted:  # who has set a lower one has a reason
-            mx.set_cache_limit(self._limit_before)
-        return self._limit_before
 
     def _computing(self, pairs: Sequence[PreferencePair]) -> float:
         """Return the bytes of a micro-batch beside weights and optimizer, and of a step."""

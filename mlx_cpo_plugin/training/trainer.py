@@ -145,6 +145,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
         if norm is not None:
             for line in run.memory.corrected():
                 reporter.say(line)
+            run.buffers.raise_to(run.memory.computing)
         reporter.say(forecast.line(iteration))
 
         last = iteration == args.iters

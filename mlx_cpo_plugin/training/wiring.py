@@ -19,7 +19,7 @@ from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.batches import BatchSize, MicroBatch, epoch_ends, last_step_start, training_plan
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.ranked import row_numbers
-from mlx_cpo_plugin.device import compilation_pays, compile_where_it_pays, wired_limit
+from mlx_cpo_plugin.device import BufferLimit, compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
@@ -61,6 +61,7 @@ class Run:
         identity: all that determines the trained weights, by key; ``recorded`` is what explains a difference.
         epoch_ends: the iterations that end an epoch, where anything depends on them.
         extends_from: the iteration that a run with more ``iters`` goes on from.
+        buffers: how many of those that a step frees MLX keeps; only of a run that can train.
 
     Raises:
         ConfigError: there is nothing to resume, or another run has used the folder meanwhile.
@@ -124,7 +125,8 @@ class Run:
         if probing:
             grouping = None if self.scorer is None else self.scorer.grouping
             self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
-            environment.stack.callback(mx.set_cache_limit, self.memory.bound_cache())
+            self.buffers = BufferLimit(self.memory.computing)  # steps differ in length, and each leaves its own
+            environment.stack.callback(self.buffers.undo)
         else:
             self.memory = expected_memory(model, optimizer, pairs, args)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight

@@ -6,7 +6,10 @@ import gc
 import json
 import math
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,7 @@ from support.tiny import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.commands.check import memory_estimate as memory_estimate_of
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.device import CPU, METAL
+from mlx_cpo_plugin.device import CPU, METAL, BufferLimit
 from mlx_cpo_plugin.errors import TrainingError, is_device_fault, is_out_of_memory
 from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.kernels import library
@@ -324,33 +327,89 @@ def test_more_than_the_device_has_is_a_warning_that_says_what_to_lower(peak: lis
     )
 
 
+class BufferLimits(TrainingCallback):
+    """Stands in for MLX's limit of freed buffers, and keeps what it is after each step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: int, fails: bool = False) -> None:
+        self.now, self.after_steps, self.fails = before, list[int](), fails
+        monkeypatch.setattr(mx, "set_cache_limit", self._set)
+
+    def _set(self, limit: int) -> int:
+        before, self.now = self.now, limit
+        return before
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        self.after_steps.append(self.now)
+        if self.fails:
+            raise RuntimeError
+
+
+def train_on_a_gpu(folder: Path, limits: BufferLimits) -> float:
+    """Train, and return the bytes that a step was expected to take."""
+    pairs, model = pairs_of(300, 40, 36), add_adapter(larger_model())
+    args = CPOTrainingArgs(iters=3, steps_per_report=1, adapter_file=str(folder / "adapters.safetensors"))
+    mx.eval(model.parameters())
+    gc.collect()
+    mx.reset_peak_memory()
+    with pretended(METAL), pytest.raises(RuntimeError) if limits.fails else nullcontext():
+        expected = estimate(model, pairs, args).computing
+        train_cpo(model, optimizers.Adam(1e-4), pairs, None, args, training_callback=limits)
+    return expected
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
 @pytest.mark.parametrize("before", [10**12, 1000], ids=["MLX's own limit", "a low one of the user's"])
-def test_freed_buffers_are_kept_up_to_what_a_step_takes_and_as_before_once_a_run_has_ended(
-    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_freed_buffers_are_kept_up_to_what_a_step_takes_and_as_before_once_a_run(
+    fails: bool, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits, seen = [before], list[int]()
+    limits = BufferLimits(monkeypatch, before, fails)
+
+    expected = train_on_a_gpu(tmp_path, limits)
+
+    assert min(before, round(expected)) <= limits.after_steps[0] <= min(before, OFF * expected)
+    assert limits.now == before
+
+
+def test_more_of_them_are_kept_where_the_first_step_takes_more_than_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = BufferLimits(monkeypatch, 10**12)
+    monkeypatch.setattr(MemoryEstimate, "_activations", lambda self, pair: 1.0)
+
+    expected = train_on_a_gpu(tmp_path, limits)
+
+    assert limits.after_steps[0] > 10 * expected
+
+
+def test_a_limit_of_freed_buffers_is_only_raised_and_never_above_that_from_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = [500]
 
     def set_cache_limit(limit: int) -> int:
         limits.append(limit)
         return limits[-2]
 
-    class Limits(TrainingCallback):
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            seen.append(limits[-1])
+    def after(change: Callable[[], object]) -> int:
+        change()
+        return limits[-1]
 
     monkeypatch.setattr(mx, "set_cache_limit", set_cache_limit)
-    model, pairs = add_adapter(larger_model()), pairs_of(300, 40, 36)
-    mx.eval(model.parameters())
-    gc.collect()
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    args = CPOTrainingArgs(iters=3, steps_per_report=1, adapter_file=str(tmp_path / "adapters.safetensors"))
+    with pretended(METAL):
+        buffers = BufferLimit(100)
 
-    train_cpo(model, optimizers.Adam(1e-4), pairs, None, args, training_callback=Limits())
+        assert limits[-1] == 100
+        assert [after(partial(buffers.raise_to, size)) for size in (300, 200, 900)] == [300, 300, 500]
+        assert after(buffers.undo) == 500
 
-    step = min(before, mx.get_peak_memory() - held)
-    assert step / OFF < seen[-1] <= min(before, mx.get_peak_memory())
-    assert limits[-1] == before
+
+def test_a_cpu_keeps_freed_buffers_as_it_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "set_cache_limit", pytest.fail)
+
+    with pretended(CPU):
+        buffers = BufferLimit(100)
+        buffers.raise_to(200)
+        buffers.undo()
 
 
 @pytest.fixture

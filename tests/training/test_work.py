@@ -5,8 +5,6 @@ A number below that falls after a change is a gain: lower it here. One that rise
 
 from __future__ import annotations
 
-import gc
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -16,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs
@@ -27,7 +24,6 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.model import parity
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
-from mlx_cpo_plugin.training.gradient_methods import MOST_TRACES, FewTraces
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 
 # Two pairs of 40 + 20 + 18 tokens: in one pass, the prompts without their last tokens, then all answers from there.
@@ -194,30 +190,3 @@ def test_an_epoch_of_mixed_lengths_is_compiled_for_few_shapes(tmp_path: Path, co
     train(tmp_path, build_pairs(40, longest=200), iterations=20, compile=True)
 
     assert len(compiled) == COMPILED_SHAPES
-
-
-def test_a_compiled_function_of_many_shapes_begins_anew_before_it_has_many_traces(compiled: set[Any]) -> None:
-    twice = FewTraces(lambda: mx.compile(lambda x: 2 * x))
-
-    for length in [*range(1, 2 * MOST_TRACES + 2), 1, 2]:
-        assert twice(mx.ones(length)).tolist() == [2.0] * length
-
-    traces = Counter(number for number, *_ in compiled)
-    assert list(traces.values()) == [MOST_TRACES, MOST_TRACES, 3]
-
-
-def test_buffers_in_traces_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    constant = np.ones(50_000, np.float32)
-    monkeypatch.delenv("MLX_DISABLE_COMPILE")
-    mx.enable_compile()
-    try:
-        picked = FewTraces(lambda: mx.compile(lambda places: mx.take(mx.array(constant), places)))
-        gc.collect()
-        before = mx.get_active_memory()
-        for length in range(1, 3 * MOST_TRACES):
-            assert picked(mx.zeros(length, mx.int32)).tolist() == [1.0] * length
-        held = mx.get_active_memory() - before
-    finally:
-        mx.disable_compile()
-
-    assert constant.nbytes <= held < (MOST_TRACES + 1) * constant.nbytes
