@@ -112,14 +112,15 @@ def changes(
 
 def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
     """Draw, for each folder's losses, accuracy before and after, and the change of the chosen answers' log-prob."""
-    named: list[tuple[str, dict[str, Any], dict[str, NDArray[np.float64]], list[dict[str, Any]]]] = []
+    named: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
     for folder, part in parts:
         for (rows, loss, rate), seeds in sorted(part.after.items()):
-            before = part.before[rows]
-            named.append((f"{folder}\n{loss}, {rate:g}", before, means_of([before]), seeds))
+            if rows in part.before:
+                file_of_rows = f", {rows}" if len(part.before) > 1 else ""
+                named.append((f"{folder}{file_of_rows}\n{loss}, {rate:g}", part.before[rows], seeds))
     figure, axes = pyplot().subplots(1, 2, figsize=(9.4, 0.9 + 0.42 * len(named)), sharey=True, layout="constrained")
-    for place, (_, run, before, seeds) in enumerate(named):
-        after = means_of(seeds)
+    for place, (_, run, seeds) in enumerate(named):
+        before, after = means_of([run]), means_of(seeds)
         found = changes(after, before, np.array(run["scores"]["chosen_tokens"]))
         start, end = (100 * float(each["accuracy"].mean()) for each in (before, after))
         axes[0].plot([start, end], [place, place], color="tab:blue")
@@ -176,11 +177,11 @@ def main() -> None:
         for name in sorted({run["task"]["part"] for run in runs}):
             of_part = [run for run in runs if run["task"]["part"] == name]
             part = Part(of_part)
-            print("\n".join([f"{folder.name}, {name}", "", *part.lines()]), end="\n\n")
+            print("\n".join([f"{folder.absolute().name}, {name}", "", *part.lines()]), end="\n\n")
             if any("answers" in run for run in of_part):
                 print("\n".join(text_lines(of_part)), end="\n\n")
             if name in ("accuracy", "betas"):
-                drawn.append((folder.name, part))
+                drawn.append((folder.absolute().name, part))
     if given.plot:
         plot(drawn, given.plot)
 

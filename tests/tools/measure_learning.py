@@ -436,9 +436,9 @@ def restricted(tasks: Iterable[Task], most: int, rates: Sequence[float], seeds: 
 
 
 def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task], output: Path, until: float) -> None:
-    """Do what is not done yet, what takes longest first."""
+    """Do what is not done yet: the model as it is, with which all others are compared, then what takes longest."""
     missing = [task for task in tasks if not (output / f"{task.name}.json").exists()]
-    missing.sort(key=lambda task: -task.cost)
+    missing.sort(key=lambda task: (task.trainer != "none", -task.cost))
     waiting = [pool.submit(do, task, until) for task in missing]
     for done in as_completed(waiting):
         print(done.result(), flush=True)
@@ -458,7 +458,11 @@ def main() -> None:
         help="accuracy needs rates that were measured, or one of --rates",
     )
     parser.add_argument(
-        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of rates, accuracy and betas"
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=list(LOSSES),
+        help="of rates, accuracy and betas, which have more of each",
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
