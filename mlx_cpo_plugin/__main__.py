@@ -6,13 +6,14 @@ import sys
 
 
 def main() -> int:
-    """Run ``mlx-cpo`` and return its exit code; Ctrl-C while its modules are imported ends it as later on."""
+    """Run ``mlx-cpo`` and return its exit code; Ctrl-C ends it alike at work and while its modules are imported."""
     try:
         from mlx_cpo_plugin import cli
+
+        return cli.main()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    return cli.main()
 
 
 if __name__ == "__main__":

@@ -117,8 +117,9 @@ def test_an_interrupt_ends_the_command_with_its_exit_code(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "run_doctor", interrupted)
+    monkeypatch.setattr(sys, "argv", ["mlx-cpo", "doctor"])
 
-    assert cli.main(["doctor"]) == 130
+    assert entry.main() == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 

@@ -462,7 +462,7 @@ def main() -> None:
         nargs="+",
         choices=LOSSES,
         default=list(LOSSES),
-        help="of rates, accuracy and betas, which have more of each",
+        help="of rates, accuracy and betas; there cpo-simpo counts as simpo",
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
