@@ -16,6 +16,7 @@ import yaml
 from mlx_lm.utils import load
 from support.tiny import build_pairs
 
+from mlx_cpo_plugin import __main__ as entry
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.bench import against_report, cases, host_trainer, runs, worker
 from mlx_cpo_plugin.bench.against import Contest, differences_of_tokens, hold_contest
@@ -290,7 +291,8 @@ class TestCtrlC:
         file = tmp_path / "figures.json"
 
         arguments = ["--shape", str(TINY), "--rows", "6", "--against", "host", "--json", str(file)]
-        assert cli.main(["bench", *arguments]) == 130
+        monkeypatch.setattr(sys, "argv", ["mlx-cpo", "bench", *arguments])
+        assert entry.main() == 130
 
         printed = capsys.readouterr()
         assert "the same micro-batches" in printed.out
