@@ -45,10 +45,10 @@ def _tokens(run: Run, micro_batch: MicroBatch) -> int:
 
 def _seconds_of(run: Run, micro_batch: MicroBatch, clock: Clock) -> float:
     """The seconds of the gradient of a micro-batch."""
-    chosen_tokens = [pair.chosen_tokens for pair in run.pairs]
-    run.quantisation.active = run.args.qat_enable
+    totals = micro_batch.totals([pair.chosen_tokens for pair in run.pairs])
     began = clock()
-    run.step.add([run.pairs[i] for i in micro_batch.indices], micro_batch.totals(chosen_tokens), run.args.qat_enable)
+    run.quantisation.begin(run.args.qat_start_step)
+    run.step.add([run.pairs[index] for index in micro_batch.indices], totals, run.quantisation.active)
     return clock() - began
 
 

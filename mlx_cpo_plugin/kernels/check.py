@@ -39,6 +39,13 @@ def cases() -> Iterator[Case]:
             lambda x, a, b, wide=wide: x @ wide.T + 2.0 * (x @ a) @ b,
             (x, lora_a, lora_b),
         )
+    held = weight + 2.0 * (lora_a @ lora_b).T  # the adapter, which alone is to have a gradient of it
+    yield (
+        "linear, rounded",
+        lambda x, a, b: operations.adapted_linear(x, Weight((held,)), a, b, 2.0, through=True),
+        lambda x, a, b: x @ held.T + passed_through(2.0 * (mx.stop_gradient(x) @ a) @ b),
+        (x, lora_a, lora_b),
+    )
     yield "linear, plain", lambda x: operations.linear(x, Weight((weight,))), lambda x: x @ weight.T, (x,)
     ones = mx.random.normal((64,))
     yield (
@@ -75,6 +82,11 @@ def cases() -> Iterator[Case]:
             lambda hidden, values=values: -nn.losses.cross_entropy(hidden @ values.astype(mx.float32).T, targets),
             (x.reshape(80, 64) / 8,),
         )
+
+
+def passed_through(x: mx.array) -> mx.array:
+    """Return zeros with the gradient of ``x``."""
+    return x - mx.stop_gradient(x)
 
 
 def difference(case: Case) -> float:

@@ -46,12 +46,18 @@ class Segment(NamedTuple):
 
 def linear(x: mx.array, weight: Weight) -> mx.array:
     """Return ``x @ W.T`` [..., output] of x [..., input]."""
-    return call("linear", [x, *weight.arrays], 1, (0, 0, weight.bits, weight.group_size))[0]
+    return call("linear", [x, *weight.arrays], 1, (0, 0, weight.bits, weight.group_size, False))[0]
 
 
-def adapted_linear(x: mx.array, weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
-    """Return ``x @ W.T + scale * (x @ A) @ B`` [..., output] of x [..., input], A [input, rank], B [rank, output]."""
-    numbers = (scale, lora_a.shape[1], weight.bits, weight.group_size)
+def adapted_linear(
+    x: mx.array, weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, through: bool = False
+) -> mx.array:
+    """Return ``x @ W.T + scale * (x @ A) @ B`` [..., output] of x [..., input], A [input, rank], B [rank, output].
+
+    Args:
+        through: the weight has the adapter in it, so return ``x @ W.T``; A and B have their gradient as otherwise.
+    """
+    numbers = (scale, lora_a.shape[1], weight.bits, weight.group_size, through)
     return call("linear", [x, lora_a, lora_b, *weight.arrays], 2, numbers)[0]
 
 

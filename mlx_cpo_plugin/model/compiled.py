@@ -17,7 +17,7 @@ from mlx_cpo_plugin.kernels import library, operations
 from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model import activations
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR
-from mlx_cpo_plugin.model.layers import LINEAR, Call, dora_lengths, kernel_weight, overridden_calls
+from mlx_cpo_plugin.model.layers import LINEAR, Call, biased, dora_lengths, kernel_weight, overridden_calls
 from mlx_cpo_plugin.model.packed import Row, Visible
 from mlx_cpo_plugin.model.parity import expected_grouping
 from mlx_cpo_plugin.parameters import by_name
@@ -88,15 +88,11 @@ def _linear(layer: nn.Module, x: mx.array) -> mx.array:
     weight = kernel_weight(layer)
     assert weight is not None
     y = operations.linear(x.astype(mx.float32), weight)
-    return _biased(layer, y).astype(x.dtype)
-
-
-def _biased(layer: nn.Module, y: mx.array) -> mx.array:
-    return y + layer["bias"] if "bias" in layer else y
+    return biased(layer, y).astype(x.dtype)
 
 
 def _with_lora(layer: nn.Module, x: mx.array) -> mx.array:
-    return _biased(layer.linear, _adapted(layer, x)).astype(x.dtype)
+    return biased(layer.linear, _adapted(layer, x)).astype(x.dtype)
 
 
 def _adapted(layer: nn.Module, x: mx.array) -> mx.array:
@@ -112,7 +108,7 @@ def _adapted(layer: nn.Module, x: mx.array) -> mx.array:
 
 def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
     y = (layer.m / dora_lengths(layer)) * _adapted(layer, x)
-    return _biased(layer.linear, y).astype(x.dtype)
+    return biased(layer.linear, y).astype(x.dtype)
 
 
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:

@@ -76,6 +76,11 @@ def first_trained_layer(model: nn.Module) -> int:
     return next((number for number, parameters in enumerate(trained) if parameters), 0)
 
 
+def biased(layer: nn.Module, y: mx.array) -> mx.array:
+    """Return the product with a linear layer's weight with its bias, if it has one."""
+    return y + layer["bias"] if "bias" in layer else y
+
+
 def is_half(module: nn.Module) -> bool:
     """Whether a layer multiplies with weights of half precision."""
     return isinstance(module, nn.Linear | nn.Embedding | SwitchLinear) and module.weight.dtype in HALF_PRECISION

@@ -36,7 +36,7 @@ from mlx_cpo_plugin.training.gradients import SharedPromptGradients, gradients_f
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective, objective_for
 from mlx_cpo_plugin.training.qat import fake_quantised
-from mlx_cpo_plugin.training.wiring import training_environment
+from mlx_cpo_plugin.training.wiring import quantisation_of, training_environment
 
 # Sums of thousands of float32 products carry hundreds of its roundings; half-precision products are summed in float32,
 # so only what goes from layer to layer is rounded to half precision.
@@ -203,7 +203,7 @@ def check_gradient(
     quantisation_args = {f"qat_{name}": value for name, value in QAT.items()}
     args = CPOTrainingArgs(grad_checkpoint=grad_checkpoint, qat_enable=qat, **quantisation_args)
     with training_environment(model, args) as environment:
-        environment.quantisation.active = qat
+        environment.enter_context(quantisation_of(model, args)).active = qat
         result = method_for(model, objective, pairs)(pairs, StepTotals.of(pairs), qat)
         mx.eval(result)
     exact = _reference(tuple(sorted(arguments.items(), key=lambda item: item[0])), qat)

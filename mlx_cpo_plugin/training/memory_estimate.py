@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx_lm.utils import get_total_parameters
 
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import current_device, device_memory, free_memory
@@ -25,6 +24,7 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.long_context import FAR
 from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
+from mlx_cpo_plugin.training.qat import Quantizer, kept_bytes
 
 # An estimate that is off by this factor, and by this share of the device's memory, is corrected on the console.
 FAR_OFF, SHARE_OF_DEVICE = 1.25, 0.02
@@ -91,8 +91,9 @@ class MemoryEstimate:
         in_float32 = 4 * sum(array.size for array in trainable)
         # The kernels widen weights while they read them.
         self.constant = (not kernels) * widened_bytes(model) + in_float32 * (args.gradient_accumulation_steps > 1)
-        if args.qat_enable:  # the rounding errors of the weights
-            self.constant += size * sum(get_total_parameters(layer) for layer in model.layers)
+        if args.qat_enable:
+            quantizer = Quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode)
+            self.constant += kept_bytes(model, quantizer, size)
         # The first step is compared with the weights from before it.
         self.updating = self.gradient + in_float32
 

@@ -5,19 +5,23 @@ Source of the straight-through gradient: Bengio et al. 2013, arXiv 1308.3432.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import operator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.host import fake_quantizer
-from mlx_cpo_plugin.model.layers import ADAPTED, Call, dense_dtype, merged_weight, overridden_calls
+from mlx_cpo_plugin.kernels import library, operations
+from mlx_cpo_plugin.kernels.operations import BITS, Weight
+from mlx_cpo_plugin.model.layers import ADAPTED, Call, biased, dense_dtype, merged_weight, overridden_calls, widths
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.settings.options import AUTO, HOST, MODES, mlx_quantises
-
-Quantizer = Callable[[mx.array, mx.Dtype], mx.array]
 
 
 @dataclass
@@ -25,17 +29,25 @@ class FakeQuantisation:
     """When fake quantisation applies: every ``interval``-th optimizer step from ``start_step`` on, counted from 1.
 
     Attributes:
+        layers: what is rounded once for all passes between two updates of the weights.
         active: whether the forward passes that run now are fake-quantised.
     """
 
-    start_step: int = 1
+    start_step: float = math.inf
     interval: int = 1
+    layers: list[RoundedLayer] = field(default_factory=list)
     active: bool = False
 
     def applies_to(self, optimizer_step: int) -> bool:
         """Whether the optimizer step with this number is fake-quantised."""
         since_start = optimizer_step - self.start_step
         return since_start >= 0 and since_start % self.interval == 0
+
+    def begin(self, optimizer_step: int) -> None:
+        """Fake-quantise the forward passes from here on if this step is, with the weights as they are now."""
+        self.active = self.applies_to(optimizer_step)
+        for layer in self.layers if self.active else ():
+            layer.update()
 
 
 @contextmanager
@@ -48,6 +60,7 @@ def fake_quantised(
     mode: str = "affine",
     start_step: int = 1,
     interval: int = 1,
+    kernels: bool = False,
 ) -> Iterator[FakeQuantisation]:
     """Let the linear layers of ``model`` compute with fake-quantised weights while ``active`` is set.
 
@@ -58,37 +71,120 @@ def fake_quantised(
     Args:
         bits: 2 to 16.
         group_size: weights that share a scale along the input dimension; 0 or less: one scale for the whole tensor.
-        quantizer, mode: see :func:`quantizer_for`.
+        quantizer, mode: see :class:`Quantizer`.
+        kernels: whether the model computes with the compiled kernels, and does so before and after this context.
     """
-    schedule = FakeQuantisation(start_step, interval)
-    round_trip = quantizer_for(quantizer, bits, group_size, mode)
-    replacements: list[tuple[nn.Module, Call]] = [
-        (module, _fake_quantised_call(type(module).__call__, schedule, round_trip)) for module in _linear_layers(model)
-    ]
+    schedule, rounding = FakeQuantisation(start_step, interval), Quantizer(quantizer, bits, group_size, mode)
+    replacements: list[tuple[nn.Module, Call]] = []
+    for module in _linear_layers(model):
+        original = type(module).__call__
+        if kernels:
+            layer = RoundedLayer(module, original, rounding)
+            schedule.layers.append(layer)
+            replacements.append((module, _rounded_call(original, schedule, layer)))
+        else:
+            replacements.append((module, _fake_quantised_call(original, schedule, rounding)))
     with overridden_calls(replacements):
         yield schedule
 
 
-def quantizer_for(name: str, bits: int, group_size: int, mode: str = "affine") -> Quantizer:
-    """Return a function from a float32 weight and the dtype it is deployed in to the weight after quantisation.
+class Quantizer:
+    """What will become of weights where they are deployed.
 
     Args:
         name: ``mlx``, which packs as ``mlx_lm.convert`` and ``fuse_bits`` do; ``host``, mlx-lm-lora's symmetric one;
             ``auto``, the former where it has these bits and this group size.
         mode: of ``mx.quantize``; all but ``affine`` bring their own bits and group size.
     """
-    if name == HOST or (name == AUTO and not mlx_quantises(bits, group_size, mode)):
-        host = fake_quantizer()
-        return lambda weight, _: host(weight, bits, group_size)
-    group_size, bits = MODES[mode].get("group_size", group_size), MODES[mode].get("bits", bits)
 
-    def round_trip(weight: mx.array, dtype: mx.Dtype) -> mx.array:
-        if weight.shape[-1] % group_size:  # such a layer is left as it is when a model is converted
+    def __init__(self, name: str, bits: int, group_size: int, mode: str = "affine") -> None:
+        is_host = name == HOST or (name == AUTO and not mlx_quantises(bits, group_size, mode))
+        self._host = fake_quantizer() if is_host else None
+        self.bits, self.group_size = MODES[mode].get("bits", bits), MODES[mode].get("group_size", group_size)
+        self._mode = mode
+
+    def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Return a float32 weight [..., output, input] as quantisation leaves it, which finds it in ``dtype``."""
+        if self._host is not None:
+            return self._host(weight, self.bits, self.group_size)
+        if not self._takes(weight):
             return weight
-        packed = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
-        return mx.dequantize(*packed, group_size=group_size, bits=bits, mode=mode).astype(mx.float32)
+        how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self._mode}
+        return mx.dequantize(*mx.quantize(weight.astype(dtype), **how), **how).astype(mx.float32)
 
-    return round_trip
+    def stored(self, weight: mx.array, dtype: mx.Dtype) -> Weight:
+        """Return the same as the compiled kernels multiply with it: packed where they unpack it."""
+        if not self.packs or not self._takes(weight):
+            return Weight((self.rounded(weight, dtype),))
+        packed = mx.quantize(weight.astype(dtype), group_size=self.group_size, bits=self.bits)
+        return Weight(tuple(packed), self.bits, self.group_size)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the compiled kernels unpack what it makes of weights."""
+        return self._host is None and self._mode == "affine" and self.bits in BITS
+
+    def _takes(self, weight: mx.array) -> bool:
+        return weight.shape[-1] % self.group_size == 0  # else it is left as it is when a model is converted
+
+
+class RoundedLayer:
+    """A layer as the compiled kernels compute it fake-quantised: its weight is rounded before a step, not in each pass.
+
+    Args:
+        original: the layer's call without fake quantisation.
+    """
+
+    def __init__(self, module: nn.Module, original: Call, quantizer: Quantizer) -> None:
+        self._module, self._original, self._quantizer = module, original, quantizer
+        self._made_of: list[mx.array] = []
+
+    def update(self) -> None:
+        """Round the weight as it is now, unless nothing has changed."""
+        made_of = list(by_name(self._module.parameters()).values())
+        if len(made_of) == len(self._made_of) and all(map(operator.is_, made_of, self._made_of)):
+            return
+        merged, dtype = merged_weight(self._module), dense_dtype(self._module)
+        if needs_own_call(self._module):
+            self._weight = Weight((self._quantizer.rounded(merged, dtype) - merged,))
+        else:
+            self._weight = self._quantizer.stored(merged, dtype)
+        mx.eval(self._weight.arrays)
+        self._made_of = made_of
+
+    def __call__(self, x: mx.array) -> mx.array:
+        layer, wide = self._module, x.astype(mx.float32)
+        if needs_own_call(layer):
+            return self._original(layer, x) + operations.linear(wide, self._weight).astype(x.dtype)
+        if isinstance(layer, LoRALinear):
+            adapter = (layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32), layer.scale)
+            y = biased(layer.linear, operations.adapted_linear(wide, self._weight, *adapter, through=True))
+        else:
+            y = biased(layer, operations.linear(wide, self._weight))
+        return y.astype(x.dtype)
+
+
+def needs_own_call(module: nn.Module) -> bool:
+    """Whether a layer's gradient takes more than its input and a weight that holds the adapter: of DoRA and dropout."""
+    return isinstance(module, ADAPTED) and (not isinstance(module, LoRALinear) or module.dropout._p_1 < 1)
+
+
+def kept_bytes(model: nn.Module, quantizer: Quantizer, size: int) -> int:
+    """Return what a step keeps of rounded weights, or of their rounding errors in numbers of ``size`` bytes.
+
+    Whether the compiled kernels compute it is as :func:`mlx_cpo_plugin.kernels.library.in_use` says now.
+    """
+    total = 0.0
+    for module in _linear_layers(model):
+        linear = module.linear if isinstance(module, ADAPTED) else module
+        weights = math.prod(linear.weight.shape[:-1]) * widths(linear)[0]
+        if not library.in_use():
+            total += size * weights
+        elif quantizer.packs and not needs_own_call(module):
+            total += weights * (quantizer.bits / 8 + 2 * dense_dtype(module).size / quantizer.group_size)
+        else:
+            total += 4 * weights
+    return round(total)
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Module]:
@@ -98,7 +194,11 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 
 
-def _fake_quantised_call(original: Call, schedule: FakeQuantisation, round_trip: Quantizer) -> Call:
+def _rounded_call(original: Call, schedule: FakeQuantisation, rounded: RoundedLayer) -> Call:
+    return lambda module, x: rounded(x) if schedule.active else original(module, x)
+
+
+def _fake_quantised_call(original: Call, schedule: FakeQuantisation, quantizer: Quantizer) -> Call:
     def call(module: nn.Module, x: mx.array, *args: mx.array, **kwargs: mx.array) -> mx.array:
         y = original(module, x, *args, **kwargs)
         if not schedule.active:
@@ -106,7 +206,7 @@ def _fake_quantised_call(original: Call, schedule: FakeQuantisation, round_trip:
         # Adding the rounding error as a constant leaves the layer's own gradient, dropout included, untouched.
         # It waits for x so that each call has its own: MLX cannot compile two equal calls of its quantiser.
         merged = mx.stop_gradient(mx.depends(merged_weight(module), x))
-        error = (round_trip(merged, dense_dtype(module)) - merged).astype(x.dtype)
+        error = (quantizer.rounded(merged, dense_dtype(module)) - merged).astype(x.dtype)
         if isinstance(module, LoRASwitchLinear):
             indices = args[0] if args else kwargs["indices"]
             return y + mx.gather_mm(x, error.swapaxes(-1, -2), rhs_indices=indices)

@@ -131,7 +131,7 @@ def iterate(run: Run, stop: StopRequest) -> None:
     chosen_tokens = [pair.chosen_tokens for pair in run.pairs]
     forecast = Forecast(run.tokens_of_plan(), run.state.iteration)
     for iteration, micro_batch in reporter.iterations_of(run.plan(), args.iters, done=run.state.iteration):
-        run.quantisation.active = args.qat_enable and run.quantisation.applies_to(step.number)
+        run.quantisation.begin(step.number)
         pairs = [run.pairs[index] for index in micro_batch.indices]
         save_before_risk(run, pairs)
         with run.state.computing(iteration):

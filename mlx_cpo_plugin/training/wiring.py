@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,11 +74,11 @@ class Run:
         pairs: PreferenceDataset,
         val_pairs: PreferenceDataset,
         args: CPOTrainingArgs,
-        environment: Environment,
+        environment: ExitStack,
         training_callback: TrainingCallback | None,
         probing: bool = True,
     ) -> None:
-        self.model, self.objective, self.args, self.quantisation = model, objective, args, environment.quantisation
+        self.model, self.objective, self.args = model, objective, args
         self.pairs, self.val_pairs = pairs, val_pairs
         folder = Path(args.adapter_file).parent
         lengths = [pair.tokens for pair in pairs]
@@ -114,6 +113,7 @@ class Run:
             )
         self.samples = Samples(model, args, val_pairs, val_pairs.chat_tokenizer or pairs.chat_tokenizer, say, warn)
         self.kernels = probing and self._choose_kernels(environment)
+        self.quantisation = environment.enter_context(quantisation_of(model, args, self.kernels))
         self.scorer = self._choose_scorer() if probing else None
         overhead = self._choose_grouping()
         gradients = gradients_for(
@@ -126,7 +126,7 @@ class Run:
             grouping = None if self.scorer is None else self.scorer.grouping
             self.memory = MemoryEstimate(model, optimizer, pairs, args, grouping)
             self.buffers = BufferLimit(self.memory.computing)  # steps differ in length, and each leaves its own
-            environment.stack.callback(self.buffers.undo)
+            environment.callback(self.buffers.undo)
         else:
             self.memory = expected_memory(model, optimizer, pairs, args)
         comparing = probing or self.start.checkpoint is not None  # which reads some of every weight
@@ -177,7 +177,7 @@ class Run:
             scorer.grouping = grouping_for(model, overhead)
         return overhead
 
-    def _choose_kernels(self, environment: Environment) -> bool:
+    def _choose_kernels(self, environment: ExitStack) -> bool:
         """Let the model compute with the compiled kernels, if it can and the run is long enough, or began with them."""
         checkpoint, suited = self.start.checkpoint, kernels_suit(self.model, self.args)
         if checkpoint is not None:
@@ -185,7 +185,7 @@ class Run:
         else:
             wanted = suited and kernels_pay(self.model, self.args, self.pairs)
         if wanted and suited and library.usable(self.reporter.say):
-            environment.stack.enter_context(compiled_kernels(self.model))
+            environment.enter_context(compiled_kernels(self.model))
             return True
         if wanted and checkpoint is not None:
             self.reporter.warn(
@@ -223,7 +223,7 @@ class Run:
 
 def kernels_suit(model: nn.Module, args: CPOTrainingArgs) -> bool:
     """Whether the compiled kernels can compute a run."""
-    return not args.qat_enable and not compilation_pays(args.compile) and suits(model)
+    return not compilation_pays(args.compile) and suits(model)
 
 
 def kernels_pay(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> bool:
@@ -265,20 +265,9 @@ def expected_memory(
         return MemoryEstimate(model, optimizer, pairs, args, grouping_expected(model, args, pairs))
 
 
-class Environment(NamedTuple):
-    """What is in place while a model is trained.
-
-    Attributes:
-        stack: undoes what is entered on it when training ends.
-    """
-
-    quantisation: FakeQuantisation
-    stack: ExitStack
-
-
 @contextmanager
-def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Environment]:
-    """Prepare model and device for training; undo it however training ends."""
+def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[ExitStack]:
+    """Prepare model and device for training; undo it, and what is entered on the stack, however training ends."""
     limit = wired_limit()
     with ExitStack() as stack:
         stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
@@ -286,24 +275,33 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[En
         stack.enter_context(lean_activations())
         stack.enter_context(float32_products(model))
         stack.enter_context(checkpointed_layers(model, args.grad_checkpoint))
-        quantisation = FakeQuantisation()
-        if args.qat_enable:
-            quantisation = stack.enter_context(
-                fake_quantised(
-                    model,
-                    bits=args.qat_bits,
-                    group_size=args.qat_group_size,
-                    quantizer=args.qat_quantizer,
-                    mode=args.qat_mode,
-                    start_step=args.qat_start_step,
-                    interval=args.qat_interval,
-                )
-            )
         if limit is not None:
             stack.callback(mx.set_wired_limit, mx.set_wired_limit(limit))
         stack.callback(model.eval)
         model.train()
-        yield Environment(quantisation, stack)
+        yield stack
+
+
+def quantisation_of(
+    model: nn.Module, args: CPOTrainingArgs, kernels: bool = False
+) -> AbstractContextManager[FakeQuantisation]:
+    """Return a context in which a model can be fake-quantised, if that is wanted.
+
+    Args:
+        kernels: whether the compiled kernels compute it.
+    """
+    if not args.qat_enable:
+        return nullcontext(FakeQuantisation())
+    return fake_quantised(
+        model,
+        bits=args.qat_bits,
+        group_size=args.qat_group_size,
+        quantizer=args.qat_quantizer,
+        mode=args.qat_mode,
+        start_step=args.qat_start_step,
+        interval=args.qat_interval,
+        kernels=kernels,
+    )
 
 
 def batch_size_of(args: CPOTrainingArgs) -> BatchSize:

@@ -128,12 +128,21 @@ def test_linear_layers_with_and_without_an_adapter(
         return
     a, b = numbers(columns, rank), numbers(rank, rows)
     flat_x, flat_dy = x.reshape(-1, columns), dy.reshape(-1, rows)
+    of_adapter = [1.5 * flat_x.T @ flat_dy @ b.T, 1.5 * (flat_x @ a).T @ flat_dy]
     assert_defined(
         lambda x, a, b: operations.adapted_linear(x, taken, a, b, 1.5),
         [x, a, b],
         x @ wide.T + 1.5 * (x @ a) @ b,
         dy,
-        [dy @ wide + 1.5 * dy @ b.T @ a.T, 1.5 * flat_x.T @ flat_dy @ b.T, 1.5 * (flat_x @ a).T @ flat_dy],
+        [dy @ wide + 1.5 * dy @ b.T @ a.T, *of_adapter],
+        numbers,
+    )
+    assert_defined(
+        lambda x, a, b: operations.adapted_linear(x, taken, a, b, 1.5, through=True),
+        [x, a, b],
+        x @ wide.T,
+        dy,
+        [dy @ wide, *of_adapter],
         numbers,
     )
 

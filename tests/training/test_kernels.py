@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlx.optimizers import SGD
 from support import faulty_ranks
 from support.resumable_runs import metrics, stopped, train
 from support.tiny import add_adapter, assert_same, build_model, saved_arrays
@@ -87,12 +89,45 @@ def test_what_saves_memory_has_the_same_results(
     assert USED in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["qat", "full", "compiled"])
+QAT = {"qat_enable": True, "qat_bits": 4, "qat_group_size": 32, "qat_start_step": 2, "qat_interval": 2}
+
+
+def test_an_interrupted_run_with_fake_quantisation_ends_like_one_that_was_not(
+    kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole", **QAT)
+    assert USED in capsys.readouterr().out
+    stopped(tmp_path / "run", 5, **QAT)
+
+    assert_same(train(tmp_path / "run", resume="auto", **QAT), whole)
+    assert any((whole[name] != value).any() for name, value in train(tmp_path / "without").items())
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("packing", [{}, {"qat_bits": 3}, {"qat_quantizer": "host"}], ids=str)
+def test_with_and_without_them_a_run_with_fake_quantisation_learns_the_same(
+    packing: dict[str, object],
+    adapter: dict[str, Any],
+    kernels: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for value in (library.ALWAYS, library.NONE):
+        monkeypatch.setenv(library.VARIABLE, value)
+        model = add_adapter(build_model(tie_word_embeddings=False), **adapter)
+        arguments = {**QAT, **packing, "qat_start_step": 1, "qat_interval": 1}
+        found.append(train(tmp_path / value, model=model, optimizer=SGD(0.05), iters=6, **arguments))
+
+    assert_same(*found, 1e-3)
+
+
+@pytest.mark.parametrize("case", ["full", "compiled"])
 def test_runs_that_they_do_not_suit_go_without(
     case: str, kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build_model() if case == "full" else add_adapter(build_model())
-    arguments = {"qat": {"qat_enable": True}, "full": {}, "compiled": {"compile": True}}[case]
+    arguments = {"full": {}, "compiled": {"compile": True}}[case]
 
     train(tmp_path, model=model, iters=1, gradient_accumulation_steps=1, **arguments)
 

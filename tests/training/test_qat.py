@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.demo.run import DEMO_DIR
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.model.compiled import compiled_kernels
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.arguments import check_training_args
-from mlx_cpo_plugin.training.qat import FakeQuantisation, fake_quantised
+from mlx_cpo_plugin.training.qat import FakeQuantisation, Quantizer, fake_quantised
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 
 
@@ -179,6 +181,111 @@ def test_the_gradient_passes_straight_through_to_the_adapter(x: mx.array) -> Non
     by_a = 2.0 * wide["x"].T @ (wide["g"] @ lora_b.T)
     np.testing.assert_allclose(np.array(gradient["layer"]["lora_b"]), by_b, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.array(gradient["layer"]["lora_a"]), by_a, rtol=1e-4, atol=1e-4)
+
+
+class InLayers(nn.Module):
+    """A model of a single layer, where a model has its layers."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = [layer]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize("packing", [{"bits": 4}, {"bits": 3}, {"bits": 4, "quantizer": "host"}], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "lora", "dora", "lora over 4 bits"])
+@pytest.mark.usefixtures("kernels")
+def test_the_kernels_have_the_value_and_gradient_of_the_rounded_layer(
+    kind: str, packing: dict[str, Any], x: mx.array
+) -> None:
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4)
+    layer = linear if kind == "linear" else lora(linear, dora=kind == "dora")
+    merged = mx.array(np.array(layer.weight) if kind == "linear" else merged_weight(layer))
+    if "quantizer" in packing:
+        weight = quantise(np.array(merged), 4, 32)
+    else:
+        packed = mx.quantize(merged, group_size=32, bits=packing["bits"])
+        weight = np.array(mx.dequantize(*packed, group_size=32, bits=packing["bits"]), np.float64)
+    model, upstream = InLayers(layer), mx.random.normal((5, 48))
+    trained = [name for name in ("lora_a", "lora_b", "m") if name in layer]
+
+    def outcome(x: mx.array, *values: mx.array) -> list[mx.array]:
+        for name, value in zip(trained, values, strict=True):
+            layer[name] = value
+        return [model(x)]
+
+    arguments = [x, *(layer[name] for name in trained)]
+    with compiled_kernels(model), fake_quantised(model, group_size=32, kernels=True, **packing) as quantisation:
+        quantisation.begin(1)
+        (y,), gradients = mx.vjp(outcome, arguments, [upstream])
+        mx.eval(y, gradients)
+
+    wide_x, slope, bias = (np.array(array, np.float64) for array in (x, upstream, linear.bias))
+    expected = {"x": slope @ weight}
+    if trained:
+        lora_a, lora_b = np.array(layer.lora_a, np.float64), np.array(layer.lora_b, np.float64)
+        if kind == "dora":
+            adapted = np.array(linear.weight, np.float64) + 2.0 * (lora_a @ lora_b).T
+            lengths = np.linalg.norm(adapted, axis=1)
+            expected["m"] = (slope * (wide_x @ adapted.T)).sum(0) / lengths
+            slope = slope * np.array(layer.m, np.float64) / lengths
+        expected["lora_b"] = 2.0 * (wide_x @ lora_a).T @ slope
+        expected["lora_a"] = 2.0 * wide_x.T @ (slope @ lora_b.T)
+    np.testing.assert_allclose(np.array(y), wide_x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+    for name, gradient in zip(["x", *trained], gradients, strict=True):
+        np.testing.assert_allclose(np.array(gradient), expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.usefixtures("kernels")
+def test_with_dropout_the_kernels_have_the_value_and_gradient_that_there_are_without_them(
+    dora: bool, x: mx.array
+) -> None:
+    layer = lora(nn.Linear(64, 48), dora=dora, dropout=0.5)
+    model, upstream = InLayers(layer), mx.random.normal((5, 48))
+
+    def outcome(x: mx.array, lora_a: mx.array, lora_b: mx.array) -> list[mx.array]:
+        layer.lora_a, layer.lora_b = lora_a, lora_b
+        return [model(x)]
+
+    arguments, found = [x, layer.lora_a, layer.lora_b], []
+    for kernels in (True, False):
+        with ExitStack() as stack:
+            if kernels:
+                stack.enter_context(compiled_kernels(model))
+            stack.enter_context(fake_quantised(model, bits=4, group_size=32, kernels=kernels)).begin(1)
+            mx.random.seed(3)
+            (y,), gradients = mx.vjp(outcome, arguments, [upstream])
+            found.append([np.array(array) for array in (y, *gradients)])
+
+    for with_kernels, without in zip(*found, strict=True):
+        np.testing.assert_allclose(with_kernels, without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_with_the_kernels_weights_are_rounded_once_for_all_passes_until_they_change(
+    x: mx.array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, rounded = lora(nn.Linear(64, 48)), []
+    model, original = InLayers(layer), Quantizer.stored
+    monkeypatch.setattr(Quantizer, "stored", lambda *given: rounded.append(1) or original(*given))
+
+    with compiled_kernels(model), fake_quantised(model, bits=4, group_size=32, kernels=True) as quantisation:
+        for step in (1, 2):
+            quantisation.begin(step)
+            mx.eval(model(x), model(x))
+        assert len(rounded) == 1
+        layer.lora_b = 2 * layer.lora_b
+        quantisation.begin(3)
+        y = model(x)
+        assert len(rounded) == 2
+
+    packed = nn.QuantizedLinear.from_linear(layer.fuse(), group_size=32, bits=4)
+    np.testing.assert_allclose(np.array(y), np.array(packed(x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ struct LinearOptions {
   float scale;  // of the adapter
   int rank;     // 0: there is none
   int columns, bits, group;
+  bool through;  // the weight has the adapter in it already, which only its own gradient is to reach
 };
 
 // Inputs: dy, x, z, A, B, the weight. Outputs: dx, dA, dB; without an adapter: dy, the weight, and dx.
@@ -50,6 +51,8 @@ class LinearGradient : public Shared<LinearGradient> {
           kTransposed, kPlain, c.size(), rank, m, 1, x + c.begin, k, dz.data(), rank, 0, da + c.begin * rank, rank);
       if (inner_) {
         times_columns(weight, c, *slopes, dx);
+      }
+      if (inner_ && !options_.through) {
         multiply(
             kPlain, kTransposed, m, c.size(), rank, 1, dz.data(), rank, a + c.begin * rank, rank, 1, dx + c.begin, k);
       }
@@ -60,7 +63,8 @@ class LinearGradient : public Shared<LinearGradient> {
   bool inner_;  // whether something below is trained, so that dx is needed
 };
 
-// y = x W^T + scale * (x A) B. Inputs: x [..., K], A [K, R], B [R, N], the weight; outputs: y and z = x A.
+// y = x W^T + scale * (x A) B, or only x W^T where the adapter is in the weight. Inputs: x [..., K], A [K, R], B [R, N],
+// the weight; outputs: y and z = x A.
 class Linear : public Shared<Linear> {
  public:
   explicit Linear(LinearOptions options) : options_(options) {}
@@ -98,7 +102,7 @@ class Linear : public Shared<Linear> {
     Activations activations(x, m, k, weight, 6, true);
     in_parts(n, activations.unit(), double(m) * n * k, [&](Range r) {
       times_rows(weight, r, activations, y, n);
-      if (rank) {
+      if (rank && !options_.through) {
         const float* b = in[2].data<float>();
         multiply(kPlain, kPlain, m, r.size(), rank, options_.scale, z, rank, b + r.begin, n, 1, y + r.begin, n);
       }
@@ -110,7 +114,8 @@ class Linear : public Shared<Linear> {
 
 inline Arrays linear(const Arrays& inputs, const double* numbers) {
   require(is_wide(inputs[0]) && inputs[0].ndim() > 0 && inputs[0].shape(-1) > 0);
-  LinearOptions options{float(numbers[0]), int(numbers[1]), inputs[0].shape(-1), int(numbers[2]), int(numbers[3])};
+  LinearOptions options{
+      float(numbers[0]), int(numbers[1]), inputs[0].shape(-1), int(numbers[2]), int(numbers[3]), numbers[4] != 0};
   size_t first = options.rank ? 3 : 1;
   require(is_weight(inputs, first, options.columns, options.bits, options.group));
   require(
