@@ -35,7 +35,6 @@ class SplitModel:
         dtype: of the hidden states.
         vocabulary: how many logits there are.
         output_layer: the output projection, with one row per token id, if a layer does nothing but multiply with it.
-        head_weight: its weight, if the head does nothing else either, and the compiled kernels take it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +46,13 @@ class SplitModel:
         logits = self.logits(probe)
         self.vocabulary: int = logits.shape[-1]
         self.output_layer = self._find_output_layer(probe, logits)
-        self.head_weight = self._find_head_weight(probe)
+        self._head_is_product = self._has_product_for_head(probe)
+
+    @property
+    def head_weight(self) -> Weight | None:
+        """The weight of the output layer as it is now, if the head is nothing else and the compiled kernels take it."""
+        layer = self.output_layer
+        return kernel_weight(layer) if layer is not None and self._head_is_product else None
 
     def hidden(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
         """Return the hidden states [B, T, D] that the head reads, of tokens int32 [B, T], which ``caches`` take in."""
@@ -101,16 +106,16 @@ class SplitModel:
                 return layer
         return None
 
-    def _find_head_weight(self, probe: mx.array) -> Weight | None:
+    def _has_product_for_head(self, probe: mx.array) -> bool:
         layer = self.output_layer
-        if layer is None or "bias" in layer or (weight := kernel_weight(layer)) is None:
-            return None
+        if layer is None or "bias" in layer or kernel_weight(layer) is None:
+            return False
         states = 1000 * probe  # a soft cap is nothing but itself where logits are small
         count = min(PROBED_IDS, self.vocabulary // 2)
         with self.vocabulary_slice(slice(0, count)):
             logits = self.logits(states).astype(mx.float32)
         plain = states.astype(mx.float32) @ stored_weight(layer, slice(0, count)).astype(mx.float32).T
-        return weight if mx.abs(logits - plain).max() <= 0.01 * mx.abs(plain).max() else None
+        return bool(mx.abs(logits - plain).max() <= 0.01 * mx.abs(plain).max())
 
 
 def _as_multiplied(part: mx.array) -> mx.array:

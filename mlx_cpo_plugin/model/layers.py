@@ -53,7 +53,13 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def kernel_weight(module: nn.Module) -> Weight | None:
-    """Return the weight of a linear layer or an embedding as the compiled kernels take it; None: they do not."""
+    """Return the weight of a linear layer or an embedding as the compiled kernels take it; None: they do not.
+
+    That of a fake-quantised head is what a ``deployed_weight`` of its class returns, if it returns one.
+    """
+    deployed: Weight | None = module.deployed_weight() if hasattr(type(module), "deployed_weight") else None
+    if deployed is not None:
+        return deployed
     kind = original_class(module)
     if kind in (nn.Linear, nn.Embedding):
         known = module.weight.dtype in (mx.float32, *HALF_PRECISION)
@@ -126,8 +132,8 @@ def dora_lengths(layer: DoRALinear) -> mx.array:
 
 
 def merged_weight(module: nn.Module) -> mx.array:
-    """Return the float32 weight [..., output, input] that a linear layer has once its adapter is fused into it."""
-    if isinstance(module, nn.Linear):
+    """Return the float32 weight [..., output, input] that a layer has once its adapter, if any, is fused into it."""
+    if isinstance(module, nn.Linear | nn.Embedding):
         return module.weight.astype(mx.float32)
     weight = stored_weight(module.linear).astype(mx.float32)
     lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.host import fake_quantizer
 from mlx_cpo_plugin.kernels import library, operations
@@ -29,13 +29,13 @@ class FakeQuantisation:
     """When fake quantisation applies: every ``interval``-th optimizer step from ``start_step`` on, counted from 1.
 
     Attributes:
-        layers: what is rounded once for all passes between two updates of the weights.
+        weights: what is rounded once for all passes between two updates of what it is made of.
         active: whether the forward passes that run now are fake-quantised.
     """
 
     start_step: float = math.inf
     interval: int = 1
-    layers: list[RoundedLayer] = field(default_factory=list)
+    weights: list[RoundedWeight] = field(default_factory=list)
     active: bool = False
 
     def applies_to(self, optimizer_step: int) -> bool:
@@ -46,8 +46,8 @@ class FakeQuantisation:
     def begin(self, optimizer_step: int) -> None:
         """Fake-quantise the forward passes from here on if this step is, with the weights as they are now."""
         self.active = self.applies_to(optimizer_step)
-        for layer in self.layers if self.active else ():
-            layer.update()
+        for weight in self.weights if self.active else ():
+            weight.update()
 
 
 @contextmanager
@@ -62,11 +62,11 @@ def fake_quantised(
     interval: int = 1,
     kernels: bool = False,
 ) -> Iterator[FakeQuantisation]:
-    """Let the linear layers of ``model`` compute with fake-quantised weights while ``active`` is set.
+    """Let ``model`` compute with fake-quantised weights while ``active`` is set.
 
-    A layer with an adapter is fake-quantised as the merged weight W + s * B * A that will be deployed, over a quantised
-    base too. The gradient passes straight through; the optimizer keeps the full-precision weights. Only this model's
-    layers are touched, and all of it is undone when the context ends.
+    A linear layer with an adapter is fake-quantised as the merged weight W + s * B * A that will be deployed, over a
+    quantised base too. MLX's quantiser takes embeddings as well. The gradient passes straight through; the optimizer
+    keeps the full-precision weights. Only this model is touched, and all of it is undone when the context ends.
 
     Args:
         bits: 2 to 16.
@@ -75,16 +75,27 @@ def fake_quantised(
         kernels: whether the model computes with the compiled kernels, and does so before and after this context.
     """
     schedule, rounding = FakeQuantisation(start_step, interval), Quantizer(quantizer, bits, group_size, mode)
-    replacements: list[tuple[nn.Module, Call]] = []
-    for module in _linear_layers(model):
-        original = type(module).__call__
-        if kernels:
-            layer = RoundedLayer(module, original, rounding)
-            schedule.layers.append(layer)
-            replacements.append((module, _rounded_call(original, schedule, layer)))
-        else:
-            replacements.append((module, _fake_quantised_call(original, schedule, rounding)))
-    with overridden_calls(replacements):
+    linears, heads = _linear_layers(model)
+    embeddings = _embeddings(model) if rounding.is_of_mlx else []
+
+    def in_graph(module: nn.Module, original: Call) -> tuple[nn.Module, Call]:
+        return module, _fake_quantised_call(original, schedule, rounding, dense_dtype(module))
+
+    layers, deployed = [in_graph(module, type(module).__call__) for module in linears], []
+    if kernels:
+        rounded = {id(module): RoundedWeight(module, rounding) for module in (*linears, *heads, *embeddings)}
+        schedule.weights += rounded.values()
+        layers = [(m, _rounded_call(type(m).__call__, schedule, rounded[id(m)])) for m in linears]
+        deployed = [(m, _deployed_weight(schedule, rounded[id(m)])) for m in (*heads, *embeddings)]
+    lookups = [(m, _fake_quantised_lookup(type(m).__call__, schedule, rounding, dense_dtype(m))) for m in embeddings]
+    by_row = rounding.group_size > 0
+    with ExitStack() as stack:
+        stack.enter_context(overridden_calls(layers))
+        stack.enter_context(overridden_calls([in_graph(m, type(m).__call__) for m in heads], row_by_row=by_row))
+        stack.enter_context(overridden_calls(lookups, row_by_row=by_row))
+        tied = [in_graph(m, type(m).as_linear) for m in embeddings]
+        stack.enter_context(overridden_calls(tied, method="as_linear", row_by_row=by_row))
+        stack.enter_context(overridden_calls(deployed, method="deployed_weight", row_by_row=by_row))
         yield schedule
 
 
@@ -102,6 +113,11 @@ class Quantizer:
         self._host = fake_quantizer() if is_host else None
         self.bits, self.group_size = MODES[mode].get("bits", bits), MODES[mode].get("group_size", group_size)
         self._mode = mode
+
+    @property
+    def is_of_mlx(self) -> bool:
+        """Whether it is MLX's, which also quantises embeddings."""
+        return self._host is None
 
     def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
         """Return a float32 weight [..., output, input] as quantisation leaves it, which finds it in ``dtype``."""
@@ -128,15 +144,16 @@ class Quantizer:
         return weight.shape[-1] % self.group_size == 0  # else it is left as it is when a model is converted
 
 
-class RoundedLayer:
-    """A layer as the compiled kernels compute it fake-quantised: its weight is rounded before a step, not in each pass.
+class RoundedWeight:
+    """A module's weight as the compiled kernels multiply with it, rounded once for all passes of a step.
 
-    Args:
-        original: the layer's call without fake quantisation.
+    Attributes:
+        value: what :meth:`update` made of it: the merged weight, or its rounding error where the layer's own call is
+            needed beside it.
     """
 
-    def __init__(self, module: nn.Module, original: Call, quantizer: Quantizer) -> None:
-        self._module, self._original, self._quantizer = module, original, quantizer
+    def __init__(self, module: nn.Module, quantizer: Quantizer) -> None:
+        self._module, self._quantizer = module, quantizer
         self._made_of: list[mx.array] = []
 
     def update(self) -> None:
@@ -146,22 +163,11 @@ class RoundedLayer:
             return
         merged, dtype = merged_weight(self._module), dense_dtype(self._module)
         if needs_own_call(self._module):
-            self._weight = Weight((self._quantizer.rounded(merged, dtype) - merged,))
+            self.value = Weight((self._quantizer.rounded(merged, dtype) - merged,))
         else:
-            self._weight = self._quantizer.stored(merged, dtype)
-        mx.eval(self._weight.arrays)
+            self.value = self._quantizer.stored(merged, dtype)
+        mx.eval(self.value.arrays)
         self._made_of = made_of
-
-    def __call__(self, x: mx.array) -> mx.array:
-        layer, wide = self._module, x.astype(mx.float32)
-        if needs_own_call(layer):
-            return self._original(layer, x) + operations.linear(wide, self._weight).astype(x.dtype)
-        if isinstance(layer, LoRALinear):
-            adapter = (layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32), layer.scale)
-            y = biased(layer.linear, operations.adapted_linear(wide, self._weight, *adapter, through=True))
-        else:
-            y = biased(layer, operations.linear(wide, self._weight))
-        return y.astype(x.dtype)
 
 
 def needs_own_call(module: nn.Module) -> bool:
@@ -174,8 +180,8 @@ def kept_bytes(model: nn.Module, quantizer: Quantizer, size: int) -> int:
 
     Whether the compiled kernels compute it is as :func:`mlx_cpo_plugin.kernels.library.in_use` says now.
     """
-    total = 0.0
-    for module in _linear_layers(model):
+    (linears, heads), total = _linear_layers(model), 0.0
+    for module in (*linears, *heads, *(_embeddings(model) if quantizer.is_of_mlx else ())):
         linear = module.linear if isinstance(module, ADAPTED) else module
         weights = math.prod(linear.weight.shape[:-1]) * widths(linear)[0]
         if not library.in_use():
@@ -187,18 +193,55 @@ def kept_bytes(model: nn.Module, quantizer: Quantizer, size: int) -> int:
     return round(total)
 
 
-def _linear_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers with an adapter, and the linear layers that are not inside one of these."""
+def _linear_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return those in layers or with an adapter, and those outside, such as the head; none of a quantised base."""
     adapters = [module for module in model.modules() if isinstance(module, ADAPTED)]
     inside = {id(adapter.linear) for adapter in adapters}
-    return adapters + [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    others = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    of_layers = {id(module) for layer in getattr(model, "layers", ()) for module in layer.modules()}
+    in_layers = [module for module in others if id(module) in of_layers]
+    return adapters + in_layers, [module for module in others if id(module) not in of_layers]
 
 
-def _rounded_call(original: Call, schedule: FakeQuantisation, rounded: RoundedLayer) -> Call:
-    return lambda module, x: rounded(x) if schedule.active else original(module, x)
+def _embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """Return the embeddings that are quantised where a model is deployed: those without an adapter."""
+    adapted = {id(module.embedding) for module in model.modules() if isinstance(module, LoRAEmbedding)}
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in adapted]
 
 
-def _fake_quantised_call(original: Call, schedule: FakeQuantisation, quantizer: Quantizer) -> Call:
+def _rounded_call(original: Call, schedule: FakeQuantisation, weight: RoundedWeight) -> Call:
+    def call(module: nn.Module, x: mx.array) -> mx.array:
+        if not schedule.active:
+            return original(module, x)
+        wide = x.astype(mx.float32)
+        if needs_own_call(module):
+            return original(module, x) + operations.linear(wide, weight.value).astype(x.dtype)
+        if isinstance(module, LoRALinear):
+            adapter = (module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32), module.scale)
+            y = biased(module.linear, operations.adapted_linear(wide, weight.value, *adapter, through=True))
+        else:
+            y = biased(module, operations.linear(wide, weight.value))
+        return y.astype(x.dtype)
+
+    return call
+
+
+def _deployed_weight(schedule: FakeQuantisation, weight: RoundedWeight) -> Call:
+    return lambda module: weight.value if schedule.active else None
+
+
+def _fake_quantised_lookup(original: Call, schedule: FakeQuantisation, quantizer: Quantizer, dtype: mx.Dtype) -> Call:
+    def call(module: nn.Module, tokens: mx.array) -> mx.array:
+        y = original(module, tokens)
+        if not schedule.active:
+            return y
+        rows = mx.stop_gradient(module.weight[tokens].astype(mx.float32))
+        return y + (quantizer.rounded(rows, dtype) - rows).astype(y.dtype)
+
+    return call
+
+
+def _fake_quantised_call(original: Call, schedule: FakeQuantisation, quantizer: Quantizer, dtype: mx.Dtype) -> Call:
     def call(module: nn.Module, x: mx.array, *args: mx.array, **kwargs: mx.array) -> mx.array:
         y = original(module, x, *args, **kwargs)
         if not schedule.active:
@@ -206,7 +249,7 @@ def _fake_quantised_call(original: Call, schedule: FakeQuantisation, quantizer: 
         # Adding the rounding error as a constant leaves the layer's own gradient, dropout included, untouched.
         # It waits for x so that each call has its own: MLX cannot compile two equal calls of its quantiser.
         merged = mx.stop_gradient(mx.depends(merged_weight(module), x))
-        error = (quantizer.rounded(merged, dense_dtype(module)) - merged).astype(x.dtype)
+        error = (quantizer.rounded(merged, dtype) - merged).astype(x.dtype)
         if isinstance(module, LoRASwitchLinear):
             indices = args[0] if args else kwargs["indices"]
             return y + mx.gather_mm(x, error.swapaxes(-1, -2), rhs_indices=indices)

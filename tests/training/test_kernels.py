@@ -103,11 +103,13 @@ def test_an_interrupted_run_with_fake_quantisation_ends_like_one_that_was_not(
     assert any((whole[name] != value).any() for name, value in train(tmp_path / "without").items())
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("adapter", [{}, {"dora": True}], ids=str)
 @pytest.mark.parametrize("packing", [{}, {"qat_bits": 3}, {"qat_quantizer": "host"}], ids=str)
 def test_with_and_without_them_a_run_with_fake_quantisation_learns_the_same(
     packing: dict[str, object],
     adapter: dict[str, Any],
+    tied: bool,
     kernels: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,7 +117,7 @@ def test_with_and_without_them_a_run_with_fake_quantisation_learns_the_same(
     found = []
     for value in (library.ALWAYS, library.NONE):
         monkeypatch.setenv(library.VARIABLE, value)
-        model = add_adapter(build_model(tie_word_embeddings=False), **adapter)
+        model = add_adapter(build_model(tie_word_embeddings=tied), **adapter)
         arguments = {**QAT, **packing, "qat_start_step": 1, "qat_interval": 1}
         found.append(train(tmp_path / value, model=model, optimizer=SGD(0.05), iters=6, **arguments))
 

@@ -16,19 +16,25 @@ from mlx.utils import tree_unflatten
 from mlx_lm import load
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer
 from support.refusals import refused
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
 from mlx_cpo_plugin.data import load_dataset
+from mlx_cpo_plugin.data.batches import StepTotals, collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.demo.run import DEMO_DIR
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.model.compiled import compiled_kernels
+from mlx_cpo_plugin.model.logps import score_answers
+from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.arguments import check_training_args
+from mlx_cpo_plugin.training.gradient_methods import BatchGradients, GradientMethod
+from mlx_cpo_plugin.training.gradients import SharedPromptGradients
+from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.qat import FakeQuantisation, Quantizer, fake_quantised
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, evaluate_cpo, train_cpo
 
@@ -264,6 +270,81 @@ def test_with_dropout_the_kernels_have_the_value_and_gradient_that_there_are_wit
 
     for with_kernels, without in zip(*found, strict=True):
         np.testing.assert_allclose(with_kernels, without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["by rows", "shared prompts", "kernels"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_scores_pairs_as_the_model_that_mlx_packs_does(
+    tied: bool, way: str, request: pytest.FixtureRequest
+) -> None:
+    def policy() -> nn.Module:
+        return add_adapter(build_model(tie_word_embeddings=tied))
+
+    pairs, model, packed = build_pairs(4), policy(), policy()
+    packed.update_modules(tree_unflatten([(n, m.fuse()) for n, m in packed.named_modules() if hasattr(m, "fuse")]))
+    nn.quantize(packed, 32, 4)
+
+    objective = objective_for("sigmoid", {"beta": 0.1})
+    with ExitStack() as stack:
+        if way == "kernels":
+            request.getfixturevalue("kernels")
+            stack.enter_context(compiled_kernels(model))
+        quantisation = fake_quantised(model, bits=4, group_size=32, kernels=way == "kernels")
+        schedule = stack.enter_context(quantisation)
+        method: GradientMethod = BatchGradients(model, objective)
+        if way != "by rows":
+            scorer = choose_scorer(model, pairs, "shared")
+            assert scorer is not None
+            method = SharedPromptGradients(model, objective, scorer, scorer.grouping)
+        schedule.begin(1)
+        found = method(pairs, StepTotals.of(pairs)).scores
+        mx.eval(found)
+
+    expected = score_answers(packed, collate(pairs))
+    for name in ("chosen_logps", "rejected_logps", "chosen_logits"):
+        np.testing.assert_allclose(np.array(getattr(found, name)), np.array(getattr(expected, name)), rtol=1e-4)
+
+
+def test_embeddings_are_quantised_as_mlx_packs_them_and_not_by_the_hosts_quantiser() -> None:
+    mx.random.seed(1)
+    model, tokens, x = OneLayer(nn.Embedding(10, 64)), mx.array([[3, 7], [3, 0]]), mx.random.normal((2, 64))
+    packed = model.layer.to_quantized(group_size=32, bits=4)
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.begin(1)
+        np.testing.assert_allclose(np.array(model(tokens)), np.array(packed(tokens)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.array(model.layer.as_linear(x)), np.array(packed.as_linear(x)), atol=1e-4)
+    with fake_quantised(model, bits=4, group_size=32, quantizer="host") as quantisation:
+        quantisation.begin(1)
+        assert mx.array_equal(model(tokens), model.layer.weight[tokens])
+
+
+def test_the_gradient_passes_straight_through_to_an_embedding() -> None:
+    mx.random.seed(1)
+    model, tokens, x = OneLayer(nn.Embedding(10, 64)), mx.array([3, 7, 3]), mx.random.normal((2, 64))
+    upstream, of_logits = mx.random.normal((3, 64)), mx.random.normal((2, 10))
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.begin(1)
+        gradient = nn.value_and_grad(
+            model, lambda model: (model(tokens) * upstream).sum() + (model.layer.as_linear(x) * of_logits).sum()
+        )(model)[1]["layer"]["weight"]
+
+    expected = np.array(of_logits, np.float64).T @ np.array(x, np.float64)
+    for token, slope in zip(tokens.tolist(), np.array(upstream, np.float64), strict=True):
+        expected[token] += slope
+    np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_with_an_adapter_stays_as_it_is() -> None:
+    layer = LoRAEmbedding.from_base(nn.Embedding(10, 64), r=2)
+    layer.lora_b = mx.ones(layer.lora_b.shape)
+    model, tokens = OneLayer(layer), mx.array([3, 7])
+    before = model(tokens)
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation:
+        quantisation.begin(1)
+        assert mx.array_equal(model(tokens), before)
 
 
 @pytest.mark.usefixtures("kernels")
