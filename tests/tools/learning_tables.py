@@ -70,6 +70,8 @@ class Part:
         for run in runs:
             if run["task"]["trainer"] != "none":
                 self.after[run["task"]["rows"], run["task"]["loss"], run["task"]["rate"]].append(run)
+        if alone := {rows for rows, *_ in self.after} - self.before.keys():
+            raise SystemExit(f"The model as it is has no run on {', '.join(sorted(alone))}; measure it, too.")
 
     def lines(self) -> list[str]:
         """Return its table."""
@@ -115,9 +117,8 @@ def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
     named: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
     for folder, part in parts:
         for (rows, loss, rate), seeds in sorted(part.after.items()):
-            if rows in part.before:
-                file_of_rows = f", {rows}" if len(part.before) > 1 else ""
-                named.append((f"{folder}{file_of_rows}\n{loss}, {rate:g}", part.before[rows], seeds))
+            file_of_rows = f", {rows}" if len(part.before) > 1 else ""
+            named.append((f"{folder}{file_of_rows}\n{loss}, {rate:g}", part.before[rows], seeds))
     figure, axes = pyplot().subplots(1, 2, figsize=(9.4, 0.9 + 0.42 * len(named)), sharey=True, layout="constrained")
     for place, (_, run, seeds) in enumerate(named):
         before, after = means_of([run]), means_of(seeds)
