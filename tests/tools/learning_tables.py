@@ -46,9 +46,14 @@ def change(found: tuple[float, float], form: str) -> str:
     return f"{found[0]:+{form}} ± {found[1]:{form}}"
 
 
-def means_of(runs: list[dict[str, Any]], scores: str = "scores") -> dict[str, NDArray[np.float64]]:
-    """Return, of each held-out row, the means over seeds of log-probs, margin and accuracy."""
-    chosen, rejected = (np.array([run[scores][f"{side}_logps"] for run in runs]) for side in ("chosen", "rejected"))
+def means_of(runs: list[dict[str, Any]], bits: str | None = None) -> dict[str, NDArray[np.float64]]:
+    """Return, of each held-out row, the means over seeds of log-probs, margin and accuracy.
+
+    Args:
+        bits: of the merged model; ``None``: of the model as it was trained.
+    """
+    found = [run["quantised_scores"][bits] if bits else run["scores"] for run in runs]
+    chosen, rejected = (np.array([each[f"{side}_logps"] for each in found]) for side in ("chosen", "rejected"))
     return {
         "chosen": chosen.mean(0),
         "margin": (chosen - rejected).mean(0),
@@ -85,13 +90,11 @@ class Part:
             of_rows = sorted((key, group) for key, group in self.after.items() if key[0] == rows)
             for (_, loss, rate), seeds in of_rows:
                 lines.append(f"| | `{loss}` | {rate:g} | {len(seeds)} | {cells(means_of(seeds), base, tokens)} |")
-            for (_, loss, rate), seeds in of_rows:
-                if "quantised_scores" in seeds[0]:
-                    after = cells(means_of(seeds, "quantised_scores"), base, tokens)
-                    lines.append(f"| | `{loss}`, merged, in 4 bits | {rate:g} | {len(seeds)} | {after} |")
-            if "quantised_scores" in run:
-                after = cells(means_of([run], "quantised_scores"), base, tokens)
-                lines.append(f"| | before training, in 4 bits | | | {after} |")
+            of_models = [(f"`{loss}`, merged", f"{rate:g} | {len(seeds)}", seeds) for (_, loss, rate), seeds in of_rows]
+            for name, run_by, seeds in [("before training", "| ", [run]), *of_models]:
+                for bits in seeds[0].get("quantised_scores", ()):
+                    after = cells(means_of(seeds, bits), base, tokens)
+                    lines.append(f"| | {name}, in {bits} bits | {run_by} | {after} |")
         return lines
 
 

@@ -83,7 +83,7 @@ class Task:
         settings: of the loss, and whatever else differs.
         training, held_out: numbers of the rows, the first and the one behind the last.
         into_english: of the rows, take only translations into English, and let the model answer the held-out ones.
-        quantised: also score the merged model in 4 bits.
+        quantised: bits in which the merged model is scored, too.
     """
 
     part: str
@@ -97,7 +97,7 @@ class Task:
     held_out: tuple[int, int]
     settings: dict[str, Any] = field(default_factory=dict)
     into_english: bool = False
-    quantised: bool = False
+    quantised: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -159,22 +159,21 @@ def text_tasks() -> Iterator[Task]:
 
 
 def quantised_tasks() -> Iterator[Task]:
-    """LoRA, LoRA on a base of 4 bits, and LoRA that is trained for 4 bits; the merged model is scored in 4 bits."""
+    """LoRA, LoRA on a base of 4 bits, and LoRA trained for 4 bits of either quantiser, scored merged and quantised."""
     rows = SETS["translation_prompt"]
     held_out = (rows.training, rows.training + rows.held_out)
     ways: dict[str, dict[str, Any]] = {
         "LoRA": {},
         "QLoRA": {"load_in_4bits": True},
         "QAT": {"qat_enable": True, "qat_bits": 4, "qat_group_size": 64},
+        "QAT, host": {"qat_enable": True, "qat_bits": 4, "qat_group_size": 64, "qat_quantizer": "host"},
     }
-    yield replace(untrained(rows, held_out, "quantised"), quantised=True)
+    yield replace(untrained(rows, held_out, "quantised"), quantised=(8, 4))
     for seed in SEEDS:
         for way, settings in ways.items():
             merged = {**LOSSES["cpo-paper"], **settings}
-            quantised = way != "QLoRA"
-            yield Task(
-                "quantised", rows.name, "cpo", way, 1e-4, seed, 1, (0, 400), held_out, merged, quantised=quantised
-            )
+            bits = {"LoRA": (8, 4), "QLoRA": ()}.get(way, (4,))
+            yield Task("quantised", rows.name, "cpo", way, 1e-4, seed, 1, (0, 400), held_out, merged, quantised=bits)
 
 
 def beta_tasks(sets: Iterable[RowSet], losses: Iterable[str]) -> Iterator[Task]:
@@ -240,8 +239,9 @@ def measured(bench: Bench, task: Task, folder: Path) -> dict[str, Any]:
     if task.into_english:
         result["answers"] = answers(task, bench, model, tokenizer)
     if task.quantised:
-        quantise_merged(model)
-        result["quantised_scores"] = scores(bench, task, model, held_out)
+        result["quantised_scores"] = {
+            bits: scores(bench, task, each, held_out) for bits, each in quantised(bench, model, task.quantised)
+        }
     return result
 
 
@@ -340,15 +340,20 @@ def answers(task: Task, bench: Bench, model: Any, tokenizer: Any) -> list[dict[s
     ]
 
 
-def quantise_merged(model: Any) -> None:
-    """Merge the adapter and quantise the model as ``mlx_lm.convert -q`` does, in groups of 64."""
+def quantised(bench: Bench, model: Any, among: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Merge the adapter, and yield bits and the model in these, as ``mlx_lm.convert -q`` makes it in groups of 64."""
     import mlx.nn as nn
-    from mlx.utils import tree_unflatten
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm import load
 
     fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
     if fused:
         model.update_modules(tree_unflatten(fused))
-    nn.quantize(model, 64, 4)
+    for bits in among:
+        rounded = load(bench.model)[0]
+        rounded.load_weights(tree_flatten(model.parameters()))
+        nn.quantize(rounded, 64, bits)
+        yield bits, rounded
 
 
 def held_out_loss(task: Task, measured_scores: dict[str, list[float]]) -> float:
