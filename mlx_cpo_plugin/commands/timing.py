@@ -47,8 +47,8 @@ def _seconds_of(run: Run, micro_batch: MicroBatch, clock: Clock) -> float:
     """The seconds of the gradient of a micro-batch."""
     totals = micro_batch.totals([pair.chosen_tokens for pair in run.pairs])
     began = clock()
-    run.quantisation.begin(run.args.qat_start_step)
-    run.step.add([run.pairs[index] for index in micro_batch.indices], totals, run.quantisation.active)
+    with run.quantisation.during(run.args.qat_start_step):
+        run.step.add([run.pairs[index] for index in micro_batch.indices], totals, run.quantisation.active)
     return clock() - began
 
 
@@ -59,6 +59,7 @@ def _seconds_of_update(run: Run, clock: Clock) -> float:
     run.step.total = gradient
     began = clock()
     run.step.apply()
+    run.quantisation.update()
     mx.synchronize()
     return clock() - began
 
@@ -79,7 +80,6 @@ def _seconds_of_validation(run: Run, clock: Clock) -> float:
         return 0.0
     middle = max(0, (len(pairs) - args.batch_size) // 2)
     batch = sorted(pairs, key=lambda pair: pair.tokens)[middle : middle + args.batch_size]
-    run.quantisation.active = False
     began = clock()
     evaluate_pairs(run.model, batch, run.objective, batch_size=args.batch_size, scorer=run.scorer)
     mx.synchronize()

@@ -50,14 +50,14 @@ def linear(x: mx.array, weight: Weight) -> mx.array:
 
 
 def adapted_linear(
-    x: mx.array, weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, through: bool = False
+    x: mx.array, weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, merged: bool = False
 ) -> mx.array:
     """Return ``x @ W.T + scale * (x @ A) @ B`` [..., output] of x [..., input], A [input, rank], B [rank, output].
 
     Args:
-        through: the weight has the adapter in it, so return ``x @ W.T``; A and B have their gradient as otherwise.
+        merged: the weight has the adapter in it, so return ``x @ W.T``; A and B have their gradient as otherwise.
     """
-    numbers = (scale, lora_a.shape[1], weight.bits, weight.group_size, through)
+    numbers = (scale, lora_a.shape[1], weight.bits, weight.group_size, merged)
     return call("linear", [x, lora_a, lora_b, *weight.arrays], 2, numbers)[0]
 
 

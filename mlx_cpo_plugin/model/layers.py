@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.kernels.operations import BITS, Weight
 from mlx_cpo_plugin.parameters import by_name
@@ -131,23 +131,36 @@ def dora_lengths(layer: DoRALinear) -> mx.array:
     return mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
 
 
-def merged_weight(module: nn.Module) -> mx.array:
-    """Return the float32 weight [..., output, input] that a layer has once its adapter, if any, is fused into it."""
+def merged_weight(module: nn.Module, rows: slice | mx.array = slice(None)) -> mx.array:
+    """Return the float32 weight [..., output, input] that a layer has once its adapter, if any, is fused into it.
+
+    Args:
+        rows: which outputs, of a layer with no more than these two dimensions; of an embedding, which tokens.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
-        return module.weight.astype(mx.float32)
-    weight = stored_weight(module.linear).astype(mx.float32)
+        return module.weight[rows].astype(mx.float32)
     lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
+    if isinstance(module, LoRAEmbedding):
+        return stored_weight(module.embedding, rows).astype(mx.float32) + module.scale * (lora_a[rows] @ lora_b)
+    weight = stored_weight(module.linear, rows).astype(mx.float32)
     if isinstance(module, LoRASwitchLinear):
         return weight + module.scale * (lora_b @ lora_a)
-    weight = weight + module.scale * (lora_b.T @ lora_a.T)
+    weight = weight + module.scale * (lora_b.T[rows] @ lora_a.T)
     if isinstance(module, DoRALinear):
-        weight = weight * (module.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None]
+        weight = weight * (module.m[rows].astype(mx.float32) / mx.linalg.norm(weight, axis=1))[:, None]
     return weight
 
 
 def dense_dtype(module: nn.Module) -> mx.Dtype:
-    """Return the dtype of a linear layer's weight, with or without an adapter, once it is dequantised."""
-    linear = module.linear if isinstance(module, ADAPTED) else module
-    if "scales" not in linear:
-        return linear.weight.dtype
-    return linear.scales.dtype if "biases" in linear else mx.bfloat16  # the scales of other modes are integers
+    """Return the dtype of a layer's weight, with or without an adapter, once it is dequantised."""
+    base = base_of(module)
+    if "scales" not in base:
+        return base.weight.dtype
+    return base.scales.dtype if "biases" in base else mx.bfloat16  # the scales of other modes are integers
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter is for, or the layer itself."""
+    if isinstance(module, LoRAEmbedding):
+        return module.embedding
+    return module.linear if isinstance(module, ADAPTED) else module

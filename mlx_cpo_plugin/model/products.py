@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
 from mlx_cpo_plugin.device import current_device
-from mlx_cpo_plugin.model.layers import Call, dora_lengths, is_half, overridden_calls, stored_weight
+from mlx_cpo_plugin.model.layers import Call, biased, dora_lengths, is_half, overridden_calls, stored_weight
 
 # With fewer rows than this, reading the packed weights once is faster than unpacking them.
 FEWEST_ROWS = 8
@@ -67,8 +67,7 @@ def _product(original: Call) -> Call:
     def call(layer: nn.Module, x: mx.array) -> mx.array:
         if isinstance(layer, _PACKED) and x.size < FEWEST_ROWS * x.shape[-1]:
             return original(layer, x)
-        y = product(layer, x)
-        return y + layer["bias"] if "bias" in layer else y
+        return biased(layer, product(layer, x))
 
     return call
 
@@ -78,7 +77,7 @@ def _with_dora(layer: nn.Module, x: mx.array) -> mx.array:
     y = product(layer.linear, x)
     z = (layer.dropout(x) @ layer.lora_a) @ layer.lora_b
     y = (layer.m / dora_lengths(layer)).astype(x.dtype) * (y + (layer.scale * z).astype(x.dtype))
-    return y + layer.linear["bias"] if "bias" in layer.linear else y
+    return biased(layer.linear, y)
 
 
 def product(layer: nn.Module, x: mx.array) -> mx.array:

@@ -24,7 +24,7 @@ from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.long_context import FAR
 from mlx_cpo_plugin.training.optimizer_step import bytes_of_copies
-from mlx_cpo_plugin.training.qat import Quantizer, kept_bytes
+from mlx_cpo_plugin.training.quantizer import Quantizer, bytes_of_errors, bytes_of_operands
 
 # An estimate that is off by this factor, and by this share of the device's memory, is corrected on the console.
 FAR_OFF, SHARE_OF_DEVICE = 1.25, 0.02
@@ -49,7 +49,8 @@ class MemoryEstimate:
         grouping: which pairs share a pass over shared prefixes; ``None``: every answer is scored by itself.
 
     Attributes:
-        weights: the model's, those of the adapter included, and the float32 copies of trained ones of half precision.
+        weights: the model's, those of the adapter included, float32 copies of trained ones of half precision, and what
+            the kernels keep of weights rounded for QAT.
         optimizer: the optimizer's state.
         computing: gradients and activations of the pair that takes most.
         largest: this pair.
@@ -93,7 +94,10 @@ class MemoryEstimate:
         self.constant = (not kernels) * widened_bytes(model) + in_float32 * (args.gradient_accumulation_steps > 1)
         if args.qat_enable:
             quantizer = Quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode)
-            self.constant += kept_bytes(model, quantizer, size)
+            if kernels:
+                self.weights += bytes_of_operands(model, quantizer)
+            else:
+                self.constant += bytes_of_errors(model, quantizer, size)
         # The first step is compared with the weights from before it.
         self.updating = self.gradient + in_float32
 

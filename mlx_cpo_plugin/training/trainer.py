@@ -131,10 +131,9 @@ def iterate(run: Run, stop: StopRequest) -> None:
     chosen_tokens = [pair.chosen_tokens for pair in run.pairs]
     forecast = Forecast(run.tokens_of_plan(), run.state.iteration)
     for iteration, micro_batch in reporter.iterations_of(run.plan(), args.iters, done=run.state.iteration):
-        run.quantisation.begin(step.number)
         pairs = [run.pairs[index] for index in micro_batch.indices]
         save_before_risk(run, pairs)
-        with run.state.computing(iteration):
+        with run.state.computing(iteration), run.quantisation.during(step.number):
             if pairs:
                 losses, scores = step.add(pairs, micro_batch.totals(chosen_tokens), run.quantisation.active)
                 reporter.add(losses, scores, scored_tokens(pairs))
@@ -180,7 +179,6 @@ def save_before_risk(run: Run, pairs: Sequence[PreferencePair]) -> None:
 
 def sample(run: Run, iteration: int, before_training: bool = False) -> None:
     """Let the model answer a few prompts, for people to read."""
-    run.quantisation.active = False
     with run.reporter.pause():
         samples = run.samples.take(iteration, before_training)
     run.reporter.report_samples(iteration, samples, introduce=before_training)
@@ -191,7 +189,6 @@ def validate(run: Run, iteration: int, before_training: bool = False) -> None:
     if not run.val_pairs:
         return
     args, best, started = run.args, run.best, time.perf_counter()
-    run.quantisation.active = False  # whatever step it follows, so that validations are comparable
     with run.reporter.pause():
         size = {"batch_size": args.batch_size, "num_batches": args.val_batches}
         validation = evaluate_pairs(
@@ -224,7 +221,6 @@ def make_up_for_validation(run: Run) -> None:
 def finish(run: Run) -> None:
     """Save the adapter, with the best or the last weights, and make sure that it loads and scores as it should."""
     outputs, best, say = run.outputs, run.best, run.reporter.say
-    run.quantisation.active = False
     fault = outputs.take_best(outputs.best_file) if run.args.load_best else ""
     loaded = run.args.load_best and not fault
     run.reporter.warn(f"{fault} The last weights are saved instead." if fault else None)

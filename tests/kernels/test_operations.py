@@ -138,7 +138,7 @@ def test_linear_layers_with_and_without_an_adapter(
         numbers,
     )
     assert_defined(
-        lambda x, a, b: operations.adapted_linear(x, taken, a, b, 1.5, through=True),
+        lambda x, a, b: operations.adapted_linear(x, taken, a, b, 1.5, merged=True),
         [x, a, b],
         x @ wide.T,
         dy,

@@ -9,7 +9,7 @@ struct LinearOptions {
   float scale;  // of the adapter
   int rank;     // 0: there is none
   int columns, bits, group;
-  bool through;  // the weight has the adapter in it already, which only its own gradient is to reach
+  bool merged;  // the weight has the adapter in it already, which only its own gradient is to reach
 };
 
 // Inputs: dy, x, z, A, B, the weight. Outputs: dx, dA, dB; without an adapter: dy, the weight, and dx.
@@ -52,7 +52,7 @@ class LinearGradient : public Shared<LinearGradient> {
       if (inner_) {
         times_columns(weight, c, *slopes, dx);
       }
-      if (inner_ && !options_.through) {
+      if (inner_ && !options_.merged) {
         multiply(
             kPlain, kTransposed, m, c.size(), rank, 1, dz.data(), rank, a + c.begin * rank, rank, 1, dx + c.begin, k);
       }
@@ -102,7 +102,7 @@ class Linear : public Shared<Linear> {
     Activations activations(x, m, k, weight, 6, true);
     in_parts(n, activations.unit(), double(m) * n * k, [&](Range r) {
       times_rows(weight, r, activations, y, n);
-      if (rank && !options_.through) {
+      if (rank && !options_.merged) {
         const float* b = in[2].data<float>();
         multiply(kPlain, kPlain, m, r.size(), rank, options_.scale, z, rank, b + r.begin, n, 1, y + r.begin, n);
       }
