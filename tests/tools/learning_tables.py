@@ -137,6 +137,7 @@ def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
     axes[0].set_xlabel("held-out preference accuracy, %: before (hollow), after")
     axes[1].set_xlabel("log-prob of the chosen answers, change in nats a token")
     axes[1].axvline(0, color="#888888", linewidth=0.8)
+    axes[1].locator_params(axis="x", nbins=6)
     save(figure, file)
 
 
