@@ -93,11 +93,9 @@ def fake_quantised(
             (embeddings, "__call__", calls.of_lookup),
             (embeddings, "as_linear", calls.in_graph),
         ):
-            # An adapter's rows are not those of an array of its own.
-            plain = [(m, made(m, getattr(type(m), method))) for m in modules if "weight" in m]
-            adapted = [(m, made(m, getattr(type(m), method))) for m in modules if "weight" not in m]
-            stack.enter_context(overridden_calls(plain, method, row_by_row=rounding.by_row))
-            stack.enter_context(overridden_calls(adapted, method))
+            for has_rows in (True, False):  # of a weight, from which a part can be taken; an adapter's module has none
+                calls_of = [(m, made(m, getattr(type(m), method))) for m in modules if ("weight" in m) is has_rows]
+                stack.enter_context(overridden_calls(calls_of, method, row_by_row=rounding.by_row and has_rows))
         if kernels:
             deployed = [(m, calls.of_head(m)) for m in (*heads, *embeddings) if "weight" in m]
             stack.enter_context(overridden_calls(deployed, "deployed_weight", row_by_row=rounding.by_row))
