@@ -12,7 +12,14 @@ import mlx.nn as nn
 from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.kernels.operations import Weight
 from mlx_cpo_plugin.model.caches import fresh_caches
-from mlx_cpo_plugin.model.layers import HALF_PRECISION, kernel_weight, overridden_calls, stored_weight
+from mlx_cpo_plugin.model.layers import (
+    HALF_PRECISION,
+    WITH_ADAPTER,
+    base_of,
+    kernel_weight,
+    overridden_calls,
+    stored_weight,
+)
 from mlx_cpo_plugin.parameters import by_name
 
 # The parameters of an output layer, quantised or not, that have one row per token id.
@@ -90,7 +97,10 @@ class SplitModel:
 
     def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
         """Return the output projection, if its logits are the same when only a part of them is computed."""
+        adapted = {id(base_of(module)) for module in self.model.modules() if isinstance(module, WITH_ADAPTER)}
         for layer in self.model.modules():
+            if id(layer) in adapted:  # of which the adapter would compute the rest
+                continue
             known = type(layer) in (nn.Linear, nn.Embedding) or isinstance(
                 layer, nn.QuantizedLinear | nn.QuantizedEmbedding
             )

@@ -48,7 +48,8 @@ def computes(model: nn.Module) -> bool:
 @contextmanager
 def compiled_kernels(model: nn.Module) -> Iterator[None]:
     """Let ``model`` compute with the kernels, which have to be loaded, until the context ends."""
-    adapted = [module for module in model.modules() if isinstance(module, LoRALinear | DoRALinear)]
+    among = [module for module in model.modules() if isinstance(module, LoRALinear | DoRALinear)]
+    adapted = [module for module in among if kernel_weight(module.linear) is not None]  # a head's may be none of theirs
     inside = {id(module.linear) for module in adapted}
     modules = [module for layer in model.layers for module in layer.modules() if isinstance(module, LINEAR)]
     calls: list[tuple[nn.Module, Call]] = [(module, _linear) for module in modules if id(module) not in inside]

@@ -18,6 +18,7 @@ from mlx_cpo_plugin.parameters import by_name
 Call = Callable[..., Any]
 
 ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
+WITH_ADAPTER = (*ADAPTED, LoRAEmbedding)
 HALF_PRECISION = (mx.bfloat16, mx.float16)
 LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models import gemma2
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from support.architectures import COMMON, build_architecture
 from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs, relative_error
 
@@ -55,6 +56,25 @@ def with_head_bias() -> nn.Module:
     return add_adapter(model)
 
 
+def with_adapted_head(bits: int | None = None) -> nn.Module:
+    """An adapter on the head, too; one of 3 bits is none of the kernels'."""
+    model = add_adapter(build_model(tie_word_embeddings=False))
+    linear = nn.QuantizedLinear.from_linear(model.lm_head, group_size=32, bits=bits) if bits else model.lm_head
+    head = LoRALinear.from_base(linear, r=4, scale=10.0)
+    head.lora_b = 0.02 * mx.random.normal(head.lora_b.shape)
+    model.lm_head = head
+    return model
+
+
+def with_adapted_embedding() -> nn.Module:
+    """An adapter on the embedding, which is the head, too."""
+    model = add_adapter(build_model())
+    embedding = LoRAEmbedding.from_base(model.model.embed_tokens, r=4, scale=10.0)
+    embedding.lora_b = 0.02 * mx.random.normal(embedding.lora_b.shape)
+    model.model.embed_tokens = embedding
+    return model
+
+
 def with_soft_cap() -> nn.Module:
     """Logits that are capped, and so are no plain product."""
     arguments = {**COMMON, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8.0}
@@ -73,6 +93,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "one head": lambda: add_adapter(build_model(num_attention_heads=1, num_key_value_heads=1)),
     "biases": lambda: add_adapter(build_model(attention_bias=True, mlp_bias=True)),
     "head with a bias": with_head_bias,
+    "adapter on the embedding": with_adapted_embedding,
+    "adapter on the head": with_adapted_head,
+    "adapter on a head of 3 bits": lambda: with_adapted_head(3),
     "dora": lambda: add_adapter(build_model(), dora=True),
     "bfloat16": lambda: half(mx.bfloat16),
     "float16": lambda: half(mx.float16),
