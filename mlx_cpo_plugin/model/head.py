@@ -41,11 +41,10 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         targets: int32 [N].
         differentiate: whether a gradient with respect to the log-probs follows; the raw logits have none.
     """
-    if library.in_use() and split.head_weight is not None and not split.head_parameters():
+    trained = differentiate and bool(split.head_parameters())
+    if library.in_use() and split.head_weight is not None and not trained:
         return operations.target_scores(hidden, targets, split.head_weight, differentiate)
-    by_vocabulary = (
-        split.output_layer is not None and not current_device().fused_cross_entropy and not split.head_parameters()
-    )
+    by_vocabulary = split.output_layer is not None and not current_device().fused_cross_entropy and not trained
     fewest = FEWEST_ROWS_ON_GPU if current_device().fused_cross_entropy else FEWEST_ROWS
     size = BLOCK_ROWS if by_vocabulary else max(fewest, ROWS_ELEMENTS // split.vocabulary)
     logps: list[mx.array] = []
@@ -54,16 +53,16 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         chunk, chunk_targets = hidden[start : start + size], targets[start : start + size]
         if logps:  # one chunk after the other, as below
             chunk = mx.depends(chunk, logps[-1])
-        scores = _chunk_scores(split, chunk, chunk_targets, differentiate, by_vocabulary)
+        scores = _chunk_scores(split, chunk, chunk_targets, differentiate, by_vocabulary, trained)
         logps.append(scores[0])
         logits.append(scores[1])
     return mx.concatenate(logps), mx.concatenate(logits)
 
 
 def _chunk_scores(
-    split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool, by_vocabulary: bool
+    split: SplitModel, hidden: mx.array, targets: mx.array, differentiate: bool, by_vocabulary: bool, trained: bool
 ) -> Scores:
-    if split.head_parameters() and differentiate:
+    if trained:
         return _checkpointed_scores(split, hidden, targets)
     if by_vocabulary:
         if differentiate:

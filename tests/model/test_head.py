@@ -16,6 +16,7 @@ from support.devices import pretended
 from support.tiny import add_adapter, build_model
 
 from mlx_cpo_plugin.device import CPU
+from mlx_cpo_plugin.kernels import library, operations
 from mlx_cpo_plugin.model import head
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.head import target_scores
@@ -236,3 +237,22 @@ def test_the_logits_in_memory_do_not_grow_with_the_vocabulary() -> None:
 
     assert extra(64_000) < 1.5 * extra(16_000)
     assert extra(64_000) < 256 * 64_000 * 4
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_the_kernel_computes_a_head_unless_a_gradient_is_to_reach_it(
+    differentiate: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    original = operations.target_scores
+    monkeypatch.setattr(operations, "target_scores", lambda *given: computed.append("head") or original(*given))
+    split, hidden = SplitModel(build_model()), mx.random.normal((TOKENS, 32))
+
+    with library.used():
+        found = target_scores(split, hidden, mx.arange(TOKENS), differentiate)
+        mx.eval(found)
+
+    assert bool(computed) is not differentiate
+    expected = target_scores(split, hidden, mx.arange(TOKENS), differentiate)
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.array(left), np.array(right), rtol=1e-5, atol=1e-5)
