@@ -42,8 +42,9 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         differentiate: whether a gradient with respect to the log-probs follows; the raw logits have none.
     """
     trained = differentiate and bool(split.head_parameters())
-    if library.in_use() and split.head_weight is not None and not trained:
-        return operations.target_scores(hidden, targets, split.head_weight, differentiate)
+    weight = split.head_weight if library.in_use() and not trained else None
+    if weight is not None:
+        return operations.target_scores(hidden, targets, weight, differentiate)
     by_vocabulary = split.output_layer is not None and not current_device().fused_cross_entropy and not trained
     fewest = FEWEST_ROWS_ON_GPU if current_device().fused_cross_entropy else FEWEST_ROWS
     size = BLOCK_ROWS if by_vocabulary else max(fewest, ROWS_ELEMENTS // split.vocabulary)

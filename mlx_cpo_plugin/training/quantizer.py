@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -117,7 +117,7 @@ class KernelOperand:
         module, quantizer, dtype = self._module, self._quantizer, dense_dtype(self._module)
         if needs_own_call(module):
             self._weight = Weight(self._in_blocks(lambda merged: [quantizer.rounded(merged, dtype) - merged]))
-        elif quantizer.packs(widths(base_of(module))[0]):
+        elif is_packed(module, quantizer):
             arrays = self._in_blocks(lambda merged: quantizer.packed(merged, dtype))
             self._weight = Weight(arrays, quantizer.bits, quantizer.group_size)
         else:
@@ -140,19 +140,21 @@ def needs_own_call(module: nn.Module) -> bool:
     return isinstance(module, ADAPTED) and (not isinstance(module, LoRALinear) or module.dropout._p_1 < 1)
 
 
+def is_packed(module: nn.Module, quantizer: Quantizer) -> bool:
+    """Whether the compiled kernels multiply with a module's weight packed."""
+    return quantizer.packs(widths(base_of(module))[0]) and not needs_own_call(module)
+
+
 def bytes_of_operands(model: nn.Module, quantizer: Quantizer) -> int:
     """Return what a run with the compiled kernels keeps of rounded weights."""
-    return round(sum(_bytes_of_operands(model, quantizer)))
-
-
-def _bytes_of_operands(model: nn.Module, quantizer: Quantizer) -> Iterator[float]:
     layers, heads, embeddings = quantised_modules(model, quantizer)
+    total = 0.0
     for module in (*layers, *(heads or embeddings)):  # of embeddings those that are heads, too
-        inputs, outputs = widths(base_of(module))
-        if quantizer.packs(inputs) and not needs_own_call(module):
-            yield inputs * outputs * (quantizer.bits / 8 + 2 * dense_dtype(module).size / quantizer.group_size)
-        else:
-            yield inputs * outputs * mx.float32.size
+        by_weight: float = mx.float32.size
+        if is_packed(module, quantizer):
+            by_weight = quantizer.bits / 8 + 2 * dense_dtype(module).size / quantizer.group_size
+        total += by_weight * math.prod(widths(base_of(module)))
+    return round(total)
 
 
 def bytes_of_errors(model: nn.Module, quantizer: Quantizer, size: int) -> int:

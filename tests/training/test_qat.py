@@ -70,6 +70,14 @@ def lora(linear: nn.Module, dora: bool = False, dropout: float = 0.0) -> nn.Modu
     return layer
 
 
+def layer_of(kind: str) -> nn.Module:
+    """A linear layer, or an adapter over one, for example ``dora over 8 bits``."""
+    linear: nn.Module = nn.Linear(64, 48)
+    if "over" in kind:
+        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=int(kind.split()[2]))
+    return linear if kind == "linear" else lora(linear, dora=kind.startswith("dora"))
+
+
 def merged_weight(layer: nn.Module) -> np.ndarray:
     fused = layer.fuse(dequantize=True)
     return np.array(fused.weight, np.float64)
@@ -86,10 +94,8 @@ def x() -> mx.array:
 def test_the_forward_pass_is_that_of_the_quantised_merged_weight(
     kind: str, bits: int, group_size: int, x: mx.array
 ) -> None:
-    linear: nn.Module = nn.Linear(64, 48)
-    if "over" in kind:
-        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=int(kind.split()[2]))
-    layer = linear if kind == "linear" else lora(linear, dora=kind.startswith("dora"))
+    layer = layer_of(kind)
+    linear = layer if kind == "linear" else layer.linear
     weight = np.array(layer.weight, np.float64) if kind == "linear" else merged_weight(layer)
     bias = np.array(linear.bias, np.float64)
     model = OneLayer(layer)
@@ -118,10 +124,7 @@ def test_the_forward_pass_is_that_of_the_quantised_merged_weight(
 def test_by_default_the_forward_pass_is_that_of_the_layer_as_mlx_packs_it(
     kind: str, packing: dict[str, Any], x: mx.array
 ) -> None:
-    linear: nn.Module = nn.Linear(64, 48)
-    if "over" in kind:
-        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4)
-    layer = linear if kind == "linear" else lora(linear, dora=kind == "dora")
+    layer = layer_of(kind)
     deployed = layer if kind == "linear" else layer.fuse(dequantize=True)
     packed = nn.QuantizedLinear.from_linear(deployed, **packing)
     model = OneLayer(layer)
@@ -211,10 +214,8 @@ class InLayers(nn.Module):
 def test_the_kernels_have_the_value_and_gradient_of_the_rounded_layer(
     kind: str, packing: dict[str, Any], x: mx.array
 ) -> None:
-    linear: nn.Module = nn.Linear(64, 48)
-    if "over" in kind:
-        linear = nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4)
-    layer = linear if kind == "linear" else lora(linear, dora=kind == "dora")
+    layer = layer_of(kind)
+    linear = layer if kind == "linear" else layer.linear
     merged = mx.array(np.array(layer.weight) if kind == "linear" else merged_weight(layer))
     if "quantizer" in packing:
         weight = quantise(np.array(merged), 4, 32)
@@ -373,20 +374,18 @@ def test_with_the_kernels_a_weight_is_rounded_once_a_step_and_one_without_an_ada
     model, pairs = add_adapter(build_model(num_hidden_layers=1, vocab_size=100)), build_pairs(6)
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
 
-    def run(**arguments: Any) -> None:
-        args = CPOTrainingArgs(
-            **arguments,
-            batch_size=1,
-            gradient_accumulation_steps=3,
-            steps_per_eval=1,
-            qat_enable=True,
-            qat_bits=4,
-            qat_group_size=32,
-            adapter_file=str(tmp_path / "adapters.safetensors"),
-        )
-        train_cpo(model, optimizers.SGD(0.05), pairs, pairs, args=args)
+    args = CPOTrainingArgs(
+        iters=6,
+        batch_size=1,
+        gradient_accumulation_steps=3,
+        steps_per_eval=1,
+        qat_enable=True,
+        qat_bits=4,
+        qat_group_size=32,
+        adapter_file=str(tmp_path / "adapters.safetensors"),
+    )
+    train_cpo(model, optimizers.SGD(0.05), pairs, pairs, args=args)
 
-    run(iters=6)
     assert packed.count((100, 32)) == 1
     assert len(packed) == 1 + 2 * len(adapted)
 
