@@ -104,7 +104,9 @@ class MemoryEstimate:
         self.largest = max(pairs, key=self._activations)
         self.computing = self._computing([self.largest])
         self._basis, self._peak = "Estimate", mx.get_peak_memory()
-        self._before = self._peak
+        # Other models of the process, say. Own arrays that are not evaluated yet only make it smaller.
+        self._others = max(0, mx.get_active_memory() - self.weights - self.optimizer)
+        self._before = self._peak - self._others
         self._correction, self._tried, self._warned, self._corrections = 1.0, 0.0, 0.0, 0
 
     @property
@@ -165,10 +167,10 @@ class MemoryEstimate:
         if self._corrections > len(CORRECTING) or peak <= self._peak or not self._tried:
             return []
         self._basis, self._peak = f"Estimate after the {CORRECTING[self._corrections - 1]} step", peak
-        fixed, before = self.weights + self.optimizer, self._correction
-        said, self._correction = fixed + before * self._tried, max(0.0, peak - fixed) / self._tried
+        fixed, before, taken = self.weights + self.optimizer, self._correction, peak - self._others
+        said, self._correction = fixed + before * self._tried, max(0.0, taken - fixed) / self._tried
         self.computing *= self._correction / before if before else 1.0
-        far_off = abs(peak - said) > SHARE_OF_DEVICE * device and not 1 / FAR_OFF < peak / said < FAR_OFF
+        far_off = abs(taken - said) > SHARE_OF_DEVICE * device and not 1 / FAR_OFF < taken / said < FAR_OFF
         return self.lines(device) if far_off else []
 
     def _computing(self, pairs: Sequence[PreferencePair]) -> float:

@@ -396,6 +396,18 @@ def test_on_a_gpu_freed_buffers_are_kept_up_to_what_a_step_takes_and_as_before_o
     assert limits.now == before
 
 
+def test_what_others_hold_in_the_process_is_not_taken_for_the_steps_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = mx.zeros(100_000_000, mx.uint8)
+    mx.eval(others)
+    limits = BufferLimits(monkeypatch, 10**12)
+
+    expected = train_on_a_gpu(tmp_path, limits)
+
+    assert expected <= limits.after_steps[-1] <= OFF * expected
+
+
 def test_more_of_them_are_kept_where_the_first_step_takes_more_than_expected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,6 +455,7 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The peak that MLX reports, on a device with so much memory that small models matter."""
     peak = [0]
     monkeypatch.setattr(mx, "get_peak_memory", lambda: peak[0])
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
     monkeypatch.setattr(memory_estimate, "device_memory", lambda: 10**8)
     return peak
 
