@@ -19,35 +19,54 @@ Clock = Callable[[], float]
 def measured_duration(run: Run, clock: Clock = time.perf_counter) -> str:
     """Return a sentence on how long a run takes, which cannot train any more afterwards.
 
-    The micro-batch of median length is computed twice, since the first time compiles, and the longest one once.
+    The micro-batch of median length is computed twice, since the first time compiles, and the longest one once; where
+    only some steps are fake-quantised, these of either kind.
     """
     plan = [micro_batch for micro_batch in run.plan() if micro_batch.indices][run.state.iteration :]
     if not plan:
         return "Time: nothing is left to do."
-    by_tokens = sorted(plan, key=lambda micro_batch: _tokens(run, micro_batch))
-    median, longest = by_tokens[len(by_tokens) // 2], by_tokens[-1]
-    _seconds_of(run, median, clock)
-    measured = {_tokens(run, some): _seconds_of(run, some, clock) for some in (longest, median)}
-    updates = sum(micro_batch.closes_window for micro_batch in plan) * _seconds_of_update(run, clock)
-    training = expected_seconds(measured.items(), (_tokens(run, some) for some in plan)) + updates
+    parts, training, on = _by_quantisation(run, plan), 0.0, []
+    for fake_quantised, part in parts.items():
+        by_tokens = sorted(part, key=lambda micro_batch: _tokens(run, micro_batch))
+        median, longest = by_tokens[len(by_tokens) // 2], by_tokens[-1]
+        _seconds_of(run, median, fake_quantised, clock)
+        measured = {_tokens(run, some): _seconds_of(run, some, fake_quantised, clock) for some in (longest, median)}
+        training += expected_seconds(measured.items(), (_tokens(run, some) for some in part))
+        on.append(" and ".join(f"{tokens} tokens ({seconds:.1f} s)" for tokens, seconds in sorted(measured.items())))
+    training += _closing(plan) * _seconds_of_update(run, clock)
+    if True in parts:
+        training += _closing(parts[True]) * _seconds_of_rounding(run, clock)
     validating = _validations(run) * _seconds_of_validation(run, clock)
-    on = " and ".join(f"{tokens} tokens ({seconds:.1f} s)" for tokens, seconds in sorted(measured.items()))
     among = f", validations {spoken(validating)} of it" if validating else ""
     return (
-        f"Time: about {spoken(training + validating)} for {len(plan)} iterations{among}, by micro-batches of {on}, the "
-        "median and the longest, measured just now."
+        f"Time: about {spoken(training + validating)} for {len(plan)} iterations{among}, by micro-batches of "
+        f"{' and fake-quantised ones of '.join(on)}, the median and the longest, measured just now."
     )
+
+
+def _by_quantisation(run: Run, plan: Sequence[MicroBatch]) -> dict[bool, list[MicroBatch]]:
+    """Return the micro-batches of steps that are not fake-quantised, and of those that are, as far as there are any."""
+    parts: dict[bool, list[MicroBatch]] = {False: [], True: []}
+    step = run.step.number
+    for micro_batch in plan:
+        parts[run.quantisation.applies_to(step)].append(micro_batch)
+        step += micro_batch.closes_window
+    return {kind: part for kind, part in parts.items() if part}
+
+
+def _closing(plan: Sequence[MicroBatch]) -> int:
+    return sum(micro_batch.closes_window for micro_batch in plan)
 
 
 def _tokens(run: Run, micro_batch: MicroBatch) -> int:
     return sum(run.pairs[index].tokens for index in micro_batch.indices)
 
 
-def _seconds_of(run: Run, micro_batch: MicroBatch, clock: Clock) -> float:
+def _seconds_of(run: Run, micro_batch: MicroBatch, fake_quantised: bool, clock: Clock) -> float:
     """The seconds of the gradient of a micro-batch."""
     totals = micro_batch.totals([pair.chosen_tokens for pair in run.pairs])
     began = clock()
-    with run.quantisation.during(run.args.qat_start_step):
+    with run.quantisation.during(run.args.qat_start_step if fake_quantised else 0):
         run.step.add([run.pairs[index] for index in micro_batch.indices], totals, run.quantisation.active)
     return clock() - began
 
@@ -59,8 +78,14 @@ def _seconds_of_update(run: Run, clock: Clock) -> float:
     run.step.total = gradient
     began = clock()
     run.step.apply()
-    run.quantisation.update()
     mx.synchronize()
+    return clock() - began
+
+
+def _seconds_of_rounding(run: Run, clock: Clock) -> float:
+    """The seconds in which the weights are rounded before a step that is fake-quantised."""
+    began = clock()
+    run.quantisation.update()
     return clock() - began
 
 

@@ -18,8 +18,11 @@ from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Seconds that a token of a micro-batch, an update, and a token of validation take; the first of each is slow."""
-    takes = {"token": 0.5, "update": 10.0, "validated token": 0.25, "now": 0.0}
+    """Seconds that a token of a micro-batch, an update, and a token of validation take; the first of each is slow.
+
+    A token of a fake-quantised one takes ``rounded`` times as long.
+    """
+    takes = {"token": 0.5, "rounded": 1.0, "update": 10.0, "validated token": 0.25, "now": 0.0}
     add, apply, evaluate, measured = (
         OptimizerStep.add,
         OptimizerStep.apply,
@@ -32,9 +35,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         takes["now"] += seconds if kind in first else 10_000.0
         first.add(kind)
 
-    def slow_add(self: OptimizerStep, pairs: Any, *arguments: Any) -> Any:
-        passes("add", takes["token"] * sum(pair.tokens for pair in pairs))
-        return add(self, pairs, *arguments)
+    def slow_add(self: OptimizerStep, pairs: Any, totals: Any, quantised: bool) -> Any:
+        passes("add", takes["token"] * sum(pair.tokens for pair in pairs) * (takes["rounded"] if quantised else 1.0))
+        return add(self, pairs, totals, quantised)
 
     def slow_apply(self: OptimizerStep) -> Any:
         passes("apply", takes["update"])
@@ -81,6 +84,33 @@ def test_longer_micro_batches_take_longer(
 
     minutes = [float(re.findall(r"about ([\d.]+) min", line)[0]) for line in (once, twice)]
     assert minutes[1] == pytest.approx(2 * minutes[0], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("qat", "share"),
+    [({}, 1.0), ({"qat_interval": 2}, 0.5), ({"qat_start_step": 31}, 0.25), ({"qat_start_step": 41}, 0.0)],
+    ids=str,
+)
+def test_steps_take_longer_where_they_are_fake_quantised(
+    model_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    pretended: dict[str, float],
+    qat: dict[str, int],
+    share: float,
+) -> None:
+    pretended["update"] = pretended["validated token"] = 0.0
+    pretended["token"], pretended["rounded"] = 50.0, 5.0
+
+    def hours(**settings: Any) -> tuple[float, str]:
+        line = timed(model_folder, data_folder, tmp_path / "a", iters=40, batch_size=4, **settings)
+        return float(re.findall(r"about ([\d.]+) h", line)[0]), line
+
+    never, _ = hours()
+    some, line = hours(qat_enable=True, qat_group_size=32, **qat)
+
+    assert some == pytest.approx(never * (1 + 4 * share), rel=0.1)
+    assert ("and fake-quantised ones of " in line) == (0 < share < 1)
 
 
 def test_validations_are_told_apart(
