@@ -62,9 +62,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.parent.name not in LONGEST))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What fixtures of a module compute does not depend on the test before, either."""
+    _reset_random_numbers()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Whatever ran before, every test finds the generators alike, and as ones that nobody has seeded."""
+    _reset_random_numbers()
+
+
+def _reset_random_numbers() -> None:
     np.random.seed(0)
     np.random.random_sample()
     mx.random.seed(2**40)
