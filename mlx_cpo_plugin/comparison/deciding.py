@@ -11,7 +11,6 @@ from mlx_cpo_plugin.comparison.judge import Judge, LocalJudge, judged, prompt_of
 from mlx_cpo_plugin.comparison.measure import Comparison
 from mlx_cpo_plugin.comparison.questions import Say
 from mlx_cpo_plugin.comparison.rewards import load_reward, reward_figures
-from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import load_chat_tokenizer
 
@@ -50,6 +49,5 @@ class Deciders:
         for entry, reward in self.rewards:
             yield reward_figures(comparison, entry, reward)
         if self._judge is not None:
-            with compile_where_it_pays():
-                judge = self._judge()
-                yield judged(judge, self.name, comparison.names, comparison.questions, comparison.answers, say)
+            judge = self._judge()
+            yield judged(judge, self.name, comparison.names, comparison.questions, comparison.answers, say)

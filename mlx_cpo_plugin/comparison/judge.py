@@ -18,6 +18,7 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.model.scoring import prepared_to_answer
 
 FIRST, SECOND, TIE = 1.0, 0.0, 0.5
 Judge = Callable[[str], float | None]
@@ -148,6 +149,7 @@ class LocalJudge:
             tokens = self.tokenizer.encode(self.tokenizer.render(messages, None, True, variants[-1])).ids
         except UnusableRow as error:
             raise UserError(f"The judge cannot be asked ({error}); give another --judge.", key="judge") from error
-        _, logprobs = next(generate_step(mx.array(tokens), self.model, max_tokens=1))
+        with prepared_to_answer(self.model, len(tokens), 1, lambda _: None):
+            _, logprobs = next(generate_step(mx.array(tokens), self.model, max_tokens=1))
         first, second = (float(mx.logsumexp(logprobs[mx.array(ids)].astype(mx.float32))) for ids in self.letters)
         return None if np.isnan(first - second) else TIE if first == second else FIRST if first > second else SECOND

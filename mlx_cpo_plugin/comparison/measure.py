@@ -25,9 +25,9 @@ from mlx_cpo_plugin.comparison.questions import (
 )
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
-from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.model.scoring import prepared_to_answer
 from mlx_cpo_plugin.run.building import quantised_load
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.objective import objective_for
@@ -104,8 +104,7 @@ def compare(
         if precision != quantised_load(settings) and contender.adapter_path is not None:
             loaded = f"with {precision}" if precision else "unquantised"
             say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
-    with compile_where_it_pays():
-        _measure_all(comparison, max_tokens, say)
+    _measure_all(comparison, max_tokens, say)
     return comparison
 
 
@@ -147,16 +146,17 @@ def answers(
     model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_tokens: int, name: str, say: Say
 ) -> list[Answer]:
     """Return the greedy answer to every question, at most ``max_tokens`` long."""
-    given = []
-    for number, question in enumerate(questions, 1):
-        if is_told(number, len(questions)):
-            say(f"The {name} answers prompt {number} of {len(questions)}.")
-        text, tokens, finished = "", [], False
-        for response in stream_generate(model, tokenizer, question.tokens, max_tokens=max_tokens):
-            text += response.text
-            finished = response.finish_reason == "stop"
-            tokens += [] if finished else [response.token]
-        given.append(Answer(text.strip(), finished, tuple(tokens)))
+    given, read = [], sum(len(question.tokens) for question in questions)
+    with prepared_to_answer(model, read, len(questions) * max_tokens, say):
+        for number, question in enumerate(questions, 1):
+            if is_told(number, len(questions)):
+                say(f"The {name} answers prompt {number} of {len(questions)}.")
+            text, tokens, finished = "", [], False
+            for response in stream_generate(model, tokenizer, question.tokens, max_tokens=max_tokens):
+                text += response.text
+                finished = response.finish_reason == "stop"
+                tokens += [] if finished else [response.token]
+            given.append(Answer(text.strip(), finished, tuple(tokens)))
     return given
 
 

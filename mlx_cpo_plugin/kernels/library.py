@@ -89,6 +89,14 @@ def usable(say: Callable[[str], None] = print) -> bool:
     return True
 
 
+def is_compiled() -> bool:
+    """Whether :func:`usable` has nothing to compile, if they are wanted."""
+    try:
+        return wanted() != NONE and is_whole(cached_file())
+    except KernelError:
+        return False
+
+
 def compiler() -> str | None:
     """Return the path of a C++ compiler, that of ``CXX`` first."""
     found = (shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name)

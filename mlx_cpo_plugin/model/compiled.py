@@ -71,6 +71,17 @@ def compiled_kernels(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def compiled_head(model: nn.Module) -> Iterator[None]:
+    """Let the kernels compute whole logits, too, which only answers take: pairs are scored without them."""
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside and kernel_weight(module) is not None]
+    linears: list[tuple[nn.Module, Call]] = [(module, _linear) for module in outside if isinstance(module, LINEAR)]
+    tied: list[tuple[nn.Module, Call]] = [(module, _linear) for module in outside if not isinstance(module, LINEAR)]
+    with overridden_calls(linears, row_by_row=True), overridden_calls(tied, "as_linear", row_by_row=True):
+        yield
+
+
+@contextmanager
 def _attribute(owner: Any, name: str, kernel: Callable[..., Any]) -> Iterator[None]:
     """Let ``kernel`` answer in place of a function of a module, which it gets as its first argument."""
     original = getattr(owner, name)

@@ -1,4 +1,4 @@
-"""Pairs are scored without a gradient, in a run or by a model that is prepared for it."""
+"""Models are prepared to compute without a gradient, and score pairs, in a run or by themselves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,30 @@ from mlx_cpo_plugin.data.batches import collate, collate_answers
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
 from mlx_cpo_plugin.kernels import library
-from mlx_cpo_plugin.model.compiled import compiled_kernels, computes
+from mlx_cpo_plugin.model.compiled import compiled_head, compiled_kernels, computes
 from mlx_cpo_plugin.model.logps import AnswerScores, normalised, score_answers, score_rows
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.shared_prefix import is_long, split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
+
+# A token that is written reads all weights by itself, which takes a few times what a token among many takes.
+_WRITTEN = 3
+
+
+@contextmanager
+def prepared(model: nn.Module, tokens: int, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Let ``model`` compute as fast as the device can until the context ends.
+
+    Args:
+        tokens: that it is going to read; for a few of them the kernels are used, but not compiled.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(compile_where_it_pays())
+        stack.enter_context(float32_products(model))
+        if _kernels_pay(model, tokens) and library.usable(say):
+            stack.enter_context(compiled_kernels(model))
+        yield
 
 
 @contextmanager
@@ -27,15 +45,26 @@ def prepared_scorer(
 ) -> Iterator[SharedPromptScorer | None]:
     """Yield what scores ``pairs``, as :func:`mlx_cpo_plugin.model.parity.choose_scorer` returns it.
 
-    Until the context ends the model computes as fast as the device can, with the compiled kernels if there is enough
-    for them to do.
+    Until the context ends the model is :func:`prepared` for them.
+    """
+    with prepared(model, sum(pair.tokens for pair in pairs), say):
+        yield choose_scorer(model, pairs, wanted, say)
+
+
+@contextmanager
+def prepared_to_answer(
+    model: nn.Module, prompts: int, answers: int, say: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Let ``model`` answer as fast as the device can until the context ends.
+
+    Args:
+        prompts, answers: the tokens of all of them.
     """
     with ExitStack() as stack:
-        stack.enter_context(compile_where_it_pays())
-        stack.enter_context(float32_products(model))
-        if _kernels_pay(model, pairs) and library.usable(say):
-            stack.enter_context(compiled_kernels(model))
-        yield choose_scorer(model, pairs, wanted, say)
+        stack.enter_context(prepared(model, prompts + _WRITTEN * answers, say))
+        if library.in_use():
+            stack.enter_context(compiled_head(model))
+        yield
 
 
 def scored_groups(
@@ -78,7 +107,7 @@ def _score_long(
     return AnswerScores(*(column for columns in zip(*sides, strict=True) for column in columns))
 
 
-def _kernels_pay(model: nn.Module, pairs: Sequence[PreferencePair]) -> bool:
+def _kernels_pay(model: nn.Module, tokens: int) -> bool:
     if library.in_use() or not library.suits_device() or not computes(model):
         return False
-    return library.pays(2 * get_total_parameters(model) * sum(pair.tokens for pair in pairs))
+    return library.is_compiled() or library.pays(2 * get_total_parameters(model) * tokens)

@@ -29,7 +29,7 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import prompt_tokens
 from mlx_cpo_plugin.errors import DataError, UserError
-from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.model.scoring import prepared_to_answer
 
 SIDES = ("base", "tuned")
 SECONDS_BETWEEN_PARTS = 0.5
@@ -86,7 +86,7 @@ class BothModels:
         except UnusableRow as error:
             raise DataError(f"This cannot be asked: {error}. Begin anew, or write another.", key="prompt") from error
         model, text = self.become(side), ""
-        with float32_products(model):
+        with prepared_to_answer(model, len(tokens), max_tokens, lambda _: None):
             for response in stream_generate(
                 model,
                 self.tokenizer,
