@@ -9,15 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate
 
+from mlx_cpo_plugin.comparison.answering import answers
 from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on
 from mlx_cpo_plugin.comparison.preference import LengthGroup, Preferences, length_groups, preferences
 from mlx_cpo_plugin.comparison.questions import (
     Question,
     Say,
     held_out_pairs,
-    is_told,
     one_of_each_row,
     own_question,
     question_of,
@@ -27,7 +26,6 @@ from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.host import load_chat_tokenizer
-from mlx_cpo_plugin.model.scoring import prepared_to_answer
 from mlx_cpo_plugin.run.building import quantised_load
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.objective import objective_for
@@ -140,24 +138,6 @@ def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:
         if comparison.groups:
             say(f"The {name} scores {len(comparison.groups[0].pairs)} held-out pairs.")
             comparison.preferences.append(preferred(model, comparison))
-
-
-def answers(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_tokens: int, name: str, say: Say
-) -> list[Answer]:
-    """Return the greedy answer to every question, at most ``max_tokens`` long."""
-    given, read = [], sum(len(question.tokens) for question in questions)
-    with prepared_to_answer(model, read, len(questions) * max_tokens, say):
-        for number, question in enumerate(questions, 1):
-            if is_told(number, len(questions)):
-                say(f"The {name} answers prompt {number} of {len(questions)}.")
-            text, tokens, finished = "", [], False
-            for response in stream_generate(model, tokenizer, question.tokens, max_tokens=max_tokens):
-                text += response.text
-                finished = response.finish_reason == "stop"
-                tokens += [] if finished else [response.token]
-            given.append(Answer(text.strip(), finished, tuple(tokens)))
-    return given
 
 
 def preferred(model: nn.Module, comparison: Comparison) -> Preferences:

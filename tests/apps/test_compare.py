@@ -336,7 +336,7 @@ def test_the_json_holds_what_its_documentation_says(
     assert max(map(len, printed.out.splitlines())) <= 80
     assert "accuracy, 4 pairs" in printed.out
     assert f"prompt: {PROMPT}" in printed.out
-    assert "The tuned model answers prompt 2 of 2." in printed.err
+    assert "The tuned model has answered 2 of 2 prompts." in printed.err
 
 
 def test_json_to_standard_output_stands_there_alone(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
