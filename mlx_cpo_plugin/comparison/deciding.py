@@ -30,15 +30,15 @@ class Deciders:
         if chosen.judge_key and not chosen.judge_url:
             raise ConfigError("--judge-key is for an endpoint; give --judge-url, too.", key="judge_key")
         self.rewards = [(entry, load_reward(entry)) for entry in dict.fromkeys(chosen.reward)]
-        self._judge: Callable[[], Judge] | None = None
+        self._judge: Callable[[Say], Judge] | None = None
         self.name = ""
         if chosen.judge:
             load_chat_tokenizer(chosen.judge, "--judge")
-            self.name, self._judge = chosen.judge, lambda: LocalJudge(chosen.judge)
+            self.name, self._judge = chosen.judge, lambda say: LocalJudge(chosen.judge, say)
         elif chosen.judge_url:
             endpoint = Endpoint(chosen.judge_url, chosen.judge_model, chosen.judge_key, chosen.judge_timeout)
             endpoint.reply(prompt_of("What is two and two?", "Four.", "Five."))
-            self.name, self._judge = endpoint.name, lambda: endpoint
+            self.name, self._judge = endpoint.name, lambda _: endpoint
 
     def entries(self, comparison: Comparison, say: Say) -> Iterator[dict[str, Any]]:
         """Yield what the JSON says of each; a local judge is loaded once the models are gone.
@@ -49,5 +49,5 @@ class Deciders:
         for entry, reward in self.rewards:
             yield reward_figures(comparison, entry, reward)
         if self._judge is not None:
-            judge = self._judge()
+            judge = self._judge(say)
             yield judged(judge, self.name, comparison.names, comparison.questions, comparison.answers, say)

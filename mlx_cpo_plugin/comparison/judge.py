@@ -127,12 +127,14 @@ class LocalJudge:
 
     Args:
         model: folder or hub name.
+        say: receives a line where kernels are compiled for it.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, say: Say) -> None:
+        self._say, self._read = say, 0
         self.model = load_model(model, option="--judge")[0]
         self.model.eval()
         self.tokenizer = ChatTokenizer(load_chat_tokenizer(model))
@@ -149,7 +151,8 @@ class LocalJudge:
             tokens = self.tokenizer.encode(self.tokenizer.render(messages, None, True, variants[-1])).ids
         except UnusableRow as error:
             raise UserError(f"The judge cannot be asked ({error}); give another --judge.", key="judge") from error
-        with prepared_to_answer(self.model, len(tokens), 1, lambda _: None):
+        self._read += len(tokens)  # what has been asked says how much there is to do
+        with prepared_to_answer(self.model, self._read, 1, self._say):
             _, logprobs = next(generate_step(mx.array(tokens), self.model, max_tokens=1))
         first, second = (float(mx.logsumexp(logprobs[mx.array(ids)].astype(mx.float32))) for ids in self.letters)
         return None if np.isnan(first - second) else TIE if first == second else FIRST if first > second else SECOND

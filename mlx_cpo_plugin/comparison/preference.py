@@ -91,7 +91,7 @@ def preferences(
     of_pairs = np.zeros((len(PAIR_VALUES), len(pairs)))
     members = [{id(pair) for pair in group.pairs} for group in groups]
     means = [PairMeans(objective) for _ in groups]
-    with prepared_scorer(model, pairs, scoring, say=lambda line: None) as scorer:
+    with prepared_scorer(model, pairs, scoring, lambda line: None, compiled_ones=True) as scorer:
         for scores, together in scored_batches(
             model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer, step_size=step_size
         ):

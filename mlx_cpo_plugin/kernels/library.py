@@ -30,7 +30,7 @@ from mlx_cpo_plugin.errors import ConfigError
 VARIABLE = "MLX_CPO_PLUGIN_KERNELS"
 AUTO, ALWAYS, NONE = "auto", "always", "none"
 # Multiplications and additions of a run, below which kernels are not used: at the best rates of today's processors they
-# take longer than compiling does. The choice depends on nothing else, so that it is the same for the same run.
+# take longer than compiling does. The choice of a run depends on nothing else, so that it is the same once more.
 LEAST_WORK = 3e12
 COMPILERS = ("g++", "clang++", "c++")
 SOURCE = Path(__file__).parent / "source"
@@ -38,6 +38,9 @@ _MLX = Path(mx.__file__).parent
 _DIGEST_SIZE = hashlib.sha256().digest_size
 # What contracts a product and a sum is as exact; nothing that reorders sums is switched on.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+# Files that could not be made or loaded by this process.
+_failed: set[Path] = set()
 
 FUNCTIONS = ("linear", "norm", "rotation", "attention", "silu_gate", "gelu", "head")
 
@@ -71,12 +74,15 @@ def suits_device() -> bool:
 def usable(say: Callable[[str], None] = print) -> bool:
     """Load the kernels, compiled before or now; return whether that worked.
 
-    They need a CPU, an OpenBLAS and, the first time, a C++ compiler.
+    They need a CPU, an OpenBLAS and, the first time, a C++ compiler. What fails is said and is not tried again.
     """
     if wanted() == NONE or not suits_device():
         return False
+    file: Path | None = None
     try:
         file = cached_file()
+        if file in _failed:
+            return False
         if not is_whole(file):
             if compiler() is None and wanted() == AUTO:
                 return False
@@ -85,6 +91,8 @@ def usable(say: Callable[[str], None] = print) -> bool:
         load(file)
     except KernelError as error:
         say(f"The kernels for this processor cannot be used, so training is slower: {error}")
+        if file is not None:
+            _failed.add(file)
         return False
     return True
 

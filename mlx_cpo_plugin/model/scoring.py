@@ -25,29 +25,36 @@ _WRITTEN = 3
 
 
 @contextmanager
-def prepared(model: nn.Module, tokens: int, say: Callable[[str], None] = print) -> Iterator[None]:
+def prepared(
+    model: nn.Module, tokens: int, say: Callable[[str], None] = print, compiled_ones: bool = False
+) -> Iterator[None]:
     """Let ``model`` compute as fast as the device can until the context ends.
 
     Args:
-        tokens: that it is going to read; for a few of them the kernels are used, but not compiled.
+        tokens: that it is going to read; the compiled kernels are used if that is enough for them to do.
+        compiled_ones: use them for less, too, where they are compiled already, which changes what is rounded.
     """
     with ExitStack() as stack:
         stack.enter_context(compile_where_it_pays())
         stack.enter_context(float32_products(model))
-        if _kernels_pay(model, tokens) and library.usable(say):
+        if _kernels_pay(model, tokens, compiled_ones) and library.usable(say):
             stack.enter_context(compiled_kernels(model))
         yield
 
 
 @contextmanager
 def prepared_scorer(
-    model: nn.Module, pairs: Sequence[PreferencePair], wanted: str, say: Callable[[str], None] = print
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    wanted: str,
+    say: Callable[[str], None] = print,
+    compiled_ones: bool = False,
 ) -> Iterator[SharedPromptScorer | None]:
     """Yield what scores ``pairs``, as :func:`mlx_cpo_plugin.model.parity.choose_scorer` returns it.
 
     Until the context ends the model is :func:`prepared` for them.
     """
-    with prepared(model, sum(pair.tokens for pair in pairs), say):
+    with prepared(model, sum(pair.tokens for pair in pairs), say, compiled_ones):
         yield choose_scorer(model, pairs, wanted, say)
 
 
@@ -61,7 +68,7 @@ def prepared_to_answer(
         prompts, answers: the tokens of all of them.
     """
     with ExitStack() as stack:
-        stack.enter_context(prepared(model, prompts + _WRITTEN * answers, say))
+        stack.enter_context(prepared(model, prompts + _WRITTEN * answers, say, compiled_ones=True))
         if library.in_use():
             stack.enter_context(compiled_head(model))
         yield
@@ -107,7 +114,7 @@ def _score_long(
     return AnswerScores(*(column for columns in zip(*sides, strict=True) for column in columns))
 
 
-def _kernels_pay(model: nn.Module, tokens: int) -> bool:
+def _kernels_pay(model: nn.Module, tokens: int, compiled_ones: bool) -> bool:
     if library.in_use() or not library.suits_device() or not computes(model):
         return False
-    return library.is_compiled() or library.pays(2 * get_total_parameters(model) * tokens)
+    return library.pays(2 * get_total_parameters(model) * tokens) or (compiled_ones and library.is_compiled())

@@ -86,7 +86,7 @@ class BothModels:
         except UnusableRow as error:
             raise DataError(f"This cannot be asked: {error}. Begin anew, or write another.", key="prompt") from error
         model, text = self.become(side), ""
-        with prepared_to_answer(model, len(tokens), max_tokens, lambda _: None):
+        with prepared_to_answer(model, len(tokens), max_tokens):
             for response in stream_generate(
                 model,
                 self.tokenizer,

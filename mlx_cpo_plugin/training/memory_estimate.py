@@ -104,9 +104,9 @@ class MemoryEstimate:
         self.largest = max(pairs, key=self._activations)
         self.computing = self._computing([self.largest])
         self._basis, self._peak = "Estimate", mx.get_peak_memory()
-        # Other models of the process, say. Own arrays that are not evaluated yet only make it smaller.
+        # Of other models in the process, say. Own arrays that are not evaluated yet only make it smaller.
         self._others = max(0, mx.get_active_memory() - self.weights - self.optimizer)
-        self._before = self._peak - self._others
+        self._before = self._peak
         self._correction, self._tried, self._warned, self._corrections = 1.0, 0.0, 0.0, 0
 
     @property
@@ -125,12 +125,15 @@ class MemoryEstimate:
             f"{_gigabytes(self.optimizer)}, gradients and activations {_gigabytes(self.computing)} with the largest "
             f"pair, {_named(self.largest)}); this device has {_gigabytes(device)}."
         ]
-        before = self._before
-        if before - self.total > SHARE_OF_DEVICE * device and before > FAR_OFF * self.total:
-            lines.append(f"note: loading the model took more, {_gigabytes(before)}, which reports count, too.")
-        if self.total > device:
-            lines.append(f"Warning: this device has less memory than that; {LOWER_THESE}.")
-        if self.widening and self.total + self.widening <= device:
+        whole = self.total + self._others
+        if self._before - whole > SHARE_OF_DEVICE * device and self._before > FAR_OFF * whole:
+            lines.append(f"note: loading the model took more, {_gigabytes(self._before)}, which reports count, too.")
+        if whole > device:
+            held = f" beside the {_gigabytes(self._others)} that this process holds already"
+            lines.append(
+                f"Warning: this device has less memory than that{held if self.total <= device else ''}; {LOWER_THESE}."
+            )
+        if self.widening and whole + self.widening <= device:
             lines.append(
                 "note: half-precision weights are widened to float32 for each product, which is what this processor is "
                 f"fast with; stored in float32 they take {(self.total + self.widening) / self.total:.1f} times the "

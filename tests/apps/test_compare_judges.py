@@ -128,7 +128,7 @@ def test_a_reply_is_read_after_its_thoughts_and_not_guessed(reply: str, verdict:
 
 def test_a_local_judge_takes_the_likelier_letter(model_folder: Path) -> None:
     model, tokenizer = load(str(model_folder))
-    judge = LocalJudge(str(model_folder))
+    judge = LocalJudge(str(model_folder), silent)
     for prompt in (prompt_of("Hi!", "Hello.", "No."), prompt_of("Why?", "Because.", "I do not know.")):
         tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         logits = np.array(model(mx.array(tokens)[None])[0, -1].astype(mx.float32), np.float64)

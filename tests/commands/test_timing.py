@@ -14,15 +14,16 @@ from mlx_cpo_plugin.commands import check, timing
 from mlx_cpo_plugin.plugins import train_modes
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.training.optimizer_step import OptimizerStep
+from mlx_cpo_plugin.training.qat import FakeQuantisation
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds that a token of a micro-batch, an update, and a token of validation take; the first of each is slow.
 
-    A token of a fake-quantised one takes ``rounded`` times as long.
+    A token of a fake-quantised one takes ``rounded`` times as long, and before each such step is the ``rounding``.
     """
-    takes = {"token": 0.5, "rounded": 1.0, "update": 10.0, "validated token": 0.25, "now": 0.0}
+    takes = {"token": 0.5, "rounded": 1.0, "rounding": 0.0, "update": 10.0, "validated token": 0.25, "now": 0.0}
     add, apply, evaluate, measured = (
         OptimizerStep.add,
         OptimizerStep.apply,
@@ -47,6 +48,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         takes["now"] += takes["validated token"] * sum(pair.tokens for pair in pairs)
         return evaluate(model, pairs, *arguments, **named)
 
+    def slow_rounding(self: FakeQuantisation) -> None:
+        takes["now"] += takes["rounding"]
+
+    monkeypatch.setattr(FakeQuantisation, "update", slow_rounding)
     monkeypatch.setattr(OptimizerStep, "add", slow_add)
     monkeypatch.setattr(OptimizerStep, "apply", slow_apply)
     monkeypatch.setattr(timing, "evaluate_pairs", slow_evaluate)
@@ -111,6 +116,23 @@ def test_steps_take_longer_where_they_are_fake_quantised(
 
     assert some == pytest.approx(never * (1 + 4 * share), rel=0.1)
     assert ("and fake-quantised ones of " in line) == (0 < share < 1)
+
+
+def test_weights_are_rounded_before_each_fake_quantised_step(
+    model_folder: Path, data_folder: Path, tmp_path: Path, pretended: dict[str, float]
+) -> None:
+    pretended["update"] = pretended["validated token"] = pretended["token"] = 0.0
+    pretended["rounding"] = 60.0
+    settings = {"iters": 40, "gradient_accumulation_steps": 2, "qat_enable": True, "qat_group_size": 32}
+
+    every, second, none = (
+        timed(model_folder, data_folder, tmp_path / "a", **settings, **qat)
+        for qat in ({}, {"qat_interval": 2}, {"qat_start_step": 21})
+    )
+
+    assert every.startswith("Time: about 20 min ")
+    assert second.startswith("Time: about 10 min ")
+    assert none.startswith("Time: about 0 s ")
 
 
 def test_validations_are_told_apart(

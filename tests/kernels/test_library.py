@@ -59,6 +59,15 @@ def test_a_compiler_that_fails_costs_one_sentence_with_its_reason_and_leaves_not
     assert [file for file in cache_folder.rglob("*") if file.suffix == ".so"] == []
 
 
+def test_what_failed_is_neither_tried_nor_said_again_by_the_same_process(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", f"echo tried >> {tmp_path / 'tries'}; exit 1"))
+
+    assert [len(told()) for _ in range(3)] == [1, 0, 0]
+    assert (tmp_path / "tries").read_text().count("tried") == 1
+
+
 def test_a_library_that_computes_something_else_or_ends_its_process_is_not_kept(
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

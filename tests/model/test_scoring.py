@@ -36,10 +36,10 @@ def quantised() -> nn.Module:
     return model
 
 
-def chosen_logps(model: nn.Module, wanted: str = "auto") -> tuple[list[float], bool]:
+def chosen_logps(model: nn.Module, wanted: str = "auto", compiled_ones: bool = False) -> tuple[list[float], bool]:
     """Return the scores of all pairs, and whether the kernels computed them."""
     found, used = [], []
-    with prepared_scorer(model, PAIRS, wanted, lambda _: None) as scorer:
+    with prepared_scorer(model, PAIRS, wanted, lambda _: None, compiled_ones) as scorer:
         used.append(library.in_use())
         for scores, _ in scored_batches(model, PAIRS, False, batch_size=3, scorer=scorer):
             found += np.array(scores.chosen_logps).tolist()
@@ -67,9 +67,10 @@ def test_a_few_pairs_are_not_worth_compiling_them_and_some_models_are_not_theirs
     use_kernels(monkeypatch)
     assert not chosen_logps(build_architecture("mamba2"))[1]
     monkeypatch.setenv(library.VARIABLE, library.AUTO)
-    assert chosen_logps(untrained())[1]
-    monkeypatch.setattr(library, "is_compiled", lambda: False)
     assert not chosen_logps(untrained())[1]
+    assert chosen_logps(untrained(), compiled_ones=True)[1]
+    monkeypatch.setattr(library, "is_compiled", lambda: False)
+    assert not chosen_logps(untrained(), compiled_ones=True)[1]
     monkeypatch.setattr(library, "LEAST_WORK", 0)
     assert chosen_logps(untrained())[1]
 

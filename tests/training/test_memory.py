@@ -480,6 +480,22 @@ def test_the_first_step_corrects_the_estimate_and_one_line_says_so_where_it_was_
         assert line.startswith(f"Estimate after the first step: about {found.total / 1e9:.3f} GB of memory (weights ")
 
 
+def test_what_others_hold_is_missing_to_the_run(peak: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = estimate_of(pairs_of(100, 60, 60))
+    others = 5 * 10**6
+    monkeypatch.setattr(mx, "get_active_memory", lambda: alone.weights + alone.optimizer + others)
+    peak[0] = others
+    found = estimate_of(pairs_of(100, 60, 60))
+
+    assert found.total == alone.total
+    assert len(found.lines(alone.total + others)) == 1
+    _, warning = found.lines(alone.total + others - 1)
+    assert warning.startswith(
+        "Warning: this device has less memory than that beside the 0.005 GB that this process holds already; lower "
+    )
+    assert " beside " not in found.lines(alone.total - 1)[1]
+
+
 def test_that_loading_took_more_than_training_will_is_told(peak: list[int]) -> None:
     peak[0] = 3 * 10**9
     found = estimate_of(pairs_of(100, 60, 60))
