@@ -39,7 +39,7 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 # What contracts a product and a sum is as exact; nothing that reorders sums is switched on.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
-# Files that could not be made or loaded by this process.
+# Files that this process could not make or load.
 _failed: set[Path] = set()
 
 FUNCTIONS = ("linear", "norm", "rotation", "attention", "silu_gate", "gelu", "head")
@@ -90,7 +90,7 @@ def usable(say: Callable[[str], None] = print) -> bool:
             compile_into(file)
         load(file)
     except KernelError as error:
-        say(f"The kernels for this processor cannot be used, so training is slower: {error}")
+        say(f"The kernels for this processor cannot be used, so this takes longer: {error}")
         if file is not None:
             _failed.add(file)
         return False
