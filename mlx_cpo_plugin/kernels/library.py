@@ -71,10 +71,13 @@ def suits_device() -> bool:
     return current_device().takes_kernels and blas.product() is not None
 
 
-def usable(say: Callable[[str], None] = print) -> bool:
-    """Load the kernels, compiled before or now; return whether that worked.
+def usable(say: Callable[[str], None] = print, compiling: bool = True) -> bool:
+    """Load the kernels; return whether that worked.
 
     They need a CPU, an OpenBLAS and, the first time, a C++ compiler. What fails is said and is not tried again.
+
+    Args:
+        compiling: them, where that was not done before.
     """
     if wanted() == NONE or not suits_device():
         return False
@@ -84,7 +87,7 @@ def usable(say: Callable[[str], None] = print) -> bool:
         if file in _failed:
             return False
         if not is_whole(file):
-            if compiler() is None and wanted() == AUTO:
+            if not compiling or (compiler() is None and wanted() == AUTO):
                 return False
             say("Compiling kernels for this processor, once for all runs.")
             compile_into(file)
@@ -95,14 +98,6 @@ def usable(say: Callable[[str], None] = print) -> bool:
             _failed.add(file)
         return False
     return True
-
-
-def is_compiled() -> bool:
-    """Whether :func:`usable` has nothing to compile, if they are wanted."""
-    try:
-        return wanted() != NONE and is_whole(cached_file())
-    except KernelError:
-        return False
 
 
 def compiler() -> str | None:

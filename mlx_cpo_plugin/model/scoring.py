@@ -37,7 +37,7 @@ def prepared(
     with ExitStack() as stack:
         stack.enter_context(compile_where_it_pays())
         stack.enter_context(float32_products(model))
-        if _kernels_pay(model, tokens, compiled_ones) and library.usable(say):
+        if _kernels_usable(model, tokens, compiled_ones, say):
             stack.enter_context(compiled_kernels(model))
         yield
 
@@ -114,7 +114,8 @@ def _score_long(
     return AnswerScores(*(column for columns in zip(*sides, strict=True) for column in columns))
 
 
-def _kernels_pay(model: nn.Module, tokens: int, compiled_ones: bool) -> bool:
-    if library.in_use() or not library.suits_device() or not computes(model):
+def _kernels_usable(model: nn.Module, tokens: int, compiled_ones: bool, say: Callable[[str], None]) -> bool:
+    if library.in_use() or not computes(model):
         return False
-    return library.pays(2 * get_total_parameters(model) * tokens) or (compiled_ones and library.is_compiled())
+    pays = library.pays(2 * get_total_parameters(model) * tokens)
+    return (pays or compiled_ones) and library.usable(say, compiling=pays)

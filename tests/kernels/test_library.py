@@ -23,6 +23,19 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_nothing_is_compiled_for_what_takes_only_kernels_that_are_compiled_already(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_run", build)
+    monkeypatch.setattr(library, "load", lambda file: None)
+
+    assert not library.usable(pytest.fail, compiling=False)
+    assert library.usable([].append)
+    assert library.usable(pytest.fail, compiling=False)
+    monkeypatch.setenv(library.VARIABLE, library.NONE)
+    assert not library.usable(pytest.fail), "nobody wants them"
+
+
 def script(file: Path, line: str) -> str:
     file.write_text(f"#!/bin/sh\n{line}\n")
     file.chmod(0o755)

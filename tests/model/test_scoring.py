@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,7 +68,8 @@ def test_a_few_pairs_are_not_worth_compiling_them_and_some_models_are_not_theirs
     monkeypatch.setenv(library.VARIABLE, library.AUTO)
     assert not chosen_logps(untrained())[1]
     assert chosen_logps(untrained(), compiled_ones=True)[1]
-    monkeypatch.setattr(library, "is_compiled", lambda: False)
+    loaded = library.usable
+    monkeypatch.setattr(library, "usable", lambda say, compiling: compiling and loaded(say))
     assert not chosen_logps(untrained(), compiled_ones=True)[1]
     monkeypatch.setattr(library, "LEAST_WORK", 0)
     assert chosen_logps(untrained())[1]
@@ -136,20 +136,10 @@ def test_all_products_of_an_answer_are_theirs(
 def test_short_answers_are_not_worth_compiling_them_and_long_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
     use_kernels(monkeypatch, library.AUTO)
     assert answer(untrained())[2]
-    monkeypatch.setattr(library, "is_compiled", lambda: False)
+    loaded = library.usable
+    monkeypatch.setattr(library, "usable", lambda say, compiling: compiling and loaded(say))
     assert not answer(untrained())[2]
     model = untrained()
     monkeypatch.setattr(library, "LEAST_WORK", 2 * get_total_parameters(model) * (len(PROMPT) + 2 * 12))
     assert answer(model, length=12)[2], "what is written counts more than what is read"
     assert not answer(model, length=4)[2]
-
-
-def test_kernels_are_compiled_once_a_whole_file_of_them_is_there(
-    kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert library.is_compiled()
-    monkeypatch.setenv(library.VARIABLE, library.NONE)
-    assert not library.is_compiled(), "nobody wants them"
-    monkeypatch.setenv(library.VARIABLE, library.AUTO)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not library.is_compiled()
