@@ -195,7 +195,7 @@ def test_without_shared_prompts_the_memory_is_that_of_one_answer(kernels: None) 
 
 
 @pytest.mark.parametrize("wanted", ["auto", "plain"])
-@pytest.mark.parametrize("lengths", [(1500, 700, 700), (100, 300, 300), (2, 60, 61)], ids=str)
+@pytest.mark.parametrize("lengths", [(600, 300, 300), (100, 300, 300), (2, 60, 61)], ids=str)
 @pytest.mark.parametrize("with_kernels", [library.ALWAYS, library.NONE])
 @pytest.mark.slow
 def test_validation_and_the_check_of_what_was_saved_take_less_than_the_step(

@@ -318,25 +318,30 @@ def scores(bench: Bench, task: Task, model: Any, rows: Path) -> dict[str, list[f
 
 def answers(task: Task, bench: Bench, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Return the greedy answer to every held-out prompt, and whether it ended by itself."""
-    from mlx_lm.generate import batch_generate
-
-    from mlx_cpo_plugin.device import compile_where_it_pays
+    from mlx_cpo_plugin.comparison.answering import answers
+    from mlx_cpo_plugin.comparison.questions import Question
 
     rows = [json.loads(line) for line in bench.lines(task, task.held_out)]
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True)
-        for row in rows
+    questions = [
+        Question(
+            source=f"row {number}",
+            prompt=row["prompt"],
+            text=row["prompt"],
+            tokens=tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True
+            ),
+        )
+        for number, row in enumerate(rows, start=1)
     ]
-    with compile_where_it_pays():
-        given = batch_generate(model, tokenizer, prompts, max_tokens=MOST_TOKENS, return_token_ids=True)
+    given = answers(model, tokenizer, questions, MOST_TOKENS, task.loss, print)
     return [
         {
-            "answer": text.strip(),
-            "tokens": len(tokens),
-            "ended": len(tokens) < MOST_TOKENS,
+            "answer": answer.text,
+            "tokens": len(answer.tokens),
+            "ended": answer.finished,
             "reference": row["reference"],
         }
-        for text, tokens, row in zip(given.texts, given.token_ids, rows, strict=True)
+        for answer, row in zip(given, rows, strict=True)
     ]
 
 
