@@ -425,11 +425,14 @@ NORMAL = Numbers(3)
 Q, K, V = (mx.array(NORMAL(1, heads, 124, 16).astype(np.float32)) for heads in (4, 2, 2))
 X, WIDE = (mx.array(NORMAL(*shape).astype(np.float32)) for shape in ((124, 64), (200, 64)))
 A, B = (mx.array(NORMAL(*shape).astype(np.float32)) for shape in ((64, 5), (5, 200)))
+# Enough rows for several parts for each of a few threads.
+TALL = mx.array(NORMAL(9000, 64).astype(np.float32))
 ANGLES = mx.array(NORMAL(1, 124, 8).astype(np.float32))
 TARGETS = mx.array(NORMAL.rng.integers(0, 200, 124).astype(np.int32))
 # Functions of one array each, with all that a thread may share with another.
 OPERATIONS: dict[str, tuple[Function, mx.array]] = {
     "linear": (lambda x: operations.linear(x, Weight((WIDE,))), X),
+    "linear, in many parts": (lambda x: operations.linear(x, Weight((TALL,))), X),
     "adapted": (lambda x: operations.adapted_linear(x, Weight((WIDE.astype(mx.bfloat16),)), A, B, 2.0), X),
     "packed": (lambda x: operations.linear(x, Weight(tuple(mx.quantize(WIDE, 32, 4)), 4, 32)), X),
     "norm": (lambda x: operations.rms_norm(x, X[0], 1e-5), X),
@@ -439,6 +442,7 @@ OPERATIONS: dict[str, tuple[Function, mx.array]] = {
     "silu": (lambda x: operations.silu_gate(x, x), X),
     "gelu": (operations.gelu, X),
     "head": (lambda x: operations.target_scores(x, TARGETS, Weight((WIDE,)), True)[0], X),
+    "head, in many parts": (lambda x: operations.target_scores(x, TARGETS, Weight((TALL,)), True)[0], X),
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 

@@ -1,8 +1,8 @@
 // What a training pass consists of, as operations of MLX for a CPU: each is one pass over its arrays on all cores, and
 // keeps for the backward pass no more than its inputs and a few numbers a row.
 //
-// All arrays are float32 unless a weight is stored otherwise. Results do not depend on timing: what a thread computes
-// follows from the shapes and the number of threads, and sums are added in a fixed order.
+// All arrays are float32 unless a weight is stored otherwise. Results do not depend on timing: what is computed
+// together follows from the shapes and the number of threads, and sums are added in a fixed order.
 
 #include <string>
 

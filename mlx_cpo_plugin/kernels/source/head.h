@@ -19,12 +19,14 @@ class Head : public Shared<Head> {
   DEFINE_NAME(CPOHead)
 
  private:
-  // What a thread has summed over its part of the vocabulary, relative to the highest logit so far.
+  // What has been summed over a part of the vocabulary, relative to the highest logit so far.
   struct Sums {
     std::vector<float> highest, total, gradient;
   };
 
   static constexpr int64_t kRows = 256, kLogits = 1 << 17;
+  // Numbers that the sums of all parts have at most, unless there are as many threads.
+  static constexpr int64_t kMostSums = 1 << 22;
 
   void compute(const Arrays& in, Arrays& out) override {
     Weight weight(in, 2, options_.columns, options_.bits, options_.group);
@@ -38,10 +40,11 @@ class Head : public Shared<Head> {
     Activations hidden(in[0].data<float>() + range.begin * size, count, size, weight, 6, true);
     const int32_t* targets = in[1].data<int32_t>() + range.begin;
     float* logits = out[1].data<float>() + range.begin;
-    std::vector<Sums> sums(team->size());
-    team->run([&](int member) {
+    int64_t parts = count_parts(std::min(weight.rows / kPacked, kMostSums / (count * size)));
+    std::vector<Sums> sums(parts);
+    in_turn(parts, [&](int64_t part) {
       over_vocabulary(
-          weight, part_of(weight.rows, member, team->size(), hidden.unit()), hidden, targets, logits, sums[member]);
+          weight, part_of(weight.rows, part, parts, hidden.unit()), hidden, targets, logits, sums[part]);
     });
     for (int64_t row = 0; row < count; ++row) {
       float highest = -INFINITY, total = 0;

@@ -24,14 +24,15 @@ class LinearGradient : public Shared<LinearGradient> {
     Weight weight(in, rank ? 5 : 1, k, options_.bits, options_.group);
     const float* dy = in[0].data<float>();
     float* dx = out[0].data<float>();
-    int64_t unit = weight.bits ? std::max<int64_t>(kUnit, weight.group) : kUnit;
+    int64_t unit = weight.bits ? std::max<int64_t>(kUnit, weight.group) : kUnit, least = unit;
     std::optional<Activations> slopes;
     if (inner_) {
       slopes.emplace(dy, m, n, weight, 6, true);
-      unit = std::max(unit, slopes->unit());
+      unit = std::max(unit, slopes->unit()), least = slopes->least();
     }
     if (!rank) {
-      return in_parts(k, unit, double(m) * n * k, [&](Range c) { times_columns(weight, c, *slopes, dx); });
+      return in_parts(
+          k, unit, double(m) * n * k, [&](Range c) { times_columns(weight, c, *slopes, dx); }, least);
     }
     const float *x = in[1].data<float>(), *z = in[2].data<float>(), *a = in[3].data<float>(),
                 *b = in[4].data<float>();
@@ -56,7 +57,7 @@ class LinearGradient : public Shared<LinearGradient> {
         multiply(
             kPlain, kTransposed, m, c.size(), rank, 1, dz.data(), rank, a + c.begin * rank, rank, 1, dx + c.begin, k);
       }
-    });
+    }, least);
   }
 
   LinearOptions options_;
@@ -106,7 +107,7 @@ class Linear : public Shared<Linear> {
         const float* b = in[2].data<float>();
         multiply(kPlain, kPlain, m, r.size(), rank, options_.scale, z, rank, b + r.begin, n, 1, y + r.begin, n);
       }
-    });
+    }, activations.least());
   }
 
   LinearOptions options_;

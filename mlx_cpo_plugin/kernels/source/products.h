@@ -27,6 +27,8 @@ inline void multiply(
 // Numbers of a weight that are widened at a time: they stay in a core's cache while they are multiplied with.
 constexpr int64_t kWidened = 1 << 16;
 constexpr int64_t kUnit = 16;
+// Columns for which it does not matter that their activations are packed for them alone.
+constexpr int64_t kPacked = 512;
 
 // Activations [m, depth], in the form in which they are multiplied with a weight.
 class Activations {
@@ -42,6 +44,11 @@ class Activations {
   // How many columns of a product are best computed together, at least.
   int64_t unit() const {
     return tiles ? kSquare : kUnit;
+  }
+
+  // How many are worth being a part by themselves.
+  int64_t least() const {
+    return tiles ? kColumns : kPacked;
   }
 
   const float* data;

@@ -21,6 +21,8 @@ namespace cpo {
 inline bool has_tiles = false;
 
 constexpr int64_t kSquare = 32;  // rows and columns of a block of sums
+// Columns and steps of depth of a right block: with its left rows it stays in a core's cache of the second level.
+constexpr int64_t kColumns = 256, kSteps = 32;
 // With fewer rows, packing a weight takes longer than multiplying with it as it is; more numbers would fill the memory.
 constexpr int64_t kFewestRows = 24, kMostNumbers = 1 << 25;
 
@@ -35,8 +37,6 @@ constexpr int64_t kTile = 16;            // rows of a tile, and columns of a til
 constexpr int64_t kDepth = 32;           // what a tile's rows are multiplied over, in bfloat16 numbers
 constexpr int64_t kTileSize = kTile * kDepth;
 constexpr int kParts = 3;                // bfloat16 numbers whose sum is a float32 number
-// Columns and steps of depth of a right block: with its left rows it stays in a core's cache of the second level.
-constexpr int64_t kColumns = 256, kSteps = 32;
 
 using Bfloat16 = uint16_t;
 
