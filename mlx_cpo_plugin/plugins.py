@@ -15,7 +15,7 @@ import pluggy
 from mlx_cpo_plugin import hookspecs
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.errors import PluginError
-from mlx_cpo_plugin.types import LossType, TrainMode, Values
+from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
 BUILT_IN = "mlx-cpo-plugin"
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
@@ -102,10 +102,12 @@ def _by_name(title: str, kind: type[Entry]) -> dict[str, Entry]:
     found: dict[str, tuple[str, Entry]] = {}
     for plugin, entry in _claims(kind):
         if entry.name in found:
-            first, second = _distribution_of(found[entry.name][0]), _distribution_of(plugin)
+            both = (found[entry.name][0], plugin)
+            first, second = map(_distribution_of, both)
+            advice = " or ".join(f"{BLOCK_VARIABLE}={name}" for name in dict.fromkeys(both) if name != BUILT_IN)
             raise PluginError(
                 f"The {title} {entry.name!r} is registered twice, by {first} and by {second}; "
-                f"uninstall one of them or block it with {BLOCK_VARIABLE}."
+                f"uninstall one of them, or block it with {advice}."
             )
         found[entry.name] = plugin, entry
     return {name: entry for name, (_, entry) in found.items()}
@@ -130,12 +132,22 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
         for entry in entries:
             if not isinstance(entry, KINDS[hook]):
                 raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
+        for entry in entries:
+            _check_options(entry.name, entry.options)
     except Exception as error:  # whatever a third party's hook raises, the other plugins go on
         if plugin == BUILT_IN:
             raise
         _warn_skipped(plugin, error)
         return ()
     return entries
+
+
+def _check_options(name: str, options: Iterable[Option]) -> None:
+    """Raise ValueError where an option would not have its own value, but that of a setting of every run."""
+    common = {option.name: option for option in import_module("mlx_cpo_plugin.settings.options").COMMON_OPTIONS}
+    for option in options:
+        if option.name in common and option is not common[option.name]:
+            raise ValueError(f"{name} has an option {option.name}, which is a setting of every run; rename it")
 
 
 def registered_distributions() -> list[Values]:

@@ -17,6 +17,7 @@ from support.stranger_plugins import CompetingPlugin, RankPlugin, registered
 
 from mlx_cpo_plugin import hookspecs, plugins
 from mlx_cpo_plugin.errors import PluginError
+from mlx_cpo_plugin.types import LossType, Option
 
 RANK = """
 import mlx.core as mx
@@ -114,6 +115,9 @@ def test_two_plugins_with_one_name_are_an_error_that_names_both(
     assert "'rank' is registered twice" in ended.stderr
     assert "rank-loss 1.0" in ended.stderr
     assert "other-rank 1.0" in ended.stderr
+    named = re.search(r"block it with MLX_CPO_PLUGIN_BLOCK=(\w+) or MLX_CPO_PLUGIN_BLOCK=(\w+)\.", ended.stderr)
+    assert named is not None
+    assert {*named.groups()} == {"rank_loss", "other_rank"}
     assert blocked.returncode == 0, blocked.stderr
 
 
@@ -130,6 +134,16 @@ def test_the_built_in_mode_and_losses_come_through_the_hooks() -> None:
 def test_a_mode_that_another_plugin_has_is_an_error() -> None:
     with registered(CompetingPlugin()), pytest.raises(PluginError, match="train mode 'cpo' is registered twice"):
         plugins.train_modes()
+
+
+def test_a_loss_whose_option_is_a_setting_of_every_run_is_named_and_skipped() -> None:
+    class Seeded(RankPlugin):
+        @hookspecs.hookimpl
+        def register_loss_types(self) -> list:
+            return [LossType("seeded", "Seeded", lambda *_, **__: None, "", options=(Option("seed", float, 2.5, ""),))]
+
+    with registered(Seeded()), pytest.warns(RuntimeWarning, match="seeded has an option seed, which is a setting of"):
+        assert "seeded" not in plugins.loss_types()
 
 
 def test_a_hook_that_returns_something_else_is_named_and_skipped() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import chain
+from typing import TypeVar
 
 from mlx_cpo_plugin.data.columns import Columns, ColumnsRead, DataSettings, ValidationSettings, first_few, rows_in
 from mlx_cpo_plugin.data.conversion import Outcome, RowConverter, SourcedRow, convert_rows
@@ -22,6 +23,8 @@ from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import Lengths, OverlongRow, TruncatedPair
 from mlx_cpo_plugin.errors import DataError, named
 from mlx_cpo_plugin.types import Tokenizer, Values
+
+Item = TypeVar("Item")
 
 
 class PreferenceDataset(list[PreferencePair]):
@@ -79,15 +82,16 @@ class PreferenceDataset(list[PreferencePair]):
         self._told = True
 
     @classmethod
-    def joined(cls, parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
-        """Concatenate data sets, at least one."""
+    def joined(cls, parts: Sequence[PreferenceDataset], spread: bool = False) -> PreferenceDataset:
+        """Concatenate data sets, at least one; or :func:`spread_evenly` their pairs."""
         if len(parts) == 1:
             return parts[0]
         skipped: dict[str, list[str]] = {}
         for part in parts:
             for reason, places in part.report.skipped.items():
                 skipped.setdefault(reason, []).extend(places)
-        pairs = [cut for part in parts for cut in part._cut]
+        cuts = [part._cut for part in parts]
+        pairs = spread_evenly(cuts) if spread else [*chain(*cuts)]
         too_long = [whole for part in parts for whole in part._others["too_long"]]
         notes = tuple(dict.fromkeys(note for part in parts for note in part.report.notes))
         columns = ColumnsRead.joined([part.report.columns for part in parts])
@@ -109,18 +113,12 @@ class PreferenceDataset(list[PreferencePair]):
     def split_off(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
         """Training and validation set: ``fraction`` of the rows, at least one, drawn by ``seed``, go to the latter.
 
-        Raises:
-            DataError: there are fewer than two rows.
+        Of a single row nothing goes there.
         """
         # The pairs of a row with several answers stay together.
         rows = [row_key(cut.pair.source, place) for place, cut in enumerate(self._cut)]
         each = list(dict.fromkeys(rows))
-        if len(each) < 2:
-            raise DataError(
-                "valid_fraction needs at least two usable training rows: add rows, or set it to 0.",
-                key="valid_fraction",
-            )
-        size = min(max(1, round(fraction * len(each))), len(each) - 1)
+        size = min(max(1, round(fraction * len(each))), max(len(each) - 1, 0))
         drawn = set(random.Random(seed).sample(each, size))
         kept, carved = (
             [cut for row, cut in zip(rows, self._cut, strict=True) if (row in drawn) == taken]
@@ -161,6 +159,12 @@ def _weighted(pairs: Sequence[PreferencePair], weight: float, seed: int) -> list
     whole = int(weight)
     rest = round((weight - whole) * len(pairs)) or (not whole and bool(pairs))
     return [*pairs] * whole + [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), rest))]
+
+
+def spread_evenly(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """Return the items of all parts, each in its order, so that of the first ones each part has its share."""
+    placed = [((number + 0.5) / len(part), item) for part in parts for number, item in enumerate(part)]
+    return [item for _, item in sorted(placed, key=lambda each: each[0])]
 
 
 def _rows_behind(sources: Sequence[str]) -> int:
@@ -246,7 +250,12 @@ def splits_of_rows(read: Mapping[str, Sequence[RowGroup]], tokenizer: Tokenizer,
         if settings.valid_fraction:
             halves = [pairs.split_off(settings.valid_fraction, settings.seed) for *_, pairs in sets]
             sets = [(*share, train) for share, (train, _) in zip(parts, halves, strict=True)]
-            valid = PreferenceDataset.joined([carved for _, carved in halves])
+            valid = PreferenceDataset.joined([carved for _, carved in halves], spread=True)
+            if not valid:
+                raise DataError(
+                    "valid_fraction needs at least two usable training rows: add rows, or set it to 0.",
+                    key="valid_fraction",
+                )
         else:
             note = "No validation set, so validation is skipped; valid_fraction takes one from the training set."
             valid = PreferenceDataset(split="valid", notes=(note,))
@@ -280,12 +289,16 @@ def make_pairs(
     groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
     """Return the data set of the rows of a split; raises DataError as :func:`collect` and :func:`load_dataset` do."""
-    rows = [
-        SourcedRow(value, group.columns, source)
+    of_groups = [
+        [
+            SourcedRow(value, group.columns, source)
+            for row in group.rows
+            for value, source in group.columns.pair_rows(row.value, row.source)
+        ]
         for group in groups
-        for row in group.rows
-        for value, source in group.columns.pair_rows(row.value, row.source)
     ]
+    # A validation of a few batches is to be one of all sets.
+    rows = [*chain(*of_groups)] if split == "train" else spread_evenly(of_groups)
     outcomes = convert_rows(rows, RowConverter(tokenizer, max_length or sys.maxsize, overlong))
     notes = tuple(group.note for group in groups if group.note)
     name = named(" and ".join(group.name for group in groups))

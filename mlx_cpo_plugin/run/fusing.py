@@ -26,7 +26,8 @@ from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, margin_retained, rounding_cost
-from mlx_cpo_plugin.types import Tokenizer
+from mlx_cpo_plugin.training.quantizer import Quantizer
+from mlx_cpo_plugin.types import Tokenizer, Values
 
 # A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
 ENOUGH = 0.9
@@ -116,6 +117,15 @@ class Fusing:
             vars(model.args).pop(key, None)
         if bits is None or bits == 16:
             return "not quantised"
+        _, config = quantize_model(model, {}, **self._rounding(model, bits))
+        model.args.quantization = model.args.quantization_config = config["quantization"]
+        return f"with {bits} bits"
+
+    def _rounding(self, model: nn.Module, bits: int) -> Values:
+        """Return what MLX's quantisation is told: what QAT has trained for, else the largest groups that divide."""
+        trained_for = Quantizer.of(self.settings) if self.settings.qat_enable else None
+        if trained_for and trained_for.is_of_mlx and trained_for.bits == bits:
+            return trained_for.how
         size = group_size_for(model)
         if size is None:
             raise FuseError(
@@ -123,9 +133,13 @@ class Fusing:
                 key=self.bits_option,
                 allowed="16",
             )
-        _, config = quantize_model(model, {}, size, bits)
-        model.args.quantization = model.args.quantization_config = config["quantization"]
-        return f"with {bits} bits"
+        if trained_for:
+            whose = "MLX" if trained_for.is_of_mlx else "mlx-lm-lora"
+            self.say(
+                f"Warning: QAT has trained for {trained_for.bits} bits as {whose} rounds to them, but "
+                f"{self.bits_option} is {bits}, as MLX does: what it has won may be lost."
+            )
+        return {"group_size": size, "bits": bits, "mode": "affine"}
 
     def _keeps_bits_of_base(
         self, model: nn.Module, base: Path, adapters: list[tuple[str, nn.Module]], trained: HeldOutScores | None

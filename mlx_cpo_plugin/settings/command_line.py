@@ -138,7 +138,7 @@ def _add(parser: argparse._ActionsContainer, option: Option, flags: Sequence[str
     arguments["metavar"] = option.name.upper()
     if option.choices:
         arguments["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
-    parser.add_argument(*flags, type=_list_or_text if option.listed else _reader(option.type), **arguments)
+    parser.add_argument(*flags, type=_reader(option), **arguments)
 
 
 def _shown(default: object) -> str:
@@ -149,8 +149,16 @@ def _shown(default: object) -> str:
     )
 
 
-def _reader(kind: type) -> Callable[[str], object]:
-    """Return the function that parses a command-line argument; what does not parse stays text."""
+def _reader(option: Option) -> Callable[[str], object]:
+    """Return the function that parses a command-line argument; what does not parse stays text.
+
+    ``null`` is the default, as in YAML, where an option may be so.
+    """
+    read = _list_or_text if option.listed else _reader_of(option.type)
+    return lambda text: None if option.optional and text == "null" else read(text)
+
+
+def _reader_of(kind: type) -> Callable[[str], object]:
 
     def number(text: str) -> object:
         try:

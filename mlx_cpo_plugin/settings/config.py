@@ -37,6 +37,13 @@ from mlx_cpo_plugin.settings.validation import check, not_read, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
+# Keys of which the first has no effect where the second is set, too.
+OVERRULED = {
+    "data": "hf_dataset",
+    "epochs": "iters",
+    "steps_per_eval": "eval_per_epoch",
+    "save_every": "save_per_epoch",
+}
 LARGE_BETA = 0.1
 # SimPO and AlphaPO are published with 2 and more.
 SMALL_BETA = 1.0
@@ -80,7 +87,14 @@ class _Given:
 
     def __init__(self, call: Values, call_place: str, yaml: YamlSettings | None) -> None:
         in_yaml = {key: value for key, value in yaml.values.items() if value is not None} if yaml else {}
-        self.values = {**in_yaml, **call}
+        # What the call gives is not overruled by a file.
+        rivals = {OVERRULED[key]: key for key in call if key in OVERRULED}
+        self.overruled = [
+            f"{key} has no effect ({yaml.place(key)}): {by} is given {call_place}."
+            for key, by in rivals.items()
+            if yaml and key not in call and in_yaml.pop(key, None)
+        ]
+        self.values = {key: value for key, value in {**in_yaml, **call}.items() if value is not None}
         self.preset: Preset | None = None
         self._call, self._call_place, self._yaml = call, call_place, yaml
         parts = [source["lora_parameters"] for source in (in_yaml, call) if "lora_parameters" in source]
@@ -235,6 +249,11 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
         )
     if settings.reference_model_path and loss is not None:
         notes.append(f"reference_model_path has no effect: {settings.train_mode} uses no reference model.")
+    if loss is not None:
+        notes += _unread_notes(settings, given)
+    notes += given.overruled
+    if settings.hf_dataset and "data" in given.values:
+        notes.append("data has no effect: hf_dataset is set, too.")
     if settings.iters is not None and settings.epochs is not None:
         notes.append(f"epochs has no effect: iters is set, too, to {settings.iters}.")
     for each_epoch, steps in (("eval_per_epoch", "steps_per_eval"), ("save_per_epoch", "save_every")):
@@ -243,3 +262,12 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     if settings.batch_tokens is not None and "batch_size" in given.values:
         notes.append("batch_size has no effect on training: batch_tokens is set, too.")
     return notes
+
+
+def _unread_notes(settings: RunSettings, given: _Given) -> list[str]:
+    """Return one sentence on keys that only other train modes of mlx-lm-lora read, if any say something."""
+    defaults = host_defaults()
+    read = {*known_options([train_modes()[settings.train_mode]], loss_types().values()), "train_mode", "config"}
+    others = [key for key in given.values if key not in read and given.values[key] != defaults.get(key)]
+    verb = "have" if len(others) > 1 else "has"
+    return [f"{' and '.join(others)} {verb} no effect with {settings.train_mode}."] if others else []

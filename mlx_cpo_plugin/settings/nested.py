@@ -184,6 +184,13 @@ def lr_schedule(value: Values, key: str, place: Place) -> Values:
     return {"name": name, "arguments": arguments, **warmup}
 
 
+def number_of_layers(value: int, key: str, place: Place) -> int:
+    """Return the number; 0 would mean all layers to the host."""
+    if not value:
+        raise refused(key, value, place(key), "a whole number >= 1, or -1 for all")
+    return value
+
+
 def hf_dataset(value: list[Values], key: str, place: Place) -> list[Values]:
     """Return the entries, each with a path and known keys only."""
     for position, entry in enumerate(value):

@@ -73,7 +73,12 @@ class ModelSettings:
         "Which weights are trained: LoRA or DoRA adapters, or the full layers.",
         choices=("lora", "dora", "full"),
     )
-    num_layers: int = option(-1, "Number of layers to fine-tune, counted from the last; -1 means all.", minimum=-1)
+    num_layers: int = option(
+        -1,
+        "Number of layers to fine-tune, counted from the last; -1 means all.",
+        minimum=-1,
+        inside=nested.number_of_layers,
+    )
     lora_parameters: Values = option(
         {own.name: own.default for own in nested.LORA_PARAMETERS if not own.optional},
         "Rank, dropout and scale of the adapters, and keys, the modules that get one; the rest keeps its default.",

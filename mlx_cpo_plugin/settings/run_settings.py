@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from functools import cache
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,27 @@ def recorded_settings(settings: RunSettings) -> Values:
         path = values.get(key)
         if isinstance(path, str) and (key == "adapter_path" or os.path.exists(path)):
             values[key] = os.path.abspath(path)
-    if isinstance(sets := values.get("data"), list):
-        values["data"] = [
-            {**entry, "path": os.path.abspath(path) if os.path.exists(path := entry["path"]) else path}
-            for entry in sets
-        ]
+    for key in ("data", "hf_dataset"):
+        if isinstance(sets := values.get(key), list):
+            values[key] = [_with_absolute_paths(entry) for entry in sets]
     return plain_settings({"train_mode": mode.name, **values})
+
+
+def _with_absolute_paths(entry: Values) -> Values:
+    """An entry of ``data`` or ``hf_dataset`` with its local path absolute, or those of the files that it loads."""
+    config = entry.get("config")
+    if isinstance(config, Mapping) and "data_files" in config:  # the path names a format, such as json
+        return {**entry, "config": {**config, "data_files": _absolute(config["data_files"])}}
+    return {**entry, "path": _absolute(entry["path"])}
+
+
+def _absolute(paths: Any) -> Any:
+    """Local paths, or patterns that match some, as absolute ones; also inside of lists and mappings."""
+    if isinstance(paths, Mapping):
+        return {name: _absolute(inner) for name, inner in paths.items()}
+    if isinstance(paths, list | tuple):
+        return [_absolute(inner) for inner in paths]
+    return os.path.abspath(paths) if isinstance(paths, str) and (os.path.exists(paths) or glob(paths)) else paths
 
 
 def as_yaml(values: Values, run: RunRecord) -> str:

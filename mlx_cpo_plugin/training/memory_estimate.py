@@ -93,7 +93,7 @@ class MemoryEstimate:
         # The kernels widen weights while they read them.
         self.constant = (not kernels) * widened_bytes(model) + in_float32 * (args.gradient_accumulation_steps > 1)
         if args.qat_enable:
-            quantizer = Quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode)
+            quantizer = Quantizer.of(args)
             if kernels:
                 self.weights += bytes_of_operands(model, quantizer)
             else:

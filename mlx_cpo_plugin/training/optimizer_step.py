@@ -40,6 +40,8 @@ _ELEMENTWISE = {
 _SMALL = 1 << 16
 # Numbers of arrays that are joined into one: an update holds some ten times as many at once.
 _JOINED = 1 << 18
+# A loss, in nats, below which a pair's slopes are as good as zero; see objective.LEAST_SLOPE.
+_SATISFIED = 1e-10
 # Rows that an error names.
 _NAMED = 3
 
@@ -191,7 +193,7 @@ class OptimizerStep:
         check_losses(result.losses, pairs, self.number)
         self.total = total  # only now, so that nothing is half done where memory ends
         self._pairs += pairs
-        self._all_satisfied &= not np.array(result.losses).any()
+        self._all_satisfied &= bool((np.abs(np.array(result.losses)) < _SATISFIED).all())
         return result.losses, result.scores
 
     def apply(self) -> float:
@@ -279,7 +281,7 @@ def check_first_update(
 
     Args:
         before, after: the trainable parameters by name.
-        all_satisfied: whether every loss was exactly zero, which leaves nothing to learn.
+        all_satisfied: whether every loss was as good as zero, which leaves nothing to learn.
     """
     if learning_rate == 0 or all_satisfied:
         return

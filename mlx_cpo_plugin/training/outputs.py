@@ -168,7 +168,8 @@ class Outputs:
         if self.is_main:
             with suppress(CheckpointError, ValueError):
                 there = int(adapter_metadata(self.adapter_file).get("iteration", last))
-        return bool(gather(best == last or there != (last if self.args.load_best else best))[0])
+        is_there = not self.is_main or self.adapter_file.exists()
+        return bool(gather(is_there and (best == last or there != (last if self.args.load_best else best)))[0])
 
     def save_checkpoint(self) -> Path:
         """Write all that resuming needs, with the best adapter so far; return its folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,15 @@ from mlx_cpo_plugin.settings.options import AUTO, HOST, MODES, mlx_quantises
 _BLOCK = 1 << 20
 
 
+class WithQat(Protocol):
+    """Settings with those of QAT."""
+
+    qat_bits: int
+    qat_group_size: int
+    qat_mode: str
+    qat_quantizer: str
+
+
 class Quantizer:
     """Rounds weights as one that deploys the model does.
 
@@ -32,14 +41,25 @@ class Quantizer:
     Attributes:
         by_row: whether each row of a weight is rounded by itself.
         is_of_mlx: whether it is MLX's, which also takes embeddings.
+        mode: as given.
     """
 
     def __init__(self, name: str, bits: int, group_size: int, mode: str = "affine") -> None:
         is_host = name == HOST or (name == AUTO and not mlx_quantises(bits, group_size, mode))
         self._host = fake_quantizer() if is_host else None
         self.bits, self.group_size = MODES[mode].get("bits", bits), MODES[mode].get("group_size", group_size)
-        self._mode = mode
+        self.mode = mode
         self.is_of_mlx, self.by_row = not is_host, self.group_size > 0
+
+    @classmethod
+    def of(cls, settings: WithQat) -> Quantizer:
+        """Return the one that QAT trains for."""
+        return cls(settings.qat_quantizer, settings.qat_bits, settings.qat_group_size, settings.qat_mode)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What MLX's quantisation is told."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
         """Return a float32 weight [..., output, input] as quantisation leaves it, which finds it in ``dtype``."""
@@ -47,8 +67,7 @@ class Quantizer:
             return self._host(weight, self.bits, self.group_size)
         if not self.takes(weight.shape[-1]):
             return weight
-        how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self._mode}
-        return mx.dequantize(*mx.quantize(weight.astype(dtype), **how), **how).astype(mx.float32)
+        return mx.dequantize(*mx.quantize(weight.astype(dtype), **self.how), **self.how).astype(mx.float32)
 
     def packed(self, weight: mx.array, dtype: mx.Dtype) -> list[mx.array]:
         """Return the same packed, where it :meth:`packs`."""
@@ -60,7 +79,7 @@ class Quantizer:
 
     def packs(self, inputs: int) -> bool:
         """Whether the compiled kernels unpack what becomes of weights with so many inputs."""
-        return self.is_of_mlx and self._mode == "affine" and self.bits in BITS and self.takes(inputs)
+        return self.is_of_mlx and self.mode == "affine" and self.bits in BITS and self.takes(inputs)
 
 
 class QuantisedModules(NamedTuple):

@@ -445,6 +445,16 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(tmp_path: Path, capsys: pyt
     assert snapshot(tmp_path) == before
 
 
+def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tmp_path: Path) -> None:
+    train(tmp_path, iters=4)
+    before = snapshot(tmp_path)
+    (tmp_path / "adapters.safetensors").unlink()
+
+    train(tmp_path, iters=4, resume="auto")
+
+    assert snapshot(tmp_path)["adapters.safetensors"][1] == before["adapters.safetensors"][1]
+
+
 def test_an_older_checkpoint_begins_the_run_that_was_planned_where_the_newest_is_no_start(tmp_path: Path) -> None:
     # Three iterations and windows of two: the last step closes early, and more iterations go on from before it.
     train(tmp_path, iters=3, gradient_accumulation_steps=2)

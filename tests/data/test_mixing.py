@@ -18,8 +18,9 @@ from support.tiny import build_pairs, saved_arrays
 from mlx_cpo_plugin import train
 from mlx_cpo_plugin.data import PreferenceDataset, load_dataset
 from mlx_cpo_plugin.data.batches import BatchSize, training_plan
+from mlx_cpo_plugin.data.dataset import spread_evenly
 from mlx_cpo_plugin.data.tokens import Lengths, TruncatedPair
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, DataError
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
 from mlx_cpo_plugin.settings.run_settings import recorded_settings
 from mlx_cpo_plugin.studio.form import form_fields
@@ -89,6 +90,45 @@ def test_rows_held_out_are_drawn_from_every_set_and_never_trained_on(tmp_path: P
     assert not {pair.source for pair in train} & {pair.source for pair in valid}
 
 
+def test_a_set_of_one_row_is_trained_on_where_rows_are_held_out_of_others(tmp_path: Path) -> None:
+    few, many = (write(tmp_path / f"{name}.jsonl", name, count) for name, count in (("a", 1), ("b", 5)))
+
+    train, valid, _ = load([{"path": str(few)}, {"path": str(many)}], valid_fraction=0.4)
+
+    assert Counter(pair.source.rpartition(":")[0] for pair in train) == {str(few): 1, str(many): 3}
+    assert Counter(pair.source.rpartition(":")[0] for pair in valid) == {str(many): 2}
+    with refused(DataError, "valid_fraction needs at least two usable training rows", key="valid_fraction"):
+        load([{"path": str(few)}], valid_fraction=0.4)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_validation_of_a_few_batches_has_its_share_of_every_set(tmp_path: Path, drawn: bool) -> None:
+    split = "train" if drawn else "valid"
+    for name, count in (("a", 40), ("b", 20)):
+        write(tmp_path / name / "train.jsonl", name, 4)
+        write(tmp_path / name / f"{split}.jsonl", name, count)
+
+    _, valid, _ = load([{"path": str(tmp_path / name)} for name in "ab"], valid_fraction=0.5 if drawn else 0)
+
+    for first in (3, 6, 15, 30):
+        of_sets = Counter(Path(pair.source).parent.name for pair in valid[:first])
+        assert of_sets == {"a": 2 * first / 3, "b": first / 3}
+
+
+@given(st.lists(st.lists(st.integers(), max_size=9), max_size=5))
+def test_what_is_spread_evenly_is_all_there_in_order_and_each_part_has_its_share(parts: list[list[int]]) -> None:
+    named = [[(name, number) for number, _ in enumerate(part)] for name, part in enumerate(parts)]
+
+    spread = spread_evenly(named)
+
+    assert sorted(spread) == [item for part in named for item in part]
+    for name, part in enumerate(named):
+        assert [item for item in spread if item[0] == name] == part
+        for first in range(len(spread)):
+            share = first * len(part) / len(spread)
+            assert abs(sum(item[0] == name for item in spread[:first]) - share) < len(parts)
+
+
 def test_saved_data_sets_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
     import datasets
 
@@ -123,6 +163,26 @@ def test_a_list_of_sets_is_written_in_yaml_or_on_the_command_line_and_recorded_w
 
     assert in_file.data == in_call.data == wanted
     assert recorded_settings(in_file)["data"] == [{"path": str(tmp_path / "b.jsonl")}, wanted[1]]
+
+
+def test_entries_of_hf_dataset_are_recorded_with_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine" / "b.jsonl", "b", 2)
+    (tmp_path / "json").mkdir()
+    entries = [
+        {"path": "mine", "config": "default"},
+        {"path": "some/hub"},
+        {"path": "json", "config": {"data_files": {"train": ["mine/*.jsonl", "https://example.org/b.jsonl"]}}},
+    ]
+
+    recorded = recorded_settings(resolve({"train_mode": "cpo", "train": True, "hf_dataset": entries}).settings)
+
+    whole = {"train": [str(tmp_path / "mine/*.jsonl"), "https://example.org/b.jsonl"]}
+    assert recorded["hf_dataset"] == [
+        {"path": str(tmp_path / "mine"), "config": "default"},
+        {"path": "some/hub"},
+        {"path": "json", "config": {"data_files": whole}},
+    ]
 
 
 def test_null_in_a_set_is_as_if_it_were_not_there(tmp_path: Path) -> None:

@@ -155,6 +155,43 @@ def test_the_bits_that_the_user_chose_are_those_of_the_fused_model_and_their_cos
     assert "Warning: rounding cost more than a tenth of that" in out
 
 
+QAT = {"qat_enable": True, "qat_bits": 4, "learning_rate": 1e-4, "iters": 1}
+
+
+@pytest.mark.parametrize(
+    ("qat", "written"),
+    [
+        ({}, {"bits": 4, "group_size": 64, "mode": "affine"}),
+        ({"qat_group_size": 32}, {"bits": 4, "group_size": 32, "mode": "affine"}),
+        ({"qat_mode": "mxfp4"}, {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+    ],
+)
+def test_what_qat_has_trained_for_is_what_is_written(
+    qat: Settings, written: Settings, fuse_settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main({**fuse_settings, **QAT, **qat, "fuse_bits": 4})
+
+    fused, _, config = load(fuse_settings["adapter_path"], return_config=True)
+    assert {key: config["quantization"][key] for key in written} == written
+    assert fused.layers[0].mlp.up_proj.group_size == written["group_size"]
+    assert "QAT has trained for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("qat", "told"),
+    [
+        ({"qat_bits": 8}, "QAT has trained for 8 bits as MLX rounds to them, but fuse_bits is 4, as MLX does"),
+        ({"qat_quantizer": "host"}, "QAT has trained for 4 bits as mlx-lm-lora rounds to them, but fuse_bits is 4"),
+    ],
+)
+def test_a_fused_model_that_qat_has_not_trained_for_is_told(
+    qat: Settings, told: str, fuse_settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main({**fuse_settings, **QAT, **qat, "fuse_bits": 4})
+
+    assert told in capsys.readouterr().out
+
+
 def test_full_training_is_fused_and_scored_too(
     fuse_settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
 ) -> None:

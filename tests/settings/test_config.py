@@ -432,6 +432,60 @@ def test_note_when_iters_and_epochs_are_both_set() -> None:
     assert notes(iters=5, epochs=2) == ("epochs has no effect: iters is set, too, to 5.",)
 
 
+def test_note_on_rows_that_are_named_twice() -> None:
+    assert notes(data="rows", hf_dataset=[{"path": "hub"}]) == ("data has no effect: hf_dataset is set, too.",)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_call"),
+    [
+        ({"hf_dataset": [{"path": "hub"}]}, {"data": "rows"}),
+        ({"iters": 2}, {"epochs": 1}),
+        ({"eval_per_epoch": True}, {"steps_per_eval": 3}),
+        ({"save_per_epoch": True}, {"save_every": 3}),
+    ],
+)
+def test_a_call_wins_over_a_key_of_the_file_that_would_overrule_it(
+    in_file: dict[str, Any], in_call: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write(tmp_path, {"train_mode": "cpo", "train": True, **in_file})
+    ((overruled, _),), ((winner, value),) = in_file.items(), in_call.items()
+
+    by_words = config.resolve(["--config", str(file), *words(in_call)])
+    by_mapping = config.resolve({"config": str(file), **in_call})
+
+    for resolved, where in ((by_words, "on the command line"), (by_mapping, "in the call")):
+        assert getattr(resolved.settings, winner) == value
+        assert not getattr(resolved.settings, overruled)
+        assert resolved.notes == (f"{overruled} has no effect (in {file}, line 1): {winner} is given {where}.",)
+
+
+def test_a_call_that_gives_both_is_taken_at_its_word(tmp_path: Path) -> None:
+    file = write(tmp_path, {"train_mode": "cpo", "train": True})
+
+    assert from_words("-c", str(file), "--iters", "3", "--epochs", "2").iters == 3
+
+
+def test_note_on_keys_that_only_other_modes_read() -> None:
+    assert notes(temperature=0.5) == ("temperature has no effect with cpo.",)
+    assert notes(alpha=[0.9], micro_batch_size=4, text_feature="body") == (
+        "alpha and micro_batch_size and text_feature have no effect with cpo.",
+    )
+    assert notes(temperature=1.0, group_size=4) == (), "the host's defaults"
+
+
+@pytest.mark.parametrize("option", [option.name for option in COMMON_OPTIONS if option.optional])
+def test_null_on_the_command_line_is_the_default(option: str, tmp_path: Path) -> None:
+    file = write(tmp_path, base(option) | {option: VALUES[option][0]})
+
+    assert getattr(from_words("-c", str(file), f"--{option.replace('_', '-')}", "null"), option) is None
+
+
+def test_no_layer_at_all_is_refused() -> None:
+    with refused(ConfigError, "num_layers is 0 in the call, but must be a whole number >= 1, or -1 for all"):
+        from_call(num_layers=0)
+
+
 def test_note_when_a_batch_is_measured_both_ways() -> None:
     assert notes(batch_size=2, batch_tokens=500) == ("batch_size has no effect on training: batch_tokens is set, too.",)
     assert notes(batch_tokens=500) == ()

@@ -15,6 +15,7 @@ from support.tiny import add_adapter, assert_same, build_model, build_pairs, par
 
 from mlx_cpo_plugin.errors import TrainingError
 from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.training import optimizer_step
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 from mlx_cpo_plugin.training.reporting import WINDOW, DisplacementAlarm
@@ -74,6 +75,19 @@ def test_an_adapter_that_cannot_learn_is_found_at_the_first_step(tmp_path: Path)
 def test_a_warm_up_from_zero_and_a_loss_of_zero_are_no_alarm(tmp_path: Path) -> None:
     train(tmp_path, add_adapter(build_model()), rate=lambda step: 0.1 * mx.minimum(step, 1))
     train(tmp_path, add_adapter(build_model()), loss_fn=lambda chosen_logps, rejected_logps, **_: 0 * chosen_logps)
+
+
+@pytest.mark.parametrize("logits", [30.0, 50.0, 90.0, 200.0])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "simpo"])
+def test_a_first_step_whose_pairs_are_won_already_is_no_alarm(tmp_path: Path, logits: float, loss_type: str) -> None:
+    losses = loss_types()
+    options = {option.name: option.default for option in losses[loss_type].options}
+
+    def of_margins_won(chosen_logps: mx.array, rejected_logps: mx.array, **_: Any) -> mx.array:
+        won = (logits + 2) / float(options["beta"])
+        return losses[loss_type].fn(chosen_logps - chosen_logps.mean() + won, 0 * rejected_logps, **options)
+
+    train(tmp_path, add_adapter(build_model()), loss_fn=of_margins_won, iters=2)
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
