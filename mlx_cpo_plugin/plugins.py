@@ -98,6 +98,11 @@ def claimed_mode(name: str) -> TrainMode | None:
     return next((mode for _, mode in _claims(TrainMode) if mode.name == name), None)
 
 
+def is_built_in(mode: TrainMode) -> bool:
+    """Whether this distribution registers the mode."""
+    return any(entry is mode for plugin, entry in _claims(TrainMode) if plugin == BUILT_IN)
+
+
 def _by_name(title: str, kind: type[Entry]) -> dict[str, Entry]:
     found: dict[str, tuple[str, Entry]] = {}
     for plugin, entry in _claims(kind):

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
-from mlx_cpo_plugin.checkpoints import METRICS_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_data, record_done, record_files
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, PUSHED, TESTED
@@ -106,10 +106,11 @@ def train_test_and_fuse(
         fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run)
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
-    if is_first_rank():
+    # A mode from elsewhere may leave no more than an adapter, or not even that.
+    if is_first_rank() and (folder / RUN_SETTINGS).exists() and (folder / ADAPTER_CONFIG).exists():
         describe(settings, sets)
-    for line in next_commands(settings, held_out=bool(valid_set or test_set)) if is_first_rank() else ():
-        print(line)
+        for line in next_commands(settings, held_out=bool(valid_set or test_set)):
+            print(line)
 
 
 def next_commands(settings: RunSettings, held_out: bool) -> list[str]:

@@ -20,10 +20,12 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.plugins import is_built_in, train_modes
 from mlx_cpo_plugin.publish.hub import require_token
 from mlx_cpo_plugin.run.building import build_optimizer, optimizer_steps, positions_of, quantised_load
 from mlx_cpo_plugin.run.fusing import fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.trackers import require_clients
 from mlx_cpo_plugin.training.call import training_arguments
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
@@ -53,6 +55,18 @@ def run_identity(settings: RunSettings) -> RunIdentity:
     return (run_in(folder) if settings.adapter_path else None) or RunIdentity.new()
 
 
+def _refuse_run_of_other_mode(settings: RunSettings) -> None:
+    """Keep a mode from elsewhere, which may put nothing aside, from writing among what another mode has left."""
+    folder, mode = Path(settings.adapter_path), train_modes()[settings.train_mode]
+    there = read_run_settings(folder)[0].get("train_mode", mode.name)
+    if there != mode.name and not is_built_in(mode):
+        raise ConfigError(
+            f"adapter_path {folder} holds a run of train_mode {there}; give another folder for one of {mode.name}.",
+            key="adapter_path",
+            place=str(folder),
+        )
+
+
 def check_destinations(settings: RunSettings) -> None:
     """Find out before anything is loaded what would fail afterwards, even after hours of training.
 
@@ -65,6 +79,7 @@ def check_destinations(settings: RunSettings) -> None:
         raise ConfigError("adapter_path is empty; give a folder for the adapter.", key="adapter_path")
     if settings.train:
         check_writable(Path(settings.adapter_path))
+        _refuse_run_of_other_mode(settings)
         require_clients(settings)
         if settings.push_to_hub is not None:
             require_token(settings.push_to_hub)

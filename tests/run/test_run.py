@@ -17,13 +17,16 @@ import mlx.core as mx
 import pytest
 from mlx_lm.utils import load
 from support.refusals import refused
+from support.stranger_plugins import registered
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.run import mode as host_run
 from mlx_cpo_plugin.run.mode import next_commands
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training import metrics
+from mlx_cpo_plugin.types import TrainMode
 
 GENERATE = import_module("mlx_lm.generate")  # which the function of that name hides
 Settings = dict[str, Any]
@@ -262,3 +265,43 @@ def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:
 
     assert not any("mlx_lm.generate" in line for line in quantised)
     assert any("compare" in line and "--prompt" in line for line in quantised)
+
+
+class OwnLoop:
+    """A mode that trains by itself and writes an adapter alone."""
+
+    @hookimpl
+    def register_train_modes(self) -> list[TrainMode]:
+        def train(*, adapter_file: Path, **_: Any) -> None:
+            adapter_file.parent.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(adapter_file), {"weight": mx.zeros(3)})
+
+        return [TrainMode("own", "Own", "", lambda *_: ((1, 2), (), ()), train, lambda *_: {})]
+
+
+def of_own_loop(settings: Settings) -> Settings:
+    return {key: value for key, value in settings.items() if key != "steps_per_sample"} | {"train_mode": "own"}
+
+
+def test_a_mode_with_a_loop_of_its_own_gets_no_card_and_no_commands_that_would_fail(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with registered(OwnLoop()):
+        run_main(of_own_loop(settings))
+
+    out = capsys.readouterr().out
+    assert not any(word in out for word in ("Compare:", "Generate:", "Fuse:", "Model card:"))
+    assert [file.name for file in Path(settings["adapter_path"]).glob("[!.]*")] == ["adapters.safetensors"]
+
+
+def test_a_mode_from_elsewhere_is_refused_in_the_folder_of_another_modes_run(
+    settings: Settings, run_main: RunMain
+) -> None:
+    run_main(settings)
+    adapter = Path(settings["adapter_path"]) / "adapters.safetensors"
+    before = adapter.read_bytes()
+
+    with registered(OwnLoop()), refused(match="holds a run of train_mode cpo; give another", key="adapter_path"):
+        run_main(of_own_loop(settings))
+
+    assert adapter.read_bytes() == before
