@@ -116,9 +116,9 @@ def test_layers_below_the_first_trained_one_have_no_gradient(monkeypatch: pytest
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_memory_is_that_of_keys_and_values_and_of_their_gradient(checkpointed: bool, kernels: None) -> None:
-    layers, step, long = 12, 64, pair(3000, 600, 600)
+    layers, step, long = 12, 64, pair(1500, 300, 300)
     model = add_adapter(build_model(num_hidden_layers=layers, num_key_value_heads=4))
-    keys_and_values = layers * 2 * 32 * 4 * (3000 + 600)
+    keys_and_values = layers * 2 * 32 * 4 * (1500 + 300)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
