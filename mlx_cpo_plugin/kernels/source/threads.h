@@ -94,7 +94,8 @@ inline Range part_of(int64_t total, int64_t part, int64_t parts, int64_t unit = 
 constexpr int64_t kPartsEach = 4;
 
 inline int64_t count_parts(int64_t wanted) {
-  return team->size() * std::clamp<int64_t>(wanted / team->size(), 1, kPartsEach);
+  int64_t size = team->size();
+  return size == 1 ? 1 : size * std::clamp<int64_t>(wanted / size, 1, kPartsEach);
 }
 
 // Runs ``job(part)`` for each of so many parts. Who is free takes the next one.
