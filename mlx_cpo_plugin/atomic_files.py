@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +18,15 @@ _PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, flush it to the disk, then rename it to ``path``.
 
-    A link in its place is replaced, not followed.
+    A link in its place is replaced, not followed. What is no file, such as a device or a pipe, is written to as it is.
 
     Raises:
         OSError: the folder cannot be made, or the file not be written.
         Exception: whatever ``write`` raises.
     """
+    if _is_device(path):
+        write(path)
+        return
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +37,17 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # the folder may be what is wrong; the error raised says more
             partial.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path leads to something that nobody wants replaced by a file, itself or through links of the system."""
+    if os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/")):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def cache_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from mlx_cpo_plugin.commands import doctor, losses, train
 from mlx_cpo_plugin.comparison import command as compare
 from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.errors import UserError, named
 from mlx_cpo_plugin.export import command as export
 from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no reason to lose the rest
+        sys.stdout.reconfigure(errors="replace")
     try:
         with lasting_output(streams=("stderr",)):
             code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -44,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard(sys.stdout)
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: {named(str(error.filename))} is too long for a path; give another.", file=sys.stderr)
+            return 2
         if error.filename is not None or error.errno != errno.ENOSPC:
             raise
         discard(sys.stdout)

@@ -57,7 +57,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.errors import ConfigError, UserError, shown
+from mlx_cpo_plugin.settings.validation import LARGEST_INTEGER
 
 DEFAULT_ROWS = 4
 DEFAULT_TOKENS = 128
@@ -143,8 +144,8 @@ def _rows(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not 1 <= _count(text) <= LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {LARGEST_INTEGER}")
     return int(text)
 
 
@@ -155,6 +156,8 @@ def run_compare(chosen: argparse.Namespace) -> int:
         UserError: the arguments, the adapter, the model or the data are at fault.
     """
     to_file = chosen.json not in (None, STANDARD_OUTPUT)
+    if to_file and (not chosen.json or Path(chosen.json).is_dir()):
+        raise ConfigError(f"--json {shown(chosen.json)} is a folder; give a file.", key="json")
     if to_file and not Path(chosen.json).parent.is_dir():
         raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
     from mlx_cpo_plugin.atomic_files import replace_whole
@@ -188,7 +191,8 @@ def run_compare(chosen: argparse.Namespace) -> int:
     except UserError as error:  # what the models took long to answer is shown all the same
         fault = error
     figures = figures_of(comparison, chosen.max_tokens, list(dict.fromkeys(chosen.metric)), decided)
-    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    in_unicode = to_file or "utf" in (sys.stdout.encoding or "").lower()
+    text = json.dumps(figures, indent=2, ensure_ascii=not in_unicode) + "\n"
     if to_file:
         try:
             replace_whole(Path(chosen.json), lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -43,8 +43,14 @@ class Endpoint:
         timeout: float = 60.0,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        try:
+            parts = parse.urlsplit(url)
+            is_endpoint = parts.scheme in ("http", "https") and bool(parts.hostname)
+            url.encode("ascii")
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # UnicodeError is one
+            is_endpoint = False
+        if not is_endpoint or parts.username or parts.query:
             raise ConfigError(
                 f"--judge-url {named(url)} is no endpoint; write https://HOST/v1, and give a key by --judge-key.",
                 key="judge_url",

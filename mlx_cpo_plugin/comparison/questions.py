@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def held_out_pairs(
     Raises:
         DataError: the data is missing or unusable, and needed or given.
     """
-    is_file = is_given and isinstance(settings.data, str) and Path(settings.data).expanduser().is_file()
+    is_file = is_given and isinstance(settings.data, str) and os.path.isfile(os.path.expanduser(settings.data))
     if is_file:
         wanted = ["train"]
     elif settings.valid_fraction > 0:
@@ -71,17 +71,17 @@ def held_out_pairs(
             )
         train, valid, test = load_splits(settings, tokenizer, wanted)
         held_out = train if is_file else test or valid
-        if not held_out:
+        batches = -1 if is_given else settings.test_batches if test else settings.val_batches
+        if not held_out or not batches:
             where = named(str(settings.hf_dataset or settings.data))
-            raise DataError(
-                f"{where} holds no held-out rows; name some with --data, or ask with --prompt alone.", key="data"
-            )
+            fault = f"{where} holds no held-out rows" if not held_out else "the run's own validations hold no rows"
+            others = "name others" if is_given else "name some"
+            raise DataError(f"{fault}; {others} with --data, or ask with --prompt alone.", key="data")
     except DataError as error:
         if needed or is_given:
             raise
         say(f"No held-out rows are compared: {error}")
         return "", []
-    batches = -1 if is_given else settings.test_batches if test else settings.val_batches
     return "file" if is_file else held_out.report.split, held_out[
         : None if batches < 0 else batches * settings.batch_size
     ]

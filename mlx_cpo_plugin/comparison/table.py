@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ MOST_DIGITS = 3
 LABEL, MEAN, ENDS = 28, 9, 17
 MOST_ANSWERS = 8
 ABSENT = "-"
+# What would steer the terminal.
+_CONTROLS = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 
 
 def as_text(figures: dict[str, Any]) -> str:
@@ -36,7 +39,7 @@ def as_text(figures: dict[str, Any]) -> str:
         lines.append("")
     if len(figures["answers"]) > MOST_ANSWERS:
         lines.append(f"{len(figures['answers']) - MOST_ANSWERS} more prompts are answered; --json FILE has them all.")
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines).rstrip("\n") + "\n")
 
 
 def _measure(measure: dict[str, Any]) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -346,15 +350,62 @@ def test_json_to_standard_output_stands_there_alone(adapter_path: Path, capsys: 
 
 
 def test_a_file_that_cannot_be_written_in_the_end_costs_nothing_else(
-    adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "taken").mkdir()
-
-    assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", str(tmp_path / "taken")]) == 2
+    assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", "/dev/full"]) == 2
 
     printed = capsys.readouterr()
     assert "accuracy, 4 pairs" in printed.out
-    assert printed.err.splitlines()[-1].startswith(f"error: --json {tmp_path / 'taken'} cannot be written")
+    assert printed.err.splitlines()[-1].startswith("error: --json /dev/full cannot be written")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_pipe_is_written_to_and_stays_one(adapter_path: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert cli.main(["compare", str(adapter_path), "--rows", "0", "--json", str(pipe)]) == 0
+
+        assert json.loads(os.read(reader, 1 << 16))["answers"] == []
+        assert pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_what_the_output_cannot_show_is_marked_and_json_is_whole_all_the_same(
+    adapter_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["compare", str(adapter_path), "--rows", "0", "--max-tokens", "1", "--prompt", "Où \x1b[31m?"]
+    for more, shown in (([], b"O? \\x1b[31m?"), (["--json", "-"], b'"O\\u00f9 \\u001b[31m?"')):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert cli.main([*words, *more]) == 0
+        assert shown in written.getvalue()
+
+
+def test_a_run_that_validates_on_nothing_is_told(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = adapter_path / "run_settings.yaml"
+    values = {**yaml.safe_load(file.read_text()), "val_batches": 0, "test": False}
+    file.write_text(yaml.safe_dump(values))
+    (Path(values["data"]) / "test.jsonl").unlink(missing_ok=True)
+
+    assert cli.main(["compare", str(adapter_path)]) == 2
+
+    assert "the run's own validations hold no rows; name some with --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["compare", "x" * 300], ["export", "x" * 300, "--to", "mlx"], ["push", "x" * 300, "a/b", "--dry-run"]],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_is_too_long_is_one_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+
+    said = capsys.readouterr().err
+    assert said.startswith("error: xxx")
+    assert said.endswith("is too long for a path; give another.\n")
 
 
 def without(adapter_path: Path, name: str) -> None:
@@ -370,6 +421,10 @@ def without(adapter_path: Path, name: str) -> None:
         (None, ["--data", "/no/rows"], "data names /no/rows, which does not exist"),
         (None, ["--model", "/no/model"], "model names '/no/model', which does not exist"),
         (None, ["--prompt", " "], "--prompt ' ' cannot be asked"),
+        (None, ["--json", ""], "--json '' is a folder; give a file."),
+        (None, ["--json", "/"], "--json '/' is a folder; give a file."),
+        (None, ["--data", "~no such account/x"], "data names ~no such account/x, which cannot be read"),
+        (None, ["--data", "x" * 300], f"data names {'x' * 300}, which cannot be read (File name too long)"),
         (None, ["--json", "/no/folder/out.json"], "--json /no/folder/out.json: there is no folder /no/folder"),
     ],
 )
