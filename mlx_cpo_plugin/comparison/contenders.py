@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
@@ -17,6 +18,7 @@ from mlx_cpo_plugin.atomic_files import check_safetensors
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
+from mlx_cpo_plugin.model.layers import WITH_ADAPTER
 from mlx_cpo_plugin.run.building import QUANTISED_LOADS, quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
@@ -231,11 +233,8 @@ def put_on(model: nn.Module, contender: Contender) -> None:
     try:
         check_safetensors(file)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"The adapter {named(str(file))} cannot be read ({first_line(error)}); it is damaged, give another.",
-            key="adapter_path",
-            place=str(file),
-        ) from error
+        raise _damaged(file, first_line(error)) from error
+    _check_config(Path(path) / ADAPTER_CONFIG)
     try:
         load_adapters(model, path)
     except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
@@ -247,4 +246,28 @@ def put_on(model: nn.Module, contender: Contender) -> None:
             key="model",
             place=path,
         ) from error
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WITH_ADAPTER)]
+    wanted = {f"{name}.{leaf}" for name, module in layers for leaf in ("lora_a", "lora_b", "m") if leaf in module}
+    if missing := wanted - {*dict(mx.load(str(file)))}:
+        raise _damaged(file, f"it lacks {len(missing)} of {len(wanted)} tensors, {min(missing)} for one")
     model.eval()
+
+
+def _check_config(file: Path) -> None:
+    """Raise ConfigError where an ``adapter_config.json`` does not say how layers are adapted."""
+    config = _adapter_config(file.parent)
+    if config.get("fine_tune_type") == "full":
+        return
+    parameters = config.get("lora_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    numbers = (config.get("num_layers"), parameters.get("rank"), parameters.get("scale"))
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise _damaged(file, "there is no num_layers, or no rank and scale in lora_parameters")
+
+
+def _damaged(file: Path, fault: str) -> ConfigError:
+    return ConfigError(
+        f"The adapter {named(str(file))} cannot be read ({fault}); it is damaged, give another.",
+        key="adapter_path",
+        place=str(file),
+    )

@@ -443,6 +443,29 @@ def test_a_mistake_is_one_sentence(
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "content", ["{oops", "{}", "[]", '{"num_layers": 2, "lora_parameters": {"rank": 8, "scale": "a"}}']
+)
+def test_a_damaged_adapter_config_is_named(
+    adapter_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (adapter_path / "adapter_config.json").write_text(content)
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    assert f"{adapter_path / 'adapter_config.json'} cannot be read (there is no" in capsys.readouterr().err
+
+
+def test_an_adapter_that_lacks_tensors_is_damaged(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(adapter_path / "adapters.safetensors")
+    weights = dict(mx.load(file))
+    mx.save_safetensors(file, {name: value for name, value in weights.items() if ".0." not in name})
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    assert "cannot be read (it lacks" in capsys.readouterr().err
+
+
 def test_an_adapter_of_another_model_is_one_sentence(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = dict(mx.load(str(adapter_path / "adapters.safetensors")))
     mx.save_safetensors(
