@@ -248,7 +248,8 @@ def put_on(model: nn.Module, contender: Contender) -> None:
         ) from error
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WITH_ADAPTER)]
     wanted = {f"{name}.{leaf}" for name, module in layers for leaf in ("lora_a", "lora_b", "m") if leaf in module}
-    if missing := wanted - {*dict(mx.load(str(file)))}:
+    saved: Any = mx.load(str(file))
+    if missing := wanted - saved.keys():
         raise _damaged(file, f"it lacks {len(missing)} of {len(wanted)} tensors, {min(missing)} for one")
     model.eval()
 
