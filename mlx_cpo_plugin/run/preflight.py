@@ -58,8 +58,10 @@ def run_identity(settings: RunSettings) -> RunIdentity:
 def _refuse_run_of_other_mode(settings: RunSettings) -> None:
     """Keep a mode from elsewhere, which may put nothing aside, from writing among what another mode has left."""
     folder, mode = Path(settings.adapter_path), train_modes()[settings.train_mode]
+    if is_built_in(mode):
+        return
     there = read_run_settings(folder)[0].get("train_mode", mode.name)
-    if there != mode.name and not is_built_in(mode):
+    if there != mode.name:
         raise ConfigError(
             f"adapter_path {folder} holds a run of train_mode {there}; give another folder for one of {mode.name}.",
             key="adapter_path",

@@ -159,7 +159,6 @@ def _reader(option: Option) -> Callable[[str], object]:
 
 
 def _reader_of(kind: type) -> Callable[[str], object]:
-
     def number(text: str) -> object:
         try:
             return kind(text)

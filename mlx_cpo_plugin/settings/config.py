@@ -88,7 +88,7 @@ class _Given:
     def __init__(self, call: Values, call_place: str, yaml: YamlSettings | None) -> None:
         in_yaml = {key: value for key, value in yaml.values.items() if value is not None} if yaml else {}
         # What the call gives is not overruled by a file.
-        rivals = {OVERRULED[key]: key for key in call if key in OVERRULED}
+        rivals = {OVERRULED[key]: key for key, value in call.items() if key in OVERRULED and value is not None}
         self.overruled = [
             f"{key} has no effect ({yaml.place(key)}): {by} is given {call_place}."
             for key, by in rivals.items()

@@ -294,6 +294,16 @@ def test_a_mode_with_a_loop_of_its_own_gets_no_card_and_no_commands_that_would_f
     assert [file.name for file in Path(settings["adapter_path"]).glob("[!.]*")] == ["adapters.safetensors"]
 
 
+def test_a_damaged_record_of_an_earlier_run_stops_no_new_one(settings: Settings, run_main: RunMain) -> None:
+    run_main(settings)
+    record = Path(settings["adapter_path"]) / "run_settings.yaml"
+    record.write_text("{ damaged")
+
+    run_main(settings)
+
+    assert "train_mode: cpo" in record.read_text()
+
+
 def test_a_mode_from_elsewhere_is_refused_in_the_folder_of_another_modes_run(
     settings: Settings, run_main: RunMain
 ) -> None:

@@ -460,6 +460,14 @@ def test_a_call_wins_over_a_key_of_the_file_that_would_overrule_it(
         assert resolved.notes == (f"{overruled} has no effect (in {file}, line 1): {winner} is given {where}.",)
 
 
+def test_a_null_of_the_command_line_wins_over_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path, {"train_mode": "cpo", "train": True, "iters": 3, "epochs": 2})
+
+    resolved = config.resolve(["--config", str(file), "--epochs", "null"])
+
+    assert (resolved.settings.iters, resolved.settings.epochs, resolved.notes) == (3, None, ())
+
+
 def test_a_call_that_gives_both_is_taken_at_its_word(tmp_path: Path) -> None:
     file = write(tmp_path, {"train_mode": "cpo", "train": True})
 
