@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load
 
 from mlx_cpo_plugin.atomic_files import check_safetensors
+from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
@@ -205,8 +206,9 @@ def load_model(name: str, precision: str | None = None, option: str = "--model")
     """Load a model and its tokenizer, and quantise its weights if ``precision``, a setting's key, says so.
 
     Raises:
-        ConfigError: it cannot be loaded; ``option`` gives another one.
+        ConfigError: it cannot be loaded; ``option`` gives another one. Or the BLAS that the environment names cannot.
     """
+    use_fast_blas()
     try:
         model, tokenizer = load(name)[:2]
         if precision is not None:
@@ -251,6 +253,8 @@ def put_on(model: nn.Module, contender: Contender) -> None:
     saved: Any = mx.load(str(file))
     if missing := wanted - saved.keys():
         raise _damaged(file, f"it lacks {len(missing)} of {len(wanted)} tensors, {min(missing)} for one")
+    if broken := next((name for name, array in saved.items() if not mx.isfinite(array).all()), None):
+        raise _damaged(file, f"{broken} holds numbers that are not finite")
     model.eval()
 
 

@@ -81,7 +81,7 @@ def _of_answers(comparison: Comparison, metrics: Sequence[str]) -> Iterator[dict
     references = [comparison.questions[place].chosen or "" for place in places]
     for name in metrics if places else ():
         found = [chrf(name, [given[place].text for place in places], references) for given in comparison.answers]
-        entry = figures(Measure(name, "answers"), names, np.array([each for each, _ in found]))
+        entry = figures(Measure(name, "answers", within=(0, 100)), names, np.array([each for each, _ in found]))
         for model, (_, corpus) in zip(entry["models"], found, strict=True):
             model["corpus"] = corpus
         yield entry

@@ -9,11 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_cpo_plugin.comparison.answering import answers
 from mlx_cpo_plugin.comparison.contenders import BASE, TUNED, Contender, contenders, load_base, put_on
 from mlx_cpo_plugin.comparison.preference import LengthGroup, Preferences, length_groups, preferences
 from mlx_cpo_plugin.comparison.questions import (
+    FILE,
     Question,
     Say,
     held_out_pairs,
@@ -95,13 +97,11 @@ def compare(
     split, held_out = held_out_pairs(settings, tokenizer, is_given=data is not None, needed=not prompts, say=say)
     asked = one_of_each_row(held_out)[:rows]
     questions = [own_question(prompt, chat_tokenizer) for prompt in prompts]
-    questions += [question_of(pair, chat_tokenizer) for pair in uncut(asked, settings, tokenizer)]
+    questions += [question_of(pair, chat_tokenizer) for pair in uncut(asked, settings, tokenizer, split == FILE)]
     comparison = Comparison(settings, models, questions, length_groups(held_out) if held_out else [], split)
     for contender in models[1:]:
-        precision = quantised_load(contender.settings)
-        if precision != quantised_load(settings) and contender.adapter_path is not None:
-            loaded = f"with {precision}" if precision else "unquantised"
-            say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
+        if contender.adapter_path is not None:
+            _note_other_base(contender, settings, say)
     _measure_all(comparison, max_tokens, say)
     return comparison
 
@@ -116,6 +116,16 @@ def _check_tokenizers(models: Sequence[Contender], tokenizer: ChatTokenizer) -> 
                 "read the same tokens.",
                 key="model",
             )
+
+
+def _note_other_base(contender: Contender, base: RunSettings, say: Say) -> None:
+    """Say where an adapter is put on something else than the base model of the comparison."""
+    if contender.settings.model != base.model:
+        say(f"Note: {contender.name} is an adapter of {contender.settings.model}, but {BASE} is {base.model}.")
+    precision = quantised_load(contender.settings)
+    if precision != quantised_load(base):
+        loaded = f"with {precision}" if precision else "unquantised"
+        say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
 
 
 def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:
@@ -137,7 +147,10 @@ def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:
         comparison.answers.append(answers(model, tokenizer, comparison.questions, max_tokens, name, say))
         if comparison.groups:
             say(f"The {name} scores {len(comparison.groups[0].pairs)} held-out pairs.")
-            comparison.preferences.append(preferred(model, comparison))
+            found = preferred(model, comparison)
+            if not np.isfinite(found.of_pairs).all():
+                say(f"Warning: the {name} gives log-probs that are not finite, which count as worse than any other.")
+            comparison.preferences.append(found)
 
 
 def preferred(model: nn.Module, comparison: Comparison) -> Preferences:

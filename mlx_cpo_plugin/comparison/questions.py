@@ -20,6 +20,8 @@ from mlx_cpo_plugin.errors import DataError, named, shown
 from mlx_cpo_plugin.settings.config import RunSettings
 
 USER_PROMPT = "prompt"
+# What held-out rows come from that are in no split.
+FILE = "file"
 Say = Callable[[str], None]
 # Many prompts are told of now and then.
 _TOLD = 20
@@ -53,23 +55,18 @@ def held_out_pairs(
     Args:
         is_given: whether the user named the data; it is then taken whole, even a file without a split.
         needed: whether there is nothing to compare without; if not, there may be no pairs.
+        say: receives what was skipped or cut.
 
     Raises:
         DataError: the data is missing or unusable, and needed or given.
     """
     is_file = is_given and isinstance(settings.data, str) and os.path.isfile(os.path.expanduser(settings.data))
-    if is_file:
-        wanted = ["train"]
-    elif settings.valid_fraction > 0:
-        wanted = ["train", "valid", "test"]
-    else:
-        wanted = ["valid", "test"]
     try:
         if not settings.data and not settings.hf_dataset:
             raise DataError(
                 "the run's rows are not recorded; name some with --data, or ask with --prompt alone.", key="data"
             )
-        train, valid, test = load_splits(settings, tokenizer, wanted)
+        train, valid, test = load_splits(settings, tokenizer, _splits(settings, is_file))
         held_out = train if is_file else test or valid
         batches = -1 if is_given else settings.test_batches if test else settings.val_batches
         if not held_out or not batches:
@@ -82,9 +79,17 @@ def held_out_pairs(
             raise
         say(f"No held-out rows are compared: {error}")
         return "", []
-    return "file" if is_file else held_out.report.split, held_out[
-        : None if batches < 0 else batches * settings.batch_size
-    ]
+    for line in () if held_out.report.all_used else held_out.report.lines():
+        say(line)
+    taken = held_out[: None if batches < 0 else batches * settings.batch_size]
+    return FILE if is_file else held_out.report.split, taken
+
+
+def _splits(settings: RunSettings, is_file: bool) -> tuple[str, ...]:
+    """Return the splits to read for held-out rows; a validation set may have to be drawn from the training set."""
+    if is_file:
+        return ("train",)
+    return ("train", "valid", "test") if settings.valid_fraction > 0 else ("valid", "test")
 
 
 def one_of_each_row(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -93,12 +98,18 @@ def one_of_each_row(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     return [pairs[place] for place in np.unique(numbers, return_index=True)[1]]
 
 
-def uncut(pairs: Sequence[PreferencePair], settings: RunSettings, tokenizer: Any) -> list[PreferencePair]:
-    """Return pairs as they were before they were cut to ``max_seq_length``: half a prompt is nothing to ask."""
+def uncut(
+    pairs: Sequence[PreferencePair], settings: RunSettings, tokenizer: Any, is_file: bool
+) -> list[PreferencePair]:
+    """Return pairs as they were before they were cut to ``max_seq_length``: half a prompt is nothing to ask.
+
+    Args:
+        is_file: whether they are those of a file without a split.
+    """
     if all(pair.length < settings.max_seq_length for pair in pairs):
         return list(pairs)
     whole = RunSettings.of({**vars(settings), "max_seq_length": sys.maxsize})
-    splits = load_splits(whole, tokenizer, ("train", "valid", "test"))
+    splits = load_splits(whole, tokenizer, _splits(settings, is_file))
     by_source = {pair.source: pair for split in splits for pair in split}
     return [by_source[pair.source] for pair in pairs]
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def load_reward(entry: str) -> Reward:
             f"--reward {named(entry)} names no function; write MODULE:FUNCTION or FILE.py:FUNCTION.", key="reward"
         )
     try:
-        function = getattr(_imported(place), name)
+        with redirect_stdout(sys.stderr):
+            function = getattr(_imported(place), name)
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         raise ConfigError(
             f"--reward {named(entry)} cannot be imported ({type(error).__name__}: {first_line(error)}); check the "
@@ -60,12 +61,13 @@ def rewards(
         UserError: it fails, or does not return a finite number, None or NaN for each answer.
     """
     try:
-        returned = reward(
-            prompts=[question.text for question in questions],
-            completions=[answer.text for answer in answers],
-            answer=[question.chosen or "" for question in questions],
-            types=[None] * len(answers),
-        )
+        with redirect_stdout(sys.stderr):  # standard output has the figures
+            returned = reward(
+                prompts=[question.text for question in questions],
+                completions=[answer.text for answer in answers],
+                answer=[question.chosen or "" for question in questions],
+                types=[None] * len(answers),
+            )
         if isinstance(returned, str | bytes | Mapping | Set):  # whose items are no rewards, or in no order
             raise TypeError(f"it returned a {type(returned).__name__}")
         values = np.array([np.nan if value is None else float(value) for value in returned], np.float64)

@@ -17,6 +17,7 @@ from mlx_cpo_plugin.verdict import OUTCOMES, Change, error_of_rows, students_t, 
 
 Z = 1.959964
 Interval = tuple[float, float]
+SHARE: Interval = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,19 @@ class Measure:
         unit: what it is measured on, ``pairs`` or ``answers``.
         sign: 1 where more is better, -1 where less is, 0 where neither is.
         is_rate: whether each value is 0 or 1.
+        within: what a value is never below and never above; of a rate, 0 and 1.
     """
 
     name: str
     unit: str
     sign: int = 1
     is_rate: bool = False
+    within: Interval = (-math.inf, math.inf)
+
+    @property
+    def span(self) -> Interval:
+        """The least and the greatest value that there can be."""
+        return SHARE if self.is_rate else self.within
 
 
 def wilson(successes: float, trials: int) -> Interval:
@@ -121,15 +129,16 @@ def duel_figures(points: Sequence[float], rows: int | None = None) -> dict[str, 
 
 
 def _mean(measure: Measure, name: str, mean: Change) -> dict[str, Any]:
-    low, high = wilson(mean.mean * mean.rows, mean.rows) if measure.is_rate else around(mean)
+    interval = wilson(mean.mean * mean.rows, mean.rows) if measure.is_rate else around(mean)
+    low, high = np.clip(interval, *measure.span)
     return {"name": name, "mean": finite(mean.mean), "low": finite(low), "high": finite(high)}
 
 
 def _compared(measure: Measure, differences: NDArray[np.float64], rows: NDArray[np.int64]) -> dict[str, Any]:
     change = change_of(differences, rows)
     low, high = around(change)
-    if measure.is_rate:
-        low, high = np.clip((low, high), -1, 1)
+    widest = measure.span[1] - measure.span[0]
+    low, high = np.clip((low, high), -widest, widest)
     compared = {"difference": finite(change.mean), "low": finite(low), "high": finite(high)}
     if not measure.sign:
         return compared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -9,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.comparison.statistics import Measure
+from mlx_cpo_plugin.comparison.statistics import SHARE, Measure
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.training.samples import repetition
 
 # Name -> order of the n-grams of words.
 CHRF = {"chrf": 0, "chrf++": 2}
 OF_ANSWERS = (
-    Measure("length", "answers", sign=0),
-    Measure("repetition", "answers", sign=-1),
+    Measure("length", "answers", sign=0, within=(0, math.inf)),
+    Measure("repetition", "answers", sign=-1, within=SHARE),
     Measure("ended", "answers", is_rate=True),
 )
 

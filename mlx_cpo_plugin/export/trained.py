@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import load_config
 
 import mlx_cpo_plugin.demo
@@ -60,7 +61,7 @@ class Trained:
             model, data: in place of those of the run.
 
         Raises:
-            UserError: there is no adapter, no model, or ``data`` cannot be read.
+            UserError: there is no adapter, no model, or ``data`` cannot be read, or log-probs are not finite.
         """
         if kind_of_folder(adapter_path) == MODEL_CONFIG:
             raise ExportError(
@@ -81,6 +82,13 @@ class Trained:
         before = held_out_scores(base, rows, settings.scoring, settings.step_size)
         say(f"Loading the adapter {adapter_path}.")
         put_on(base, tuned)
+        after = held_out_scores(base, rows, settings.scoring, settings.step_size)
+        if not np.isfinite(after.logps).all():
+            raise ExportError(
+                f"{named(str(adapter_path))} gives held-out rows log-probs that are not finite: its run diverged, or "
+                f"model {settings.model!r} is damaged; give another.",
+                place=str(adapter_path),
+            )
         folder = model_folder(settings.model)
         return cls(
             adapter_path,
@@ -92,7 +100,7 @@ class Trained:
             tokenizer,
             rows,
             before,
-            held_out_scores(base, rows, settings.scoring, settings.step_size),
+            after,
         )
 
     @property

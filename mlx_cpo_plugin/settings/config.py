@@ -252,13 +252,9 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     if loss is not None:
         notes += _unread_notes(settings, given)
     notes += given.overruled
-    if settings.hf_dataset and "data" in given.values:
-        notes.append("data has no effect: hf_dataset is set, too.")
-    if settings.iters is not None and settings.epochs is not None:
-        notes.append(f"epochs has no effect: iters is set, too, to {settings.iters}.")
-    for each_epoch, steps in (("eval_per_epoch", "steps_per_eval"), ("save_per_epoch", "save_every")):
-        if getattr(settings, each_epoch) and steps in given.values:
-            notes.append(f"{steps} has no effect: {each_epoch} is set, too.")
+    for key, by in OVERRULED.items():
+        if key in given.values and getattr(settings, by):
+            notes.append(f"{key} has no effect: {by} is set, too.")
     if settings.batch_tokens is not None and "batch_size" in given.values:
         notes.append("batch_size has no effect on training: batch_tokens is set, too.")
     return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -238,6 +239,25 @@ def test_a_prompt_that_was_cut_for_training_is_asked_as_a_whole(settings: Settin
     assert comparison.questions[0].chosen == "There are 0 apples in the basket, my friend."
 
 
+def test_a_fault_of_the_training_rows_is_none_of_a_cut_held_out_row(settings: Settings, run_main: RunMain) -> None:
+    run_main({**settings, "max_seq_length": 24})
+    (Path(settings["data"]) / "train.jsonl").write_text("{oops\n")
+
+    comparison = compare([Path(settings["adapter_path"])], rows=1, max_tokens=1, say=silent)
+
+    assert comparison.questions[0].prompt.startswith("<|im_start|>user\nPlease tell me how many apples")
+
+
+def test_what_is_skipped_or_cut_is_said(adapter_path: Path, data_folder: Path) -> None:
+    said: list[str] = []
+    with (data_folder / "test.jsonl").open("a") as rows:
+        rows.write('{"prompt": "Hi!", "chosen": "", "rejected": "No."}\n')
+
+    compare([adapter_path], say=said.append)
+
+    assert said[0] == "Test: 5 rows, 4 pairs, 1 skipped (an answer is empty: test.jsonl:5)."
+
+
 def test_an_answer_that_was_cut_off_has_not_finished(adapter_path: Path) -> None:
     comparison = compare([adapter_path], prompts=[PROMPT], max_tokens=1, say=silent)
 
@@ -464,6 +484,50 @@ def test_an_adapter_that_lacks_tensors_is_damaged(adapter_path: Path, capsys: py
     assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
 
     assert "cannot be read (it lacks" in capsys.readouterr().err
+
+
+def test_an_adapter_of_numbers_that_are_none_is_damaged(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(adapter_path / "adapters.safetensors")
+    weights = dict(mx.load(file))
+    broken = min(weights)
+    mx.save_safetensors(file, {**weights, broken: weights[broken] * math.nan})
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    assert f"cannot be read ({broken} holds numbers that are not finite)" in capsys.readouterr().err
+
+
+def test_a_model_whose_scores_are_not_finite_is_told(adapter_path: Path) -> None:
+    file = str(adapter_path / "adapters.safetensors")
+    mx.save_safetensors(file, {name: value + 1e30 for name, value in dict(mx.load(file)).items()})
+    said: list[str] = []
+
+    compare([adapter_path], say=said.append)
+
+    assert said[-1].startswith("Warning: the tuned model gives log-probs that are not finite")
+
+
+def test_an_adapter_of_another_base_model_is_noted(adapter_path: Path, model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter_path, tmp_path / "other")
+    copied = shutil.copytree(model_folder, tmp_path / "copied model")
+    record = other / "run_settings.yaml"
+    record.write_text(yaml.safe_dump({**yaml.safe_load(record.read_text()), "model": str(copied)}))
+    said: list[str] = []
+
+    compare([adapter_path, other], say=said.append)
+
+    assert f"Note: other is an adapter of {copied}, but base is {model_folder}." in said
+
+
+def test_a_blas_that_cannot_be_used_is_one_sentence(
+    adapter_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blas, "is_used_here", lambda: True)
+    monkeypatch.setenv(blas.VARIABLE, "/no/blas.so")
+
+    assert cli.main(["compare", str(adapter_path), "--rows", "0"]) == 2
+
+    assert "error: MLX_CPO_PLUGIN_BLAS is /no/blas.so, which cannot be used" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_model_is_one_sentence(adapter_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -370,6 +370,17 @@ def test_a_reward_function_gets_what_mlx_lm_lora_gives_it(tmp_path: Path) -> Non
     assert reward.__globals__["seen"] == [(["Hi", "Question 0?"], ["four", ""], ["Hello.", ""], [None, None])]
 
 
+def test_what_a_reward_function_prints_is_not_among_the_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "f.py").write_text("print('loaded')\ndef f(**_):\n    print('asked')\n    return [1]\n")
+
+    rewards("f", load_reward(f"{tmp_path / 'f.py'}:f"), QUESTIONS[:1], answers("a"))
+
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "loaded\nasked\n")
+
+
 def test_reward_functions_of_mlx_lm_lora_and_of_modules_in_this_folder_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

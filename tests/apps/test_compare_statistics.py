@@ -65,6 +65,15 @@ def test_rates_differ_by_no_more_than_all(is_rate: bool) -> None:
     assert compared["high"] == 1.0 if is_rate else compared["high"] > 2
 
 
+def test_no_interval_leaves_what_its_measure_can_be() -> None:
+    share = Measure("repetition", "answers", sign=-1, within=(0, 1))
+
+    measured = figures(share, ["base", "tuned"], np.array([[0.0, 0, 0.9], [1, 1, 0.2]]))
+
+    assert [(model["low"], model["high"]) for model in measured["models"]] == [(0, 1), (0, 1)]
+    assert measured["comparisons"][0]["high"] == 1
+
+
 def test_every_model_is_compared_with_the_base_and_with_the_best_by_the_measures_sign() -> None:
     values = np.array([[0.5] * 8, [0.1, 0.2] * 4, [0.3, 0.4] * 4])
 

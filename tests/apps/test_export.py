@@ -287,6 +287,18 @@ def test_a_whole_model_is_no_adapter_whatever_else_is_given(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_gives_no_finite_scores_is_not_exported(
+    model_folder: Path, data_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverged = shutil.copytree(adapter, tmp_path / "diverged")
+    file = str(diverged / "adapters.safetensors")
+    mx.save_safetensors(file, {name: value + 1e30 for name, value in dict(mx.load(file)).items()})
+    call = ["export", str(diverged), "--to", "peft", "--model", str(model_folder), "--data", str(data_folder)]
+
+    assert "log-probs that are not finite" in refusal(capsys, [*call, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_an_export_is_replaced_and_only_when_asked_to(
     model_folder: Path, data_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -429,7 +429,7 @@ def test_note_on_a_reference_model() -> None:
 
 
 def test_note_when_iters_and_epochs_are_both_set() -> None:
-    assert notes(iters=5, epochs=2) == ("epochs has no effect: iters is set, too, to 5.",)
+    assert notes(iters=5, epochs=2) == ("epochs has no effect: iters is set, too.",)
 
 
 def test_note_on_rows_that_are_named_twice() -> None:
