@@ -92,7 +92,7 @@ def log_normaliser(logits: mx.array) -> mx.array:
 
 @mx.custom_function
 def _log_normaliser(logits: mx.array) -> mx.array:
-    return mx.logsumexp(mx.logsumexp(_in_parts(logits, -mx.inf), axis=-1), axis=-1)
+    return mx.logsumexp(mx.logsumexp(in_parts(logits, -mx.inf), axis=-1), axis=-1)
 
 
 @_log_normaliser.vjp
@@ -103,10 +103,11 @@ def _log_normaliser_vjp(logits: mx.array, cotangent: mx.array, normaliser: mx.ar
 
 def sum_over_vocabulary(values: mx.array) -> mx.array:
     """Add up float32 [N, V] over the vocabulary, to [N]."""
-    return _in_parts(values, 0).sum(axis=-1).sum(axis=-1)
+    return in_parts(values, 0).sum(axis=-1).sum(axis=-1)
 
 
-def _in_parts(values: mx.array, padding: float) -> mx.array:
+def in_parts(values: mx.array, padding: float) -> mx.array:
+    """Return float32 [N, V] as [N, parts, SUM_PART], filled up with ``padding``."""
     missing = -values.shape[-1] % SUM_PART
     padded = mx.pad(values, [(0, 0), (0, missing)], constant_values=padding) if missing else values
     return padded.reshape(len(values), -1, SUM_PART)

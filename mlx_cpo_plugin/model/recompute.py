@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,9 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # mx.checkpoint differentiates floating inputs only; masks and flags are closed over. What a cache holds has to
         # come in and go out explicitly, or gradients would not flow through it.
-        arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        inputs = {name: value for name, value in arguments.items() if _is_differentiable(value)}
-        caches = [value for value in arguments.values() if is_cache(value)]
+        given = list(_leaves((args, kwargs)))
+        inputs = [leaf for leaf in given if _is_differentiable(leaf)]
+        caches = [leaf for leaf in given if is_cache(leaf)]
         # The backward pass runs ``inner`` again, when the caches have long moved on.
         before = forked(caches)
         remembered = cache_arrays(before)
@@ -52,27 +52,51 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
             if keys is not None:
                 dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
 
-        if any(isinstance(leaf, WrittenCache) for leaf in leaves(caches)):  # no gradient flows through it
+        written = any(isinstance(leaf, WrittenCache) for leaf in leaves(caches))  # no gradient flows through it
+        if written or any(hasattr(leaf, "update_and_fetch") and not is_cache(leaf) for leaf in given):
             give_keys()
             return original(layer, *args, **kwargs)
 
         def inner(parameters: Any, inputs: list[mx.array], remembered: list[mx.array]) -> tuple[Any, list[mx.array]]:
             give_keys()
             layer.update(parameters)
-            forks = forked(before, iter(remembered))
+            forks, arrays = forked(before, iter(remembered)), iter(inputs)
             standing_in = dict(zip(map(id, caches), forks, strict=True))
-            given = {name: standing_in.get(id(value), value) for name, value in arguments.items()}
-            given.update(zip(names, inputs, strict=True))
-            output = original(layer, *(given.pop(at) for at in range(len(args))), **given)
-            after[:] = forks
-            return output, cache_arrays(forks)
 
-        names = list(inputs)
-        output, new = mx.checkpoint(inner)(layer.trainable_parameters(), list(inputs.values()), remembered)
+            def in_place(leaf: Any) -> Any:
+                return next(arrays) if _is_differentiable(leaf) else standing_in.get(id(leaf), leaf)
+
+            ours, named = _mapped(in_place, (args, kwargs))
+            output = original(layer, *ours, **named)
+            after[:] = forks
+            held = cache_arrays(forks)
+            # A layer may return what its cache holds, and of an array that goes out twice MLX knows one gradient.
+            return output, mx.depends(held, held) if held else []
+
+        output, new = mx.checkpoint(inner)(layer.trainable_parameters(), inputs, remembered)
         set_state(caches, after, iter(new))
         return output
 
     return call
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what lists, tuples and mappings hold, in their order."""
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return lists, tuples and mappings with the results of a function in place of what they hold."""
+    if isinstance(value, dict):
+        return {name: _mapped(function, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_mapped(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return function(value)
 
 
 def _keyed_dropout(dropout_keys: dict[int, mx.array]) -> Call:

@@ -45,8 +45,8 @@ from mlx_cpo_plugin.training.gradient_methods import (
 from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective
 
-# Raised where the same pair gets other bits than in earlier versions; checkpoints record it.
-ARITHMETIC = 2
+# Raised where the same pairs change weights by other bits than in earlier versions; checkpoints record it.
+ARITHMETIC = 3
 
 
 def gradients_for(

@@ -19,7 +19,7 @@ from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, TrainingError
 from mlx_cpo_plugin.exchange import sum_over_ranks
-from mlx_cpo_plugin.model.logps import AnswerScores
+from mlx_cpo_plugin.model.logps import SUM_PART, AnswerScores, in_parts
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.gradient_methods import Gradient, GradientMethod, added
@@ -248,10 +248,18 @@ def bytes_of_copies(model: nn.Module) -> int:
 
 
 def gradient_norm(gradient: Gradient) -> float:
-    """Return the Euclidean norm over all parameters, summed in float32."""
-    squares = [mx.square(value.astype(mx.float32)).sum() for value in gradient.values()]
+    """Return the Euclidean norm over all parameters."""
+    squares = [_sum(mx.square(value.astype(mx.float32))) for value in gradient.values()]
     norm: Any = mx.sqrt(mx.stack(squares).sum()).item()
     return float(norm)
+
+
+def _sum(values: mx.array) -> mx.array:
+    """Add up float32 numbers row by row and then in parts: of millions that are added in turn, digits are lost."""
+    sums = (values.sum(axis=-1) if values.ndim > 1 else values).reshape(1, -1)
+    while sums.size > SUM_PART:
+        sums = in_parts(sums, 0).sum(axis=-1)
+    return sums.sum()
 
 
 def check_losses(losses: mx.array, pairs: Sequence[PreferencePair], step: int) -> None:

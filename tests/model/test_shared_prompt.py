@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support.architectures import ARCHITECTURES, build_architecture
+from support.architectures import ARCHITECTURES, SHARING, build_architecture
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin.data.batches import StepTotals, collate
@@ -169,6 +169,24 @@ def test_checkpointed_layers_pass_gradients_through_every_kind_of_cache(
     model = add_adapter(build_architecture(name), scale=1.0)
     with checkpointed_layers(model):
         compare(model, tolerance=5e-4)
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.slow
+def test_checkpointed_layers_pass_gradients_through_what_layers_hand_on(name: str, subtests: pytest.Subtests) -> None:
+    model = build_architecture(name)
+    model.train()
+    pairs, goal = mixed_pairs(), objective_for("ipo", {"beta": 0.3})
+    plain = BatchGradients(model, goal)(pairs, StepTotals.of(pairs))
+    mx.eval(plain)
+    ways = {"plain": BatchGradients(model, goal)}
+    if name != "afm7":  # whose caches have methods of their own
+        ways |= {way: method(model, goal, SharedPromptScorer(model)) for way, method in WAYS.items()}
+
+    with checkpointed_layers(model):
+        for way, gradients in ways.items():
+            with subtests.test(way):
+                assert_same_gradients(gradients(pairs, StepTotals.of(pairs)), plain, tolerance=5e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2"])

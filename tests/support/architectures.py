@@ -84,11 +84,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Layers that hand keys and values on to later ones.
+SHARING: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 16, "sliding_window": 7,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "hunyuan": {
+        "num_hidden_layers": 4, "use_cla": True, "cla_share_factor": 2, "attention_bias": False, "use_qk_norm": True,
+        "moe_topk": 1, "num_experts": 1, "num_shared_expert": 0, "use_mixed_mlp_moe": False,
+        "rope_scaling": {"alpha": 2.0, "factor": 1.0, "type": "dynamic"},
+    },
+    "afm7": {
+        "hidden_dim": 32, "num_layers": 3, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+        "vocab_size": VOCABULARY,
+    },
+}  # fmt: skip
+
+
 def build_architecture(name: str, seed: int = 0) -> nn.Module:
     """Build the model; arguments that its architecture does not know are left out as mlx_lm leaves them out."""
     module: Any = import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
-    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **ARCHITECTURES[name]})
+    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **(ARCHITECTURES | SHARING)[name]})
     build: Callable[[Any], nn.Module] = module.Model
     model = build(arguments)
     mx.eval(model.parameters())

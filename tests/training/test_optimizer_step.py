@@ -16,7 +16,7 @@ from support.tiny import add_adapter, build_model
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training import optimizer_step
-from mlx_cpo_plugin.training.optimizer_step import ByName, Joined, OptimizerStep, layout_for
+from mlx_cpo_plugin.training.optimizer_step import ByName, Joined, OptimizerStep, gradient_norm, layout_for
 
 Make = Callable[[], optimizers.Optimizer]
 ALIKE: dict[str, Make] = {
@@ -114,3 +114,14 @@ def test_an_optimizer_with_a_past_and_one_of_a_stranger_get_arrays_by_name() -> 
 def test_large_arrays_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_step, "_SMALL", 8)
     assert not isinstance(layout_of(ALIKE["adam"], adapted_model()), Joined)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300_000,), (3, 5), (4_001, 2_503), (2, 300, 130)])
+def test_the_norm_is_that_in_float64_however_many_numbers_there_are(shape: tuple[int, ...]) -> None:
+    values = mx.random.normal(shape) * 1e-3
+
+    found = gradient_norm({"a": values, "b": mx.ones(3)})
+
+    expected = np.sqrt((np.array(values, np.float64) ** 2).sum() + 3)
+    assert found == pytest.approx(expected, rel=2e-7)
+    assert gradient_norm({"a": values}) == pytest.approx(np.sqrt(expected**2 - 3), rel=2e-6)
