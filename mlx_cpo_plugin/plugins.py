@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -101,6 +102,32 @@ def claimed_mode(name: str) -> TrainMode | None:
 def is_built_in(mode: TrainMode) -> bool:
     """Whether this distribution registers the mode."""
     return any(entry is mode for plugin, entry in _claims(TrainMode) if plugin == BUILT_IN)
+
+
+def sets_of(mode: TrainMode, args: object, tokenizer: object) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Return training, validation and test set of a mode; raises ``PluginError`` where it returns something else."""
+    sets = mode.load_dataset(args, tokenizer)
+    if not isinstance(sets, tuple | list) or len(sets) != 3 or not all(hasattr(rows, "__len__") for rows in sets):
+        raise _unlike(mode, "load_dataset", sets, "three sequences: training, validation and test rows")
+    return sets[0], sets[1], sets[2]
+
+
+def metrics_of(mode: TrainMode, model: object, rows: object, args: object) -> Mapping[str, float]:
+    """Return what a mode evaluates; raises ``PluginError`` where it returns something else."""
+    returned: Any = mode.evaluate(model, rows, args)
+    with suppress(TypeError, ValueError, AttributeError):
+        metrics = {str(name): float(value) for name, value in returned.items()}
+        if "loss" in metrics:
+            return metrics
+    raise _unlike(mode, "evaluate", returned, "a mapping from names to floats, loss among them")
+
+
+def _unlike(mode: TrainMode, function: str, returned: object, wanted: str) -> PluginError:
+    plugin = next((plugin for plugin, entry in _claims(TrainMode) if entry.name == mode.name), mode.name)
+    return PluginError(
+        f"{function} of the train mode {mode.name!r}, from {_distribution_of(plugin)}, returns "
+        f"{type(returned).__name__}, but must return {wanted}; correct the plugin."
+    )
 
 
 def _by_name(title: str, kind: type[Entry]) -> dict[str, Entry]:

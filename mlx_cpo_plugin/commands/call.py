@@ -20,7 +20,7 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.plugins import train_modes
+from mlx_cpo_plugin.plugins import is_built_in, metrics_of, train_modes
 from mlx_cpo_plugin.publish.hub import PushAfterRunError
 from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
 from mlx_cpo_plugin.run import mode as whole_run
@@ -85,7 +85,7 @@ def train(
     Args:
         model: a folder or a name on the Hugging Face hub, or a model and its tokenizer as ``mlx_lm.load`` returns
             them; such a model is given the adapter in place.
-        data: a folder, a file or a name on the hub, or a list of such, each a mapping with ``path`` and ``weight``; or
+        data: a folder, a file or a name on the hub, or a list of them, also as mappings with ``path``, ``weight``; or
             rows of any format, as a list, a ``datasets.Dataset`` or another iterable; or such rows, or files of them,
             by split: ``{"train": rows, "valid": "valid.jsonl"}``.
         config: a YAML file with settings that the call does not give.
@@ -106,8 +106,10 @@ def train(
     else:
         allowed = "a folder, a name on the hub, or a model and its tokenizer as mlx_lm.load returns them"
         raise refused("model", model, IN_THE_CALL, allowed)
-    if data is None or isinstance(data, str | os.PathLike) or _are_sets(data):
+    if data is None or isinstance(data, str | os.PathLike):
         call["data"] = data
+    elif isinstance(data, list) and _are_sets(data):
+        call["data"] = [os.fspath(entry) if isinstance(entry, os.PathLike) else entry for entry in data]
     elif isinstance(data, Mapping):
         rows = data
     elif isinstance(data, Iterable) or hasattr(data, "__getitem__"):
@@ -123,16 +125,18 @@ def train(
             _check_loaded(*loaded, resolved)
             resolved.model = ""
         if rows is not None:
+            if not is_built_in(mode):
+                raise refused("data", data, IN_THE_CALL, f"a folder, a file or a name on the hub with {mode.name}")
             resolved.data, resolved.hf_dataset = "", None
             mode = replace(mode, load_dataset=partial(preference_data.load_dataset, rows=rows))
         tested: Values = {}
 
         def evaluate(*arguments: Any) -> Mapping[str, float]:
-            means = evaluate_mode(*arguments)
+            means = metrics_of(own_mode, *arguments)
             tested.update({f"test_{name}": value for name, value in means.items()})
             return means
 
-        evaluate_mode, mode = mode.evaluate, replace(mode, evaluate=evaluate)
+        own_mode, mode = mode, replace(mode, evaluate=evaluate)
         announce(mode)
         trained, tokenizer = whole_run.run_mode(resolved, mode, training_callback, loaded)
         if resolved.fuse and is_first_rank():
@@ -144,10 +148,12 @@ def train(
     return _result(trained, tokenizer, resolved, tested)
 
 
-def _are_sets(data: object) -> bool:
+def _are_sets(entries: list[Any]) -> bool:
     """Whether this is a list of sets to be mixed, not of rows."""
-    entries = data if isinstance(data, list) else []
-    return bool(entries) and all(isinstance(entry, Mapping) and {*entry} <= {*SET_KEYS} for entry in entries)
+    return bool(entries) and all(
+        isinstance(entry, str | os.PathLike) or (isinstance(entry, Mapping) and {*entry} <= {*SET_KEYS})
+        for entry in entries
+    )
 
 
 def _check_loaded(model: nn.Module, tokenizer: Tokenizer, settings: RunSettings) -> None:

@@ -174,6 +174,8 @@ def _table_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = [column.strip() for column in next(reader)]
+        if twice := next((column for column in header if column and header.count(column) > 1), None):
+            raise DataError(f"{file} has two columns {named(twice)}: rename one of them.", place=file)
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(header):

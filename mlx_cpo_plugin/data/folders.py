@@ -17,7 +17,8 @@ SPLIT_NAMES = {
 }
 _OF_PAIRS = frozenset(("prefs", "pref", "preferences", "preference", "pairs", "dpo", "orpo", "cpo", "simpo", "rm"))
 _OF_OTHER_ROWS = frozenset(("sft", "gen", "kto", "ppo", "grpo"))
-_OF_SHARDS = frozenset(("of", "part", "shard", "chunk", "data", "rows", "split", "set"))
+_OF_SHARDS = frozenset(("of", "part", "shard", "chunk", "data", "rows", "split", "set", "dataset"))
+_SHARD = re.compile(r"(.*?)[-_]?\d+-of-(\d+)")
 _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 
 # How well a name matches a split; the least wins. Whether it is a folder's name; 0 for the split's name alone, 1 for
@@ -158,7 +159,7 @@ def _data_files(folder: Path) -> list[Path]:
         if kind_of(path.name) in SUFFIXES
         and path.name.lower() not in _METADATA
         and not path.name.startswith(".")
-        and path.is_file()
+        and (path.is_file() or (path.is_symlink() and not path.exists()))  # of a broken link whoever reads it is told
     ]
 
 
@@ -183,4 +184,32 @@ def _best_of_each_stem(files: Sequence[Path]) -> list[Path]:
     best: dict[tuple[Path, str], Path] = {}
     for file in sorted(files, key=lambda file: (SUFFIXES.index(kind_of(file.name)), len(file.name))):
         best.setdefault((file.parent, _stem(file.name)), file)
+    _check_shards(list(best))
     return sorted(best.values(), key=files.index)
+
+
+def _check_shards(stems: Sequence[tuple[Path, str]]) -> None:
+    """Raise DataError where files that say how many they are, as ``train-00000-of-00003`` does, are fewer."""
+    there: dict[tuple[Path, str, int], list[str]] = {}
+    for folder, stem in stems:
+        if found := _SHARD.fullmatch(stem):
+            there.setdefault((folder, found[1], int(found[2])), []).append(stem)
+    for (folder, _, count), found_there in there.items():
+        if len(found_there) < count:
+            listed = named(", ".join(found_there[:4]))
+            raise DataError(
+                f"{named(str(folder))} holds {len(found_there)} of {count} shards ({listed}): put the others there, or "
+                "set data to one file.",
+                key="data",
+                place=str(folder),
+            )
+
+
+def passed_over(folder: Path, split: str, files: Sequence[Path]) -> list[str]:
+    """Return the data files of a folder that are named after a split, too, but are not among its ``files``."""
+    return [
+        file.relative_to(folder).as_posix()
+        for place in sorted({folder, *(file.parent for file in files)})
+        for file in _data_files(place)
+        if file not in files and (claim := _claim(file.name, False)) and claim[0] == split
+    ]

@@ -51,7 +51,7 @@ def as_pairs(
     # Data sets of mlx-lm-lora have no iterator of their own; generators have nothing else.
     rows_in(dataset, f"the {split} data set")
     items = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
-    if items and all(_is_row(item) for item in items):
+    if any(_is_row(item) for item in items) and all(isinstance(item, Mapping) for item in items):
         if tokenizer is None:
             raise DataError(
                 "The data set holds rows, not token ids: give their tokenizer as tokenizer=, or the data set that "
@@ -96,15 +96,18 @@ def _sides_of_item(item: object, source: str) -> tuple[Side, Side]:
     values = item if isinstance(item, Mapping) else {}
     try:
         ids = [_given_ids(values[part]) for part in ("chosen", "rejected")]
+        known = [values.get(f"{part}_prompt_length") for part in ("chosen", "rejected")]
+        known = [None if size is None else int(size) for size in known]
     except (KeyError, TypeError, ValueError, IndexError):
         raise DataError(
             f"{source} of the data set is not a tokenised preference: give token ids, whole numbers from 0 on, as "
-            "chosen and rejected, or rows of text or messages and their tokenizer.",
+            "chosen and rejected (and in chosen_prompt_length how many are the prompt's), or rows of text or messages "
+            "and their tokenizer.",
             key="data",
             place=source,
         ) from None
     shared = common_prefix(*ids)
-    sizes = [values.get(f"{part}_prompt_length", shared) for part in ("chosen", "rejected")]
+    sizes = [shared if size is None else size for size in known]
     chosen, rejected = (Side(side, np.arange(len(side)) >= size) for side, size in zip(ids, sizes, strict=True))
     return chosen, rejected
 

@@ -23,6 +23,9 @@ _SPEAKERS = {
 }
 ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 
+# What a message has besides its role: other objects with a role are text.
+_SAYING = {"content", "value", "tool_calls", "function_call"}
+
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
 _WRITTEN_ROLE = re.compile(r"""(?:(['"])(?:role|from)\1\s*:|\brole=)\s*['"](\w+)['"]""")
@@ -148,7 +151,7 @@ def _are_messages(value: object) -> bool:
         if isinstance(value.get("messages"), list):
             return _are_messages(value["messages"])
         role = value.get("role", value.get("from"))
-        return isinstance(role, str) and role.lower() in ROLES
+        return isinstance(role, str) and role.lower() in ROLES and bool(_SAYING & value.keys())
     return isinstance(value, list) and bool(value) and all(map(_are_messages, value))
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.data.columns import Columns, DataSettings, rows_in
+from mlx_cpo_plugin.data.columns import Columns, DataSettings, first_few, rows_in
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
-from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, nearest_split, pick_splits, split_files
+from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, nearest_split, passed_over, pick_splits, split_files
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 from mlx_cpo_plugin.missing_paths import looks_like_path, nearest_path
 from mlx_cpo_plugin.types import Values
@@ -167,9 +167,11 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str], mixed_
     files = split_files(folder)
     splits: Splits = {}
     for split in wanted:
-        for file in files.get(split, ()):
+        for number, file in enumerate(files.get(split, ())):
             where = ((mixed_as or Path()) / file.relative_to(folder)).as_posix()
-            splits.setdefault(split, []).append(RowGroup(named(where), read_file(file, where), columns))
+            others = [] if number else passed_over(folder, split, files[split])
+            note = f"{first_few(others, 3)} {'are' if others[1:] else 'is'} not read." if others else ""
+            splits.setdefault(split, []).append(RowGroup(named(where), read_file(file, where), columns, note))
     if not splits and not (mixed_as and files):  # the other sets may have the split
         names_there = sorted(path.name for path in folder.iterdir())[:8]
         found = ", ".join(shown(name)[1:-1] for name in names_there) or "nothing"
@@ -229,7 +231,13 @@ def _read_entries(settings: DataSettings, entries: list[Values] | Values, wanted
             where = named(f"{label} {names[split]}", 100)
             if where in [group.name for group in groups]:
                 where = f"{where} ({len(groups) + 1})"
-            rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
+            try:
+                rows = _library_rows(entry["path"], _load_split(entry["path"], options, names[split]), where)
+            except DataError as error:
+                if split != "valid" or "valid_split" in entry or "train_split" not in entry:
+                    raise
+                fault = f"{str(error).rstrip('.')}, or set valid_split, which is {DEFAULT_VALID_SPLIT} by default."
+                raise DataError(fault, key="hf_dataset.valid_split", place=where) from error
             share = (where, float(entry.get("weight") or 1.0)) if weighted else None
             groups.append(RowGroup(where, rows, columns, _note_on_splits(entry, split, names, where), share))
     return splits

@@ -13,6 +13,9 @@ from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, common_start
 # A private-use character, which no template contains: it marks where the content of a message is rendered.
 _STAND_IN = "\ue000"
 
+# Shorter texts may be a template's own words.
+_TELLING = 12
+
 NOT_LOCATED = "the chat template does not show where an answer starts and ends"
 
 
@@ -136,20 +139,37 @@ def share_what_renders_alike(row: Conversation, tokenizer: ChatTokenizer) -> Con
 
 
 def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenizer: ChatTokenizer) -> None:
-    """Raise UnusableRow for what the template silently drops: an unknown role or a second system message."""
+    """Raise UnusableRow for what the template silently drops: an unknown role, a second system message, calls."""
     variant = tokenizer.template_variants(row.template_kwargs)[0]
-    for messages, side in zip((row.chosen, row.rejected), sides, strict=True):
-        for i, message in enumerate(messages):
-            said = message["content"].strip()
-            if message["role"] == "assistant" or not said or said in side.text:
+
+    def shown(messages: list[Message], i: int, marked: Message, times: int = 1) -> bool:
+        try:
+            text = tokenizer.render([*messages[:i], marked, *messages[i + 1 :]], row.tools, False, variant)
+        except UnusableRow:
+            return True  # a template that refuses the content has read it
+        return text.count(_STAND_IN) >= times
+
+    for messages, side, first in zip((row.chosen, row.rejected), sides, (0, row.shared), strict=True):
+        for i, message in enumerate(messages[first:], first):
+            calls = message.get("tool_calls", ())
+            called = [{**call, "function": {**call["function"], "name": _STAND_IN}} for call in calls]
+            if calls and not shown(messages, i, {**message, "tool_calls": called}, len(calls)):
+                raise UnusableRow("the chat template leaves out the tool calls of a message")
+            if message["role"] == "assistant" or not message["content"].strip() or _must_show(row, messages, i, side):
                 continue
-            marked = [*messages[:i], {**message, "content": _STAND_IN}, *messages[i + 1 :]]
-            try:
-                shown = _STAND_IN in tokenizer.render(marked, row.tools, False, variant)
-            except UnusableRow:
-                continue  # a template that refuses the content has read it
-            if not shown:
+            if not shown(messages, i, {**message, "content": _STAND_IN}):
                 raise UnusableRow(f"the chat template leaves out a message of the role {message['role']}")
+
+
+def _must_show(row: Conversation, messages: list[Message], i: int, side: Rendering) -> bool:
+    """Whether the text holds what message ``i`` says, and nothing else that could have put it there."""
+    said = messages[i]["content"].strip()
+    if len(said) < _TELLING or said not in side.text:
+        return False
+    others = [*messages[:i], *messages[i + 1 :]]
+    return not any(said in other["content"] or said in str(other.get("tool_calls")) for other in others) and (
+        said not in str(row.tools)
+    )
 
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
@@ -241,26 +261,28 @@ class _Renderer:
 
     def _answer(self, messages: list[Message], i: int, text: str, start: int) -> Span:
         """The span of answer ``i``, whose generation starts at ``start``."""
-        said_until = self._said_until(messages, i, text, start)
         if i == len(messages) - 1:
-            return Span(start, said_until, len(text))
+            return Span(start, self._said_until(messages, i, text, start, len(text)), len(text))
         turns = self._text(messages[: i + 1])
         # A thinking template drops the thoughts of earlier answers, so the turns alone may read otherwise.
         if len(turns) > start and text.startswith(turns):
-            return Span(start, said_until, len(turns))
-        end = self._content(messages, i, text)[1]
+            return Span(start, self._said_until(messages, i, text, start, len(turns)), len(turns))
+        has_calls = "tool_calls" in messages[i]
+        end = self._content(messages, i + 1, text)[0] if has_calls else self._content(messages, i, text)[1]
+        if end is not None and has_calls:  # before it come the end of the turn and the header of the next one
+            end = self._tokenizer.behind_first_end(text, self._said_until(messages, i, text, start, end), end)
         if end is None or end <= start:
             raise UnusableRow(NOT_LOCATED)
-        return Span(start, said_until, end, holds_turn_end=False)
+        return Span(start, self._said_until(messages, i, text, start, end), end, holds_turn_end=has_calls)
 
-    def _said_until(self, messages: list[Message], i: int, text: str, start: int) -> int:
-        """Where the text and calls of answer ``i`` end, as far as can be found."""
+    def _said_until(self, messages: list[Message], i: int, text: str, start: int, stop: int) -> int:
+        """Where the text and calls of answer ``i`` end, before ``stop``, as far as can be found."""
         said = messages[i]["content"]
         as_it_is = said.strip() and text.startswith(said, start)  # which saves a rendering
         ends = [start, start + len(said) if as_it_is else self._content(messages, i, text)[1] or start]
         for call in messages[i].get("tool_calls", ()):
             words = (call["function"]["name"], *_leaves(call["function"]["arguments"]))
-            ends.extend(text.rfind(said, start) + len(said) for said in words if said in text[start:])
+            ends.extend(text.rfind(said, start, stop) + len(said) for said in words if said in text[start:stop])
         return max(ends)
 
     def _content(self, messages: list[Message], i: int, text: str) -> tuple[int | None, int | None]:

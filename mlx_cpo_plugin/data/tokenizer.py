@@ -257,6 +257,11 @@ class ChatTokenizer:
                 return text[:kept], end_id
             kept, end_id = stop - len(spelled), self._end_ids[spelled]
 
+    def behind_first_end(self, text: str, start: int, stop: int) -> int | None:
+        """Return where the first end token that is spelled out between two places of ``text`` ends, if there is one."""
+        places = {end: text.find(end, start, stop) for end in self._end_ids if end}
+        return min((place + len(end) for end, place in places.items() if place >= 0), default=None)
+
     def control_text(self, text: str) -> str:
         """The first special token, or what the template puts around a message, that ``text`` spells out; or empty."""
         found = self._control.search(text) if self._control is not None else None

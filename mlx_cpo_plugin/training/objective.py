@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.errors import ConfigError, first_line
+from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault
 from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.settings.cpo_options import BETA, CPO_ALPHA, DELTA, LABEL_SMOOTHING
@@ -160,14 +160,28 @@ def objective_for(
 def _try_out(objective: Objective) -> None:
     """Raise ``ConfigError`` where the functions of an objective fail with the most ordinary of scores."""
     one, two = mx.array([-1.0, -2.0]), mx.array([-2.0, -1.0])
+    scores = AnswerScores(one, two, one, two, mx.ones(2), mx.ones(2))
     _check_call(objective)
-    losses = objective.losses(AnswerScores(one, two, one, two, mx.ones(2), mx.ones(2)))
-    for function, values in ((objective.fn, losses), (objective.reward_fn, objective.rewards(one))):
-        if function is not None and not np.isfinite(np.array(values)).all():
+    for function, compute in (
+        (objective.fn, lambda: objective.losses(scores)),
+        (objective.reward_fn, lambda: objective.rewards(one)),
+    ):
+        if function is None:
+            continue
+        try:
+            values = np.array(compute())
+            fault = "" if np.isfinite(values).all() else f"returns {values.tolist()}"
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever somebody's function raises
+            if is_device_fault(error):
+                raise
+            fault = f"fails ({type(error).__name__}: {first_line(error)})"
+        if fault:
             given = "".join(f", {name} {value}" for name, value in objective.options.items())
             raise ConfigError(
-                f"The function {name_of(function)} of {function.__module__} returns {np.array(values).tolist()} for "
-                f"log-probs of -1 and -2{given}, but must return finite numbers."
+                f"The function {name_of(function)} of {function.__module__} {fault} for log-probs of -1 and -2{given}, "
+                "but must return finite numbers."
             )
 
 

@@ -22,6 +22,7 @@ from datasets import Dataset, DatasetDict
 from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 from support.refusals import refused
+from support.stranger_plugins import JudgedPlugin, registered
 from support.tiny import assert_same, parameters, preference_rows, saved_arrays
 
 import mlx_cpo_plugin
@@ -98,6 +99,7 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "a DatasetDict": lambda _: DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:2])),
     "a path": lambda folder: folder / "rows.jsonl",
     "a path of a split": lambda folder: {"train": folder / "rows.jsonl"},
+    "a list of paths": lambda folder: [folder / "rows.jsonl"],
 }
 
 
@@ -250,6 +252,13 @@ def test_a_wrong_keyword_is_the_error_that_a_wrong_key_is(
     with refused(ConfigError, key=key, place="in the call", allowed=allowed):
         train("a model", ROWS, **mistake)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_no_data_of_a_mode_that_reads_its_own(
+    model_folder: Path, train: Callable[..., TrainingResult]
+) -> None:
+    with registered(JudgedPlugin()), refused(ConfigError, key="data", place="in the call"):
+        train(model_folder, ROWS, train_mode="judged")
 
 
 @pytest.mark.parametrize("model", [7, [], ("model", "tokenizer"), nn.Linear(2, 2)])

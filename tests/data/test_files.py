@@ -178,6 +178,7 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
         ("a.jsonl", b"Once upon a time", "", "not a data file"),
         ("a.jsonl", b"\x89\x50\x00\x01\x02", ":1", "not valid UTF-8"),
         ("a.csv", b'a,b\n"1,2\n', ":2", "not valid CSV"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "", "has two columns a"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3", "3 values for 2 columns"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "", "git lfs pull"),
         ("a.json", b"\n<!DOCTYPE html><html>", "", "not a data file"),

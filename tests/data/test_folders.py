@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 from support.refusals import refused
 
-from mlx_cpo_plugin.data.folders import split_files
+from mlx_cpo_plugin.data.folders import pick_splits, split_files
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -101,6 +101,37 @@ def test_files_belong_to_the_split_that_they_are_named_after(
         write(tmp_path / name)
 
     assert found(tmp_path) == splits
+
+
+def test_a_set_of_which_shards_are_missing_is_refused(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write(tmp_path / f"data/train-0000{number}-of-00003.jsonl")
+
+    with refused(DataError, r"holds 2 of 3 shards \(train-00000-of-00003, train-00002", key="data"):
+        found(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_refused_by_whoever_reads_it(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "valid.jsonl").symlink_to(tmp_path / "gone.jsonl")
+
+    with refused(DataError, r"valid.jsonl cannot be read \(No such file"):
+        read(tmp_path)
+
+
+def test_files_that_could_have_been_meant_are_noted(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train2.jsonl", "train.csv", "train_sft.jsonl", "other.jsonl"):
+        write(tmp_path / name)
+    write(tmp_path / "valid.jsonl")
+
+    splits = read_splits(RunSettings.of({"data": str(tmp_path)}), ALL)
+
+    assert splits["train"][0].note == "train.csv, train2.jsonl are not read."
+    assert splits["valid"][0].note == ""
+
+
+def test_the_names_of_other_trainers_for_a_split_are_its_names() -> None:
+    assert pick_splits(["train_dataset", "eval_dataset"]) == {"train": "train_dataset", "valid": "eval_dataset"}
 
 
 CARD = """---

@@ -224,6 +224,24 @@ def test_a_role_that_the_template_drops_without_a_word_makes_the_row_unusable():
         texts({"prompt": prompt, **ANSWERS}, make_tokenizer(template))
 
 
+@pytest.mark.parametrize("said", ["3 degrees in Oslo", "user"], ids=["an answer says it, too", "the template says it"])
+def test_a_dropped_message_is_noticed_whoever_else_says_the_same(said):
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    prompt = [user("Hi"), assistant("Let me look."), {"role": "tool", "content": said}]
+
+    with pytest.raises(UnusableRow, match="leaves out a message of the role tool"):
+        texts({"prompt": prompt, "chosen": f"It is {said}.", "rejected": "No."}, make_tokenizer(template))
+
+
+def test_a_second_system_message_that_the_answers_quote_is_folded_all_the_same():
+    prompt = [system("Be kind."), user("Hi"), system("Speak French please")]
+    answers = {"chosen": "I was told: Speak French please", "rejected": "No: Speak French please"}
+
+    text, _, _ = texts({"prompt": prompt, **answers}, make_tokenizer(IGNORING))
+
+    assert text.count("Speak French please") == 1
+
+
 # Messages that were stored as text.
 
 TALK = [STORY, ONCE]

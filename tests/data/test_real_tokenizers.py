@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,24 @@ def test_thoughts_are_scored_where_the_answer_has_them_and_context_where_it_has_
     assert scored("qwen3", pair, "chosen") == "<think>\nOdd.\n</think>\n\nYes.<|im_end|>"
     assert context(other, "chosen") == closed
     assert scored("qwen3", other, "chosen") == "Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+def test_a_call_its_result_and_what_is_made_of_it_are_an_answer_of_two_turns_to_a_thinking_template(content):
+    def answer(city: str, last: str) -> list[Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        return [{**assistant(content), "tool_calls": [call]}, {"role": "tool", "content": "3 degrees"}, assistant(last)]
+
+    def wanted(city: str, last: str) -> str:
+        call = json.dumps({"name": "weather", "arguments": {"city": city}})
+        said = f"{content}\n" if content else ""
+        return f"{said}<tool_call>\n{call}\n</tool_call><|im_end|>{last}<|im_end|>"
+
+    sides = {"chosen": ("Oslo", "Yes, in Oslo."), "rejected": ("Rome", "No.")}
+    pair = pair_of("qwen3", {"prompt": "A coat?", **{side: answer(*said) for side, said in sides.items()}})
+
+    for side, said in sides.items():
+        assert scored("qwen3", pair, side).replace("<think>\n\n</think>\n\n", "") == wanted(*said)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

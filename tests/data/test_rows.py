@@ -251,6 +251,13 @@ def test_observations_are_tool_messages():
     assert row.chosen[1] == {"role": "tool", "content": "a cat"}
 
 
+@pytest.mark.parametrize("text", ['{"name": "Bob", "role": "user"}', '[{"name": "Bob", "role": "assistant"}]'])
+def test_objects_with_a_role_that_say_nothing_are_text(text):
+    row = parse_row({"prompt": text, "chosen": text, "rejected": "No."}, Columns())
+
+    assert [message["content"] for message in row.chosen] == [text, text]
+
+
 PROMPT = {"prompt": "What is it?"}
 UNUSABLE = [
     (["no", "object"], "the row is not a JSON object"),

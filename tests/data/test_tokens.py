@@ -223,6 +223,14 @@ def test_tool_calls_that_the_template_leaves_out_make_the_row_unusable():
         pair_of({**ROW, "chosen": [assistant("", tool_calls=[call])]}, "headers")
 
 
+def test_calls_of_the_prompt_that_the_template_leaves_out_make_the_row_unusable_though_it_lists_the_tools():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}
+    prompt = [user("look: where?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "on the mat"}]
+
+    with pytest.raises(UnusableRow, match="leaves out the tool calls"):
+        pair_of({**ROW, "prompt": prompt}, "headers")
+
+
 def test_sides_that_part_at_a_user_turn_have_that_turn_as_context():
     shared = [user("What is it?"), assistant("Yes.")]
     row = {

@@ -261,6 +261,18 @@ def test_a_loss_that_is_not_finite_for_ordinary_log_probs_is_told_so_before_trai
         evaluate(build_model(), build_pairs(3))
 
 
+@pytest.mark.parametrize("what", ["fn", "rewards"])
+def test_a_loss_that_raises_is_named_before_training(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(*_: mx.array, **__: Any) -> mx.array:
+        raise KeyError("half done")
+
+    broken = replace(loss_types()["sigmoid"], **{what: mine})
+    monkeypatch.setattr(objective, "loss_types", lambda: {"sigmoid": broken})
+
+    with pytest.raises(ConfigError, match=r"mine of .* fails \(KeyError: 'half done'\) for log-probs of -1 and -2"):
+        evaluate(build_model(), build_pairs(3))
+
+
 @pytest.mark.parametrize("result", [0.5, None, (), mx.zeros((1, 2)), (None, mx.zeros(1))])
 def test_a_loss_with_the_hosts_parameters_is_told_to_return_a_mean(result: Any) -> None:
     def mine(policy_chosen_score: Any, **_: Any) -> Any:
@@ -390,6 +402,24 @@ def test_rows_need_their_tokenizer_and_the_error_says_so() -> None:
 def test_what_holds_no_rows_one_by_one_is_refused(data: Any) -> None:
     with refused(DataError, key="data", allowed="a list of mappings"):
         pairs_of(data, 64, tokenizer_named("chatml"))
+
+
+def test_a_row_without_answers_is_skipped_among_others() -> None:
+    empty = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [], "rejected": []}
+
+    pairs = pairs_of([*preference_rows(3), empty], 64, tokenizer_named("chatml"))
+
+    assert len(pairs) == 3
+    assert sum(map(len, pairs.report.skipped.values())) == 1
+
+
+@pytest.mark.parametrize(("size", "prompt"), [(None, 2), (1, 1), ("1", 1)])
+def test_where_a_prompt_of_token_ids_ends_may_be_said(size: Any, prompt: int) -> None:
+    sizes = {"chosen_prompt_length": size, "rejected_prompt_length": size}
+
+    (pair,) = pairs_of([{"chosen": [1, 2, 3], "rejected": [1, 2, 4], **sizes}], 64)
+
+    assert int(pair.chosen_scored.sum()) == 3 - prompt
 
 
 @pytest.mark.parametrize("row", ["row", None, ("Hi", "Yes", "No"), b"row", {"chosen": [1, 2], "rejected": [1, 2.5]}])
