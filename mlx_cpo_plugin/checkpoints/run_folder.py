@@ -165,14 +165,14 @@ def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:
     """Record that the folder's run continues: no part of it is complete any more."""
-    _update(adapter_folder, replace(read_record(adapter_folder) or record, done=()))
+    _update(adapter_folder, replace(read_record(adapter_folder) or record, done={}))
 
 
-def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None) -> None:
-    """Record that a part of the folder's run, which has to be ``run`` if that is given, is complete."""
+def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None, result: str = "") -> None:
+    """Record that a part of the folder's run, which has to be ``run`` if that is given, is complete, and as what."""
     record = read_record(adapter_folder)
-    if record is not None and run in (None, record.run) and part not in record.done:
-        _update(adapter_folder, replace(record, done=(*record.done, part)))
+    if record is not None and run in (None, record.run):
+        _update(adapter_folder, replace(record, done={**record.done, part: result}))
 
 
 def record_data(adapter_folder: Path, run: RunIdentity, data: Values) -> None:
@@ -189,10 +189,10 @@ def record_files(adapter_folder: Path, names: Collection[str]) -> None:
         _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *names}))))
 
 
-def is_done(adapter_folder: Path, part: str, run: RunIdentity) -> bool:
-    """Return whether a part of a run is complete, and the run has not continued since."""
+def is_done(adapter_folder: Path, part: str, run: RunIdentity, result: str = "") -> bool:
+    """Return whether a part of a run is complete, with this result, and the run has not continued since."""
     record = read_record(adapter_folder)
-    return record is not None and record.run == run and part in record.done
+    return record is not None and record.run == run and record.done.get(part) == result
 
 
 def _update(adapter_folder: Path, record: RunRecord) -> None:

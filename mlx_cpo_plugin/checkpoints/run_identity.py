@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -78,7 +79,8 @@ class RunRecord:
 
     Attributes:
         origin: ``None`` where the run began with a fresh adapter.
-        done: which parts of it are complete: ``trained``, ``tested``, ``fused``, ``pushed``.
+        done: which parts of it are complete, ``trained``, ``tested``, ``fused``, ``pushed``, and as what: a fused model
+            by its bits and its place, a push by its repository, else empty.
         files: names in the folder, beside those of every run: its fused model's, and its card's.
         successor: the record of a new run that is about to begin here, while files are being put aside for it.
         data: split -> ``rows``, ``pairs`` and ``sha256`` of what it trained, validated or was tested on.
@@ -86,7 +88,7 @@ class RunRecord:
 
     run: RunIdentity
     origin: Origin | None = None
-    done: tuple[str, ...] = ()
+    done: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     successor: RunRecord | None = None
     data: Values = field(default_factory=dict)
@@ -98,7 +100,7 @@ class RunRecord:
         return cls(
             RunIdentity.from_plain(values),
             origin and Origin(**origin),
-            tuple(values["done"]),
+            dict(values["done"] if isinstance(values["done"], dict) else dict.fromkeys(values["done"], "")),
             tuple(values["files"]),
             successor and cls.from_plain(successor),
             dict(values.get("data", {})),
@@ -109,7 +111,7 @@ class RunRecord:
         return {
             **self.run.plain(),
             "origin": self.origin and vars(self.origin),
-            "done": self.done,
+            "done": dict(self.done),
             "files": self.files,
             "successor": self.successor and self.successor.plain(),
             "data": self.data,

@@ -192,6 +192,18 @@ def fused_folder(settings: RunSettings) -> Path:
     return Path(find_lmstudio_models_path()) / "mlx_lm_lora" / settings.lm_studio_name
 
 
+def fused_as(settings: RunSettings) -> str:
+    """Return how a run is fused, for its record, which moves with the folder."""
+    bits = settings.fuse_bits or "own"
+    return f"{bits} bits" + (f" in LM Studio as {settings.lm_studio_name}" if settings.lm_studio_name else "")
+
+
+def holds_model(settings: RunSettings) -> bool:
+    """Whether there is a model where the fused one goes."""
+    folder = fused_folder(settings)
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
 def _merged_layer(name: str, module: nn.Module) -> nn.Module:
     """Return the layer with its adapter merged, dense; sums in float32, rounded as in :mod:`..model.rounding`."""
     layer: nn.Module = module.fuse(dequantize=True)

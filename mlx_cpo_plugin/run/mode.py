@@ -19,10 +19,11 @@ from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import UserError, first_line
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_tokenizer
+from mlx_cpo_plugin.plugins import metrics_of, sets_of
 from mlx_cpo_plugin.publish.card import PLOT_FILE, model_card, write_card
 from mlx_cpo_plugin.publish.hub import PushAfterRunError, push, upload_of
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
-from mlx_cpo_plugin.run.fusing import Fusing, fused_folder
+from mlx_cpo_plugin.run.fusing import Fusing, fused_as, fused_folder, holds_model
 from mlx_cpo_plugin.run.preflight import adapter_file, check_destinations, plan_notes, position_notes, run_identity
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.trackers import TrackerCallback, tracked_run
@@ -58,7 +59,7 @@ def run_mode(
     print_info("Loading datasets")
     if loaded is not None:
         give_chat_template(loaded[1])
-    sets = mode.load_dataset(settings, loaded[1] if loaded else load_chat_tokenizer(settings.model))
+    sets = sets_of(mode, settings, loaded[1] if loaded else load_chat_tokenizer(settings.model))
     wanted = (("train", "valid") if settings.train else ()) + (("test",) if settings.test else ())
     for rows in sets if is_first_rank() else ():
         if isinstance(rows, PreferenceDataset) and rows.report.split in wanted:
@@ -101,10 +102,10 @@ def train_test_and_fuse(
             record_done(folder, TESTED, run)
 
     mx.clear_cache()
-    if fusing is not None and not is_done(folder, FUSED, run):
+    if fusing is not None and not (is_done(folder, FUSED, run, fused_as(settings)) and holds_model(settings)):
         print_section("Fusing Model")
         fused = fusing.fuse(model, tokenizer)
-        record_done(folder, FUSED, run)
+        record_done(folder, FUSED, run, fused_as(settings))
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
     # A mode from elsewhere may leave no more than an adapter, or not even that.
     if is_first_rank() and (folder / RUN_SETTINGS).exists() and (folder / ADAPTER_CONFIG).exists():
@@ -156,7 +157,7 @@ def describe(settings: RunSettings, sets: Sets) -> None:
 
 
 def push_run(settings: RunSettings) -> None:
-    """Push the adapter of a complete run to ``push_to_hub``, if that is set and it has not been pushed.
+    """Push the adapter of a complete run to ``push_to_hub``, if that is set and it has not been pushed there.
 
     Raises:
         PushAfterRunError: the hub refuses it or cannot be reached; the run is complete and saved.
@@ -165,7 +166,7 @@ def push_run(settings: RunSettings) -> None:
     if not (repo and settings.train and is_first_rank()):
         return
     folder, run = Path(settings.adapter_path or ""), settings.run_identity
-    if is_done(folder, PUSHED, run):
+    if is_done(folder, PUSHED, run, repo):
         return
     try:
         push(upload_of(folder, repo), repo, private=settings.hub_private_repo, say=print)
@@ -174,7 +175,7 @@ def push_run(settings: RunSettings) -> None:
         raise PushAfterRunError(
             f"{error} The run is complete and saved in {folder}; push it later with: {again}", key="push_to_hub"
         ) from error
-    record_done(folder, PUSHED, run)
+    record_done(folder, PUSHED, run, repo)
 
 
 def train_mode(
@@ -217,7 +218,7 @@ def report_on_test_set(
 ) -> None:
     """Evaluate the model, print the metrics in the host's shape, and send them to metrics file and trackers."""
     print_section("Testing")
-    metrics = mode.evaluate(model, test_set, settings)
+    metrics = metrics_of(mode, model, test_set, settings)
     if not is_first_rank():
         return
     print(f"{Colors.BOLD}Test Results:{Colors.RESET}")

@@ -134,12 +134,18 @@ def _advance(
 
 
 def validation_at(folder: Path, part: float) -> Row | None:
-    """Return the first validation of a run after ``part`` of its iterations; None where it has none yet."""
+    """Return the first validation of a run after ``part`` of its iterations; None where it has none yet.
+
+    Of a run that its own validations have stopped before, it is the one that it is judged by in the end.
+    """
     record = record_of(folder)
     if record is None or not record.iters:
         return None
     least = math.ceil(part * record.iters)
-    return next((row for row in record.valid if number(row, "iteration") >= max(least, 2)), None)
+    row = next((row for row in record.valid if number(row, "iteration") >= max(least, 2)), None)
+    if row is None and record.valid and read_result(folder).get("status") == FINISHED:
+        return (record.best or record.valid)[-1]
+    return row
 
 
 def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:

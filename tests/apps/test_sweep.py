@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,16 @@ class Pretended:
 
     Attributes:
         launched: the configuration of each launch, in order.
+        stops: beta -> the validation that ends a run early.
     """
 
-    def __init__(self, accuracy: Callable[[dict[str, Any], int], float], fails: Iterable[int] = ()) -> None:
-        self.accuracy, self.fails = accuracy, list(fails)
+    def __init__(
+        self,
+        accuracy: Callable[[dict[str, Any], int], float],
+        fails: Iterable[int] = (),
+        stops: Mapping[float, int] | None = None,
+    ) -> None:
+        self.accuracy, self.fails, self.stops = accuracy, list(fails), stops or {}
         self.launched: list[dict[str, Any]] = []
 
     def __call__(self, folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
@@ -88,6 +94,8 @@ class Pretended:
                 lines.write(json.dumps(row) + "\n")
             if is_far_enough():
                 return 143, "stopped"
+            if iteration == self.stops.get(config.get("beta")):
+                break
         return 0, ""
 
 
@@ -327,6 +335,19 @@ def test_of_settings_that_do_worse_half_way_only_the_better_half_goes_on(write: 
     done(sweep, launch)
     assert len(launch.launched) == 14  # nothing is done twice
     assert results_of(sweep, outcomes)[0].name == "beta 0.4"
+
+
+def test_a_run_that_its_own_validations_stopped_is_judged_at_the_half_by_its_last_one(
+    write: Callable[..., Path],
+) -> None:
+    launch = Pretended(by_beta, stops={0.3: 2})
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.2, 0.4, 0.3]}, metric="accuracy", halve_at=0.5))
+
+    outcomes = done(sweep, launch)
+
+    status = {run.options["beta"]: outcomes[run.digest].status for run in sweep.runs}
+    assert status == {0.05: GIVEN_UP, 0.2: FINISHED, 0.3: FINISHED, 0.4: FINISHED}
+    assert launches(launch, "beta") == [(0.05,), (0.2,), (0.4,), (0.3,), (0.2,), (0.4,)]
 
 
 def test_a_run_that_fails_before_the_half_is_tried_again_by_the_next_call_and_then_takes_part(

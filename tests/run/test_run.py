@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -268,7 +269,10 @@ def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:
 
 
 class OwnLoop:
-    """A mode that trains by itself and writes an adapter alone."""
+    """A mode that trains by itself and writes an adapter alone; functions of its own may be others."""
+
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        self.functions = functions
 
     @hookimpl
     def register_train_modes(self) -> list[TrainMode]:
@@ -276,7 +280,8 @@ class OwnLoop:
             adapter_file.parent.mkdir(parents=True, exist_ok=True)
             mx.save_safetensors(str(adapter_file), {"weight": mx.zeros(3)})
 
-        return [TrainMode("own", "Own", "", lambda *_: ((1, 2), (), ()), train, lambda *_: {})]
+        mode = TrainMode("own", "Own", "", lambda *_: ((1, 2), (), ()), train, lambda *_: {})
+        return [replace(mode, **self.functions)]
 
 
 def of_own_loop(settings: Settings) -> Settings:
@@ -292,6 +297,46 @@ def test_a_mode_with_a_loop_of_its_own_gets_no_card_and_no_commands_that_would_f
     out = capsys.readouterr().out
     assert not any(word in out for word in ("Compare:", "Generate:", "Fuse:", "Model card:"))
     assert [file.name for file in Path(settings["adapter_path"]).glob("[!.]*")] == ["adapters.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("function", "returned", "sentence"),
+    [
+        ("load_dataset", [[]], "load_dataset of the train mode 'own', from .*, returns .* must return three sequences"),
+        ("evaluate", None, "evaluate of the train mode 'own', from .*, returns NoneType, .* loss among them"),
+        ("evaluate", {"accuracy": 1.0}, "returns dict, but must return a mapping"),
+    ],
+)
+def test_a_mode_that_returns_something_else_is_named(
+    settings: Settings, run_main: RunMain, function: str, returned: Any, sentence: str
+) -> None:
+    strange = OwnLoop(load_dataset=lambda *_: ([1], [1], [1]))
+    strange.functions[function] = lambda *_: returned
+
+    with registered(strange), refused(match=sentence):
+        run_main({**of_own_loop(settings), "test": True})
+
+
+def test_what_is_done_is_told_from_what_another_call_asks_for(
+    settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused model of other bits, in another place or not there any more is made; one that is there is left alone."""
+    (tmp_path / ".lmstudio" / "models").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fused = Path(settings["adapter_path"]) / "model.safetensors"
+    resumed = {**settings, "fuse": True, "resume": "auto", "fuse_bits": 4}
+    run_main(resumed)
+    size, written = fused.stat().st_size, fused.stat().st_mtime_ns
+
+    run_main(resumed)
+    assert fused.stat().st_mtime_ns == written
+    run_main({**resumed, "fuse_bits": 8})
+    assert fused.stat().st_size > size
+    run_main({**resumed, "lm_studio_name": "elsewhere"})
+    assert (tmp_path / ".lmstudio/models/mlx_lm_lora/elsewhere/model.safetensors").stat().st_size == size
+    fused.unlink()
+    run_main({**resumed, "fuse_bits": 8})
+    assert fused.exists()
 
 
 def test_a_damaged_record_of_an_earlier_run_stops_no_new_one(settings: Settings, run_main: RunMain) -> None:

@@ -93,7 +93,7 @@ def test_a_finished_run_can_be_given_its_other_weights_and_is_tested_anew(
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
     record = read_record(tmp_path / "run")
     assert record is not None
-    assert record.done == ("trained",)
+    assert record.done == {"trained": ""}
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     train(tmp_path / "run", **PAIRS, load_best=after, resume="auto")
     assert left == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
