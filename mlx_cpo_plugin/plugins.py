@@ -105,21 +105,25 @@ def is_built_in(mode: TrainMode) -> bool:
 
 
 def sets_of(mode: TrainMode, args: object, tokenizer: object) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Return training, validation and test set of a mode; raises ``PluginError`` where it returns something else."""
-    sets = mode.load_dataset(args, tokenizer)
-    if not isinstance(sets, tuple | list) or len(sets) != 3 or not all(hasattr(rows, "__len__") for rows in sets):
-        raise _unlike(mode, "load_dataset", sets, "three sequences: training, validation and test rows")
-    return sets[0], sets[1], sets[2]
+    """Return training, validation and test set of a mode, of which None is an empty one.
+
+    Raises:
+        PluginError: it returns something else.
+    """
+    sets: Any = mode.load_dataset(args, tokenizer)
+    if isinstance(sets, tuple | list) and len(sets) == 3:
+        sets = [() if rows is None else rows for rows in sets]
+        if all(hasattr(rows, "__len__") for rows in sets):
+            return sets[0], sets[1], sets[2]
+    raise _unlike(mode, "load_dataset", sets, "three sequences: training, validation and test rows")
 
 
 def metrics_of(mode: TrainMode, model: object, rows: object, args: object) -> Mapping[str, float]:
     """Return what a mode evaluates; raises ``PluginError`` where it returns something else."""
     returned: Any = mode.evaluate(model, rows, args)
     with suppress(TypeError, ValueError, AttributeError):
-        metrics = {str(name): float(value) for name, value in returned.items()}
-        if "loss" in metrics:
-            return metrics
-    raise _unlike(mode, "evaluate", returned, "a mapping from names to floats, loss among them")
+        return {str(name): float(value) for name, value in returned.items()}
+    raise _unlike(mode, "evaluate", returned, "a mapping from names to floats")
 
 
 def _unlike(mode: TrainMode, function: str, returned: object, wanted: str) -> PluginError:

@@ -43,15 +43,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 def pytest_configure(config: pytest.Config) -> None:
     """What worker processes share is made by the process that starts them; kernels are for tests that ask for them.
 
-    Slow tests are for those who name tests, or a folder of them.
+    Slow tests are for those who name tests, or a folder of them; each worker decides it alike.
     """
     os.environ["MLX_CPO_PLUGIN_KERNELS"] = "none"
     os.environ["MLX_ENABLE_TF32"] = "0"  # float64 references are compared with float32, on a GPU, too
     os.environ["HF_DATASETS_OFFLINE"] = "1"
-    if not hasattr(config, "workerinput"):  # the options that workers get are this process's
+    if not hasattr(config, "workerinput"):
         config.add_cleanup(open_workshop())
-        if config.args_source is not config.ArgsSource.ARGS and not (config.option.markexpr or config.option.keyword):
-            config.option.markexpr = "not slow"
+    if config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword):
+        config.option.markexpr = "not slow"
 
 
 # Folders whose files take longest: no worker is left alone with one of them at the end.

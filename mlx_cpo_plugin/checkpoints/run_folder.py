@@ -175,6 +175,13 @@ def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None,
         _update(adapter_folder, replace(record, done={**record.done, part: result}))
 
 
+def record_undone(adapter_folder: Path, part: str) -> None:
+    """Record that a part of the folder's run is not complete, or is about to be done anew."""
+    record = read_record(adapter_folder)
+    if record is not None:
+        _update(adapter_folder, replace(record, done={name: of for name, of in record.done.items() if name != part}))
+
+
 def record_data(adapter_folder: Path, run: RunIdentity, data: Values) -> None:
     """Record what the folder's run trained on, by split."""
     record = read_record(adapter_folder)

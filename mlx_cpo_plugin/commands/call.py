@@ -20,7 +20,7 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
-from mlx_cpo_plugin.plugins import is_built_in, metrics_of, train_modes
+from mlx_cpo_plugin.plugins import metrics_of, train_modes
 from mlx_cpo_plugin.publish.hub import PushAfterRunError
 from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
 from mlx_cpo_plugin.run import mode as whole_run
@@ -125,7 +125,7 @@ def train(
             _check_loaded(*loaded, resolved)
             resolved.model = ""
         if rows is not None:
-            if not is_built_in(mode):
+            if mode.load_dataset is not train_modes()["cpo"].load_dataset:  # which would read other rows
                 raise refused("data", data, IN_THE_CALL, f"a folder, a file or a name on the hub with {mode.name}")
             resolved.data, resolved.hf_dataset = "", None
             mode = replace(mode, load_dataset=partial(preference_data.load_dataset, rows=rows))

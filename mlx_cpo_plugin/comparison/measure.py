@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,12 +121,17 @@ def _check_tokenizers(models: Sequence[Contender], tokenizer: ChatTokenizer) -> 
 
 def _note_other_base(contender: Contender, base: RunSettings, say: Say) -> None:
     """Say where an adapter is put on something else than the base model of the comparison."""
-    if contender.settings.model != base.model:
+    if not _is_same(contender.settings.model, base.model):
         say(f"Note: {contender.name} is an adapter of {contender.settings.model}, but {BASE} is {base.model}.")
     precision = quantised_load(contender.settings)
     if precision != quantised_load(base):
         loaded = f"with {precision}" if precision else "unquantised"
         say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
+
+
+def _is_same(model: str, other: str) -> bool:
+    """Whether two names are of one model: alike, or paths of one folder."""
+    return model == other or (os.path.exists(model) and os.path.exists(other) and os.path.samefile(model, other))
 
 
 def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:

@@ -17,8 +17,8 @@ SPLIT_NAMES = {
 }
 _OF_PAIRS = frozenset(("prefs", "pref", "preferences", "preference", "pairs", "dpo", "orpo", "cpo", "simpo", "rm"))
 _OF_OTHER_ROWS = frozenset(("sft", "gen", "kto", "ppo", "grpo"))
-_OF_SHARDS = frozenset(("of", "part", "shard", "chunk", "data", "rows", "split", "set", "dataset"))
-_SHARD = re.compile(r"(.*?)[-_]?\d+-of-(\d+)")
+_OF_SHARDS = frozenset(("of", "part", "shard", "chunk", "data", "rows", "split", "set"))
+_SHARD = re.compile(r"(.*?)[-_]?(\d+)-of-(\d+)")
 _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 
 # How well a name matches a split; the least wins. Whether it is a folder's name; 0 for the split's name alone, 1 for
@@ -131,7 +131,7 @@ def _claim(name: str, folder: bool) -> tuple[str, _Claim] | None:
         rank = 0 if _stem(name) == word else 1
     elif others <= _OF_PAIRS:
         rank = 2
-    elif words[-1] == word:
+    elif words[-1] == word or others == {"dataset"}:
         rank = 3
     else:
         return None
@@ -152,14 +152,17 @@ def _words(name: str) -> tuple[str, ...]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The data files of a folder; empty where the path is no folder."""
+    """The data files of a folder, and links named after a split that lead nowhere, of which whoever reads them is told.
+
+    There are none where the path is no folder.
+    """
     return [
         path
         for path in sorted(folder.iterdir() if folder.is_dir() else (), key=_natural)
         if kind_of(path.name) in SUFFIXES
         and path.name.lower() not in _METADATA
         and not path.name.startswith(".")
-        and (path.is_file() or (path.is_symlink() and not path.exists()))  # of a broken link whoever reads it is told
+        and (path.is_file() or (path.is_symlink() and not path.exists() and _claim(path.name, False)))
     ]
 
 
@@ -184,22 +187,21 @@ def _best_of_each_stem(files: Sequence[Path]) -> list[Path]:
     best: dict[tuple[Path, str], Path] = {}
     for file in sorted(files, key=lambda file: (SUFFIXES.index(kind_of(file.name)), len(file.name))):
         best.setdefault((file.parent, _stem(file.name)), file)
-    _check_shards(list(best))
     return sorted(best.values(), key=files.index)
 
 
-def _check_shards(stems: Sequence[tuple[Path, str]]) -> None:
+def check_shards(files: Sequence[Path]) -> None:
     """Raise DataError where files that say how many they are, as ``train-00000-of-00003`` does, are fewer."""
-    there: dict[tuple[Path, str, int], list[str]] = {}
-    for folder, stem in stems:
-        if found := _SHARD.fullmatch(stem):
-            there.setdefault((folder, found[1], int(found[2])), []).append(stem)
-    for (folder, _, count), found_there in there.items():
-        if len(found_there) < count:
-            listed = named(", ".join(found_there[:4]))
+    there: dict[tuple[str, int], dict[int, Path]] = {}
+    for file in files:
+        if found := _SHARD.fullmatch(_stem(file.name)):
+            there.setdefault((found[1], int(found[3])), {})[int(found[2])] = file
+    for (_, count), shards in there.items():
+        if len(shards) < count:
+            folder, listed = next(iter(shards.values())).parent, ", ".join(file.name for file in shards.values())
             raise DataError(
-                f"{named(str(folder))} holds {len(found_there)} of {count} shards ({listed}): put the others there, or "
-                "set data to one file.",
+                f"{named(str(folder))} holds {len(shards)} of {count} shards ({named(listed, 60)}): put the others "
+                "there, or set data to one file.",
                 key="data",
                 place=str(folder),
             )

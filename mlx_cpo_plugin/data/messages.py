@@ -24,7 +24,7 @@ _SPEAKERS = {
 ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 
 # What a message has besides its role: other objects with a role are text.
-_SAYING = {"content", "value", "tool_calls", "function_call"}
+_SAYING = {"content", "value", "text", "parts", "tool_calls", "function_call"}
 
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
@@ -147,12 +147,17 @@ def decode_messages(value: object) -> object:
 
 
 def _are_messages(value: object) -> bool:
+    """Whether these are objects with a role, of which at least one says something."""
     if isinstance(value, Mapping):
-        if isinstance(value.get("messages"), list):
-            return _are_messages(value["messages"])
-        role = value.get("role", value.get("from"))
-        return isinstance(role, str) and role.lower() in ROLES and bool(_SAYING & value.keys())
-    return isinstance(value, list) and bool(value) and all(map(_are_messages, value))
+        messages = value["messages"] if isinstance(value.get("messages"), list) else [value]
+    else:
+        messages = value if isinstance(value, list) else []
+    return all(map(_has_role, messages)) and any(_SAYING & message.keys() for message in messages)
+
+
+def _has_role(value: object) -> bool:
+    role = value.get("role", value.get("from")) if isinstance(value, Mapping) else None
+    return isinstance(role, str) and role.lower() in ROLES
 
 
 def same_message(first: Message, second: Message) -> bool:

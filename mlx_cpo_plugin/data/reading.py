@@ -12,7 +12,15 @@ from typing import Any
 
 from mlx_cpo_plugin.data.columns import Columns, DataSettings, first_few, rows_in
 from mlx_cpo_plugin.data.files import ACCEPTED, SUFFIXES, Row, kind_of, numbered, read_file
-from mlx_cpo_plugin.data.folders import has_card, is_saved_dataset, nearest_split, passed_over, pick_splits, split_files
+from mlx_cpo_plugin.data.folders import (
+    check_shards,
+    has_card,
+    is_saved_dataset,
+    nearest_split,
+    passed_over,
+    pick_splits,
+    split_files,
+)
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 from mlx_cpo_plugin.missing_paths import looks_like_path, nearest_path
 from mlx_cpo_plugin.types import Values
@@ -167,6 +175,7 @@ def _read_folder(folder: Path, columns: Columns, wanted: Collection[str], mixed_
     files = split_files(folder)
     splits: Splits = {}
     for split in wanted:
+        check_shards(files.get(split, ()))
         for number, file in enumerate(files.get(split, ())):
             where = ((mixed_as or Path()) / file.relative_to(folder)).as_posix()
             others = [] if number else passed_over(folder, split, files[split])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ _STAND_IN = "\ue000"
 # Shorter texts may be a template's own words.
 _TELLING = 12
 
+NO_CALLS = "the chat template leaves out the tool calls of an answer"
 NOT_LOCATED = "the chat template does not show where an answer starts and ends"
 
 
@@ -142,34 +144,54 @@ def _check_shown(row: Conversation, sides: tuple[Rendering, Rendering], tokenize
     """Raise UnusableRow for what the template silently drops: an unknown role, a second system message, calls."""
     variant = tokenizer.template_variants(row.template_kwargs)[0]
 
-    def shown(messages: list[Message], i: int, marked: Message, times: int = 1) -> bool:
-        try:
-            text = tokenizer.render([*messages[:i], marked, *messages[i + 1 :]], row.tools, False, variant)
-        except UnusableRow:
-            return True  # a template that refuses the content has read it
-        return text.count(_STAND_IN) >= times
+    def missing(messages: list[Message], marked: Mapping[int, _Marked]) -> bool:
+        others = [marked[i].message if i in marked else message for i, message in enumerate(messages)]
+        text = tokenizer.render(others, row.tools, False, variant)
+        return any(mark not in text for one in marked.values() for mark in one.marks)
 
     for messages, side, first in zip((row.chosen, row.rejected), sides, (0, row.shared), strict=True):
-        for i, message in enumerate(messages[first:], first):
-            calls = message.get("tool_calls", ())
-            called = [{**call, "function": {**call["function"], "name": _STAND_IN}} for call in calls]
-            if calls and not shown(messages, i, {**message, "tool_calls": called}, len(calls)):
-                raise UnusableRow("the chat template leaves out the tool calls of a message")
-            if message["role"] == "assistant" or not message["content"].strip() or _must_show(row, messages, i, side):
+        marked = _marked(row, messages, side, first)
+        with suppress(UnusableRow):  # a template may refuse some of the marks
+            if not marked or not missing(messages, marked):
                 continue
-            if not shown(messages, i, {**message, "content": _STAND_IN}):
-                raise UnusableRow(f"the chat template leaves out a message of the role {message['role']}")
+        for i, one in marked.items():
+            try:
+                is_missing = missing(messages, {i: one})
+            except UnusableRow:
+                continue  # a template that refuses the content has read it
+            if is_missing:
+                what = "the tool calls of a message" if one.is_call else f"a message of the role {messages[i]['role']}"
+                raise UnusableRow(f"the chat template leaves out {what}")
 
 
-def _must_show(row: Conversation, messages: list[Message], i: int, side: Rendering) -> bool:
-    """Whether the text holds what message ``i`` says, and nothing else that could have put it there."""
-    said = messages[i]["content"].strip()
-    if len(said) < _TELLING or said not in side.text:
-        return False
-    others = [*messages[:i], *messages[i + 1 :]]
-    return not any(said in other["content"] or said in str(other.get("tool_calls")) for other in others) and (
-        said not in str(row.tools)
-    )
+class _Marked(NamedTuple):
+    """A message with marks in place of what it says or calls."""
+
+    message: Message
+    marks: list[str]
+    is_call: bool
+
+
+def _marked(row: Conversation, messages: list[Message], side: Rendering, first: int) -> dict[int, _Marked]:
+    """Return messages from ``first`` on of which the text of a side does not show by itself that they are in it."""
+    written = "\0".join([str(row.tools), *(f"{one['content']}\0{one.get('tool_calls')}" for one in messages)])
+    found = {}
+    for i, message in enumerate(messages[first:], first):
+        said, calls = message["content"].strip(), message.get("tool_calls", ())
+        if calls:
+            marks = [f"{_STAND_IN}{i}.{number}{_STAND_IN}" for number in range(len(calls))]
+            named = [
+                {**call, "function": {**call["function"], "name": mark}}
+                for call, mark in zip(calls, marks, strict=True)
+            ]
+            found[i] = _Marked({**message, "tool_calls": named}, marks, True)
+            continue
+        # It is there if nothing else has put it there, and it is too long to be the template's own word.
+        is_seen = len(said) >= _TELLING and said in side.text and written.count(said) == 1
+        if said and message["role"] != "assistant" and not is_seen:
+            mark = f"{_STAND_IN}{i}{_STAND_IN}"
+            found[i] = _Marked({**message, "content": mark}, [mark], False)
+    return found
 
 
 def _render_best(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Rendering, Rendering]:
@@ -215,7 +237,7 @@ class _Renderer:
             answers.append(self._answer(messages, i, text, start))
             said = text[answers[-1].start : answers[-1].end]
             if any(call["function"]["name"] not in said for call in messages[i].get("tool_calls", ())):
-                raise UnusableRow("the chat template leaves out the tool calls of an answer")
+                raise UnusableRow(NO_CALLS)
         return Rendering(text, answers, messages[-1]["content"], fits)
 
     def _start(self, i: int, *sides: tuple[list[Message], str]) -> tuple[int, bool]:
@@ -267,10 +289,12 @@ class _Renderer:
         # A thinking template drops the thoughts of earlier answers, so the turns alone may read otherwise.
         if len(turns) > start and text.startswith(turns):
             return Span(start, self._said_until(messages, i, text, start, len(turns)), len(turns))
-        has_calls = "tool_calls" in messages[i]
-        end = self._content(messages, i + 1, text)[0] if has_calls else self._content(messages, i, text)[1]
-        if end is not None and has_calls:  # before it come the end of the turn and the header of the next one
-            end = self._tokenizer.behind_first_end(text, self._said_until(messages, i, text, start, end), end)
+        end, has_calls = self._content(messages, i, text)[1], "tool_calls" in messages[i]
+        if has_calls and any(call["function"]["name"] not in text[start:] for call in messages[i]["tool_calls"]):
+            raise UnusableRow(NO_CALLS)
+        if has_calls:  # which come behind the content, and before the next message's
+            stop = self._content(messages, i + 1, text)[0]
+            end = None if stop is None else self._tokenizer.behind_first_end(text, end or start, stop)
         if end is None or end <= start:
             raise UnusableRow(NOT_LOCATED)
         return Span(start, self._said_until(messages, i, text, start, end), end, holds_turn_end=has_calls)

@@ -33,6 +33,7 @@ from mlx_cpo_plugin.types import Tokenizer, Values
 ENOUGH = 0.9
 # Bytes that tokenizer and configuration take beside the weights, at most.
 BESIDES = 50_000_000
+INDEX = "model.safetensors.index.json"
 _STAGING = ".unfinished-model-"
 
 
@@ -199,9 +200,13 @@ def fused_as(settings: RunSettings) -> str:
 
 
 def holds_model(settings: RunSettings) -> bool:
-    """Whether there is a model where the fused one goes."""
+    """Whether there is a model where the fused one goes, with all of its weights."""
     folder = fused_folder(settings)
-    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    try:
+        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {"model.safetensors"}
+    return all((folder / name).is_file() for name in ("config.json", *files))
 
 
 def _merged_layer(name: str, module: nn.Module) -> nn.Module:
@@ -255,7 +260,7 @@ def publish(staging: Path, target: Path, say: Callable[[str], None]) -> None:
             check_safetensors(staging / file)
         flush(staging / file)
     config = Path("config.json")
-    weights = [path.name for path in target.glob("model*.safetensors")] + ["model.safetensors.index.json"]
+    weights = [path.name for path in target.glob("model*.safetensors")] + [INDEX]
     make_way(target, list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))), say)
     (target / config).unlink(missing_ok=True)
     for name in weights:

@@ -13,7 +13,14 @@ from mlx_lm_lora.visuals import Colors, print_info, print_section, print_success
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
-from mlx_cpo_plugin.checkpoints.run_folder import is_done, only_run_in, record_data, record_done, record_files
+from mlx_cpo_plugin.checkpoints.run_folder import (
+    is_done,
+    only_run_in,
+    record_data,
+    record_done,
+    record_files,
+    record_undone,
+)
 from mlx_cpo_plugin.checkpoints.run_identity import FUSED, PUSHED, TESTED
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.errors import UserError, first_line
@@ -104,6 +111,7 @@ def train_test_and_fuse(
     mx.clear_cache()
     if fusing is not None and not (is_done(folder, FUSED, run, fused_as(settings)) and holds_model(settings)):
         print_section("Fusing Model")
+        record_undone(folder, FUSED)  # what is there is replaced in several steps
         fused = fusing.fuse(model, tokenizer)
         record_done(folder, FUSED, run, fused_as(settings))
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")

@@ -106,9 +106,25 @@ def test_files_belong_to_the_split_that_they_are_named_after(
 def test_a_set_of_which_shards_are_missing_is_refused(tmp_path: Path) -> None:
     for number in (0, 2):
         write(tmp_path / f"data/train-0000{number}-of-00003.jsonl")
+    write(tmp_path / "data/test-00000-of-00002.jsonl")
 
-    with refused(DataError, r"holds 2 of 3 shards \(train-00000-of-00003, train-00002", key="data"):
-        found(tmp_path)
+    with refused(DataError, r"holds 2 of 3 shards \(train-00000-of-00003.jsonl, train-00002", key="data"):
+        read(tmp_path)
+    write(tmp_path / "data/train-00001-of-00003.jsonl")
+    assert "train" in read_splits(RunSettings.of({"data": str(tmp_path)}), ("train", "valid"))
+    with refused(DataError, "holds 1 of 2 shards", key="data"):
+        read(tmp_path)
+
+
+def test_shards_in_folders_of_their_own_are_one_set_and_a_number_counts_once(tmp_path: Path) -> None:
+    for name in ("a/train_part1/rows-1-of-2.jsonl", "a/train_part2/rows-2-of-2.jsonl"):
+        write(tmp_path / name)
+    for name in ("b/train-1-of-2.jsonl", "b/train-01-of-2.jsonl"):
+        write(tmp_path / name)
+
+    assert len(read(tmp_path / "a")["train"]) == 2 * len(ROWS)
+    with refused(DataError, "holds 1 of 2 shards", key="data"):
+        read(tmp_path / "b")
 
 
 def test_a_link_that_leads_nowhere_is_refused_by_whoever_reads_it(tmp_path: Path) -> None:
@@ -117,6 +133,13 @@ def test_a_link_that_leads_nowhere_is_refused_by_whoever_reads_it(tmp_path: Path
 
     with refused(DataError, r"valid.jsonl cannot be read \(No such file"):
         read(tmp_path)
+
+
+def test_a_link_without_a_claim_that_leads_nowhere_is_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl")
+    (tmp_path / "old.jsonl").symlink_to(tmp_path / "gone.jsonl")
+
+    assert found(tmp_path) == {"train": ["rows.jsonl"]}
 
 
 def test_files_that_could_have_been_meant_are_noted(tmp_path: Path) -> None:
@@ -132,6 +155,7 @@ def test_files_that_could_have_been_meant_are_noted(tmp_path: Path) -> None:
 
 def test_the_names_of_other_trainers_for_a_split_are_its_names() -> None:
     assert pick_splits(["train_dataset", "eval_dataset"]) == {"train": "train_dataset", "valid": "eval_dataset"}
+    assert pick_splits(["train_prefs", "train_dataset"]) == {"train": "train_prefs"}
 
 
 CARD = """---

@@ -206,7 +206,7 @@ def test_a_call_its_result_and_what_is_made_of_it_are_an_answer_of_two_turns_to_
         said = f"{content}\n" if content else ""
         return f"{said}<tool_call>\n{call}\n</tool_call><|im_end|>{last}<|im_end|>"
 
-    sides = {"chosen": ("Oslo", "Yes, in Oslo."), "rejected": ("Rome", "No.")}
+    sides = {"chosen": ("user", "Yes, in user."), "rejected": ("Rome", "No.")}  # a word of the next turn's header, too
     pair = pair_of("qwen3", {"prompt": "A coat?", **{side: answer(*said) for side, said in sides.items()}})
 
     for side, said in sides.items():

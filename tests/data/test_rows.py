@@ -258,6 +258,12 @@ def test_objects_with_a_role_that_say_nothing_are_text(text):
     assert [message["content"] for message in row.chosen] == [text, text]
 
 
+def test_written_messages_of_which_one_says_nothing_are_messages():
+    text = '[{"role": "user", "content": "Hi"}, {"role": "assistant"}]'
+
+    assert parse_row({"prompt": text, "chosen": "Yes.", "rejected": "No."}, Columns()).chosen[0]["content"] == "Hi"
+
+
 PROMPT = {"prompt": "What is it?"}
 UNUSABLE = [
     (["no", "object"], "the row is not a JSON object"),

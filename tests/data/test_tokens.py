@@ -231,6 +231,21 @@ def test_calls_of_the_prompt_that_the_template_leaves_out_make_the_row_unusable_
         pair_of({**ROW, "prompt": prompt}, "headers")
 
 
+def test_a_second_call_that_the_template_leaves_out_is_noticed_where_results_repeat_the_name_of_the_first():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}</call>{% endif %}"
+        "{% if m.role == 'tool' %} by {{ messages[1].tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": at}}} for at in ("mat", "rug")]
+    results = [{"role": "tool", "content": f"nothing on the {at}"} for at in ("mat", "rug")]
+    row = {**ROW, "prompt": [user("Where is it?"), assistant("", tool_calls=calls), *results]}
+
+    with pytest.raises(UnusableRow, match="leaves out the tool calls of a message"):
+        tokenize(parse_row(row, Columns()), ChatTokenizer(make_tokenizer(template)))
+
+
 def test_sides_that_part_at_a_user_turn_have_that_turn_as_context():
     shared = [user("What is it?"), assistant("Yes.")]
     row = {

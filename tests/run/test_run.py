@@ -303,8 +303,9 @@ def test_a_mode_with_a_loop_of_its_own_gets_no_card_and_no_commands_that_would_f
     ("function", "returned", "sentence"),
     [
         ("load_dataset", [[]], "load_dataset of the train mode 'own', from .*, returns .* must return three sequences"),
-        ("evaluate", None, "evaluate of the train mode 'own', from .*, returns NoneType, .* loss among them"),
-        ("evaluate", {"accuracy": 1.0}, "returns dict, but must return a mapping"),
+        ("load_dataset", ([1], 3, None), "returns list, but must return three sequences"),
+        ("evaluate", None, "evaluate of the train mode 'own', from .*, returns NoneType, .* names to floats"),
+        ("evaluate", {"accuracy": "good"}, "returns dict, but must return a mapping"),
     ],
 )
 def test_a_mode_that_returns_something_else_is_named(
@@ -334,9 +335,30 @@ def test_what_is_done_is_told_from_what_another_call_asks_for(
     assert fused.stat().st_size > size
     run_main({**resumed, "lm_studio_name": "elsewhere"})
     assert (tmp_path / ".lmstudio/models/mlx_lm_lora/elsewhere/model.safetensors").stat().st_size == size
+    run_main({**resumed, "fuse_bits": 8})
     fused.unlink()
     run_main({**resumed, "fuse_bits": 8})
     assert fused.exists()
+
+
+def test_a_kill_behind_a_fused_model_lets_no_other_one_pass_for_it(
+    settings: Settings, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(settings["adapter_path"]) / "config.json"
+    resumed = {**settings, "fuse": True, "resume": "auto"}
+    run_main({**resumed, "fuse_bits": 16})
+
+    def killed(folder: Path, part: str, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(host_run, "record_done", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_main({**resumed, "fuse_bits": 8})
+    assert "quantization" in json.loads(config.read_text())
+    run_main({**resumed, "fuse_bits": 16})
+
+    assert "quantization" not in json.loads(config.read_text())
 
 
 def test_a_damaged_record_of_an_earlier_run_stops_no_new_one(settings: Settings, run_main: RunMain) -> None:
