@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from mlx_cpo_plugin.model.caches import cache_arrays, forked, is_cache, leaves, set_state
 from mlx_cpo_plugin.model.layers import Call, overridden_calls
@@ -38,7 +39,8 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # mx.checkpoint differentiates floating inputs only; masks and flags are closed over. What a cache holds has to
         # come in and go out explicitly, or gradients would not flow through it.
-        given = list(_leaves((args, kwargs)))
+        given: list[Any] = []
+        tree_map(given.append, (args, kwargs), is_leaf=_is_module)
         inputs = [leaf for leaf in given if _is_differentiable(leaf)]
         caches = [leaf for leaf in given if is_cache(leaf)]
         # The backward pass runs ``inner`` again, when the caches have long moved on.
@@ -66,7 +68,7 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
             def in_place(leaf: Any) -> Any:
                 return next(arrays) if _is_differentiable(leaf) else standing_in.get(id(leaf), leaf)
 
-            ours, named = _mapped(in_place, (args, kwargs))
+            ours, named = tree_map(in_place, (args, kwargs), is_leaf=_is_module)
             output = original(layer, *ours, **named)
             after[:] = forks
             held = cache_arrays(forks)
@@ -78,25 +80,6 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
         return output
 
     return call
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what lists, tuples and mappings hold, in their order."""
-    if isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """Return lists, tuples and mappings with the results of a function in place of what they hold."""
-    if isinstance(value, dict):
-        return {name: _mapped(function, item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_mapped(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return function(value)
 
 
 def _keyed_dropout(dropout_keys: dict[int, mx.array]) -> Call:
@@ -111,3 +94,8 @@ def _keyed_dropout(dropout_keys: dict[int, mx.array]) -> Call:
 
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+
+
+def _is_module(value: Any) -> bool:
+    """Whether a value is a module, which is a mapping, too."""
+    return isinstance(value, nn.Module)

@@ -189,6 +189,32 @@ def test_checkpointed_layers_pass_gradients_through_what_layers_hand_on(name: st
                 assert_same_gradients(gradients(pairs, StepTotals.of(pairs)), plain, tolerance=5e-4)
 
 
+class Given(nn.Module):
+    """A layer that is given a module and a dict to compute with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.array([2.0])
+
+    def __call__(self, x: mx.array, activation: nn.Module, by_name: dict[str, mx.array]) -> mx.array:
+        return activation(self.weight * x) + by_name["shift"]
+
+
+def test_a_module_that_a_checkpointed_layer_is_given_stays_one() -> None:
+    model = nn.Module()
+    model.layers = [Given(), Given()]
+    x, shift = mx.array([3.0]), mx.array([1.0])
+
+    def total(x: mx.array, shift: mx.array) -> mx.array:
+        for layer in model.layers:
+            x = layer(x, nn.PReLU(), by_name={"shift": shift})
+        return x.sum()
+
+    with checkpointed_layers(model):
+        assert total(x, shift).item() == 15
+        assert [slope.item() for slope in mx.grad(total, (0, 1))(x, shift)] == [4, 3]
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2"])
 def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, compare: Callable[..., None]) -> None:
     model = add_adapter(build_architecture(name), scale=1.0)
