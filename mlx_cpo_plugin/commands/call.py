@@ -120,12 +120,13 @@ def train(
     with lasting_output(speaks=is_first_rank()):
         check_callback(training_callback)
         resolved = resolved_settings(call)
-        mode = train_modes()[resolved.train_mode]
+        modes = train_modes()
+        mode = modes[resolved.train_mode]
         if loaded is not None:
             _check_loaded(*loaded, resolved)
             resolved.model = ""
         if rows is not None:
-            if mode.load_dataset is not train_modes()["cpo"].load_dataset:  # which would read other rows
+            if mode.load_dataset is not modes["cpo"].load_dataset:  # which would read other rows
                 raise refused("data", data, IN_THE_CALL, f"a folder, a file or a name on the hub with {mode.name}")
             resolved.data, resolved.hf_dataset = "", None
             mode = replace(mode, load_dataset=partial(preference_data.load_dataset, rows=rows))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,11 +20,13 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, BEST, RUN_S
 from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
 from mlx_cpo_plugin.model.layers import WITH_ADAPTER
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import QUANTISED_LOADS, quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
+from mlx_cpo_plugin.types import Values
 
 BASE, TUNED = "base", "tuned"
 MODEL_CONFIG = "config.json"
@@ -250,10 +252,10 @@ def put_on(model: nn.Module, contender: Contender) -> None:
         ) from error
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WITH_ADAPTER)]
     wanted = {f"{name}.{leaf}" for name, module in layers for leaf in ("lora_a", "lora_b", "m") if leaf in module}
-    saved: Any = mx.load(str(file))
-    if missing := wanted - saved.keys():
+    saved, loaded = set(cast(Values, mx.load(str(file)))), by_name(model.parameters())
+    if missing := wanted - saved:
         raise _damaged(file, f"it lacks {len(missing)} of {len(wanted)} tensors, {min(missing)} for one")
-    if broken := next((name for name, array in saved.items() if not mx.isfinite(array).all()), None):
+    if broken := next((name for name in sorted(saved & loaded.keys()) if not mx.isfinite(loaded[name]).all()), None):
         raise _damaged(file, f"{broken} holds numbers that are not finite")
     model.eval()
 

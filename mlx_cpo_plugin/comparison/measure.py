@@ -121,17 +121,12 @@ def _check_tokenizers(models: Sequence[Contender], tokenizer: ChatTokenizer) -> 
 
 def _note_other_base(contender: Contender, base: RunSettings, say: Say) -> None:
     """Say where an adapter is put on something else than the base model of the comparison."""
-    if not _is_same(contender.settings.model, base.model):
+    if os.path.realpath(contender.settings.model) != os.path.realpath(base.model):  # names of the hub are no links
         say(f"Note: {contender.name} is an adapter of {contender.settings.model}, but {BASE} is {base.model}.")
     precision = quantised_load(contender.settings)
     if precision != quantised_load(base):
         loaded = f"with {precision}" if precision else "unquantised"
         say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
-
-
-def _is_same(model: str, other: str) -> bool:
-    """Whether two names are of one model: alike, or paths of one folder."""
-    return model == other or (os.path.exists(model) and os.path.exists(other) and os.path.samefile(model, other))
 
 
 def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:

@@ -17,7 +17,6 @@ _STAND_IN = "\ue000"
 # Shorter texts may be a template's own words.
 _TELLING = 12
 
-NO_CALLS = "the chat template leaves out the tool calls of an answer"
 NOT_LOCATED = "the chat template does not show where an answer starts and ends"
 
 
@@ -235,9 +234,7 @@ class _Renderer:
             start, fitting = first if first and i == self._row.shared else self._start(i, (messages, text))
             fits = fits and fitting
             answers.append(self._answer(messages, i, text, start))
-            said = text[answers[-1].start : answers[-1].end]
-            if any(call["function"]["name"] not in said for call in messages[i].get("tool_calls", ())):
-                raise UnusableRow(NO_CALLS)
+            _require_calls(messages[i], text[answers[-1].start : answers[-1].end])
         return Rendering(text, answers, messages[-1]["content"], fits)
 
     def _start(self, i: int, *sides: tuple[list[Message], str]) -> tuple[int, bool]:
@@ -290,9 +287,8 @@ class _Renderer:
         if len(turns) > start and text.startswith(turns):
             return Span(start, self._said_until(messages, i, text, start, len(turns)), len(turns))
         end, has_calls = self._content(messages, i, text)[1], "tool_calls" in messages[i]
-        if has_calls and any(call["function"]["name"] not in text[start:] for call in messages[i]["tool_calls"]):
-            raise UnusableRow(NO_CALLS)
         if has_calls:  # which come behind the content, and before the next message's
+            _require_calls(messages[i], text[start:])
             stop = self._content(messages, i + 1, text)[0]
             end = None if stop is None else self._tokenizer.behind_first_end(text, end or start, stop)
         if end is None or end <= start:
@@ -328,6 +324,12 @@ class _Renderer:
 
     def _text(self, messages: list[Message]) -> str:
         return self._tokenizer.render(messages, self._row.tools, False, self._variant)
+
+
+def _require_calls(message: Message, text: str) -> None:
+    """Raise UnusableRow where a text lacks a call of an answer."""
+    if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
+        raise UnusableRow("the chat template leaves out the tool calls of an answer")
 
 
 def _leaves(value: object) -> list[str]:
