@@ -126,7 +126,7 @@ class TrainMode:
             has trained to ``adapter_file``. The callback is None where nothing tracks the run. Checkpoints, resuming,
             metrics, ``adapter_config.json`` and ``run_settings.yaml``, by which commands find a run, come from
             :func:`mlx_cpo_plugin.training.trainer.train_cpo`; a mode with a loop of its own has what that writes.
-        evaluate: ``(model, dataset, args) -> metrics``, a mapping from name to float; ``loss`` is one of them.
+        evaluate: ``(model, dataset, args) -> metrics``, a mapping from name to float.
         options: the mode's own options, beside those that every mode shares. With one called ``dpo_cpo_loss_type`` the
             mode has a loss, which it names, and the options of the registered losses.
     """

@@ -35,6 +35,8 @@ ROWS_AT_A_TIME = 100
 BAR_AFTER, LINE_EVERY = 2.0, 20.0
 """Seconds before a progress bar appears on a terminal, and between the lines that take its place elsewhere."""
 _MOST_FAILURES = 3
+# Keys under which answers have their thoughts.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 # Not multiprocessing's own start, which runs the main module again: the host's, or a script without a guard.
 _START = (
@@ -69,7 +71,7 @@ class RowConverter:
         try:
             row = parse_row(value, columns)
             fitted = fit(row, self.tokenizer, source, self.max_seq_length, self.overlong)
-            return fitted._replace(control_text=self._control_text(row))
+            return fitted._replace(control_text=self._control_text(row), unwritten=self._unwritten(row))
         except UnusableRow as error:
             return type(error)(*error.args)  # without the frames and causes that the raised one holds
         except RecursionError:
@@ -88,6 +90,12 @@ class RowConverter:
             for message in messages
         )
         return next(filter(None, found), "")
+
+    def _unwritten(self, row: Conversation | PlainText) -> str:
+        """The key of thoughts in an answer that the template does not write."""
+        answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]] if isinstance(row, Conversation) else []
+        keys = (key for key in _THOUGHTS for answer in answers if str(answer.get(key) or "").strip())
+        return next((key for key in keys if not self.tokenizer.may_write(key)), "")
 
     def identity(self) -> str | None:
         """All that a row's outcome depends on beside the row; None where that cannot be told."""

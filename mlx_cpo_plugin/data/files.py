@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable
+from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".zst")
@@ -145,10 +145,28 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
     if isinstance(rows, list):  # in a file of lines, a number alone would be taken for one
         return numbered(rows, name, " row " if kind in (".jsonl", ".ndjson") else ":")
     if isinstance(value, Mapping):
+        _refuse_other_layouts(value, file)
         return [Row(value, f"{name}:{line}")]
     raise DataError(
         f'{file} holds no rows: write a list of rows, or an object with that list under "data".', place=file
     )
+
+
+def _refuse_other_layouts(value: Mapping[str, object], file: str) -> None:
+    """Raise DataError for an object that is no row: it holds columns, splits, or rows under names of their own."""
+
+    def holds_messages(part: object) -> bool:
+        first = part[0] if isinstance(part, list) else part
+        return isinstance(first, Mapping) and bool({"role", "from", "messages", "content"} & first.keys())
+
+    parts = list(value.values())
+    if parts and all(part and isinstance(part, list | dict) and not holds_messages(part) for part in parts):
+        names = ", ".join(shown(name)[1:-1] for name in list(value)[:8])
+        raise DataError(
+            f"{file} holds no rows but lists or objects under {names}: write a list of rows, as pandas does with "
+            'orient="records", and each split to a file of its own.',
+            place=file,
+        )
 
 
 def _documents(text: str, file: str) -> Iterator[tuple[object, int]]:

@@ -308,9 +308,9 @@ class _Renderer:
     def _content(self, messages: list[Message], i: int, text: str) -> tuple[int | None, int | None]:
         """Start and end of message ``i``'s content: what changes when another content takes its place.
 
-        Either is None where the template changes more than that.
+        Either is None where the template changes more than that, as it may where an answer says nothing and calls.
         """
-        if not messages[i]["content"].strip():
+        if messages[i]["role"] == "assistant" and not messages[i]["content"].strip():
             return None, None
         other = self._text([*messages[:i], {**messages[i], "content": _STAND_IN}, *messages[i + 1 :]])
         before, found, rest = other.partition(_STAND_IN)

@@ -89,6 +89,7 @@ def findings(report: DataReport, cuts: Sequence[TruncatedPair], train: Sequence[
     found = (
         _losses(report, cuts),
         _control_text(cuts),
+        _unwritten(cuts),
         _unread_column(report.columns),
         _repeats(cuts),
         _in_training_set(cuts, train),
@@ -116,6 +117,17 @@ def _control_text(cuts: Sequence[TruncatedPair]) -> str:
     return (
         f"note: {_number(holding)} {text} or the like in the text (first {source}), which is for the chat template to "
         "write: give the text without it."
+    )
+
+
+def _unwritten(cuts: Sequence[TruncatedPair]) -> str:
+    holding = [cut for cut in cuts if cut.unwritten]
+    if not holding:
+        return ""
+    key, source = holding[0].unwritten, holding[0].pair.source
+    return (
+        f"note: {_number(holding)} {key} in an answer (first {source}), which the chat template does not write: these "
+        "thoughts are not trained on."
     )
 
 

@@ -147,6 +147,11 @@ class ChatTokenizer:
             return (kwargs,)
         return kwargs, {**kwargs, "enable_thinking": False}
 
+    def may_write(self, key: str) -> bool:
+        """Whether the chat template may write what messages have under a key; one of Python code may."""
+        by_code = self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
+        return by_code or key in str(self._given_template or getattr(self._inner, "chat_template", None))
+
     def render(
         self,
         messages: Sequence[Message],

@@ -100,6 +100,20 @@ def test_a_single_row_is_read_as_several_are(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {side: [{"role": "user", "content": "Who?"}] for side in ("chosen", "rejected")},
+        {side: {"from": "gpt", "value": side} for side in ("chosen", "rejected")},
+        {"input": {"messages": [{"role": "user", "content": "Who?"}]}, "preferred_output": ["Me."]},
+        {"prompt": "Who?", "completions": ["Me.", "You."], "scores": [2, 1]},
+        {},
+    ],
+)
+def test_a_single_row_of_lists_and_objects_is_one(row: dict[str, object], tmp_path: Path) -> None:
+    assert [read.value for read in read_file(write(tmp_path / "row.json", json.dumps(row).encode()))] == [row]
+
+
+@pytest.mark.parametrize(
     ("name", "form", "sources"),
     [
         ("rows.jsonl", "lines", ["rows.jsonl:1", "rows.jsonl:2"]),
@@ -173,6 +187,10 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ":2", "not valid UTF-8"),
         ("a.json", b'[{"a":\n"\xff"}]', ":2", "not valid UTF-8"),
         ("a.json", b"3", "", "no rows"),
+        ("a.json", b'{"prompt": ["Who?"], "chosen": ["Me."]}', "", "under prompt, chosen"),
+        ("a.json", b'{"prompt": {"0": "Who?"}, "chosen": {"0": "Me."}}', "", "under prompt, chosen"),
+        ("a.json", b'{"train": [{"prompt": "Who?"}], "test": [{"prompt": "Why?"}]}', "", "under train, test"),
+        ("a.json", b'{"7f": {"prompt": "Who?", "chosen": "Me."}}', "", "under 7f"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, ":2", "not valid JSON .*recursion"),
         ("a.json", b"9" * 5000, ":1", "not valid JSON .*limit"),
         ("a.jsonl", b"Once upon a time", "", "not a data file"),

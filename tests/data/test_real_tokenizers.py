@@ -195,11 +195,13 @@ def test_thoughts_are_scored_where_the_answer_has_them_and_context_where_it_has_
     assert scored("qwen3", other, "chosen") == "Yes.<|im_end|>"
 
 
-@pytest.mark.parametrize("content", [None, "", "Let me see."])
-def test_a_call_its_result_and_what_is_made_of_it_are_an_answer_of_two_turns_to_a_thinking_template(content):
+@pytest.mark.parametrize(
+    ("content", "found"), [(None, "3 degrees"), ("", "3 degrees"), ("Let me see.", ""), (None, "")]
+)
+def test_a_call_its_result_and_what_is_made_of_it_are_an_answer_of_two_turns_to_a_thinking_template(content, found):
     def answer(city: str, last: str) -> list[Any]:
         call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
-        return [{**assistant(content), "tool_calls": [call]}, {"role": "tool", "content": "3 degrees"}, assistant(last)]
+        return [{**assistant(content), "tool_calls": [call]}, {"role": "tool", "content": found}, assistant(last)]
 
     def wanted(city: str, last: str) -> str:
         call = json.dumps({"name": "weather", "arguments": {"city": city}})

@@ -98,6 +98,19 @@ def test_an_end_token_at_the_end_of_an_answer_and_plain_text_are_not() -> None:
     assert pairs([ended, plain]).report.findings == ()
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_that_the_template_does_not_write_are_noted(key: str) -> None:
+    thinking = {"prompt": "Who?", "chosen": [{"role": "assistant", "content": "Me.", key: "Hm."}], "rejected": "No."}
+    writing = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m." + key + " }}{{ m.content }}<|im_end|>{% endfor %}"
+
+    line = finding([*rows(2), thinking, {**thinking, "prompt": "Why?"}])
+
+    assert line.startswith(f"note: 2 rows hold {key} in an answer (first row 3)")
+    blank = {**thinking, "chosen": [{"role": "assistant", "content": "Me.", key: " "}]}
+    assert pairs([blank]).report.findings == ()
+    assert pairs([thinking], chat_template=writing).report.findings == ()
+
+
 def test_repeated_rows_are_noted() -> None:
     assert finding([*rows(3), rows(3)[1], rows(3)[1]]) == "note: 2 rows repeat an earlier one (row 4 is row 2)."
 
