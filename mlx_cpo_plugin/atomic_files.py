@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-# ".<process>-<what for>-<name>": beside the file, so that it can be renamed to it.
+# ".<thread>-<what for>-<name>": beside the file, so that it can be renamed to it; no two of a machine have one number.
 _PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
 
 
@@ -61,7 +62,7 @@ def partial_of(path: Path, purpose: str = "partial") -> Path:
     Args:
         purpose: ``partial`` or ``removed``.
     """
-    return path.with_name(f".{os.getpid()}-{purpose}-{path.name}")
+    return path.with_name(f".{threading.get_native_id()}-{purpose}-{path.name}")
 
 
 def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:

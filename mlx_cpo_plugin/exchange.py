@@ -21,7 +21,7 @@ from mlx_cpo_plugin.errors import UserError, is_device_fault
 from mlx_cpo_plugin.parameters import by_name
 
 Plain = TypeVar("Plain")
-_BYTES = 1024
+_BYTES = 4096
 # All ranks take part in every exchange, so they count alike.
 _numbers = count()
 
@@ -50,7 +50,7 @@ def gather(mine: Plain) -> list[Plain]:
     """Return what each rank gives, in the order of the ranks; all of them have to call this at the same point.
 
     Args:
-        mine: plain values, of less than a thousand characters as JSON.
+        mine: plain values, of less than four thousand characters as JSON.
 
     Raises:
         LostRankError: not every rank has answered.

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+
 from mlx_cpo_plugin.bench.cases import Case
 from mlx_cpo_plugin.bench.host_trainer import host_row
 from mlx_cpo_plugin.bench.job import EPOCH, HOST, PLUGIN, TIME, Measurement
@@ -159,7 +161,7 @@ def _differences_of_losses(
         if name in of_tokens:
             notes += [f"{name}: {note}" for note in of_tokens[name]]
             notes.append(f"{name}: with these tokens, its losses differ from {PLUGIN}'s by {difference:.2%} at most")
-        elif difference > tolerance:
+        elif not difference <= tolerance:  # nor is it with NaN
             wrong[name] = (
                 f"{name} has other losses than {PLUGIN} on the same tokens ({_listed(theirs.losses)}, "
                 f"not {_listed(ours.losses)}); its figures are of other work."
@@ -169,7 +171,7 @@ def _differences_of_losses(
 
 def loss_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the greatest difference of two losses of an iteration, as a share of the mean loss."""
-    greatest = max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
+    greatest = float(np.max(np.abs(np.subtract(ours, theirs))))
     return greatest / max(mean(map(abs, ours)), 1e-9)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mlx_cpo_plugin.bench.against import MODES, Contest, Timing
@@ -88,9 +89,7 @@ def draw(contests: Sequence[Contest], file: Path) -> None:
         timings = contest.timings[mode]
         names = [*timings][::-1]
         sizes = {
-            "seconds": [
-                sorted(timings[name].seconds_per_pair)[len(timings[name].seconds_per_pair) // 2] for name in names
-            ],
+            "seconds": [median(timings[name].seconds_per_pair) for name in names],
             "memory": [timings[name].peak_resident / 1e9 for name in names],
         }
         for panel, (kind, label) in zip(row, _BARS.items(), strict=True):

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from mlx_cpo_plugin.bench.job import HOST, TRL, UNSLOTH
+from mlx_cpo_plugin.commands.json_output import STANDARD_OUTPUT, check_json, write_json
 from mlx_cpo_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ITERATIONS = 3
 DEFAULT_REPEATS = 3
-STANDARD_OUTPUT = "-"
 # Pairs of the epoch over which trainers are compared.
 ROWS_OF_EPOCH = 48
 TRAINERS = {"host": HOST, "trl": TRL, "unsloth": UNSLOTH}
@@ -118,8 +118,7 @@ def run_bench(chosen: argparse.Namespace) -> int:
 
     if not chosen.suite and (chosen.model or chosen.data):
         raise ConfigError("--model and --data belong to --suite; a configuration file names its own.")
-    if chosen.json not in (None, STANDARD_OUTPUT) and not Path(chosen.json).parent.is_dir():
-        raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
+    check_json(chosen.json)
     if chosen.chart is not None:
         if chosen.against is None or chosen.growth is not None:
             raise ConfigError("--chart draws what --against compares on a case; give --against, and not --growth.")
@@ -184,7 +183,7 @@ def _hold_contests(chosen: argparse.Namespace, pythons: dict[str, str], progress
             if contest.stopped:
                 break
         if chosen.json is not None:
-            _write_json(chosen.json, against_report.as_json(contests, failures))
+            write_json(chosen.json, against_report.as_json(contests, failures))
         if chosen.chart is not None and contests:
             against_report.draw(contests, chosen.chart)
             print(f"Wrote {chosen.chart}.", file=sys.stderr)
@@ -205,13 +204,6 @@ def _shared_cases(chosen: argparse.Namespace, in_folder: bool, folder: Path) -> 
         return [cases.case_of_config(chosen.config, rows, shared=True)]
     shape = shapes.parse_shape(chosen.shape)
     return [case_in_folder(shape, rows, folder) if in_folder else cases.case_of_shape(shape, rows)]
-
-
-def _write_json(to: str, text: str) -> None:
-    if to == STANDARD_OUTPUT:
-        print(text)
-    else:
-        Path(to).write_text(text + "\n", encoding="utf-8")
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -240,7 +232,7 @@ def _compare_all(chosen: argparse.Namespace, progress: Progress) -> int:
     if len(comparisons) > 1 and chosen.json != STANDARD_OUTPUT:
         print(report.summary(comparisons))
     if chosen.json is not None:
-        _write_json(chosen.json, report.as_json(comparisons, failures))
+        write_json(chosen.json, report.as_json(comparisons, failures))
     return 1 if failures else 0
 
 

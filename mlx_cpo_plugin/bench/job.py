@@ -19,7 +19,7 @@ UNSLOTH = "unsloth-zoo"
 REFERENCE = "float64"
 
 # Tasks, each the first word of what a process is said to do.
-COUNT, TIME, EPOCH, GRADIENT = "count", "time", "epoch", "gradient"
+COUNT, TIME, EPOCH = "count", "time", "epoch"
 
 
 @dataclass(frozen=True)

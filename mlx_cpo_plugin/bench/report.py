@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN
 
@@ -90,10 +91,11 @@ def environment() -> dict[str, str]:
 
     from mlx_cpo_plugin.commands.doctor import check_backend
 
-    versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-cpo-plugin")}
+    versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-lora")}
     backend = {finding.name: finding.detail for finding in check_backend()}
     return {
         **versions,
+        "mlx-cpo-plugin": __version__,
         "processor": processor_name(),
         "python": platform.python_version(),
         "device": str(mx.default_device()),

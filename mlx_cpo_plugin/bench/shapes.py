@@ -102,9 +102,9 @@ class Shape:
             "torch_dtype": self.dtype,
         } | ({"quantization": {"group_size": HEAD_DIMENSION, "bits": self.bits}} if self.bits else {})
 
-    def pairs(self, count: int, seed: int = 0) -> list[PreferencePair]:
+    def pairs(self, count: int) -> list[PreferencePair]:
         """Return ``count`` pairs of random tokens; every token of the answers is scored."""
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
 
         def tokens(length: int) -> Any:
             return generator.integers(0, self.vocabulary, length).astype(np.int32)

@@ -62,7 +62,11 @@ def describe_adapter(model: nn.Module) -> Values:
     # The first layer that has one: not each of a hybrid model's has every kind of module.
     start = next((number for number, adapted in enumerate(layers) if adapted), 0)
     adapted = set().union(*layers)
-    targets = {} if adapted >= set().union(*map(adaptable_modules, model.layers[start:])) else {"keys": sorted(adapted)}
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    # mlx_lm also takes whole paths, as of an embedding or a head, but none unless they are named.
+    outside = {name for name, module in model.named_modules() if "lora_a" in module and id(module) not in inside}
+    is_every = adapted >= set().union(*map(adaptable_modules, model.layers[start:])) and not outside
+    targets = {} if is_every else {"keys": sorted(adapted | outside)}
     first = adapters[0]
     return {
         "fine_tune_type": "dora" if isinstance(first, _DORA_LAYERS) else "lora",

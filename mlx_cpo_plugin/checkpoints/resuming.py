@@ -150,7 +150,7 @@ def _search(folder: Path, usable: Usable, hashed: bool) -> _Found:
     """Look for the newest checkpoint of the run whose folder it is."""
     there = read_record(folder)
     first = gather(
-        (replace(there.successor or there, files=()).plain(), there.successor is not None) if there else None
+        (replace(there.successor or there, files=(), data={}).plain(), there.successor is not None) if there else None
     )[0]
     record, about_to_begin = (RunRecord.from_plain(first[0]), first[1]) if first else (None, False)
     whole: list[Checkpoint] = []

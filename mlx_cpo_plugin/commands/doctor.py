@@ -251,8 +251,8 @@ def check_routes() -> list[Finding]:
     commands = {name: tuple(command) for name, command in routes().items()}
     tried = list(dict.fromkeys(commands.values()))
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
-        told = dict(zip(tried, workers.map(_told_by, tried), strict=True))
-    return [_route_finding(name, told[command]) for name, command in commands.items()]
+        told = dict(zip(tried, workers.map(told_by, tried), strict=True))
+    return [route_finding(name, told[command]) for name, command in commands.items()]
 
 
 def routes() -> dict[str, list[str]]:
@@ -277,12 +277,8 @@ def _script(distribution: str, name: str) -> Path:
     return Path(sysconfig.get_path("scripts")) / name
 
 
-def check_route(name: str, command: Sequence[str]) -> Finding:
-    """Run one probe, in an empty folder and without a network, and look for the plugin's refusal."""
-    return _route_finding(name, _told_by(command))
-
-
-def _told_by(command: Sequence[str]) -> list[str] | Exception:
+def told_by(command: Sequence[str]) -> list[str] | Exception:
+    """Run a probe, in an empty folder and without a network; return the lines that it prints, or why it did not end."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -294,7 +290,7 @@ def _told_by(command: Sequence[str]) -> list[str] | Exception:
     return (probe.stderr + probe.stdout).strip().splitlines()
 
 
-def _route_finding(name: str, told: list[str] | Exception) -> Finding:
+def route_finding(name: str, told: list[str] | Exception) -> Finding:
     route = f"route {name}"
     if isinstance(told, Exception):
         return Finding(route, "failed", f"the probe did not end: {told}")

@@ -57,13 +57,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.errors import ConfigError, UserError, shown
+from mlx_cpo_plugin.commands.json_output import STANDARD_OUTPUT, check_json, write_json
+from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.settings.validation import LARGEST_INTEGER
 
 DEFAULT_ROWS = 4
 DEFAULT_TOKENS = 128
 DEFAULT_TIMEOUT = 60
-STANDARD_OUTPUT = "-"
 METRICS = ("chrf", "chrf++")
 
 
@@ -155,12 +155,7 @@ def run_compare(chosen: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, the adapter, the model or the data are at fault.
     """
-    to_file = chosen.json not in (None, STANDARD_OUTPUT)
-    if to_file and (not chosen.json or Path(chosen.json).is_dir()):
-        raise ConfigError(f"--json {shown(chosen.json)} is a folder; give a file.", key="json")
-    if to_file and not Path(chosen.json).parent.is_dir():
-        raise ConfigError(f"--json {chosen.json}: there is no folder {Path(chosen.json).parent}; make it first.")
-    from mlx_cpo_plugin.atomic_files import replace_whole
+    check_json(chosen.json)
     from mlx_cpo_plugin.comparison.deciding import Deciders
     from mlx_cpo_plugin.comparison.figures import figures_of
     from mlx_cpo_plugin.comparison.measure import compare
@@ -191,14 +186,11 @@ def run_compare(chosen: argparse.Namespace) -> int:
     except UserError as error:  # what the models took long to answer is shown all the same
         fault = error
     figures = figures_of(comparison, chosen.max_tokens, list(dict.fromkeys(chosen.metric)), decided)
-    in_unicode = to_file or "utf" in (sys.stdout.encoding or "").lower()
-    text = json.dumps(figures, indent=2, ensure_ascii=not in_unicode) + "\n"
-    if to_file:
-        try:
-            replace_whole(Path(chosen.json), lambda partial: partial.write_text(text, encoding="utf-8"))
-        except OSError as error:
-            fault = ConfigError(f"--json {chosen.json} cannot be written ({error.strerror}); give another.")
-    print(text if chosen.json == STANDARD_OUTPUT else as_text(figures), end="")
+    if chosen.json != STANDARD_OUTPUT:
+        print(as_text(figures), end="")
+    if chosen.json is not None:
+        in_unicode = chosen.json != STANDARD_OUTPUT or "utf" in (sys.stdout.encoding or "").lower()
+        write_json(chosen.json, json.dumps(figures, indent=2, ensure_ascii=not in_unicode))
     if fault is not None:
         raise fault
     return 0

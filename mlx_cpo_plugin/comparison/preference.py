@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.data.batches import scored_tokens
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.model.logps import AnswerScores
 from mlx_cpo_plugin.model.scoring import prepared_scorer
-from mlx_cpo_plugin.training.metrics import PAIR_VALUES, PairMeans
+from mlx_cpo_plugin.training.metrics import PAIR_VALUES, means_of_sums
 from mlx_cpo_plugin.training.objective import Objective
-from mlx_cpo_plugin.training.validation import scored_batches
+from mlx_cpo_plugin.training.validation import evaluate_pairs
 
 LENGTH_GROUPS = 3
 
@@ -87,20 +84,11 @@ def preferences(
         step_size: longer pairs are computed in segments of so many tokens.
     """
     pairs = groups[0].pairs
-    place = {id(pair): number for number, pair in enumerate(pairs)}
-    of_pairs = np.zeros((len(PAIR_VALUES), len(pairs)))
-    members = [{id(pair) for pair in group.pairs} for group in groups]
-    means = [PairMeans(objective) for _ in groups]
     with prepared_scorer(model, pairs, scoring, lambda line: None, compiled_ones=True) as scorer:
-        for scores, together in scored_batches(
-            model, pairs, objective.length_normalised, batch_size=batch_size, scorer=scorer, step_size=step_size
-        ):
-            losses = objective.losses(scores)
-            of_pairs[:, [place[id(pair)] for pair in together]] = means[0].add(losses, scores, scored_tokens(together))
-            for group_means, member in zip(means[1:], members[1:], strict=True):
-                chosen = [number for number, pair in enumerate(together) if id(pair) in member]
-                if chosen:
-                    of_group = AnswerScores(*(values[mx.array(chosen)] for values in scores))
-                    tokens = scored_tokens([together[number] for number in chosen])
-                    group_means.add(losses[mx.array(chosen)], of_group, tokens)
-    return Preferences([group_means.over_ranks()[0] for group_means in means], of_pairs)
+        found = evaluate_pairs(model, pairs, objective, batch_size=batch_size, scorer=scorer, step_size=step_size)
+    number = {id(pair): number for number, pair in enumerate(pairs)}
+    of_groups = [found.values[:, [number[id(pair)] for pair in group.pairs]].sum(axis=1) for group in groups[1:]]
+    means = [
+        means_of_sums(sums, len(group.pairs), objective) for sums, group in zip(of_groups, groups[1:], strict=True)
+    ]
+    return Preferences([found.means, *means], found.values)

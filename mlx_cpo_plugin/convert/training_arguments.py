@@ -257,11 +257,11 @@ def put_trackers(conversion: Conversion, names: list[str]) -> None:
             conversion.tell(f"report_to {name} has no counterpart; there are {', '.join(TRACKERS)}.")
 
 
-def convert_checkpoints(source: Source, conversion: Conversion, best_by_default: str = "loss") -> None:
+def convert_checkpoints(source: Source, conversion: Conversion) -> None:
     """Convert how many checkpoints stay, which is the best, and whether to resume."""
     if source.count("save_total_limit") is not None:
         conversion.put("keep_checkpoints", max(1, source.count("save_total_limit")), given=True)
-    metric = str(source.raw("metric_for_best_model", best_by_default)).removeprefix("eval_")
+    metric = str(source.raw("metric_for_best_model", "loss")).removeprefix("eval_")
     source.raw("greater_is_better")
     loads_best = source.flag("load_best_model_at_end")
     if loads_best or source.raw("save_strategy") == "best":

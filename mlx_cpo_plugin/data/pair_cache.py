@@ -87,7 +87,7 @@ def _parts(file: IO[bytes]) -> Iterator[Outcomes]:
 
 def _digest(rows: Sequence[tuple[object, object, str]], converter: str) -> str:
     digest = hashlib.sha256(converter.encode())
-    for package in ("mlx-cpo-plugin", "tokenizers", "transformers", "jinja2"):
+    for package in ("tokenizers", "transformers", "jinja2"):
         digest.update(version(package).encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(module.read_bytes())

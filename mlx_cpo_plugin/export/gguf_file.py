@@ -24,7 +24,7 @@ from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from mlx_cpo_plugin.export.trained import Trained
 from mlx_cpo_plugin.model.layers import ADAPTED, merged_weight, stored_weight
-from mlx_cpo_plugin.training.held_out import HeldOutScores, margin_retained, rounding_cost
+from mlx_cpo_plugin.training.held_out import ENOUGH, HeldOutScores, margin_retained, rounding_cost
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 TYPES = {16: "f16", 8: "q8_0"}
 # Nats a token, by bits: more than rounding moves log-probs by on average, and less than a tensor in a wrong place does.
 WRONG = {16: 0.05, 8: 0.5}
-# A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
-ENOUGH = 0.9
 _BLOCK = 32
 _HALF_MAX = 65504.0
 

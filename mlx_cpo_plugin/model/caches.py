@@ -49,9 +49,6 @@ class SegmentCache:
             return None
         return create_causal_mask(N, self.offset) if return_array else "causal"
 
-    def __bool__(self) -> bool:
-        return True
-
 
 class PaddedCache(SegmentCache):
     """Keys and values of earlier tokens, padded on the right; each row has its own number of tokens.

@@ -113,6 +113,23 @@ def in_parts(values: mx.array, padding: float) -> mx.array:
     return padded.reshape(len(values), -1, SUM_PART)
 
 
+def scores_of_rows(logps: mx.array, logits: mx.array, rows: mx.array, token_counts: mx.array) -> AnswerScores:
+    """Add up B pairs, each float32 [B].
+
+    Args:
+        logps, logits: of scored tokens, float32 [N].
+        rows: of these tokens, int32 [N]: those of chosen answers come first, then those of rejected ones, then of what
+            both sides have; 3 B is padding.
+        token_counts: of chosen, then of rejected answers, float32 [2 B].
+    """
+    pairs = len(token_counts) // 2
+    chosen, rejected, both = (slice(side * pairs, (side + 1) * pairs) for side in range(3))
+    sums = [sums_of_rows(values, rows, 3 * pairs) for values in (logps, logits)]
+    totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
+    columns = (*totals, token_counts[chosen], token_counts[rejected])
+    return AnswerScores(*columns)
+
+
 def sums_of_rows(values: mx.array, rows: mx.array, count: int) -> mx.array:
     """Add up values float32 [N] by their rows, int32 [N]; return [count], without row ``count``, which is padding."""
     return mx.zeros(count + 1, mx.float32).at[rows].add(values)[:count]

@@ -19,7 +19,7 @@ from mlx_cpo_plugin.kernels.operations import Segment
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.head import target_scores
 from mlx_cpo_plugin.model.layers import Call, overridden_calls
-from mlx_cpo_plugin.model.logps import AnswerScores, sums_of_rows
+from mlx_cpo_plugin.model.logps import AnswerScores, scores_of_rows
 from mlx_cpo_plugin.model.shared_prefix import SplitPair
 
 
@@ -153,16 +153,12 @@ def _joined(parts: Sequence[NDArray[Any]]) -> mx.array:
 
 def score_packed(split: SplitModel, layout: Layout, differentiate: bool = False) -> AnswerScores:
     """Return sums over the scored tokens of B pairs in one pass, each float32 [B]: log-probs and raw logits."""
-    pairs, layers = len(layout.token_counts) // 2, split.model.layers
+    layers = split.model.layers
     caches = [*(PackedCache(layout.row) for _ in layers[1:]), LastCache(layout.row)]
     with overridden_calls([(layers[-1], _call_for_read(type(layers[-1]).__call__, layout))]):
         hidden = split.hidden(layout.tokens, caches)[0]
     logps, logits = target_scores(split, hidden[layout.scored], layout.targets, differentiate)
-    chosen, rejected, both = (slice(side * pairs, (side + 1) * pairs) for side in range(3))
-    sums = [sums_of_rows(values, layout.rows, 3 * pairs) for values in (logps, logits)]
-    totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
-    columns = (*totals, layout.token_counts[chosen], layout.token_counts[rejected])
-    return AnswerScores(*columns)
+    return scores_of_rows(logps, logits, layout.rows, layout.token_counts)
 
 
 def _call_for_read(original: Call, layout: Layout) -> Call:

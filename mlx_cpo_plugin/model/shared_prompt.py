@@ -17,7 +17,7 @@ from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, PairSize
 from mlx_cpo_plugin.model.caches import cache_arrays, continued, forked, fresh_caches, repeated
 from mlx_cpo_plugin.model.head import target_scores
-from mlx_cpo_plugin.model.logps import AnswerScores, normalised, sums_of_rows
+from mlx_cpo_plugin.model.logps import AnswerScores, normalised, scores_of_rows
 from mlx_cpo_plugin.model.packed import lay_out, packed_groups, score_packed, token_count
 from mlx_cpo_plugin.model.remembered import go_back, state_of, with_room
 from mlx_cpo_plugin.model.shared_prefix import Segment, SplitPair, pieces, split_shared_prefix
@@ -169,7 +169,6 @@ class SharedPromptScorer:
         Args:
             scores_shared: that of the batch's bucket.
         """
-        pairs = len(batch.shared)
         caches = fresh_caches(self.model)
         shared = self.split.hidden(batch.shared, caches)
         hidden = self.split.hidden(batch.answers, continued(caches, batch.shared_lengths, sides=2))
@@ -178,11 +177,7 @@ class SharedPromptScorer:
         if scores_shared:
             hidden = mx.concatenate([shared.reshape(-1, size), hidden])
         logps, logits = target_scores(self.split, hidden[batch.positions], batch.targets, differentiate)
-        chosen, rejected, both = slice(0, pairs), slice(pairs, 2 * pairs), slice(2 * pairs, 3 * pairs)
-        sums = [sums_of_rows(values, batch.rows, 3 * pairs) for values in (logps, logits)]
-        totals = [values[side] + values[both] for values in sums for side in (chosen, rejected)]
-        columns = (*totals, batch.token_counts[chosen], batch.token_counts[rejected])
-        return AnswerScores(*columns)
+        return scores_of_rows(logps, logits, batch.rows, batch.token_counts)
 
     def packed_groups(self, splits: Sequence[SplitPair]) -> list[list[int]]:
         """Return which pairs, by number and in their order, are packed into a pass."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _WIDTH, _HEIGHT = 4.6, 2.9
 _DOTS_PER_INCH = 150
+_COLUMNS = 3
 # With more points than this the line alone shows them.
 _MOST_MARKERS = 40
 _MARKERS = "os^vD"
@@ -88,7 +89,7 @@ def panels_with_points(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def as_svg(records: Sequence[RunRecord], panels: Sequence[str] | None = None, columns: int = 3) -> str:
+def as_svg(records: Sequence[RunRecord], panels: Sequence[str] | None = None) -> str:
     """Draw panels, all that have points by default, side by side; return an ``<svg>`` element.
 
     Raises:
@@ -98,22 +99,22 @@ def as_svg(records: Sequence[RunRecord], panels: Sequence[str] | None = None, co
     # Salted by its panels, so that no two drawings on a page have an id in common.
     with style(salt=" ".join(names)):
         stream = io.StringIO()
-        draw(records, names, columns).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        draw(records, names).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     return _GROUP_ID.sub("<g>", text[text.index("<svg") :])
 
 
-def as_png(records: Sequence[RunRecord], panels: Sequence[str] | None = None, columns: int = 3) -> bytes:
+def as_png(records: Sequence[RunRecord], panels: Sequence[str] | None = None) -> bytes:
     """As :func:`as_svg`, at 150 dots per inch, as the bytes of a PNG file."""
     names = list(panels_with_points(records) if panels is None else panels)
     with style(salt=""):
         stream = io.BytesIO()
-        draw(records, names, columns).savefig(stream, format="png", dpi=_DOTS_PER_INCH)
+        draw(records, names).savefig(stream, format="png", dpi=_DOTS_PER_INCH)
     return stream.getvalue()
 
 
-def draw(records: Sequence[RunRecord], panels: Sequence[str], columns: int) -> Figure:
-    """Return a figure of panels by name, ``columns`` of them beside one another.
+def draw(records: Sequence[RunRecord], panels: Sequence[str]) -> Figure:
+    """Return a figure of panels by name, at most :data:`_COLUMNS` of them beside one another.
 
     Raises:
         ReportError: matplotlib is missing, or there is nothing to draw.
@@ -123,7 +124,7 @@ def draw(records: Sequence[RunRecord], panels: Sequence[str], columns: int) -> F
 
     if not panels:
         raise ReportError("There is no number to draw in the metrics of these runs; let them train for longer.")
-    columns = min(columns, len(panels))
+    columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)

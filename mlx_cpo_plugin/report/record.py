@@ -131,13 +131,13 @@ class RunRecord:
         return [time for time in times if not math.isnan(time)]
 
 
-def find_runs(root: str | Path, depth: int = SEARCH_DEPTH) -> list[RunRecord]:
-    """Return the runs in ``root`` and up to ``depth`` folders below it, the one with the newest line first.
+def find_runs(root: str | Path) -> list[RunRecord]:
+    """Return the runs in ``root`` and :data:`SEARCH_DEPTH` levels below it, the one with the newest line first.
 
     Links are not followed; checkpoints, hidden folders and runs that cannot be read are left out.
     """
     records = []
-    for folder in folders_below(Path(root), depth):
+    for folder in folders_below(Path(root), SEARCH_DEPTH):
         files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
         if files[0].is_file() and not any(file.is_symlink() for file in files):
             try:

@@ -152,7 +152,7 @@ def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
 
 
 def _check_keys(keys: Sequence[str], layers: Sequence[nn.Module]) -> None:
-    """Refuse a module that none of the layers has: mlx_lm passes over it without a word."""
+    """Refuse a module that none of the layers has: mlx_lm passes over most without a word."""
     known = sorted(set().union(*map(adaptable_modules, layers)))
     for key in keys:
         if key in known:

@@ -25,12 +25,10 @@ from mlx_cpo_plugin.publish.card import CARD_FILE
 from mlx_cpo_plugin.run.building import group_size_for, model_folder
 from mlx_cpo_plugin.run.towers import TextAndTowers, text_and_towers
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_scores, margin_retained, rounding_cost
+from mlx_cpo_plugin.training.held_out import ENOUGH, HeldOutScores, held_out_scores, margin_retained, rounding_cost
 from mlx_cpo_plugin.training.quantizer import Quantizer
 from mlx_cpo_plugin.types import Tokenizer, Values
 
-# A fused model that keeps a smaller share of the margin won is reported as worse than what was trained.
-ENOUGH = 0.9
 # Bytes that tokenizer and configuration take beside the weights, at most.
 BESIDES = 50_000_000
 INDEX = "model.safetensors.index.json"
@@ -87,7 +85,7 @@ class Fusing:
                 fused = self._scores(written)
                 publish(staging, target, self.say)
         except (OSError, RuntimeError, ValueError) as error:
-            if is_device_fault(error):
+            if is_device_fault(error) or isinstance(error, UserError):
                 raise
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space there. "

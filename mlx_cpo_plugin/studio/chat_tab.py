@@ -106,10 +106,11 @@ class Chat:
         self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """End the process."""
+        """End the process; its number may be another's once it has ended."""
         self.is_ended = True
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self.is_alive:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 

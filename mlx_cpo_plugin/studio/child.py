@@ -89,7 +89,7 @@ class Job:
                 start_new_session=True,
             )
         self._lines: Queue[str | None] = Queue()
-        self._last, self._ended = "", False
+        self._last, self._ended, self._is_over = "", False, False
         Thread(target=self._listen, daemon=True).start()
         atexit.register(self.cancel)
 
@@ -99,6 +99,7 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.cancel()
         self._process.wait()
+        self._is_over = True
         self._folder.cleanup()
         atexit.unregister(self.cancel)
 
@@ -164,7 +165,9 @@ class Job:
             raise ChildError((self._last.removeprefix("error: ") or f"exit code {code}") + killed)
 
     def cancel(self) -> None:
-        """End it and the processes that it has started."""
+        """End it and the processes that it has started; their number may be others' once all is over."""
+        if self._is_over:
+            return
         if self._process.poll() is None:
             self.cancelled = True
         with suppress(ProcessLookupError, PermissionError):

@@ -81,13 +81,13 @@ def with_contents(text: str, contents: Mapping[str, Content], fields: Iterable[F
     return stream.getvalue()
 
 
-def resolved(text: str, path: str = UNSAVED) -> Resolved:
+def resolved(text: str) -> Resolved:
     """Return the settings that a run of this file would have.
 
     Raises:
         ConfigError: the first thing that is wrong with it.
     """
-    return resolve({}, parse_settings(text, path))
+    return resolve({}, parse_settings(text, UNSAVED))
 
 
 def adapter_folder(text: str, root: Path) -> Path:
@@ -99,7 +99,7 @@ def adapter_folder(text: str, root: Path) -> Path:
     return root / Path(resolved(text).settings.adapter_path).expanduser()
 
 
-def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+def path_in(root: Path, name: str) -> Path:
     """Return the file of this name below ``root``.
 
     Raises:
@@ -118,8 +118,8 @@ def path_in(root: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path
             place=str(path),
             allowed=str(root),
         )
-    if path.suffix not in suffixes:
-        endings = " or ".join(suffixes)
+    if path.suffix not in SUFFIXES:
+        endings = " or ".join(SUFFIXES)
         raise ConfigError(f"{name} does not end in {endings}; give it that ending.", allowed=endings)
     return path
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
@@ -170,14 +169,10 @@ def _pair_text(row: object, columns: Columns) -> PairText:
 
 def _said(messages: list[Message]) -> str:
     """Return what was said, with the speakers where there are several messages."""
-    texts = [_text(message.get("content")) for message in messages]
+    texts = [message["content"] for message in messages]
     if len(messages) == 1:
         return texts[0]
     return "\n\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else str(content or "")
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.options import DATA_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import recorded_settings
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_yaml
@@ -339,7 +340,7 @@ class _Inputs:
             self._models.add(settings.model)
         if settings.val_batches == 0:
             raise DataError("val_batches is 0, but a sweep compares validations: set it to -1.", key="val_batches")
-        key = repr([settings.data, settings.hf_dataset, settings.valid_fraction, settings.completion_pairs])
+        key = repr([getattr(settings, option.name) for option in DATA_OPTIONS if option.name != "max_seq_length"])
         if key not in self._known:
             splits = read_splits(settings, ("train", "valid"))
             if not settings.valid_fraction and not any(group.rows for group in splits["valid"]):

@@ -17,7 +17,7 @@ from mlx_cpo_plugin.errors import OUT_OF_MEMORY, StoppedError, TrainingError, Us
 from mlx_cpo_plugin.exchange import LostRankError, gather
 
 # SIGHUP comes when the terminal closes.
-_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -68,7 +68,7 @@ def stop_requests() -> Iterator[StopRequest]:
     previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
         each: signal.signal(each, ask)
         for each in _SIGNALS
-        if each != getattr(signal, "SIGHUP", None) or signal.getsignal(each) != signal.SIG_IGN  # as set by nohup
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN  # as set by nohup
     }
     try:
         yield request

@@ -23,6 +23,8 @@ ROWS, AMONG = 8, 64
 TOLERANCE = 1e-4
 # Changes of the margin below this, in nats, are too small to be compared.
 SMALL = 0.05
+# A model that is handed on and keeps a smaller share of the margin won is worse than what was trained.
+ENOUGH = 0.9
 
 
 @dataclass(frozen=True)

@@ -95,14 +95,20 @@ class PairMeans(Resumable):
         """
         mine = [*self.sums, self.chosen_nll, self.chosen_tokens, self.pairs, self.tokens]
         totals = np.sum(gather(mine), axis=0)
-        chosen_nll, chosen_tokens, pairs, tokens = totals[-4:].tolist()
+        pairs, tokens = totals[-2:].tolist()
         if not pairs:
             return dict.fromkeys((*PAIR_METRICS, "nll_loss"), np.nan), 0
-        means = dict(zip(PAIR_METRICS, (totals[:-4] / pairs).tolist(), strict=True))
-        means["nll_loss"] = chosen_nll / chosen_tokens
-        if self.objective.cpo_alpha:
-            means["loss"] += self.objective.cpo_alpha * means["nll_loss"]
-        return means, int(tokens)
+        return means_of_sums(totals[:-2], int(pairs), self.objective), int(tokens)
+
+
+def means_of_sums(sums: NDArray[np.float64], pairs: int, objective: Objective) -> dict[str, float]:
+    """Return means by name, as :class:`PairMeans` has them, of :data:`PAIR_VALUES` added up over ``pairs``."""
+    *_, chosen_nll, chosen_tokens = sums.tolist()
+    means = dict(zip(PAIR_METRICS, (sums[:-2] / pairs).tolist(), strict=True))
+    means["nll_loss"] = chosen_nll / chosen_tokens
+    if objective.cpo_alpha:
+        means["loss"] += objective.cpo_alpha * means["nll_loss"]
+    return means
 
 
 class MetricsFile:

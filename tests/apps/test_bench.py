@@ -575,6 +575,7 @@ class TestCommand:
             (["--shape", "P3"], "has no C and no R"),
             (["--shape", "P3,C2,R2", "--model", "m"], "--model and --data belong to --suite"),
             (["--shape", "P3,C2,R2", "--json", "no/such/folder/file.json"], "there is no folder no/such/folder"),
+            (["--shape", "P3,C2,R2", "--json", "/"], "--json '/' is a folder"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--growth", "plot.gif"], "plot.gif: the plot is written as .svg or .png"),
             (["--growth", "no/such/folder/plot.svg"], "there is no folder no/such/folder"),

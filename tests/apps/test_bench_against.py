@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -157,11 +158,12 @@ class TestTheSameMicroBatches:
         timed = [f"{name}, time {turn} of 2" for turn in (1, 2) for name in (PLUGIN, HOST)]
         assert turns[:4] == timed
 
-    def test_other_losses_on_the_same_tokens_are_a_failure(self, peers: Peers, case: Case) -> None:
-        contest = contest_of(case, [TRL, UNSLOTH], {TRL: peers.python(), UNSLOTH: peers.python("off", loss=0.71)})
+    @pytest.mark.parametrize("loss", [0.71, math.nan])
+    def test_other_losses_on_the_same_tokens_are_a_failure(self, loss: float, peers: Peers, case: Case) -> None:
+        contest = contest_of(case, [TRL, UNSLOTH], {TRL: peers.python(), UNSLOTH: peers.python("off", loss=loss)})
 
         assert [*contest.failures] == [UNSLOTH]
-        assert "other losses than mlx-cpo-plugin on the same tokens (0.71" in contest.failures[UNSLOTH]
+        assert f"other losses than mlx-cpo-plugin on the same tokens ({loss:.4g}" in contest.failures[UNSLOTH]
 
     def test_other_tokens_are_named_with_what_they_do_to_the_losses(self, peers: Peers, case: Case) -> None:
         contest = contest_of(case, [TRL], {TRL: peers.python(loss=0.77, extra=[5])})

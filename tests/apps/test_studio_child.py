@@ -94,6 +94,17 @@ def test_a_new_one_of_the_same_visit_ends_the_one_before(worker: Words, tmp_path
     assert second.cancelled
 
 
+def test_one_that_is_over_kills_nothing_any_more(
+    worker: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs()
+    with jobs.start("a", worker("output.write_text('{}')"), tmp_path) as job:
+        job.result()
+    monkeypatch.setattr("os.killpg", lambda group, number: pytest.fail("its number may be another's"))
+
+    jobs.cancel("a")
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -213,6 +213,15 @@ def test_a_mistake_names_its_key_and_its_line(
         read_sweep(file)
 
 
+@pytest.mark.parametrize("grid", [{"min_gap": [None, 0.5]}, {"chosen_feature": ["auto", "nosuch"]}])
+def test_what_the_rows_lack_for_a_later_run_is_told_before_the_first(
+    write: Callable[..., Path], grid: dict[str, Any]
+) -> None:
+    (key,) = grid
+    with refused(DataError, key=key):
+        read_sweep(write(grid=grid))
+
+
 def test_one_run_is_no_sweep_and_rows_to_validate_on_are_needed(
     write: Callable[..., Path], base: dict[str, Any], data_folder: Path, tmp_path: Path
 ) -> None:

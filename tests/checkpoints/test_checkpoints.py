@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import generate
+from mlx_lm.tuner.lora import LoRAEmbedding
 from mlx_lm.utils import load
 from support.refusals import refused
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import adapter as checkpoints
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.data.batches import collate
@@ -30,7 +33,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder / "adapters.safetensors"
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "full", "lora on the last layer"])
+@pytest.mark.parametrize("train_type", ["lora", "dora", "full", "lora on the last layer", "lora on the embedding, too"])
 def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_folder: Path, train_type: str) -> None:
     model, _ = load(str(model_folder))
     if train_type == "full":
@@ -43,6 +46,9 @@ def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_fold
         model.layers[1].self_attn.q_proj.lora_b = mx.ones((4, 128))
     else:
         add_adapter(model, dora=train_type == "dora", scale=3.0, dropout=0.1)
+    if "embedding" in train_type:
+        embedding = model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens, 4, scale=3.0)
+        embedding.lora_b = mx.full(embedding.lora_b.shape, 0.1)
     model.eval()
     saved(model, tmp_path)
 
@@ -70,6 +76,18 @@ def test_a_failed_write_leaves_the_older_adapter_as_it_was(tmp_path: Path, monke
 
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+
+
+def test_two_threads_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    def written(text: str) -> None:
+        for _ in range(20):
+            replace_whole(tmp_path / "file", lambda partial: partial.write_text(text))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(written, "ab"))
+
+    assert (tmp_path / "file").read_text() in ("a", "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:

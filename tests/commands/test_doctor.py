@@ -58,7 +58,7 @@ def test_a_plugin_that_is_turned_off_is_a_failure(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLX_CPO_PLUGIN_DISABLE", "1")
     name, command = "mlx_lm_lora.trainer.cpo_trainer", doctor.routes()["mlx_lm_lora.trainer.cpo_trainer"]
 
-    for finding in (*doctor.check_switch(), doctor.check_route(name, command)):
+    for finding in (*doctor.check_switch(), doctor.route_finding(name, doctor.told_by(command))):
         assert (finding.status, finding.remedy) == ("failed", "unset MLX_CPO_PLUGIN_DISABLE")
 
 
@@ -109,14 +109,14 @@ def test_other_hosts_are_named_in_a_warning(version: str) -> None:
 
 
 def test_a_route_that_does_not_reach_the_plugin_says_how_it_ended() -> None:
-    finding = doctor.check_route("of the test", ["sh", "-c", "echo first; echo 'the host answered'"])
+    finding = doctor.route_finding("of the test", doctor.told_by(["sh", "-c", "echo first; echo 'the host answered'"]))
 
     assert finding.status == "failed"
     assert finding.detail == "not hooked: the host answered"
 
 
 def test_a_route_that_cannot_be_tried_is_a_failure() -> None:
-    assert doctor.check_route("of the test", ["/no/such/command"]).status == "failed"
+    assert doctor.route_finding("of the test", doctor.told_by(["/no/such/command"])).status == "failed"
 
 
 def test_two_plugins_that_claim_one_name_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
