@@ -35,6 +35,10 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
         flush(partial)
         partial.replace(path)
         flush(path.parent)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename = str(path)  # which is what anybody knows
+        raise
     finally:
         with suppress(OSError):  # the folder may be what is wrong; the error raised says more
             partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import pluggy
 from mlx_cpo_plugin import hookspecs
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.errors import PluginError
-from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
+from mlx_cpo_plugin.types import LossType, TrainMode, Values
 
 BUILT_IN = "mlx-cpo-plugin"
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
@@ -169,7 +169,7 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
             if not isinstance(entry, KINDS[hook]):
                 raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
         for entry in entries:
-            _check_options(entry.name, entry.options)
+            _check_options(entry)
     except Exception as error:  # whatever a third party's hook raises, the other plugins go on
         if plugin == BUILT_IN:
             raise
@@ -178,12 +178,15 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
     return entries
 
 
-def _check_options(name: str, options: Iterable[Option]) -> None:
+def _check_options(entry: TrainMode | LossType) -> None:
     """Raise ValueError where an option would not have its own value, but that of a setting of every run."""
-    common = {option.name: option for option in import_module("mlx_cpo_plugin.settings.options").COMMON_OPTIONS}
-    for option in options:
+    settings = [import_module("mlx_cpo_plugin.settings.options").COMMON_OPTIONS]
+    if isinstance(entry, LossType):
+        settings.append(import_module("mlx_cpo_plugin.settings.cpo_options").OF_EVERY_LOSS)
+    common = {option.name: option for options in settings for option in options}
+    for option in entry.options:
         if option.name in common and option is not common[option.name]:
-            raise ValueError(f"{name} has an option {option.name}, which is a setting of every run; rename it")
+            raise ValueError(f"{entry.name} has an option {option.name}, which is a setting of every run; rename it")
 
 
 def registered_distributions() -> list[Values]:

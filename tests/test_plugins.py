@@ -136,14 +136,15 @@ def test_a_mode_that_another_plugin_has_is_an_error() -> None:
         plugins.train_modes()
 
 
-def test_a_loss_whose_option_is_a_setting_of_every_run_is_named_and_skipped() -> None:
-    class Seeded(RankPlugin):
+@pytest.mark.parametrize("name", ["seed", "preset", "cpo_alpha"])
+def test_a_loss_whose_option_is_a_setting_of_every_run_is_named_and_skipped(name: str) -> None:
+    class Claiming(RankPlugin):
         @hookspecs.hookimpl
         def register_loss_types(self) -> list:
-            return [LossType("seeded", "Seeded", lambda *_, **__: None, "", options=(Option("seed", float, 2.5, ""),))]
+            return [LossType("claims", "Claims", lambda *_, **__: None, "", options=(Option(name, float, 2.5, ""),))]
 
-    with registered(Seeded()), pytest.warns(RuntimeWarning, match="seeded has an option seed, which is a setting of"):
-        assert "seeded" not in plugins.loss_types()
+    with registered(Claiming()), pytest.warns(RuntimeWarning, match=f"claims has an option {name}, which is a setting"):
+        assert "claims" not in plugins.loss_types()
 
 
 def test_a_hook_that_returns_something_else_is_named_and_skipped() -> None:

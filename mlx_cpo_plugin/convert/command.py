@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(SOURCES),
         help="where FILE is from; by default seen from its keys",
     )
-    parser.add_argument("--rows", type=int, help="number of training rows, for schedules and intervals of epochs")
+    parser.add_argument("--rows", type=int, help="rows of the training set, those that are held out among them")
     parser.add_argument("--drop-reference", action="store_true", help="convert DPO, too, without its reference model")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.yaml")
 

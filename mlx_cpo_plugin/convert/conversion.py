@@ -170,6 +170,7 @@ class Conversion:
         changed: sentences on what changes its meaning.
         defaulted: keys that the file does not give, written since the defaults of the two programs differ.
         left_out: keys of other files that it refers to which have no counterpart.
+        held_out: rows of the training set that are validated on, where their number is known.
     """
 
     source_name: str
@@ -177,6 +178,7 @@ class Conversion:
     changed: list[str] = field(default_factory=list)
     defaulted: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    held_out: int = 0
 
     def put(self, key: str, value: Any, given: bool) -> None:
         """Set a key, unless it is left out in the file and both programs have the same default."""

@@ -196,13 +196,12 @@ def convert_valid_share(size: float, key: str, conversion: Conversion, rows: int
     """Write ``valid_fraction`` from a share of the training rows or a number of them."""
     if size <= 0:
         return
-    if size < 1:
-        conversion.settings["valid_fraction"] = size
-    elif rows:
-        conversion.settings["valid_fraction"] = min(0.5, size / rows)
-    else:
+    if size >= 1 and not rows:
         conversion.tell(f"{key} {size:g} is a number of rows, valid_fraction a share of them: give --rows, or set it.")
         return
+    share = size if size < 1 else min(0.5, size / (rows or 1))
+    conversion.settings["valid_fraction"] = share
+    conversion.held_out = round(share * (rows or 0))
     for entry in conversion.settings.get("hf_dataset", []):
         entry.pop("valid_split")
 

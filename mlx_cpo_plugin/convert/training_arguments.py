@@ -11,14 +11,15 @@ from mlx_cpo_plugin.settings.nested import TRACKERS
 BEST_BY = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 EACH_EPOCH = {"steps_per_eval": "eval_per_epoch", "save_every": "save_per_epoch"}
 """Steps between validations or saves -> the setting that has one at the end of each epoch instead."""
-DECAYING = {
-    "linear": "linear_schedule",
-    "polynomial": "linear_schedule",
-    "cosine": "cosine_decay",
-    "cosine_with_restarts": "cosine_decay",
-    "cosine_with_min_lr": "cosine_decay",
+BY_NAME = {
+    "linear": "linear",
+    "polynomial": "linear",
+    "cosine": "cosine",
+    "cosine_with_restarts": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "constant_with_warmup": "constant",
 }
-"""Schedule of transformers -> that of MLX."""
+"""Schedule of transformers -> that of this project over the whole run, which ends at 0 where it falls."""
 ADAMW_BETAS, ADAMW_EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -72,7 +73,7 @@ def convert_length(
     """Convert batch size, accumulation, and epochs or ``max_steps``.
 
     Args:
-        rows: of the training set, if known.
+        rows: of the training set, if known, among them those that are held out.
         size, epochs: the keys of the batch size and the epochs, each with its default.
     """
     batch_size = source.count(*size)
@@ -86,7 +87,7 @@ def convert_length(
         f"{size[0]} {batch_size} is for each device, batch_size for all of them together: multiply it by the number "
         "of devices that the file was written for."
     )
-    epoch = math.ceil(rows / batch_size) if rows else None
+    epoch = math.ceil(max(1, rows - conversion.held_out) / batch_size) if rows else None
     steps, passes = source.count("max_steps", -1), source.number(*epochs)
     if steps > 0:
         conversion.put("iters", steps * accumulation, given=True)
@@ -109,37 +110,36 @@ def _put_epochs(passes: float, key: str, epoch: int | None, given: bool, convers
 
 
 def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: Length) -> None:
-    """Write ``lr_schedule`` in optimizer steps, or say what it needs."""
+    """Write ``lr_schedule``, which spans the run by its name, or say what it needs."""
     name, peak, warmup = request.name, request.peak, _warmup_steps(request.warmup, length)
     if name == "constant":  # which has no warm-up in transformers either
         return
-    if name not in (*DECAYING, "constant_with_warmup"):
+    if name not in BY_NAME:
         conversion.tell(f"The schedule {name} has no counterpart: the learning rate stays at {peak:g}.")
         return
-    if length.steps is None and name in DECAYING and not request.end:
-        by_name = {"linear_schedule": "linear", "cosine_decay": "cosine"}[DECAYING[name]]
-        conversion.settings["lr_schedule"] = {"name": by_name, "warmup": warmup} if warmup else by_name
-        if warmup is None:
-            conversion.settings["warmup_ratio"] = request.warmup
-        return
-    if warmup is None or (name in DECAYING and length.steps is None):
+    if request.end and name != "constant_with_warmup":
+        if warmup is not None and length.steps is not None:
+            _put_schedule_to(request.end, request, conversion, length.steps, warmup)
+            return
         conversion.tell(
             f"The schedule {name} needs the number of optimizer steps, and the file only has epochs: until you convert "
             f"it again with --rows, the number of training rows, the learning rate stays at {peak:g}."
         )
         name = "constant_with_warmup"
-    if name == "constant_with_warmup":
-        # A line between two equal rates is how MLX's schedules say that a rate stays.
-        schedule = {"name": "linear_schedule", "arguments": [peak, peak, 1], "warmup": warmup}
-        if not warmup:
-            return
-    else:
-        rest = max(1, (length.steps or 0) - (warmup or 0))
-        line = DECAYING[name] == "linear_schedule"
-        arguments = [peak, request.end, rest] if line else [peak, rest, request.end]
-        schedule = merged({"name": DECAYING[name], "arguments": arguments, "warmup": warmup or None})
-    conversion.settings["lr_schedule"] = schedule
-    conversion.tell(f"The schedule {name} is lr_schedule, which counts optimizer steps, warmup's too.")
+    if name != "constant_with_warmup" or warmup != 0:
+        conversion.settings["lr_schedule"] = {"name": BY_NAME[name], "warmup": warmup} if warmup else BY_NAME[name]
+    if warmup is None:
+        conversion.settings["warmup_ratio"] = request.warmup
+
+
+def _put_schedule_to(end: float, request: ScheduleRequest, conversion: Conversion, steps: int, warmup: int) -> None:
+    """Write one of MLX's schedules, whose warm-up goes on for a step with the full rate."""
+    rest = max(1, steps - warmup - bool(warmup))
+    is_line = BY_NAME[request.name] == "linear"
+    arguments = [request.peak, end, rest] if is_line else [request.peak, rest, end]
+    schedule = {"name": "linear_schedule" if is_line else "cosine_decay", "arguments": arguments}
+    conversion.settings["lr_schedule"] = schedule | ({"warmup": warmup} if warmup else {})
+    conversion.tell(f"The schedule {request.name} is lr_schedule, which counts optimizer steps, warmup's too.")
 
 
 def _warmup_steps(warmup: float, length: Length) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from mlx_cpo_plugin.atomic_files import cache_folder, replace_whole
+from mlx_cpo_plugin.atomic_files import cache_folder, remove, replace_whole
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.tokens import TruncatedPair
 
@@ -20,6 +21,8 @@ LEAST_ROWS = 5_000
 """Fewer are tokenised about as fast as they are read."""
 MOST_BYTES = 4 << 30
 """Of all files; the ones that were not used for longest go first."""
+ABANDONED_AFTER = 86_400.0
+"""Seconds after which nobody writes a file any more that is not finished."""
 _PATTERN = "pairs-*.pickle"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -101,6 +104,9 @@ def _digest(rows: Sequence[tuple[object, object, str]], converter: str) -> str:
 
 
 def _make_room(newest: Path) -> None:
+    for left in newest.parent.glob(f".*-partial-{_PATTERN}"):  # by a killed process
+        if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+            remove(left)
     files = sorted(newest.parent.glob(_PATTERN), key=lambda file: file.stat().st_mtime, reverse=True)
     size = 0
     for file in files:

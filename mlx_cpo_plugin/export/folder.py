@@ -96,8 +96,9 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
 def _writing(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if is_device_fault(error):
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full MLX raises the latter.
+        if is_device_fault(error) or not (isinstance(error, OSError) or str(error).startswith("[write]")):
             raise
         raise ExportError(
             f"The export cannot be written to {named(str(target))} ({first_line(error)}); free space, or give another "

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
+import mlx.optimizers.schedulers as schedulers
 import numpy as np
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from mlx_lm.utils import hf_repo_to_path, load_config
@@ -31,7 +32,7 @@ from mlx_cpo_plugin.data.tokenizer import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.settings.nested import OPTIMIZERS
+from mlx_cpo_plugin.settings.nested import OPTIMIZERS, WHOLE_RUN
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
 from mlx_cpo_plugin.types import Tokenizer, Values
 
@@ -307,17 +308,22 @@ def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.ar
     schedule = dict(settings.lr_schedule or {"name": "constant"})
     warmup = schedule.setdefault("warmup", math.ceil(settings.warmup_ratio * steps))
     name, rate = schedule["name"], settings.learning_rate
-    # The rate peaks in the step after the warm-up, and reaches its end one step after the run.
-    rest = max(1, steps - warmup - bool(warmup))
-    if name == "constant":
-        if not warmup:
-            return rate
-        schedule |= {"name": "linear_schedule", "arguments": [rate, rate, 1]}
-    elif name == "linear":
-        schedule |= {"name": "linear_schedule", "arguments": [rate, 0.0, rest]}
-    elif name == "cosine":
-        schedule |= {"name": "cosine_decay", "arguments": [rate, rest]}
-    built: Callable[[mx.array], mx.array] = build_schedule(schedule)
+    if name == "constant" and not warmup:
+        return rate
+    # As in transformers the rate peaks in the step after the warm-up, and reaches its end one step after the run.
+    rest = max(1, steps - warmup)
+    built: Callable[[mx.array], mx.array]
+    if name == "cosine":
+        built = schedulers.cosine_decay(rate, rest)
+    elif name in WHOLE_RUN:
+        built = schedulers.linear_schedule(rate, rate if name == "constant" else 0.0, rest)
+    else:
+        built = build_schedule(schedule)
+        return built
+    if not warmup:
+        return built
+    rising = schedulers.linear_schedule(schedule.get("warmup_init", 0.0), rate, warmup)
+    built = schedulers.join_schedules([rising, built], [warmup])
     return built
 
 

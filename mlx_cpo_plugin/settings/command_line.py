@@ -235,7 +235,8 @@ def refuse_mistakes(words: Sequence[str]) -> None:
     """Refuse a command line that would end in a traceback of mlx-lm-lora, whichever mode it asks for.
 
     Raises:
-        ConfigError: mlx-lm-lora cannot read the YAML file, or the file misspells a registered train mode.
+        ConfigError: mlx-lm-lora cannot read the YAML file, or the file misspells a registered train mode,
+            or gives something else than a name.
     """
     try:
         values = _leniently(words)
@@ -252,8 +253,8 @@ def refuse_mistakes(words: Sequence[str]) -> None:
         return
     of_the_host = next((action.choices for action in host_parser()._actions if action.dest == "train_mode"), None)
     known = [*(of_the_host or ()), *train_modes()]
-    misspelt = isinstance(mode, str) and mode not in known and get_close_matches(mode.lower(), train_modes(), n=1)
-    if misspelt and not values.get("train_mode"):
+    near = not isinstance(mode, str) or get_close_matches(mode.lower(), train_modes(), n=1)
+    if mode is not None and mode not in known and near and not values.get("train_mode"):
         allowed = f"one of {', '.join(dict.fromkeys(known))}"
         raise refused("train_mode", mode, read_yaml(file).place("train_mode"), allowed)
 

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.settings.command_line import (
     host_defaults,
     known_options,
 )
-from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, SIMPO_GAMMA, CPOSettings, Preset
+from mlx_cpo_plugin.settings.cpo_options import BETA, LOSS_OPTION, PRESETS, SIMPO_GAMMA, CPOSettings, Preset
 from mlx_cpo_plugin.settings.options import (
     COMMON_OPTIONS,
     PRECISIONS,
@@ -145,14 +145,14 @@ def resolve(
     losses = loss_types()
     options = known_options([mode], losses.values())
     defaults = host_defaults()
-    known = {*options, *defaults, *UNCHECKED_KEYS}
-    for key in [*in_call, *(in_file.values if in_file else ())]:
-        if key not in known:
-            raise unknown("key", key, known, given.place(key))
     if mode.has(LOSS_OPTION) and mode.has("preset"):
         name = given.checked(options["preset"])
         given.preset = next((preset for preset in PRESETS if preset.name == name), None)
     loss = losses[given.checked(options[LOSS_OPTION])] if mode.has(LOSS_OPTION) else None
+    known = {*options, *defaults, *UNCHECKED_KEYS}  # of a loss that is not there, it is not its options that are wrong
+    for key in [*in_call, *(in_file.values if in_file else ())]:
+        if key not in known:
+            raise unknown("key", key, known, given.place(key))
     # The chosen loss overrides default and range of an option that other losses share.
     common = {option.name for option in COMMON_OPTIONS}
     options |= {option.name: option for option in (loss.options if loss else ()) if option.name not in common}
@@ -243,7 +243,8 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     usual = [LARGE_BETA, *(option.default for option in loss.options if option.name == "beta")] if loss else []
     if loss and loss.reads("beta") and not loss.length_normalised and settings.beta > max(usual):
         notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")
-    if loss and loss.reads(SIMPO_GAMMA.name) and settings.beta < SMALL_BETA:
+    averages = loss is not None and loss.length_normalised and loss.reads(BETA.name) and loss.reads(SIMPO_GAMMA.name)
+    if loss and averages and settings.beta < SMALL_BETA:
         notes.append(
             f"beta is {settings.beta:g}: {loss.name} averages log-probs over an answer's tokens; from 2 to 10 is usual."
         )

@@ -203,3 +203,7 @@ _BY_NAME = {own.name: own for own in CPO_OPTIONS}
 BETA, DELTA, LABEL_SMOOTHING = (_BY_NAME[name] for name in ("beta", "delta", "label_smoothing"))
 SAMPLE_PROMPTS = _BY_NAME["sample_prompts"]
 SIMPO_GAMMA, ALPHAPO_ALPHA, CPO_ALPHA = (_BY_NAME[name] for name in ("simpo_gamma", "alphapo_alpha", "cpo_alpha"))
+OF_EVERY_LOSS = tuple(
+    own for own in CPO_OPTIONS if own not in (BETA, DELTA, LABEL_SMOOTHING, SIMPO_GAMMA, ALPHAPO_ALPHA)
+)
+"""What no loss has as an option of its own."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from mlx_cpo_plugin.sweep.plan import Sweep
     from mlx_cpo_plugin.sweep.results import SettingResult
 
-BEST, TABLE, PLOTS = "best.yaml", "table.md", "plots.svg"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
@@ -41,28 +39,43 @@ def run_sweep(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.training.summary import counted
 
     sweep = read_sweep(chosen.file, chosen.output)
-    for note in sweep.notes:
-        print(f"note: {note}")
-    there = outcomes_of(sweep)
-    done = sum(outcome.status == FINISHED for outcome in there.values())
-    asked = f"{counted(len(sweep.settings), 'setting')}, {counted(len(sweep.runs), 'run')}"
-    print(f"{asked}, {done} finished, in {sweep.output}.")
-    for line in _no_longer_asked_for(sweep):
-        print(line)
-    outcomes = there
-    if not chosen.no_more_runs:
-        with lasting_output():  # hours of runs do not end because nobody reads any more
+    with lasting_output():  # hours of runs do not end because nobody reads any more
+        for note in sweep.notes:
+            print(f"note: {note}")
+        outcomes = outcomes_of(sweep)
+        done = sum(outcome.status == FINISHED for outcome in outcomes.values())
+        asked = f"{counted(len(sweep.settings), 'setting')}, {counted(len(sweep.runs), 'run')}"
+        print(f"{asked}, {done} finished, in {sweep.output}.")
+        for line in _no_longer_asked_for(sweep):
+            print(line)
+        if not chosen.no_more_runs:
             outcomes = carry_out(sweep, in_a_process, lambda line: print(line, flush=True))
-    results = results_of(sweep, outcomes)
-    if not any(result.finished for result in results):
+        results = results_of(sweep, outcomes)
+        if any(result.finished for result in results):
+            _write_results(sweep, results, is_needed=not chosen.no_more_runs)
+            return 0
         if chosen.no_more_runs:
             for run in sweep.runs:
                 print(f"  {run.name}")
             return 0
-        reasons = list(dict.fromkeys(outcome.reason for outcome in outcomes.values() if outcome.reason))
-        raise ConfigError(f"No run of {named(str(chosen.file))} has finished; the first failed because: {reasons[0]}")
-    write_results(sweep, results)
-    return 0
+    reasons = list(dict.fromkeys(outcome.reason for outcome in outcomes.values() if outcome.reason))
+    raise ConfigError(f"No run of {named(str(chosen.file))} has finished; the first failed because: {reasons[0]}")
+
+
+def _write_results(sweep: Sweep, results: Sequence[SettingResult], is_needed: bool) -> None:
+    """Do as :func:`write_results`; where they are not needed, what cannot be written is noted."""
+    try:
+        write_results(sweep, results)
+    except OSError as error:
+        path = named(str(error.filename or sweep.output))
+        if not is_needed:
+            print(f"note: {path} cannot be written ({error.strerror}).")
+            return
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); the runs are done: put that right and call it again.",
+            key="output",
+            place=path,
+        ) from error
 
 
 def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
@@ -72,6 +85,7 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     from mlx_cpo_plugin.sweep.plan import varied
     from mlx_cpo_plugin.sweep.plots import draw
     from mlx_cpo_plugin.sweep.results import conclusion, table
+    from mlx_cpo_plugin.sweep.runs import BEST, PLOTS, TABLE
 
     text, sentence = table(sweep, results), conclusion(results, sweep.metric)
     print(f"\n{text}\n\n{sentence}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
 import os
 import signal
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, refuse_if_in_use
@@ -30,6 +33,7 @@ from mlx_cpo_plugin.sweep.results import (
 )
 
 RUNS, CONFIG, CONSOLE = "runs", "config.yaml", "console.log"
+BEST, TABLE, PLOTS = "best.yaml", "table.md", "plots.svg"
 # Seconds between two looks at what a run has validated, or at whether its folder is free.
 LOOK_EVERY = 0.5
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
@@ -54,6 +58,7 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
         ConfigError: another sweep is writing to the folder, or it cannot be written to.
     """
     failed: set[str] = set()
+    _refuse_what_is_in_the_way(sweep)
     with _only_sweep_in(sweep.output):
         for number, part in enumerate((*sweep.halve_at, 1.0)):
             given_up = runs_given_up(sweep, sweep.halve_at[:number])
@@ -65,6 +70,20 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
                 if not _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}"):
                     failed.add(run.digest)
     return outcomes_of(sweep)
+
+
+def _refuse_what_is_in_the_way(sweep: Sweep) -> None:
+    folders = [sweep.output / RUNS, *(folder_of(sweep, run) for run in sweep.runs)]
+    files = [folder / name for folder in folders[1:] for name in (CONFIG, CONSOLE, RESULT)]
+    files += [sweep.output / name for name in (TABLE, BEST, PLOTS)]
+    for paths, is_right, kind in ((folders, os.path.isdir, "folder"), (files, os.path.isfile, "file")):
+        for path in paths:
+            if os.path.lexists(path) and not is_right(path):
+                raise ConfigError(
+                    f"{named(str(path))} is there, and no {kind}: move it, or give another --output.",
+                    key="output",
+                    place=str(path),
+                )
 
 
 @contextmanager
@@ -153,9 +172,9 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
 
     What ends this process lets the run save and stop. A run that an earlier sweep has left behind is waited for.
     """
-    _wait_until_free(folder)
     with (folder / CONSOLE).open("ab") as console, _stop_on_termination():
-        began = console.tell()
+        _wait_until_free(folder, console)
+        began = console.seek(0, os.SEEK_END)
         command = [sys.executable, "-m", "mlx_cpo_plugin", "train", "--config", str(folder / CONFIG)]
         # In a session of its own Ctrl-C does not reach it twice, which would end it before it has saved.
         child = subprocess.Popen(
@@ -178,11 +197,17 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
     return child.returncode, _last_line(folder / CONSOLE, began)
 
 
-def _wait_until_free(folder: Path) -> None:
+def _wait_until_free(folder: Path, console: IO[bytes]) -> None:
+    """Wait for a run that an earlier sweep has left behind, and lock what this one's will print to.
+
+    The run inherits that lock, and has it until it ends, whatever becomes of this process; the folder's own it takes
+    once its model is loaded.
+    """
     told = False
     while True:
         try:
-            return refuse_if_in_use(folder)
+            if _locks(console):
+                return refuse_if_in_use(folder)
         except ConfigError as error:
             if error.place or not os.access(folder, os.W_OK):  # it is no other run that is in the way
                 raise
@@ -192,6 +217,15 @@ def _wait_until_free(folder: Path) -> None:
             )
         told = True
         time.sleep(LOOK_EVERY)
+
+
+def _locks(console: IO[bytes]) -> bool:
+    """Whether a console could be locked, or locks are none that this file system has."""
+    try:
+        fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno != errno.EWOULDBLOCK
+    return True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import mlx.optimizers as optimizers
 
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.host import SFTTrainingArgs
+from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, check_quantizer
 from mlx_cpo_plugin.settings.run_settings import plain_settings
-from mlx_cpo_plugin.settings.validation import check
+from mlx_cpo_plugin.settings.validation import check, not_read, unknown
 from mlx_cpo_plugin.types import Option, Values
 
 # Arguments that mlx-lm-lora and its callers call otherwise than YAML files do.
@@ -132,5 +134,22 @@ def check_training_args(args: CPOTrainingArgs) -> None:
         if option is None or option.type is bool or (value is None and own.default is None):
             continue
         check(replace(option, optional=False, spelled=None), value, lambda key: IN_THE_CALL, own.name)
+    check_loss_options(args.loss_type, args.loss_options)
     if args.qat_enable:
         check_quantizer(args.qat_quantizer, args.qat_bits, args.qat_group_size, args.qat_mode, lambda key: IN_THE_CALL)
+
+
+def check_loss_options(loss_type: str, given: Mapping[str, object]) -> None:
+    """Refuse options that no loss has, or that this one does not use, unless they have their default.
+
+    Raises:
+        ConfigError: names the option, and what is known or uses it.
+    """
+    losses = loss_types()
+    defaults = {option.name: option.default for other in losses.values() for option in other.options}
+    for name, value in given.items():
+        if name not in defaults:
+            raise unknown("loss option", name, defaults, IN_THE_CALL)
+        loss = losses.get(loss_type)
+        if loss is not None and not loss.reads(name) and value != defaults[name]:
+            raise not_read(name, value, IN_THE_CALL, loss, losses.values())

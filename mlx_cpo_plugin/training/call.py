@@ -32,9 +32,11 @@ def training_arguments(args: object) -> CPOTrainingArgs:
             :func:`caller_seed`.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or none is given by its name.
     """
     given = {own.name: getattr(args, own.name) for own in fields(CPOTrainingArgs) if hasattr(args, own.name)}
+    if args is not None and not given:
+        raise refused("args", args, IN_THE_CALL, "CPOTrainingArgs, or an object with attributes of the same names")
     args = CPOTrainingArgs(**given)
     args.adapter_file = os.path.expanduser(args.adapter_file or CPOTrainingArgs.adapter_file)
     args.resume = None if args.resume is None else os.path.expanduser(args.resume)

@@ -86,7 +86,7 @@ def _loss_line(run: Run) -> str:
     named = [name for option in loss.options if (name := option.name) == "beta" or name in loss.formula]
     options = ", ".join(f"{name} {objective.options[name]}" for name in named)
     likelihood = f", plus {args.cpo_alpha:g} times the chosen answers' nll" if args.cpo_alpha else ""
-    return f"Objective: {loss.title}, {loss.formula}{likelihood}; {options}"
+    return f"Objective: {loss.title}, {loss.formula}{likelihood}" + (f"; {options}" if options else "")
 
 
 def _step_line(run: Run) -> str:

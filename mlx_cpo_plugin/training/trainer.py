@@ -22,7 +22,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.host import SFTTrainingArgs, TrainingCallback
 from mlx_cpo_plugin.model.scoring import prepared_scorer
-from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs, check_loss_options
 from mlx_cpo_plugin.training.call import check_callback, pairs_of, training_arguments
 from mlx_cpo_plugin.training.duration import Forecast
 from mlx_cpo_plugin.training.exits import StopRequest, out_of_memory_explained, saved_on_failure, stop_requests
@@ -263,6 +263,7 @@ def evaluate_cpo(
     are computed in segments of so many tokens. Data sets, ``loss_fn`` and ``tokenizer`` are as in :func:`train_cpo`.
     """
     use_fast_blas()
+    check_loss_options(loss_type, loss_options or {})
     objective = objective_for(loss_type, {"beta": beta, "delta": delta, **(loss_options or {})}, loss_fn, cpo_alpha)
     pairs = pairs_of(dataset, max_seq_length, tokenizer, "test", model)
     if not pairs:

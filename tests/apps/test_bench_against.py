@@ -51,7 +51,7 @@ for number, batch in enumerate(batches, 1):
 found = dict(
     seconds=[9.0] + [{seconds}] * (len(batches) - 1), processor_seconds=[1.0] * len(batches),
     scored_tokens=[1] * len(batches), peak_memory=None, peak_resident=5 * 10**9,
-    losses=[{loss}] * len(batches), blas="a BLAS", dtype="float32", row_tokens=rows,
+    losses=[float('{loss}')] * len(batches), blas="a BLAS", dtype="float32", row_tokens=rows,
 )
 (folder / "measurement.json").write_text(json.dumps(found))
 """

@@ -354,6 +354,25 @@ def test_an_export_that_fails_leaves_what_was_there(
     assert set(folder.parent.iterdir()) == beside
 
 
+def test_a_disk_that_is_full_is_one_sentence(
+    model_folder: Path,
+    data_folder: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[write] Unable to write 1710 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    target = ["--to", "peft", "--output", str(tmp_path / "full")]
+    words = ["export", str(adapter), *target, "--model", str(model_folder), "--data", str(data_folder)]
+
+    assert "free space, or give another --output" in refusal(capsys, words)
+    assert not (tmp_path / "full").exists()
+
+
 def test_what_a_killed_export_left_is_removed_by_the_next_one(
     model_folder: Path, data_folder: Path, adapter: Path
 ) -> None:

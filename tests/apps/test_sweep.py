@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import re
 import statistics
+import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -459,6 +463,71 @@ def test_a_folder_that_another_sweep_is_in_or_that_cannot_be_made_is_refused(
         with refused(ConfigError, key="output", place=str(output.output)):
             done(output, Pretended(by_beta))
         monkeypatch.setattr(runs, "only_run_in", occupied)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("runs", "folder"), ("table.md", "file")])
+def test_what_is_in_the_way_is_told_before_the_first_run(
+    write: Callable[..., Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    sweep = read_sweep(write(seeds=2, output=str(tmp_path / "used")))
+    sweep.output.mkdir()
+    (sweep.output / name).mkdir() if kind == "file" else (sweep.output / name).touch()
+
+    with refused(ConfigError, f"no {kind}", key="output", place=str(sweep.output / name)):
+        carry_out(sweep, pytest.fail, print)
+
+
+def test_a_run_that_an_earlier_sweep_has_left_behind_is_waited_for_though_it_is_still_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "console.log").open("ab") as console:
+        runs._wait_until_free(tmp_path, console)
+        left_behind = subprocess.Popen(["sleep", "600"], stdout=console)
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        left_behind.kill()
+        left_behind.wait()
+
+    monkeypatch.setattr("time.sleep", wait)
+    with (tmp_path / "console.log").open("ab") as console:
+        runs._wait_until_free(tmp_path, console)
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("only_shown", [False, True])
+def test_results_that_cannot_be_written_are_shown_and_an_error_only_where_they_are_to_be_written(
+    only_shown: bool, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
+    words = ["sweep", str(write(seeds=2))]
+    assert cli.main(words) == 0
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("mlx_cpo_plugin.atomic_files.flush", full)
+
+    assert cli.main([*words, *["--no-more-runs"] * only_shown]) == (0 if only_shown else 2)
+
+    printed = capsys.readouterr()
+    assert "| before training |" in printed.out
+    assert "/table.md cannot be written (No space left" in (printed.out if only_shown else printed.err)
+
+
+def test_nobody_who_reads_is_no_reason_to_lose_the_results(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
+    monkeypatch.setattr("sys.stdout", Closed())
+    cli.main(["sweep", str(write(seeds=2, output=str(tmp_path / "unread")))])
+
+    assert (tmp_path / "unread" / "best.yaml").exists()
 
 
 def test_where_no_run_finishes_the_command_says_why(

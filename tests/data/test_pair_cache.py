@@ -127,6 +127,19 @@ def test_a_folder_that_cannot_be_written_is_none(folder: Path, tokenised: list[s
     assert len(tokenised) == 2 * len(ROWS)
 
 
+def test_what_killed_processes_have_left_is_removed_after_a_day(folder: Path, tokenised: list[str]) -> None:
+    converted(ROWS)
+    today, older = (folder / f".{number}-partial-pairs-{number}.pickle" for number in (1, 2))
+    for file in (today, older):
+        file.touch()
+    os.utime(older, (0, 0))
+
+    converted(ROWS[:10])
+
+    assert today.exists()
+    assert not older.exists()
+
+
 def test_what_was_not_used_for_longest_makes_room(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tokenised: list[str]
 ) -> None:

@@ -107,6 +107,29 @@ def test_arguments_of_another_trainer_are_told_what_is_wrong_with_them() -> None
         )
 
 
+@pytest.mark.parametrize("args", [{"iters": 1}, False, object()])
+def test_arguments_without_any_name_that_is_known_are_refused(args: Any) -> None:
+    with refused(ConfigError, key="args", place="in the call"):
+        train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(2), args=args)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "key"),
+    [
+        ("simpo", {"simpo_gama": 3.0}, "simpo_gama"),
+        ("sigmoid", {"nope": 1}, "nope"),
+        ("sigmoid", {"simpo_gamma": 1.0}, "simpo_gamma"),
+        ("hinge", {"label_smoothing": 0.1}, "label_smoothing"),
+    ],
+)
+def test_options_that_the_loss_does_not_use_are_refused(loss_type: str, options: dict[str, Any], key: str) -> None:
+    args = CPOTrainingArgs(loss_type=loss_type, loss_options=options)
+    with refused(ConfigError, key=key, place="in the call"):
+        train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(2), args=args)
+    with refused(ConfigError, key=key, place="in the call"):
+        evaluate_cpo(build_model(), build_pairs(2), 1, 1, 0.1, 50.0, 64, loss_type, loss_options=options)
+
+
 def test_without_an_adapter_file_the_default_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

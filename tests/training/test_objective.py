@@ -149,7 +149,7 @@ def test_validation_takes_the_likelihood_over_all_chosen_tokens(loss_type: str, 
         wide = build_model()
         wide.set_dtype(mx.float64)
         plain, with_nll = (step_loss(wide, pairs, loss_type, 0.0, cpo_alpha).item() for cpo_alpha in (0.0, 0.7))
-    options = {"loss_options": {"simpo_gamma": GAMMA}, "scoring": scoring}
+    options = {"loss_options": {"simpo_gamma": GAMMA} if loss_type == "simpo" else {}, "scoring": scoring}
 
     without = evaluate_cpo(model, pairs, batch_size, -1, BETA, DELTA, 2048, loss_type, **options)
     loss, _, _, means = evaluate_cpo(
