@@ -92,10 +92,14 @@ class RowConverter:
         return next(filter(None, found), "")
 
     def _unwritten(self, row: Conversation | PlainText) -> str:
-        """The key of thoughts in an answer that the template does not write."""
-        answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]] if isinstance(row, Conversation) else []
+        """What a row holds that the template has no place for: tools, or the key of thoughts in an answer."""
+        if not isinstance(row, Conversation):
+            return ""
+        if row.tools and not self.tokenizer.may_write("tools"):
+            return "tools"
+        answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]]
         keys = (key for key in _THOUGHTS for answer in answers if str(answer.get(key) or "").strip())
-        return next((key for key in keys if not self.tokenizer.may_write(key)), "")
+        return next((f"{key} in an answer" for key in keys if not self.tokenizer.may_write(key)), "")
 
     def identity(self) -> str | None:
         """All that a row's outcome depends on beside the row; None where that cannot be told."""

@@ -47,14 +47,14 @@ def parse_messages(value: object) -> list[Message]:
     if isinstance(value, Mapping):
         value = decode_messages(value["messages"]) if "messages" in value else [value]
     if not isinstance(value, list):
-        raise UnusableRow(f"messages are expected, not {_kind_of(value)}")
+        raise UnusableRow(f"messages are expected, not {kind_of(value)}")
     return [_parse_message(decode_messages(message)) for message in value]
 
 
 def _parse_message(value: object) -> Message:
     """One message with OpenAI's keys, a usual role and text as content; keys of other kinds stay."""
     if not isinstance(value, Mapping):
-        raise UnusableRow(f"a message is not an object with role and content but {_kind_of(value)}")
+        raise UnusableRow(f"a message is not an object with role and content but {kind_of(value)}")
     fields = dict(value)
     if "from" in fields and "role" not in fields:
         fields = {"role": fields.pop("from"), "content": fields.pop("value", ""), **fields}
@@ -108,7 +108,7 @@ def _text(content: object) -> str:
                 kind = part.get("type") if isinstance(part, Mapping) else None
                 raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
         return "".join(str(part["text"]) for part in content)
-    raise UnusableRow(f"a message's content is not text but {_kind_of(content)}")
+    raise UnusableRow(f"a message's content is not text but {kind_of(content)}")
 
 
 def parse_dialogue(text: str) -> list[Message] | None:
@@ -214,7 +214,8 @@ def _is_hollow(value: object) -> bool:
     return value is None or (isinstance(value, Mapping) and all(map(_is_hollow, value.values())))
 
 
-def _kind_of(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Name the kind of a value as JSON has it."""
     if value is None:
         return "null"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}

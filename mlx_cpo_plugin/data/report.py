@@ -124,11 +124,8 @@ def _unwritten(cuts: Sequence[TruncatedPair]) -> str:
     holding = [cut for cut in cuts if cut.unwritten]
     if not holding:
         return ""
-    key, source = holding[0].unwritten, holding[0].pair.source
-    return (
-        f"note: {_number(holding)} {key} in an answer (first {source}), which the chat template does not write: these "
-        "thoughts are not trained on."
-    )
+    what, source = holding[0].unwritten, holding[0].pair.source
+    return f"note: {_number(holding)} {what} (first {source}), which the chat template does not write."
 
 
 def _unread_column(columns: ColumnsRead) -> str:

@@ -12,6 +12,7 @@ from mlx_cpo_plugin.data.messages import (
     as_json,
     decode_messages,
     is_null,
+    kind_of,
     parse_dialogue,
     parse_json,
     parse_messages,
@@ -64,6 +65,8 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
             raise UnusableRow(f"the {part} answer is missing")
         if isinstance(value, str) and not value.strip():
             raise UnusableRow(EMPTY_ANSWER)
+        if not isinstance(value, str | list | Mapping):
+            raise UnusableRow(f"the {part} answer is {kind_of(value)}, and neither text nor messages")
     prompt_column, prompt, tools = _prompt_and_tools(row, columns)
     system = _system_messages(columns.find(row, "system")[1])
     template_kwargs = _template_kwargs(row)
@@ -145,6 +148,8 @@ def _prompt_messages(prompt: object) -> list[Message]:
     if prompt is None or is_blank(prompt):
         return []
     if not isinstance(prompt, str):
+        if not isinstance(prompt, list | Mapping):
+            raise UnusableRow(f"the prompt is {kind_of(prompt)}, and neither text nor messages")
         return parse_messages(prompt)
     dialogue = parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
     return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue

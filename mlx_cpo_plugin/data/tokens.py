@@ -69,7 +69,7 @@ class TruncatedPair(NamedTuple):
         whole: its lengths before it was cut.
         prompt_cut, answer_cut: which of its parts were cut to make it fit.
         control_text: what its row spells out although the chat template writes it, e.g. ``<|im_start|>``.
-        unwritten: the key of an answer's thoughts, which the chat template does not write.
+        unwritten: what its row holds that the chat template does not write, e.g. ``tools``.
     """
 
     pair: PreferencePair

@@ -164,7 +164,7 @@ ANY_ROW = st.dictionaries(st.text(max_size=8).filter(lambda key: key != "data"),
 
 
 @settings(max_examples=20)
-@given(st.lists(ANY_ROW, min_size=1, max_size=4))
+@given(st.lists(ANY_ROW, min_size=2, max_size=4))
 def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("rows")
     forms = [

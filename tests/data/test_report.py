@@ -111,6 +111,13 @@ def test_thoughts_that_the_template_does_not_write_are_noted(key: str) -> None:
     assert pairs([thinking], chat_template=writing).report.findings == ()
 
 
+def test_tools_that_the_template_does_not_write_are_noted() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    line = finding([*rows(2), {"prompt": "Who?", **ANSWERS, "tools": [tool]}])
+
+    assert line == "note: 1 row holds tools (first row 3), which the chat template does not write."
+
+
 def test_repeated_rows_are_noted() -> None:
     assert finding([*rows(3), rows(3)[1], rows(3)[1]]) == "note: 2 rows repeat an earlier one (row 4 is row 2)."
 

@@ -281,8 +281,8 @@ UNUSABLE = [
     ({"system": "Be brief.", "chosen": "a", "rejected": "b"}, "there is no prompt before the answers"),
     ({"chosen": [QUESTION], "rejected": [QUESTION, BAD]}, "an answer does not end with an assistant message"),
     ({**PROMPT, "chosen": [], "rejected": [BAD]}, "an answer does not end with an assistant message"),
-    ({**PROMPT, "chosen": 3, "rejected": "A dog."}, "messages are expected, not a number"),
-    ({"prompt": 3, "chosen": "A cat.", "rejected": "A dog."}, "messages are expected, not a number"),
+    ({**PROMPT, "chosen": 3, "rejected": "A dog."}, "the chosen answer is a number, and neither text nor messages"),
+    ({"prompt": 3, "chosen": "A cat.", "rejected": "A dog."}, "the prompt is a number, and neither text nor messages"),
     ({**PROMPT, "chosen": ["A cat."], "rejected": [BAD]}, "a message is not an object with role and content but text"),
     (
         {**PROMPT, "chosen": [{"role": "bard", "content": "x"}], "rejected": [BAD]},
