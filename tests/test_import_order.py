@@ -18,7 +18,10 @@ import mlx_cpo_plugin
 PACKAGE = "mlx_cpo_plugin"
 # From the bottom; the parts of one line do not import each other in a circle either, see the second test.
 ORDER = (
-    ("errors", "parameters", "missing_paths", "atomic_files", "console", "_version", "linkage", "losses", "verdict"),
+    (
+        *("errors", "parameters", "missing_paths", "atomic_files", "json_output", "console", "_version", "linkage"),
+        *("losses", "verdict"),
+    ),
     ("device", "blas", "exchange"),
     ("types",),
     ("hookspecs",),

@@ -14,8 +14,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from mlx_cpo_plugin.bench.job import HOST, TRL, UNSLOTH
-from mlx_cpo_plugin.commands.json_output import STANDARD_OUTPUT, check_json, write_json
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.json_output import STANDARD_OUTPUT, check_json, write_json
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.bench.cases import Case

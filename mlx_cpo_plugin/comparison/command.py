@@ -57,8 +57,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_cpo_plugin.commands.json_output import STANDARD_OUTPUT, check_json, write_json
 from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.json_output import STANDARD_OUTPUT, check_json, write_json
 from mlx_cpo_plugin.settings.validation import LARGEST_INTEGER
 
 DEFAULT_ROWS = 4
