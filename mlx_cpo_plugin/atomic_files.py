@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-# ".<thread>-<what for>-<name>": beside the file, so that it can be renamed to it; no two of a machine have one number.
+# ".<thread>-<what for>-<name>": beside the file, so that it can be renamed to it.
 _PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
 
 
@@ -36,8 +36,8 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
         flush(path.parent)
     except OSError as error:
-        if error.filename == str(partial):
-            error.filename = str(path)  # which is what anybody knows
+        if error.filename == str(partial):  # which nobody knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with suppress(OSError):  # the folder may be what is wrong; the error raised says more

@@ -16,6 +16,8 @@ _STREAMS = ("stdout", "stderr")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Frames, which must not be wrapped.
 _DRAWN = re.compile("[\u2500-\u259f]")
+# Rows of a table, and commands behind what they are for.
+_COPIED = re.compile(r"\|.*\|$|\w+: +mlx[-_]\w+")
 # A number stays with its name and its unit.
 _BESIDE_NUMBERS = re.compile(r"(?<=[\w:±]) (?=[-+]?\d)|(?<=\d) (?=[\w±])")
 
@@ -104,14 +106,14 @@ class LastingStream:
 def wrapped(text: str) -> str:
     """Return ``text`` with its long lines broken between words, to :data:`WIDTH` columns or a narrower terminal's.
 
-    A line that is written over, or that draws a frame, is left as it is.
+    A line that is written over, that draws a frame or a table, or that has a command to copy, is left as it is.
     """
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     return "\n".join(_wrapped_line(line, width) for line in text.split("\n"))
 
 
 def _wrapped_line(line: str, width: int) -> str:
-    if len(ESCAPES.sub("", line)) <= width or "\r" in line or _DRAWN.search(line):
+    if len(ESCAPES.sub("", line)) <= width or "\r" in line or _DRAWN.search(line) or _COPIED.match(line):
         return line
     indent = line[: len(line) - len(line.lstrip())]
     lines = textwrap.wrap(

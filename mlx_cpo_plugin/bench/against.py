@@ -171,7 +171,7 @@ def _differences_of_losses(
 
 def loss_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the greatest difference of two losses of an iteration, as a share of the mean loss."""
-    greatest = float(np.max(np.abs(np.subtract(ours, theirs))))
+    greatest = float(np.max([abs(our - their) for our, their in zip(ours, theirs, strict=True)]))  # NaN if any is
     return greatest / max(mean(map(abs, ours)), 1e-9)
 
 

@@ -62,9 +62,8 @@ def describe_adapter(model: nn.Module) -> Values:
     # The first layer that has one: not each of a hybrid model's has every kind of module.
     start = next((number for number, adapted in enumerate(layers) if adapted), 0)
     adapted = set().union(*layers)
-    inside = {id(module) for layer in model.layers for module in layer.modules()}
-    # mlx_lm also takes whole paths, as of an embedding or a head, but none unless they are named.
-    outside = {name for name, module in model.named_modules() if "lora_a" in module and id(module) not in inside}
+    # mlx_lm takes whole paths, too, but none unless they are named.
+    outside = {name for name in adaptable_outside_layers(model) if "lora_a" in dict(model.named_modules())[name]}
     is_every = adapted >= set().union(*map(adaptable_modules, model.layers[start:])) and not outside
     targets = {} if is_every else {"keys": sorted(adapted | outside)}
     first = adapters[0]
@@ -90,6 +89,13 @@ def adaptable_modules(layer: nn.Module) -> set[str]:
         if (isinstance(module, _ADAPTABLE_LAYERS) or hasattr(module, "to_lora"))
         and not any(name.startswith(f"{path}.") for path in adapted)
     }
+
+
+def adaptable_outside_layers(model: nn.Module) -> set[str]:
+    """Return the paths of such modules that are in no layer, as an embedding or a head."""
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    paths = {name for name, module in model.named_modules() if id(module) not in inside}
+    return paths & adaptable_modules(model)
 
 
 def _adapted_modules(layer: nn.Module) -> set[str]:

@@ -186,11 +186,14 @@ def run_compare(chosen: argparse.Namespace) -> int:
     except UserError as error:  # what the models took long to answer is shown all the same
         fault = error
     figures = figures_of(comparison, chosen.max_tokens, list(dict.fromkeys(chosen.metric)), decided)
+    if chosen.json is not None:  # before anything is printed, which may fail as well
+        in_unicode = chosen.json != STANDARD_OUTPUT or "utf" in (sys.stdout.encoding or "").lower()
+        try:
+            write_json(chosen.json, json.dumps(figures, indent=2, ensure_ascii=not in_unicode))
+        except UserError as error:
+            fault = error
     if chosen.json != STANDARD_OUTPUT:
         print(as_text(figures), end="")
-    if chosen.json is not None:
-        in_unicode = chosen.json != STANDARD_OUTPUT or "utf" in (sys.stdout.encoding or "").lower()
-        write_json(chosen.json, json.dumps(figures, indent=2, ensure_ascii=not in_unicode))
     if fault is not None:
         raise fault
     return 0

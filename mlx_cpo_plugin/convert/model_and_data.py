@@ -201,7 +201,7 @@ def convert_valid_share(size: float, key: str, conversion: Conversion, rows: int
         return
     share = size if size < 1 else min(0.5, size / (rows or 1))
     conversion.settings["valid_fraction"] = share
-    conversion.held_out = round(share * (rows or 0))
+    conversion.held_out = min(max(1, round(share * rows)), rows - 1) if rows else 0  # as the run does
     for entry in conversion.settings.get("hf_dataset", []):
         entry.pop("valid_split")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Lock
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.columns import Columns
-from mlx_cpo_plugin.data.messages import UnusableRow
+from mlx_cpo_plugin.data.messages import Message, UnusableRow
 from mlx_cpo_plugin.data.pair_cache import PairCache
 from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
@@ -91,15 +92,14 @@ class RowConverter:
         )
         return next(filter(None, found), "")
 
-    def _unwritten(self, row: Conversation | PlainText) -> str:
-        """What a row holds that the template has no place for: tools, or the key of thoughts in an answer."""
+    def _unwritten(self, row: Conversation | PlainText) -> tuple[str, ...]:
+        """What a row holds that the template has no place for: tools, and thoughts in an answer, by their key."""
         if not isinstance(row, Conversation):
-            return ""
-        if row.tools and not self.tokenizer.may_write("tools"):
-            return "tools"
+            return ()
         answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]]
-        keys = (key for key in _THOUGHTS for answer in answers if str(answer.get(key) or "").strip())
-        return next((f"{key} in an answer" for key in keys if not self.tokenizer.may_write(key)), "")
+        held = {key: f"{key} in an answer" for key in _THOUGHTS if any(map(partial(_says, key), answers))}
+        held |= {"tools": "tools"} if row.tools else {}
+        return tuple(what for key, what in held.items() if not self.tokenizer.may_write(key))
 
     def identity(self) -> str | None:
         """All that a row's outcome depends on beside the row; None where that cannot be told."""
@@ -110,6 +110,10 @@ class RowConverter:
         """What a worker needs; None where the tokenizer or its template is tied to this process."""
         tokenizer = self.tokenizer.portable()
         return None if tokenizer is None else _pickled(RowConverter(tokenizer, self.max_seq_length, self.overlong))
+
+
+def _says(key: str, message: Message) -> bool:
+    return bool(str(message.get(key) or "").strip())
 
 
 def workers_for(rows: int) -> int:

@@ -8,9 +8,13 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_cpo_plugin.data.columns import ALIASES
+from mlx_cpo_plugin.data.messages import UnusableRow, decode_messages
+from mlx_cpo_plugin.data.ranked import COMPLETIONS
 from mlx_cpo_plugin.errors import DataError, first_line, is_out_of_memory, named, printable, shown
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
@@ -19,6 +23,7 @@ ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2,
 
 _HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
 _JSON_BEGINS = '{["-0123456789tfn'
+_ANSWERS = {*ALIASES["chosen"], *ALIASES["rejected"], *COMPLETIONS}
 _GAP = re.compile(r"[\s\ufeff]*")
 
 
@@ -153,20 +158,31 @@ def _json_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
 
 
 def _refuse_other_layouts(value: Mapping[str, object], file: str) -> None:
-    """Raise DataError for an object that is no row: it holds columns, splits, or rows under names of their own."""
-
-    def holds_messages(part: object) -> bool:
-        first = part[0] if isinstance(part, list) else part
-        return isinstance(first, Mapping) and bool({"role", "from", "messages", "content"} & first.keys())
-
-    parts = list(value.values())
-    if parts and all(part and isinstance(part, list | dict) and not holds_messages(part) for part in parts):
+    """Raise DataError for an object that is no row, but holds rows by column, by split or by a name of their own."""
+    answers = next((value[name] for name in ALIASES["chosen"] if name in value), None)
+    if _is_column(answers) or any(map(_holds_rows, value.values())):
         names = ", ".join(shown(name)[1:-1] for name in list(value)[:8])
         raise DataError(
             f"{file} holds no rows but lists or objects under {names}: write a list of rows, as pandas does with "
             'orient="records", and each split to a file of its own.',
             place=file,
         )
+
+
+def _is_column(part: object) -> bool:
+    """Whether these are the answers of several rows: texts, or lists of messages."""
+    cells = list(part.values()) if isinstance(part, Mapping) and "0" in part else part
+    if not isinstance(cells, list) or not cells:
+        return False
+    with suppress(UnusableRow):
+        cells = [decode_messages(cell) for cell in cells]
+    return all(isinstance(cell, str | list) for cell in cells)
+
+
+def _holds_rows(part: object) -> bool:
+    """Whether this is an object with an answer, or a list of such."""
+    first = part[0] if isinstance(part, list) and part else part
+    return isinstance(first, Mapping) and not first.keys().isdisjoint(_ANSWERS)
 
 
 def _documents(text: str, file: str) -> Iterator[tuple[object, int]]:

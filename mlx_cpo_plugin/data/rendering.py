@@ -308,7 +308,7 @@ class _Renderer:
     def _content(self, messages: list[Message], i: int, text: str) -> tuple[int | None, int | None]:
         """Start and end of message ``i``'s content: what changes when another content takes its place.
 
-        Either is None where the template changes more than that, as it may where an answer says nothing and calls.
+        Either is None where the template changes more than that, and both of an answer that says nothing, as it may.
         """
         if messages[i]["role"] == "assistant" and not messages[i]["content"].strip():
             return None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,7 +89,7 @@ def findings(report: DataReport, cuts: Sequence[TruncatedPair], train: Sequence[
     found = (
         _losses(report, cuts),
         _control_text(cuts),
-        _unwritten(cuts),
+        *_unwritten(cuts),
         _unread_column(report.columns),
         _repeats(cuts),
         _in_training_set(cuts, train),
@@ -120,12 +120,11 @@ def _control_text(cuts: Sequence[TruncatedPair]) -> str:
     )
 
 
-def _unwritten(cuts: Sequence[TruncatedPair]) -> str:
-    holding = [cut for cut in cuts if cut.unwritten]
-    if not holding:
-        return ""
-    what, source = holding[0].unwritten, holding[0].pair.source
-    return f"note: {_number(holding)} {what} (first {source}), which the chat template does not write."
+def _unwritten(cuts: Sequence[TruncatedPair]) -> Iterator[str]:
+    for what in dict.fromkeys(what for cut in cuts for what in cut.unwritten):
+        holding = [cut for cut in cuts if what in cut.unwritten]
+        first = holding[0].pair.source
+        yield f"note: {_number(holding)} {what} (first {first}), which the chat template does not write."
 
 
 def _unread_column(columns: ColumnsRead) -> str:

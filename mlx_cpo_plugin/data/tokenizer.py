@@ -150,7 +150,8 @@ class ChatTokenizer:
     def may_write(self, key: str) -> bool:
         """Whether the chat template may write what messages have under a key; one of Python code may."""
         by_code = self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
-        return by_code or key in str(self._given_template or getattr(self._inner, "chat_template", None))
+        template = str(self._given_template or getattr(self._inner, "chat_template", None))
+        return by_code or re.search(rf"(?<!\w){key}(?!\w)", template) is not None
 
     def render(
         self,

@@ -69,7 +69,7 @@ class TruncatedPair(NamedTuple):
         whole: its lengths before it was cut.
         prompt_cut, answer_cut: which of its parts were cut to make it fit.
         control_text: what its row spells out although the chat template writes it, e.g. ``<|im_start|>``.
-        unwritten: what its row holds that the chat template does not write, e.g. ``tools``.
+        unwritten: what its row holds that the chat template has no place for, e.g. ``tools``.
     """
 
     pair: PreferencePair
@@ -77,7 +77,7 @@ class TruncatedPair(NamedTuple):
     prompt_cut: bool = False
     answer_cut: bool = False
     control_text: str = ""
-    unwritten: str = ""
+    unwritten: tuple[str, ...] = ()
 
 
 def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair:

@@ -25,7 +25,7 @@ from mlx_lm_lora.visuals import Colors, print_info
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
-from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules
+from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, adaptable_outside_layers
 from mlx_cpo_plugin.console import ESCAPES, is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
 from mlx_cpo_plugin.data.tokenizer import read_template
@@ -143,7 +143,7 @@ def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
         model.freeze()
         keys = settings.lora_parameters.get("keys")
         if keys:
-            _check_keys(keys, model.layers[-max(settings.num_layers, 0) :])
+            _check_keys(keys, model, settings.num_layers)
             adapter["keys"] = keys  # which the host leaves out
         linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
     elif settings.num_layers > 0:
@@ -152,11 +152,12 @@ def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
             layer.unfreeze()
 
 
-def _check_keys(keys: Sequence[str], layers: Sequence[nn.Module]) -> None:
-    """Refuse a module that none of the layers has: mlx_lm passes over most without a word."""
-    known = sorted(set().union(*map(adaptable_modules, layers)))
+def _check_keys(keys: Sequence[str], model: nn.Module, num_layers: int) -> None:
+    """Refuse a module that none of the trained layers has, and that is not outside of all: mlx_lm passes over it."""
+    known = sorted(set().union(*map(adaptable_modules, model.layers[-max(num_layers, 0) :])))
+    outside = adaptable_outside_layers(model)
     for key in keys:
-        if key in known:
+        if key in known or key in outside:
             continue
         last = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == last] or get_close_matches(key, known, n=3)
@@ -234,10 +235,10 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
 
     wanted: Values = {"train_type": settings.train_type, "num_layers": adapted(settings.num_layers)}
     wanted |= {f"lora_parameters.{key}": settings.lora_parameters[key] for key in ("rank", "scale", "dropout")}
-    there = set().union(*map(adaptable_modules, model.layers))
+    there, outside = set().union(*map(adaptable_modules, model.layers)), adaptable_outside_layers(model)
 
     def modules(keys: Sequence[str] | None) -> str:
-        found = there.intersection(there if keys is None else keys)
+        found = there if keys is None else (there | outside).intersection(keys)
         return "all" if found == there else f"[{', '.join(sorted(found))}]"
 
     wanted["lora_parameters.keys"] = modules(settings.lora_parameters.get("keys"))
@@ -308,22 +309,19 @@ def _learning_rate(settings: RunSettings, steps: int) -> float | Callable[[mx.ar
     schedule = dict(settings.lr_schedule or {"name": "constant"})
     warmup = schedule.setdefault("warmup", math.ceil(settings.warmup_ratio * steps))
     name, rate = schedule["name"], settings.learning_rate
+    built: Callable[[mx.array], mx.array]
+    if name not in WHOLE_RUN:
+        built = build_schedule(schedule)
+        return built
     if name == "constant" and not warmup:
         return rate
     # As in transformers the rate peaks in the step after the warm-up, and reaches its end one step after the run.
     rest = max(1, steps - warmup)
-    built: Callable[[mx.array], mx.array]
-    if name == "cosine":
-        built = schedulers.cosine_decay(rate, rest)
-    elif name in WHOLE_RUN:
-        built = schedulers.linear_schedule(rate, rate if name == "constant" else 0.0, rest)
-    else:
-        built = build_schedule(schedule)
-        return built
-    if not warmup:
-        return built
-    rising = schedulers.linear_schedule(schedule.get("warmup_init", 0.0), rate, warmup)
-    built = schedulers.join_schedules([rising, built], [warmup])
+    ends = {"constant": rate, "linear": 0.0}
+    built = schedulers.linear_schedule(rate, ends[name], rest) if name in ends else schedulers.cosine_decay(rate, rest)
+    if warmup:
+        rising = schedulers.linear_schedule(schedule.get("warmup_init", 0.0), rate, warmup)
+        built = schedulers.join_schedules([rising, built], [warmup])
     return built
 
 

@@ -206,4 +206,4 @@ SIMPO_GAMMA, ALPHAPO_ALPHA, CPO_ALPHA = (_BY_NAME[name] for name in ("simpo_gamm
 OF_EVERY_LOSS = tuple(
     own for own in CPO_OPTIONS if own not in (BETA, DELTA, LABEL_SMOOTHING, SIMPO_GAMMA, ALPHAPO_ALPHA)
 )
-"""What no loss has as an option of its own."""
+"""Settings of every loss; none may have an option so called."""

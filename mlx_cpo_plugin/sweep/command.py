@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from mlx_cpo_plugin.console import lasting_output
-from mlx_cpo_plugin.errors import ConfigError, named
+from mlx_cpo_plugin.errors import ConfigError, first_line, named
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.sweep.plan import Sweep
@@ -67,14 +67,13 @@ def _write_results(sweep: Sweep, results: Sequence[SettingResult], is_needed: bo
     try:
         write_results(sweep, results)
     except OSError as error:
-        path = named(str(error.filename or sweep.output))
+        path = str(error.filename or sweep.output)
+        fault = f"{named(path)} cannot be written ({error.strerror or first_line(error)})"
         if not is_needed:
-            print(f"note: {path} cannot be written ({error.strerror}).")
+            print(f"note: {fault}.")
             return
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror}); the runs are done: put that right and call it again.",
-            key="output",
-            place=path,
+            f"{fault}; the runs are done: put that right and call it again.", key="output", place=path
         ) from error
 
 
@@ -88,13 +87,13 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     from mlx_cpo_plugin.sweep.runs import BEST, PLOTS, TABLE
 
     text, sentence = table(sweep, results), conclusion(results, sweep.metric)
-    print(f"\n{text}\n\n{sentence}")
-    replace_whole(sweep.output / TABLE, lambda partial: partial.write_text(f"{text}\n\n{sentence}\n", encoding="utf-8"))
     best = results[0]
-    config = best_config(sweep, best, sentence)
-    replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
+    print(f"\n{text}\n\n{sentence}")
     print(f"Train:   mlx_lm_lora.train --config {quote(str(sweep.output / BEST))}")
     print(f"Adapter: {best.finished[0].folder}")
+    config = best_config(sweep, best, sentence)
+    replace_whole(sweep.output / TABLE, lambda partial: partial.write_text(f"{text}\n\n{sentence}\n", encoding="utf-8"))
+    replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
     if not varied(sweep.runs):
         return
     try:

@@ -76,14 +76,14 @@ def _refuse_what_is_in_the_way(sweep: Sweep) -> None:
     folders = [sweep.output / RUNS, *(folder_of(sweep, run) for run in sweep.runs)]
     files = [folder / name for folder in folders[1:] for name in (CONFIG, CONSOLE, RESULT)]
     files += [sweep.output / name for name in (TABLE, BEST, PLOTS)]
-    for paths, is_right, kind in ((folders, os.path.isdir, "folder"), (files, os.path.isfile, "file")):
-        for path in paths:
-            if os.path.lexists(path) and not is_right(path):
-                raise ConfigError(
-                    f"{named(str(path))} is there, and no {kind}: move it, or give another --output.",
-                    key="output",
-                    place=str(path),
-                )
+    wrong = [(path, "folder") for path in folders if os.path.lexists(path) and not path.is_dir()]
+    wrong += [(path, "file") for path in files if path.is_dir() and not path.is_symlink()]  # links are replaced
+    for path, kind in wrong[:1]:
+        raise ConfigError(
+            f"{named(str(path))} is there, and no {kind}: move it, or give another --output.",
+            key="output",
+            place=str(path),
+        )
 
 
 @contextmanager
@@ -172,13 +172,18 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
 
     What ends this process lets the run save and stop. A run that an earlier sweep has left behind is waited for.
     """
-    with (folder / CONSOLE).open("ab") as console, _stop_on_termination():
-        _wait_until_free(folder, console)
+    with (folder / CONSOLE).open("ab") as console, (folder / CONSOLE).open("ab") as lock, _stop_on_termination():
+        _wait_until_free(folder, lock)
         began = console.seek(0, os.SEEK_END)
         command = [sys.executable, "-m", "mlx_cpo_plugin", "train", "--config", str(folder / CONFIG)]
         # In a session of its own Ctrl-C does not reach it twice, which would end it before it has saved.
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
         )
         try:
             while child.poll() is None:
@@ -197,16 +202,16 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
     return child.returncode, _last_line(folder / CONSOLE, began)
 
 
-def _wait_until_free(folder: Path, console: IO[bytes]) -> None:
-    """Wait for a run that an earlier sweep has left behind, and lock what this one's will print to.
+def _wait_until_free(folder: Path, lock: IO[bytes]) -> None:
+    """Wait for a run that an earlier sweep has left behind, and lock a file for the one of this sweep.
 
-    The run inherits that lock, and has it until it ends, whatever becomes of this process; the folder's own it takes
-    once its model is loaded.
+    The run inherits that lock, but for what it starts itself, and has it until it ends, whatever becomes of this
+    process; the folder's own lock it takes once its model is loaded.
     """
     told = False
     while True:
         try:
-            if _locks(console):
+            if _locks(lock):
                 return refuse_if_in_use(folder)
         except ConfigError as error:
             if error.place or not os.access(folder, os.W_OK):  # it is no other run that is in the way
@@ -219,10 +224,10 @@ def _wait_until_free(folder: Path, console: IO[bytes]) -> None:
         time.sleep(LOOK_EVERY)
 
 
-def _locks(console: IO[bytes]) -> bool:
-    """Whether a console could be locked, or locks are none that this file system has."""
+def _locks(file: IO[bytes]) -> bool:
+    """Whether a file could be locked, or locks are none that this file system has."""
     try:
-        fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno != errno.EWOULDBLOCK
     return True

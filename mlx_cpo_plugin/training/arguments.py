@@ -18,7 +18,7 @@ from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, check_quantizer
 from mlx_cpo_plugin.settings.run_settings import plain_settings
-from mlx_cpo_plugin.settings.validation import check, not_read, unknown
+from mlx_cpo_plugin.settings.validation import check, not_read, refused, unknown
 from mlx_cpo_plugin.types import Option, Values
 
 # Arguments that mlx-lm-lora and its callers call otherwise than YAML files do.
@@ -145,11 +145,15 @@ def check_loss_options(loss_type: str, given: Mapping[str, object]) -> None:
     Raises:
         ConfigError: names the option, and what is known or uses it.
     """
+    if not isinstance(given, Mapping):
+        raise refused("loss_options", given, IN_THE_CALL, "a mapping from names to values")
     losses = loss_types()
+    if loss_type not in losses:  # which is told by itself
+        return
+    loss = losses[loss_type]
     defaults = {option.name: option.default for other in losses.values() for option in other.options}
     for name, value in given.items():
         if name not in defaults:
             raise unknown("loss option", name, defaults, IN_THE_CALL)
-        loss = losses.get(loss_type)
-        if loss is not None and not loss.reads(name) and value != defaults[name]:
+        if not loss.reads(name) and value != defaults[name]:
             raise not_read(name, value, IN_THE_CALL, loss, losses.values())

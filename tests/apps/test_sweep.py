@@ -8,10 +8,13 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -480,9 +483,9 @@ def test_what_is_in_the_way_is_told_before_the_first_run(
 def test_a_run_that_an_earlier_sweep_has_left_behind_is_waited_for_though_it_is_still_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (tmp_path / "console.log").open("ab") as console:
-        runs._wait_until_free(tmp_path, console)
-        left_behind = subprocess.Popen(["sleep", "600"], stdout=console)
+    with (tmp_path / "console.log").open("ab") as lock:
+        runs._wait_until_free(tmp_path, lock)
+        left_behind = subprocess.Popen(["sleep", "600"], pass_fds=[lock.fileno()])
     waits = []
 
     def wait(seconds: float) -> None:
@@ -491,9 +494,27 @@ def test_a_run_that_an_earlier_sweep_has_left_behind_is_waited_for_though_it_is_
         left_behind.wait()
 
     monkeypatch.setattr("time.sleep", wait)
-    with (tmp_path / "console.log").open("ab") as console:
-        runs._wait_until_free(tmp_path, console)
+    with (tmp_path / "console.log").open("ab") as lock:
+        runs._wait_until_free(tmp_path, lock)
     assert len(waits) == 1
+
+
+def test_what_a_run_has_started_itself_does_not_keep_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = tmp_path / "starting"
+    starting.write_text(
+        f"#!{sys.executable} -S\nimport subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)\n"
+    )
+    starting.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(starting))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(sleep=lambda seconds: pytest.fail("waits for it")))
+
+    ends = [runs.in_a_process(tmp_path, lambda: False) for _ in range(2)]
+
+    for code, pid in ends:
+        assert code == 0
+        os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("only_shown", [False, True])

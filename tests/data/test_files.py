@@ -104,8 +104,15 @@ def test_a_single_row_is_read_as_several_are(form: str, tmp_path: Path) -> None:
     [
         {side: [{"role": "user", "content": "Who?"}] for side in ("chosen", "rejected")},
         {side: {"from": "gpt", "value": side} for side in ("chosen", "rejected")},
-        {"input": {"messages": [{"role": "user", "content": "Who?"}]}, "preferred_output": ["Me."]},
+        {"input": {"messages": [{"role": "user", "content": "Who?"}]}, "preferred_output": [{"content": "Me."}]},
         {"prompt": "Who?", "completions": ["Me.", "You."], "scores": [2, 1]},
+        {"completions": ["The sky is blue.", "The sky is green."], "scores": [2, 1]},
+        {
+            "completions": [[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]],
+            "scores": [1],
+        },
+        {"completions": [{"response": "Me.", "overall_score": 9}]},
+        {side: [json.dumps({"role": "assistant", "content": side})] for side in ("chosen", "rejected")},
         {},
     ],
 )
@@ -164,7 +171,7 @@ ANY_ROW = st.dictionaries(st.text(max_size=8).filter(lambda key: key != "data"),
 
 
 @settings(max_examples=20)
-@given(st.lists(ANY_ROW, min_size=2, max_size=4))
+@given(st.lists(ANY_ROW, min_size=1, max_size=4))
 def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("rows")
     forms = [
@@ -189,7 +196,8 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
         ("a.json", b"3", "", "no rows"),
         ("a.json", b'{"prompt": ["Who?"], "chosen": ["Me."]}', "", "under prompt, chosen"),
         ("a.json", b'{"prompt": {"0": "Who?"}, "chosen": {"0": "Me."}}', "", "under prompt, chosen"),
-        ("a.json", b'{"train": [{"prompt": "Who?"}], "test": [{"prompt": "Why?"}]}', "", "under train, test"),
+        ("a.json", b'{"chosen": [[{"role": "user", "content": "Who?"}]], "id": "x"}', "", "under chosen, id"),
+        ("a.json", b'{"train": [{"messages": [], "chosen": "Me."}], "test": []}', "", "under train, test"),
         ("a.json", b'{"7f": {"prompt": "Who?", "chosen": "Me."}}', "", "under 7f"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, ":2", "not valid JSON .*recursion"),
         ("a.json", b"9" * 5000, ":1", "not valid JSON .*limit"),

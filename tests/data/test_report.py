@@ -111,11 +111,17 @@ def test_thoughts_that_the_template_does_not_write_are_noted(key: str) -> None:
     assert pairs([thinking], chat_template=writing).report.findings == ()
 
 
-def test_tools_that_the_template_does_not_write_are_noted() -> None:
+def test_each_thing_that_the_template_does_not_write_is_noted_with_its_own_rows() -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
-    line = finding([*rows(2), {"prompt": "Who?", **ANSWERS, "tools": [tool]}])
+    calling = {"prompt": "Who?", **ANSWERS, "tools": [tool]}
+    thinking = {**ANSWERS, "chosen": {"role": "assistant", "content": "Yes.", "thinking": "Hm."}}
+    given = [*rows(2), calling, {**calling, **thinking, "prompt": "Why?"}, {**thinking, "prompt": "How?"}]
+    template = "{% if enable_thinking %}{% endif %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
 
-    assert line == "note: 1 row holds tools (first row 3), which the chat template does not write."
+    assert set(pairs(given, chat_template=template).report.findings) == {
+        "note: 2 rows hold tools (first row 3), which the chat template does not write.",
+        "note: 2 rows hold thinking in an answer (first row 4), which the chat template does not write.",
+    }
 
 
 def test_repeated_rows_are_noted() -> None:

@@ -120,13 +120,15 @@ def test_arguments_without_any_name_that_is_known_are_refused(args: Any) -> None
         ("sigmoid", {"nope": 1}, "nope"),
         ("sigmoid", {"simpo_gamma": 1.0}, "simpo_gamma"),
         ("hinge", {"label_smoothing": 0.1}, "label_smoothing"),
+        ("mine", {"mine_k": 1}, "loss_type"),
+        ("sigmoid", ["simpo_gamma"], "loss_options"),
     ],
 )
-def test_options_that_the_loss_does_not_use_are_refused(loss_type: str, options: dict[str, Any], key: str) -> None:
+def test_options_that_the_loss_does_not_use_are_refused(loss_type: str, options: Any, key: str) -> None:
     args = CPOTrainingArgs(loss_type=loss_type, loss_options=options)
-    with refused(ConfigError, key=key, place="in the call"):
+    with refused(ConfigError, key=key):
         train_cpo(add_adapter(build_model()), optimizers.SGD(learning_rate=0.1), build_pairs(2), args=args)
-    with refused(ConfigError, key=key, place="in the call"):
+    with refused(ConfigError, key=key):
         evaluate_cpo(build_model(), build_pairs(2), 1, 1, 0.1, 50.0, 64, loss_type, loss_options=options)
 
 
