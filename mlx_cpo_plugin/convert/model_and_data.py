@@ -118,7 +118,8 @@ def _keys(targets: Any, conversion: Conversion) -> list[str] | None:
         return None
     if len(inside) < len(names):
         conversion.tell(
-            f"Of the adapted modules, {' and '.join(OUTSIDE_LAYERS)} have no counterpart and stay as they are."
+            f"Of the adapted modules, {' and '.join(OUTSIDE_LAYERS)} stay as they are: add their whole paths to "
+            "lora_parameters.keys, such as model.embed_tokens."
         )
     if unknown := [name for name in inside if name not in MODULE_PATHS and "." not in name]:
         conversion.tell(

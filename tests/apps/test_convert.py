@@ -400,7 +400,11 @@ def test_a_cpo_config_alone_says_nothing_of_model_and_adapters() -> None:
     [
         ("all-linear", None, ""),
         (["q_proj", "v_proj"], ["self_attn.q_proj", "self_attn.v_proj"], ""),
-        (["q_proj", "down_proj", "lm_head"], ["self_attn.q_proj", "mlp.down_proj"], "have no counterpart and stay"),
+        (
+            ["q_proj", "down_proj", "lm_head"],
+            ["self_attn.q_proj", "mlp.down_proj"],
+            "stay as they are: add their whole paths",
+        ),
         (["c_attn"], ["c_attn"], "keys has c_attn as it stands"),
         (None, None, "those that PEFT picks, have no counterpart"),
         (".*_proj", None, "The adapted modules, .*_proj, have no counterpart"),

@@ -166,6 +166,23 @@ def test_keys_are_the_modules_of_a_layer_that_get_an_adapter(
     assert all(mx.array_equal(again[name], value) for name, value in weights.items())
 
 
+def test_keys_may_be_modules_outside_the_layers(settings: Settings, run_main: RunMain) -> None:
+    keys = ["self_attn.q_proj", "model.embed_tokens"]
+    run_main({**settings, **with_keys(keys)})
+
+    folder = Path(settings["adapter_path"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == sorted(keys)
+    loaded, _ = mlx_lm.load(settings["model"], adapter_path=str(folder))
+    assert "lora_a" in loaded.model.embed_tokens
+    weights = dict(mx.load(str(folder / "adapters.safetensors")))
+    assert np.array(weights["model.embed_tokens.lora_b"]).any()
+    again = {"resume_adapter_file": str(folder / "adapters.safetensors"), "adapter_path": f"{folder}-again"}
+    run_main({**settings, **with_keys(keys), **again})
+    with refused(ConfigError, key="lora_parameters.keys", allowed="[model.embed_tokens, self_attn.q_proj]"):
+        run_main({**settings, **with_keys(keys[:1]), **again, "adapter_path": f"{folder}-other"})
+
+
 def test_all_modules_by_name_are_those_that_are_taken_without_keys(settings: Settings, run_main: RunMain) -> None:
     paths = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     run_main({**settings, **with_keys(paths), "adapter_path": settings["adapter_path"] + "-named"})
