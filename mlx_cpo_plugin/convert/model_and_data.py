@@ -116,10 +116,10 @@ def _keys(targets: Any, conversion: Conversion) -> list[str] | None:
         which = "those that PEFT picks" if targets is None else str(targets)
         conversion.tell(f"The adapted modules, {which}, have no counterpart: every linear layer is adapted.")
         return None
-    if len(inside) < len(names):
+    if outside := [name for name in names if name in OUTSIDE_LAYERS]:
         conversion.tell(
-            f"Of the adapted modules, {' and '.join(OUTSIDE_LAYERS)} stay as they are: add their whole paths to "
-            "lora_parameters.keys, such as model.embed_tokens."
+            f"Of the adapted modules, {' and '.join(outside)} is left as it is: add its whole path, such as "
+            "model.embed_tokens, to lora_parameters.keys."
         )
     if unknown := [name for name in inside if name not in MODULE_PATHS and "." not in name]:
         conversion.tell(

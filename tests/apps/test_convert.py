@@ -403,7 +403,7 @@ def test_a_cpo_config_alone_says_nothing_of_model_and_adapters() -> None:
         (
             ["q_proj", "down_proj", "lm_head"],
             ["self_attn.q_proj", "mlp.down_proj"],
-            "stay as they are: add their whole paths",
+            "the adapted modules, lm_head is left as it is",
         ),
         (["c_attn"], ["c_attn"], "keys has c_attn as it stands"),
         (None, None, "those that PEFT picks, have no counterpart"),
