@@ -22,7 +22,6 @@ from support.compiled import use_kernels
 from support.devices import pretended
 from support.fresh_environment import open_workshop
 
-from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.device import CPU
 
 # How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
@@ -53,11 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(open_workshop())
     if config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword):
         config.option.markexpr = "not slow"
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: a worker often waits for a browser, a compiler or a process of its own."""
-    return usable_cores() + 1
 
 
 # Folders whose files take longest: no worker is left alone with one of them at the end.

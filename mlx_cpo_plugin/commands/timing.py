@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -13,8 +13,10 @@ from mlx_cpo_plugin.training.duration import expected_seconds, spoken
 from mlx_cpo_plugin.training.validation import evaluate_pairs
 from mlx_cpo_plugin.training.wiring import Run
 
+Clock = Callable[[], float]
 
-def measured_duration(run: Run) -> str:
+
+def measured_duration(run: Run, clock: Clock = time.perf_counter) -> str:
     """Return a sentence on how long a run takes, which cannot train any more afterwards.
 
     The micro-batch of median length is computed twice, since the first time compiles, and the longest one once; where
@@ -27,14 +29,14 @@ def measured_duration(run: Run) -> str:
     for fake_quantised, part in parts.items():
         by_tokens = sorted(part, key=lambda micro_batch: _tokens(run, micro_batch))
         median, longest = by_tokens[len(by_tokens) // 2], by_tokens[-1]
-        _seconds_of(run, median, fake_quantised)
-        measured = {_tokens(run, some): _seconds_of(run, some, fake_quantised) for some in (longest, median)}
+        _seconds_of(run, median, fake_quantised, clock)
+        measured = {_tokens(run, some): _seconds_of(run, some, fake_quantised, clock) for some in (longest, median)}
         training += expected_seconds(measured.items(), (_tokens(run, some) for some in part))
         on.append(" and ".join(f"{tokens} tokens ({seconds:.1f} s)" for tokens, seconds in sorted(measured.items())))
-    training += _closing(plan) * _seconds_of_update(run)
+    training += _closing(plan) * _seconds_of_update(run, clock)
     if True in parts:
-        training += _closing(parts[True]) * _seconds_of_rounding(run)
-    validating = _validations(run) * _seconds_of_validation(run)
+        training += _closing(parts[True]) * _seconds_of_rounding(run, clock)
+    validating = _validations(run) * _seconds_of_validation(run, clock)
     among = f", validations {spoken(validating)} of it" if validating else ""
     return (
         f"Time: about {spoken(training + validating)} for {len(plan)} iterations{among}, by micro-batches of "
@@ -60,31 +62,31 @@ def _tokens(run: Run, micro_batch: MicroBatch) -> int:
     return sum(run.pairs[index].tokens for index in micro_batch.indices)
 
 
-def _seconds_of(run: Run, micro_batch: MicroBatch, fake_quantised: bool) -> float:
+def _seconds_of(run: Run, micro_batch: MicroBatch, fake_quantised: bool, clock: Clock) -> float:
     """The seconds of the gradient of a micro-batch."""
     totals = micro_batch.totals([pair.chosen_tokens for pair in run.pairs])
-    began = time.perf_counter()
+    began = clock()
     with run.quantisation.during(run.args.qat_start_step if fake_quantised else 0):
         run.step.add([run.pairs[index] for index in micro_batch.indices], totals, run.quantisation.active)
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def _seconds_of_update(run: Run) -> float:
+def _seconds_of_update(run: Run, clock: Clock) -> float:
     """The seconds of an update of the weights, which is made twice, since the first one compiles."""
     gradient = run.step.total
     run.step.apply()
     run.step.total = gradient
-    began = time.perf_counter()
+    began = clock()
     run.step.apply()
     mx.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def _seconds_of_rounding(run: Run) -> float:
+def _seconds_of_rounding(run: Run, clock: Clock) -> float:
     """The seconds in which the weights are rounded before a step that is fake-quantised."""
-    began = time.perf_counter()
+    began = clock()
     run.quantisation.update()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _validations(run: Run) -> int:
@@ -93,7 +95,7 @@ def _validations(run: Run) -> int:
     return sum(run.validates_after(iteration) for iteration in range(done + 1, last)) + 1 + (done == 0)
 
 
-def _seconds_of_validation(run: Run) -> float:
+def _seconds_of_validation(run: Run, clock: Clock) -> float:
     """The seconds of a validation, from those of one batch of median length."""
     args = run.args
     pairs: Sequence[PreferencePair] = run.val_pairs
@@ -103,7 +105,7 @@ def _seconds_of_validation(run: Run) -> float:
         return 0.0
     middle = max(0, (len(pairs) - args.batch_size) // 2)
     batch = sorted(pairs, key=lambda pair: pair.tokens)[middle : middle + args.batch_size]
-    began = time.perf_counter()
+    began = clock()
     evaluate_pairs(run.model, batch, run.objective, batch_size=args.batch_size, scorer=run.scorer)
     mx.synchronize()
-    return (time.perf_counter() - began) / sum(pair.tokens for pair in batch) * sum(pair.tokens for pair in pairs)
+    return (clock() - began) / sum(pair.tokens for pair in batch) * sum(pair.tokens for pair in pairs)

@@ -253,7 +253,7 @@ def html(records: list[RunRecord]) -> str:
 
 
 def lines_of(records: list[RunRecord], panel: str) -> list[tuple[list[float], list[float], str]]:
-    (axis,) = plots.draw(records, [panel], 1).axes
+    (axis,) = plots.draw(records, [panel]).axes
     return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in axis.get_lines()]
 
 
@@ -272,7 +272,7 @@ def test_values_that_were_no_numbers_are_left_out(tmp_path: Path) -> None:
 
 
 def test_several_runs_share_a_panel_each_with_one_colour_and_one_entry_of_the_legend(records: list[RunRecord]) -> None:
-    (axis,) = plots.draw(records, ["loss"], 1).axes
+    (axis,) = plots.draw(records, ["loss"]).axes
 
     colours = [line.get_color() for line in axis.get_lines()]
     assert colours == [plots.COLOURS[0]] * 2 + [plots.COLOURS[1]] * 2
