@@ -63,7 +63,7 @@ def describe_adapter(model: nn.Module) -> Values:
     start = next((number for number, adapted in enumerate(layers) if adapted), 0)
     adapted = set().union(*layers)
     # mlx_lm takes whole paths, too, but none unless they are named.
-    outside = {name for name in adaptable_outside_layers(model) if "lora_a" in dict(model.named_modules())[name]}
+    outside = adaptable_outside_layers(model) & _adapted_modules(model)
     is_every = adapted >= set().union(*map(adaptable_modules, model.layers[start:])) and not outside
     targets = {} if is_every else {"keys": sorted(adapted | outside)}
     first = adapters[0]

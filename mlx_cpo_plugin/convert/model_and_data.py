@@ -118,7 +118,7 @@ def _keys(targets: Any, conversion: Conversion) -> list[str] | None:
         return None
     if outside := [name for name in names if name in OUTSIDE_LAYERS]:
         conversion.tell(
-            f"Of the adapted modules, {' and '.join(outside)} is left as it is: add its whole path, such as "
+            f"Of the adapted modules {', '.join(outside)} stay without an adapter: add whole paths, such as "
             "model.embed_tokens, to lora_parameters.keys."
         )
     if unknown := [name for name in inside if name not in MODULE_PATHS and "." not in name]:

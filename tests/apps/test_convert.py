@@ -403,7 +403,7 @@ def test_a_cpo_config_alone_says_nothing_of_model_and_adapters() -> None:
         (
             ["q_proj", "down_proj", "lm_head"],
             ["self_attn.q_proj", "mlp.down_proj"],
-            "the adapted modules, lm_head is left as it is",
+            "the adapted modules lm_head stay without an adapter",
         ),
         (["c_attn"], ["c_attn"], "keys has c_attn as it stands"),
         (None, None, "those that PEFT picks, have no counterpart"),
