@@ -10,7 +10,7 @@ from mlx_cpo_plugin.errors import ConfigError, shown
 STANDARD_OUTPUT = "-"
 
 
-def is_file(to: str | None) -> bool:
+def _is_file(to: str | None) -> bool:
     """Whether figures go into a file."""
     return to not in (None, STANDARD_OUTPUT)
 
@@ -21,7 +21,7 @@ def check_json(to: str | None) -> None:
     Raises:
         ConfigError: nothing can be written there.
     """
-    if not is_file(to):
+    if not _is_file(to):
         return
     if not to or Path(to).is_dir():
         raise ConfigError(f"--json {shown(to)} is a folder; give a file.", key="json")
@@ -35,7 +35,7 @@ def write_json(to: str, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    if not is_file(to):
+    if not _is_file(to):
         print(text)
         return
     try:

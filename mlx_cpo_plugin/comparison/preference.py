@@ -87,8 +87,9 @@ def preferences(
     with prepared_scorer(model, pairs, scoring, lambda line: None, compiled_ones=True) as scorer:
         found = evaluate_pairs(model, pairs, objective, batch_size=batch_size, scorer=scorer, step_size=step_size)
     number = {id(pair): number for number, pair in enumerate(pairs)}
-    of_groups = [found.values[:, [number[id(pair)] for pair in group.pairs]].sum(axis=1) for group in groups[1:]]
-    means = [
-        means_of_sums(sums, len(group.pairs), objective) for sums, group in zip(of_groups, groups[1:], strict=True)
-    ]
-    return Preferences([found.means, *means], found.values)
+
+    def means_of(group: LengthGroup) -> dict[str, float]:
+        values = found.values[:, [number[id(pair)] for pair in group.pairs]]
+        return means_of_sums(values.sum(axis=1), len(group.pairs), objective)
+
+    return Preferences([found.means, *map(means_of, groups[1:])], found.values)

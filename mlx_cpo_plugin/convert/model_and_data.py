@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
+from mlx_cpo_plugin.data.dataset import rows_held_out
 from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.data.messages import ROLES
 from mlx_cpo_plugin.errors import ConfigError, named
@@ -202,7 +203,7 @@ def convert_valid_share(size: float, key: str, conversion: Conversion, rows: int
         return
     share = size if size < 1 else min(0.5, size / (rows or 1))
     conversion.settings["valid_fraction"] = share
-    conversion.held_out = min(max(1, round(share * rows)), rows - 1) if rows else 0  # as the run does
+    conversion.held_out = rows_held_out(share, rows or 0)
     for entry in conversion.settings.get("hf_dataset", []):
         entry.pop("valid_split")
 

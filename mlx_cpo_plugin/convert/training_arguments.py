@@ -119,7 +119,7 @@ def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: L
         return
     if request.end and name != "constant_with_warmup":
         if warmup is not None and length.steps is not None:
-            _put_schedule_to(request.end, request, conversion, length.steps, warmup)
+            _put_schedule_with_end(request, conversion, length.steps, warmup)
             return
         conversion.tell(
             f"The schedule {name} needs the number of optimizer steps, and the file only has epochs: until you convert "
@@ -132,11 +132,11 @@ def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: L
         conversion.settings["warmup_ratio"] = request.warmup
 
 
-def _put_schedule_to(end: float, request: ScheduleRequest, conversion: Conversion, steps: int, warmup: int) -> None:
+def _put_schedule_with_end(request: ScheduleRequest, conversion: Conversion, steps: int, warmup: int) -> None:
     """Write one of MLX's schedules, whose warm-up goes on for a step with the full rate."""
     rest = max(1, steps - warmup - bool(warmup))
     is_line = BY_NAME[request.name] == "linear"
-    arguments = [request.peak, end, rest] if is_line else [request.peak, rest, end]
+    arguments = [request.peak, request.end, rest] if is_line else [request.peak, rest, request.end]
     schedule = {"name": "linear_schedule" if is_line else "cosine_decay", "arguments": arguments}
     conversion.settings["lr_schedule"] = schedule | ({"warmup": warmup} if warmup else {})
     conversion.tell(f"The schedule {request.name} is lr_schedule, which counts optimizer steps, warmup's too.")

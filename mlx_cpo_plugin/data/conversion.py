@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Lock
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.columns import Columns
-from mlx_cpo_plugin.data.messages import Message, UnusableRow
+from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair_cache import PairCache
 from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
@@ -97,7 +96,8 @@ class RowConverter:
         if not isinstance(row, Conversation):
             return ()
         answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]]
-        held = {key: f"{key} in an answer" for key in _THOUGHTS if any(map(partial(_says, key), answers))}
+        said = (key for key in _THOUGHTS if any(str(answer.get(key) or "").strip() for answer in answers))
+        held = {key: f"{key} in an answer" for key in said}
         held |= {"tools": "tools"} if row.tools else {}
         return tuple(what for key, what in held.items() if not self.tokenizer.may_write(key))
 
@@ -110,10 +110,6 @@ class RowConverter:
         """What a worker needs; None where the tokenizer or its template is tied to this process."""
         tokenizer = self.tokenizer.portable()
         return None if tokenizer is None else _pickled(RowConverter(tokenizer, self.max_seq_length, self.overlong))
-
-
-def _says(key: str, message: Message) -> bool:
-    return bool(str(message.get(key) or "").strip())
 
 
 def workers_for(rows: int) -> int:

@@ -118,8 +118,7 @@ class PreferenceDataset(list[PreferencePair]):
         # The pairs of a row with several answers stay together.
         rows = [row_key(cut.pair.source, place) for place, cut in enumerate(self._cut)]
         each = list(dict.fromkeys(rows))
-        size = min(max(1, round(fraction * len(each))), max(len(each) - 1, 0))
-        drawn = set(random.Random(seed).sample(each, size))
+        drawn = set(random.Random(seed).sample(each, rows_held_out(fraction, len(each))))
         kept, carved = (
             [cut for row, cut in zip(rows, self._cut, strict=True) if (row in drawn) == taken]
             for taken in (False, True)
@@ -264,6 +263,11 @@ def splits_of_rows(read: Mapping[str, Sequence[RowGroup]], tokenizer: Tokenizer,
     for pairs in splits_of_run:
         pairs.chat_tokenizer = chat_tokenizer
     return splits_of_run
+
+
+def rows_held_out(fraction: float, rows: int) -> int:
+    """Return how many of so many rows ``valid_fraction`` takes: at least one, but never the last."""
+    return min(max(1, round(fraction * rows)), max(rows - 1, 0))
 
 
 def pairs_of_rows(

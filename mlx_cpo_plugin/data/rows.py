@@ -65,8 +65,7 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
             raise UnusableRow(f"the {part} answer is missing")
         if isinstance(value, str) and not value.strip():
             raise UnusableRow(EMPTY_ANSWER)
-        if not isinstance(value, str | list | Mapping):
-            raise UnusableRow(f"the {part} answer is {kind_of(value)}, and neither text nor messages")
+        _require_text_or_messages(value, f"the {part} answer")
     prompt_column, prompt, tools = _prompt_and_tools(row, columns)
     system = _system_messages(columns.find(row, "system")[1])
     template_kwargs = _template_kwargs(row)
@@ -90,6 +89,11 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
     chosen, rejected = (_union(system, _join(before, answer)) for answer in answers)
     _check_preference(chosen, rejected)
     return Conversation(chosen, rejected, shared_messages(chosen, rejected), tools, template_kwargs, partial)
+
+
+def _require_text_or_messages(value: object, what: str) -> None:
+    if not isinstance(value, str | list | Mapping):
+        raise UnusableRow(f"{what} is {kind_of(value)}, and neither text nor messages")
 
 
 def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
@@ -148,8 +152,7 @@ def _prompt_messages(prompt: object) -> list[Message]:
     if prompt is None or is_blank(prompt):
         return []
     if not isinstance(prompt, str):
-        if not isinstance(prompt, list | Mapping):
-            raise UnusableRow(f"the prompt is {kind_of(prompt)}, and neither text nor messages")
+        _require_text_or_messages(prompt, "the prompt")
         return parse_messages(prompt)
     dialogue = parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
     return dialogue[:-1] if dialogue[-1] == {"role": "assistant", "content": ""} else dialogue

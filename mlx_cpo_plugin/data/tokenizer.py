@@ -127,7 +127,7 @@ class ChatTokenizer:
             return None
         copied = copy.copy(self)
         if self._renders is not self._inner:
-            if getattr(self._renders, "_chat_template", None) is not None:
+            if self._renders_by_code():
                 return None
             thinking_key = getattr(self._renders, "_thinking_kwarg", "enable_thinking")
             copied._renders = _WithThinking(
@@ -149,9 +149,12 @@ class ChatTokenizer:
 
     def may_write(self, key: str) -> bool:
         """Whether the chat template may write what messages have under a key; one of Python code may."""
-        by_code = self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
         template = str(self._given_template or getattr(self._inner, "chat_template", None))
-        return by_code or re.search(rf"(?<!\w){key}(?!\w)", template) is not None
+        return self._renders_by_code() or re.search(rf"(?<!\w){key}(?!\w)", template) is not None
+
+    def _renders_by_code(self) -> bool:
+        """Whether mlx-lm's wrapper has a template of Python code, and renders."""
+        return self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
 
     def render(
         self,

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.settings.command_line import (
     host_defaults,
     known_options,
 )
-from mlx_cpo_plugin.settings.cpo_options import BETA, LOSS_OPTION, PRESETS, SIMPO_GAMMA, CPOSettings, Preset
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION, PRESETS, SIMPO_GAMMA, CPOSettings, Preset
 from mlx_cpo_plugin.settings.options import (
     COMMON_OPTIONS,
     PRECISIONS,
@@ -243,8 +243,8 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     usual = [LARGE_BETA, *(option.default for option in loss.options if option.name == "beta")] if loss else []
     if loss and loss.reads("beta") and not loss.length_normalised and settings.beta > max(usual):
         notes.append(f"beta is {settings.beta:g}: without a reference model a large beta overshoots; start with 0.05.")
-    averages = loss is not None and loss.length_normalised and loss.reads(BETA.name) and loss.reads(SIMPO_GAMMA.name)
-    if loss and averages and settings.beta < SMALL_BETA:
+    wants_large_beta = loss and loss.length_normalised and loss.reads("beta") and loss.reads(SIMPO_GAMMA.name)
+    if loss and wants_large_beta and settings.beta < SMALL_BETA:
         notes.append(
             f"beta is {settings.beta:g}: {loss.name} averages log-probs over an answer's tokens; from 2 to 10 is usual."
         )

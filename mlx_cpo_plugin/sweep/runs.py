@@ -78,7 +78,8 @@ def _refuse_what_is_in_the_way(sweep: Sweep) -> None:
     files += [sweep.output / name for name in (TABLE, BEST, PLOTS)]
     wrong = [(path, "folder") for path in folders if os.path.lexists(path) and not path.is_dir()]
     wrong += [(path, "file") for path in files if path.is_dir() and not path.is_symlink()]  # links are replaced
-    for path, kind in wrong[:1]:
+    if wrong:
+        path, kind = wrong[0]
         raise ConfigError(
             f"{named(str(path))} is there, and no {kind}: move it, or give another --output.",
             key="output",
