@@ -2,7 +2,8 @@
 
     python tests/tools/learning_tables.py FOLDER [FOLDER …] [--plot FILE.svg]
 
-A folder is called what its model and rows are to be called in the plot.
+A folder is called what its model and rows are to be called in the plot. The plot's figures are kept beside it, in
+``FILE.json``: another time, those of the folders join them, or take the place of those of the same rows and loss.
 
 Changes are against the model before training, paired row by row; of several seeds, each row counts with its mean over
 them. Behind ± stands the standard error over rows.
@@ -115,30 +116,45 @@ def changes(
     return {**found, "chosen": per_token(after["chosen"] - before["chosen"], tokens)}
 
 
-def plot(parts: Sequence[tuple[str, Part]], file: Path) -> None:
-    """Draw, for each folder's losses, accuracy before and after, and the change of the chosen answers' log-prob."""
-    named: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
-    for folder, part in parts:
-        for (rows, loss, rate), seeds in sorted(part.after.items()):
-            file_of_rows = f", {rows}" if len(part.before) > 1 else ""
-            named.append((f"{folder}{file_of_rows}\n{loss}, {rate:g}", part.before[rows], seeds))
-    figure, axes = pyplot().subplots(1, 2, figsize=(9.4, 0.9 + 0.42 * len(named)), sharey=True, layout="constrained")
-    for place, (_, run, seeds) in enumerate(named):
+def drawn_figures(folder: str, part: Part) -> list[dict[str, Any]]:
+    """Return what the plot shows of each loss and rate of a folder; accuracies in per cent."""
+    found = []
+    for (rows, loss, rate), seeds in sorted(part.after.items()):
+        run, file_of_rows = part.before[rows], f", {rows}" if len(part.before) > 1 else ""
         before, after = means_of([run]), means_of(seeds)
-        found = changes(after, before, np.array(run["scores"]["chosen_tokens"]))
+        changed = changes(after, before, np.array(run["scores"]["chosen_tokens"]))
         start, end = (100 * float(each["accuracy"].mean()) for each in (before, after))
+        error = 100 * changed["accuracy"][1]
+        figures = {"accuracy": [start, end, error], "chosen": list(changed["chosen"])}
+        found.append({"rows": f"{folder}{file_of_rows}", "loss": f"{loss}, {rate:g}", "seeds": len(seeds), **figures})
+    return found
+
+
+def joined(kept: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the figures that were kept and the new ones, in the place of those of the same rows and loss."""
+    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for each in (*kept, *new):
+        groups[each["rows"]][each["loss"]] = each
+    return [each for group in groups.values() for each in group.values()]
+
+
+def plot(figures: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw, of each loss, accuracy before and after, and the change of the chosen answers' log-prob."""
+    drawn, axes = pyplot().subplots(1, 2, figsize=(9.4, 0.9 + 0.42 * len(figures)), sharey=True, layout="constrained")
+    for place, each in enumerate(figures):
+        (start, end, error), (mean, spread) = each["accuracy"], each["chosen"]
         axes[0].plot([start, end], [place, place], color="tab:blue")
         axes[0].plot(start, place, "o", color="white", markeredgecolor="tab:blue")
-        axes[0].errorbar(end, place, xerr=100 * found["accuracy"][1], fmt="o", color="tab:blue", capsize=3)
-        axes[1].errorbar(found["chosen"][0], place, xerr=found["chosen"][1], fmt="o", color="tab:orange", capsize=3)
-    axes[0].set_yticks(range(len(named)), [label for label, *_ in named])
+        axes[0].errorbar(end, place, xerr=error, fmt="o", color="tab:blue", capsize=3)
+        axes[1].errorbar(mean, place, xerr=spread, fmt="o", color="tab:orange", capsize=3)
+    axes[0].set_yticks(range(len(figures)), [f"{each['rows']}\n{each['loss']}" for each in figures])
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 100)
     axes[0].set_xlabel("held-out preference accuracy, %: before (hollow), after")
     axes[1].set_xlabel("log-prob of the chosen answers, change in nats a token")
     axes[1].axvline(0, color="#888888", linewidth=0.8)
     axes[1].locator_params(axis="x", nbins=6)
-    save(figure, file)
+    save(drawn, file)
 
 
 def text_lines(runs: list[dict[str, Any]]) -> list[str]:
@@ -176,7 +192,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracies and betas in there")
     given = parser.parse_args()
-    drawn: list[tuple[str, Part]] = []
+    figures: list[dict[str, Any]] = []
     for folder in given.folders:
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
         for name in sorted({run["task"]["part"] for run in runs}):
@@ -186,9 +202,12 @@ def main() -> None:
             if any("answers" in run for run in of_part):
                 print("\n".join(text_lines(of_part)), end="\n\n")
             if name in ("accuracy", "betas"):
-                drawn.append((folder.absolute().name, part))
+                figures += drawn_figures(folder.absolute().name, part)
     if given.plot:
-        plot(drawn, given.plot)
+        file = given.plot.with_suffix(".json")
+        figures = joined(json.loads(file.read_text()) if file.exists() else [], figures)
+        file.write_text("[\n" + ",\n".join(map(json.dumps, figures)) + "\n]\n")
+        plot(figures, given.plot)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ SETS = {
     for each in (
         RowSet("translation_prompt", 1200, 160, 80, 1),
         RowSet("openai_preference", 240, 44, 40, 2),
-        RowSet("messages_dpo_mix", 210, 47, 40, 2),
+        RowSet("messages_dpo_mix", 210, 47, 40, 1),
         RowSet("hh_strings", 31, 15, 6, 3),
     )
 }
