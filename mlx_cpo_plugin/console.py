@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 WIDTH = 80
@@ -128,6 +129,23 @@ def _wrapped_line(line: str, width: int) -> str:
 
 def _last(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
+
+
+def last_lines(file: Path, since: int, most: int = 64 * 1024) -> list[str]:
+    """Return the last lines of a console's file that are not empty; of one that was written over, what it says last.
+
+    Args:
+        since: where to begin, in bytes; the whole file where it has become shorter.
+        most: how many bytes to read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(since if since <= size else 0, size - most))
+        text = stream.read().decode("utf-8", errors="replace")
+    return [last for line in text.split("\n") if (last := _last(line)).strip()]
 
 
 @contextmanager

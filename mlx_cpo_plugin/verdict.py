@@ -18,6 +18,8 @@ LEAST = 0.001
 REPETITIVE = 0.5
 # Rows that all change alike, as accuracies may, from which on that is certain at 95 %, by the sign test.
 LEAST_ALIKE = 6
+# The two-sided 95 % point of the normal distribution.
+Z = 1.959964
 # What is left of a standard error that is none: ranks exchange float32 numbers.
 ROUNDING = 1e-6
 _LENGTH = ("val_sample_length", "val_sample_length_change")
@@ -206,6 +208,6 @@ def students_t(freedom: int) -> float:
     """
     if freedom < 3:
         return (12.7062, 4.3027)[freedom - 1]
-    z = 1.959964
+    z = Z
     terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return sum(term / freedom**power for power, term in enumerate(terms))

@@ -18,7 +18,7 @@ from typing import IO, Any
 import pytest
 from tqdm import tqdm
 
-from mlx_cpo_plugin.console import LastingStream, lasting_output
+from mlx_cpo_plugin.console import LastingStream, last_lines, lasting_output
 
 
 def closed() -> IO[str]:
@@ -322,3 +322,14 @@ def test_other_commands_say_in_one_sentence_that_the_disk_under_their_output_is_
 
     assert ended.returncode == 2
     assert ended.stderr == "error: the disk under the output is full; free space or write elsewhere.\n"
+
+
+def test_of_a_consoles_file_what_each_line_says_last_is_read_from_a_place_on_and_not_more_than_wanted(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "console.log"
+    file.write_bytes("before\n10%\r50%\r100%\r\n\n  caf\xe9\xff\n".encode("latin-1"))
+
+    assert last_lines(file, len("before\n")) == ["100%", "  caf\ufffd\ufffd"]
+    assert last_lines(file, 0, most=6) == ["caf\ufffd\ufffd"]
+    assert last_lines(file, 10**6)[0] == "before"  # it has been begun anew since

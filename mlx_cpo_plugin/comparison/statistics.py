@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_cpo_plugin.verdict import OUTCOMES, Change, error_of_rows, students_t, sums_of_rows, worth_in_rows
+from mlx_cpo_plugin.verdict import OUTCOMES, Change, Z, error_of_rows, students_t, sums_of_rows, worth_in_rows
 
-Z = 1.959964
 Interval = tuple[float, float]
 SHARE: Interval = (0, 1)
 

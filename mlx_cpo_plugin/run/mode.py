@@ -215,6 +215,8 @@ def train_mode(
         adapter_file=adapter_file(settings),
         training_callback=training_callback,
     )
+    if is_first_rank() and not adapter_file(settings).exists():
+        print(f"Warning: {mode.name} has written no adapter to {adapter_file(settings)}; nothing is left to use later.")
 
 
 def report_on_test_set(

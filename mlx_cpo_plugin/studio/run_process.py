@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import LOCK, METRICS_FILE, RECORD, run_identity
+from mlx_cpo_plugin.console import last_lines
 from mlx_cpo_plugin.errors import ConfigError
 
 CONFIG_NAME = "studio.yaml"
@@ -24,7 +25,6 @@ CONSOLE_NAME = "console.log"
 RECORD_NAME = "studio_run.json"
 LOCK_NAME = ".studio.lock"
 STOP_NAME = ".studio.stop"
-CONSOLE_TAIL = 64 * 1024
 STOPPED = "stopped after iteration"
 OWNER_ONLY = 0o077
 # Whoever looks whether a run is at work holds its lock for a moment.
@@ -177,15 +177,9 @@ def console_tail(folder: Path, lines: int = 40) -> list[str]:
     """Return the last lines of what the last run printed; of a line that was written over, what it says last."""
     record = read_record(folder) or RunRecord()
     try:
-        with (folder / CONSOLE_NAME).open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            began = record.console_start if record.console_start <= size else 0
-            stream.seek(max(began, size - CONSOLE_TAIL))
-            text = stream.read().decode("utf-8", errors="replace")
+        return last_lines(folder / CONSOLE_NAME, record.console_start)[-lines:]
     except OSError:
         return []
-    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return [line for line in shown if line.strip()][-lines:]
 
 
 def watch(folder: Path, lock: int, words: list[str]) -> int:

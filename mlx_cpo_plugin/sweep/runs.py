@@ -17,6 +17,7 @@ from typing import IO
 
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, refuse_if_in_use
+from mlx_cpo_plugin.console import last_lines
 from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.report.record import Row, number
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
@@ -200,7 +201,8 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
             if child.poll() is None:
                 child.terminate()
                 child.wait()
-    return child.returncode, _last_line(folder / CONSOLE, began)
+    said = last_lines(folder / CONSOLE, began)
+    return child.returncode, said[-1].strip().removeprefix("error: ") if said else ""
 
 
 def _wait_until_free(folder: Path, lock: IO[bytes]) -> None:
@@ -250,12 +252,3 @@ def _stop_on_termination() -> Iterator[None]:
     finally:
         for own in heard:
             signal.signal(own, before[own])
-
-
-def _last_line(console: Path, began: int) -> str:
-    """Return the last line that a run has printed, without ``error: ``."""
-    with console.open("rb") as stream:
-        stream.seek(max(began, stream.seek(0, os.SEEK_END) - 10_000))
-        lines = stream.read().decode("utf-8", errors="replace").split("\n")
-    said = [line.rstrip("\r").rpartition("\r")[2].strip() for line in lines]
-    return next((line.removeprefix("error: ") for line in reversed(said) if line), "")

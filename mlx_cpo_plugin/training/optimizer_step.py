@@ -19,12 +19,12 @@ from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, TrainingError
 from mlx_cpo_plugin.exchange import sum_over_ranks
+from mlx_cpo_plugin.model.layers import HALF_PRECISION
 from mlx_cpo_plugin.model.logps import SUM_PART, AnswerScores, in_parts
 from mlx_cpo_plugin.model.rounding import dithered
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.gradient_methods import Gradient, GradientMethod, added
 
-_HALVES = (mx.bfloat16, mx.float16)
 # Optimizers that treat every number alike, whatever array it is in.
 _ELEMENTWISE = {
     optimizers.SGD,
@@ -228,7 +228,7 @@ class OptimizerStep:
 
 
 def _is_half(value: mx.array) -> bool:
-    return value.dtype in _HALVES
+    return value.dtype in HALF_PRECISION
 
 
 def learning_rates(optimizer: optimizers.Optimizer, steps: Iterable[int]) -> list[float]:

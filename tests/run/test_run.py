@@ -299,6 +299,15 @@ def test_a_mode_with_a_loop_of_its_own_gets_no_card_and_no_commands_that_would_f
     assert [file.name for file in Path(settings["adapter_path"]).glob("[!.]*")] == ["adapters.safetensors"]
 
 
+def test_a_mode_that_writes_no_adapter_is_told(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with registered(OwnLoop(train=lambda **_: None)):
+        run_main(of_own_loop(settings))
+
+    assert f"Warning: own has written no adapter to {settings['adapter_path']}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("function", "returned", "sentence"),
     [
