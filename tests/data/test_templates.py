@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
-from mlx_lm_lora.chat_template import ensure_chat_template
 from support.data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_named
 from support.refusals import refused
 from tokenizers import normalizers
@@ -113,7 +112,8 @@ def test_a_template_that_is_neither_jinja_nor_a_file_is_an_error():
 
 def test_a_tokenizer_without_a_template_of_its_own_has_its_bos_in_front():
     tokenizer = make_tokenizer(None, eos="<|eos|>", bos="<|bos|>")
-    assert ensure_chat_template(tokenizer)
+    host = pytest.importorskip("mlx_lm_lora.chat_template", reason="mlx-lm-lora 5.8.6 has no template to fall back on")
+    assert host.ensure_chat_template(tokenizer)
 
     assert parts(ROW, ChatTokenizer(tokenizer)) == ("<|bos|>user: Is it?\nassistant:", " Yes.<|eos|>", " No.<|eos|>")
 

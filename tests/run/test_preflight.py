@@ -54,7 +54,9 @@ def refusal_of(what: Callable[[RunSettings], Any], settings: RunSettings) -> Use
 
 
 def files_in(folder: Path) -> list[tuple[str, int]]:
-    return sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*") if not path.is_dir())
+    """Every file and when it was written; a lock, which older versions of filelock truncate, only by its name."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    return sorted((str(path), 0 if path.name == LOCK else path.lstat().st_mtime_ns) for path in files)
 
 
 def assert_both_refuse(configured: Configured, folder: Path, **changed: Any) -> None:
