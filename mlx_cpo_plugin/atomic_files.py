@@ -36,7 +36,8 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
         flush(path.parent)
     except OSError as error:
-        if error.filename == str(partial):  # which nobody knows
+        # Of a full disk no file is named, and the partial one nobody knows.
+        if error.errno is not None and error.filename in (None, str(partial)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -50,10 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.ENAMETOOLONG:
             print(f"error: {named(str(error.filename))} is too long for a path; give another.", file=sys.stderr)
             return 2
-        if error.filename is not None or error.errno != errno.ENOSPC:
+        if error.errno != errno.ENOSPC:
             raise
-        discard(sys.stdout)
-        print("error: the disk under the output is full; free space or write elsewhere.", file=sys.stderr)
+        if error.filename is None:
+            discard(sys.stdout)
+        place = "the output" if error.filename is None else named(str(error.filename))
+        print(f"error: the disk under {place} is full; free space or write elsewhere.", file=sys.stderr)
         return 2
 
 

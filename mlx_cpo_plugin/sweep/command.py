@@ -80,6 +80,7 @@ def _write_results(sweep: Sweep, results: Sequence[SettingResult], is_needed: bo
 def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     """Print the table, and write it, the plots and the best configuration."""
     from mlx_cpo_plugin.atomic_files import replace_whole
+    from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
     from mlx_cpo_plugin.report.record import ReportError
     from mlx_cpo_plugin.sweep.plan import varied
     from mlx_cpo_plugin.sweep.plots import draw
@@ -90,7 +91,9 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     best = results[0]
     print(f"\n{text}\n\n{sentence}")
     print(f"Train:   mlx_lm_lora.train --config {quote(str(sweep.output / BEST))}")
-    print(f"Adapter: {best.finished[0].folder}")
+    adapter = best.finished[0].folder
+    if (adapter / ADAPTER_FILE).exists():  # and not removed since
+        print(f"Adapter: {adapter}")
     config = best_config(sweep, best, sentence)
     replace_whole(sweep.output / TABLE, lambda partial: partial.write_text(f"{text}\n\n{sentence}\n", encoding="utf-8"))
     replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))

@@ -59,6 +59,11 @@ class PlannedRun:
     digest: str
 
     @property
+    def setting(self) -> str:
+        """The same text for the same options, which all seeds of a setting have."""
+        return json.dumps(self.options, sort_keys=True, default=str)
+
+    @property
     def name(self) -> str:
         """The name of its folder: readable, and different from that of any other run."""
         parts = [f"{key.rpartition('.')[2]}-{_short(value)}" for key, value in self.options.items()]
@@ -88,10 +93,10 @@ class Sweep:
 
     @property
     def settings(self) -> dict[str, list[PlannedRun]]:
-        """The runs of each setting, by its options as text."""
+        """The runs of each setting, by :attr:`PlannedRun.setting`."""
         found: dict[str, list[PlannedRun]] = {}
         for run in self.runs:
-            found.setdefault(described(run.options), []).append(run)
+            found.setdefault(run.setting, []).append(run)
         return found
 
 
@@ -147,7 +152,15 @@ def read_sweep(file: Path, output: Path | None = None) -> Sweep:
 
 def described(options: Mapping[str, object]) -> str:
     """Return options in words: ``beta 0.1, learning_rate 1e-05``; ``as it is`` where nothing is varied."""
-    return ", ".join(f"{key} {_short(value)}" for key, value in options.items()) or "as it is"
+    return ", ".join(f"{key} {shown(value)}" for key, value in options.items()) or "as it is"
+
+
+def shown(value: object) -> str:
+    """Return a value of an option on one line, as a reader would write it."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return " ".join(text.split())
 
 
 def with_options(values: Values, options: Mapping[str, object]) -> Values:
@@ -164,8 +177,7 @@ def with_options(values: Values, options: Mapping[str, object]) -> Values:
 
 
 def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
-    return "".join(character if character.isalnum() or character in ".-+" else "-" for character in text)
+    return "".join(character if character.isalnum() or character in ".-+" else "-" for character in shown(value))
 
 
 def _base(given: YamlSettings, file: Path) -> YamlSettings:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_metadata
 from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
-from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described, varied
+from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described, shown, varied
 from mlx_cpo_plugin.verdict import OUTCOMES
 
 RESULT = "sweep_result.json"
@@ -68,10 +70,9 @@ class Outcome:
         status, reason = kept.get("status", WAITING), kept.get("reason", "")
         if given_up and status == WAITING:
             status, reason = GIVEN_UP, given_up
-        record = record_of(folder)
-        before = after = None
-        if record is not None and record.valid:
-            before, after = record.valid[0], (record.best or record.valid)[-1]
+        before, after = validations_of(folder)
+        if status == FINISHED and isinstance(kept.get("after"), dict):
+            before, after = kept.get("before"), kept["after"]
         return cls(run, folder, str(status), str(reason), before, after)
 
     def figure(self, name: str) -> float:
@@ -100,7 +101,7 @@ def record_of(folder: Path) -> RunRecord | None:
     return None
 
 
-def read_result(folder: Path) -> dict[str, object]:
+def read_result(folder: Path) -> Row:
     """Return what :func:`write_result` left; empty where it has not been written."""
     try:
         values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -109,9 +110,29 @@ def read_result(folder: Path) -> dict[str, object]:
     return values if isinstance(values, dict) else {}
 
 
+def validations_of(folder: Path) -> tuple[Row | None, Row | None]:
+    """Return the validation of a run before training, and the one that it is judged by; None where it has none."""
+    record = record_of(folder)
+    if record is None or not record.valid:
+        return None, None
+    return record.valid[0], (record.best or record.valid)[-1]
+
+
+def lost_validation(folder: Path) -> str:
+    """Return what is missing of a run that has ended well, of which the metrics lack the weights that it has left."""
+    with suppress(CheckpointError, ValueError):
+        left = int(adapter_metadata(folder / ADAPTER_FILE).get("iteration", ""))
+        after = validations_of(folder)[1]
+        if after is None or number(after, "iteration") != left:
+            return f"{METRICS_FILE} lacks the validation of iteration {left}; remove the run's folder to train it again"
+    return ""
+
+
 def write_result(folder: Path, run: PlannedRun, status: str, reason: str = "") -> None:
-    """Write down that a run has finished or failed."""
-    values = {"status": status, "reason": reason, "options": run.options, "seed": run.seed}
+    """Write down that a run has finished, with the validations that it is judged by, or failed."""
+    values: Row = {"status": status, "reason": reason, "options": run.options, "seed": run.seed}
+    if status == FINISHED:
+        values["before"], values["after"] = validations_of(folder)
     replace_whole(folder / RESULT, lambda partial: partial.write_text(json.dumps(values, indent=1) + "\n"))
 
 
@@ -208,8 +229,7 @@ def table(sweep: Sweep, results: Sequence[SettingResult]) -> str:
 
 
 def _cell(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return shown(value).replace("|", "\\|")
 
 
 def _written(name: str, value: float) -> str:

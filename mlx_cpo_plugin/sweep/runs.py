@@ -18,7 +18,7 @@ from typing import IO
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints.run_folder import only_run_in, refuse_if_in_use
 from mlx_cpo_plugin.console import last_lines
-from mlx_cpo_plugin.errors import ConfigError, named
+from mlx_cpo_plugin.errors import ConfigError, first_line, named
 from mlx_cpo_plugin.report.record import Row, number
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described
@@ -27,9 +27,11 @@ from mlx_cpo_plugin.sweep.results import (
     FINISHED,
     RESULT,
     Outcome,
+    lost_validation,
     read_result,
     record_of,
     score_of,
+    validations_of,
     write_result,
 )
 
@@ -68,7 +70,11 @@ def carry_out(sweep: Sweep, launch: Launch, say: Callable[[str], None]) -> dict[
                 say(f"After {at:.0%} of a run {len(given_up)} of {len(sweep.runs)} are given up.")
             going_on = [run for run in sweep.runs if run.digest not in {*given_up, *failed}]
             for place, run in enumerate(going_on, 1):
-                if not _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}"):
+                try:
+                    went_well = _advance(sweep, run, part, launch, say, f"{place} of {len(going_on)}")
+                except OSError as error:
+                    raise _unwritable(error, folder_of(sweep, run)) from error
+                if not went_well:
                     failed.add(run.digest)
     return outcomes_of(sweep)
 
@@ -94,12 +100,26 @@ def _only_sweep_in(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(only_run_in(folder))
         except ConfigError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError):
+                raise _unwritable(cause, folder) from error
             raise ConfigError(
-                f"Another sweep is writing to {named(str(folder))}, or it cannot be written to; give another --output.",
+                f"Another sweep is writing to {named(str(folder))}; wait until it ends, or give another --output.",
                 key="output",
                 place=str(folder),
             ) from error
         yield
+
+
+def _unwritable(error: OSError, folder: Path) -> ConfigError:
+    """Return what to do about a file of a run that cannot be written."""
+    path = str(error.filename or folder)
+    return ConfigError(
+        f"{named(path)} cannot be written ({error.strerror or first_line(error)}); free space, or give another "
+        "--output. What has finished is kept.",
+        key="output",
+        place=path,
+    )
 
 
 def outcomes_of(sweep: Sweep) -> dict[str, Outcome]:
@@ -120,7 +140,7 @@ def runs_given_up(sweep: Sweep, parts: Sequence[float]) -> dict[str, str]:
             row = validation_at(folder, part)
             if row is None:
                 return given_up
-            settings.setdefault(described(run.options), []).append(Outcome(run, folder, after=row))
+            settings.setdefault(run.setting, []).append(Outcome(run, folder, after=row))
         ordered = sorted(settings.values(), key=lambda outcomes: score_of(outcomes, sweep.metric), reverse=True)
         for outcome in (outcome for outcomes in ordered[math.ceil(len(ordered) / 2) :] for outcome in outcomes):
             given_up[outcome.run.digest] = f"worse than half of the settings after {part:.0%} of the run"
@@ -141,8 +161,10 @@ def _advance(
     replace_whole(folder / CONFIG, lambda partial: partial.write_text(dump_settings(values), encoding="utf-8"))
     started = time.monotonic()
     code, last_line = launch(folder, lambda: part < 1 and validation_at(folder, part) is not None)
-    if code and not (code in _STOPPED and part < 1 and validation_at(folder, part)):
-        reason = last_line or f"exit code {code}"
+    paused = code in _STOPPED and part < 1 and validation_at(folder, part)
+    lost = "" if code else lost_validation(folder)
+    if lost or (code and not paused):
+        reason = lost or last_line or f"exit code {code}"
         write_result(folder, run, FAILED, reason)
         say(f"  failed: {reason} (see {folder / CONSOLE})")
         return False
@@ -159,13 +181,12 @@ def validation_at(folder: Path, part: float) -> Row | None:
 
     Of a run that its own validations have stopped before, it is the one that it is judged by in the end.
     """
-    record = record_of(folder)
-    if record is None or not record.iters:
-        return None
-    least = math.ceil(part * record.iters)
-    row = next((row for row in record.valid if number(row, "iteration") >= max(least, 2)), None)
-    if row is None and record.valid and read_result(folder).get("status") == FINISHED:
-        return (record.best or record.valid)[-1]
+    record, row = record_of(folder), None
+    if record is not None and record.iters:
+        least = max(math.ceil(part * record.iters), 2)
+        row = next((row for row in record.valid if number(row, "iteration") >= least), None)
+    if row is None and (kept := read_result(folder)).get("status") == FINISHED:
+        return kept.get("after") or validations_of(folder)[1]
     return row
 
 

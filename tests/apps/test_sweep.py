@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 import yaml
 from hypothesis import given
@@ -320,6 +322,60 @@ def test_a_killed_sweep_goes_on_and_a_changed_one_does_what_is_new(
     base["learning_rate"] = 2e-3
     done(read_sweep(write(grid={"beta": [0.3, 0.1]})), launch)
     assert len(launch.launched) == 8
+
+
+def test_options_that_differ_in_a_character_are_settings_of_their_own(
+    write: Callable[..., Path], base: dict[str, Any], tmp_path: Path
+) -> None:
+    twice = [str(shutil.copytree(base["data"], tmp_path / name)) for name in ("rows_1", "rows-1")]
+    twice_lists = [["self_attn.q_proj"], ["self_attn.v_proj"]]
+    sweep = read_sweep(write(grid={"data": twice, "lora_parameters.keys": twice_lists}, seeds=2))
+
+    results = results_of(sweep, done(sweep, Pretended(lambda config, at: 0.5 + ("rows_1" in config["data"]) / 4)))
+
+    assert [len(result.outcomes) for result in results] == [2, 2, 2, 2]
+    assert f'data {twice[0]}, lora_parameters.keys ["self_attn.q_proj"]' in [result.name for result in results[:2]]
+
+
+def test_what_a_finished_run_was_judged_by_is_kept_though_its_metrics_are_not(write: Callable[..., Path]) -> None:
+    sweep = read_sweep(write(grid={"beta": [0.1, 0.2]}))
+    before = table(sweep, results_of(sweep, done(sweep, Pretended(by_beta))))
+
+    first, second = (runs.folder_of(sweep, run) / "metrics.jsonl" for run in sweep.runs)
+    first.unlink()
+    second.write_text(second.read_text().splitlines()[0] + "\n")
+
+    assert table(sweep, results_of(sweep, outcomes_of(sweep))) == before
+    done(sweep, again := Pretended(by_beta))
+    assert not again.launched
+
+
+def test_a_run_whose_last_validation_was_not_written_has_not_finished(write: Callable[..., Path]) -> None:
+    sweep = read_sweep(write(grid={"beta": [0.1, 0.2]}))
+    pretended = Pretended(by_beta, stops={0.2: 6})
+
+    def launch(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+        code = pretended(folder, is_far_enough)
+        mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros(1)}, {"iteration": str(ITERS)})
+        return code
+
+    whole, torn = done(sweep, launch).values()
+
+    assert whole.status == FINISHED
+    assert torn.status == FAILED and f"lacks the validation of iteration {ITERS}" in torn.reason
+
+
+@pytest.mark.parametrize("path", ["/full/config.yaml", None])
+def test_a_run_whose_files_cannot_be_written_ends_the_sweep_with_a_sentence(
+    write: Callable[..., Path], path: str | None
+) -> None:
+    sweep = read_sweep(write(grid={"beta": [0.1, 0.2]}))
+
+    def launch(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with refused(match=f"{path or runs.folder_of(sweep, sweep.runs[0])} cannot be written .No space left.*--output"):
+        carry_out(sweep, launch, print)
 
 
 def test_a_run_that_fails_is_a_line_of_the_table_and_is_tried_again(write: Callable[..., Path]) -> None:
