@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_cpo_plugin.checkpoints import CHECKPOINTS, PREVIOUS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.folder import MANIFEST, Checkpoint, checkpoints_in, folder_of_rank, read_checkpoint
-from mlx_cpo_plugin.checkpoints.run_identity import Origin, RunIdentity, RunRecord, read_record
+from mlx_cpo_plugin.checkpoints.run_identity import TRAINED, Origin, RunIdentity, RunRecord, read_record
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
 from mlx_cpo_plugin.types import Values
@@ -74,6 +74,14 @@ def find_start(
     if resume == AUTO:
         if own.checkpoint is not None:
             return Start(own.record or RunRecord(own.checkpoint.run), own.checkpoint, continues=True, notes=own.notes)
+        if own.record is not None and TRAINED in own.record.done and not own.some_there:
+            raise ConfigError(
+                f"resume is auto, but the run in {adapter_folder} has finished and its checkpoints have been removed. "
+                "Nothing was changed; merge its adapter with mlx-cpo export, train on from it with "
+                "resume_adapter_file, or leave out resume to begin anew.",
+                key="resume",
+                place=str(adapter_folder),
+            )
         if own.record is not None and own.record.origin is not None:
             # It was killed before it had a checkpoint of its own.
             path = Path(own.record.origin.checkpoint)

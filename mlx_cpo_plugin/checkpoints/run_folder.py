@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -154,13 +154,18 @@ def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], 
     record = read_record(adapter_folder)
     if record is None:
         return
-    foreign = [name for name in names if name not in record.files and os.path.lexists(adapter_folder / name)]
+    put_aside(adapter_folder, record, [name for name in names if name not in record.files], say)
+    record_files(adapter_folder, names)
+
+
+def put_aside(adapter_folder: Path, record: RunRecord, names: Iterable[str], say: Callable[[str], None]) -> None:
+    """Move what others have left under names that a run is about to write."""
+    foreign = [name for name in names if os.path.lexists(adapter_folder / name)]
     aside = adapter_folder / PREVIOUS / f"before-{record.run.id}"
     for name in foreign:
         _move(adapter_folder / name, aside)
     if foreign:
         say(f"{', '.join(foreign)} in {adapter_folder} would have been overwritten; what was there is in {aside}.")
-    record_files(adapter_folder, names)
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:

@@ -106,6 +106,10 @@ class RunRecord:
             dict(values.get("data", {})),
         )
 
+    def has_written(self, metadata: Mapping[str, str]) -> bool:
+        """Whether an adapter that says this of itself is this run's, and not what another program left in its place."""
+        return "iteration" in metadata and metadata.get("run", self.run.id) == self.run.id
+
     def plain(self) -> Values:
         """Return it as plain values."""
         return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from mlx_cpo_plugin._version import __version__
+from mlx_cpo_plugin.termination import stopped_by_termination
 
 TARGETS = {
     "mlx": "a fused model for mlx_lm",
@@ -88,7 +89,7 @@ def run_export(chosen: argparse.Namespace) -> int:
         "bits": bits,
         "version": __version__,
     }
-    with whole_or_nothing(target, record) as folder:
+    with stopped_by_termination(), whole_or_nothing(target, record) as folder:
         if to == "mlx":
             notes = write_fused_model(trained, folder, bits or trained.settings.fuse_bits, say)
         elif to == "peft":

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_metadata
+from mlx_cpo_plugin.checkpoints.run_identity import read_record
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named, printable
 from mlx_cpo_plugin.publish.card import CARD_FILE, PLOT_FILE, is_edited, model_card, without_paths
 
@@ -78,6 +80,14 @@ def upload_of(folder: Path, repo: str, *, fused: bool = False, base_model: str |
         raise HubError(f"There is no folder {named(str(folder))}; give that of an adapter or a model.", key="folder")
     there = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     is_adapter = ADAPTER_FILE in there and not fused
+    record = read_record(folder) if is_adapter else None
+    if record is not None and not record.has_written(_metadata(folder / ADAPTER_FILE)):
+        raise HubError(
+            f"{ADAPTER_FILE} in {named(str(folder))} was not written by the run that the card would describe; move it "
+            "to a folder of its own, and push that.",
+            key="folder",
+            place=str(folder),
+        )
     patterns = _OF_ADAPTER if is_adapter else _OF_PEFT if "adapter_model.safetensors" in there else _OF_MODEL
     files: dict[str, Path | bytes] = {
         name: path for name, path in there.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -140,6 +150,13 @@ def require_token(repo: str) -> None:
             "remove the key.",
             key="push_to_hub",
         )
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        return adapter_metadata(file)
+    except CheckpointError as error:
+        raise HubError(f"{first_line(error).removesuffix('.')}; train it again.", place=str(file)) from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, METRICS_FILE, RUN_SETTINGS
+from mlx_cpo_plugin.checkpoints.run_identity import TRAINED, read_record
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.verdict import Verdict
@@ -41,6 +42,7 @@ class RunRecord:
         samples: answers to prompts, one row each, in order.
         warnings: what the run warned of.
         best: the validation whose weights a finished run has left, with ``load_best``.
+        trained: whether the run has written down that its training is complete, as one that was stopped early has.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class RunRecord:
     samples: tuple[Row, ...]
     warnings: tuple[str, ...]
     best: tuple[Row, ...] = ()
+    trained: bool = False
 
     @classmethod
     def read(cls, folder: str | Path, needs_metrics: bool = True) -> RunRecord:
@@ -63,6 +66,7 @@ class RunRecord:
         folder = Path(folder)
         rows = rows_of_last_run(folder) if needs_metrics or (folder / METRICS_FILE).exists() else []
         settings, versions = _read_settings(folder)
+        told, of_run = read_record(folder), rows[-1].get("run") if rows else None
 
         def of_kind(kind: str) -> tuple[Row, ...]:
             return tuple(row for row in rows if row["kind"] == kind)
@@ -77,6 +81,7 @@ class RunRecord:
             samples=of_kind("sample"),
             warnings=tuple(str(row.get("text", "")) for row in of_kind("warning")),
             best=of_kind("best"),
+            trained=told is not None and TRAINED in told.done and told.run.id == of_run,
         )
 
     @property
@@ -109,7 +114,7 @@ class RunRecord:
     @property
     def finished(self) -> datetime | None:
         """When the last line was reported, of a run that got to its end; None otherwise, or where it is not known."""
-        complete = bool(self.test) or (self.iters is not None and self.iteration >= self.iters)
+        complete = self.trained or bool(self.test) or (self.iters is not None and self.iteration >= self.iters)
         return self.updated if complete else None
 
     @property

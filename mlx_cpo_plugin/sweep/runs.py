@@ -34,6 +34,7 @@ from mlx_cpo_plugin.sweep.results import (
     validations_of,
     write_result,
 )
+from mlx_cpo_plugin.termination import stopped_by_termination
 
 RUNS, CONFIG, CONSOLE = "runs", "config.yaml", "console.log"
 BEST, TABLE, PLOTS = "best.yaml", "table.md", "plots.svg"
@@ -195,7 +196,7 @@ def in_a_process(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, 
 
     What ends this process lets the run save and stop. A run that an earlier sweep has left behind is waited for.
     """
-    with (folder / CONSOLE).open("ab") as console, (folder / CONSOLE).open("ab") as lock, _stop_on_termination():
+    with (folder / CONSOLE).open("ab") as console, (folder / CONSOLE).open("ab") as lock, stopped_by_termination():
         _wait_until_free(folder, lock)
         began = console.seek(0, os.SEEK_END)
         command = [sys.executable, "-m", "mlx_cpo_plugin", "train", "--config", str(folder / CONFIG)]
@@ -255,21 +256,3 @@ def _locks(file: IO[bytes]) -> bool:
     except OSError as error:
         return error.errno != errno.EWOULDBLOCK
     return True
-
-
-@contextmanager
-def _stop_on_termination() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that it can stop the run."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]  # nohup ignores SIGHUP
-    for own in heard:
-        signal.signal(own, stop)
-    try:
-        yield
-    finally:
-        for own in heard:
-            signal.signal(own, before[own])

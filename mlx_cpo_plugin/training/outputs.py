@@ -23,6 +23,7 @@ from mlx_cpo_plugin.checkpoints.adapter import (
     write_atomically,
 )
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint, CheckpointFolder, folder_of_rank, read_checkpoint
+from mlx_cpo_plugin.checkpoints.run_folder import put_aside
 from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.errors import StoppedError, first_line
 from mlx_cpo_plugin.exchange import from_first_rank, gather, is_first_rank
@@ -164,12 +165,23 @@ class Outputs:
         All ranks have to call this.
         """
         last, best = self.state.iteration, self.best.iteration or self.state.iteration
-        there = last
+        there = str(last)
         if self.is_main:
-            with suppress(CheckpointError, ValueError):
-                there = int(adapter_metadata(self.adapter_file).get("iteration", last))
-        is_there = not self.is_main or self.adapter_file.exists()
-        return bool(gather(is_there and (best == last or there != (last if self.args.load_best else best)))[0])
+            there = self._written_by_run().get("iteration", "")
+        other = str(last if self.args.load_best else best)
+        return bool(gather(there and (best == last or there != other))[0])
+
+    def put_foreign_aside(self) -> None:
+        """Put aside what another program has written in the place of the run's adapter."""
+        if self.is_main and not self._written_by_run():
+            put_aside(self.folder, self.record, [self.adapter_file.name], self.say)
+
+    def _written_by_run(self) -> dict[str, str]:
+        """Return what the run's adapter says of itself; empty where there is none, or something else in its place."""
+        with suppress(CheckpointError):
+            metadata = adapter_metadata(self.adapter_file)
+            return metadata if self.record.has_written(metadata) else {}
+        return {}
 
     def save_checkpoint(self) -> Path:
         """Write all that resuming needs, with the best adapter so far; return its folder."""

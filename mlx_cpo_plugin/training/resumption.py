@@ -85,6 +85,7 @@ def _take_folder(run: Run) -> None:
     start, outputs, say = run.start, run.outputs, run.reporter.say
     checkpoint, settings = start.checkpoint, run.args.run_settings or {}
     if start.continues:
+        outputs.put_foreign_aside()
         goes_on(outputs.folder, start.record)
     else:
         sets = data if isinstance(data := settings.get("data"), list) else [{"path": data}]

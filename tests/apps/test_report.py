@@ -132,6 +132,15 @@ def test_a_run_that_did_not_has_not(tmp_path: Path) -> None:
     assert record.finished is None
 
 
+def test_a_run_that_was_stopped_early_has_finished_as_it_has_written_down(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [{**row, "run": "mine"} for row in ROWS[:3]])
+    record = {"begun": "2026-11-27T00:00:00+00:00", "origin": None, "done": {"trained": ""}, "files": []}
+
+    for run, finished in (("mine", True), ("another", False)):
+        (folder / "run.json").write_text(json.dumps({**record, "id": run, "successor": None}))
+        assert (RunRecord.read(folder).finished is not None) is finished
+
+
 def test_torn_and_foreign_lines_are_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("ab") as file:

@@ -362,7 +362,8 @@ def test_a_run_whose_last_validation_was_not_written_has_not_finished(write: Cal
     whole, torn = done(sweep, launch).values()
 
     assert whole.status == FINISHED
-    assert torn.status == FAILED and f"lacks the validation of iteration {ITERS}" in torn.reason
+    assert torn.status == FAILED
+    assert f"lacks the validation of iteration {ITERS}" in torn.reason
 
 
 @pytest.mark.parametrize("path", ["/full/config.yaml", None])

@@ -455,6 +455,35 @@ def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tmp_path: Path) ->
     assert snapshot(tmp_path)["adapters.safetensors"][1] == before["adapters.safetensors"][1]
 
 
+@pytest.mark.parametrize("iters", [10, 12])
+def test_what_another_program_has_left_in_the_place_of_the_adapter_is_put_aside_and_the_runs_own_restored(
+    tmp_path: Path, iters: int
+) -> None:
+    train(tmp_path)
+    run = run_in(tmp_path)
+    assert run is not None
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"foreign": mx.ones(2)})
+
+    restored = train(tmp_path, resume="auto", iters=iters)
+
+    assert_same(restored, train(tmp_path / "whole", iters=iters))
+    assert set(adapter_in(tmp_path / "previous" / f"before-{run.id}")) == {"foreign"}
+    before = snapshot(tmp_path)
+    train(tmp_path, resume="auto", iters=iters)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_whose_checkpoints_were_removed_is_not_begun_anew(tmp_path: Path) -> None:
+    train(tmp_path, iters=2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = snapshot(tmp_path)
+
+    with refused(match="has finished and its checkpoints have been removed. Nothing was changed; .* mlx-cpo export"):
+        train(tmp_path, iters=4, resume="auto")
+
+    assert snapshot(tmp_path) == before
+
+
 def test_an_older_checkpoint_begins_the_run_that_was_planned_where_the_newest_is_no_start(tmp_path: Path) -> None:
     # Three iterations and windows of two: the last step closes early, and more iterations go on from before it.
     train(tmp_path, iters=3, gradient_accumulation_steps=2)

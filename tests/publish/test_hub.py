@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from support.hub import Hub
 from support.refusals import refused
@@ -30,6 +31,15 @@ class TestFiles:
 
         assert set(upload.files) == OF_ADAPTER
         assert {"checkpoints/", "best/", "metrics.jsonl", "run_settings.yaml", "notes.txt"} <= set(upload.left_out)
+
+    @pytest.mark.parametrize("metadata", [{}, {"run": "another", "iteration": "60"}])
+    def test_an_adapter_that_the_card_would_not_describe_is_refused(
+        self, adapter: Path, metadata: dict[str, str]
+    ) -> None:
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {"a": mx.zeros(4)}, metadata)
+
+        with refused(HubError, match="was not written by the run that the card would describe; move it"):
+            upload_of(adapter, "polite")
 
     def test_paths_in_a_configuration_stay_here(self, adapter: Path) -> None:
         content = upload_of(adapter, "polite").files["adapter_config.json"]
