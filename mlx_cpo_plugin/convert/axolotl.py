@@ -32,6 +32,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
     put_interval,
     put_trackers,
     tell_of_intervals,
+    warmup_of,
 )
 from mlx_cpo_plugin.errors import ConfigError, named
 
@@ -174,9 +175,9 @@ def _check_messages(entry: Source, path: str, conversion: Conversion) -> None:
 
 def _schedule(source: Source, peak: float, length: Length) -> ScheduleRequest:
     name = str(source.raw("lr_scheduler", "cosine"))
-    steps, share = source.number("warmup_steps"), source.number("warmup_ratio")
+    steps, share = warmup_of(source)
     if steps is not None or share is not None:
-        warmup = steps if steps is not None else share
+        warmup = steps if steps is not None else share or 0.0
     elif length.steps is not None:
         warmup = min(int(DEFAULT_WARMUP_SHARE * length.steps), LONGEST_DEFAULT_WARMUP)
     else:

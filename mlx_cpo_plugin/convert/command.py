@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mlx_cpo_plugin.convert import axolotl, llama_factory, simpo, trl
 from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account
@@ -88,12 +90,24 @@ def read_settings(file: str) -> YamlSettings:
     if Path(file).suffix.lower() != ".json":
         return read_yaml(file)
     try:
-        values = json.loads(read_bytes(file))
+        values = json.loads(read_bytes(file), object_pairs_hook=partial(_once_each, file))
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{named(file)} is not valid JSON; correct it.", place=file) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{named(file)} holds no JSON object; give one with the training arguments.", place=file)
     return YamlSettings(file, values, {})
+
+
+def _once_each(file: str | Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; refuse one with a key twice, as YAML is."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{named(file)} has the key {named(twice)} twice; remove one.", key=twice, place=str(file))
+    return values
 
 
 def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from mlx_cpo_plugin.settings.yaml_settings import YamlSettings
 from mlx_cpo_plugin.types import Option
 
 _DEFAULTS = {option.name: option.default for option in COMMON_OPTIONS}
+
+# What OmegaConf and Hydra put values in the place of.
+_INTERPOLATION = re.compile(r"\$\{[^{}]+\}")
 
 KeyPath = tuple[str | int, ...]
 """A key inside mappings and lists, e.g. ``("datasets", 0, "path")``."""
@@ -38,10 +42,21 @@ class Source:
         """Whether a key has a value; null is none."""
         return self.values.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """Whether a key is there without a value."""
+        self._read.add(key)
+        return key in self.values and not self.gives(key)
+
     def raw(self, key: str, default: Any = None) -> Any:
         """Return a value as it stands, or ``default`` where it is missing or null."""
         self._read.add(key)
-        return self.values[key] if self.gives(key) else default
+        if not self.gives(key):
+            return default
+        value = self.values[key]
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, str) and _INTERPOLATION.search(part) for part in parts):
+            raise self.refuse(key, "what stands in ${} is known to its own program alone: write the value")
+        return value
 
     def number(self, key: str, default: float | None = None) -> Any:
         """Return a float.

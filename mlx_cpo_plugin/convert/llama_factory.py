@@ -205,9 +205,9 @@ def _entry(name: str, described: Any, place: Path, conversion: Conversion) -> Da
 
 def _columns(columns: Source, alpaca: bool, conversion: Conversion) -> dict[str, str]:
     """Return our column settings; a ``query`` joins the prompt, which the reader does, too."""
-    features = {ours: columns.text(theirs) for theirs, ours in COLUMNS.items() if columns.gives(theirs)}
+    features = {ours: columns.text(theirs) for theirs, ours in COLUMNS.items() if columns.text(theirs)}
     prompts = ("prompt", "query") if alpaca else ("messages",)
-    names = [columns.text(key) for key in prompts if columns.gives(key)]
+    names = [name for key in prompts if (name := columns.text(key))]
     if names == ["instruction", "input"] and columns.values.get("history") == "history":
         conversion.tell(f"The columns instruction, input and {columns.raw('history')} are found by their names.")
     elif names:

@@ -140,7 +140,7 @@ def convert_precision(bits: int | None, conversion: Conversion) -> None:
         return
     conversion.settings[f"load_in_{bits}bits"] = True
     conversion.tell(
-        f"{bits} bits are MLX's affine quantisation in groups of 128 weights, not bitsandbytes'; remove the "
+        f"{bits} bits are MLX's affine quantisation in groups of up to 128 weights, not bitsandbytes'; remove the "
         "key for a model that is already quantised."
     )
 

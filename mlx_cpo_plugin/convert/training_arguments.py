@@ -284,7 +284,9 @@ def convert_rest(source: Source, conversion: Conversion, grad_checkpoint: bool, 
         grad_checkpoint: whether activations are recomputed.
         given: whether the file says so.
     """
-    norm = source.number("max_grad_norm", 1.0)
+    # To transformers null is no limit; Axolotl leaves it out.
+    unlimited = source.is_null("max_grad_norm") and conversion.source_name != "Axolotl"
+    norm = 0.0 if unlimited else source.number("max_grad_norm", 1.0)
     if norm > 0:
         conversion.put("max_grad_norm", norm, source.gives("max_grad_norm"))
     conversion.put("seed", source.count("seed", 42), source.gives("seed"))
@@ -322,11 +324,25 @@ def convert_training_arguments(
     convert_checkpoints(source, conversion)
 
 
+def warmup_of(source: Source) -> tuple[float | None, float | None]:
+    """Return the steps of the warm-up, or below 1 their share as newer versions have it, and the share of its own key.
+
+    Raises:
+        ConfigError: there cannot be as many.
+    """
+    steps, share = source.number("warmup_steps"), source.number("warmup_ratio")
+    if steps is not None and steps < 0:
+        raise source.refuse("warmup_steps", "it must be at least 0")
+    if share is not None and not 0 <= share < 1:
+        raise source.refuse("warmup_ratio", "it must be at least 0 and below 1")
+    return steps, share
+
+
 def schedule_of(source: Source, peak: float) -> ScheduleRequest:
     """Read the schedule from the keys that transformers has for it."""
     name = str(source.raw("lr_scheduler_type", "linear"))
-    warmup = source.number("warmup_steps", 0.0) or source.number("warmup_ratio", 0.0)
-    source.raw("warmup_ratio")
+    steps, share = warmup_of(source)
+    warmup = steps or share or 0.0
     arguments = source.inside("lr_scheduler_kwargs")
     end = 0.0
     if name == "cosine_with_min_lr":

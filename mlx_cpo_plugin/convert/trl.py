@@ -192,11 +192,12 @@ def _handbook_mixer(source: Source, conversion: Conversion, validates: bool) -> 
     entries = []
     for name in mixer.values:
         share = mixer.number(name, 1.0)
-        part = "" if share == 1 else f"[:{round(100 * share)}%]"
+        if not 0 < share <= 1:
+            raise mixer.refuse(name, "it must be the share of its rows to take, above 0 and at most 1")
+        percent = max(1, round(100 * share))
+        part = "" if share == 1 else f"[:{percent}%]"
         if part:
-            conversion.tell(
-                f"dataset_mixer takes {share:g} of {named(name, 60)}, here its first {round(100 * share)} %."
-            )
+            conversion.tell(f"dataset_mixer takes {share:g} of {named(name, 60)}, here its first {percent} %.")
         entries += [DataEntry(name, {}, split + part, valid) for split in splits if "train" in split]
     return entries
 

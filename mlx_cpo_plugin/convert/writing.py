@@ -39,7 +39,7 @@ def told_lines(conversion: Conversion, source: Source, account: Account) -> list
         *_section("Changed in meaning, or worth a look:", conversion.changed),
         *_section(f"Defaults of {name} that differ here, so written out:", [", ".join(conversion.defaulted)]),
         *_section("No counterpart, left out:", [", ".join(map(named, account.dropped))]),
-        *_section("Without effect on the result:", [", ".join(map(named, account.ineffective))]),
+        *_section("As by default, or without effect:", [", ".join(map(named, account.ineffective))]),
         *_section("Empty or switched off, left out:", [", ".join(map(named, account.off))]),
     ]
 

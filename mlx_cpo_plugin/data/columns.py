@@ -17,6 +17,7 @@ from mlx_cpo_plugin.data.ranked import (
     columns_of_scores,
     has_completions,
     has_scores,
+    holds_several,
     is_ranked,
     refuse_small_gap,
     two_answer_rows,
@@ -41,6 +42,8 @@ TASKS = ("instruction", "question", "query")
 CONVERSATIONS = ("conversations", "conversation", "messages")
 # Columns that a task is taken from, too, and those that are read beside the parts of a preference.
 WITH_TASKS = ("input", "history")
+# Columns of what is no text.
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 BESIDE = ("tools", "chat_template_kwargs")
 
 
@@ -80,7 +83,8 @@ class ColumnsRead:
     Attributes:
         read: part of the preference, e.g. ``prompt`` -> the columns that it was taken from in any row.
         unread: all others.
-        doubtful: those of the unread ones that hold something under a usual name -> the part that they may be.
+        doubtful: those of the unread ones that hold something under a usual name -> the part that they may be; no part
+            for :data:`MEDIA`.
     """
 
     read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -134,6 +138,7 @@ class Columns:
         found = list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
         allowed = first_few([named(name, 60) for name in found], 12)
         listed = f"one of the columns found ({allowed or 'none'})"
+        self._refuse_twice(found, where)
         for part, aliases in ALIASES.items() if rows else ():
             name, key = getattr(self, part), f"{part}_feature"
             missing = [column for column in _columns_in(name, part, found) if column not in found]
@@ -144,11 +149,23 @@ class Columns:
                 if any(isinstance(row, Mapping) and is_ranked(row) for row in rows):
                     continue
                 message = f"{where} has no column for the {part} answer: set {key} to {listed}."
-                if has_completions(found):
+                if any(isinstance(row, Mapping) and holds_several(row) for row in rows):
                     message = (
                         f"{where} has several answers in a row, but no scores or ranks of them: add either column."
                     )
                 raise DataError(message, key=key, place=where, allowed=allowed)
+
+    def _refuse_twice(self, found: Sequence[str], where: str) -> None:
+        """Raise DataError where a column is named for two parts of a preference, or twice for one."""
+        named_by: dict[str, str] = {}
+        for part in ALIASES:
+            key, name = f"{part}_feature", getattr(self, part)
+            for column in _columns_in(name, part, found) if name != AUTO else ():
+                if column in named_by:
+                    other = f"{named_by[column]} does, too" if named_by[column] != key else "twice"
+                    message = f"{key} names the column {shown(column)} of {where}, and {other}: name another for one."
+                    raise DataError(message.replace(", and twice:", " twice:"), key=key, place=where)
+                named_by[column] = key
 
     def tell_gaps(self, rows: Iterable[object]) -> bool:
         """Whether rows have the scores that ``min_gap`` asks for, if it is set."""
@@ -171,7 +188,7 @@ class Columns:
         read |= {part: {part: None} for part in BESIDE if found.get(part)}
         every = {column for columns in read.values() for column in columns}
         unread = [column for column in found if column not in every]
-        parts = {alias: part for part, aliases in ALIASES.items() for alias in aliases}
+        parts = {alias: part for part, aliases in ALIASES.items() for alias in aliases} | dict.fromkeys(MEDIA, "")
         doubtful = {column: parts[column] for column in unread if column in parts and found[column]}
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)

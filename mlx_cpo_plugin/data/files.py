@@ -24,6 +24,11 @@ ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2,
 _HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
 _JSON_BEGINS = '{["-0123456789tfn'
 _ANSWERS = {*ALIASES["chosen"], *ALIASES["rejected"], *COMPLETIONS}
+_OTHER_CONTAINERS = {
+    b"PK\x03\x04": "a ZIP archive, or a workbook of Excel",
+    b"\xfd7zXZ\x00": "packed by xz",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+}
 _GAP = re.compile(r"[\s\ufeff]*")
 
 
@@ -66,6 +71,8 @@ def read_file(path: Path, name: str = "") -> list[Row]:
         return numbered(_columnar_rows(content, file, "Parquet"), name)
     if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or kind == ".arrow":
         return numbered(_columnar_rows(content, file, "Arrow"), name)
+    if packed := next((what for mark, what in _OTHER_CONTAINERS.items() if content.startswith(mark)), None):
+        raise DataError(f"{file} is {packed}, which is not read: unpack or save it as {ACCEPTED}.", place=file)
     text = _decoded(content, file)
     start = _GAP.match(text).end()  # type: ignore[union-attr]  # matches anything
     if start == len(text):

@@ -84,6 +84,11 @@ def has_completions(names: Iterable[object]) -> bool:
     return not set(COMPLETIONS).isdisjoint(names)
 
 
+def holds_several(row: Mapping[str, object]) -> bool:
+    """Whether one of the columns holds a list of several answers, and not an object or a text."""
+    return any(isinstance(row.get(name), list | str) and not is_null(row[name]) for name in COMPLETIONS if name in row)
+
+
 def is_ranked(row: Mapping[str, object]) -> bool:
     """Whether a row says what each of its several answers is worth."""
     try:

@@ -131,6 +131,8 @@ def _unread_column(columns: ColumnsRead) -> str:
     if not columns.doubtful:
         return ""
     column, part = next(iter(columns.doubtful.items()))
+    if not part:
+        return f"note: the column {column} is not read: what is trained on is the text alone."
     read = " and ".join(columns.read.get(part, ())) or "none"
     return f"note: the column {column} is not read, as the {part} is in {read}; set {part}_feature to read another."
 

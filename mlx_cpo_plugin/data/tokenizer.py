@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from mlx_cpo_plugin.types import Tokenizer
 TokenIds = NDArray[np.int32]
 
 # Varied text, which two versions of a tokenizer are unlikely to encode alike.
+_QUESTION = "Zwölf?"
 _SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, 敏捷的棕色狐狸 🦊\n\tdef f(x):\n"
 # Text that a tokenizer which rewrites its input encodes differently when asked for offsets.
 _PROBE = "a b\n<n>\n\nc"
@@ -155,6 +156,19 @@ class ChatTokenizer:
     def _renders_by_code(self) -> bool:
         """Whether mlx-lm's wrapper has a template of Python code, and renders."""
         return self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
+
+    def variant_of(self, prompt: Sequence[int] | TokenIds) -> Mapping[str, object]:
+        """Return the template arguments that a tokenised prompt was rendered with, by what stands around its text."""
+        question: Message = {"role": "user", "content": _QUESTION}
+        text = self.decode(prompt)
+
+        def likeness(variant: Mapping[str, object]) -> int:
+            with suppress(UnusableRow):
+                before, _, after = self.render([question], None, True, variant).rpartition(_QUESTION)
+                return 2 * text.endswith(after) + text.startswith(before)
+            return 0
+
+        return max(self.template_variants(), key=likeness)
 
     def render(
         self,

@@ -7,7 +7,7 @@ chat template, and written only if putting it together again gives the same text
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,8 @@ def write_ollama(trained: Trained, folder: Path, bits: int, say: Say) -> list[st
     """
     check_gguf(trained)
     bos = trained.inner_tokenizer.bos_token if trained.adds_bos else ""
-    form = chat_format(ChatTokenizer.from_settings(trained.tokenizer, trained.settings), bos)
+    tokenizer = ChatTokenizer.from_settings(trained.tokenizer, trained.settings)
+    form = chat_format(tokenizer, bos, tokenizer.variant_of(trained.rows[0].prompt))
     file = folder / f"model-{TYPES[bits]}.gguf"
     (folder / MODELFILE).write_text(modelfile(trained, form, file.name), encoding="utf-8")
     notes = write_gguf(trained, file, bits, say)
@@ -117,11 +118,12 @@ def modelfile(trained: Trained, form: ChatFormat, gguf_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chat_format(tokenizer: ChatTokenizer, bos: str = "") -> ChatFormat:
+def chat_format(tokenizer: ChatTokenizer, bos: str = "", variant: Mapping[str, object] | None = None) -> ChatFormat:
     """Return what the chat template puts around messages.
 
     Args:
         bos: what llama.cpp puts before the text by itself.
+        variant: arguments of the template, as in training.
 
     Raises:
         ExportError: it does more than put fixed text around them.
@@ -131,7 +133,7 @@ def chat_format(tokenizer: ChatTokenizer, bos: str = "") -> ChatFormat:
         roles = ("user", "assistant")
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": roles[place % 2], "content": turn} for place, turn in enumerate(turns)]
-        return tokenizer.render(messages, None, add_generation_prompt=True).removeprefix(bos)
+        return tokenizer.render(messages, None, True, variant).removeprefix(bos)
 
     try:
         opening, before_answer, after_answer, asks = _around(render, _TURNS[:3], None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
@@ -118,25 +119,34 @@ def train_test_and_fuse(
     # A mode from elsewhere may leave no more than an adapter, or not even that.
     if is_first_rank() and (folder / RUN_SETTINGS).exists() and (folder / ADAPTER_CONFIG).exists():
         describe(settings, sets)
-        for line in next_commands(settings, held_out=bool(valid_set or test_set)):
+        for line in next_commands(settings, bool(valid_set or test_set), template_arguments(train_set)):
             print(line)
 
 
-def next_commands(settings: RunSettings, held_out: bool) -> list[str]:
+def template_arguments(pairs: Sequence[object]) -> Mapping[str, object]:
+    """Return the arguments of the chat template that the first pair's prompt was rendered with; empty without pairs."""
+    if not (isinstance(pairs, PreferenceDataset) and pairs and pairs.chat_tokenizer):
+        return {}
+    return pairs.chat_tokenizer.variant_of(pairs[0].prompt)
+
+
+def next_commands(settings: RunSettings, held_out: bool, arguments: Mapping[str, object] | None = None) -> list[str]:
     """Return the commands that judge and use what a run has left, one a line.
 
     Args:
         held_out: whether there are rows to compare the models on; if not, a prompt has to do.
+        arguments: of the chat template, as in training.
     """
     adapter, prompt = quote(str(settings.adapter_path)), "--prompt 'Hi!'"
+    asked = f"{prompt} --chat-template-config {quote(json.dumps(arguments, default=str))}" if arguments else prompt
     base = quote(settings.model) if settings.model else "MODEL"  # a loaded one that a call gave
     named = "" if settings.model else f" --model {base}"
     lines = [f"Compare:  mlx-cpo compare {adapter}{named}" + ("" if held_out and settings.data else f" {prompt}")]
     if settings.fuse:
-        lines.append(f"Generate: mlx_lm.generate --model {quote(str(fused_folder(settings)))} {prompt}")
+        lines.append(f"Generate: mlx_lm.generate --model {quote(str(fused_folder(settings)))} {asked}")
     else:
         if not quantised_load(settings):  # which mlx_lm would load as it is
-            lines.append(f"Generate: mlx_lm.generate --model {base} --adapter-path {adapter} {prompt}")
+            lines.append(f"Generate: mlx_lm.generate --model {base} --adapter-path {adapter} {asked}")
         if settings.model and settings.data:
             config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
             lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import tempfile
 import webbrowser
@@ -25,18 +26,23 @@ def listen(wanted: int | None) -> socket.socket:
     Raises:
         ConfigError: the wanted one is taken, or none is free.
     """
+    fault = ""
     for port in [wanted] if wanted is not None else range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, port))
             listening.listen()
-        except (OSError, OverflowError):
+        except OverflowError:
             listening.close()
+            raise ConfigError(f"--port is {wanted}, but must be between 0 and 65535.", key="port") from None
+        except OSError as error:
+            listening.close()
+            fault = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             continue
         return listening
-    taken = f"Port {wanted} is taken" if wanted is not None else "No port is free"
-    raise ConfigError(f"{taken}; choose another one with --port.", key="port")
+    unusable = f"Port {wanted} {fault}" if wanted is not None else "No port is free"
+    raise ConfigError(f"{unusable}; choose another one with --port.", key="port")
 
 
 def announce(port: int, token: str, open_browser: bool) -> None:

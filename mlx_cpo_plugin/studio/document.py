@@ -109,8 +109,9 @@ def path_in(root: Path, name: str) -> Path:
     if not name:
         raise ConfigError("Give the file a name, such as my.yaml.")
     try:
-        path = (root / name).resolve()
-    except (OSError, ValueError) as error:
+        path = (root / Path(name).expanduser()).resolve()
+        path.exists()  # which fails where a name is too long
+    except (OSError, ValueError, RuntimeError) as error:  # the last where there is no such home
         raise ConfigError(f"{name!r} is not a valid file name ({error}); give another.") from error
     if not path.is_relative_to(root.resolve()):
         raise ConfigError(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.refusals import refused
 
 from mlx_cpo_plugin import cli, plugins
-from mlx_cpo_plugin.convert.command import SOURCES, recognised
+from mlx_cpo_plugin.convert.command import SOURCES, read_settings, recognised
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, account
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError
@@ -323,6 +323,13 @@ def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes:
         ("trl", {"per_device_train_batch_size": 0}, "per_device_train_batch_size", "in their.yaml"),
         ("trl", {"use_peft": True, "lora_r": 0}, "lora_parameters.rank", ""),
         ("trl", {"datasets": ["rows"]}, "datasets", "in their.yaml"),
+        ("trl", {"dataset_mixer": {"a/b": 1.5}}, "dataset_mixer.a/b", "in their.yaml"),
+        ("trl", {"dataset_mixer": {"a/b": 0.0}}, "dataset_mixer.a/b", "in their.yaml"),
+        ("trl", {"warmup_ratio": 1.5}, "warmup_ratio", "in their.yaml"),
+        ("llama-factory", {"warmup_steps": -5}, "warmup_steps", "in their.yaml"),
+        ("axolotl", {"warmup_ratio": -0.1}, "warmup_ratio", "in their.yaml"),
+        ("trl", {"model_name_or_path": "${oc.env:BASE}"}, "model_name_or_path", "in their.yaml"),
+        ("trl", {"output_dir": "out/${beta}"}, "output_dir", "in their.yaml"),
         ("axolotl", {"rl": None}, "rl", "in their.yaml"),
         ("axolotl", {"rl": "grpo"}, "rl", "in their.yaml"),
         ("axolotl", {"rl": "orpo"}, "rl", "in their.yaml"),
@@ -663,6 +670,7 @@ def test_llama_factory_data_sets_are_read_from_their_description(tmp_path: Path)
         ({"prompt": "instruction", "query": "input"}, "instruction+input"),
         ({"prompt": "question", "query": "context"}, "question+context"),
         ({"prompt": "question"}, "question"),
+        ({"prompt": "question", "query": ""}, "question"),
         ({"prompt": "instruction", "query": "input", "history": "history"}, None),
     ],
 )
@@ -983,3 +991,18 @@ def test_any_values_are_converted_or_refused(name: str, changes: dict[str, Any],
         text = written(name, EXAMPLES[name] | changes, rows)[1]
 
     assert yaml.safe_load(text)["train_mode"] == "cpo"
+
+
+@pytest.mark.parametrize(("name", "limited"), [("trl", False), ("simpo", False), ("axolotl", True)])
+def test_no_limit_of_the_norm_stays_none(name: str, limited: bool) -> None:
+    source = Source(YamlSettings("their.yaml", EXAMPLES[name] | {"max_grad_norm": None}, {}))
+
+    assert ("max_grad_norm" in SOURCES[name][1](source, None, False).settings) is limited
+
+
+def test_a_key_that_stands_twice_in_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "their.json").write_text('{"cpo_alpha": 1, "beta": 0.2, "beta": 0.3}')
+
+    file = str(tmp_path / "their.json")
+    with refused(ConfigError, "has the key beta twice", key="beta", place=file):
+        read_settings(file)

@@ -653,7 +653,7 @@ class Rendering:
     def __init__(self, render: Callable[[Messages], str]) -> None:
         self.render_messages = render
 
-    def render(self, messages: Messages, tools: None, add_generation_prompt: bool) -> str:
+    def render(self, messages: Messages, tools: None, add_generation_prompt: bool, variant: None) -> str:
         return self.render_messages(messages)
 
 

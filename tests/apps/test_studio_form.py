@@ -274,7 +274,9 @@ class TestDocument:
         assert b"beta: 0.3" in written
         assert written.count(line_break) == written.count(b"\n") == len(written.splitlines())
 
-    @pytest.mark.parametrize("name", ["../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "x.txt", "", "\0.yaml"])
+    @pytest.mark.parametrize(
+        "name", ["../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "x.txt", "", "\0.yaml", "~/x.yaml", "a" * 300 + ".yaml"]
+    )
     def test_files_elsewhere_and_of_other_kinds_are_refused(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             document.path_in(tmp_path, name)

@@ -215,11 +215,12 @@ def test_who_connects_before_the_page_is_built_is_answered_when_it_is() -> None:
 def test_a_port_that_is_taken_is_refused_and_without_a_wish_the_next_one_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with refused(ConfigError, "99999", key="port"):
-        listen(99999)
+    for port in (99999, -1):
+        with refused(ConfigError, f"--port is {port}, but must be between 0 and 65535", key="port"):
+            listen(port)
     with listen(0) as taken:
         port = taken.getsockname()[1]
-        with refused(ConfigError, str(port), key="port"):
+        with refused(ConfigError, f"Port {port} is taken", key="port"):
             listen(port)
         monkeypatch.setattr(address, "DEFAULT_PORT", port)
         with listen(None) as other:

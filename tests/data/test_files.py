@@ -208,6 +208,8 @@ def test_any_rows_are_the_same_as_lines_and_as_a_list(tmp_path_factory: Any, row
         ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3", "3 values for 2 columns"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "", "git lfs pull"),
         ("a.json", b"\n<!DOCTYPE html><html>", "", "not a data file"),
+        ("a.xlsx", b"PK\x03\x04\x14\x00\xff", "", "a workbook of Excel, which is not read"),
+        ("a.jsonl.xz", b"\xfd7zXZ\x00\xff", "", "packed by xz, which is not read: unpack or save it as JSON Lines"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where_and_why(

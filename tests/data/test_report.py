@@ -132,6 +132,13 @@ def test_the_same_prompt_with_another_answer_is_no_repetition() -> None:
     assert pairs([{**rows(1)[0], "chosen": f"Yes, {i}."} for i in range(3)]).report.findings == ()
 
 
+@pytest.mark.parametrize(("value", "noted"), [(["a.png"], True), ([], False), (None, False)])
+def test_pictures_and_sounds_are_noted_where_there_are_any(value: object, noted: bool) -> None:
+    report = pairs([{**row, "images": value} for row in rows(2)]).report
+
+    assert any("the column images is not read" in line for line in report.findings) is noted
+
+
 def test_a_column_under_a_usual_name_that_is_not_read_is_noted() -> None:
     line = finding([{**row, "question": "Who?"} for row in rows(2)])
 

@@ -325,9 +325,27 @@ def test_a_named_column_that_is_missing_is_an_error_with_the_columns_found():
 
 
 def test_no_column_for_a_side_is_an_error_with_the_columns_found():
+    with refused(DataError, "no column for the chosen answer", place="train.jsonl", allowed="data, answers"):
+        Columns().check([{"data": "a", "answers": {"good": "a", "bad": "b"}}], "train.jsonl")
     with refused(DataError, key="chosen_feature", place="train.jsonl", allowed="text, label"):
         Columns().check([{"text": "a"}, {"text": "b", "label": 1}], "train.jsonl")
 
 
 def test_columns_may_differ_from_row_to_row():
     Columns().check([{"chosen": "a", "rejected": "b"}, {"preferred_output": [], "non_preferred_output": []}], "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("columns", "key"),
+    [
+        (Columns(chosen="good", rejected="good"), "rejected_feature"),
+        (Columns(chosen="good", rejected="bad", prompt="good"), "prompt_feature"),
+        (Columns(prompt="task+task"), "prompt_feature"),
+        (Columns(prompt="task+more", system="more"), "system_feature"),
+    ],
+)
+def test_a_column_that_is_named_twice_is_refused(columns: Columns, key: str) -> None:
+    row = dict.fromkeys(("good", "bad", "task", "more", "chosen", "rejected"), "text")
+
+    with refused(DataError, "names the column '(good|task|more)' of a.json", key=key, place="a.json"):
+        columns.check([row], "a.json")

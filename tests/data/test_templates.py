@@ -93,6 +93,18 @@ def test_whether_to_think_is_no_longer_tried_where_it_is_said():
     assert parts({**ROW, "chat_template_kwargs": {"enable_thinking": False}}, told)[0].endswith(thoughtless)
 
 
+@pytest.mark.parametrize("template", ["thinking", "either_thinking", "mode_in_system", "mode_opens_thinking"])
+@pytest.mark.parametrize("answer", ["Yes.", "<think>\nHm.\n</think>\n\nYes."])
+def test_the_arguments_that_a_prompt_was_rendered_with_are_found_again(template: str, answer: str) -> None:
+    tokenizer = ChatTokenizer(tokenizer_named(template))
+    told = {**ROW, "chosen": answer, "rejected": answer.replace("Yes", "No")}
+
+    prompt = tokenize(parse_row(told, Columns()), tokenizer).prompt
+
+    rendered = tokenizer.render([{"role": "user", "content": "Is it?"}], None, True, tokenizer.variant_of(prompt))
+    assert tokenizer.decode(prompt) == rendered
+
+
 def test_the_template_of_the_settings_goes_before_the_tokenizers_own(tmp_path):
     file = tmp_path / "template.jinja"
     file.write_text(MOOD)

@@ -268,6 +268,14 @@ def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:
     assert any("compare" in line and "--prompt" in line for line in quantised)
 
 
+def test_arguments_of_the_template_are_those_of_training() -> None:
+    asked = next_commands(RunSettings(model="m", adapter_path="a"), True, {"enable_thinking": False})
+
+    assert any(
+        line.endswith("""--prompt 'Hi!' --chat-template-config '{"enable_thinking": false}'""") for line in asked
+    )
+
+
 class OwnLoop:
     """A mode that trains by itself and writes an adapter alone; functions of its own may be others."""
 
