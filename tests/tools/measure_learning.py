@@ -436,10 +436,12 @@ def do(task: Task, until: float) -> str:
     return f"{result['seconds']:7.1f} s, {result['seconds_in_all']:7.1f} s in all: {task.name}"
 
 
-def restricted(tasks: Iterable[Task], most: int, rates: Sequence[float], seeds: Sequence[int]) -> list[Task]:
+def restricted(
+    tasks: Iterable[Task], most: int, rates: Sequence[float], seeds: Sequence[int], epochs: int | None
+) -> list[Task]:
     """Return the tasks with some rates and seeds, and the model as it is, on at most so many training rows."""
     return [
-        replace(task, training=(task.training[0], min(task.training[1], most)))
+        replace(task, training=(task.training[0], min(task.training[1], most)), epochs=epochs or task.epochs)
         for task in tasks
         if task.trainer == "none" or (task.rate in rates and task.seed in seeds)
     ]
@@ -476,6 +478,7 @@ def main() -> None:
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the only ones; one needs no choosing")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    parser.add_argument("--epochs", type=int, help="in place of each file's own; into a folder of its own")
     parser.add_argument("--most-rows", type=int, default=10**6, help="train on no more rows of a file, its first ones")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
@@ -491,7 +494,7 @@ def main() -> None:
     )
 
     def run(tasks: Iterable[Task]) -> None:
-        run_all(pool, restricted(tasks, given.most_rows, given.rates, given.seeds), given.output, until)
+        run_all(pool, restricted(tasks, given.most_rows, given.rates, given.seeds, given.epochs), given.output, until)
 
     with pool:
         first = [*(rate_tasks(sets, given.losses) if "rates" in given.parts else ())]
