@@ -217,9 +217,10 @@ def table(sweep: Sweep, results: Sequence[SettingResult]) -> str:
     figures = [name for name in FIGURES if any(math.isfinite(outcome.figure(name)) for outcome in outcomes)]
     titles = [*(f"`{name}`" for name in options), "seeds", "verdict", *(FIGURES[name].title for name in figures)]
     lines = [titles, ["---"] * len(titles)]
-    if first := next((outcome for outcome in outcomes if outcome.before), None):
-        before = [_written(name, number(first.before or {}, FIGURES[name].metric)) for name in figures]
-        shown = [text if name in COMPARABLE else "" for name, text in zip(figures, before, strict=True)]
+    if befores := [outcome.before for outcome in outcomes if outcome.before]:
+        # Other models, rows or lengths begin elsewhere: what differs is no setting's.
+        texts = {name: {_written(name, number(row, FIGURES[name].metric)) for row in befores} for name in figures}
+        shown = [min(texts[name]) if name in COMPARABLE and len(texts[name]) == 1 else "" for name in figures]
         lines.append([*["before training", *[""] * (len(options) + 1)][: len(options) + 1], "", *shown])
     for result in results:
         values = [_cell(result.outcomes[0].run.options.get(name, "")) for name in options]

@@ -337,6 +337,20 @@ def test_options_that_differ_in_a_character_are_settings_of_their_own(
     assert f'data {twice[0]}, lora_parameters.keys ["self_attn.q_proj"]' in [result.name for result in results[:2]]
 
 
+def test_what_settings_have_not_in_common_before_training_is_not_shown_as_if_they_had() -> None:
+    runs_of = [PlannedRun({"data": name}, 0, {}, name) for name in ("a", "b")]
+    sweep = Sweep(Path("s"), {}, tuple(runs_of), "accuracy", (), Path())
+    before = [{"val_accuracies": 0.25, "val_nll_loss": 2.0}, {"val_accuracies": 0.75, "val_nll_loss": 2.0}]
+    outcomes = {
+        run.digest: Outcome(run, Path(), FINISHED, before=row, after=row)
+        for run, row in zip(runs_of, before, strict=True)
+    }
+
+    line = table(sweep, results_of(sweep, outcomes)).splitlines()[2]
+
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["before training", "", "", "", "2.000"]
+
+
 def test_what_a_finished_run_was_judged_by_is_kept_though_its_metrics_are_not(write: Callable[..., Path]) -> None:
     sweep = read_sweep(write(grid={"beta": [0.1, 0.2]}))
     before = table(sweep, results_of(sweep, done(sweep, Pretended(by_beta))))
