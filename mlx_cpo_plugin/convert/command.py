@@ -100,13 +100,13 @@ def read_settings(file: str) -> YamlSettings:
     return YamlSettings(file, values, {})
 
 
-def _once_each(file: str | Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(file: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; refuse one with a key twice, as YAML is."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{named(file)} has the key {named(twice)} twice; remove one.", key=twice, place=str(file))
+        raise ConfigError(f"{named(file)} has the key {named(twice)} twice; remove one.", key=twice, place=file)
     return values
 
 

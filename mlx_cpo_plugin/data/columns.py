@@ -161,10 +161,10 @@ class Columns:
         for part in ALIASES:
             key, name = f"{part}_feature", getattr(self, part)
             for column in _columns_in(name, part, found) if name != AUTO else ():
-                if column in named_by:
-                    other = f"{named_by[column]} does, too" if named_by[column] != key else "twice"
-                    message = f"{key} names the column {shown(column)} of {where}, and {other}: name another for one."
-                    raise DataError(message.replace(", and twice:", " twice:"), key=key, place=where)
+                if first := named_by.get(column):
+                    again = " twice" if first == key else f", and {first} does, too"
+                    message = f"{key} names the column {shown(column)} of {where}{again}: name another for one."
+                    raise DataError(message, key=key, place=where)
                 named_by[column] = key
 
     def tell_gaps(self, rows: Iterable[object]) -> bool:

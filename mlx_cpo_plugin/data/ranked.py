@@ -85,8 +85,8 @@ def has_completions(names: Iterable[object]) -> bool:
 
 
 def holds_several(row: Mapping[str, object]) -> bool:
-    """Whether one of the columns holds a list of several answers, and not an object or a text."""
-    return any(isinstance(row.get(name), list | str) and not is_null(row[name]) for name in COMPLETIONS if name in row)
+    """Whether one of the columns holds a list of several answers, or one as text, and not an object."""
+    return any(isinstance(row.get(name), list | str) for name in COMPLETIONS)
 
 
 def is_ranked(row: Mapping[str, object]) -> bool:

@@ -152,10 +152,10 @@ def read_sweep(file: Path, output: Path | None = None) -> Sweep:
 
 def described(options: Mapping[str, object]) -> str:
     """Return options in words: ``beta 0.1, learning_rate 1e-05``; ``as it is`` where nothing is varied."""
-    return ", ".join(f"{key} {shown(value)}" for key, value in options.items()) or "as it is"
+    return ", ".join(f"{key} {value_text(value)}" for key, value in options.items()) or "as it is"
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """Return a value of an option on one line, as a reader would write it."""
     if isinstance(value, float):
         return f"{value:.12g}"
@@ -177,7 +177,7 @@ def with_options(values: Values, options: Mapping[str, object]) -> Values:
 
 
 def _short(value: object) -> str:
-    return "".join(character if character.isalnum() or character in ".-+" else "-" for character in shown(value))
+    return "".join(character if character.isalnum() or character in ".-+" else "-" for character in value_text(value))
 
 
 def _base(given: YamlSettings, file: Path) -> YamlSettings:

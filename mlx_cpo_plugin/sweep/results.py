@@ -14,7 +14,7 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_metadata
 from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
-from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described, shown, varied
+from mlx_cpo_plugin.sweep.plan import PlannedRun, Sweep, described, value_text, varied
 from mlx_cpo_plugin.verdict import OUTCOMES
 
 RESULT = "sweep_result.json"
@@ -70,10 +70,7 @@ class Outcome:
         status, reason = kept.get("status", WAITING), kept.get("reason", "")
         if given_up and status == WAITING:
             status, reason = GIVEN_UP, given_up
-        before, after = validations_of(folder)
-        if status == FINISHED and isinstance(kept.get("after"), dict):
-            before, after = kept.get("before"), kept["after"]
-        return cls(run, folder, str(status), str(reason), before, after)
+        return cls(run, folder, str(status), str(reason), *validations_of(folder))
 
     def figure(self, name: str) -> float:
         """Return a figure of :data:`FIGURES` after training, or the verdict; NaN where there is none."""
@@ -111,7 +108,13 @@ def read_result(folder: Path) -> Row:
 
 
 def validations_of(folder: Path) -> tuple[Row | None, Row | None]:
-    """Return the validation of a run before training, and the one that it is judged by; None where it has none."""
+    """Return the validation of a run before training, and the one that it is judged by; None where it has none.
+
+    Those of a finished run are what :func:`write_result` has kept of them, whatever has become of its metrics.
+    """
+    kept = read_result(folder)
+    if kept.get("status") == FINISHED and isinstance(kept.get("after"), dict):
+        return kept.get("before"), kept["after"]
     record = record_of(folder)
     if record is None or not record.valid:
         return None, None
@@ -220,8 +223,8 @@ def table(sweep: Sweep, results: Sequence[SettingResult]) -> str:
     if befores := [outcome.before for outcome in outcomes if outcome.before]:
         # Other models, rows or lengths begin elsewhere: what differs is no setting's.
         texts = {name: {_written(name, number(row, FIGURES[name].metric)) for row in befores} for name in figures}
-        shown = [min(texts[name]) if name in COMPARABLE and len(texts[name]) == 1 else "" for name in figures]
-        lines.append([*["before training", *[""] * (len(options) + 1)][: len(options) + 1], "", *shown])
+        before = [min(texts[name]) if name in COMPARABLE and len(texts[name]) == 1 else "" for name in figures]
+        lines.append([*["before training", *[""] * (len(options) + 1)][: len(options) + 1], "", *before])
     for result in results:
         values = [_cell(result.outcomes[0].run.options.get(name, "")) for name in options]
         seeds = f"{len(result.finished)}" + ("" if result.is_complete else f" of {len(result.outcomes)}")
@@ -230,7 +233,7 @@ def table(sweep: Sweep, results: Sequence[SettingResult]) -> str:
 
 
 def _cell(value: object) -> str:
-    return shown(value).replace("|", "\\|")
+    return value_text(value).replace("|", "\\|")
 
 
 def _written(name: str, value: float) -> str:

@@ -186,8 +186,8 @@ def validation_at(folder: Path, part: float) -> Row | None:
     if record is not None and record.iters:
         least = max(math.ceil(part * record.iters), 2)
         row = next((row for row in record.valid if number(row, "iteration") >= least), None)
-    if row is None and (kept := read_result(folder)).get("status") == FINISHED:
-        return kept.get("after") or validations_of(folder)[1]
+    if row is None and read_result(folder).get("status") == FINISHED:
+        return validations_of(folder)[1]
     return row
 
 
