@@ -226,7 +226,8 @@ def train_mode(
         training_callback=training_callback,
     )
     if is_first_rank() and not adapter_file(settings).exists():
-        print(f"Warning: {mode.name} has written no adapter to {adapter_file(settings)}; nothing is left to use later.")
+        # The model may be fused all the same.
+        print(f"Warning: {mode.name} has written no adapter to {adapter_file(settings)}.")
 
 
 def report_on_test_set(

@@ -6,6 +6,7 @@ import io
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def path_in(root: Path, name: str) -> Path:
         raise ConfigError("Give the file a name, such as my.yaml.")
     try:
         path = (root / Path(name).expanduser()).resolve()
-        path.exists()  # which fails where a name is too long
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # fails where a name is too long; exists() does not in every version of Python
     except (OSError, ValueError, RuntimeError) as error:  # the last where there is no such home
         raise ConfigError(f"{name!r} is not a valid file name ({error}); give another.") from error
     if not path.is_relative_to(root.resolve()):
