@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mlx_cpo_plugin.bench.job import HOST, TRL, UNSLOTH
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.json_output import STANDARD_OUTPUT, check_json, write_json
+from mlx_cpo_plugin.termination import stopped_by_termination
 
 if TYPE_CHECKING:
     from mlx_cpo_plugin.bench.cases import Case
@@ -107,6 +106,7 @@ def _trainers(text: str) -> list[str]:
     return [name for name in TRAINERS if name in names]
 
 
+@stopped_by_termination()  # which ends the process that is being measured, too
 def run_bench(chosen: argparse.Namespace) -> int:
     """Measure what the arguments ask for, and print tables or JSON; returns 1 where a case could not be measured.
 
@@ -124,7 +124,6 @@ def run_bench(chosen: argparse.Namespace) -> int:
             raise ConfigError("--chart draws what --against compares on a case; give --against, and not --growth.")
         check_plot_file("--chart", chosen.chart)
     pythons = _pythons(chosen)
-    signal.signal(signal.SIGTERM, _end)
     progress = Progress()
     if chosen.growth is not None:
         trainers = [TRAINERS[name] for name in chosen.against or ["host"]]
@@ -204,11 +203,6 @@ def _shared_cases(chosen: argparse.Namespace, in_folder: bool, folder: Path) -> 
         return [cases.case_of_config(chosen.config, rows, shared=True)]
     shape = shapes.parse_shape(chosen.shape)
     return [case_in_folder(shape, rows, folder) if in_folder else cases.case_of_shape(shape, rows)]
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave by an exception, which ends the process that is being measured, too."""
-    raise SystemExit(128 + number)
 
 
 def _compare_all(chosen: argparse.Namespace, progress: Progress) -> int:

@@ -187,11 +187,11 @@ def record_undone(adapter_folder: Path, part: str) -> None:
         _update(adapter_folder, replace(record, done={name: of for name, of in record.done.items() if name != part}))
 
 
-def record_data(adapter_folder: Path, run: RunIdentity, data: Values) -> None:
-    """Record what the folder's run trained on, by split."""
+def record_data(adapter_folder: Path, run: RunIdentity, data: Values, template_arguments: Values) -> None:
+    """Record what the folder's run trained on, by split, and the arguments of the chat template that rendered it."""
     record = read_record(adapter_folder)
     if record is not None and record.run == run:
-        _update(adapter_folder, replace(record, data=data))
+        _update(adapter_folder, replace(record, data=data, template_arguments=template_arguments))
 
 
 def record_files(adapter_folder: Path, names: Collection[str]) -> None:

@@ -84,6 +84,7 @@ class RunRecord:
         files: names in the folder, beside those of every run: its fused model's, and its card's.
         successor: the record of a new run that is about to begin here, while files are being put aside for it.
         data: split -> ``rows``, ``pairs`` and ``sha256`` of what it trained, validated or was tested on.
+        template_arguments: of the chat template, as its prompts were rendered with.
     """
 
     run: RunIdentity
@@ -92,6 +93,7 @@ class RunRecord:
     files: tuple[str, ...] = ()
     successor: RunRecord | None = None
     data: Values = field(default_factory=dict)
+    template_arguments: Values = field(default_factory=dict)
 
     @classmethod
     def from_plain(cls, values: Values) -> RunRecord:
@@ -104,6 +106,7 @@ class RunRecord:
             tuple(values["files"]),
             successor and cls.from_plain(successor),
             dict(values.get("data", {})),
+            dict(values.get("template_arguments", {})),
         )
 
     def has_written(self, metadata: Mapping[str, str]) -> bool:
@@ -119,6 +122,7 @@ class RunRecord:
             "files": self.files,
             "successor": self.successor and self.successor.plain(),
             "data": self.data,
+            "template_arguments": self.template_arguments,
         }
 
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from shlex import quote
 
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.termination import stopped_by_termination
@@ -64,6 +63,7 @@ def run_export(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.export.peft_adapter import write_peft_adapter
     from mlx_cpo_plugin.export.trained import Trained
     from mlx_cpo_plugin.publish.card import model_card, write_card
+    from mlx_cpo_plugin.publish.usage import SHELL, usage
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -100,7 +100,9 @@ def run_export(chosen: argparse.Namespace) -> int:
             notes = write_gguf(trained, folder / f"model-{TYPES[bits or 16]}.gguf", bits or 16, say)
         card = model_card(chosen.adapter_path, to, notes=notes, base_model=chosen.base_model, here=target.name)
         write_card(card, folder, replacing=target)
-    print(f"Wrote {target}. {how_to_use(to, target)}")
+    language, lines = usage(to, str(target), arguments=trained.template_arguments)
+    use = f"Try it: {' && '.join(lines)}" if language == SHELL else f"In Python: {'; '.join(lines)}"
+    print(f"Wrote {target}. {use}")
     return 0
 
 
@@ -108,14 +110,3 @@ def default_target(adapter_path: Path, to: str) -> Path:
     """Return the folder beside an adapter for an export of it."""
     path = Path(os.path.abspath(adapter_path))  # .. has no name of its own
     return path.with_name(f"{path.name}-{to}")
-
-
-def how_to_use(to: str, target: Path) -> str:
-    """Return the command or the line of Python that uses an export."""
-    if to == "mlx":
-        return f"Try it: mlx_lm.generate --model {quote(str(target))} --prompt 'Hi!'"
-    if to == "gguf":
-        return f"Try it: llama-cli -m {quote(str(target))}/*.gguf -p 'Hi!'"
-    if to == "ollama":
-        return f"Try it: ollama create my-model -f {quote(str(target / 'Modelfile'))} && ollama run my-model"
-    return f"In Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.utils import load_config
 
 import mlx_cpo_plugin.demo
-from mlx_cpo_plugin.checkpoints.run_identity import run_in
+from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.comparison.contenders import MODEL_CONFIG, contenders, kind_of_folder, load_base, put_on, run_folder
 from mlx_cpo_plugin.comparison.questions import Say, held_out_pairs
 from mlx_cpo_plugin.data.dataset import load_splits
@@ -39,6 +39,7 @@ class Trained:
         base: the local folder of the base model.
         config: the base model's ``config.json``.
         tokenizer: with the chat template of the run.
+        template_arguments: of the chat template, as the run's prompts were rendered with; empty where not known.
         rows: a few held-out rows, whose log-probs ``before`` training and with the adapter, ``scores``, are known.
     """
 
@@ -49,6 +50,7 @@ class Trained:
     config: Values
     model: nn.Module
     tokenizer: Tokenizer
+    template_arguments: Values
     rows: Sequence[PreferencePair]
     before: HeldOutScores
     scores: HeldOutScores
@@ -70,7 +72,8 @@ class Trained:
                 place=str(adapter_path),
             )
         _, tuned = contenders([adapter_path], model, data)
-        settings, run = tuned.settings, run_in(run_folder(adapter_path))
+        folder = run_folder(adapter_path)
+        settings, run, record = tuned.settings, run_in(folder), read_record(folder)
         settings.begun = run.begun if run else None  # which templates tell that print the date
         tokenizer = load_chat_tokenizer(settings.model)
         rows = _rows(settings, tokenizer, data is not None, say)
@@ -89,15 +92,16 @@ class Trained:
                 f"model {settings.model!r} is damaged; give another.",
                 place=str(adapter_path),
             )
-        folder = model_folder(settings.model)
+        base_folder = model_folder(settings.model)
         return cls(
             adapter_path,
             run.id if run else None,
             settings,
-            folder,
-            load_config(folder),
+            base_folder,
+            load_config(base_folder),
             base,
             tokenizer,
+            record.template_arguments if record else {},
             rows,
             before,
             after,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path, PurePath
-from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -24,6 +23,7 @@ from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.errors import printable
 from mlx_cpo_plugin.missing_paths import looks_like_path
 from mlx_cpo_plugin.plugins import loss_types
+from mlx_cpo_plugin.publish.usage import usage
 from mlx_cpo_plugin.report.page import course
 from mlx_cpo_plugin.report.plots import PANELS, as_png, points
 from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
@@ -59,30 +59,20 @@ class Form(NamedTuple):
         relation: to its base model, as the hub names it.
         library: whose files these are, as the hub names it; empty where their names say so.
         tags: of the hub, beside those of every form.
-        language, commands: how to use it; ``{base}`` and ``{here}`` are the base model and the folder or repository.
     """
 
     title: str
     relation: str
     library: str
     tags: tuple[str, ...]
-    language: str
-    commands: str
 
 
-_WITH_ADAPTER = "mlx_lm.generate --model {base} --adapter-path {here} --prompt 'Hi!'"
-_LLAMA_CPP = "llama-cli -m {here}/*.gguf -p 'Hi!'"
-_GENERATE = "mlx_lm.generate --model {here} --prompt 'Hi!'"
-_OLLAMA = "ollama create {name} -f {here}/Modelfile\nollama run {name}"
-_PEFT = """from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{here}")"""
 FORMS = {
-    "adapter": Form("{} for MLX", "adapter", "mlx", ("mlx",), "sh", _WITH_ADAPTER),
-    "mlx": Form("model for MLX with its {} merged", "finetune", "mlx", ("mlx",), "sh", _GENERATE),
-    "peft": Form("{} for PEFT", "adapter", "peft", ("peft",), "python", _PEFT),
-    "gguf": Form("GGUF model with its {} merged", "finetune", "", ("gguf",), "sh", _LLAMA_CPP),
-    "ollama": Form("model for Ollama", "finetune", "", ("gguf", "ollama"), "sh", _OLLAMA),
+    "adapter": Form("{} for MLX", "adapter", "mlx", ("mlx",)),
+    "mlx": Form("model for MLX with its {} merged", "finetune", "mlx", ("mlx",)),
+    "peft": Form("{} for PEFT", "adapter", "peft", ("peft",)),
+    "gguf": Form("GGUF model with its {} merged", "finetune", "", ("gguf",)),
+    "ollama": Form("model for Ollama", "finetune", "", ("gguf", "ollama")),
 }
 _KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tuning"}
 
@@ -135,7 +125,7 @@ def model_card(
     sections = [
         f"# {here.rpartition('/')[2] or record.name}",
         _introduction(record, FORMS[form], kind, base),
-        _use(record, FORMS[form], base, here or folder.name),
+        _use(record, form, base, here or folder.name),
         _section("Files", [f"- {note}" for note in notes]),
         _data(record, run_folder),
         _results(record, plot),
@@ -249,12 +239,17 @@ def _introduction(record: RunRecord, form: Form, kind: str, base: str) -> str:
     return f"{text} Its base model is {named}" + (f", quantised while loading (`{precision}`)." if precision else ".")
 
 
-def _use(record: RunRecord, form: Form, base: str, here: str) -> str:
+def _use(record: RunRecord, form: str, base: str, here: str) -> str:
     base = base or _shown(record.settings.get("model")) or "MODEL"
-    if form.language == "sh":
-        base, here = quote(base), quote(here)
-    name = re.sub(r"[^\w.-]", "-", here.rpartition("/")[2].strip("'")).lower()
-    return f"## Use\n\n```{form.language}\n{form.commands.format(base=base, here=here, name=name)}\n```"
+    language, lines = usage(form, here, base, record.template_arguments)
+    block = "\n".join(lines)
+    text = f"## Use\n\n```{language}\n{block}\n```"
+    if form == "adapter" and record.settings.get("chat_template"):
+        text += (
+            "\n\nIt was trained with a `chat_template` of its own, which this command knows nothing of; a model that "
+            "`mlx-cpo export --to mlx` makes has it."
+        )
+    return text
 
 
 def _data(record: RunRecord, folder: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class RunRecord:
         warnings: what the run warned of.
         best: the validation whose weights a finished run has left, with ``load_best``.
         trained: whether the run has written down that its training is complete, as one that was stopped early has.
+        template_arguments: of the chat template, as its prompts were rendered with; empty where they are not known.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class RunRecord:
     warnings: tuple[str, ...]
     best: tuple[Row, ...] = ()
     trained: bool = False
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str | Path, needs_metrics: bool = True) -> RunRecord:
@@ -82,6 +84,7 @@ class RunRecord:
             warnings=tuple(str(row.get("text", "")) for row in of_kind("warning")),
             best=of_kind("best"),
             trained=told is not None and TRAINED in told.done and told.run.id == of_run,
+            template_arguments=told.template_arguments if told else {},
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
@@ -30,6 +30,7 @@ from mlx_cpo_plugin.host import TrainingCallback, give_chat_template, load_chat_
 from mlx_cpo_plugin.plugins import metrics_of, sets_of
 from mlx_cpo_plugin.publish.card import PLOT_FILE, model_card, write_card
 from mlx_cpo_plugin.publish.hub import PushAfterRunError, push, upload_of
+from mlx_cpo_plugin.publish.usage import usage
 from mlx_cpo_plugin.run.building import build_optimizer, iterations, load_model, optimizer_steps, quantised_load
 from mlx_cpo_plugin.run.fusing import Fusing, fused_as, fused_folder, holds_model
 from mlx_cpo_plugin.run.preflight import adapter_file, check_destinations, plan_notes, position_notes, run_identity
@@ -38,7 +39,7 @@ from mlx_cpo_plugin.trackers import TrackerCallback, tracked_run
 from mlx_cpo_plugin.training.held_out import held_out_rows, held_out_scores
 from mlx_cpo_plugin.training.identity import data_digest
 from mlx_cpo_plugin.training.metrics import MetricsFile
-from mlx_cpo_plugin.types import Tokenizer, TrainMode
+from mlx_cpo_plugin.types import Tokenizer, TrainMode, Values
 
 Sets = tuple[Sequence[object], Sequence[object], Sequence[object]]
 
@@ -118,43 +119,49 @@ def train_test_and_fuse(
         print_success(f"Model fused and saved to {Colors.CYAN}{fused}{Colors.RESET}")
     # A mode from elsewhere may leave no more than an adapter, or not even that.
     if is_first_rank() and (folder / RUN_SETTINGS).exists() and (folder / ADAPTER_CONFIG).exists():
-        describe(settings, sets)
-        for line in next_commands(settings, bool(valid_set or test_set), template_arguments(train_set)):
+        arguments = template_arguments(train_set)
+        describe(settings, sets, arguments)
+        for line in next_commands(settings, bool(valid_set or test_set), arguments):
             print(line)
 
 
-def template_arguments(pairs: Sequence[object]) -> Mapping[str, object]:
+def template_arguments(pairs: Sequence[object]) -> Values:
     """Return the arguments of the chat template that the first pair's prompt was rendered with; empty without pairs."""
     if not (isinstance(pairs, PreferenceDataset) and pairs and pairs.chat_tokenizer):
         return {}
-    return pairs.chat_tokenizer.variant_of(pairs[0].prompt)
+    arguments: Values = json.loads(json.dumps(pairs.chat_tokenizer.variant_of(pairs[0].prompt), default=str))
+    return arguments
 
 
-def next_commands(settings: RunSettings, held_out: bool, arguments: Mapping[str, object] | None = None) -> list[str]:
+def next_commands(settings: RunSettings, held_out: bool, arguments: Values | None = None) -> list[str]:
     """Return the commands that judge and use what a run has left, one a line.
 
     Args:
         held_out: whether there are rows to compare the models on; if not, a prompt has to do.
         arguments: of the chat template, as in training.
     """
-    adapter, prompt = quote(str(settings.adapter_path)), "--prompt 'Hi!'"
-    asked = f"{prompt} --chat-template-config {quote(json.dumps(arguments, default=str))}" if arguments else prompt
-    base = quote(settings.model) if settings.model else "MODEL"  # a loaded one that a call gave
+    adapter, base = str(settings.adapter_path), settings.model or "MODEL"  # a loaded one that a call gave
     named = "" if settings.model else f" --model {base}"
-    lines = [f"Compare:  mlx-cpo compare {adapter}{named}" + ("" if held_out and settings.data else f" {prompt}")]
+    asked = "" if held_out and settings.data else " --prompt 'Hi!'"
+    lines = [f"Compare:  mlx-cpo compare {quote(adapter)}{named}{asked}"]
     if settings.fuse:
-        lines.append(f"Generate: mlx_lm.generate --model {quote(str(fused_folder(settings)))} {asked}")
+        lines += [f"Generate: {line}" for line in usage("mlx", str(fused_folder(settings)), arguments=arguments).lines]
     else:
-        if not quantised_load(settings):  # which mlx_lm would load as it is
-            lines.append(f"Generate: mlx_lm.generate --model {base} --adapter-path {adapter} {asked}")
+        # Without it mlx_lm would load the base model as it is, and use the template of that.
+        if not (quantised_load(settings) or settings.chat_template):
+            lines += [f"Generate: {line}" for line in usage("adapter", adapter, base, arguments).lines]
         if settings.model and settings.data:
             config = quote(str(Path(settings.adapter_path) / RUN_SETTINGS))
             lines.append(f"Fuse:     mlx_lm_lora.train --config {config} --resume auto --fuse")
     return lines
 
 
-def describe(settings: RunSettings, sets: Sets) -> None:
-    """Write the model card of what the run has left; where that fails one warning says so."""
+def describe(settings: RunSettings, sets: Sets, arguments: Values) -> None:
+    """Write the model card of what the run has left; where that fails one warning says so.
+
+    Args:
+        arguments: of the chat template, as in training.
+    """
     folder, run = Path(settings.adapter_path), settings.run_identity
     data = {
         rows.report.split: {"rows": rows.report.rows, "pairs": len(rows), "sha256": data_digest(rows, whole=True)}
@@ -162,7 +169,7 @@ def describe(settings: RunSettings, sets: Sets) -> None:
         if isinstance(rows, PreferenceDataset) and rows
     }
     try:
-        record_data(folder, run, data)
+        record_data(folder, run, data, arguments)
         fused = fused_folder(settings) if settings.fuse else folder
         merged = "`config.json` and `model*.safetensors`: the model with the adapter merged"
         name = write_card(model_card(folder, notes=[merged] if settings.fuse and fused == folder else ()), folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.termination import stopped_by_termination
 
 NEEDED = ("gradio", "matplotlib", "ruamel.yaml")
 
@@ -41,8 +41,7 @@ def run_studio(chosen: argparse.Namespace) -> int:
     from mlx_cpo_plugin.studio.run_process import OWNER_ONLY
 
     os.umask(OWNER_ONLY)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the folder below goes, too
-    with tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-") as folder:
+    with stopped_by_termination(), tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-") as folder:
         # Gradio asks for it when it is imported; by default all accounts share one folder. Runs outlive this one, so
         # they are not told of it.
         tempfile.tempdir = folder

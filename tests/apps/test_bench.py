@@ -23,7 +23,7 @@ from support.prepared import Prepared, run_module
 from support.tiny import add_adapter, build_model, build_pairs
 
 from mlx_cpo_plugin import cli
-from mlx_cpo_plugin.bench import cases, command, compare, growth, plots, report, runs, worker
+from mlx_cpo_plugin.bench import cases, compare, growth, plots, report, runs, worker
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape, load_pairs, save_pairs
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, TRL, Job, Measurement, gradient_file
@@ -34,6 +34,7 @@ from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.selftest import float64_gradient
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
+from mlx_cpo_plugin.termination import stopped_by_termination
 from mlx_cpo_plugin.training.objective import objective_for
 
 TINY = Shape(prompt=20, chosen=9, rejected=6, batch=2, vocabulary=80, hidden=64, layers=2)
@@ -234,12 +235,8 @@ def test_sigterm_while_a_process_is_started_leaves_none(monkeypatch: pytest.Monk
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(subprocess.Popen, "_execute_child", interrupted)
-    before = signal.signal(signal.SIGTERM, command._end)
-    try:
-        with pytest.raises(SystemExit):
-            run_worker(["sleep", "60"], {}, quiet)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit), stopped_by_termination():
+        run_worker(["sleep", "60"], {}, quiet)
 
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ class TestContents:
         assert "account/polite" in section(text, "Use")
         assert "{" not in section(text, "Use")
         assert "- Weights in float16." in text
+
+    @pytest.mark.parametrize("form", ["adapter", "mlx"])
+    def test_it_is_used_with_the_arguments_of_the_template_that_it_was_trained_with(
+        self, form: str, adapter: Path
+    ) -> None:
+        record = json.loads((adapter / "run.json").read_text())
+        (adapter / "run.json").write_text(json.dumps({**record, "template_arguments": {"enable_thinking": False}}))
+
+        assert """ --chat-template-config '{"enable_thinking": false}'""" in section(
+            model_card(adapter, form).text, "Use"
+        )
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_template_of_the_run_itself_is_in_all_forms_but_the_adapter(self, form: str, adapter: Path) -> None:
+        change_settings(adapter, chat_template="chat.jinja")
+
+        assert ("export --to mlx" in section(model_card(adapter, form).text, "Use")) == (form == "adapter")
 
     def test_the_data_have_name_rows_splits_and_digest(self, adapter: Path) -> None:
         data = section(model_card(adapter).text, "Training data")

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -268,12 +269,28 @@ def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:
     assert any("compare" in line and "--prompt" in line for line in quantised)
 
 
-def test_arguments_of_the_template_are_those_of_training() -> None:
-    asked = next_commands(RunSettings(model="m", adapter_path="a"), True, {"enable_thinking": False})
+def test_what_the_base_models_template_would_render_otherwise_is_not_generated_with() -> None:
+    settings = {"adapter_path": "a", "model": "m", "data": "d", "chat_template": "{{ messages }}"}
 
-    assert any(
-        line.endswith("""--prompt 'Hi!' --chat-template-config '{"enable_thinking": false}'""") for line in asked
-    )
+    adapter = next_commands(RunSettings(fuse=False, **settings), held_out=True)
+    fused = next_commands(RunSettings(fuse=True, **settings), held_out=True)
+
+    assert not any("mlx_lm.generate" in line for line in adapter)
+    assert any("mlx_lm.generate" in line for line in fused)
+
+
+def test_arguments_of_the_template_are_those_of_training_in_all_that_is_written_of_a_run(
+    settings: Settings, run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main({**settings, "chat_template_kwargs": {"date": date(2026, 11, 28)}})
+
+    folder = Path(settings["adapter_path"])
+    asked = """--prompt 'Hi!' --chat-template-config '{"date": "2026-11-28"}'\n"""
+    assert asked in capsys.readouterr().out
+    assert asked in (folder / "README.md").read_text()
+    assert cli.main(["export", str(folder), "--to", "mlx"]) == 0
+    assert asked in capsys.readouterr().out
+    assert asked in (folder.with_name(f"{folder.name}-mlx") / "README.md").read_text()
 
 
 class OwnLoop:
