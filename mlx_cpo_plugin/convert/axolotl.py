@@ -120,7 +120,7 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
     elif adapter not in ("lora", "qlora"):
         raise source.refuse("adapter", "only lora and qlora can be converted")
     else:
-        rank, alpha = source.count("lora_r"), source.number("lora_alpha")
+        rank, alpha = source.count("lora_r", least=1), source.number("lora_alpha")
         if rank is None or alpha is None:
             raise ConfigError(
                 f"{named(source.settings.file)} has an adapter without lora_r or lora_alpha; give both.",

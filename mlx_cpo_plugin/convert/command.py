@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mlx_cpo_plugin.convert import axolotl, llama_factory, simpo, trl
-from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account
+from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account, in_words
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
@@ -64,7 +66,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         return converter(source, arguments.rows, arguments.drop_reference)
 
     conversion = convert(source)
-    check_result(conversion, settings.file)
+    check_result(conversion, source, convert)
     told = told_lines(conversion, source, account(source, conversion, convert))
     text = as_yaml(conversion, told)
     if output is None:
@@ -150,12 +152,34 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
     return name
 
 
-def check_result(conversion: Conversion, file: str) -> None:
-    """Find out whether training takes the result, while the file that it comes from can still be named.
+def check_result(conversion: Conversion, source: Source, convert: Callable[[Source], Conversion]) -> None:
+    """Find out whether training takes the result, while the place in the file that it comes from can still be named.
+
+    Args:
+        source: the file, after its conversion.
+        convert: what converted it.
 
     Raises:
         ConfigError: a value is not allowed.
     """
     from mlx_cpo_plugin.settings import config
 
-    config.resolve(conversion.settings, call_place=f"converted from {named(file)}")
+    def refusal(conversion: Conversion, place: str = "") -> ConfigError | None:
+        try:
+            config.resolve(conversion.settings, call_place=place)
+        except ConfigError as error:
+            return error
+        return None
+
+    refused = refusal(conversion, f"converted from {named(source.settings.file)}")
+    if refused is None:
+        return
+    value = conversion.settings.get(str(refused.key))
+    for path in sorted(source.read(), key=lambda path: bool(source.value_at(path) != value)):  # likely ones first
+        with suppress(ConfigError):  # there are keys that no file can do without
+            without = refusal(convert(source.without(path)))
+            if without is None or without.key != refused.key:
+                name = in_words(path)
+                refused = refusal(conversion, f"from {name} {source.settings.place(name)}") or refused
+                break
+    raise refused

@@ -66,13 +66,16 @@ class Source:
         """
         return self._checked(key, float, default)
 
-    def count(self, key: str, default: int | None = None) -> Any:
+    def count(self, key: str, default: int | None = None, least: int | None = None) -> Any:
         """Return an integer.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: it is something else, or below ``least``.
         """
-        return self._checked(key, int, default)
+        value = self._checked(key, int, default)
+        if least is not None and value is not None and value < least:
+            raise self.refuse(key, f"it must be at least {least}")
+        return value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return a truth value.

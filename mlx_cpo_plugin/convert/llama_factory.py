@@ -101,7 +101,7 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
     convert_model(source, "model_name_or_path", conversion)
     kind = source.raw("finetuning_type", "lora")
     if kind == "lora":
-        rank = source.count("lora_rank", 8)
+        rank = source.count("lora_rank", 8, least=1)
         adapter = Adapter(
             rank=rank,
             alpha=source.number("lora_alpha", 2.0 * rank),

@@ -12,7 +12,7 @@ from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
 from mlx_cpo_plugin.data.dataset import rows_held_out
 from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.data.messages import ROLES
-from mlx_cpo_plugin.errors import ConfigError, named
+from mlx_cpo_plugin.errors import named
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 ALL_LINEAR = ("all", "all-linear", ["all"], ["all-linear"])
@@ -30,7 +30,7 @@ class Adapter:
     """A LoRA adapter as PEFT describes it.
 
     Attributes:
-        rank, alpha, dropout: as in PEFT.
+        rank, alpha, dropout: as in PEFT; the rank is at least 1.
         targets: the modules that are adapted, as the file gives them; ``None`` leaves them to PEFT.
         dora, rank_stabilised: whether it is DoRA, and whether alpha is divided by the rank's square root.
         dropout_works: whether the trainer leaves dropout on; TRL's switches all dropout off by default.
@@ -82,15 +82,7 @@ def convert_model(source: Source, key: str, conversion: Conversion) -> bool:
 
 
 def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:
-    """Write ``train_type`` and ``lora_parameters``: our scale is alpha over the rank, or over its square root.
-
-    Raises:
-        ConfigError: the rank is below 1.
-    """
-    if adapter.rank < 1:
-        raise ConfigError(
-            f"The rank of the adapter is {adapter.rank}, but must be at least 1.", key="lora_parameters.rank"
-        )
+    """Write ``train_type`` and ``lora_parameters``: our scale is alpha over the rank, or over its square root."""
     divisor = math.sqrt(adapter.rank) if adapter.rank_stabilised else adapter.rank
     scale = adapter.alpha / divisor
     dropout = adapter.dropout if adapter.dropout_works else 0.0

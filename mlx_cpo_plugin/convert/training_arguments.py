@@ -76,11 +76,8 @@ def convert_length(
         rows: of the training set, if known, among them those that are held out.
         size, epochs: the keys of the batch size and the epochs, each with its default.
     """
-    batch_size = source.count(*size)
-    accumulation = source.count("gradient_accumulation_steps", 1)
-    for key, value in ((size[0], batch_size), ("gradient_accumulation_steps", accumulation)):
-        if value < 1:
-            raise source.refuse(key, "it must be at least 1")
+    batch_size = source.count(*size, least=1)
+    accumulation = source.count("gradient_accumulation_steps", 1, least=1)
     conversion.put("batch_size", batch_size, source.gives(size[0]))
     conversion.put("gradient_accumulation_steps", accumulation, source.gives("gradient_accumulation_steps"))
     conversion.tell(
@@ -115,8 +112,12 @@ def convert_schedule(request: ScheduleRequest, conversion: Conversion, length: L
     if name == "constant":  # which has no warm-up in transformers either
         return
     if name not in BY_NAME:
-        conversion.tell(f"The schedule {name} has no counterpart: the learning rate stays at {peak:g}.")
-        return
+        has_warmup = name != "reduce_lr_on_plateau" and request.warmup > 0
+        after = " after the warm-up" if has_warmup else ""
+        conversion.tell(f"The schedule {name} has no counterpart: the learning rate stays at {peak:g}{after}.")
+        if not has_warmup:
+            return
+        name = "constant_with_warmup"
     if request.end and name != "constant_with_warmup":
         if warmup is not None and length.steps is not None:
             _put_schedule_with_end(request, conversion, length.steps, warmup)

@@ -101,7 +101,8 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
             )
     convert_scripts(source, conversion, rows)
     _convert_loss(source, conversion, drop_reference)
-    conversion.put("max_seq_length", source.count("max_length", 1024), source.gives("max_length"))
+    length = 512 if source.is_null("max_length") else 1024  # its trainer's default, and its configuration's
+    conversion.put("max_seq_length", source.count("max_length", length), source.gives("max_length"))
     checkpointing = "gradient_checkpointing"
     convert_training_arguments(
         source,
@@ -132,9 +133,10 @@ def convert_scripts(source: Source, conversion: Conversion, rows: int | None) ->
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
+    uses_adapter = source.flag("use_peft")
     dropout_works = not source.flag("disable_dropout", True)
     adapter = Adapter(
-        rank=source.count("lora_r", 16),
+        rank=source.count("lora_r", 16, least=1 if uses_adapter else None),
         alpha=source.number("lora_alpha", 32.0),
         dropout=source.number("lora_dropout", 0.05),
         targets=source.raw("lora_target_modules"),
@@ -144,7 +146,6 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
         given=bool(given_keys(source, _ADAPTER_KEYS)),
     )
     bits = bits_of(source)
-    uses_adapter = source.flag("use_peft")
     names_model = convert_model(source, "model_name_or_path", conversion)
     if uses_adapter:
         convert_adapter(adapter, conversion)

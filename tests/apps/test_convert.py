@@ -321,7 +321,7 @@ def test_dpo_is_converted_where_its_reference_may_be_dropped(name: str, changes:
         ("trl", {"loss_type": "ipo", "alpha": 0.5}, "alpha", "in their.yaml"),
         ("trl", {"learning_rate": "fast"}, "learning_rate", "in their.yaml"),
         ("trl", {"per_device_train_batch_size": 0}, "per_device_train_batch_size", "in their.yaml"),
-        ("trl", {"use_peft": True, "lora_r": 0}, "lora_parameters.rank", ""),
+        ("trl", {"use_peft": True, "lora_r": 0}, "lora_r", "in their.yaml"),
         ("trl", {"datasets": ["rows"]}, "datasets", "in their.yaml"),
         ("trl", {"dataset_mixer": {"a/b": 1.5}}, "dataset_mixer.a/b", "in their.yaml"),
         ("trl", {"dataset_mixer": {"a/b": 0.0}}, "dataset_mixer.a/b", "in their.yaml"),
@@ -591,6 +591,13 @@ def test_a_schedule_without_a_counterpart_is_told_of(name: str) -> None:
 
     assert "lr_schedule" not in conversion.settings
     assert f"The schedule {name} has no counterpart" in told(conversion)
+
+
+def test_a_schedule_without_a_counterpart_keeps_its_warm_up() -> None:
+    conversion = converted("trl", {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 10})
+
+    assert conversion.settings["lr_schedule"] == {"name": "constant", "warmup": 10}
+    assert "after the warm-up" in told(conversion)
 
 
 @pytest.mark.parametrize(
@@ -965,14 +972,36 @@ def test_a_file_that_cannot_be_converted_is_one_sentence(
     assert not output.exists()
 
 
-def test_a_value_that_training_would_refuse_is_refused_with_the_file_it_comes_from(
-    convert: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"beta": -1.0}, "beta is -1.0 from beta {place}, but must"),
+        ({"max_steps": None, "num_train_epochs": -2}, "epochs is -2 from num_train_epochs {place}, but must"),
+        ({"loss_type": "simpo", "simpo_gamma": -3.0}, "simpo_gamma is -3.0 from simpo_gamma {place}, but must"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r is 0 {place}, but it must"),
+    ],
+)
+def test_a_value_that_training_would_refuse_is_refused_with_the_key_and_the_line_that_it_comes_from(
+    convert: Callable[..., tuple[int, Path]],
+    changes: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, output = convert(TRL | {"beta": -1.0})
+    code, output = convert(TRL | changes)
 
+    file = tmp_path / "their.yaml"
+    key = list(changes)[-1]
+    (line,) = [number for number, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(f"{key}:")]
     assert code == 2
-    assert capsys.readouterr().err.startswith(f"error: beta is -1.0 converted from {tmp_path / 'their.yaml'}, but must")
+    assert capsys.readouterr().err.startswith("error: " + sentence.format(place=f"in {file}, line {line}"))
     assert not output.exists()
+
+
+def test_no_length_at_all_is_that_of_trls_trainer() -> None:
+    source = Source(YamlSettings("their.yaml", TRL | {"max_length": None}, {}))
+
+    assert SOURCES["trl"][1](source, None, False).settings["max_seq_length"] == 512
 
 
 ANYTHING = st.recursive(
