@@ -149,6 +149,8 @@ def _read_data(data: str, columns: Columns, wanted: Collection[str], mixed: bool
             return {"train": [RowGroup(named(name), read_file(path, name), columns)]} if "train" in wanted else {}
         if path.is_dir():
             return _read_folder(path, columns, wanted, Path(data) if mixed else None)
+        if path.exists():  # a device, a pipe
+            raise DataError(f"data names {named(data)}, which is no file and no folder; give one of them.", key="data")
         near = nearest_path(path, lambda other: other.is_dir() or kind_of(other.name) in SUFFIXES)
     except (OSError, RuntimeError) as error:  # the latter for ~somebody, who is not known here
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -54,7 +54,7 @@ class DataReport:
         notes = " ".join(self.notes)
         if not self.rows:
             return f"{self.split.capitalize()}: {notes or 'none.'}"
-        parts = [f"{self.rows} rows", f"{self.pairs} pairs"]
+        parts = [f"{self.rows} row{'s' * (self.rows != 1)}", f"{self.pairs} pair{'s' * (self.pairs != 1)}"]
         if self.skipped:
             reasons = [f"{reason}: {first_few(places, 3)}" for reason, places in self.skipped.items()]
             parts.append(f"{sum(map(len, self.skipped.values()))} skipped ({first_few(reasons, 8, '; ')})")

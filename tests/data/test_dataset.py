@@ -265,7 +265,7 @@ def test_rows_that_the_settings_leave_out_for_their_length_are_counted_but_not_t
     report = load(file, max_seq_length=32, overlong="drop")[0].report
 
     assert report.summary().startswith(
-        "Train: 4 rows, 1 pairs, 3 skipped (longer than max_seq_length 32: train.jsonl:2,"
+        "Train: 4 rows, 1 pair, 3 skipped (longer than max_seq_length 32: train.jsonl:2,"
     )
     with refused(DataError, key="max_seq_length", place="train.jsonl"):
         load(file, max_seq_length=4, overlong="drop")

@@ -90,6 +90,11 @@ def test_a_misspelt_path_is_told_with_the_one_that_is_there(data, meant, monkeyp
         read_splits(settings(data), ("train",))
 
 
+def test_what_is_neither_file_nor_folder_is_said_to_be_that():
+    with refused(DataError, "data names /dev/null, which is no file and no folder", key="data"):
+        read_splits(settings("/dev/null"), ("train",))
+
+
 def test_a_name_below_a_folder_that_is_there_is_no_hub_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
