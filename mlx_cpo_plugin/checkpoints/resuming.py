@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_cpo_plugin.checkpoints import CHECKPOINTS, PREVIOUS
@@ -157,9 +157,8 @@ class _Found:
 def _search(folder: Path, usable: Usable, hashed: bool) -> _Found:
     """Look for the newest checkpoint of the run whose folder it is."""
     there = read_record(folder)
-    first = gather(
-        (replace(there.successor or there, files=(), data={}).plain(), there.successor is not None) if there else None
-    )[0]
+    about = ((there.successor or there).in_short().plain(), there.successor is not None) if there else None
+    first = gather(about)[0]
     record, about_to_begin = (RunRecord.from_plain(first[0]), first[1]) if first else (None, False)
     whole: list[Checkpoint] = []
     faults: dict[int, str] = {}

@@ -11,7 +11,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -112,6 +112,10 @@ class RunRecord:
     def has_written(self, metadata: Mapping[str, str]) -> bool:
         """Whether an adapter that says this of itself is this run's, and not what another program left in its place."""
         return "iteration" in metadata and metadata.get("run", self.run.id) == self.run.id
+
+    def in_short(self) -> RunRecord:
+        """Return it without what may be long, so that ranks can exchange it."""
+        return replace(self, files=(), data={}, template_arguments={})
 
     def plain(self) -> Values:
         """Return it as plain values."""
