@@ -6,7 +6,7 @@ Source of the straight-through gradient: Bengio et al. 2013, arXiv 1308.3432.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -83,8 +83,9 @@ def fake_quantised(
         kernels: whether the model computes with the compiled kernels, and does so before and after this context.
     """
     schedule, rounding = FakeQuantisation(start_step, interval), Quantizer(quantizer, bits, group_size, mode)
-    calls = FakeQuantisedCalls(schedule, rounding)
-    layers, heads, embeddings = quantised_modules(model, rounding)
+    quantised = quantised_modules(model, rounding)
+    layers, heads, embeddings = quantised.layers, quantised.heads, quantised.embeddings
+    calls = FakeQuantisedCalls(schedule, quantised.quantizer_of)
     with ExitStack() as stack:
         of_layer = calls.with_kernels if kernels else calls.in_graph
         stack.enter_context(overridden_calls([(m, of_layer(m, type(m).__call__)) for m in layers]))
@@ -105,12 +106,12 @@ def fake_quantised(
 class FakeQuantisedCalls:
     """Makes the calls that answer in place of a module's own, ``original``, and do what it does while not active."""
 
-    def __init__(self, schedule: FakeQuantisation, quantizer: Quantizer) -> None:
-        self._schedule, self._quantizer = schedule, quantizer
+    def __init__(self, schedule: FakeQuantisation, quantizer_of: Callable[[nn.Module], Quantizer]) -> None:
+        self._schedule, self._quantizer_of = schedule, quantizer_of
 
     def in_graph(self, module: nn.Module, original: Call) -> Call:
         """Return a call that rounds the whole weight in each pass."""
-        schedule, quantizer, dtype = self._schedule, self._quantizer, dense_dtype(module)
+        schedule, quantizer, dtype = self._schedule, self._quantizer_of(module), dense_dtype(module)
 
         def call(module: nn.Module, x: mx.array, *args: mx.array, **kwargs: mx.array) -> mx.array:
             y = original(module, x, *args, **kwargs)
@@ -129,7 +130,7 @@ class FakeQuantisedCalls:
 
     def of_lookup(self, module: nn.Module, original: Call) -> Call:
         """Return a call of an embedding, which rounds the rows that are looked up."""
-        schedule, quantizer, dtype = self._schedule, self._quantizer, dense_dtype(module)
+        schedule, quantizer, dtype = self._schedule, self._quantizer_of(module), dense_dtype(module)
 
         def call(module: nn.Module, tokens: mx.array) -> mx.array:
             y = original(module, tokens)
@@ -142,7 +143,7 @@ class FakeQuantisedCalls:
 
     def with_kernels(self, module: nn.Module, original: Call) -> Call:
         """Return a call that multiplies with a weight that is rounded once for all passes of a step."""
-        schedule, operand = self._schedule, KernelOperand(module, self._quantizer)
+        schedule, operand = self._schedule, KernelOperand(module, self._quantizer_of(module))
         schedule.operands.append(operand)
 
         def call(module: nn.Module, x: mx.array) -> mx.array:
@@ -162,5 +163,5 @@ class FakeQuantisedCalls:
 
     def of_head(self, module: nn.Module) -> Call:
         """Return a method that gives the kernel of the head its weight; it is rounded when it is first asked for."""
-        schedule, operand = self._schedule, KernelOperand(module, self._quantizer)
+        schedule, operand = self._schedule, KernelOperand(module, self._quantizer_of(module))
         return lambda module: operand.weight if schedule.active else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,10 +15,12 @@ from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.host import fake_quantizer
 from mlx_cpo_plugin.kernels.operations import BITS, Weight
 from mlx_cpo_plugin.model.layers import ADAPTED, WITH_ADAPTER, base_of, dense_dtype, merged_weight, widths
-from mlx_cpo_plugin.settings.options import AUTO, HOST, MODES, mlx_quantises
+from mlx_cpo_plugin.settings.options import AUTO, HOST, MLX, MODES, mlx_quantises
 
 # Numbers that are rounded at a time: for some bits MLX takes twenty times their memory meanwhile.
 _BLOCK = 1 << 20
+# Of MLX's quantised layers where neither is said.
+_BITS, _GROUP_SIZE = 4, 64
 
 
 class WithQat(Protocol):
@@ -82,24 +85,34 @@ class Quantizer:
         return self.is_of_mlx and self.mode == "affine" and self.bits in BITS and self.takes(inputs)
 
 
-class QuantisedModules(NamedTuple):
+@dataclass(frozen=True)
+class QuantisedModules:
     """What a quantizer takes of a model, with and without adapters.
 
     Attributes:
         layers: linear ones inside layers, and all with an adapter; none of a quantised base without one.
         heads: linear ones outside layers.
+        usual: the quantizer of all that are not in ``others``.
+        others: the id of a module -> its own quantizer.
     """
 
     layers: list[nn.Module]
     heads: list[nn.Module]
     embeddings: list[nn.Module]
+    usual: Quantizer
+    others: Mapping[int, Quantizer]
+
+    def quantizer_of(self, module: nn.Module) -> Quantizer:
+        """Return what rounds the weight of one of the modules."""
+        return self.others.get(id(module), self.usual)
 
 
 def quantised_modules(model: nn.Module, quantizer: Quantizer) -> QuantisedModules:
     """Return the modules of a model that are quantised where it is deployed."""
-    modules = model.modules()
+    others = _own_quantizers(model, quantizer)
+    modules = [module for module in model.modules() if others.get(id(module), quantizer) is not None]
     adapters = [module for module in modules if isinstance(module, ADAPTED)]
-    adapted = {id(base_of(module)) for module in modules if isinstance(module, WITH_ADAPTER)}
+    adapted = {id(base_of(module)) for module in model.modules() if isinstance(module, WITH_ADAPTER)}
     linears = [module for module in modules if isinstance(module, nn.Linear) and id(module) not in adapted]
     inside = {id(module) for layer in getattr(model, "layers", ()) for module in layer.modules()}
     embeddings = [m for m in modules if isinstance(m, nn.Embedding | LoRAEmbedding) and id(m) not in adapted]
@@ -107,7 +120,29 @@ def quantised_modules(model: nn.Module, quantizer: Quantizer) -> QuantisedModule
         adapters + [module for module in linears if id(module) in inside],
         [module for module in linears if id(module) not in inside],
         embeddings if quantizer.is_of_mlx else [],
+        quantizer,
+        {key: own for key, own in others.items() if own is not None},
     )
+
+
+def _own_quantizers(model: nn.Module, usual: Quantizer) -> dict[int, Quantizer | None]:
+    """Return what a model asks of MLX for some of its modules, such as routers, by ids; None: leave them whole."""
+    predicate = getattr(model, "quant_predicate", None)
+    if predicate is None or not usual.is_of_mlx:
+        return {}
+    own: dict[int, Quantizer | None] = {}
+    for path, module in model.named_modules():
+        base = base_of(module)
+        if not (hasattr(base, "to_quantized") or "scales" in base):
+            continue
+        wanted = predicate(path, base) if usual.takes(widths(base)[0]) else False
+        if isinstance(wanted, Mapping):
+            own[id(module)] = Quantizer(
+                MLX, wanted.get("bits", _BITS), wanted.get("group_size", _GROUP_SIZE), wanted.get("mode", "affine")
+            )
+        elif not wanted:
+            own[id(module)] = None
+    return own
 
 
 class KernelOperand:
@@ -166,20 +201,20 @@ def is_packed(module: nn.Module, quantizer: Quantizer) -> bool:
 
 def bytes_of_operands(model: nn.Module, quantizer: Quantizer) -> int:
     """Return what a run with the compiled kernels keeps of rounded weights."""
-    layers, heads, embeddings = quantised_modules(model, quantizer)
+    modules = quantised_modules(model, quantizer)
     total = 0.0
-    for module in (*layers, *(heads or embeddings)):  # of embeddings those that are heads, too
-        by_weight: float = mx.float32.size
-        if is_packed(module, quantizer):
-            by_weight = quantizer.bits / 8 + 2 * dense_dtype(module).size / quantizer.group_size
+    for module in (*modules.layers, *(modules.heads or modules.embeddings)):  # of embeddings those that are heads, too
+        by_weight, own = float(mx.float32.size), modules.quantizer_of(module)
+        if is_packed(module, own):
+            by_weight = own.bits / 8 + 2 * dense_dtype(module).size / own.group_size
         total += by_weight * math.prod(widths(base_of(module)))
     return round(total)
 
 
 def bytes_of_errors(model: nn.Module, quantizer: Quantizer, size: int) -> int:
     """Return what a pass without the kernels holds of rounding errors, in numbers of ``size`` bytes."""
-    layers, heads, embeddings = quantised_modules(model, quantizer)
+    modules = quantised_modules(model, quantizer)
     in_rows = current_device().fused_cross_entropy  # and in blocks of the vocabulary elsewhere
-    whole = [*layers, *((heads or embeddings) if in_rows else ())]
+    whole = [*modules.layers, *((modules.heads or modules.embeddings) if in_rows else ())]
     bases = [base_of(module) for module in whole]
     return sum(size * math.prod(base.weight.shape[:-1]) * widths(base)[0] for base in bases)

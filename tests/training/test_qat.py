@@ -19,7 +19,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import dequantize_model, load_tokenizer, quantize_model
 from support.refusals import refused
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
@@ -398,6 +398,39 @@ def recording(original: Callable[..., Any], shapes: list[tuple[int, ...]]) -> Ca
         return original(self, weight, *arguments)
 
     return method
+
+
+def wanted_by_model(path: str, module: nn.Module) -> bool | dict[str, int]:
+    """What some models of mlx_lm ask for: more bits for a part of their layers, others left as they are."""
+    if path.endswith("down_proj"):
+        return {"group_size": 64, "bits": 8}
+    return not path.endswith("o_proj")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("over_4_bits", [False, True])
+def test_layers_for_which_a_model_wants_other_bits_are_rounded_as_they_are_deployed(
+    compiled: bool, over_4_bits: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    model, tokens = build_model(), mx.array([[5, 6, 7, 8]])
+    monkeypatch.setattr(type(model), "quant_predicate", property(lambda _: wanted_by_model), raising=False)
+    if over_4_bits:
+        nn.quantize(model, 32, 4, class_predicate=lambda _, module: isinstance(module, nn.Linear))
+    add_adapter(model)
+    adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
+
+    with ExitStack() as stack:
+        if compiled:
+            request.getfixturevalue("kernels")
+            stack.enter_context(compiled_kernels(model))
+        schedule = stack.enter_context(fake_quantised(model, bits=4, group_size=32, kernels=compiled))
+        with schedule.during(1):
+            found = np.array(model(tokens))
+    model.update_modules(tree_unflatten([(name, module.fuse(dequantize=True)) for name, module in adapters]))
+    dequantize_model(model)
+    quantize_model(model, {}, group_size=32, bits=4)
+
+    np.testing.assert_allclose(found, np.array(model(tokens)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("kernels")
