@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import os
 import re
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from mlx_cpo_plugin.data.columns import DataSettings
 from mlx_cpo_plugin.data.messages import Message, UnusableRow
 from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
-from mlx_cpo_plugin.types import Tokenizer
+from mlx_cpo_plugin.types import Tokenizer, Values
 
 TokenIds = NDArray[np.int32]
 
@@ -157,8 +158,11 @@ class ChatTokenizer:
         """Whether mlx-lm's wrapper has a template of Python code, and renders."""
         return self._renders is not self._inner and getattr(self._renders, "_chat_template", None) is not None
 
-    def variant_of(self, prompt: Sequence[int] | TokenIds) -> Mapping[str, object]:
-        """Return the template arguments that a tokenised prompt was rendered with, by what stands around its text."""
+    def variant_of(self, prompt: Sequence[int] | TokenIds) -> Values:
+        """Return the template arguments that a tokenised prompt was rendered with, by what stands around its text.
+
+        They are as JSON has them, so that they can be written down: a date of YAML is a string.
+        """
         question: Message = {"role": "user", "content": _QUESTION}
         text = self.decode(prompt)
 
@@ -168,7 +172,8 @@ class ChatTokenizer:
                 return 2 * text.endswith(after) + text.startswith(before)
             return 0
 
-        return max(self.template_variants(), key=likeness)
+        arguments: Values = json.loads(json.dumps(max(self.template_variants(), key=likeness), default=str))
+        return arguments
 
     def render(
         self,

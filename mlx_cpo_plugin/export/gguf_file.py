@@ -245,7 +245,7 @@ def _write(
     writer = gguf.GGUFWriter(file, family.name)
     try:
         _add_architecture(writer, args, family, trained.settings.model, bits)
-        add_tokenizer(writer, trained.tokenizer, args.vocab_size, trained.adds_bos)
+        add_tokenizer(writer, trained.tokenizer, args.vocab_size, trained.adds_bos, trained.template_arguments)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
         kinds = {tensor.gguf_name: _kind(tensor.shape, bits) for tensor in tensors}

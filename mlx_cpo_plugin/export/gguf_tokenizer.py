@@ -49,11 +49,14 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
         raise _unknown(f"it has the token {largest}, and the model's embedding {vocabulary} rows")
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int, adds_bos: bool) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int, adds_bos: bool, template_arguments: Values
+) -> None:
     """Add tokens, merges or scores, special tokens and chat template to the metadata of a file.
 
     Args:
         adds_bos: whether llama.cpp is to put BOS before what it is given.
+        template_arguments: of the chat template, as in training; llama.cpp has values of its own for some.
 
     Raises:
         ExportError: see :func:`check_tokenizer`.
@@ -87,7 +90,22 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int, add
     if other_ends:
         writer.add_eot_token_id(other_ends[-1])
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(with_arguments(tokenizer.chat_template, template_arguments))
+
+
+def with_arguments(template: str, arguments: Values) -> str:
+    """Return a chat template that renders with these arguments, whatever it is given for them."""
+    named = {name: value for name, value in arguments.items() if name.isidentifier()}  # a template can have no others
+    return "".join(f"{{% set {name} = {_literal(value)} %}}\n" for name, value in named.items()) + template
+
+
+def _literal(value: object) -> str:
+    """Return a plain value as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _inner(tokenizer: Tokenizer) -> Any:

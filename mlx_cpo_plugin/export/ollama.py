@@ -86,8 +86,9 @@ def write_ollama(trained: Trained, folder: Path, bits: int, say: Say) -> list[st
     """
     check_gguf(trained)
     bos = trained.inner_tokenizer.bos_token if trained.adds_bos else ""
-    tokenizer = ChatTokenizer.from_settings(trained.tokenizer, trained.settings)
-    form = chat_format(tokenizer, bos, tokenizer.variant_of(trained.rows[0].prompt))
+    form = chat_format(
+        ChatTokenizer.from_settings(trained.tokenizer, trained.settings), bos, trained.template_arguments
+    )
     file = folder / f"model-{TYPES[bits]}.gguf"
     (folder / MODELFILE).write_text(modelfile(trained, form, file.name), encoding="utf-8")
     notes = write_gguf(trained, file, bits, say)

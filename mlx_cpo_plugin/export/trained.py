@@ -17,7 +17,7 @@ from mlx_cpo_plugin.comparison.contenders import MODEL_CONFIG, contenders, kind_
 from mlx_cpo_plugin.comparison.questions import Say, held_out_pairs
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.tokenizer import read_template
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
 from mlx_cpo_plugin.errors import DataError, named
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.host import load_chat_tokenizer
@@ -39,7 +39,7 @@ class Trained:
         base: the local folder of the base model.
         config: the base model's ``config.json``.
         tokenizer: with the chat template of the run.
-        template_arguments: of the chat template, as the run's prompts were rendered with; empty where not known.
+        template_arguments: of the chat template, as the run's prompts were rendered with.
         rows: a few held-out rows, whose log-probs ``before`` training and with the adapter, ``scores``, are known.
     """
 
@@ -74,6 +74,7 @@ class Trained:
         _, tuned = contenders([adapter_path], model, data)
         folder = run_folder(adapter_path)
         settings, run, record = tuned.settings, run_in(folder), read_record(folder)
+        arguments = record.template_arguments if record else {}
         settings.begun = run.begun if run else None  # which templates tell that print the date
         tokenizer = load_chat_tokenizer(settings.model)
         rows = _rows(settings, tokenizer, data is not None, say)
@@ -101,7 +102,7 @@ class Trained:
             load_config(base_folder),
             base,
             tokenizer,
-            record.template_arguments if record else {},
+            arguments or ChatTokenizer.from_settings(tokenizer, settings).variant_of(rows[0].prompt),
             rows,
             before,
             after,

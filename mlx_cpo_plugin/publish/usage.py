@@ -44,5 +44,5 @@ def usage(form: str, here: str, base: str = "", arguments: Mapping[str, object] 
 
 
 def _generate(model: str, arguments: Mapping[str, object] | None) -> str:
-    template = f" --chat-template-config {quote(json.dumps(arguments, default=str))}" if arguments else ""
+    template = f" --chat-template-config {quote(json.dumps(arguments))}" if arguments else ""
     return f"mlx_lm.generate {model} --prompt 'Hi!'{template}"

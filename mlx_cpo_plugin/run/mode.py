@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -129,8 +128,7 @@ def template_arguments(pairs: Sequence[object]) -> Values:
     """Return the arguments of the chat template that the first pair's prompt was rendered with; empty without pairs."""
     if not (isinstance(pairs, PreferenceDataset) and pairs and pairs.chat_tokenizer):
         return {}
-    arguments: Values = json.loads(json.dumps(pairs.chat_tokenizer.variant_of(pairs[0].prompt), default=str))
-    return arguments
+    return pairs.chat_tokenizer.variant_of(pairs[0].prompt)
 
 
 def next_commands(settings: RunSettings, held_out: bool, arguments: Values | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,15 +21,18 @@ from mlx.utils import tree_flatten
 from mlx_lm import convert, generate
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load
+from support.data_tokenizers import THINKING
 from support.refusals import refused
 
 from mlx_cpo_plugin import cli
 from mlx_cpo_plugin.checkpoints.adapter import save_adapter, save_adapter_config
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, RunRecord
 from mlx_cpo_plugin.comparison.contenders import run_folder
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.export import gguf_file, peft_adapter
 from mlx_cpo_plugin.export.command import default_target
 from mlx_cpo_plugin.export.errors import ExportError
+from mlx_cpo_plugin.export.gguf_tokenizer import with_arguments
 from mlx_cpo_plugin.export.ollama import chat_format
 from mlx_cpo_plugin.export.trained import Trained
 from mlx_cpo_plugin.model.layers import merged_weight
@@ -534,6 +538,38 @@ def test_a_gguf_file_holds_the_merged_weights_by_the_names_of_llama_cpp(
     np.testing.assert_allclose(found["blk.1.attn_q.weight"], query[pairs], **within)
     np.testing.assert_allclose(found["output_norm.weight"], base["model.norm.weight"])
     assert architecture == "llama"
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}{% endif %}\n  "])
+def test_a_chat_template_renders_with_the_arguments_of_training_whatever_llama_cpp_gives_it(start: str) -> None:
+    words = {"one": [1, "two'", None, True], "more": {"a": False}, "nothing": None, "text": 'a"\\n{{ b }}\n'}
+    template = start + THINKING + "".join(f"{{{{ {name} }}}}" for name in words)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": "user", "content": "Hi!"}]
+
+    def render(template: str, arguments: dict[str, Any]) -> str:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **arguments)
+
+    arguments = {"enable_thinking": False, "no name": 1, **words}
+    found = render(with_arguments(template, arguments), {"enable_thinking": True})
+
+    assert found == render(template, arguments)
+    assert "</think>" in found
+
+
+@needs_gguf
+def test_a_gguf_file_has_the_template_with_the_arguments_of_its_run(
+    model_folder: Path, data_folder: Path, adapter: Path
+) -> None:
+    run = RunRecord(RunIdentity.new(), template_arguments={"enable_thinking": False})
+    (adapter / "run.json").write_text(json.dumps(run.plain()))
+
+    folder = export(adapter, model_folder, data_folder, "gguf")
+
+    from gguf import GGUFReader
+
+    template = GGUFReader(folder / "model-f16.gguf").fields["tokenizer.chat_template"].contents()
+    assert template.startswith("{% set enable_thinking = false %}\n{")
 
 
 @needs_gguf
