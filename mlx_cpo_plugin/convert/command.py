@@ -26,6 +26,8 @@ SOURCES: dict[str, tuple[ModuleType, Converter]] = {
 }
 """Value of ``--from`` -> its module and converter; in this order a file is tried, since TRL's keys are everywhere."""
 
+PROGRAMS = (".py", ".sh", ".ipynb")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
@@ -89,7 +91,14 @@ def read_settings(file: str) -> YamlSettings:
     Raises:
         ConfigError: the file cannot be read, or holds no mapping.
     """
-    if Path(file).suffix.lower() != ".json":
+    suffix = Path(file).suffix.lower()
+    if suffix in PROGRAMS and Path(file).is_file():
+        raise ConfigError(
+            f"{named(file)} is a program, and none is run here; write the arguments that it trains with into a YAML "
+            "file, one 'key: value' a line.",
+            place=file,
+        )
+    if suffix != ".json":
         return read_yaml(file)
     try:
         values = json.loads(read_bytes(file), object_pairs_hook=partial(_once_each, file))

@@ -953,6 +953,7 @@ def test_an_output_file_is_not_overwritten_without_force(
         ("their.yaml", "a: [1", "{file}, line 1 is not valid YAML"),
         ("their.json", '{"a": ', "{file} is not valid JSON; correct it."),
         ("their.json", "[1]", "{file} holds no JSON object"),
+        ("their.py", "CPOConfig(beta=0.1)", "{file} is a program, and none is run here"),
         ("their.yaml", "a: 1", "{file} has no key by which"),
         ("their.yaml", "train_mode: cpo", "{file} has train_mode"),
     ],
