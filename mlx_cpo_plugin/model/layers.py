@@ -94,9 +94,9 @@ def is_half(module: nn.Module) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """Return the inputs and outputs of a linear layer."""
+    """Return the inputs and outputs of a linear layer, or the width and the tokens of an embedding."""
     outputs, inputs = module.weight.shape[-2:]
-    if isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear):
+    if "scales" in module:
         inputs = inputs * 32 // module.bits
     return int(inputs), int(outputs)
 

@@ -350,14 +350,19 @@ def test_the_gradient_passes_straight_through_to_an_embedding() -> None:
     np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [True, {"group_size": 64, "bits": 8}], ids=["as all", "8 bits"])
 @pytest.mark.parametrize("over_4_bits", [False, True])
-def test_an_embedding_with_an_adapter_is_quantised_as_it_is_fused(over_4_bits: bool) -> None:
+def test_an_embedding_with_an_adapter_is_quantised_as_it_is_fused(
+    over_4_bits: bool, wanted: bool | dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mx.random.seed(1)
     embedding: nn.Module = nn.Embedding(10, 64)
     layer = LoRAEmbedding.from_base(embedding.to_quantized(32, 4) if over_4_bits else embedding, r=2, scale=2.0)
     layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
     model, tokens, x = OneLayer(layer), mx.array([[3, 7], [3, 0]]), mx.random.normal((2, 64))
-    packed = layer.fuse(dequantize=True).to_quantized(group_size=32, bits=3)
+    packing = wanted if isinstance(wanted, dict) else {"group_size": 32, "bits": 3}
+    packed = layer.fuse(dequantize=True).to_quantized(**packing)
+    monkeypatch.setattr(OneLayer, "quant_predicate", property(lambda _: lambda path, module: wanted), raising=False)
 
     with fake_quantised(model, bits=3, group_size=32) as quantisation:
         quantisation.active = True
