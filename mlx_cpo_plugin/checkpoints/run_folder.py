@@ -146,16 +146,22 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
     return aside
 
 
-def make_way(adapter_folder: Path, names: Collection[str], say: Callable[[str], None]) -> None:
-    """Record that a fused model is going to write these names, if the folder is that of a run; put aside what is there.
+def make_way(folder: Path, names: Collection[str], say: Callable[[str], None], run: RunIdentity | None = None) -> None:
+    """Record that the fused model of a run is going to write these names into a folder, and put aside what is there.
 
     What the run has written itself stays, to be replaced.
+
+    Args:
+        folder: that of the run's adapter, or one that is for its fused model alone.
+        run: ``None``: the one whose folder it is; without any, nothing is done.
     """
-    record = read_record(adapter_folder)
+    record = read_record(folder)
+    if run is not None and (record is None or record.run != run):
+        record = RunRecord(run)
     if record is None:
         return
-    put_aside(adapter_folder, record, [name for name in names if name not in record.files], say)
-    record_files(adapter_folder, names)
+    put_aside(folder, record, [name for name in names if name not in record.files], say)
+    _update(folder, replace(record, files=tuple(sorted({*record.files, *names}))))
 
 
 def put_aside(adapter_folder: Path, record: RunRecord, names: Iterable[str], say: Callable[[str], None]) -> None:

@@ -16,6 +16,7 @@ from mlx_lm_lora.utils import find_lmstudio_models_path, save_pretrained
 
 from mlx_cpo_plugin.atomic_files import check_safetensors, flush
 from mlx_cpo_plugin.checkpoints.run_folder import make_way
+from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import UserError, first_line, is_device_fault
 from mlx_cpo_plugin.model.layers import ADAPTED, dense_dtype, merged_weight
@@ -46,6 +47,7 @@ class Fusing:
         before: what the model scored before it was trained, to compare the trained and the fused model with.
         pairs: the held-out rows that were scored; without any, nothing is.
         bits_option: what the user sets to choose ``fuse_bits``.
+        run: whose files are replaced where the fused model goes, and nobody else's; ``None``: nothing is there.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class Fusing:
         pairs: Sequence[PreferencePair],
         say: Callable[[str], None],
         bits_option: str = "fuse_bits",
+        run: RunIdentity | None = None,
     ) -> None:
         self.settings = settings
         self.before = before
         self.pairs = pairs
         self.say = say
         self.bits_option = bits_option
+        self.run = run
 
     def fuse(self, model: nn.Module, tokenizer: Tokenizer) -> Path:
         """Write the fused model and return its folder; ``model`` is empty afterwards.
@@ -83,7 +87,7 @@ class Fusing:
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
                 fused = self._scores(written)
-                publish(staging, target, self.say)
+                publish(staging, target, self.say, self.run)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error) or isinstance(error, UserError):
                 raise
@@ -243,8 +247,8 @@ def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> N
             shutil.copy(file, folder)
 
 
-def publish(staging: Path, target: Path, say: Callable[[str], None]) -> None:
-    """Move a whole model from ``staging`` into ``target``, in place of a model that is there.
+def publish(staging: Path, target: Path, say: Callable[[str], None], run: RunIdentity | None = None) -> None:
+    """Move a whole model from ``staging`` into ``target``, in place of one of the same run that is there.
 
     At no moment does the folder hold a ``config.json`` with weights that are not its own: without the former it is no
     model to any program. Links in ``target`` are replaced, not followed.
@@ -259,7 +263,7 @@ def publish(staging: Path, target: Path, say: Callable[[str], None]) -> None:
         flush(staging / file)
     config = Path("config.json")
     weights = [path.name for path in target.glob("model*.safetensors")] + [INDEX]
-    make_way(target, list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))), say)
+    make_way(target, list(dict.fromkeys((config.name, *weights, *(file.parts[0] for file in files)))), say, run)
     (target / config).unlink(missing_ok=True)
     for name in weights:
         if Path(name) not in files:

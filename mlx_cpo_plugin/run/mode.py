@@ -99,7 +99,7 @@ def train_test_and_fuse(
     if settings.fuse and is_first_rank():
         rows = held_out_rows(valid_set, train_set)
         before = held_out_scores(model, rows, settings.scoring, settings.step_size) if rows else None
-        fusing = Fusing(settings, before, rows, print_info)
+        fusing = Fusing(settings, before, rows, print_info, run=run)
 
     print_section("Training")
     # Only the first rank has a callback.

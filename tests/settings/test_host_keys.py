@@ -219,9 +219,23 @@ def test_lm_studio_name_exports_there(
         run(fuse=True, lm_studio_name="mine")
     (tmp_path / ".lmstudio" / "models").mkdir(parents=True)
 
-    run(fuse=True, lm_studio_name="mine")
+    folder = tmp_path / ".lmstudio/models/mlx_lm_lora/mine"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "notes.txt"):
+        (folder / name).write_text("somebody's")
 
-    assert (tmp_path / ".lmstudio/models/mlx_lm_lora/mine/model.safetensors").exists()
+    first = run(fuse=True, lm_studio_name="mine")
+    run(adapter_path=str(first.folder), resume="auto", fuse=True, lm_studio_name="mine", fuse_bits=8)
+
+    assert hasattr(load(str(folder))[0].layers[0].self_attn.q_proj, "bits")
+    (aside,) = (folder / "previous").iterdir()
+    assert {path.name: path.read_text() for path in aside.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "model-00001-of-00002.safetensors"), "somebody's"
+    )
+    assert (folder / "notes.txt").read_text() == "somebody's"
+    run(fuse=True, lm_studio_name="mine")  # another run
+    (other,) = set((folder / "previous").iterdir()) - {aside}
+    assert hasattr(load(str(other))[0].layers[0].self_attn.q_proj, "bits")
 
 
 def test_epochs_count_passes_over_the_rows(run: Callable[..., Outcome]) -> None:
