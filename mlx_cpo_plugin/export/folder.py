@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,14 @@ from pathlib import Path
 from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
 from mlx_cpo_plugin.errors import first_line, is_device_fault, named
 from mlx_cpo_plugin.export.errors import ExportError
+from mlx_cpo_plugin.publish.card import CARD_NAMES
 from mlx_cpo_plugin.types import Values
 
 # What was exported, in every export.
 RECORD = "export.json"
+# Bytes of a file that somebody may have edited, at most.
+MOST_EDITED = 10_000_000
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*")
 HOW_TO_REPLACE = "give --force to replace it, or another --output"
 
 
@@ -44,22 +50,30 @@ def check_target(target: Path, replace: bool) -> None:
             key="output",
             place=str(target),
         )
-    if others := _others_in(target):
+    if others := _changed_in(target):
         raise ExportError(
-            f"{named(str(target))} holds {named(others[0])}, too, which is no part of the export and would be lost; "
+            f"{named(str(target))} holds {named(others[0])}, which is not as the export left it, and would be lost; "
             "move it, or give another --output.",
             key="output",
             place=str(target / others[0]),
         )
 
 
-def _others_in(target: Path) -> list[str]:
-    """Return the names in an export that it did not come with, as far as it says; hidden ones, of systems, left out."""
+def _changed_in(target: Path) -> list[str]:
+    """Return the names in an export that it did not come with, or that were edited since, as far as it says."""
     try:
-        own = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+        own = dict(json.loads((target / RECORD).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return sorted(path.name for path in target.iterdir() if path.name not in (RECORD, *own) and path.name[0] != ".")
+    paths = [path for path in target.iterdir() if path.name != RECORD and not _OF_SYSTEMS.fullmatch(path.name)]
+    return sorted(path.name for path in paths if path.name not in own or own[path.name] != _digest(path))
+
+
+def _digest(path: Path) -> str:
+    """Return what an edited file is known by; nothing of what nobody edits, or what is carried over."""
+    if path.name in CARD_NAMES or not path.is_file() or path.stat().st_size > MOST_EDITED:
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -77,7 +91,7 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
             remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
             staging.mkdir()
             yield staging
-            record = {**record, "files": sorted(path.name for path in staging.iterdir())}
+            record = {**record, "files": {path.name: _digest(path) for path in sorted(staging.iterdir())}}
             (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             for path in staging.rglob("*"):
                 flush(path)

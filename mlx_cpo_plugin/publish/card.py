@@ -32,7 +32,9 @@ from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.types import Values
 
-CARD_FILE, BESIDE, PLOT_FILE = "README.md", "MODEL_CARD.md", "cpo-results.png"
+CARD_FILE, PLOT_FILE = "README.md", "cpo-results.png"
+# Beside one that a person wrote or edited, and so on.
+CARD_NAMES = (CARD_FILE, "MODEL_CARD.md", *(f"MODEL_CARD-{number}.md" for number in range(2, 100)))
 # A plot of fewer points shows less than the table.
 LEAST_POINTS = 5
 _PLOTTED = ("loss", "accuracy", "margin")
@@ -149,9 +151,8 @@ def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
     Raises:
         OSError: a file cannot be written.
     """
-    names = (CARD_FILE, BESIDE, *(f"MODEL_CARD-{number}.md" for number in range(2, 100)))
-    edited = list(takewhile(lambda name: is_edited((replacing or folder) / name), names))
-    name = names[len(edited)]
+    edited = list(takewhile(lambda name: is_edited((replacing or folder) / name), CARD_NAMES))
+    name = CARD_NAMES[len(edited)]
     if replacing is not None:
         for kept in edited:
             shutil.copyfile(replacing / kept, folder / kept)

@@ -314,13 +314,19 @@ def test_only_an_export_is_replaced_and_only_when_asked_to(
     assert "no export" in refusal(capsys, [*arguments, "--force", "--output", str(tmp_path)])
     assert (folder / ".mark").exists()
 
-    (folder / "mine.gguf").touch()
+    assert ".mark" in refusal(capsys, [*arguments, "--force"])
+    (folder / ".mark").rename(folder / "mine.gguf")
     assert "mine.gguf" in refusal(capsys, [*arguments, "--force"])
-    assert (folder / "mine.gguf").exists()
-
     (folder / "mine.gguf").unlink()
+
+    written = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(written.replace("{", "{ ", 1))
+    assert "adapter_config.json" in refusal(capsys, [*arguments, "--force"])
+    (folder / "adapter_config.json").write_text(written)
+
+    (folder / ".DS_Store").touch()
     assert cli.main([*arguments, "--force"]) == 0
-    assert not (folder / ".mark").exists()
+    assert not (folder / ".DS_Store").exists()
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_cpo_plugin.publish import card
-from mlx_cpo_plugin.publish.card import BESIDE, CARD_FILE, FORMS, PLOT_FILE, model_card, without_paths, write_card
+from mlx_cpo_plugin.publish.card import CARD_FILE, CARD_NAMES, FORMS, PLOT_FILE, model_card, without_paths, write_card
 from mlx_cpo_plugin.report.plots import as_png
 from mlx_cpo_plugin.settings import config
 
@@ -202,13 +202,13 @@ class TestFiles:
         else:
             file.write_bytes(changed[change])
 
-        assert write_card(model_card(adapter), adapter) == BESIDE
+        assert write_card(model_card(adapter), adapter) == CARD_NAMES[1]
         assert file.is_dir() or file.read_bytes() == changed[change]
-        assert (adapter / BESIDE).read_bytes() == written
+        assert (adapter / CARD_NAMES[1]).read_bytes() == written
 
-        (adapter / BESIDE).write_text("# Mine, too\n")
+        (adapter / CARD_NAMES[1]).write_text("# Mine, too\n")
         assert write_card(model_card(adapter), adapter) == "MODEL_CARD-2.md"
-        assert (adapter / BESIDE).read_text() == "# Mine, too\n"
+        assert (adapter / CARD_NAMES[1]).read_text() == "# Mine, too\n"
 
     def test_an_export_over_another_carries_an_edited_card_over(self, adapter: Path, tmp_path: Path) -> None:
         old, new = tmp_path / "old", tmp_path / "new"
@@ -216,7 +216,7 @@ class TestFiles:
             folder.mkdir()
             (folder / CARD_FILE).write_text(f"# Of {folder.name}\n")
 
-        assert write_card(model_card(adapter, "peft"), new, replacing=old) == BESIDE
+        assert write_card(model_card(adapter, "peft"), new, replacing=old) == CARD_NAMES[1]
         assert (new / CARD_FILE).read_text() == "# Of old\n"
 
         assert write_card(model_card(adapter, "peft"), new, replacing=tmp_path / "none") == CARD_FILE
