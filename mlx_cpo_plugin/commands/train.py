@@ -55,13 +55,24 @@ def run_check(words: Sequence[str]) -> int:
             )
         # What is looked at is a training run, whether or not the configuration file has `train: true`.
         resolved = config.resolve([*words, "--train"])
-    for note in resolved.notes:
+        notes = [*resolved.notes, *([] if _trains(words) else ["the run needs --train, or train: true in its file."])]
+    for note in notes:
         print(f"note: {note}")
     if asks_for_longest:
         longest.run_longest(resolved.settings, mode)
     else:
         check.run_check(resolved.settings, mode, timed=asks_for_time)
     return 0
+
+
+def _trains(words: Sequence[str]) -> bool:
+    """Whether a command with these options trains; they are without fault."""
+    from mlx_cpo_plugin.settings import config
+
+    try:
+        return bool(config.resolve(words).settings.train)
+    except ConfigError:  # it does not even test
+        return False
 
 
 def check_parser() -> argparse.ArgumentParser:

@@ -84,12 +84,23 @@ def test_it_says_what_the_run_amounts_to(checked):
     assert "Steps of the run: 9 iterations, 6 optimizer steps, 3 epochs\n" in checked(ROWS, iters=None, epochs=3)
 
 
-def test_a_model_that_is_not_fetched_yet_costs_the_memory_estimate_alone(checked, monkeypatch):
+def test_a_test_set_at_fault_that_the_run_does_not_read_is_noted(checked, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "test.jsonl").write_text("{broken\n")
+
+    assert "Test: left out, since the run has no test: true, and it is at fault: " in checked(ROWS, data=str(folder))
+    with refused(DataError, "test.jsonl"):
+        checked(ROWS, data=str(folder), test=True)
+
+
+def test_of_a_model_that_is_not_fetched_yet_it_says_what_is_not_looked_at(checked, monkeypatch):
     monkeypatch.setattr(check, "is_on_this_machine", lambda model: False)
 
     output = checked(ROWS)
 
-    assert "Memory: not estimated, since the model has not been fetched yet." in output
+    assert "Not looked at, since the model has not been fetched yet: memory, lora_parameters.keys" in output
     assert "First pairs" in output
 
 

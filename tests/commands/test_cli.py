@@ -52,6 +52,26 @@ def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None
         assert f"    {command} " in printed
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "noted"),
+    [("", [], True), ("test: true", [], True), ("train: true", [], False), ("", ["--train"], False)],
+)
+def test_check_notes_that_the_run_needs_to_be_told_to_train(
+    settings: str,
+    words: list[str],
+    noted: bool,
+    checked: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "my.yaml").write_text(f"train_mode: cpo\nmodel: m\n{settings}\n")
+
+    assert cli.main(["check", "--config", str(tmp_path / "my.yaml"), *words]) == 0
+
+    assert ("note: the run needs --train, or train: true in its file." in capsys.readouterr().out) == noted
+    assert checked[0].train
+
+
 def test_the_help_of_check_speaks_of_checking_and_begins_with_its_own_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
