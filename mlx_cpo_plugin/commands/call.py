@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import load_model as load_fused_model
 
 from mlx_cpo_plugin import data as preference_data
@@ -31,6 +33,7 @@ from mlx_cpo_plugin.settings.nested import SET_KEYS
 from mlx_cpo_plugin.settings.validation import refused
 from mlx_cpo_plugin.settings.yaml_settings import read_yaml
 from mlx_cpo_plugin.training.call import check_callback
+from mlx_cpo_plugin.training.state import random_seed
 from mlx_cpo_plugin.types import Tokenizer, Values
 from mlx_cpo_plugin.verdict import Verdict
 
@@ -117,7 +120,7 @@ def train(
     else:
         raise refused("data", data, IN_THE_CALL, "rows, or a folder, a file or a name on the hub")
 
-    with lasting_output(speaks=is_first_rank()):
+    with lasting_output(speaks=is_first_rank()), _random_numbers_kept():
         check_callback(training_callback)
         resolved = resolved_settings(call)
         modes = train_modes()
@@ -147,6 +150,17 @@ def train(
         except PushAfterRunError as error:  # the caller has a result nevertheless
             warnings.warn(str(error), stacklevel=2)
     return _result(trained, tokenizer, resolved, tested)
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give the caller the random numbers of NumPy and MLX that come without a run, which seeds both."""
+    of_numpy, of_mlx = np.random.get_state(), random_seed()
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        mx.random.seed(of_mlx)
 
 
 def _are_sets(entries: list[Any]) -> bool:

@@ -223,8 +223,8 @@ def print_plan(
         model = unevaluated_model(settings)
     else:
         print(
-            "Not looked at, since the model has not been fetched yet: memory, lora_parameters.keys, the bits to load in "
-            "and what is resumed from.",
+            "Not looked at, since the model has not been fetched yet: memory, lora_parameters.keys, the bits to load "
+            "in, and what is resumed from.",
             file=stream,
         )
         return

@@ -30,6 +30,7 @@ from mlx_cpo_plugin import TrainingResult, cli
 from mlx_cpo_plugin.activation.patches import resolved_settings
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import ConfigError, DataError, UserError
+from mlx_cpo_plugin.training.state import random_seed
 
 RunMain = Callable[..., None]
 Settings = dict[str, Any]
@@ -180,6 +181,7 @@ def outside_the_model() -> dict[str, Any]:
         "signals": signals,
         "streams": (sys.stdout, sys.stderr, sys.argv),
         "hooks": (sys.excepthook, threading.excepthook),
+        "random numbers": (random_seed(), [str(part) for part in np.random.get_state()]),
     }
 
 
