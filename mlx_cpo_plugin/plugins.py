@@ -20,6 +20,8 @@ from mlx_cpo_plugin.types import LossType, TrainMode, Values
 
 BUILT_IN = "mlx-cpo-plugin"
 BLOCK_VARIABLE = "MLX_CPO_PLUGIN_BLOCK"
+# Arguments of the commands that no option may be called as, beside the settings of every run.
+OF_COMMANDS = frozenset(("config", "help", "train_mode"))
 
 Entry = TypeVar("Entry", TrainMode, LossType)
 # What each hook returns.
@@ -41,26 +43,33 @@ def get_plugin_manager() -> pluggy.PluginManager:
             manager.set_blocked(name.strip())
     # Imported late, since what it imports imports this module.
     manager.register(import_module("mlx_cpo_plugin.cpo"), name=BUILT_IN)
+    loaded = {BUILT_IN: f"{BUILT_IN} {__version__}"}
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
-        _load(manager, entry_point)
+        origin = _origin(entry_point)
+        if entry_point.name not in loaded:
+            _load(manager, entry_point)
+            loaded[entry_point.name] = origin
+        elif origin != loaded[entry_point.name] and not manager.is_blocked(entry_point.name):
+            taken = PluginError(f"{loaded[entry_point.name]} has one of this name")
+            _warn_skipped(entry_point.name, taken, origin)
     return manager
 
 
 def _load(manager: pluggy.PluginManager, entry_point: EntryPoint) -> None:
-    if manager.is_blocked(entry_point.name) or manager.has_plugin(entry_point.name):
+    if manager.is_blocked(entry_point.name):
         return
     try:
         manager.register(entry_point.load(), name=entry_point.name)
         manager.check_pending()
-    except Exception as error:  # whatever a third party's module raises, the other plugins go on
+    except (Exception, SystemExit) as error:  # whatever a third party's module raises, the other plugins go on
         if manager.has_plugin(entry_point.name):
             manager.unregister(name=entry_point.name)
         _warn_skipped(entry_point.name, error)
 
 
-def _warn_skipped(plugin: str, error: BaseException) -> None:
+def _warn_skipped(plugin: str, error: BaseException, origin: str = "") -> None:
     warnings.warn(
-        f"Plugin {plugin!r} from {_distribution_of(plugin)} is skipped: {type(error).__name__}: {error}. "
+        f"Plugin {plugin!r} from {origin or _distribution_of(plugin)} is skipped: {type(error).__name__}: {error}. "
         f"Fix or uninstall it, or set {BLOCK_VARIABLE}={plugin} to silence this.",
         RuntimeWarning,
         stacklevel=2,
@@ -73,8 +82,12 @@ def _distribution_of(plugin: str) -> str:
         return f"{BUILT_IN} {__version__}"
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP, name=plugin):
         if entry_point.dist is not None:
-            return f"{entry_point.dist.name} {entry_point.dist.version}"
+            return _origin(entry_point)
     return f"the plugin {plugin!r}, registered by code"
+
+
+def _origin(entry_point: EntryPoint) -> str:
+    return f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist is not None else entry_point.value
 
 
 def train_modes() -> dict[str, TrainMode]:
@@ -169,8 +182,8 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
             if not isinstance(entry, KINDS[hook]):
                 raise TypeError(f"{hook} must return {KINDS[hook].__name__} objects, not {type(entry).__name__}")
         for entry in entries:
-            _check_options(entry)
-    except Exception as error:  # whatever a third party's hook raises, the other plugins go on
+            _check_entry(entry)
+    except (Exception, SystemExit) as error:  # whatever a third party's hook raises, the other plugins go on
         if plugin == BUILT_IN:
             raise
         _warn_skipped(plugin, error)
@@ -178,8 +191,21 @@ def _returned(hook: str, plugin: str, function: Callable[[], Iterable[Any]]) -> 
     return entries
 
 
-def _check_options(entry: TrainMode | LossType) -> None:
-    """Raise ValueError where an option would not have its own value, but that of a setting of every run."""
+def _check_entry(entry: TrainMode | LossType) -> None:
+    """Raise TypeError or ValueError where a mode or loss, or one of its options, would fail only when it is used.
+
+    An option that is called as a setting of every run would not have its own value, but that of the setting.
+    """
+    functions = (entry.fn,) if isinstance(entry, LossType) else (entry.load_dataset, entry.train, entry.evaluate)
+    if not (isinstance(entry.name, str) and entry.name):
+        raise TypeError(f"the name of a mode or loss must be text, not {entry.name!r}")
+    if not all(map(callable, functions)):
+        raise TypeError(f"{entry.name} has no function where one is called")
+    for option in entry.options:
+        if not (isinstance(option.name, str) and option.name.isidentifier()) or option.name in OF_COMMANDS:
+            raise ValueError(f"{entry.name} has an option called {option.name!r}, which cannot be one; rename it")
+        if option.type not in (int, float, bool, str, dict, list):
+            raise TypeError(f"the option {option.name} of {entry.name} is of no type that options have")
     settings = [import_module("mlx_cpo_plugin.settings.options").COMMON_OPTIONS]
     if isinstance(entry, LossType):
         settings.append(import_module("mlx_cpo_plugin.settings.cpo_options").OF_EVERY_LOSS)

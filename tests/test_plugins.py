@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 import warnings
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -145,6 +148,61 @@ def test_a_loss_whose_option_is_a_setting_of_every_run_is_named_and_skipped(name
 
     with registered(Claiming()), pytest.warns(RuntimeWarning, match=f"claims has an option {name}, which is a setting"):
         assert "claims" not in plugins.loss_types()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"name": ["x"]}, "the name of a mode or loss must be text"),
+        ({"name": ""}, "the name of a mode or loss must be text"),
+        ({"fn": None}, "bad has no function where one is called"),
+        ({"options": (Option("config", float, 2.5, ""),)}, "an option called 'config', which cannot be one"),
+        ({"options": (Option("train_mode", str, "", ""),)}, "an option called 'train_mode', which cannot be one"),
+        ({"options": (Option("my-o", float, 2.5, ""),)}, "an option called 'my-o', which cannot be one"),
+        ({"options": (Option("own", set, None, ""),)}, "the option own of bad is of no type that options have"),
+    ],
+)
+def test_a_loss_that_would_fail_where_it_is_used_is_named_and_skipped(values: dict[str, Any], reason: str) -> None:
+    class Bad(RankPlugin):
+        @hookspecs.hookimpl
+        def register_loss_types(self) -> list:
+            return [LossType(**{"name": "bad", "title": "", "fn": lambda *_: None, "formula": "", **values})]
+
+    with registered(Bad()), pytest.warns(RuntimeWarning, match=reason):
+        assert list(plugins.loss_types())[:1] == ["sigmoid"]
+
+
+def test_a_hook_that_ends_the_process_is_named_and_skipped() -> None:
+    class Leaving(RankPlugin):
+        @hookspecs.hookimpl
+        def register_loss_types(self) -> list:
+            sys.exit("no licence")
+
+    with registered(Leaving()), pytest.warns(RuntimeWarning, match="SystemExit: no licence"):
+        assert "sigmoid" in plugins.loss_types()
+
+
+def entry_point(name: str, distribution: str, value: str = "types:ModuleType") -> EntryPoint:
+    found = EntryPoint(name, value, hookspecs.ENTRY_POINT_GROUP)
+    vars(found)["dist"] = SimpleNamespace(name=distribution, version="1.0")
+    return found
+
+
+def test_of_two_entry_points_with_one_name_the_second_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [entry_point("losses", "first"), entry_point("losses", "first"), entry_point("losses", "second")]
+    given.append(entry_point(plugins.BUILT_IN, "third"))
+    monkeypatch.setattr(plugins, "entry_points", lambda **_: given)
+
+    with pytest.warns(RuntimeWarning) as told:
+        manager = plugins.get_plugin_manager.__wrapped__()
+
+    texts = [str(warning.message) for warning in told]
+    assert len(texts) == 2
+    assert texts[0].startswith(
+        "Plugin 'losses' from second 1.0 is skipped: PluginError: first 1.0 has one of this name"
+    )
+    assert texts[1].startswith(f"Plugin '{plugins.BUILT_IN}' from third 1.0 is skipped")
+    assert manager.has_plugin(plugins.BUILT_IN)
 
 
 def test_a_hook_that_returns_something_else_is_named_and_skipped() -> None:

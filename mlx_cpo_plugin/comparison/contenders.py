@@ -72,7 +72,7 @@ def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> 
         model, data: in place of the run's.
 
     Raises:
-        ConfigError: a folder holds neither, is given twice, or nobody knows its base model.
+        ConfigError: a folder holds neither, is given twice, or nobody knows its base model; or an adapter is damaged.
     """
     kinds = [kind_of_folder(folder) for folder in folders]
     records = [run_folder(folder) for folder in folders]
@@ -87,6 +87,7 @@ def contenders(folders: Sequence[Path], model: str | None, data: str | None) -> 
             whole = dict.fromkeys(QUANTISED_LOADS, False) | {"model": str(folder)}
             found.append(Contender(name, RunSettings.of({**vars(settings), **whole})))
             continue
+        _check_files(folder)  # before any of them is asked
         if record != first and (record / RUN_SETTINGS).is_file():
             own = run_settings(record, model, data)
         elif record != first and model is None and (named_model := _adapter_config(folder).get("model")):
@@ -235,11 +236,6 @@ def put_on(model: nn.Module, contender: Contender) -> None:
     path = str(contender.adapter_path)
     file = Path(path) / ADAPTER_FILE
     try:
-        check_safetensors(file)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(file, first_line(error)) from error
-    _check_config(Path(path) / ADAPTER_CONFIG)
-    try:
         load_adapters(model, path)
     except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         if is_device_fault(error):
@@ -260,16 +256,20 @@ def put_on(model: nn.Module, contender: Contender) -> None:
     model.eval()
 
 
-def _check_config(file: Path) -> None:
-    """Raise ConfigError where an ``adapter_config.json`` does not say how layers are adapted."""
-    config = _adapter_config(file.parent)
+def _check_files(folder: Path) -> None:
+    """Raise ConfigError where an adapter is cut short, or its configuration does not say how layers are adapted."""
+    try:
+        check_safetensors(folder / ADAPTER_FILE)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(folder / ADAPTER_FILE, first_line(error)) from error
+    config = _adapter_config(folder)
     if config.get("fine_tune_type") == "full":
         return
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     numbers = (config.get("num_layers"), parameters.get("rank"), parameters.get("scale"))
     if not all(isinstance(number, int | float) for number in numbers):
-        raise _damaged(file, "there is no num_layers, or no rank and scale in lora_parameters")
+        raise _damaged(folder / ADAPTER_CONFIG, "there is no num_layers, or no rank and scale in lora_parameters")
 
 
 def _damaged(file: Path, fault: str) -> ConfigError:

@@ -116,7 +116,7 @@ def prompt_of(request: str, first: str, second: str) -> str:
 def verdict_in(reply: str) -> float | None:
     """Return what a judge's reply says, after its thoughts: a letter alone or in front, or the only one it names."""
     said = reply.rpartition("</think>")[2].strip()
-    alone = re.match(r"\W*(a|b|t|tie)\b(?!\s*\w)", said, re.IGNORECASE)
+    alone = re.match(r"\W*(a|b|t|tie)\b(?![^\S\n]*\w)", said, re.IGNORECASE)
     letters = {alone[1]} if alone else set(re.findall(r"\b(?:[ABT]|(?i:tie))\b", said))
     verdicts = {_LETTERS[letter[0].upper()] for letter in letters}
     return verdicts.pop() if len(verdicts) == 1 else None

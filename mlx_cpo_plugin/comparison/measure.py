@@ -120,13 +120,18 @@ def _check_tokenizers(models: Sequence[Contender], tokenizer: ChatTokenizer) -> 
 
 
 def _note_other_base(contender: Contender, base: RunSettings, say: Say) -> None:
-    """Say where an adapter is put on something else than the base model of the comparison."""
+    """Say where an adapter is put on another model than the base model of the comparison, or asked otherwise."""
     if os.path.realpath(contender.settings.model) != os.path.realpath(base.model):  # names of the hub are no links
         say(f"Note: {contender.name} is an adapter of {contender.settings.model}, but {BASE} is {base.model}.")
     precision = quantised_load(contender.settings)
     if precision != quantised_load(base):
         loaded = f"with {precision}" if precision else "unquantised"
         say(f"Note: {contender.name} needs its weights loaded {loaded}, unlike the base model in this comparison.")
+    for key in ("chat_template", "chat_template_kwargs"):
+        if getattr(contender.settings, key) != getattr(base, key):
+            say(
+                f"Note: {contender.name} was trained with another {key} than the first run's, which all are asked with."
+            )
 
 
 def _measure_all(comparison: Comparison, max_tokens: int, say: Say) -> None:

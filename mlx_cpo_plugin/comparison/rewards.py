@@ -114,10 +114,11 @@ def _imported(place: str) -> Any:
     with _this_folder_first():
         if not place.endswith(".py"):
             return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        spec = importlib.util.spec_from_file_location(f"mlx_cpo_reward_{Path(place).stem}", place)
         assert spec is not None  # that of .py
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their types up
         spec.loader.exec_module(module)
         return module
 

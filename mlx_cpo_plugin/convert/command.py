@@ -9,9 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import Any
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.convert import axolotl, llama_factory, simpo, trl
 from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, account, in_words
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
@@ -75,13 +77,13 @@ def run_convert(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     try:
-        output.write_text(text, encoding="utf-8")
+        replace_whole(output, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{named(str(output))} cannot be written ({error.strerror}); give another --output.", key="output"
         ) from error
     print("\n".join(told))
-    print(f"\nWritten to {named(str(output))}; look at its rows with `mlx-cpo check --config {named(str(output))}`.")
+    print(f"\nWritten to {named(str(output))}; look at its rows with `mlx-cpo check --config {quote(str(output))}`.")
     return 0
 
 

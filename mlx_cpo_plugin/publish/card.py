@@ -107,7 +107,7 @@ def model_card(
         form: one of :data:`FORMS`.
         notes: sentences on the files, such as the bits of their weights.
         base_model: its name on the hub, where the run was given a folder.
-        here: folder or repository that the commands name; by default the folder's name.
+        here: repository, or name of a folder, that the commands name; by default the folder's name.
 
     Raises:
         ReportError: the run's settings cannot be read.
@@ -242,7 +242,7 @@ def _introduction(record: RunRecord, form: Form, kind: str, base: str) -> str:
 
 def _use(record: RunRecord, form: str, base: str, here: str) -> str:
     base = base or _shown(record.settings.get("model")) or "MODEL"
-    language, lines = usage(form, here, base, record.template_arguments)
+    language, lines = usage(form, here, base, record.template_arguments, fetched="/" in here)
     block = "\n".join(lines)
     text = f"## Use\n\n```{language}\n{block}\n```"
     if form == "adapter" and record.settings.get("chat_template"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def upload_of(folder: Path, repo: str, *, fused: bool = False, base_model: str |
         what = "no fused model" if fused else "neither an adapter nor a model"
         raise HubError(f"{named(str(folder))} holds {what}; give another folder.", key="folder", place=str(folder))
     try:
-        code = (folder / "config.json").read_text(encoding="utf-8") if "config.json" in files else ""
-        files |= {name: path for name, path in there.items() if name.endswith(".py") and path.stem in code}
+        if "config.json" in files:
+            files |= {name: there[name] for name in _code_of(folder) if name in there}
         files |= {name: text for name in files if (text := _without_paths(name, folder)) is not None}
     except (OSError, ValueError) as error:
         raise HubError(
@@ -110,6 +111,23 @@ def upload_of(folder: Path, repo: str, *, fused: bool = False, base_model: str |
     beside = {path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")}
     left_out = beside - {name.partition("/")[0] + "/" * ("/" in name) for name in files}
     return Upload(dict(sorted(files.items())), tuple(sorted(left_out)))
+
+
+def _code_of(folder: Path) -> set[str]:
+    """Return the files of Python that a model's configuration names, and those that these import from beside them."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = [config.get("model_file"), *dict(config.get("auto_map") or {}).values()]
+    # "module.Class", or several of them; mlx_lm's is the name of the file.
+    named = [part for value in values for part in (value if isinstance(value, list) else [value]) if part]
+    new = {f"{str(part).rpartition('--')[2].removesuffix('.py').partition('.')[0]}.py" for part in named}
+    found: set[str] = set()
+    while new:
+        found |= new
+        texts = [(folder / name).read_text(encoding="utf-8") for name in new if (folder / name).is_file()]
+        new = {
+            f"{module}.py" for text in texts for module in re.findall(r"^\s*from \.(\w+)", text, re.MULTILINE)
+        } - found
+    return found
 
 
 def push(upload: Upload, repo: str, *, private: bool, say: Callable[[str], object]) -> None:

@@ -18,7 +18,9 @@ class Usage(NamedTuple):
     lines: tuple[str, ...]
 
 
-def usage(form: str, here: str, base: str = "", arguments: Mapping[str, object] | None = None) -> Usage:
+def usage(
+    form: str, here: str, base: str = "", arguments: Mapping[str, object] | None = None, fetched: bool = False
+) -> Usage:
     """Return how to use a model.
 
     Args:
@@ -26,10 +28,17 @@ def usage(form: str, here: str, base: str = "", arguments: Mapping[str, object] 
         here: its folder or repository.
         base: the model that an adapter belongs to.
         arguments: of the chat template, as in training.
+        fetched: whether ``here`` is a repository.
     """
     match form:
         case "adapter":
-            return Usage(SHELL, (_generate(f"--model {quote(base)} --adapter-path {quote(here)}", arguments),))
+            fetching: tuple[str, ...] = ()
+            if fetched:  # mlx_lm fetches models, but no adapters
+                repository, here = here, here.rpartition("/")[2]
+                fetching = (f"hf download {quote(repository)} --local-dir {quote(here)}",)
+            return Usage(
+                SHELL, (*fetching, _generate(f"--model {quote(base)} --adapter-path {quote(here)}", arguments))
+            )
         case "mlx":
             return Usage(SHELL, (_generate(f"--model {quote(here)}", arguments),))
         case "gguf":

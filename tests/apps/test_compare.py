@@ -507,6 +507,30 @@ def test_a_model_whose_scores_are_not_finite_is_told(adapter_path: Path) -> None
     assert said[-1].startswith("Warning: the tuned model gives log-probs that are not finite")
 
 
+def test_a_damaged_adapter_is_refused_before_any_is_asked(
+    adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(adapter_path, tmp_path / "other")
+    (other / "adapters.safetensors").write_bytes((other / "adapters.safetensors").read_bytes()[:-9])
+
+    assert cli.main(["compare", str(adapter_path), str(other), "--rows", "0"]) == 2
+
+    told = capsys.readouterr().err
+    assert f"error: The adapter {other / 'adapters.safetensors'} cannot be read" in told
+    assert "Loading" not in told
+
+
+def test_an_adapter_that_was_trained_with_another_template_is_noted(adapter_path: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter_path, tmp_path / "other")
+    record = other / "run_settings.yaml"
+    record.write_text(yaml.safe_dump({**yaml.safe_load(record.read_text()), "chat_template_kwargs": {"date": "today"}}))
+    said: list[str] = []
+
+    compare([adapter_path, other], say=said.append)
+
+    assert any(line.startswith("Note: other was trained with another chat_template_kwargs than") for line in said)
+
+
 def test_an_adapter_of_another_base_model_is_noted(adapter_path: Path, model_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(adapter_path, tmp_path / "other")
     copied = shutil.copytree(model_folder, tmp_path / "copied model")

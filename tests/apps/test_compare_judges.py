@@ -114,6 +114,7 @@ def test_a_judge_that_never_names_an_answer_is_given_up() -> None:
     ("reply", "verdict"),
     [
         *(("A", 1.0), ("b", 0.0), ("**B**", 0.0), ("(A).", 1.0), ("T", 0.5), ("Tie", 0.5), ("A\n\nIt is clear.", 1.0)),
+        *(("B\n\nAnswer A is vague, B is right.", 0.0), ("A\nBecause B is wrong.", 1.0)),
         *(("Answer: B", 0.0), ("I think that B is better.", 0.0), ("It is a tie.", 0.5)),
         *(("<think>A or B? A.</think>\nB", 0.0), ("B, since A is wrong", 0.0)),
         *(("A is better than B", None), ("", None), ("Both are good.", None), ("I cannot say.", None)),
@@ -356,6 +357,8 @@ def test_a_key_that_cannot_be_sent_is_refused(monkeypatch: pytest.MonkeyPatch, v
 def test_a_reward_function_gets_what_mlx_lm_lora_gives_it(tmp_path: Path) -> None:
     file = tmp_path / "my_rewards.py"
     file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Scale:\n    by: float = 1.0\n"
         "OFFSET = 10\nseen = []\n"
         "def reward(prompts, completions, answer, types=None):\n"
         "    seen.append((prompts, completions, answer, types))\n"

@@ -191,13 +191,14 @@ def test_one_process_trains_again_and_again_and_nothing_is_left_patched(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["notebook", "--beta", "no number"])
     plain = train(model_folder, ROWS, **FEW, adapter_path="0")
+    loaded = load(str(model_folder))
     before = outside_the_model()
 
     train(model_folder, ROWS, **FEW, adapter_path="1", train_type="dora", qat_enable=True, grad_checkpoint=True)
     train(
         model_folder, ROWS, **FEW, adapter_path="2", train_type="full", load_in_4bits=False, efficient_long_context=True
     )
-    train(load(str(model_folder)), ROWS, **FEW, adapter_path="3", load_in_4bits=True, num_layers=1)
+    train(loaded, ROWS, **FEW, adapter_path="3", load_in_4bits=True, num_layers=1)
 
     assert outside_the_model() == before
     again = train(model_folder, ROWS, **FEW, adapter_path="4")

@@ -67,6 +67,12 @@ class TestContents:
             model_card(adapter, form).text, "Use"
         )
 
+    def test_an_adapter_on_the_hub_is_fetched_first_which_mlx_lm_does_not_do(self, adapter: Path) -> None:
+        lines = section(model_card(adapter, here="account/polite").text, "Use").splitlines()
+
+        assert "hf download account/polite --local-dir polite" in lines
+        assert "mlx_lm.generate --model account/base-model --adapter-path polite --prompt 'Hi!'" in lines
+
     @pytest.mark.parametrize("form", FORMS)
     def test_a_template_of_the_run_itself_is_in_all_forms_but_the_adapter(self, form: str, adapter: Path) -> None:
         change_settings(adapter, chat_template="chat.jinja")

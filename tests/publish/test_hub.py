@@ -62,10 +62,13 @@ class TestFiles:
         of_model = {
             *("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"),
             *("generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "own_layers.py"),
+            *("modeling_own.py", "rotary.py"),
         }
-        for name in (*of_model, "train.py", "train.jsonl"):
+        own = {"model_file": "own_layers.py", "auto_map": {"AutoModel": "modeling_own.OwnModel"}, "model_type": "own"}
+        texts = {"config.json": json.dumps(own), "modeling_own.py": "from .rotary import Rotary\n"}
+        for name in (*of_model, "train.py", "type.py", "own.py", "train.jsonl"):
             (adapter / name).parent.mkdir(exist_ok=True)
-            (adapter / name).write_text(json.dumps({"model_file": "own_layers.py"}) if name == "config.json" else "{}")
+            (adapter / name).write_text(texts.get(name, "{}"))
 
         assert set(upload_of(adapter, "polite", fused=True).files) == {*of_model, CARD_FILE, PLOT_FILE}
         assert set(upload_of(adapter, "polite").files) == OF_ADAPTER
