@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # ".<thread>-<what for>-<name>": beside the file, so that it can be renamed to it.
-_PARTIAL = re.compile(r"\.\d+-(?:partial|removed)-(?P<name>.+)", re.DOTALL)
+_PARTIAL = re.compile(r"\.\d+-(?P<purpose>partial|removed)-(?P<name>.+)", re.DOTALL)
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,6 +68,15 @@ def partial_of(path: Path, purpose: str = "partial") -> Path:
         purpose: ``partial`` or ``removed``.
     """
     return path.with_name(f".{threading.get_native_id()}-{purpose}-{path.name}")
+
+
+def put_back(path: Path) -> None:
+    """Put back what a killed process had moved away from ``path`` and not replaced."""
+    for other in [] if os.path.lexists(path) or not path.parent.is_dir() else sorted(path.parent.iterdir()):
+        match = _PARTIAL.fullmatch(other.name)
+        if match and match["name"] == path.name and match["purpose"] == "removed":
+            other.rename(path)
+            return
 
 
 def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:

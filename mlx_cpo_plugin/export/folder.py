@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_cpo_plugin.atomic_files import flush, partial_of, remove, remove_partials
+from mlx_cpo_plugin.atomic_files import flush, partial_of, put_back, remove, remove_partials
 from mlx_cpo_plugin.errors import first_line, is_device_fault, named
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.publish.card import CARD_NAMES
@@ -26,13 +26,14 @@ HOW_TO_REPLACE = "give --force to replace it, or another --output"
 
 
 def check_target(target: Path, replace: bool) -> None:
-    """Find out, without changing anything, whether an export may go to ``target``.
+    """Find out whether an export may go to ``target``; only what a killed one had moved away from there is put back.
 
     Raises:
         ExportError: it cannot be written, or there is something already, which is not to be replaced or is no export,
             or holds other files, too.
     """
     with _writing(target):
+        put_back(Path(os.path.realpath(target)))
         place = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.lexists(parent))
         with tempfile.TemporaryDirectory(dir=place, prefix="."):
             pass

@@ -394,6 +394,19 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(
     assert not left.exists()
 
 
+def test_an_export_that_was_being_replaced_when_its_process_was_killed_is_put_back(
+    model_folder: Path, data_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(adapter, model_folder, data_folder, "peft")
+    folder.rename(folder.with_name(f".999-removed-{folder.name}"))
+    arguments = ["export", str(adapter), "--to", "peft", "--model", str(model_folder), "--data", str(data_folder)]
+
+    assert "--force" in refusal(capsys, arguments)
+
+    assert (folder / "export.json").is_file()
+    assert not list(folder.parent.glob(".*-removed-*"))
+
+
 def test_without_the_runs_rows_an_export_is_scored_on_built_in_ones(
     model_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
