@@ -253,6 +253,20 @@ def test_a_row_that_is_nested_too_deeply_is_left_out(monkeypatch: pytest.MonkeyP
     assert train.report.skipped == {"the row is nested too deeply": ["x train:2"]}
 
 
+@pytest.mark.parametrize("column", ["completions", "scores"])
+def test_several_answers_that_are_nested_too_deeply_are_left_out(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = "a"
+    for _ in range(3000):
+        deep = [deep]
+    row = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2], column: deep}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [PAIR, row])
+
+    train, _, _ = load(hf_dataset=[{"path": "x", "train_split": "train", "valid_split": None}])
+
+    assert len(train) == 1
+    assert sum(map(len, train.report.skipped.values())) == 1
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

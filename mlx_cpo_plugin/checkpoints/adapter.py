@@ -47,8 +47,8 @@ def save_adapter_config(model: nn.Module, adapter_file: Path) -> None:
     """
     path = adapter_file.parent / ADAPTER_CONFIG
     config: Values = {}
-    with suppress(OSError, ValueError):  # none, or a torn one: all that matters is written below
-        config = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError):  # none, or a torn one: all that matters is written below
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     text = json.dumps(config | describe_adapter(model), indent=4, sort_keys=True, default=str)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 

@@ -202,7 +202,7 @@ class Columns:
             return [(row, source)]
         try:
             return list(self._two_answer_rows(row, source))
-        except UnusableRow:
+        except (UnusableRow, RecursionError):
             return [(row, source)]
 
     def refuse_unranked(self, row: Mapping[str, object]) -> None:

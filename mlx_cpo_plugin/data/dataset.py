@@ -342,11 +342,12 @@ def collect(
             too_long += [outcome] if isinstance(outcome, OverlongRow) else []
         else:
             pairs.append(outcome)
-    if overlong and not pairs:
+    others = sum(map(len, skipped.values())) - left_out.total()
+    if overlong and not (pairs or others):
         raise DataError(
             f"no row of {name} fits: raise max_seq_length, or set overlong: cut.", key="max_seq_length", place=name
         )
-    if left_out.total() and not pairs:
+    if left_out.total() and not (pairs or others):
         raise DataError(f"no row of {name} has scores that differ by min_gap: lower it.", key="min_gap", place=name)
     dataset = PreferenceDataset(
         pairs, split, skipped, notes, tokenizer, too_long=[row.whole for row in too_long], columns=columns

@@ -93,7 +93,7 @@ def is_ranked(row: Mapping[str, object]) -> bool:
     """Whether a row says what each of its several answers is worth."""
     try:
         return has_completions(row) and bool(_answers(row))
-    except UnusableRow:
+    except (UnusableRow, RecursionError):
         return False
 
 

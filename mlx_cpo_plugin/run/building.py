@@ -24,7 +24,7 @@ from mlx_lm_lora.utils import from_pretrained
 from mlx_lm_lora.visuals import Colors, print_info
 
 from mlx_cpo_plugin.blas import use_fast_blas
-from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, CHECKPOINTS
+from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, adaptable_outside_layers
 from mlx_cpo_plugin.console import ESCAPES, is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
@@ -56,8 +56,8 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
     """Load model and tokenizer, or take those that are loaded; the model gets a fresh adapter, the same for a seed.
 
     Raises:
-        ConfigError: the model cannot be loaded or quantised as asked, or ``resume_adapter_file`` belongs to another
-            kind of adapter.
+        ConfigError: the model cannot be loaded or quantised as asked, or an adapter that
+            is resumed or tested is of another kind.
     """
     use_fast_blas()
     np.random.seed(settings.seed)
@@ -93,7 +93,9 @@ def _loading(settings: RunSettings) -> Iterator[None]:
 def _fit_to_settings(model: nn.Module, settings: RunSettings) -> None:
     """Quantise the base weights as asked for, and check what the settings assume of the model."""
     if settings.resume_adapter_file is not None and settings.train:
-        _check_resumed_adapter(settings, model)
+        _check_adapter(settings, model, "resume_adapter_file", Path(settings.resume_adapter_file))
+    elif settings.adapter_path and not settings.train:
+        _check_adapter(settings, model, "adapter_path", Path(settings.adapter_path) / ADAPTER_FILE)
     precision = quantised_load(settings)
     if precision:
         if any("scales" in module for module in model.modules()):
@@ -216,12 +218,14 @@ def _quantisable_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "to_quantized")]
 
 
-def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
-    """Compare the settings with the ``adapter_config.json`` beside ``resume_adapter_file``, by mlx_lm or mlx-lm-lora.
+def _check_adapter(settings: RunSettings, model: nn.Module, key: str, file: Path) -> None:
+    """Compare the settings with the ``adapter_config.json`` beside an adapter, by mlx_lm or mlx-lm-lora.
 
-    Without this an adapter of another scale, which its file does not show, would begin as something else.
+    Without this an adapter of another scale, which its file does not show, would be something else here.
+
+    Args:
+        key: of the setting that names it.
     """
-    file = Path(settings.resume_adapter_file or "")
     folders = [file.parent] + ([file.parents[2]] if file.parent.parent.name.startswith(CHECKPOINTS) else [])
     config_file = next((path for folder in folders if (path := folder / ADAPTER_CONFIG).is_file()), None)
     if config_file is None:
@@ -258,22 +262,22 @@ def _check_resumed_adapter(settings: RunSettings, model: nn.Module) -> None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{config_file} cannot be read ({first_line(error)}); restore or remove it.",
-            key="resume_adapter_file",
+            key=key,
             place=str(config_file),
         ) from error
     if "full" in (saved["train_type"], wanted["train_type"]):
         saved = {"train_type": saved["train_type"]}
-    differing = {key: value for key, value in saved.items() if value is not None and wanted.get(key) != value}
+    differing = {name: value for name, value in saved.items() if value is not None and wanted.get(name) != value}
     dropout = differing.pop("lora_parameters.dropout", None)
     if differing:
-        told = ", ".join(f"{key} {value} (here {wanted[key]})" for key, value in differing.items())
+        told = ", ".join(f"{name} {value} (here {wanted[name]})" for name, value in differing.items())
         raise ConfigError(
-            f"resume_adapter_file {str(file)!r} was trained with {told}, as {config_file} says; set these likewise.",
+            f"{key} {str(file)!r} was trained with {told}, as {config_file} says; set these likewise.",
             key=", ".join(differing),
             place=str(config_file),
             allowed=", ".join(str(value) for value in differing.values()),
         )
-    if dropout is not None:
+    if dropout is not None and settings.train:
         here = wanted["lora_parameters.dropout"]
         info(f"The adapter was trained with dropout {dropout}; it goes on with {here}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -172,10 +173,12 @@ def plan_notes(settings: RunSettings, optimizer: optimizers.Optimizer, steps: in
         notes.append(
             f"note: the learning rate reaches {max(rates):g}; with {settings.optimizer} up to {usual:g} is usual."
         )
-    warmup = (settings.lr_schedule or {}).get("warmup", 0)
+    named, warmup = "lr_schedule.warmup", (settings.lr_schedule or {}).get("warmup", 0)
+    if settings.warmup_ratio:
+        named, warmup = "warmup_ratio", math.ceil(settings.warmup_ratio * steps)
     if warmup >= steps:
         notes.append(
-            f"note: lr_schedule.warmup is {warmup} optimizer steps, and the run has {steps}: the learning rate only "
+            f"note: {named} makes {warmup} optimizer steps of warm-up, and the run has {steps}: the learning rate only "
             f"reaches {max(rates):g}."
         )
     if settings.train_type == "full" and (key := quantised_load(settings)):

@@ -134,6 +134,8 @@ def _check_like(default: object, value: object, key: str, place: Place) -> None:
     """Refuse an argument whose type differs from that of its default."""
     if isinstance(default, bool | int | float):
         check(Option(key, type(default), default, ""), value, place)
+    elif default is None and value is not None:  # a number that is not used by default
+        check(Option(key, float, default, ""), value, place)
     elif isinstance(default, list | tuple) and not (_is_numbers(value) and len(value) == len(default)):
         raise refused(key, value, place(key), f"a list of {len(default)} numbers")
 

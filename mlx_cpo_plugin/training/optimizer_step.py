@@ -200,7 +200,8 @@ class OptimizerStep:
         """Take the optimizer step over all ranks and return the norm of its gradient, before it was scaled down.
 
         Raises:
-            TrainingError: the gradient is not finite, or the first step changes nothing; nothing was updated.
+            TrainingError: the gradient is not finite, or would make weights that are not, or the first step changes
+                nothing; nothing was updated.
         """
         weights = self.masters.weights()
         # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.
@@ -215,6 +216,7 @@ class OptimizerStep:
         try:
             self._update(total, scale)
             mx.eval(self.model.state, self.optimizer.state, self.masters.copies)
+            check_weights(self.masters.weights(), self.optimizer, self.number)
             if before:
                 after, rate = self.masters.weights(), float(self.optimizer.learning_rate.item())
                 check_first_update(before, after, rate, self._all_satisfied)
@@ -279,6 +281,19 @@ def check_gradient(norm: float, pairs: Sequence[PreferencePair], step: int) -> N
             f"Step {step}: the gradient of {_rows(pairs)} is not finite, though the losses are; lower the learning "
             "rate, set max_grad_norm, or load the model in a wider precision. The weights from before this step are "
             "kept."
+        )
+
+
+def check_weights(weights: Mapping[str, mx.array], optimizer: optimizers.Optimizer, step: int) -> None:
+    """Raise a TrainingError where an optimizer has made weights that are not finite of a gradient that is."""
+    finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
+    mx.eval(finite)
+    broken = [name for name, is_finite in finite.items() if not is_finite.item()]
+    if broken:
+        raise TrainingError(
+            f"Step {step}: {type(optimizer).__name__} makes {len(broken)} of {len(weights)} weights not finite, "
+            f"{broken[0]} for one, though the gradient is; lower the learning rate, or correct optimizer_config, such "
+            "as an eps of 0. The weights from before this step are kept."
         )
 
 

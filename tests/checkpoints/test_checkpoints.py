@@ -33,6 +33,14 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder / "adapters.safetensors"
 
 
+def test_a_config_of_another_shape_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("[]")
+
+    saved(add_adapter(build_model()), tmp_path)
+
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
+
+
 @pytest.mark.parametrize("train_type", ["lora", "dora", "full", "lora on the last layer", "lora on the embedding, too"])
 def test_adapters_load_with_mlx_lm_and_score_the_same(tmp_path: Path, model_folder: Path, train_type: str) -> None:
     model, _ = load(str(model_folder))

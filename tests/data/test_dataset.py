@@ -269,3 +269,6 @@ def test_rows_that_the_settings_leave_out_for_their_length_are_counted_but_not_t
     )
     with refused(DataError, key="max_seq_length", place="train.jsonl"):
         load(file, max_seq_length=4, overlong="drop")
+    broken = write(tmp_path / "broken.jsonl", [*({**row, "rejected": None} for row in rows(9)), *rows(1)])
+    with refused(DataError, "9 of 10"):
+        load(broken, max_seq_length=4, overlong="drop")

@@ -91,6 +91,14 @@ def test_an_adapter_does_not_go_on_as_something_else(
     assert not Path(settings["adapter_path"], "adapters.safetensors").exists()
 
 
+def test_an_adapter_is_not_tested_as_something_else(settings: Settings, run_main: RunMain, adapter: Path) -> None:
+    tested = {**settings, "train": False, "test": True, "adapter_path": str(adapter.parent)}
+    run_main({**tested, **AS_IT_WAS})
+
+    with refused(ConfigError, "adapter_path", key="lora_parameters.scale", allowed="4.0"):
+        run_main({**tested, "lora_parameters": {"scale": 20.0, "rank": 4}})
+
+
 @pytest.mark.parametrize("numbers", [{}, {"num_layers": 2}, {"num_layers": 7}])
 def test_an_adapter_goes_on_with_the_settings_that_it_was_trained_with(
     settings: Settings, run_main: RunMain, adapter: Path, capsys: pytest.CaptureFixture[str], numbers: Settings

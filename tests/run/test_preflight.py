@@ -165,8 +165,12 @@ def test_a_warmup_longer_than_the_run_is_noted_with_the_rate_that_it_reaches(con
 
     assert notes(configured, 101, learning_rate=1e-4, lr_schedule=schedule) == []
     assert notes(configured, 11, learning_rate=1e-4, lr_schedule=schedule) == [
-        "note: lr_schedule.warmup is 100 optimizer steps, and the run has 11: the learning rate only reaches 1e-05."
+        "note: lr_schedule.warmup makes 100 optimizer steps of warm-up, and the run has 11: the learning rate only "
+        "reaches 1e-05."
     ]
+    assert notes(configured, 3, learning_rate=1e-4, warmup_ratio=0.5) == []
+    (line,) = notes(configured, 1, learning_rate=1e-4, warmup_ratio=0.5)
+    assert line.startswith("note: warmup_ratio makes 1 optimizer steps of warm-up, and the run has 1")
 
 
 def test_full_training_of_a_quantised_load_is_noted(configured: Configured) -> None:

@@ -69,6 +69,7 @@ MISTAKES = [
     ("fuse: 1", "fuse", 3, "true or false"),
     ("model: 7", "model", 3, "text"),
     ("train_type: qlora", "train_type", 3, "one of lora, dora, full"),
+    ("optimizer_config: {adafactor: {beta_1: abc}}", "optimizer_config.adafactor.beta_1", 3, "a number"),
     ("optimizer: adamax", "optimizer", 3, "one of adam, adamw, muon, sgd, adafactor, lion"),
     ("dpo_cpo_loss_type: sigmod", "dpo_cpo_loss_type", 3, "one of sigmoid, hinge, ipo, dpop, simpo, alphapo"),
     ("cpo_alpha: -1", "cpo_alpha", 3, "a number >= 0"),

@@ -67,6 +67,16 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path: Path, mo
     assert_same(saved(tmp_path), before)
 
 
+def test_weights_that_an_optimizer_makes_no_numbers_are_those_from_before_the_step(tmp_path: Path) -> None:
+    model = add_adapter(build_model())
+
+    with pytest.raises(TrainingError, match=r"^Step 2: SGD makes \d+ of \d+ weights not finite, .* the gradient is"):
+        train(tmp_path, model, rate=lambda step: mx.where(step > 0, mx.nan, 0.1))
+
+    assert_same(saved(tmp_path), parameters(model))
+    assert all(np.isfinite(value).all() for value in saved(tmp_path).values())
+
+
 def test_an_adapter_that_cannot_learn_is_found_at_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^Step 1: none of \d+ trainable parameters changed; check num_layers"):
         train(tmp_path, add_adapter(build_model(), scale=0.0))
