@@ -14,7 +14,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mlx_cpo_plugin.atomic_files import remove_partials
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, BEST, CHECKPOINTS, LOCK, PREVIOUS, RECORD
-from mlx_cpo_plugin.checkpoints.adapter import write_atomically
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, write_atomically
 from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
@@ -175,8 +175,8 @@ def put_aside(adapter_folder: Path, record: RunRecord, names: Iterable[str], say
 
 
 def goes_on(adapter_folder: Path, record: RunRecord) -> None:
-    """Record that the folder's run continues: no part of it is complete any more."""
-    _update(adapter_folder, replace(read_record(adapter_folder) or record, done={}))
+    """Record that the folder's run continues: no part of it is complete any more, and its rows are told anew."""
+    _update(adapter_folder, replace(read_record(adapter_folder) or record, done={}, data={}))
 
 
 def record_done(adapter_folder: Path, part: str, run: RunIdentity | None = None, result: str = "") -> None:
@@ -193,11 +193,18 @@ def record_undone(adapter_folder: Path, part: str) -> None:
         _update(adapter_folder, replace(record, done={name: of for name, of in record.done.items() if name != part}))
 
 
-def record_data(adapter_folder: Path, run: RunIdentity, data: Values, template_arguments: Values) -> None:
-    """Record what the folder's run trained on, by split, and the arguments of the chat template that rendered it."""
+def record_data(
+    adapter_folder: Path, run: RunIdentity, data: Values, template_arguments: Values, anew: Collection[str] = ()
+) -> None:
+    """Record what the folder's run trained on, by split, and the arguments of the chat template that rendered it.
+
+    Args:
+        anew: splits that were measured after those that are recorded; of the others what is recorded stays.
+    """
     record = read_record(adapter_folder)
     if record is not None and record.run == run:
-        _update(adapter_folder, replace(record, data=data, template_arguments=template_arguments))
+        kept = {split: of for split, of in record.data.items() if split not in anew}
+        _update(adapter_folder, replace(record, data={**data, **kept}, template_arguments=template_arguments))
 
 
 def record_files(adapter_folder: Path, names: Collection[str]) -> None:
@@ -233,8 +240,15 @@ def _left_by(record: RunRecord | None, folder: Path, in_use: Collection[Path]) -
 
 
 def _move(path: Path, into: Path) -> None:
-    into.mkdir(parents=True, exist_ok=True)
-    target, number = into / path.name, 2
-    while os.path.lexists(target):
-        target, number = into / f"{path.stem}-{number}{path.suffix}", number + 1
-    path.rename(target)
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        target, number = into / path.name, 2
+        while os.path.lexists(target):
+            target, number = into / f"{path.stem}-{number}{path.suffix}", number + 1
+        path.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be moved to {into} ({error.strerror}); make room there, or give another adapter_path.",
+            key="adapter_path",
+            place=str(into),
+        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
@@ -105,9 +105,11 @@ def train_test_and_fuse(
     # Only the first rank has a callback.
     with tracked_run(settings, training_callback) if is_first_rank() else nullcontext() as callback:
         train_mode(settings, mode, model, train_set, valid_set, callback)
-        if settings.test and not is_done(folder, TESTED, run):
+        on_what = f"{data_digest(test_set)} {settings.test_batches}" if isinstance(test_set, PreferenceDataset) else ""
+        tests = settings.test and not is_done(folder, TESTED, run, on_what)
+        if tests:
             report_on_test_set(settings, mode, model, test_set, callback)
-            record_done(folder, TESTED, run)
+            record_done(folder, TESTED, run, on_what)
 
     mx.clear_cache()
     if fusing is not None and not (is_done(folder, FUSED, run, fused_as(settings)) and holds_model(settings)):
@@ -119,7 +121,7 @@ def train_test_and_fuse(
     # A mode from elsewhere may leave no more than an adapter, or not even that.
     if is_first_rank() and (folder / RUN_SETTINGS).exists() and (folder / ADAPTER_CONFIG).exists():
         arguments = template_arguments(train_set)
-        describe(settings, sets, arguments)
+        describe(settings, sets, arguments, anew=("test",) if tests else ())
         for line in next_commands(settings, bool(valid_set or test_set), arguments):
             print(line)
 
@@ -154,11 +156,12 @@ def next_commands(settings: RunSettings, held_out: bool, arguments: Values | Non
     return lines
 
 
-def describe(settings: RunSettings, sets: Sets, arguments: Values) -> None:
+def describe(settings: RunSettings, sets: Sets, arguments: Values, anew: Collection[str] = ()) -> None:
     """Write the model card of what the run has left; where that fails one warning says so.
 
     Args:
         arguments: of the chat template, as in training.
+        anew: splits that were measured anew, though the run had finished.
     """
     folder, run = Path(settings.adapter_path), settings.run_identity
     data = {
@@ -167,7 +170,7 @@ def describe(settings: RunSettings, sets: Sets, arguments: Values) -> None:
         if isinstance(rows, PreferenceDataset) and rows
     }
     try:
-        record_data(folder, run, data, arguments)
+        record_data(folder, run, data, arguments, anew)
         fused = fused_folder(settings) if settings.fuse else folder
         merged = "`config.json` and `model*.safetensors`: the model with the adapter merged"
         name = write_card(model_card(folder, notes=[merged] if settings.fuse and fused == folder else ()), folder)

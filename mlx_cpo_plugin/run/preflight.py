@@ -13,7 +13,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 
 from mlx_cpo_plugin import cpo
-from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, PREVIOUS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import refuse_if_in_use
@@ -28,7 +28,7 @@ from mlx_cpo_plugin.run.fusing import fused_folder
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.trackers import require_clients
-from mlx_cpo_plugin.training.call import training_arguments
+from mlx_cpo_plugin.training.call import check_vocabulary, training_arguments
 from mlx_cpo_plugin.training.exits import out_of_memory_explained
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.optimizer_step import learning_rates
@@ -93,8 +93,11 @@ def check_destinations(settings: RunSettings) -> None:
         )
     resume = settings.resume_adapter_file
     if resume is not None and not os.path.isfile(resume):
+        missing = Path(resume)
+        aside = sorted(missing.parent.glob(f"{PREVIOUS}/*/{missing.name}"), key=lambda path: path.stat().st_mtime)
+        advice = f"did you mean {str(aside[-1])!r}?" if aside else "give an existing adapter."
         raise ConfigError(
-            f"resume_adapter_file is {str(resume)!r}, but there is no such file; give an existing adapter.",
+            f"resume_adapter_file is {str(resume)!r}, but there is no such file; {advice}",
             key="resume_adapter_file",
         )
     if settings.fuse and settings.train:
@@ -150,6 +153,8 @@ def rehearsed(
     refuse_if_in_use(Path(settings.adapter_path))
     if settings.resume_adapter_file is not None:
         load_adapter(model, Path(settings.resume_adapter_file))
+    check_vocabulary(model, train_set, "train")
+    check_vocabulary(model, valid_set, "valid")
     args = training_arguments(cpo.arguments(settings, adapter_file(settings)))
     objective = objective_for(args.loss_type, args.loss_settings(), None, args.cpo_alpha)
     optimizer = build_optimizer(settings, optimizer_steps(settings, train_set))

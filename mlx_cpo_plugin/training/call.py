@@ -12,7 +12,7 @@ from dataclasses import fields
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cpo_plugin.data import PreferenceDataset, as_pairs
+from mlx_cpo_plugin.data import PreferenceDataset, PreferencePair, as_pairs
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.host import parts_of
 from mlx_cpo_plugin.settings.command_line import IN_THE_CALL
@@ -39,6 +39,8 @@ def training_arguments(args: object) -> CPOTrainingArgs:
         raise refused("args", args, IN_THE_CALL, "CPOTrainingArgs, or an object with attributes of the same names")
     args = CPOTrainingArgs(**given)
     args.adapter_file = os.path.expanduser(args.adapter_file or CPOTrainingArgs.adapter_file)
+    if not args.adapter_file.endswith(".safetensors"):
+        raise refused("adapter_file", args.adapter_file, IN_THE_CALL, "a name that ends in .safetensors")
     args.resume = None if args.resume is None else os.path.expanduser(args.resume)
     args.sample_prompts = check(SAMPLE_PROMPTS, args.sample_prompts, lambda key: IN_THE_CALL)
     args.seed = caller_seed() if args.seed is None else args.seed
@@ -82,9 +84,15 @@ def pairs_of(
     pairs = PreferenceDataset.joined(
         [as_pairs(part, max_seq_length, tokenizer=tokenizer, split=split) for part in parts]
     )
+    check_vocabulary(model, pairs, split)
+    return pairs
+
+
+def check_vocabulary(model: nn.Module | None, pairs: Sequence[PreferencePair], split: str) -> None:
+    """Raise DataError where a token is not in the vocabulary of the model."""
     size = getattr(getattr(model, "args", None), "vocab_size", None)
     if not isinstance(size, int):
-        return pairs
+        return
     for pair in pairs:
         largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, pair.chosen, pair.rejected))
         if largest >= size:
@@ -95,7 +103,6 @@ def pairs_of(
                 place=pair.source,
                 allowed=f"0 to {size - 1}",
             )
-    return pairs
 
 
 def check_callback(callback: object, validates: bool = True) -> None:

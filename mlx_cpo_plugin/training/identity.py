@@ -95,13 +95,18 @@ def check_identity(checkpoint: Checkpoint, present: Values, now: Mapping[str, Va
         now: what :func:`recorded` returned of it.
     """
     saved: Values = checkpoint.values["identity"]
+    before = checkpoint.values.get("recorded", {})
+    # Of a schedule an identity has the rates of a few steps, between which others may lie.
+    was, is_now = (of.get("settings", {}).get("lr_schedule") for of in (before, now or {}))
+    if saved.get("optimizer") == present.get("optimizer") and was != is_now:
+        saved = {**saved, "lr_schedule": was}
+        present = {**present, "lr_schedule": is_now}
     differing = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     # What counts is the tokens; if they differ, the tokenizer may be why.
     if "tokenizer" in differing and ("data" not in differing or not saved.get("tokenizer")):
         differing.remove("tokenizer")
     if not differing:
         return
-    before = checkpoint.values.get("recorded", {})
     told = dict(_differences(saved, present, differing, before, now or {}))
     listed = ", ".join(told.values())
     raise ConfigError(

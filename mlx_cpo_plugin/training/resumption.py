@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from mlx_cpo_plugin.checkpoints import BEST_ADAPTER_FILE, METRICS_FILE
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, BEST_ADAPTER_FILE, METRICS_FILE
 from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import once_put_aside
-from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on
+from mlx_cpo_plugin.checkpoints.run_folder import begin_run, goes_on, record_files
 from mlx_cpo_plugin.checkpoints.run_identity import TRAINED
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import ConfigError
@@ -25,10 +26,26 @@ def restore(run: Run) -> str:
     checkpoint = run.start.checkpoint
     if checkpoint is not None:
         check_identity(checkpoint, run.identity, run.recorded)
+        if run.start.continues:
+            _check_beginning(run, checkpoint)
         run.state.restore(checkpoint)
     for note in run.start.notes:
         run.reporter.say(note)
     return "" if checkpoint is None else _why_finished(run, checkpoint)
+
+
+def _check_beginning(run: Run, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError where the settings have a run begin with other weights than it did."""
+    key = "resume_adapter_file"
+    began, asked = (of.get("settings", {}).get(key) for of in (checkpoint.values.get("recorded", {}), run.recorded))
+    if began != asked and (began is None or asked is None or os.path.realpath(began) != os.path.realpath(asked)):
+        with_what = "a fresh adapter" if began is None else repr(began)
+        advice = f"remove {key}" if began is None else f"set {key} to that"
+        raise ConfigError(
+            f"{key} is {asked!r}, but the run in {run.start.folder} began with {with_what}: {advice}, or start anew "
+            "with another adapter_path.",
+            key=key,
+        )
 
 
 def begin(run: Run) -> bool:
@@ -57,6 +74,8 @@ def _why_finished(run: Run, checkpoint: Checkpoint) -> str:
     """Return why a restored run has nothing left to do; empty where it has."""
     start, done, iters = run.start, run.state.iteration, run.args.iters
     enough = done >= iters
+    if enough and start.continues and TRAINED not in start.record.done:
+        return ""  # it stopped there, and its end is still to come
     if enough and checkpoint.values["iters"] != iters:
         finished = f"The run in {start.folder} has done {done} iterations, and iters is {iters}"
         if not start.continues:
@@ -92,6 +111,8 @@ def _take_folder(run: Run) -> None:
         paths = [settings.get("model"), *(entry["path"] for entry in sets)]
         in_use = [Path(path) for path in paths if isinstance(path, str)]
         begin_run(outputs.folder, start.record, say, in_use)
+        if outputs.adapter_file.name != ADAPTER_FILE:  # by which a folder is known to be a run's
+            record_files(outputs.folder, [outputs.adapter_file.name])
     if checkpoint is None:
         return
     there = checkpoint.folder if checkpoint.folder.exists() else once_put_aside(checkpoint, outputs.folder)

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 from support.refusals import refused
-from support.resumable_runs import adapter_in, checkpoints, cut_short, metrics, stopped, train
+from support.resumable_runs import adapter_in, checkpoints, cut_short, metrics, policy, stopped, train
 from support.tiny import assert_same, build_pairs, saved_arrays
 
+from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.folder import read_checkpoint
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
 from mlx_cpo_plugin.checkpoints.run_folder import make_way, only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE
+from mlx_cpo_plugin.training.arguments import FREE_TO_CHANGE, CPOTrainingArgs
+from mlx_cpo_plugin.training.trainer import train_cpo
 
 pytestmark = pytest.mark.slow
 
@@ -171,6 +174,32 @@ def test_what_a_fused_model_adds_or_replaces_is_put_aside_with_its_run_and_nothi
     left = {path.name for path in tmp_path.iterdir()}
     assert {"notes.txt", "runs", "previous"} < left
     assert not {"README.md", "additional_chat_templates"} & left
+
+
+def test_an_adapter_of_another_name_is_put_aside_with_its_run(tmp_path: Path) -> None:
+    (tmp_path / "named").mkdir()
+    for beta in (0.5, 0.3):
+        train_cpo(
+            policy(),
+            optimizers.SGD(1e-2),
+            build_pairs(4),
+            args=CPOTrainingArgs(iters=1, beta=beta, adapter_file=str(tmp_path / "named" / "mine.safetensors")),
+        )
+
+    (aside,) = (tmp_path / "named" / "previous").iterdir()
+    assert (aside / "mine.safetensors").is_file()
+    assert (tmp_path / "named" / "mine.safetensors").is_file()
+
+
+def test_what_cannot_be_put_aside_is_a_sentence(tmp_path: Path) -> None:
+    train(tmp_path, iters=1)
+    for name in ("previous", "README.md"):
+        (tmp_path / name).write_text("mine")
+
+    with refused(CheckpointError, "README.md cannot be moved to", key="adapter_path"):
+        make_way(tmp_path, ["README.md"], print)
+
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_an_adapter_config_stays_where_another_program_has_written_it(tmp_path: Path) -> None:

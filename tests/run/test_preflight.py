@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
 import pytest
 from filelock import FileLock
+from support.refusals import refused
 
 from mlx_cpo_plugin.checkpoints import LOCK
+from mlx_cpo_plugin.commands import check as data_check
 from mlx_cpo_plugin.commands.check import run_check
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import UserError
+from mlx_cpo_plugin.errors import ConfigError, DataError, UserError
 from mlx_cpo_plugin.plugins import train_modes
-from mlx_cpo_plugin.run.building import build_optimizer
+from mlx_cpo_plugin.run.building import build_optimizer, unevaluated_model
 from mlx_cpo_plugin.run.mode import run_mode
 from mlx_cpo_plugin.run.preflight import plan_notes, position_notes
 from mlx_cpo_plugin.settings import config
@@ -101,8 +104,21 @@ def test_check_refuses_to_resume_a_run_of_other_settings(configured: Configured,
     run(configured(save_every=1))
 
     assert_both_refuse(configured, tmp_path, resume="auto", iters=4, learning_rate=1e-3)
+    shutil.copytree(tmp_path / "adapters", tmp_path / "other")
+    began = str(tmp_path / "other" / "adapters.safetensors")
+    assert_both_refuse(configured, tmp_path, resume="auto", iters=4, resume_adapter_file=began)
     assert_both_refuse(configured, tmp_path, resume=str(tmp_path / "adapters"), iters=1, adapter_path="new")
     assert "Steps of the run: 4 iterations" in check(configured(resume="auto", iters=4))
+
+
+def test_check_refuses_to_resume_with_another_schedule_that_parts_later(configured: Configured, tmp_path: Path) -> None:
+    falls = {"name": "step_decay", "arguments": [1e-4, 0.1, 150]}
+    run(configured(save_every=1, lr_schedule=falls))
+
+    assert_both_refuse(
+        configured, tmp_path, resume="auto", iters=4, lr_schedule={**falls, "arguments": [1e-4, 0.1, 160]}
+    )
+    assert "Steps of the run: 4 iterations" in check(configured(resume="auto", iters=4, lr_schedule=falls))
 
 
 def test_check_refuses_a_folder_in_use_and_one_without_a_place_for_earlier_runs(
@@ -114,6 +130,32 @@ def test_check_refuses_a_folder_in_use_and_one_without_a_place_for_earlier_runs(
     (tmp_path / "adapters" / "previous").symlink_to(tmp_path)
 
     assert_both_refuse(configured, tmp_path)
+
+
+def test_check_refuses_tokens_that_the_model_does_not_know(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_few_words(settings: RunSettings) -> nn.Module:
+        model = unevaluated_model(settings)
+        model.args.vocab_size = 5
+        return model
+
+    monkeypatch.setattr(data_check, "unevaluated_model", of_few_words)
+
+    with refused(DataError, "but the model's vocabulary ends at 4", key="data"):
+        check(configured())
+
+
+def test_an_adapter_that_was_put_aside_is_named_where_it_is_to_be_gone_on_from(
+    configured: Configured, tmp_path: Path
+) -> None:
+    run(configured())
+    run(configured(resume_adapter_file=str(tmp_path / "adapters" / "adapters.safetensors")))
+    (aside,) = (tmp_path / "adapters" / "previous").glob("*/adapters.safetensors")
+    (tmp_path / "adapters" / "adapters.safetensors").unlink()
+
+    with refused(ConfigError, f"did you mean '{aside}'?", key="resume_adapter_file"):
+        check(configured(resume_adapter_file=str(tmp_path / "adapters" / "adapters.safetensors")))
 
 
 def test_check_tells_everything_that_is_refused(configured: Configured) -> None:

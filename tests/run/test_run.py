@@ -22,6 +22,7 @@ from support.refusals import refused
 from support.stranger_plugins import registered
 
 from mlx_cpo_plugin import cli
+from mlx_cpo_plugin.checkpoints.run_identity import read_record
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.run import mode as host_run
@@ -260,6 +261,30 @@ def test_the_commands_that_a_run_ends_with_work(
     assert (folder / "config.json").is_file()
     assert fused.keys() == {"Compare", "Generate"}
     assert call(GENERATE.main, [*fused["Generate"], "--max-tokens", "1"]) == "mlx_lm.generate"
+
+
+def test_a_finished_run_is_tested_again_on_other_rows_and_told_of_by_what_it_was_measured_on(
+    settings: Settings, run_main: RunMain, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(settings["data"], tmp_path / "rows"))
+    mine = {**settings, "data": str(data), "test": True, "val_batches": -1, "resume": "auto"}
+    run_main(mine)
+    folder = Path(settings["adapter_path"])
+    first = read_record(folder)
+    for split in ("test", "valid"):
+        rows = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{split}.jsonl").write_text("".join(rows[:-1]))
+
+    run_main(mine)
+    run_main(mine)
+
+    second = read_record(folder)
+    assert first is not None
+    assert second is not None
+    assert second.data["test"]["pairs"] == first.data["test"]["pairs"] - 1
+    assert second.data["valid"] == first.data["valid"]
+    tests = [line for line in map(json.loads, (folder / "metrics.jsonl").open()) if line["kind"] == "test"]
+    assert len(tests) == 2
 
 
 def test_what_mlx_lm_would_load_otherwise_is_not_generated_with() -> None:

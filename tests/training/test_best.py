@@ -20,7 +20,7 @@ from support.resumable_runs import checkpoints, metrics, stopped, train
 from support.tiny import assert_same, build_pairs, contrary, parameters, saved_arrays
 
 from mlx_cpo_plugin.checkpoints.run_folder import record_done
-from mlx_cpo_plugin.checkpoints.run_identity import TESTED, read_record
+from mlx_cpo_plugin.checkpoints.run_identity import TESTED, TRAINED, read_record
 from mlx_cpo_plugin.comparison.measure import compare
 from mlx_cpo_plugin.data.batches import BatchSize, epoch_ends, training_plan
 from mlx_cpo_plugin.errors import DataError
@@ -77,6 +77,20 @@ def test_a_run_that_ended_with_its_best_weights_goes_on_from_its_last_ones(tmp_p
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
     newest = [tmp_path / name / "checkpoints" / "0000012" / "adapters.safetensors" for name in ("run", "whole")]
     assert saved_arrays(newest[0]) == saved_arrays(newest[1])
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_where_it_is_now_to_end_has_its_best_weights(tmp_path: Path) -> None:
+    stopped(tmp_path, 4, **PAIRS, load_best=True)
+    best = saved(tmp_path / "best")
+    assert saved(tmp_path) != best
+
+    train(tmp_path, **PAIRS | {"iters": 4}, load_best=True, resume="auto")
+
+    assert saved(tmp_path) == best
+    record = read_record(tmp_path)
+    assert record is not None
+    assert TRAINED in record.done
 
 
 @pytest.mark.slow

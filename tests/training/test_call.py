@@ -132,6 +132,11 @@ def test_options_that_the_loss_does_not_use_are_refused(loss_type: str, options:
         evaluate_cpo(build_model(), build_pairs(2), 1, 1, 0.1, 50.0, 64, loss_type, loss_options=options)
 
 
+def test_an_adapter_file_that_would_get_another_name_is_refused_before_training() -> None:
+    with refused(ConfigError, "a name that ends in .safetensors", key="adapter_file"):
+        training_arguments(CPOTrainingArgs(adapter_file="adapters/mine"))
+
+
 def test_without_an_adapter_file_the_default_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
