@@ -67,9 +67,10 @@ def read_file(path: Path, name: str = "") -> list[Row]:
         raise DataError(
             f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.", place=file
         )
-    if content.startswith(b"PAR1") or kind == ".parquet":
+    is_json = content.lstrip()[:1] in (b"{", b"[")
+    if content.startswith(b"PAR1") or (kind == ".parquet" and not is_json):
         return numbered(_columnar_rows(content, file, "Parquet"), name)
-    if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or kind == ".arrow":
+    if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or (kind == ".arrow" and not is_json):
         return numbered(_columnar_rows(content, file, "Arrow"), name)
     if packed := next((what for mark, what in _OTHER_CONTAINERS.items() if content.startswith(mark)), None):
         raise DataError(f"{file} is {packed}, which is not read: unpack or save it as {ACCEPTED}.", place=file)

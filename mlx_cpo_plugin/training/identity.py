@@ -17,6 +17,7 @@ from mlx_cpo_plugin.checkpoints.folder import Checkpoint
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import LONGEST_VALUE, ConfigError, named
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.settings.nested import spans_run
 from mlx_cpo_plugin.settings.options import DATA_OPTIONS, MODEL_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import plain_settings
@@ -53,7 +54,9 @@ def identity(
 ) -> Values:
     """Return all that determines the trained weights, as plain values by key."""
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in FREE_TO_CHANGE}
-    settings |= {f"{_LOSS_OPTION}{name}": value for name, value in args.loss_options.items() if name not in settings}
+    loss = loss_types().get(args.loss_type)
+    left_out = {*settings, *(option.name for option in (loss.options if loss else ()) if option.free_on_resume)}
+    settings |= {f"{_LOSS_OPTION}{name}": value for name, value in args.loss_options.items() if name not in left_out}
     adapter = describe_adapter(model)
     return {
         **{name: value if _is_plain(value) or value is None else repr(value) for name, value in settings.items()},

@@ -94,6 +94,12 @@ def test_a_file_is_read_by_what_is_in_it(form: str, suffix: str, tmp_path: Path)
     assert len({row.source for row in rows}) == len(ROWS)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("form", ["lines", "a list over several lines"])
+def test_json_is_read_under_the_name_of_another_format(form: str, suffix: str, tmp_path: Path) -> None:
+    assert [row.value for row in read_file(write(tmp_path / f"rows.{suffix}", FORMS[form](ROWS)))] == ROWS
+
+
 @pytest.mark.parametrize("form", ["lines", "a list", "a list over several lines", "objects over several lines", "gzip"])
 def test_a_single_row_is_read_as_several_are(form: str, tmp_path: Path) -> None:
     assert [row.value for row in read_file(write(tmp_path / "rows.json", FORMS[form](ROWS[:1])))] == ROWS[:1]

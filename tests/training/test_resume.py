@@ -21,6 +21,7 @@ from support import killed_runs
 from support.prepared import Prepared
 from support.refusals import refused
 from support.resumable_runs import StopAt, checkpoints, cut_short, metrics, policy, stopped, train
+from support.stranger_plugins import registered
 from support.tiny import assert_same, build_pairs
 
 from mlx_cpo_plugin.checkpoints.folder import CheckpointFolder, read_checkpoint
@@ -28,9 +29,11 @@ from mlx_cpo_plugin.checkpoints.run_folder import only_run_in
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.run.building import build_optimizer
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.state import random_seed
+from mlx_cpo_plugin.types import LossType, Option
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,24 @@ def test_adafactor_takes_the_learning_rate_and_its_numbers_are_part_of_a_run(tmp
     assert any(not np.array_equal(slow[name], fast[name]) for name in slow)
     with refused(ConfigError, "other settings", key="optimizer"):
         trained("slow", 1e-4, eps=[1e-30, 1e-2])
+
+
+def test_an_option_of_a_loss_that_is_free_on_resume_may_change(tmp_path: Path) -> None:
+    def loss(chosen_logps: mx.array, rejected_logps: mx.array, beta: float, note: float, size: float) -> mx.array:
+        return rejected_logps - chosen_logps
+
+    class Noting:
+        @hookimpl
+        def register_loss_types(self) -> list[LossType]:
+            free, size = Option("note", float, 1.0, "", free_on_resume=True), Option("size", float, 1.0, "")
+            return [LossType("noting", "Noting", loss, "", options=(Option("beta", float, 0.1, ""), free, size))]
+
+    with registered(Noting()):
+        own = {"loss_type": "noting", "iters": 3, "resume": "auto"}
+        train(tmp_path, **own, loss_options={"note": 1.0, "size": 1.0})
+        train(tmp_path, **own | {"iters": 6}, loss_options={"note": 2.0, "size": 1.0})
+        with refused(ConfigError, "other settings", key="size"):
+            train(tmp_path, **own | {"iters": 9}, loss_options={"note": 2.0, "size": 2.0})
 
 
 def test_more_iterations_go_on_from_a_finished_run(tmp_path: Path) -> None:
