@@ -279,7 +279,8 @@ class TrackerCallback(TrainingCallback):
         self.last_step = step
         if (kind, step) in self._told:
             return
-        finite = {name: value for name, value in report.items() if name != "iteration" and math.isfinite(value)}
+        numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+        finite = {name: value for name, value in numbers.items() if name != "iteration" and math.isfinite(value)}
         for name, tracker in self.trackers.items():
             values = finite if name in self.with_host_names else trl_names(finite)
             self._guarded(name, "updated", tracker.log, values, step)

@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
 
     callback = TrackerCallback({"recorder": Sending()}, RunDescription("p", "n", tmp_path, {}))
     callback.on_train_loss_report(
-        {"iteration": 1, "train_loss": float("nan"), "train_margins": float("inf"), "epoch": 1}
+        {"iteration": 1, "train_loss": float("nan"), "train_margins": float("inf"), "epoch": 1, "note": "text"}
     )
 
     assert sent == [{"train/epoch": 1}]

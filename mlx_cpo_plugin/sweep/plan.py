@@ -265,7 +265,7 @@ def _options() -> dict[str, Option]:
 
 
 def _refuse_unswept(name: object, key: str, place: Place) -> None:
-    if name in _NOT_SWEPT:
+    if name in _NOT_SWEPT or not isinstance(name, str):
         instead = "seeds, beside grid and random" if name == "seed" else "an option of training"
         raise refused(key, name, place(key), instead)
 

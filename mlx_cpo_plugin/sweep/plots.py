@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_cpo_plugin.report.plots import colour, style
-from mlx_cpo_plugin.report.record import number
+from mlx_cpo_plugin.report.record import ReportError, number
 from mlx_cpo_plugin.sweep.plan import Sweep, described, varied
 from mlx_cpo_plugin.sweep.results import COMPARABLE, FIGURES, SettingResult
 
@@ -38,12 +38,14 @@ def draw(sweep: Sweep, results: Sequence[SettingResult], file: Path) -> None:
     Bars are standard errors over seeds. The same results give the same bytes.
 
     Raises:
-        ReportError: matplotlib is missing.
+        ReportError: matplotlib is missing, or no run has any figure.
     """
     options = varied(sweep.runs)
     axis = max(options, key=lambda name: (len(options[name]) > 1, _are_numbers(options[name]), len(options[name])))
     done = [result for result in results if result.finished]
     figures = [name for name in FIGURES if any(math.isfinite(result.mean(name).value) for result in done)]
+    if not figures:
+        raise ReportError("the finished runs have no figures to draw.")
     with style(salt="sweep"):
         from matplotlib.figure import Figure
 

@@ -222,6 +222,14 @@ def test_a_mistake_names_its_key_and_its_line(
         read_sweep(file)
 
 
+def test_an_option_that_is_no_text_is_refused(write: Callable[..., Path]) -> None:
+    file = write(grid={"beta": [0.1, 0.2]})
+    file.write_text(file.read_text().replace('grid: {"beta":', "grid: {1:"))
+
+    with refused(ConfigError, "must be an option of training", key="grid.1"):
+        read_sweep(file)
+
+
 @pytest.mark.parametrize("grid", [{"min_gap": [None, 0.5]}, {"chosen_feature": ["auto", "nosuch"]}])
 def test_what_the_rows_lack_for_a_later_run_is_told_before_the_first(
     write: Callable[..., Path], grid: dict[str, Any]
