@@ -100,7 +100,7 @@ def figures(
             "models": [_mean(measure, name, mean) for name, mean in zip(names, means, strict=True)],
             "best": None if best is None else names[best],
             "comparisons": [
-                {"model": names[one], "against": names[other]} | _compared(measure, values[one] - values[other], rows)
+                {"model": names[one], "against": names[other]} | _compared(measure, values[one], values[other], rows)
                 for one, other in against
             ],
         }
@@ -133,15 +133,19 @@ def _mean(measure: Measure, name: str, mean: Change) -> dict[str, Any]:
     return {"name": name, "mean": finite(mean.mean), "low": finite(low), "high": finite(high)}
 
 
-def _compared(measure: Measure, differences: NDArray[np.float64], rows: NDArray[np.int64]) -> dict[str, Any]:
-    change = change_of(differences, rows)
+def _compared(
+    measure: Measure, own: NDArray[np.float64], others: NDArray[np.float64], rows: NDArray[np.int64]
+) -> dict[str, Any]:
+    change = change_of(own - others, rows)
     low, high = around(change)
     widest = measure.span[1] - measure.span[0]
     low, high = np.clip((low, high), -widest, widest)
     compared = {"difference": finite(change.mean), "low": finite(low), "high": finite(high)}
     if not measure.sign:
         return compared
-    points = 0.5 + 0.5 * np.sign(np.nan_to_num(measure.sign * differences, nan=-1.0))
+    # What is no number is worse than any, and ties with its like.
+    one, other = (np.where(np.isnan(values), -np.inf, measure.sign * values) for values in (own, others))
+    points = 0.5 + 0.5 * ((one > other).astype(np.float64) - (one < other))
     outcome = OUTCOMES[measure.sign * change.sign(least=0.0)]
     return compared | duel_figures(points.tolist(), change.rows) | {"outcome": outcome}
 

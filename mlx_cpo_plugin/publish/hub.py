@@ -116,6 +116,8 @@ def upload_of(folder: Path, repo: str, *, fused: bool = False, base_model: str |
 def _code_of(folder: Path) -> set[str]:
     """Return the files of Python that a model's configuration names, and those that these import from beside them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("config.json holds no object")
     values = [config.get("model_file"), *dict(config.get("auto_map") or {}).values()]
     # "module.Class", or several of them; mlx_lm's is the name of the file.
     named = [part for value in values for part in (value if isinstance(value, list) else [value]) if part]

@@ -109,6 +109,13 @@ def test_a_model_that_diverged_is_never_the_best_and_wins_nothing() -> None:
     assert (compared["wins"], compared["losses"]) == (0, 6)
 
 
+def test_against_a_base_model_that_diverged_any_figure_wins() -> None:
+    measured = figures(Measure("margin", "pairs"), NAMES[:2], np.array([[math.nan] * 6, [-9.0] * 5 + [math.nan]]))
+
+    (compared,) = measured["comparisons"]
+    assert (compared["wins"], compared["ties"], compared["losses"]) == (5, 1, 0)
+
+
 def test_one_item_decides_nothing() -> None:
     measured = figures(Measure("margin", "pairs"), NAMES[:2], np.array([[0.1], [7.0]]))
 
