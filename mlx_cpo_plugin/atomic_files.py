@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,12 @@ def partial_of(path: Path, purpose: str = "partial") -> Path:
         purpose: ``partial`` or ``removed``.
     """
     return path.with_name(f".{threading.get_native_id()}-{purpose}-{path.name}")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def put_back(path: Path) -> None:

@@ -43,7 +43,7 @@ def get_plugin_manager() -> pluggy.PluginManager:
             manager.set_blocked(name.strip())
     # Imported late, since what it imports imports this module.
     manager.register(import_module("mlx_cpo_plugin.cpo"), name=BUILT_IN)
-    loaded = {BUILT_IN: f"{BUILT_IN} {__version__}"}
+    loaded = {BUILT_IN: _distribution_of(BUILT_IN)}
     for entry_point in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
         origin = _origin(entry_point)
         if entry_point.name not in loaded:

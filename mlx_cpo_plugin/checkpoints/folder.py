@@ -6,7 +6,6 @@ values name the run that wrote it and the iteration after which it did; the name
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_cpo_plugin.atomic_files import check_safetensors, flush, partial_of, remove, remove_partials
+from mlx_cpo_plugin.atomic_files import check_safetensors, flush, partial_of, remove, remove_partials, sha256_of
 from mlx_cpo_plugin.checkpoints import CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity
@@ -91,7 +90,8 @@ class CheckpointFolder:
                 _link(file, partial / name)
             (partial / VALUES).write_text(json.dumps(values), encoding="utf-8")
             manifest = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(partial.iterdir())
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+                for file in sorted(partial.iterdir())
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
@@ -160,7 +160,7 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
         for name in {VALUES: None, **manifest}:
             if (size := (folder / name).stat().st_size) != (expected := manifest[name]["bytes"]):
                 raise ValueError(f"{name} has {size} bytes instead of {expected}")
-            if hashed and _hash(folder / name) != manifest[name]["sha256"]:
+            if hashed and sha256_of(folder / name) != manifest[name]["sha256"]:
                 raise ValueError(f"{name} differs from what was written")
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         return Checkpoint(folder, values, RunIdentity.from_plain(values["run"]), int(values["iteration"]))
@@ -169,11 +169,6 @@ def read_checkpoint(folder: Path, hashed: bool = True) -> Checkpoint:
         raise CheckpointError(
             f"The checkpoint {folder} is incomplete or corrupt ({fault}).", place=str(folder)
         ) from error
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _link(file: Path, target: Path) -> None:

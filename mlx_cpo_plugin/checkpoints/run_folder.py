@@ -161,7 +161,7 @@ def make_way(folder: Path, names: Collection[str], say: Callable[[str], None], r
     if record is None:
         return
     put_aside(folder, record, [name for name in names if name not in record.files], say)
-    _update(folder, replace(record, files=tuple(sorted({*record.files, *names}))))
+    _update(folder, record.with_files(names))
 
 
 def put_aside(adapter_folder: Path, record: RunRecord, names: Iterable[str], say: Callable[[str], None]) -> None:
@@ -211,7 +211,7 @@ def record_files(adapter_folder: Path, names: Collection[str]) -> None:
     """Record that files of these names are the run's, to be put aside with it."""
     record = read_record(adapter_folder)
     if record is not None:
-        _update(adapter_folder, replace(record, files=tuple(sorted({*record.files, *names}))))
+        _update(adapter_folder, record.with_files(names))
 
 
 def is_done(adapter_folder: Path, part: str, run: RunIdentity, result: str = "") -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -112,6 +112,10 @@ class RunRecord:
     def has_written(self, metadata: Mapping[str, str]) -> bool:
         """Whether an adapter that says this of itself is this run's, and not what another program left in its place."""
         return "iteration" in metadata and metadata.get("run", self.run.id) == self.run.id
+
+    def with_files(self, names: Collection[str]) -> RunRecord:
+        """Return it with files of these names among the run's."""
+        return replace(self, files=tuple(sorted({*self.files, *names})))
 
     def in_short(self) -> RunRecord:
         """Return it without what may be long, so that ranks can exchange it."""

@@ -30,6 +30,7 @@ _OTHER_CONTAINERS = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
 }
 _GAP = re.compile(r"[\s\ufeff]*")
+_JSON = re.compile(rb"\s*[\[{]")
 
 
 class Row(NamedTuple):
@@ -67,7 +68,7 @@ def read_file(path: Path, name: str = "") -> list[Row]:
         raise DataError(
             f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.", place=file
         )
-    is_json = content.lstrip()[:1] in (b"{", b"[")
+    is_json = _JSON.match(content) is not None
     if content.startswith(b"PAR1") or (kind == ".parquet" and not is_json):
         return numbered(_columnar_rows(content, file, "Parquet"), name)
     if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or (kind == ".arrow" and not is_json):

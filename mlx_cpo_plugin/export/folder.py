@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_cpo_plugin.atomic_files import flush, partial_of, put_back, remove, remove_partials
+from mlx_cpo_plugin.atomic_files import flush, partial_of, put_back, remove, remove_partials, sha256_of
 from mlx_cpo_plugin.errors import first_line, is_device_fault, named
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.publish.card import CARD_NAMES
@@ -74,7 +73,7 @@ def _digest(path: Path) -> str:
     """Return what an edited file is known by; nothing of what nobody edits, or what is carried over."""
     if path.name in CARD_NAMES or not path.is_file() or path.stat().st_size > MOST_EDITED:
         return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 @contextmanager

@@ -73,8 +73,8 @@ class Trained:
             )
         _, tuned = contenders([adapter_path], model, data)
         folder = run_folder(adapter_path)
-        settings, run, record = tuned.settings, run_in(folder), read_record(folder)
-        arguments = record.template_arguments if record else {}
+        settings, record = tuned.settings, read_record(folder)
+        run, arguments = (record.run, record.template_arguments) if record else (run_in(folder), {})
         settings.begun = run.begun if run else None  # which templates tell that print the date
         tokenizer = load_chat_tokenizer(settings.model)
         rows = _rows(settings, tokenizer, data is not None, say)

@@ -105,7 +105,7 @@ def train_test_and_fuse(
     # Only the first rank has a callback.
     with tracked_run(settings, training_callback) if is_first_rank() else nullcontext() as callback:
         train_mode(settings, mode, model, train_set, valid_set, callback)
-        on_what = f"{data_digest(test_set)} {settings.test_batches}" if isinstance(test_set, PreferenceDataset) else ""
+        on_what = _tested_on(settings, test_set) if settings.test else ""
         tests = settings.test and not is_done(folder, TESTED, run, on_what)
         if tests:
             report_on_test_set(settings, mode, model, test_set, callback)
@@ -124,6 +124,11 @@ def train_test_and_fuse(
         describe(settings, sets, arguments, anew=("test",) if tests else ())
         for line in next_commands(settings, bool(valid_set or test_set), arguments):
             print(line)
+
+
+def _tested_on(settings: RunSettings, test_set: Sequence[object]) -> str:
+    """Return what tells one test of a run from another; empty where a mode has sets of its own."""
+    return f"{data_digest(test_set)} {settings.test_batches}" if isinstance(test_set, PreferenceDataset) else ""
 
 
 def template_arguments(pairs: Sequence[object]) -> Values:

