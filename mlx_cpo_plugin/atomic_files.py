@@ -92,10 +92,14 @@ def remove_partials(folder: Path, owned: Callable[[str], bool] = lambda name: Tr
     Args:
         owned: whether a file of this name is one of them.
     """
-    for path in list(folder.iterdir()) if os.path.isdir(folder) else ():
-        match = _PARTIAL.fullmatch(path.name)
-        if match and owned(match["name"]):
-            remove(path)
+    for path in partials(folder, owned):
+        remove(path)
+
+
+def partials(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    """Return what is on its way to such a name in a folder, or away from it, or was left by a killed process."""
+    there = list(folder.iterdir()) if os.path.isdir(folder) else []
+    return [path for path in there if (match := _PARTIAL.fullmatch(path.name)) and owned(match["name"])]
 
 
 def remove(path: Path) -> None:

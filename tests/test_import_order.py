@@ -20,7 +20,7 @@ PACKAGE = "mlx_cpo_plugin"
 ORDER = (
     (
         *("errors", "parameters", "missing_paths", "atomic_files", "json_output", "console", "_version", "linkage"),
-        *("losses", "verdict", "termination"),
+        *("losses", "verdict", "termination", "marked_text"),
     ),
     ("device", "blas", "exchange"),
     ("types",),

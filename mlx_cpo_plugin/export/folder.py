@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mlx_cpo_plugin.atomic_files import flush, partial_of, put_back, remove, remove_partials, sha256_of
+from mlx_cpo_plugin.atomic_files import flush, partial_of, partials, put_back, remove, remove_partials, sha256_of
 from mlx_cpo_plugin.errors import first_line, is_device_fault, named
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.publish.card import CARD_NAMES
@@ -29,14 +31,24 @@ def check_target(target: Path, replace: bool) -> None:
 
     Raises:
         ExportError: it cannot be written, or there is something already, which is not to be replaced or is no export,
-            or holds other files, too.
+            or holds other files, too; another export is writing it.
     """
     with _writing(target):
+        _refuse_another_export_to(Path(os.path.realpath(target)))
         put_back(Path(os.path.realpath(target)))
         place = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.lexists(parent))
         with tempfile.TemporaryDirectory(dir=place, prefix="."):
             pass
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target):
+        return
+    if target.is_dir() and Path.cwd().is_relative_to(os.path.realpath(target)):
+        raise ExportError(
+            f"{named(str(target))} is, or holds, the current folder, and is to be replaced as a whole; give another "
+            "--output.",
+            key="output",
+            place=str(target),
+        )
+    if target.is_dir() and not any(target.iterdir()):
         return
     if not (target / RECORD).is_file():
         raise ExportError(
@@ -81,15 +93,17 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its place when the context ends without an error.
 
     Raises:
-        ExportError: it cannot be written; what was at ``target`` is as it was.
+        ExportError: it cannot be written, or another export is writing it; what was at ``target`` is as it was.
     """
     target = Path(os.path.realpath(target))
     staging, replaced = partial_of(target), partial_of(target, "removed")
     try:
-        with _writing(target):
+        with ExitStack() as stack, _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_another_export_to(target)
             remove_partials(target.parent, lambda name: name == target.name)  # of killed processes
             staging.mkdir()
+            stack.enter_context(_held(staging))
             yield staging
             record = {**record, "files": {path.name: _digest(path) for path in sorted(staging.iterdir())}}
             (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -104,6 +118,34 @@ def whole_or_nothing(target: Path, record: Values) -> Iterator[Path]:
             replaced.rename(target)
         remove(replaced)
         remove(staging)
+
+
+def _refuse_another_export_to(target: Path) -> None:
+    for path in partials(target.parent, lambda name: name == target.name):
+        try:
+            with _held(path):
+                pass
+        except BlockingIOError as error:
+            raise ExportError(
+                f"Another export is writing to {named(str(target))}; wait until it ends, or give another --output.",
+                key="output",
+                place=str(target),
+            ) from error
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Show others, while the context lasts, that a folder is no killed process's; BlockingIOError: another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:  # and not a file system without locks
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

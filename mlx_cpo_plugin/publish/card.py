@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from mlx_cpo_plugin.checkpoints.adapter import adapter_metadata
 from mlx_cpo_plugin.checkpoints.run_identity import read_record
 from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.errors import printable
+from mlx_cpo_plugin.marked_text import edited_among, marked
 from mlx_cpo_plugin.missing_paths import looks_like_path
 from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.publish.usage import usage
@@ -38,7 +37,6 @@ CARD_NAMES = (CARD_FILE, "MODEL_CARD.md", *(f"MODEL_CARD-{number}.md" for number
 # A plot of fewer points shows less than the table.
 LEAST_POINTS = 5
 _PLOTTED = ("loss", "accuracy", "margin")
-_MARK = "\n<!-- Written by mlx-cpo-plugin, which replaces it only while nothing in it is changed: {} -->\n"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _IN_HUB_CACHE = re.compile(r"(?:models|datasets)--([\w.-]+?(?:--[\w.-]+)?)/snapshots/")
 # Settings that are shown whether or not they are the defaults, and those that say nothing of the model.
@@ -136,7 +134,7 @@ def model_card(
     ]
     body = "\n\n".join(filter(None, sections)) + "\n"
     text = _metadata(record, FORMS[form], kind, base) + "\n" + body
-    return Card(text + _MARK.format(_digest(text)), plot)
+    return Card(marked(text, ".md"), plot)
 
 
 def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
@@ -151,7 +149,7 @@ def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
     Raises:
         OSError: a file cannot be written.
     """
-    edited = list(takewhile(lambda name: is_edited((replacing or folder) / name), CARD_NAMES))
+    edited = edited_among(replacing or folder, CARD_NAMES)
     name = CARD_NAMES[len(edited)]
     if replacing is not None:
         for kept in edited:
@@ -162,18 +160,6 @@ def write_card(card: Card, folder: Path, replacing: Path | None = None) -> str:
     return name
 
 
-def is_edited(file: Path) -> bool:
-    """Whether there is a file which is not as :func:`write_card` wrote it."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return True
-    start = text.rfind(_MARK.partition("{}")[0])
-    return start < 0 or text[start:] != _MARK.format(_digest(text[:start]))
-
-
 def without_paths(value: Any) -> Any:
     """Return plain values in which a path, as a whole value, is the last part of it alone."""
     if isinstance(value, Mapping):
@@ -182,10 +168,6 @@ def without_paths(value: Any) -> Any:
         return [without_paths(inner) for inner in value]
     is_path = isinstance(value, str) and not {"\n", "{"} & set(value) and (looks_like_path(value) or "\\" in value)
     return (_hub_name(value) or _last_part(value)) if is_path else value
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def _last_part(path: str) -> str:

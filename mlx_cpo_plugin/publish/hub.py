@@ -14,7 +14,8 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE
 from mlx_cpo_plugin.checkpoints.adapter import CheckpointError, adapter_metadata
 from mlx_cpo_plugin.checkpoints.run_identity import read_record
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named, printable
-from mlx_cpo_plugin.publish.card import CARD_FILE, PLOT_FILE, is_edited, model_card, without_paths
+from mlx_cpo_plugin.marked_text import is_edited
+from mlx_cpo_plugin.publish.card import CARD_FILE, PLOT_FILE, model_card, without_paths
 
 _OF_EVERY_MODEL = (CARD_FILE, PLOT_FILE, "LICENSE*", "NOTICE*")
 _OF_ADAPTER = (ADAPTER_FILE, ADAPTER_CONFIG, *_OF_EVERY_MODEL)

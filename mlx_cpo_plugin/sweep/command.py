@@ -78,9 +78,10 @@ def _write_results(sweep: Sweep, results: Sequence[SettingResult], is_needed: bo
 
 
 def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
-    """Print the table, and write it, the plots and the best configuration."""
+    """Print the table, and write it, the plots and the best configuration; beside those that somebody has edited."""
     from mlx_cpo_plugin.atomic_files import replace_whole
     from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
+    from mlx_cpo_plugin.marked_text import beside_edited, write_marked
     from mlx_cpo_plugin.report.record import ReportError
     from mlx_cpo_plugin.sweep.plan import varied
     from mlx_cpo_plugin.sweep.plots import draw
@@ -88,15 +89,14 @@ def write_results(sweep: Sweep, results: Sequence[SettingResult]) -> None:
     from mlx_cpo_plugin.sweep.runs import BEST, PLOTS, TABLE
 
     text, sentence = table(sweep, results), conclusion(results, sweep.metric)
-    best = results[0]
+    best, best_file = results[0], beside_edited(sweep.output / BEST)
     print(f"\n{text}\n\n{sentence}")
-    print(f"Train:   mlx_lm_lora.train --config {quote(str(sweep.output / BEST))}")
+    print(f"Train:   mlx_lm_lora.train --config {quote(str(best_file))}")
     adapter = best.finished[0].folder
     if (adapter / ADAPTER_FILE).exists():  # and not removed since
         print(f"Adapter: {adapter}")
-    config = best_config(sweep, best, sentence)
-    replace_whole(sweep.output / TABLE, lambda partial: partial.write_text(f"{text}\n\n{sentence}\n", encoding="utf-8"))
-    replace_whole(sweep.output / BEST, lambda partial: partial.write_text(config, encoding="utf-8"))
+    write_marked(beside_edited(sweep.output / TABLE), f"{text}\n\n{sentence}\n")
+    write_marked(best_file, best_config(sweep, best, sentence))
     if not varied(sweep.runs):
         return
     try:

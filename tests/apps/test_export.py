@@ -32,6 +32,7 @@ from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.export import gguf_file, peft_adapter
 from mlx_cpo_plugin.export.command import default_target
 from mlx_cpo_plugin.export.errors import ExportError
+from mlx_cpo_plugin.export.folder import whole_or_nothing
 from mlx_cpo_plugin.export.gguf_tokenizer import with_arguments
 from mlx_cpo_plugin.export.ollama import chat_format
 from mlx_cpo_plugin.export.trained import Trained
@@ -405,6 +406,33 @@ def test_an_export_that_was_being_replaced_when_its_process_was_killed_is_put_ba
 
     assert (folder / "export.json").is_file()
     assert not list(folder.parent.glob(".*-removed-*"))
+
+
+def test_what_another_export_to_the_same_folder_is_writing_is_left_to_it(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = adapter.with_name("both")
+    with whole_or_nothing(target, {}) as first:
+        (first / "weights").write_text("half")
+
+        assert "Another export is writing to" in refusal(
+            capsys, ["export", str(adapter), "--to", "peft", "--output", str(target)]
+        )
+
+        assert (first / "weights").read_text() == "half"
+    assert (target / "weights").read_text() == "half"
+
+
+def test_the_folder_that_the_shell_is_in_is_not_replaced_beneath_it(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = adapter.with_name("here")
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    assert "the current folder" in refusal(capsys, ["export", str(adapter), "--to", "peft", "--output", "."])
+
+    assert os.path.samefile(here, ".")
 
 
 def test_without_the_runs_rows_an_export_is_scored_on_built_in_ones(

@@ -529,7 +529,7 @@ def test_grids_of_other_options_and_seeds_alone_have_their_table_and_their_plots
 
     assert (tmp_path / "grids" / "plots.svg").exists()
     assert not (tmp_path / "seeds" / "plots.svg").exists()
-    assert len((tmp_path / "grids" / "table.md").read_text().splitlines()) == 3 + 6 + 4
+    assert len((tmp_path / "grids" / "table.md").read_text().splitlines()) == 3 + 6 + 4 + 2
 
 
 def test_a_folder_that_another_sweep_is_in_or_that_cannot_be_made_is_refused(
@@ -545,6 +545,34 @@ def test_a_folder_that_another_sweep_is_in_or_that_cannot_be_made_is_refused(
         with refused(ConfigError, key="output", place=str(output.output)):
             done(output, Pretended(by_beta))
         monkeypatch.setattr(runs, "only_run_in", occupied)
+
+
+def test_results_that_somebody_has_edited_stay_and_the_new_ones_go_beside_them(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runs, "in_a_process", Pretended(by_beta))
+    file = write(grid={"beta": [0.05, 0.3]}, metric="accuracy")
+    folder = tmp_path / "sweep"
+    names = ["best.yaml", "table.md"]
+    assert cli.main(["sweep", str(file), "--output", str(folder)]) == 0
+    assert cli.main(["sweep", str(file), "--output", str(folder), "--no-more-runs"]) == 0
+    assert sorted(path.name for path in folder.iterdir() if path.suffix in {".yaml", ".md"}) == names
+    for name in names:
+        (folder / name).write_text(f"# Mine\n{(folder / name).read_text()}")
+    mine = {name: (folder / name).read_bytes() for name in names}
+    capsys.readouterr()
+
+    for _ in range(2):
+        assert cli.main(["sweep", str(file), "--output", str(folder), "--no-more-runs"]) == 0
+
+    assert {name: (folder / name).read_bytes() for name in names} == mine
+    assert sorted(path.name for path in folder.iterdir() if path.suffix in {".yaml", ".md"}) == [
+        *("best-2.yaml", "best.yaml", "table-2.md", "table.md"),
+    ]
+    assert f"--config {folder / 'best-2.yaml'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "kind"), [("runs", "folder"), ("table.md", "file")])
