@@ -32,12 +32,14 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
         queries: [B, H, N, D].
         keys, values: [B, H / G, S, D] and [B, H / G, S, V]; G heads of queries share one of them.
         mask: ``causal`` lines the last query up with the last key; an array is boolean (true is visible) or is added to
-            the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything.
+            the scores, and broadcasts to [B, H, N, S]; ``None`` shows everything. What is added has a gradient, too: it
+            may be a part of the scores, as that of the positions is in DeepSeek's attention.
     """
     fused = current_device().attention != "ours"
+    is_added = isinstance(mask, mx.array) and mask.dtype != mx.bool_
 
     @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask = mask) -> tuple[mx.array, mx.array]:
         if fused:  # one kernel, which keeps no scores either
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask), mx.zeros(0)
         queries = queries * (scale * PER_LOG_2)
@@ -54,14 +56,14 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
 
     @attend.vjp
     def attend_vjp(
-        primals: tuple[mx.array, mx.array, mx.array], cotangents: list[mx.array], outputs: list[mx.array]
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        (queries, keys, values), (grad_out, _), (output, logs) = primals, cotangents, outputs
+        primals: tuple[mx.array, ...], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, ...]:
+        (queries, keys, values, *added), (grad_out, _), (output, logs) = primals, cotangents, outputs
         queries = queries * (scale * PER_LOG_2)
         delta = (grad_out.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
-        grad_q = []
+        grad_q, by_scores = [], []
         grad_k, grad_v = mx.zeros_like(keys), mx.zeros_like(values)
-        for block in _blocks(queries, keys, mask):
+        for block in _blocks(queries, keys, added[0] if added else mask):
             scores, grad_block = block.scores(queries, keys), block.rows(grad_out)
             weights = power_of_two(scores - block.rows(logs)) if logs.size else mx.softmax(scores * LOG_2, axis=-1)
             grad_weights = grad_block @ values[:, :, : block.visible].swapaxes(-1, -2)
@@ -69,9 +71,11 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
             grad_q.append(block.by_head(grad_scores @ keys[:, :, : block.visible]) * scale)
             grad_k = grad_k.at[:, :, : block.visible].add(grad_scores.swapaxes(-1, -2) @ block.rows(queries))
             grad_v = grad_v.at[:, :, : block.visible].add(weights.astype(values.dtype).swapaxes(-1, -2) @ grad_block)
-        return mx.concatenate(grad_q, axis=2), grad_k * LOG_2, grad_v
+            by_scores.append(block.by_head(grad_scores))
+        grad_added = [_summed_to(mx.concatenate(by_scores, axis=2), array) for array in added]
+        return mx.concatenate(grad_q, axis=2), grad_k * LOG_2, grad_v, *grad_added
 
-    result: Any = attend(queries, keys, values)
+    result: Any = attend(queries, keys, values, mask) if is_added else attend(queries, keys, values)
     return result[0]
 
 
@@ -130,6 +134,13 @@ def _blocks(queries: mx.array, keys: mx.array, mask: Mask) -> list[_Block]:
 def query_block(scores: int) -> int:
     """Return how many queries a block has, of so many scores each in all rows and heads."""
     return max(FEWEST_QUERIES, min(QUERY_BLOCK, MOST_SCORES // scores))
+
+
+def _summed_to(gradient: mx.array, added: mx.array) -> mx.array:
+    """Return the gradient of an array that was broadcast to [B, H, N, S]."""
+    shape = (1,) * (gradient.ndim - added.ndim) + added.shape
+    axes = [axis for axis, (whole, size) in enumerate(zip(gradient.shape, shape, strict=True)) if whole != size]
+    return gradient.sum(axis=axes, keepdims=True).reshape(added.shape).astype(added.dtype)
 
 
 def _added_mask(mask: mx.array | None) -> mx.array | None:

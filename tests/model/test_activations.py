@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import activations, llama
+from support.architectures import ARCHITECTURES, VOCABULARY, build_architecture
 from support.tiny import build_model
 
 from mlx_cpo_plugin.model.activations import lean_activations, lean_swiglu
+from mlx_cpo_plugin.parameters import by_name
 
 
 def test_values_and_gradients_equal_the_float64_formula() -> None:
@@ -51,6 +54,22 @@ def test_models_use_it_while_the_context_lasts_and_no_longer() -> None:
         fail()
 
     assert llama.swiglu is activations.swiglu
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_the_gradient_that_it_has_without_them(name: str) -> None:
+    model, tokens = build_architecture(name), mx.arange(24)[None] % VOCABULARY
+    answers = mx.random.normal((24, VOCABULARY), key=mx.random.key(1))
+
+    def gradient() -> dict[str, mx.array]:
+        return by_name(nn.value_and_grad(model, lambda model: (model(tokens)[0] * answers).sum())(model)[1])
+
+    plain = gradient()
+    with lean_activations():
+        lean = gradient()
+
+    for path, array in plain.items():
+        assert mx.abs(lean[path] - array).max() <= 2e-4 * mx.abs(array).max(), path
 
 
 def test_less_is_kept_for_the_backward_pass() -> None:

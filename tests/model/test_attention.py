@@ -40,15 +40,21 @@ def seen(count: int, total: int, window: int | None = None) -> NDArray[np.bool_]
     return (distance >= 0) & (distance < (window or total))
 
 
+def by_scores_of(queries: Array, keys: Array, values: Array, by_output: Array, added: Array) -> tuple[Array, Array]:
+    """Return the weights of the values and the gradient by the scores, which ``added`` is a part of."""
+    groups = queries.shape[1] // keys.shape[1]
+    scores = SCALE * queries @ np.repeat(keys, groups, axis=1).swapaxes(-1, -2) + added
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    by_weights = by_output @ np.repeat(values, groups, axis=1).swapaxes(-1, -2)
+    return weights, weights * (by_weights - (weights * by_weights).sum(-1, keepdims=True))
+
+
 def reference(queries: Array, keys: Array, values: Array, by_output: Array, added: Array) -> list[Array]:
     """Return the output and the gradients by queries, keys and values."""
     groups = queries.shape[1] // keys.shape[1]
     wide_keys, wide_values = np.repeat(keys, groups, axis=1), np.repeat(values, groups, axis=1)
-    scores = SCALE * queries @ wide_keys.swapaxes(-1, -2) + added
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    by_weights = by_output @ wide_values.swapaxes(-1, -2)
-    by_scores = weights * (by_weights - (weights * by_weights).sum(-1, keepdims=True))
+    weights, by_scores = by_scores_of(queries, keys, values, by_output, added)
     by_keys, by_values = SCALE * by_scores.swapaxes(-1, -2) @ queries, weights.swapaxes(-1, -2) @ by_output
 
     def narrow(array: Array) -> Array:
@@ -91,6 +97,22 @@ def test_a_mask_for_each_row_of_the_batch_is_that_rows() -> None:
 
     for value, expected in zip(values, reference(*wide, np.where(mask, 0, -np.inf)), strict=True):
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 20, 33), (2, 1, 20, 33), (20, 33), (1, 33), (6, 20, 1), (1, 1, 1, 1)])
+def test_what_is_added_to_the_scores_has_its_gradient(shape: tuple[int, ...]) -> None:
+    wide = arrays(20, 33)
+    added = np.random.default_rng(1).normal(0, 1, shape)
+    by_added = by_scores_of(*wide, added)[1]
+    for axis, size in enumerate((1,) * (4 - len(shape)) + shape):
+        by_added = by_added.sum(axis, keepdims=True) if size == 1 else by_added
+
+    given = [mx.array(array.astype(np.float32)) for array in (*wide[:3], added)]
+    _, gradients = mx.vjp(
+        lambda *qkv: [lean_attention(*qkv[:3], SCALE, qkv[3])], given, [mx.array(wide[3].astype(np.float32))]
+    )
+
+    np.testing.assert_allclose(np.array(gradients[3]), by_added.reshape(shape), rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_stays_half_precision() -> None:

@@ -48,6 +48,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
         },
     },
+    # Its attention adds scores of positions as if they were a mask.
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "qk_nope_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1,
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "attention_bias": False,
+    },
     "cohere2": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2},
     "granite": {
         "logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
