@@ -15,8 +15,7 @@ from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wi
 from mlx_cpo_plugin.comparison.questions import Question, Say, is_told
 from mlx_cpo_plugin.comparison.text_metrics import Answer
 from mlx_cpo_plugin.errors import is_device_fault
-from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
-from mlx_cpo_plugin.model.parity import ARCHITECTURE_ERRORS
+from mlx_cpo_plugin.model.caches import ARCHITECTURE_ERRORS, can_be_padded, fresh_caches
 from mlx_cpo_plugin.model.scoring import prepared_to_answer
 
 # Prompts at a time, and tokens of theirs and of their answers: keys and values of so many are in memory together.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def cached_file() -> Path:
     except (OSError, RuntimeError) as error:
         raise KernelError(str(error)) from error
     digest.update(f"{FLAGS} {version('mlx')} {size} {sysconfig.get_config_var('SOABI')} {_processor()}".encode())
+    digest.update(" ".join(platform.libc_ver()).encode())  # a home may be that of containers of several systems
     return folder / f"kernels-{digest.hexdigest()[:16]}.so"
 
 

@@ -90,10 +90,13 @@ class SplitModel:
 
     def head_parameters(self) -> dict[str, mx.array]:
         """Return the trainable parameters that are not inside a layer, by name: all that the head can depend on."""
-        outside = self.model.filter_and_map(
-            lambda *child: child[1] != "layers" and nn.Module.trainable_parameter_filter(*child)
-        )
-        return by_name(outside)
+        last = self.model.layers[-1]
+
+        def is_outside(module: nn.Module, name: str, value: Any) -> bool:
+            holds_layers = isinstance(value, list) and any(item is last for item in value)
+            return not holds_layers and nn.Module.trainable_parameter_filter(module, name, value)
+
+        return by_name(self.model.filter_and_map(is_outside))
 
     def _find_output_layer(self, probe: mx.array, logits: mx.array) -> nn.Module | None:
         """Return the output projection, if its logits are the same when only a part of them is computed."""

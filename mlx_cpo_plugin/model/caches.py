@@ -18,6 +18,18 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+# What an architecture raises that does not expect our caches.
+ARCHITECTURE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 class SegmentCache:
     """Keys and values of all earlier tokens of an attention layer, each [B, heads, tokens, D]; none is ever dropped.

@@ -41,6 +41,8 @@ def target_scores(split: SplitModel, hidden: mx.array, targets: mx.array, differ
         targets: int32 [N].
         differentiate: whether a gradient with respect to the log-probs follows; the raw logits have none.
     """
+    if not len(targets):
+        return mx.zeros(0), mx.zeros(0)
     trained = differentiate and bool(split.head_parameters())
     weight = split.head_weight if library.in_use() and not trained else None
     if weight is not None:

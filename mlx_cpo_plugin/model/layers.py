@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -20,6 +21,8 @@ Call = Callable[..., Any]
 ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
 WITH_ADAPTER = (*ADAPTED, LoRAEmbedding)
 HALF_PRECISION = (mx.bfloat16, mx.float16)
+# Layers of several weights [number, output, input], of which mlx_lm quantises each: of experts, and of heads.
+STACKED = (SwitchLinear, MultiLinear)
 LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 
@@ -138,7 +141,7 @@ def merged_weight(module: nn.Module, rows: slice | mx.array = slice(None)) -> mx
     Args:
         rows: which outputs, of a layer with no more than these two dimensions; of an embedding, which tokens.
     """
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, (nn.Linear, nn.Embedding, *STACKED)):
         return module.weight[rows].astype(mx.float32)
     lora_a, lora_b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
     if isinstance(module, LoRAEmbedding):

@@ -10,8 +10,11 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_cpo_plugin.device import current_device, device_memory
+from mlx_cpo_plugin.errors import is_device_fault
 from mlx_cpo_plugin.kernels import library
+from mlx_cpo_plugin.model.caches import ARCHITECTURE_ERRORS, SegmentCache, cache_arrays, fresh_caches, leaves
 from mlx_cpo_plugin.model.layers import LINEAR, first_trained_layer, linear_layers, widths
+from mlx_cpo_plugin.model.logps import evaluation_mode
 from mlx_cpo_plugin.parameters import by_name
 
 # Share of the memory that is free after loading the model which the activations of a pass may take.
@@ -33,7 +36,7 @@ def kept_bytes_of_layers(model: nn.Module) -> list[int]:
     These are the inputs and outputs of its products, and what a GELU keeps; below the first trained layer it is none.
     """
     size = activation_size(model)
-    lean = hasattr(sys.modules[type(model.layers[0]).__module__], "swiglu")
+    lean = hasattr(sys.modules.get(type(model.layers[0]).__module__), "swiglu")
     kept = [
         sum(_kept_bytes(module, size) for module in layer.modules())
         + (not lean) * GELU_KEEPS * size * max((widths(module)[1] for module in linear_layers(layer)), default=0)
@@ -41,6 +44,23 @@ def kept_bytes_of_layers(model: nn.Module) -> list[int]:
     ]
     first = first_trained_layer(model)
     return [0] * first + kept[first:]
+
+
+def remembered_by_token(model: nn.Module) -> int:
+    """Return how many numbers all layers remember of each earlier token; 0 where that does not show.
+
+    It shows in the shapes of what they remember of one token; no array is evaluated.
+    """
+    try:
+        caches = fresh_caches(model)
+        with evaluation_mode(model):
+            model(mx.zeros((1, 1), mx.int32), cache=caches)
+        by_token = [cache for cache in leaves(caches) if isinstance(cache, SegmentCache)]
+        return sum(array.size for array in cache_arrays(by_token))
+    except ARCHITECTURE_ERRORS as error:
+        if is_device_fault(error):
+            raise
+        return 0
 
 
 def _kept_bytes(module: nn.Module, size: int) -> int:

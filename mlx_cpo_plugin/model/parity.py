@@ -14,7 +14,7 @@ from mlx_cpo_plugin.device import TF32_EPSILON, float32_product_epsilon
 from mlx_cpo_plugin.errors import ConfigError, is_device_fault
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize, grouping_for
-from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
+from mlx_cpo_plugin.model.caches import ARCHITECTURE_ERRORS, can_be_padded, fresh_caches
 from mlx_cpo_plugin.model.layers import HALF_PRECISION
 from mlx_cpo_plugin.model.logps import AnswerScores, evaluation_mode, score_answers
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
@@ -24,17 +24,6 @@ from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer, collate_share
 FLOAT32_TOLERANCE = 1e-4
 TF32_TOLERANCE = 1e-2
 HALF_TOLERANCE = 3e-2
-# What an architecture raises that does not expect our caches.
-ARCHITECTURE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 Score = Callable[[SharedPromptScorer, Sequence[PreferencePair]], AnswerScores]
 

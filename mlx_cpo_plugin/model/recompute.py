@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 
 from mlx_cpo_plugin.model.caches import cache_arrays, forked, is_cache, leaves, set_state
 from mlx_cpo_plugin.model.layers import Call, overridden_calls
+from mlx_cpo_plugin.model.packed import PackedCache
 from mlx_cpo_plugin.model.remembered import WrittenCache
 
 
@@ -55,7 +56,7 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
                 dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
 
         written = any(isinstance(leaf, WrittenCache) for leaf in leaves(caches))  # no gradient flows through it
-        if written or any(hasattr(leaf, "update_and_fetch") and not is_cache(leaf) for leaf in given):
+        if written or any(hasattr(leaf, "update_and_fetch") and not _can_be_closed_over(leaf) for leaf in given):
             give_keys()
             return original(layer, *args, **kwargs)
 
@@ -94,6 +95,11 @@ def _keyed_dropout(dropout_keys: dict[int, mx.array]) -> Call:
 
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+
+
+def _can_be_closed_over(cache: Any) -> bool:
+    """Whether a cache is one whose arrays are told, or one that holds none."""
+    return is_cache(cache) or isinstance(cache, PackedCache)
 
 
 def _is_module(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -16,8 +15,8 @@ from mlx_cpo_plugin.errors import LOWER_THESE
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.attention import query_block
 from mlx_cpo_plugin.model.buckets import Grouping
-from mlx_cpo_plugin.model.layers import LINEAR, is_half, linear_layers, widths
-from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers
+from mlx_cpo_plugin.model.layers import is_half, linear_layers, widths
+from mlx_cpo_plugin.model.memory import activation_size, kept_bytes_of_layers, remembered_by_token
 from mlx_cpo_plugin.model.products import widened_bytes
 from mlx_cpo_plugin.model.shared_prompt import can_batch_sides
 from mlx_cpo_plugin.parameters import by_name
@@ -78,11 +77,10 @@ class MemoryEstimate:
         self.by_token = sum(kept) + 2 * max(kept)
         if args.grad_checkpoint:  # the inputs of the layers are kept, and one layer at a time is recomputed
             self.by_token = size * widths(linear_layers(model.layers[0])[0])[0] * len(kept) + 3 * max(kept)
-        keys = [module for name, module in model.named_modules() if re.search(r"\.[kv]_proj(\.linear)?$", name)]
         # MLX takes the memory of several blocks of attention scores before the first is done; the kernels keep none.
         heads = max(getattr(module, name, 0) for module in model.modules() for name in _HEADS)
         self.heads = 0 if kernels else heads
-        self.keys_by_token = size * sum(widths(module)[1] for module in keys if isinstance(module, LINEAR))
+        self.keys_by_token = size * remembered_by_token(model)
         self.layers = len(kept)
         # Logits, their softmax and their gradient.
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from mlx_cpo_plugin.kernels import operations
-from mlx_cpo_plugin.model.layers import Call, biased, dense_dtype, merged_weight, overridden_calls
+from mlx_cpo_plugin.model.layers import STACKED, Call, biased, dense_dtype, merged_weight, overridden_calls
 from mlx_cpo_plugin.settings.options import AUTO
 from mlx_cpo_plugin.training.quantizer import KernelOperand, Quantizer, needs_own_call, quantised_modules
 
@@ -87,8 +88,9 @@ def fake_quantised(
     layers, heads, embeddings = quantised.layers, quantised.heads, quantised.embeddings
     calls = FakeQuantisedCalls(schedule, quantised.quantizer_of)
     with ExitStack() as stack:
-        of_layer = calls.with_kernels if kernels else calls.in_graph
-        stack.enter_context(overridden_calls([(m, of_layer(m, type(m).__call__)) for m in layers]))
+        for module in layers:
+            of_layer = calls.with_kernels if kernels and not isinstance(module, STACKED) else calls.in_graph
+            stack.enter_context(overridden_calls([(module, of_layer(module, type(module).__call__))]))
         for modules, method, made in (
             (heads, "__call__", calls.in_graph),
             (embeddings, "__call__", calls.of_lookup),
@@ -121,10 +123,11 @@ class FakeQuantisedCalls:
             # It waits for x so that each call has its own: MLX cannot compile two equal calls of its quantiser.
             merged = mx.stop_gradient(mx.depends(merged_weight(module), x))
             error = (quantizer.rounded(merged, dtype) - merged).astype(x.dtype)
-            if isinstance(module, LoRASwitchLinear):
+            if isinstance(module, SwitchLinear | LoRASwitchLinear):
                 indices = args[0] if args else kwargs["indices"]
                 return y + mx.gather_mm(x, error.swapaxes(-1, -2), rhs_indices=indices)
-            return y + x @ error.T
+            is_transposed = args[0] if args else kwargs.get("transpose", True)  # as only a MultiLinear is asked
+            return y + x @ (error.swapaxes(-1, -2) if is_transposed else error)
 
         return call
 

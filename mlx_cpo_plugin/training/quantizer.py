@@ -14,7 +14,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_cpo_plugin.device import current_device
 from mlx_cpo_plugin.host import fake_quantizer
 from mlx_cpo_plugin.kernels.operations import BITS, Weight
-from mlx_cpo_plugin.model.layers import ADAPTED, WITH_ADAPTER, base_of, dense_dtype, merged_weight, widths
+from mlx_cpo_plugin.model.layers import ADAPTED, STACKED, WITH_ADAPTER, base_of, dense_dtype, merged_weight, widths
 from mlx_cpo_plugin.settings.options import AUTO, HOST, MLX, MODES, mlx_quantises
 
 # Numbers that are rounded at a time: for some bits MLX takes twenty times their memory meanwhile.
@@ -113,7 +113,7 @@ def quantised_modules(model: nn.Module, quantizer: Quantizer) -> QuantisedModule
     modules = [module for module in model.modules() if others.get(id(module), quantizer) is not None]
     adapters = [module for module in modules if isinstance(module, ADAPTED)]
     adapted = {id(base_of(module)) for module in model.modules() if isinstance(module, WITH_ADAPTER)}
-    linears = [module for module in modules if isinstance(module, nn.Linear) and id(module) not in adapted]
+    linears = [m for m in modules if isinstance(m, (nn.Linear, *STACKED)) and id(m) not in adapted]
     inside = {id(module) for layer in getattr(model, "layers", ()) for module in layer.modules()}
     embeddings = [m for m in modules if isinstance(m, nn.Embedding | LoRAEmbedding) and id(m) not in adapted]
     return QuantisedModules(

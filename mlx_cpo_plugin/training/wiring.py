@@ -234,7 +234,8 @@ def kernels_pay(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[Prefere
 def work_of(model: nn.Module, args: CPOTrainingArgs, pairs: Sequence[PreferencePair]) -> float:
     """Return about how many multiplications and additions a run takes; one of unknown length is taken for an epoch."""
     epoch = sum(pair.tokens for pair in pairs)
-    tokens = epoch / len(pairs) * args.batch_size * args.iters if args.iters else epoch
+    per_iteration = args.batch_tokens or epoch / len(pairs) * args.batch_size
+    tokens = per_iteration * args.iters if args.iters else epoch
     return 6 * get_total_parameters(model) * tokens
 
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.architectures import COMMON, build_architecture
+from support.architectures import ARCHITECTURES, COMMON, build_architecture
 from support.devices import pretended
 from support.tiny import add_adapter, build_model
 
@@ -21,6 +21,7 @@ from mlx_cpo_plugin.model import head
 from mlx_cpo_plugin.model.backbone import SplitModel
 from mlx_cpo_plugin.model.head import target_scores
 from mlx_cpo_plugin.model.products import float32_products
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.training.qat import fake_quantised
 
 Array = NDArray[np.float64]
@@ -213,6 +214,23 @@ def test_a_frozen_heads_weight_gets_no_gradient_and_stays_what_it_is() -> None:
 
     assert model.lm_head.weight is before
     assert split.head_parameters() == {}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_trained_inside_layers_is_no_heads(name: str) -> None:
+    model = add_adapter(build_architecture(name))
+    assert SplitModel(model).head_parameters() == {}
+
+    model.unfreeze()
+    inside = {id(array) for layer in model.layers for array in by_name(layer.trainable_parameters()).values()}
+    everywhere = {id(array) for array in by_name(model.trainable_parameters()).values()}
+    assert {id(array) for array in SplitModel(model).head_parameters().values()} == everywhere - inside
+
+
+def test_where_nothing_is_scored_there_is_no_score() -> None:
+    logps, logits = target_scores(SplitModel(build_model()), mx.zeros((0, 32)), mx.zeros(0, mx.int32), True)
+
+    assert logps.shape == logits.shape == (0,)
 
 
 def test_a_head_whose_whole_weight_is_looked_at_is_not_cut() -> None:

@@ -65,6 +65,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Its layers are not called layers.
+    "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.5},
     "falcon_h1": {
         "head_dim": 8, "mamba_d_conv": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8, "mamba_n_heads": 4,
         "mamba_n_groups": 1,
@@ -111,11 +113,14 @@ SHARING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_architecture(name: str, seed: int = 0) -> nn.Module:
-    """Build the model; arguments that its architecture does not know are left out as mlx_lm leaves them out."""
+def build_architecture(name: str, seed: int = 0, **more: Any) -> nn.Module:
+    """Build the model, with ``more`` arguments in place of the tiny ones.
+
+    Those that its architecture does not know are left out as mlx_lm leaves them out.
+    """
     module: Any = import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
-    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **(ARCHITECTURES | SHARING)[name]})
+    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **(ARCHITECTURES | SHARING)[name], **more})
     build: Callable[[Any], nn.Module] = module.Model
     model = build(arguments)
     mx.eval(model.parameters())

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx.optimizers import SGD
 from support import faulty_ranks
 from support.resumable_runs import metrics, stopped, train
-from support.tiny import add_adapter, assert_same, build_model, saved_arrays
+from support.tiny import add_adapter, assert_same, build_model, build_pairs, saved_arrays
 
+from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.kernels import library
+from mlx_cpo_plugin.model.compiled import compiled_kernels
+from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.training import wiring
+from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
+from mlx_cpo_plugin.training.gradients import gradients_for
+from mlx_cpo_plugin.training.objective import objective_for
 
 USED = "Compiled kernels compute"
 
@@ -87,6 +94,28 @@ def test_what_saves_memory_has_the_same_results(
     capsys.readouterr()
     assert_same(run("saving", **arguments), plain, 1e-3)
     assert USED in capsys.readouterr().out
+
+
+def test_checkpointing_saves_memory_of_pairs_in_one_row(kernels: None) -> None:
+    model = add_adapter(build_model(hidden_size=64, intermediate_size=256, num_hidden_layers=12))
+    pairs = build_pairs(8)
+    peaks = []
+    for grad_checkpoint in (False, True):
+        with (
+            wiring.training_environment(model, CPOTrainingArgs(grad_checkpoint=grad_checkpoint)),
+            compiled_kernels(model),
+        ):
+            scorer = choose_scorer(model, pairs, "shared")
+            assert scorer is not None
+            assert scorer.packs
+            method = gradients_for(model, objective_for("sigmoid", {}), scorer, pairs)
+            mx.eval(method(pairs, StepTotals.of(pairs)))
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(method(pairs, StepTotals.of(pairs)))
+            peaks.append(mx.get_peak_memory() - before)
+
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 QAT = {"qat_enable": True, "qat_bits": 4, "qat_group_size": 32, "qat_start_step": 2, "qat_interval": 2}

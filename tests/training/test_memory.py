@@ -47,7 +47,7 @@ from mlx_cpo_plugin.training.memory_estimate import MemoryEstimate
 from mlx_cpo_plugin.training.objective import objective_for
 from mlx_cpo_plugin.training.quantizer import KernelOperand
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
-from mlx_cpo_plugin.training.wiring import training_environment
+from mlx_cpo_plugin.training.wiring import training_environment, work_of
 
 VOCABULARY = 2000
 # How far from the measured peak an estimate may be.
@@ -330,6 +330,56 @@ def test_every_architecture_has_an_estimate(name: str) -> None:
 
     for grouping in (PAIR_BY_PAIR, None):
         assert estimate_of(pairs, model, grouping=grouping).computing > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "by_layer", "layers"),
+    [
+        ("llama", 2 * 2 * 8, 2),
+        ("phi3", 2 * 2 * 8, 2),  # whose keys come out of one product with queries and values
+        ("gpt_neox", 2 * 4 * 8, 2),
+        ("deepseek_v3", 16 + 8, 2),  # latent, and the part with positions
+        ("gemma4_text", 2 * 2 * (8 + 16) / 2, 2),  # the other two layers read those of the first
+        ("lfm2", 2 * 2 * 8, 1),  # the others are convolutions
+        ("mamba", 0, 2),
+    ],
+)
+def test_keys_and_values_of_a_token_are_counted_whatever_makes_them(name: str, by_layer: float, layers: int) -> None:
+    model = add_adapter(build_architecture(name), dropout=0.5)
+    mx.random.seed(3)
+    state = np.array(mx.random.state[0])
+
+    assert memory.remembered_by_token(model) == by_layer * layers
+    assert np.array_equal(np.array(mx.random.state[0]), state)
+    assert model.training
+
+
+def test_a_model_that_cannot_be_asked_for_them_has_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TypeError("cache")
+
+    model = build_model()
+    monkeypatch.setattr(type(model), "__call__", refuse)
+
+    assert memory.remembered_by_token(model) == 0
+
+
+def test_the_layers_of_a_model_with_code_of_its_own_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model()
+    before = memory.kept_bytes_of_layers(model)
+
+    monkeypatch.setattr(type(model.layers[0]), "__module__", "custom_model")  # which mlx_lm registers nowhere
+
+    assert min(memory.kept_bytes_of_layers(model)) >= min(before)
+
+
+def test_the_work_of_a_run_is_that_of_its_tokens() -> None:
+    model, pairs = build_model(), pairs_of(20, 12, 8, count=10)
+    least = 6 * sum(array.size for array in by_name(model.parameters()).values())
+
+    assert work_of(model, CPOTrainingArgs(batch_size=2, iters=5), pairs) == least * 5 * 2 * pairs[0].tokens
+    assert work_of(model, CPOTrainingArgs(batch_size=2, batch_tokens=400, iters=5), pairs) == least * 5 * 400
+    assert work_of(model, CPOTrainingArgs(batch_size=2, iters=None), pairs) == least * 10 * pairs[0].tokens
 
 
 def test_the_line_gives_the_parts_in_gigabytes(peak: list[int]) -> None:

@@ -20,6 +20,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model, load_tokenizer, quantize_model
+from support.architectures import build_architecture
 from support.refusals import refused
 from support.tiny import add_adapter, assert_same, build_model, build_pairs, parameters
 
@@ -317,6 +318,37 @@ def test_a_step_scores_pairs_as_the_model_that_mlx_packs_does(
         np.testing.assert_allclose(
             np.array(getattr(found, name)), np.array(getattr(expected, name)), tolerance, tolerance
         )
+
+
+@pytest.mark.parametrize("keys", [["self_attn.o_proj"], None], ids=["adapter elsewhere", "adapter on all"])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen3_moe", {"hidden_size": 64, "moe_intermediate_size": 64}),
+        ("deepseek_v3", {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_intermediate_size": 32}),
+    ],
+)
+def test_experts_and_heads_are_rounded_as_mlx_packs_them_with_an_adapter_or_without(
+    name: str, sizes: dict[str, int], keys: list[str] | None
+) -> None:
+    model, deployed = (build_architecture(name, **sizes) for _ in range(2))
+    linear_to_lora_layers(model, -1, {"rank": 2, "scale": 2.0, "dropout": 0.0} | ({"keys": keys} if keys else {}))
+    of_model = getattr(deployed, "quant_predicate", lambda path, module: True)
+    nn.quantize(
+        deployed,
+        group_size=32,
+        bits=4,
+        class_predicate=lambda path, module: (
+            hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0 and of_model(path, module)
+        ),
+    )
+    tokens = mx.arange(12)[None]
+
+    with fake_quantised(model, bits=4, group_size=32) as quantisation, quantisation.during(1):
+        found = model(tokens)
+
+    np.testing.assert_allclose(np.array(found), np.array(deployed(tokens)), rtol=1e-4, atol=1e-4)
+    assert mx.abs(model(tokens) - found).max() > 1e-3
 
 
 def test_embeddings_are_quantised_as_mlx_packs_them_and_not_by_the_hosts_quantiser() -> None:

@@ -44,6 +44,19 @@ class Waiting {
 
 inline Waiting waiting;
 
+// One of them, until it is gone: also where its memory cannot be had.
+class Turn {
+ public:
+  Turn() {
+    waiting.enter();
+  }
+  ~Turn() {
+    waiting.leave();
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+};
+
 // An operation whose outputs are computed by ``compute`` when its turn comes.
 class Kernel : public mx::Primitive {
  public:
@@ -59,7 +72,7 @@ class Kernel : public mx::Primitive {
   }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    waiting.enter();
+    auto turn = std::make_shared<Turn>();
     for (auto& output : outputs) {
       splits_heads() && output.ndim() == 4 ? allocate_heads(output)
                                            : output.set_data(mx::allocator::malloc(output.nbytes()));
@@ -72,9 +85,9 @@ class Kernel : public mx::Primitive {
       out.push_back(array::unsafe_weak_copy(output));
     }
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [this, in = std::move(in), out = std::move(out), self = keep_alive()]() mutable {
+        [this, in = std::move(in), out = std::move(out), self = keep_alive(), turn = std::move(turn)]() mutable {
           compute(in, out);
-          waiting.leave();
+          turn.reset();
         });
   }
 
