@@ -113,7 +113,8 @@ def quantised_modules(model: nn.Module, quantizer: Quantizer) -> QuantisedModule
     modules = [module for module in model.modules() if others.get(id(module), quantizer) is not None]
     adapters = [module for module in modules if isinstance(module, ADAPTED)]
     adapted = {id(base_of(module)) for module in model.modules() if isinstance(module, WITH_ADAPTER)}
-    linears = [m for m in modules if isinstance(m, (nn.Linear, *STACKED)) and id(m) not in adapted]
+    kinds = (nn.Linear, *STACKED) if quantizer.is_of_mlx else nn.Linear
+    linears = [module for module in modules if isinstance(module, kinds) and id(module) not in adapted]
     inside = {id(module) for layer in getattr(model, "layers", ()) for module in layer.modules()}
     embeddings = [m for m in modules if isinstance(m, nn.Embedding | LoRAEmbedding) and id(m) not in adapted]
     return QuantisedModules(
