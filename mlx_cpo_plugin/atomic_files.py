@@ -48,11 +48,14 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def _is_device(path: Path) -> bool:
     """Whether a path leads to something that nobody wants replaced by a file, itself or through links of the system."""
-    if os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/")):
-        return True
+    return os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/")) or is_stream(path)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether there is something that is no file and no folder, such as a pipe, which can be read only once."""
     try:
-        mode = path.stat().st_mode
-    except OSError:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 

@@ -15,7 +15,7 @@ from mlx_cpo_plugin.commands import doctor, losses, train
 from mlx_cpo_plugin.comparison import command as compare
 from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
-from mlx_cpo_plugin.errors import UserError, named
+from mlx_cpo_plugin.errors import UserError, first_line, named
 from mlx_cpo_plugin.export import command as export
 from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
@@ -24,6 +24,9 @@ from mlx_cpo_plugin.sweep import command as sweep
 
 # Subcommands whose arguments are those of mlx_lm_lora.train, read by the parser of the train mode.
 TRAINING_COMMANDS = {"train": train.run_train, "check": train.run_check}
+
+# Without which there is nothing to train with.
+HOST_PACKAGES = ("mlx", "mlx_lm", "mlx_lm_lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output, `head` for one, has seen enough
         discard(sys.stdout)
         return 0
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in HOST_PACKAGES:
+            raise
+        fault = f"{error.name} cannot be imported ({first_line(error)})"
+        print(f"error: {fault}; `mlx-cpo doctor` says what to do.", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             print(f"error: {named(str(error.filename))} is too long for a path; give another.", file=sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from mlx_cpo_plugin.atomic_files import replace_whole
+from mlx_cpo_plugin.atomic_files import is_stream, replace_whole
 from mlx_cpo_plugin.errors import ConfigError, shown
 
 STANDARD_OUTPUT = "-"
@@ -23,10 +24,24 @@ def check_json(to: str | None) -> None:
     """
     if not _is_file(to):
         return
-    if not to or Path(to).is_dir():
+    if not to:
         raise ConfigError(f"--json {shown(to)} is a folder; give a file.", key="json")
-    if not Path(to).parent.is_dir():
-        raise ConfigError(f"--json {to}: there is no folder {Path(to).parent}; make it first.", key="json")
+    check_writable("--json", Path(to))
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Find out whether a file can be written that an option names, before hours of measurements.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    key = option.removeprefix("--")
+    if file.is_dir():
+        raise ConfigError(f"{option} {shown(str(file))} is a folder; give a file.", key=key)
+    if not file.parent.is_dir():
+        raise ConfigError(f"{option} {file}: there is no folder {file.parent}; make it first.", key=key)
+    if not os.access(file if is_stream(file) else file.parent, os.W_OK):
+        raise ConfigError(f"{option} {file}: nothing can be written there (permission denied); give another.", key=key)
 
 
 def write_json(to: str, text: str) -> None:

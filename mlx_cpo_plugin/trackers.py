@@ -141,13 +141,14 @@ def require_clients(settings: RunSettings) -> None:
             # A folder of logs with the module's name in the working directory can be imported, too, but is no file.
             if import_module(module).__file__ is None:
                 raise ImportError
-        except ImportError as error:
+        except Exception as error:  # a client that does not fit what else is installed may raise anything
             listed = name in (settings.report_to or ())
             what, remove = (
                 (f"report_to names {name}", f"{name} from report_to") if listed else ("wandb is set", "the key")
             )
+            fault = "is missing" if isinstance(error, ImportError) else f"cannot be imported ({first_line(error)})"
             raise ConfigError(
-                f"{what}, but its client {module} is missing; run pip install 'mlx-cpo-plugin[{name}]', or remove "
+                f"{what}, but its client {module} {fault}; run pip install 'mlx-cpo-plugin[{name}]', or remove "
                 f"{remove}.",
                 key="report_to" if listed else "wandb",
             ) from error

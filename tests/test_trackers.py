@@ -246,6 +246,17 @@ def test_a_missing_client_is_one_sentence_before_anything_is_loaded(
     assert not Path(settings["adapter_path"]).exists()
 
 
+def test_a_client_that_does_not_fit_what_else_is_installed_is_one_sentence(
+    settings: Settings, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text("raise TypeError('Descriptors cannot be created directly.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+    with pytest.raises(ConfigError, match=r"its client wandb cannot be imported \(Descriptors cannot be created"):
+        run_main({**settings, "report_to": ["wandb"]})
+
+
 def test_every_tracker_has_an_extra_of_its_name() -> None:
     extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     for tracker in TRACKERS:

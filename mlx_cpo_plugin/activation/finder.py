@@ -104,6 +104,8 @@ class HookingLoader:
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
+        if name == "_loader":  # of a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module: ModuleType) -> None:

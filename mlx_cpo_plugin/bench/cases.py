@@ -135,7 +135,9 @@ def _resolved(settings: Mapping[str, Any]) -> RunSettings:
     """Resolve settings, then switch off what would be measured beside training or make two runs differ."""
     resolved = config.resolve({"train": True, "train_mode": "cpo", **settings}).settings
     resolved.test = resolved.fuse = resolved.qat_enable = False
-    resolved.epochs = resolved.wandb = resolved.resume_adapter_file = None
+    resolved.load_best = False  # nothing is validated
+    resolved.epochs = resolved.wandb = resolved.resume_adapter_file = resolved.resume = resolved.save_best = None
+    resolved.early_stopping_patience = resolved.max_grad_norm = None
     resolved.gradient_accumulation_steps = 1
     resolved.cpo_alpha = 0.0  # mlx-lm-lora has neither this nor smoothed labels
     resolved.loss_options = {name: value for name, value in resolved.loss_options.items() if name != "label_smoothing"}
@@ -157,7 +159,7 @@ def share(resolved: RunSettings) -> None:
             f"set dpo_cpo_loss_type to it in place of {resolved.dpo_cpo_loss_type}."
         )
     resolved.learning_rate, resolved.lr_schedule, resolved.optimizer = STILL, None, "adam"
-    resolved.max_grad_norm = resolved.chat_template = None
+    resolved.chat_template = None
     resolved.valid_fraction, resolved.overlong = 0.0, DROP
     resolved.train_type, resolved.num_layers = "lora", -1
     resolved.efficient_long_context = False
@@ -166,7 +168,7 @@ def share(resolved: RunSettings) -> None:
 
 def _case_of_data(name: str, settings: Mapping[str, Any], rows: int | None, shared: bool) -> Case:
     resolved = _resolved(settings)
-    notes = ["dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off"]
+    notes = ["dropout, gradient accumulation, max_grad_norm, fake quantisation, cpo_alpha and label_smoothing are off"]
     if shared:
         share(resolved)
         notes.append(

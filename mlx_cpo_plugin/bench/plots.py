@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, TRL, UNSLOTH
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.json_output import check_writable
 
 FORMATS = (".svg", ".png")
 COLOURS = {PLUGIN: "tab:blue", HOST: "tab:gray", TRL: "tab:orange", UNSLOTH: "tab:green"}
@@ -19,12 +20,11 @@ def check_plot_file(option: str, file: Path) -> None:
     """Find out before the measurements whether a plot can be drawn into ``file``.
 
     Raises:
-        ConfigError: matplotlib is missing, the folder does not exist, or the name has another ending.
+        ConfigError: matplotlib is missing, nothing can be written there, or the name has another ending.
     """
     if file.suffix not in FORMATS:
         raise ConfigError(f"{option} {file}: the plot is written as {' or '.join(FORMATS)}; give a name that ends so.")
-    if not file.parent.is_dir():
-        raise ConfigError(f"{option} {file}: there is no folder {file.parent}; make it first.")
+    check_writable(option, file)
     if find_spec("matplotlib") is None:
         raise ConfigError(f"{option} needs matplotlib to draw its plot; run pip install 'mlx-cpo-plugin[bench]'.")
 

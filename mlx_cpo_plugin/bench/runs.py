@@ -199,4 +199,4 @@ def _sigterm_held() -> Iterator[None]:
 def _reason(returncode: int, lines: Sequence[str]) -> str:
     if returncode < 0:
         return f"was ended by signal {-returncode}, most likely out of memory; use shorter rows or a smaller batch"
-    return f"failed with exit code {returncode}: {lines[-1] if lines else 'it printed nothing'}"
+    return f"failed with exit code {returncode}: {lines[-1].rstrip('.') if lines else 'it printed nothing'}"

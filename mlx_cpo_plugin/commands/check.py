@@ -25,6 +25,7 @@ from mlx_cpo_plugin.data.tokens import Lengths
 from mlx_cpo_plugin.device import device_memory
 from mlx_cpo_plugin.errors import DataError, UserError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
+from mlx_cpo_plugin.plugins import sets_of
 from mlx_cpo_plugin.run.building import (
     build_optimizer,
     is_on_this_machine,
@@ -131,7 +132,7 @@ def _check_rows(
 ) -> None:
     tokenizer = load_chat_tokenizer(settings.model)
     if mode.load_dataset is not cpo.load_dataset:
-        rows = mode.load_dataset(settings, tokenizer)
+        rows = sets_of(mode, settings, tokenizer)
         for name, split in zip(("Train", "Valid", "Test"), rows, strict=True):
             print(f"{name}: {len(split)} rows.", file=stream)
         if rows[0]:

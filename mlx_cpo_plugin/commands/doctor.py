@@ -23,6 +23,7 @@ from mlx_cpo_plugin import blas
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.activation import finder
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.termination import stopped_by_termination
 from mlx_cpo_plugin.types import Values
 
 START_UP_FILES = ("mlx_cpo_plugin_autoload.pth", "mlx_cpo_plugin_autoload.start")
@@ -36,6 +37,8 @@ PROBE_ARGUMENTS = ("--train", "--train-mode", "cpo", "--beta=-1", "--model", "no
 REACHED = ("error: beta", "the imported names are the plugin's")
 PROBE_SECONDS = 120
 
+NOT_IMPORTED = "cannot be imported"
+NEEDS_BACKEND = "on Linux, pip install 'mlx[cpu]' or 'mlx[cuda]'"
 REINSTALL = (
     "pip install --force-reinstall --no-deps mlx-cpo-plugin; where Python reads no start-up files, "
     "start with `mlx-cpo train` or call mlx_cpo_plugin.activate()"
@@ -93,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+@stopped_by_termination()  # or folders of probes would stay
 def run_doctor(as_json: bool = False, selftest: bool = False, config_file: str | None = None) -> int:
     """Print what was found; return 0 if CPO can run and 1 if something has failed.
 
@@ -131,14 +135,15 @@ def _print_findings(findings: Iterable[Finding]) -> None:
 
 def diagnose() -> list[Finding]:
     """Look at versions, backend, start-up files, entry routes and plugins."""
-    return [
+    findings = [
         *check_versions(),
         *check_backend(),
         *check_switch(),
         check_start_up_files([Path(folder) for folder in sys.path], start_up_files_are_read()),
-        *check_routes(),
-        *check_plugins(),
     ]
+    if any(finding.status == "failed" and NOT_IMPORTED in finding.detail for finding in findings):
+        return [*findings, Finding("routes, plugins", "warning", "not tried while something above cannot be imported")]
+    return [*findings, *check_routes(), *check_plugins()]
 
 
 def check_versions() -> list[Finding]:
@@ -155,7 +160,7 @@ def check_version(distribution: str, module_name: str) -> Finding:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        return Finding(distribution, "failed", f"cannot be imported: {error}", f"pip install {distribution}")
+        return Finding(distribution, "failed", f"{NOT_IMPORTED}: {error}", _remedy_for(distribution))
     version = str(getattr(module, "__version__", "of unknown version"))
     installed = _installed_version(distribution)
     detail = version
@@ -173,6 +178,17 @@ def check_version(distribution: str, module_name: str) -> Finding:
     return Finding(distribution, "warning" if warning else "ok", detail, warning)
 
 
+def _remedy_for(distribution: str) -> str:
+    """Return what to do about a distribution that cannot be imported."""
+    if _installed_version(distribution) is None:
+        return f"pip install {distribution}"
+    try:
+        import mlx.core  # noqa: F401 - whether it can be
+    except ImportError:
+        return NEEDS_BACKEND
+    return f"pip install --force-reinstall {distribution}"
+
+
 def _installed_version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -185,8 +201,7 @@ def check_backend() -> list[Finding]:
     try:
         from mlx_cpo_plugin.device import current_device, device_name
     except ImportError as error:
-        remedy = "on Linux, pip install 'mlx[cpu]' or 'mlx[cuda]'"
-        return [Finding("backend", "failed", f"mlx cannot be imported: {error}", remedy)]
+        return [Finding("backend", "failed", f"mlx {NOT_IMPORTED}: {error}", NEEDS_BACKEND)]
     return [Finding("backend", "ok", f"{current_device().kind}, {device_name()}"), *check_blas(), *check_kernels()]
 
 
@@ -211,8 +226,19 @@ def check_kernels() -> list[Finding]:
 
     if not library.suits_device():
         return []
-    if library.cached_file().exists():
-        return [Finding("kernels", "ok", f"compiled ({library.cached_file()})")]
+    try:
+        choice, file = library.wanted(), library.cached_file()
+    except ConfigError as error:
+        return [Finding("kernels", "failed", str(error), f"correct or unset {library.VARIABLE}")]
+    except library.KernelError as error:
+        return [Finding("kernels", "warning", f"cannot be kept: {error}", "set XDG_CACHE_HOME to a folder")]
+    if choice == library.NONE:
+        return [Finding("kernels", "ok", f"switched off by {library.VARIABLE}")]
+    if library.is_whole(file):
+        return [Finding("kernels", "ok", f"compiled ({file})")]
+    if not os.access(next(parent for parent in file.parents if os.path.lexists(parent)), os.W_OK):
+        remedy = "make it writable, or set XDG_CACHE_HOME to a folder that is"
+        return [Finding("kernels", "warning", f"not compiled, and cannot be kept in {file.parent}", remedy)]
     if (path := library.compiler()) is not None:
         return [Finding("kernels", "ok", f"not compiled yet; {path} will do it when a long run begins")]
     remedy = f"install one of {', '.join(library.COMPILERS)}; long runs on a CPU are about twice as fast with kernels"
@@ -280,7 +306,7 @@ def _script(distribution: str, name: str) -> Path:
 def told_by(command: Sequence[str]) -> list[str] | Exception:
     """Run a probe, in an empty folder and without a network; return the lines that it prints, or why it did not end."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="mlx-cpo-doctor-") as folder:
         try:
             probe = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False

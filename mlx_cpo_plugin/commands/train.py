@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlx_cpo_plugin.activation import finder
-from mlx_cpo_plugin.errors import ConfigError, PluginError
+from mlx_cpo_plugin.atomic_files import is_stream
+from mlx_cpo_plugin.errors import ConfigError, PluginError, named
 
 LONGEST, TIME = "--longest", "--time"
 
@@ -43,6 +44,9 @@ def run_check(words: Sequence[str]) -> int:
     asks_for_longest, asks_for_time = LONGEST in words, TIME in words
     words = [word for word in words if word not in (LONGEST, TIME)]
     with command_line("mlx-cpo check", words):
+        stream = calls.explicit(words).get("config")
+        if stream and is_stream(stream):
+            raise ConfigError(f"{named(stream)} can be read only once; give `mlx-cpo check` a file.", key="config")
         mode = calls.requested_mode(words)
         if mode is None:
             file = calls.explicit(words).get("config")

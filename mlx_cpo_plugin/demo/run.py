@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -14,6 +17,7 @@ from mlx_lm import generate, load
 
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.device import compile_where_it_pays
+from mlx_cpo_plugin.errors import StoppedError
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.trainer import evaluate_cpo
@@ -53,10 +57,21 @@ def run_demo(out_dir: Path | None = None) -> int:
     Returns:
         0, or 1 where preference training did not raise the held-out accuracy.
     """
+    if out_dir is not None:
+        return _run_in(out_dir)
+    new = Path(tempfile.mkdtemp(prefix="mlx-cpo-demo-"))
+    try:
+        return _run_in(new)
+    except (KeyboardInterrupt, StoppedError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        print("\nThe demo was interrupted; nothing of it is kept.", file=sys.stderr)
+        return error.exit_code if isinstance(error, StoppedError) else 128 + signal.SIGINT
+
+
+def _run_in(out_dir: Path) -> int:
     import mlx_lm_lora.train as host_train
 
     started = time.perf_counter()
-    out_dir = out_dir or Path(tempfile.mkdtemp(prefix="mlx-cpo-demo-"))
     config_file = write_config(out_dir)
     settings = config.resolve({"config": str(config_file)}).settings
 

@@ -9,9 +9,10 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin import cpo
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.errors import DataError, first_line
+from mlx_cpo_plugin.errors import ConfigError, DataError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import train_modes
@@ -36,6 +37,10 @@ def checks_of_config(config_file: str) -> list[Check]:
     """
     settings = config.resolve({"config": config_file, "train": True}).settings
     mode = train_modes()[settings.train_mode]
+    if mode.load_dataset is not cpo.load_dataset:
+        raise ConfigError(
+            f"--config takes configurations of cpo; the rows of {mode.name} are of its plugin's own kind.", key="config"
+        )
     train_set, _, _ = mode.load_dataset(settings, load_chat_tokenizer(settings.model))
     pairs = shortened(list(train_set[:ROWS]), PROMPT, ANSWER)
     if not pairs:

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import yaml
 
+from mlx_cpo_plugin.atomic_files import is_stream
 from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.plugins import claimed_mode, loss_types, option_origins, train_modes
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
@@ -205,7 +206,10 @@ def explicit(call: Call) -> Values:
         return vars(values)
     defaults = {} if isinstance(call, Mapping) else vars(host_parser().parse_args([]))
     given = call if isinstance(call, Mapping) else vars(call)
-    return {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
+    found = {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
+    if isinstance(call, argparse.Namespace) and is_stream(str(found.get("config", ""))):
+        del found["config"]  # mlx-lm-lora has read it: all that was in it is here
+    return found
 
 
 def asks_for_all_help(words: Sequence[str]) -> bool:
@@ -243,7 +247,7 @@ def refuse_mistakes(words: Sequence[str]) -> None:
     except ConfigError:
         return  # mlx-lm-lora's parser says what is wrong
     file = values.get("config")
-    if not file or values.get("help"):
+    if not file or values.get("help") or is_stream(file):
         return
     try:
         with open(file) as stream:  # as mlx-lm-lora does, which takes files that read_yaml refuses
@@ -274,7 +278,12 @@ def _leniently(call: Call) -> Values:
 
 
 def _mode_in_yaml(file: str | Path | None) -> object:
-    """Return the ``train_mode`` of a YAML file, also of one that :func:`read_yaml` refuses."""
+    """Return the ``train_mode`` of a YAML file, also of one that :func:`read_yaml` refuses.
+
+    What can be read only once is left to mlx-lm-lora, whose ``run`` is called with what it has found there.
+    """
+    if is_stream(str(file)):
+        return None
     try:
         values = parse_value(Path(file or "").read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, TypeError):

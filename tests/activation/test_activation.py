@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.fresh_environment import KINDS, PROJECT, FreshEnvironment, built_wheel, installed_environment
 
 from mlx_cpo_plugin import blas
+from mlx_cpo_plugin.activation import finder
+from mlx_cpo_plugin.commands.doctor import START_UP_FILES
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +176,23 @@ def test_start_up_imports_nothing_but_the_finder(environment: FreshEnvironment) 
         "mlx_cpo_plugin.activation.hook_state",
     }
     assert not with_plugin & {"yaml", "pluggy", "numpy", "dataclasses", "importlib.metadata"}
+
+
+def test_a_start_up_file_whose_package_is_gone_says_nothing() -> None:
+    line = (Path(finder.__file__).parent / START_UP_FILES[0]).read_text()
+
+    ended = subprocess.run([sys.executable, "-I", "-S", "-c", line], capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert line.startswith("import ")
+    assert line.count("\n") == 1
+
+
+def test_a_hooked_module_has_a_loader_that_can_be_copied() -> None:
+    loader = finder.HookingLoader(SimpleNamespace(name="any"))
+
+    assert copy.deepcopy(loader).name == "any"
+    assert pickle.loads(pickle.dumps(loader)).name == "any"
 
 
 def test_where_start_up_files_are_not_read_activate_hooks_in(wheel_environment: FreshEnvironment) -> None:

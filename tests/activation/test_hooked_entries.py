@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +98,34 @@ def test_main_gives_the_host_resolved_settings_to_print(host_function: Recorder)
     assert (settings["beta"], settings["iters"], settings["batch_size"]) == (0.02, 3, 1)
     assert settings["config"] is None
     assert settings["plugin_resolved"] is True
+
+
+@contextmanager
+def piped(text: str) -> Iterator[str]:
+    """The path of a pipe that gives a text once."""
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    try:
+        yield f"/dev/fd/{reading}"
+    finally:
+        os.close(reading)
+
+
+def test_a_configuration_that_can_be_read_only_once_is_left_to_the_host(
+    runs: Recorder, host_function: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with piped("train_mode: cpo\ntrain: true\nbeta: 0.02\niters: 3\n") as config:
+        monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--config", config, "--iters", "4"])
+        host.main()
+    ((settings, mode, _), _) = runs.calls[0]
+    assert (mode.name, settings.beta, settings.iters) == ("cpo", 0.02, 4)
+
+    with piped("train_mode: sft\n") as config:
+        monkeypatch.setattr(sys, "argv", ["mlx_lm_lora.train", "--config", config])
+        patches.wrapped_main(host_function)()
+        assert host_function.calls
+        assert Path(config).read_text() == "train_mode: sft\n"  # nobody has before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

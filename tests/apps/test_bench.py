@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mlx_cpo_plugin.bench.runs import MeasurementError, Runs, run_worker
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.json_output import check_json
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.selftest import float64_gradient
 from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
@@ -161,7 +163,10 @@ class TestMeasuring:
         assert case["host"]["backbone_tokens"] == case["host"]["head_positions"] == expected
         assert 0 < case["plugin"]["backbone_tokens"] <= expected + 2 * len(batch) * 32
         assert f"{case['speed_ratio']:.2f} x as fast" in printed.out
-        assert "dropout, gradient accumulation, fake quantisation, cpo_alpha and label_smoothing are off" in printed.out
+        assert (
+            "dropout, gradient accumulation, max_grad_norm, fake quantisation, cpo_alpha and label_smoothing are off"
+            in printed.out
+        )
 
     def test_rows_that_differ_between_the_two_are_noticed(self, prepared_workers: list[str]) -> None:
         class Reordered(Case):
@@ -471,6 +476,19 @@ class TestCases:
         assert list(case.pairs) == [pairs[0], *pairs[2:]]
         assert any(note.startswith("1 pairs left out") for note in case.notes)
 
+    def test_what_needs_validation_or_changes_the_gradient_is_off(
+        self, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(cases, "load_dataset", lambda *_: (build_pairs(4), [], []))
+        config = tmp_path / "my.yaml"
+        more = {"load_best": True, "early_stopping_patience": 2, "steps_per_eval": 5, "max_grad_norm": 0.01}
+        config.write_text(yaml.safe_dump({**settings, **more}))
+
+        resolved = case_of_config(config, None).settings
+
+        assert not resolved.load_best
+        assert (resolved.save_best, resolved.early_stopping_patience, resolved.max_grad_norm) == (None, None, None)
+
     def test_a_loss_that_the_host_lacks_is_refused(
         self, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -576,6 +594,9 @@ class TestCommand:
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--growth", "plot.gif"], "plot.gif: the plot is written as .svg or .png"),
             (["--growth", "no/such/folder/plot.svg"], "there is no folder no/such/folder"),
+            (["--growth", "plot.svg", "--json", "figures.json"], "--growth takes no --json"),
+            (["--growth", "plot.svg", "--rows", "3"], "--growth takes no --rows"),
+            (["--growth", "plot.svg", "--iters", "9"], "--growth takes no --iters"),
         ],
     )
     def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -586,6 +607,17 @@ class TestCommand:
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert complaint in error
+
+    def test_what_cannot_be_written_is_told_before_anything_is_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "plot.svg").mkdir()
+        with pytest.raises(ConfigError, match="is a folder"):
+            plots.check_plot_file("--growth", tmp_path / "plot.svg")
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        for check in (partial(plots.check_plot_file, "--growth"), lambda file: check_json(str(file))):
+            with pytest.raises(ConfigError, match="permission denied"):
+                check(tmp_path / "other.svg")
 
     @pytest.mark.parametrize("words", [[], ["--suite", "--shape", "P3,C2,R2"], ["--suite", "--iters", "0"]])
     def test_arguments_that_do_not_go_together_end_with_exit_code_2(self, words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from mlx_cpo_plugin.demo import make_model, run
 from mlx_cpo_plugin.demo.make_rows import DATA_DIR, SEED, write_rows
 from mlx_cpo_plugin.demo.shop import make_facts
+from mlx_cpo_plugin.errors import StoppedError
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT = ("valid", "test")
@@ -125,6 +127,26 @@ def test_a_demo_that_changes_nothing_ends_with_exit_code_1(tmp_path: Path, monke
     monkeypatch.setattr("mlx_lm_lora.train.main", lambda args: None)
 
     assert run.run_demo(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (StoppedError(40, 15, "resume it"), 143)])
+def test_a_demo_that_is_interrupted_leaves_nothing_and_gives_no_advice(
+    error: BaseException,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "measure", interrupt)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    assert run.run_demo() == code
+
+    assert capsys.readouterr().err.strip() == "The demo was interrupted; nothing of it is kept."
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

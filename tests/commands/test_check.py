@@ -204,6 +204,16 @@ def test_a_mode_that_reads_its_rows_itself_gets_them_counted(model_folder):
     )
 
 
+def test_sets_that_such_a_mode_leaves_out_are_empty(model_folder):
+    mode = TrainMode("odd", "Odd", "", lambda *_: ([1, 2], None, None), lambda *_: None, lambda *_: {})
+    settings = config.resolve({"train_mode": "cpo", "train": True, "model": str(model_folder)}).settings
+    stream = io.StringIO()
+
+    run_check(settings, mode, stream=stream)
+
+    assert stream.getvalue().startswith("Train: 2 rows.\nValid: 0 rows.\nTest: 0 rows.\n")
+
+
 def test_check_knows_every_registered_mode(monkeypatch, model_folder, capsys):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     with registered(JudgedPlugin()):

@@ -42,6 +42,23 @@ def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip() == f"mlx-cpo-plugin {mlx_cpo_plugin.__version__}"
 
 
+def test_mlx_that_cannot_be_imported_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(chosen: object) -> int:
+        raise ImportError("libmlx.so: cannot open shared object file", name="mlx.core")
+
+    monkeypatch.setattr(cli.doctor, "run_doctor", fail)
+    monkeypatch.setattr(cli.losses, "run_losses", fail)
+
+    assert cli.main(["losses"]) == 2
+
+    assert capsys.readouterr().err == (
+        "error: mlx.core cannot be imported (libmlx.so: cannot open shared object file); `mlx-cpo doctor` says what to "
+        "do.\n"
+    )
+
+
 def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])

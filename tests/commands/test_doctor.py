@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.compiled import skip_where_there_are_none
 from support.fresh_environment import FreshEnvironment, installed_environment
 
 from mlx_cpo_plugin import plugins
@@ -15,6 +18,7 @@ from mlx_cpo_plugin.activation import patches
 from mlx_cpo_plugin.commands import doctor
 from mlx_cpo_plugin.commands.doctor import START_UP_FILES, Finding
 from mlx_cpo_plugin.errors import PluginError
+from mlx_cpo_plugin.kernels import library
 
 ROUTES = [
     "route mlx_lm_lora.train",
@@ -136,6 +140,52 @@ def test_a_plugin_that_was_skipped_is_a_warning(monkeypatch: pytest.MonkeyPatch)
     *_, finding = doctor.check_plugins()
 
     assert (finding.status, finding.detail) == ("warning", "it is skipped")
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "words"),
+    [
+        ({library.VARIABLE: "garbage"}, "failed", "garbage; set it to auto, always or none"),
+        ({library.VARIABLE: "none"}, "ok", f"switched off by {library.VARIABLE}"),
+        ({"XDG_CACHE_HOME": "/proc"}, "warning", "cannot be kept in /proc/mlx-cpo-plugin"),
+        ({"PATH": "/nowhere", "CXX": ""}, "warning", "there is no C++ compiler"),
+    ],
+    ids=str,
+)
+def test_kernels_are_told_as_a_run_will_find_them(
+    variables: dict[str, str], status: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_where_there_are_none()
+    for name, value in ({library.VARIABLE: "auto", "XDG_CACHE_HOME": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/proc")  # root may write everywhere
+
+    (finding,) = doctor.check_kernels()
+
+    assert (finding.status, words in finding.detail) == (status, True)
+
+
+def test_damaged_kernels_are_not_taken_for_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_where_there_are_none()
+    monkeypatch.setenv(library.VARIABLE, "auto")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cached_file().parent.mkdir()
+    library.cached_file().write_bytes(b"short")
+
+    assert not doctor.check_kernels()[0].detail.startswith("compiled")
+
+
+def test_without_mlx_the_remedy_is_its_and_nothing_is_tried_that_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "check_routes", lambda: pytest.fail("tried"))
+    monkeypatch.delitem(sys.modules, "mlx_cpo_plugin.device")
+    monkeypatch.setitem(sys.modules, "mlx.core", None)  # type: ignore[arg-type]  # None: it cannot be imported
+
+    findings = {finding.name: finding for finding in doctor.diagnose()}
+
+    for name in ("mlx", "backend"):
+        assert findings[name].status == "failed"
+        assert findings[name].remedy == doctor.NEEDS_BACKEND
+    assert findings["routes, plugins"].status == "warning"
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
