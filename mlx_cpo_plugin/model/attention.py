@@ -36,7 +36,7 @@ def lean_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: f
             may be a part of the scores, as that of the positions is in DeepSeek's attention.
     """
     fused = current_device().attention != "ours"
-    is_added = isinstance(mask, mx.array) and mask.dtype != mx.bool_
+    is_added = isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask = mask) -> tuple[mx.array, mx.array]:

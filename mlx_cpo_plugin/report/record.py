@@ -145,15 +145,23 @@ def find_runs(root: str | Path) -> list[RunRecord]:
     Links are not followed; checkpoints, hidden folders and runs that cannot be read are left out.
     """
     records = []
-    for folder in folders_below(Path(root), SEARCH_DEPTH):
-        files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
-        if files[0].is_file() and not any(file.is_symlink() for file in files):
-            try:
-                records.append(RunRecord.read(folder))
-            except ReportError:
-                continue
+    for folder in folders_of_runs(Path(root)):
+        try:
+            records.append(RunRecord.read(folder))
+        except ReportError:
+            continue
     oldest = datetime.fromtimestamp(0, UTC)
     return sorted(records, key=lambda record: (record.updated or oldest, str(record.folder)), reverse=True)
+
+
+def folders_of_runs(root: Path) -> list[Path]:
+    """Return the folders of :func:`find_runs`, the one whose metrics were written last first; no file is read."""
+    found = []
+    for folder in folders_below(root, SEARCH_DEPTH):
+        files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
+        if files[0].is_file() and not any(file.is_symlink() for file in files):
+            found.append((files[0].stat().st_mtime, folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
 def answers_over_time(samples: Iterable[Row], most: int = 6) -> list[tuple[str, list[tuple[int, str]]]]:

@@ -207,7 +207,7 @@ def explicit(call: Call) -> Values:
     defaults = {} if isinstance(call, Mapping) else vars(host_parser().parse_args([]))
     given = call if isinstance(call, Mapping) else vars(call)
     found = {key: value for key, value in given.items() if value is not None and value != defaults.get(key)}
-    if isinstance(call, argparse.Namespace) and is_stream(str(found.get("config", ""))):
+    if not isinstance(call, Mapping) and is_stream(str(found.get("config", ""))):
         del found["config"]  # mlx-lm-lora has read it: all that was in it is here
     return found
 

@@ -131,6 +131,8 @@ def main() -> int:
         request, asked_to_stop = json.loads(line), False
         try:
             for side in SIDES:
+                if asked_to_stop:
+                    break
                 said, text = time.monotonic(), ""
                 for text in both.answer(side, request[side], request["max_tokens"], request["temperature"]):
                     if time.monotonic() - said > SECONDS_BETWEEN_PARTS:

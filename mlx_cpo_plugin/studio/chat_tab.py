@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +15,10 @@ from typing import Any
 
 import gradio as gr
 
+from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.errors import UserError
-from mlx_cpo_plugin.studio.child import Cancelled, ChildError
+from mlx_cpo_plugin.studio.child import PYTHON, Cancelled, ChildError
+from mlx_cpo_plugin.studio.live_runs import state_of_file
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
 from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 
@@ -35,9 +36,9 @@ class Chat:
     """
 
     def __init__(self, adapter_path: Path, root: Path) -> None:
-        self.adapter_path = adapter_path
+        self.adapter_path, self.weights = adapter_path, state_of_file(adapter_path / ADAPTER_FILE)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_cpo_plugin.studio.chat", str(adapter_path)],
+            [*PYTHON, "-m", "mlx_cpo_plugin.studio.chat", str(adapter_path)],
             cwd=root,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -134,10 +135,11 @@ class Chats:
         self.stop(visit)
 
     def of(self, visit: str | None, adapter_path: Path, root: Path) -> Chat:
-        """Return the chat of a visit with this adapter, begun if need be; one with another adapter ends."""
+        """Return the chat of a visit with this adapter, begun if need be; that of another, or older, one ends."""
         with self._lock:
             chat = self._chats.get(visit or "")
-        if chat is not None and chat.adapter_path == adapter_path and chat.is_alive:
+        weights = state_of_file(adapter_path / ADAPTER_FILE)
+        if chat is not None and (chat.adapter_path, chat.weights) == (adapter_path, weights) and chat.is_alive:
             return chat
         self.end(visit)
         chat = Chat(adapter_path, root)

@@ -78,8 +78,10 @@ def build_check_tab(root: Path, form: Form, jobs: Jobs) -> None:
 def histogram(report: dict[str, Any], part: str) -> pd.DataFrame:
     """Return the columns ``tokens`` (where a bar begins) and ``pairs`` over all splits."""
     lengths = [length for split in report["splits"] for length in split["lengths"].get(part, [])]
-    counts, edges = np.histogram(lengths, bins=min(BINS, max(1, len(set(lengths)))))
-    return pd.DataFrame({"tokens": edges[:-1].round().astype(int), "pairs": counts})
+    least, most = min(lengths, default=0), max(lengths, default=0)
+    width = -(-(most + 1 - least) // BINS)
+    counts, edges = np.histogram(lengths, bins=np.arange(least, most + 1 + width, width))
+    return pd.DataFrame({"tokens": edges[:-1], "pairs": counts})
 
 
 def summary_html(report: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ from mlx_cpo_plugin.types import Values
 
 SECONDS_BETWEEN_STEPS = 2.0
 _SO_MANY = re.compile(r"\b(\d+) of (\d+)\b")
+# Without modules that happen to lie in the folder of the page, which the commands of a terminal do not import either.
+PYTHON = (sys.executable, "-P")
 
 
 class ChildError(UserError):
@@ -79,7 +81,7 @@ class Job:
         self._printed = self._output.with_name("printed")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *words, *[str(self._output)] * writes],
+                [*PYTHON, "-m", *words, *[str(self._output)] * writes],
                 cwd=root,
                 stdin=subprocess.DEVNULL,
                 stdout=printed,

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import CommentMark
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from ruamel.yaml.tokens import CommentToken
 
 from mlx_cpo_plugin.atomic_files import replace_whole
-from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.settings.config import Resolved, resolve
 from mlx_cpo_plugin.settings.options import PRECISIONS
-from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, read_yaml
-from mlx_cpo_plugin.studio.form import LOSS_KEY, MODE, PRESET_KEY, QUANTISATION, Content, Field, loss_of_preset
+from mlx_cpo_plugin.settings.validation import check
+from mlx_cpo_plugin.settings.yaml_settings import dump_settings, parse_settings, parse_value, read_yaml
+from mlx_cpo_plugin.studio.form import (
+    LOSS_KEY,
+    MODE,
+    PRESET_KEY,
+    QUANTISATION,
+    Content,
+    Field,
+    form_fields,
+    loss_of_preset,
+)
 
 SUFFIXES = (".yaml", ".yml")
 UNSAVED = "the form"
@@ -34,7 +48,8 @@ def read_document(path: Path) -> str:
     """Return the text of a configuration file.
 
     Raises:
-        ConfigError: it cannot be read or is not YAML, or is for another train mode.
+        ConfigError: it cannot be read or is not YAML, is for another train mode, or holds what no control of the form
+            can.
     """
     settings = read_yaml(path)
     mode = settings.values.get("train_mode", MODE)
@@ -42,6 +57,10 @@ def read_document(path: Path) -> str:
         place = settings.place("train_mode")
         message = f"train_mode is {mode!r} {place}; this page is for {MODE}."
         raise ConfigError(message, key="train_mode", place=place, allowed=MODE)
+    for field in form_fields():  # a tick or a choice cannot show what is neither
+        value = _looked_up(settings.values, field.key) if field.is_tick or field.option.choices else None
+        if value is not None:
+            check(field.option, value, lambda key: settings.place(key.partition(".")[0]), field.key)
     return path.read_text(encoding="utf-8")
 
 
@@ -127,6 +146,20 @@ def path_in(root: Path, name: str) -> Path:
     return path
 
 
+def is_edited(text: str, opened: str) -> bool:
+    """Whether a text says something else than the file that was opened, however the form writes that."""
+    return not (is_same(text, opened) or is_same(text, _as_the_form_writes(opened)))
+
+
+@lru_cache(maxsize=8)
+def _as_the_form_writes(text: str) -> str:
+    fields = form_fields()
+    try:
+        return with_contents(text, contents_of(text, fields), fields)
+    except (UserError, ValueError, YAMLError):
+        return text
+
+
 def is_same(text: str, other: str) -> bool:
     """Whether two texts are the same file, whatever line breaks end it."""
     return text.rstrip("\n") == other.rstrip("\n")
@@ -177,7 +210,8 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
     """Write a setting where it differs from what is there; take it out where the control is empty."""
     if field.option is QUANTISATION:
         for precision in PRECISIONS:
-            document.pop(precision, None)
+            if precision != content:
+                _remove(document, precision)
         if content:
             document[content] = True
         return
@@ -189,13 +223,50 @@ def _set(document: CommentedMap, field: Field, content: Content | None) -> None:
     key = inner or name
     value = field.value_of(content)
     if value is None:
-        holder.pop(key, None)
-    else:
-        holder[key] = _as_typed(content, value)
-    if inner and holder and holder is not document.get(name):
+        is_last = inner and list(holder) in ([], [key])
+        _remove(document if is_last else holder, name if is_last else key)
+        return
+    holder[key] = _as_typed(content, value)
+    if holder is not document and holder is not document.get(name):
         document[name] = holder
-    elif inner and not holder:
-        document.pop(name, None)
+
+
+def _remove(document: CommentedMap, key: str) -> None:
+    """Take a setting out, and leave the lines of comments that stand behind it."""
+    if key not in document:
+        return
+    names = list(document)
+    place = names.index(key)
+    lines = _comment_before(document, key) + _comment_behind(document, key).partition("\n")[2]
+    del document[key]
+    if not lines.strip():
+        return
+    if place + 1 < len(names):
+        lines += _comment_before(document, names[place + 1])
+        document.yaml_set_comment_before_after_key(names[place + 1], before=_without_marks(lines))
+    elif place:
+        kept = _comment_behind(document, names[place - 1]) or "\n"
+        tokens = document.ca.items.setdefault(names[place - 1], [None] * 4)
+        tokens[2] = CommentToken(kept + lines, CommentMark(0), None)
+
+
+def _comment_before(document: CommentedMap, key: str) -> str:
+    """Return the lines of comments that stand before a setting and are no other one's."""
+    tokens = document.ca.items.get(key) or [None] * 4
+    return "".join(token.value for token in tokens[1] or ())
+
+
+def _comment_behind(document: CommentedMap, key: str) -> str:
+    """Return the comment that stands behind a setting, from its own line on."""
+    value = document[key]
+    if isinstance(value, CommentedMap) and value:
+        return _comment_behind(value, list(value)[-1])
+    token = (document.ca.items.get(key) or [None] * 4)[2]
+    return token.value if token else ""
+
+
+def _without_marks(lines: str) -> str:
+    return "\n".join(re.sub(r"^\s*# ?", "", line) for line in lines.strip("\n").split("\n"))
 
 
 def _goes_unread(field: Field, contents: Mapping[str, Content]) -> bool:
@@ -208,8 +279,15 @@ def _as_typed(content: Content | None, value: Any) -> Any:
     """Keep a number as it was typed, so that 5e-6 does not become 5e-06; quote text that YAML reads otherwise."""
     if isinstance(value, float) and isinstance(content, str):
         typed = YAML(typ="rt").load(content.strip())
-        return typed if isinstance(typed, float) else value
+        return typed if isinstance(typed, float) and _written_value(typed) == value else value
     return _quoted(value)
+
+
+def _written_value(typed: float) -> Any:
+    """Return what is read where the editor has written a number, which loses the last digits of some."""
+    stream = io.StringIO()
+    _editor().dump({"value": typed}, stream)
+    return parse_value(stream.getvalue())["value"]
 
 
 def _quoted(value: Any) -> Any:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from mlx_cpo_plugin.atomic_files import replace_whole
@@ -40,6 +41,7 @@ class Drafts:
     def __init__(self, root: Path) -> None:
         state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
         digest = sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        self._lock = Lock()
         self.file = Path(state) / "mlx-cpo-studio" / f"{digest}.json"
 
     @property
@@ -57,16 +59,18 @@ class Drafts:
 
     def keep(self, draft: Draft, is_saved: bool) -> None:
         """Write down what the form holds; of what is saved, the name alone."""
-        drafts = self._read().get("drafts")
-        drafts = dict(drafts) if isinstance(drafts, dict) else {}
-        drafts.pop(draft.name, None)
-        if not is_saved:
-            drafts[draft.name] = {"opened": draft.opened, "text": draft.text}
-        self._write({"current": draft.name, "drafts": dict(list(drafts.items())[-MOST_DRAFTS:])})
+        with self._lock:
+            drafts = self._read().get("drafts")
+            drafts = dict(drafts) if isinstance(drafts, dict) else {}
+            drafts.pop(draft.name, None)
+            if not is_saved:
+                drafts[draft.name] = {"opened": draft.opened, "text": draft.text}
+            self._write({"current": draft.name, "drafts": dict(list(drafts.items())[-MOST_DRAFTS:])})
 
     def turn_to(self, name: str) -> None:
         """Make a file the one that the form is to hold; drafts stay as they are."""
-        self._write(self._read() | {"current": name})
+        with self._lock:
+            self._write(self._read() | {"current": name})
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -98,10 +98,17 @@ class Field:
             return bool(self.option.default)
         return str(self.option.default or "") if self.option.choices else ""
 
+    @property
+    def is_tick(self) -> bool:
+        """Whether the control is a box to tick."""
+        return self.option.type is bool
+
     def content_of(self, value: Any) -> Content:
-        """Return what the control holds for a value from a file."""
+        """Return what the control holds for a value from a file; a choice in its own spelling."""
         if value is None:
             return self.default
+        if isinstance(value, str) and value not in self.option.choices and value.lower() in self.option.choices:
+            return value.lower()
         if self.option.type is bool and isinstance(value, bool):
             return value
         if isinstance(value, bool):

@@ -50,7 +50,7 @@ class LiveRuns:
     def at_work(self) -> list[Path]:
         """Return the folders of runs that are at work, in the order of their names."""
         with self._lock:
-            known = sorted(self._known)
+            known = sorted(self._known | self._heeded)
         return [folder for folder in known if run_process.state(folder).running]
 
     def heed(self, folder: Path) -> None:
@@ -77,18 +77,16 @@ class LiveRuns:
 def _state_of_files(folder: Path) -> list[object]:
     """How the run in a folder stands, and what says that it has written since."""
     names = (METRICS_FILE, run_process.CONSOLE_NAME, ADAPTER_FILE, CHECKPOINTS)
-    found = (_status(folder / name) for name in names)
-    return [
-        run_process.state(folder),
-        *((each.st_ino, each.st_size, each.st_mtime_ns) if each else None for each in found),
-    ]
+    return [run_process.state(folder), *(state_of_file(folder / name) for name in names)]
 
 
-def _status(path: Path) -> os.stat_result | None:
+def state_of_file(path: Path) -> tuple[int, int, int] | None:
+    """Return what is another one once a file has been written; ``None`` where there is none."""
     try:
-        return path.stat()
+        status = path.stat()
     except OSError:
         return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _last_written(folder: Path) -> float:

@@ -24,12 +24,10 @@ class Readiness(NamedTuple):
     """What stands in the way of a run, what there is to know of it, and the first pairs of its data.
 
     Attributes:
-        settings: of the run; ``None`` where a value is wrong.
         fetched: what is not on this machine, in words.
         pairs: ``None`` where they cannot be shown without reading all data.
     """
 
-    settings: RunSettings | None
     faults: list[str]
     notes: list[str]
     fetched: list[str]
@@ -62,25 +60,25 @@ def readiness(text: str, root: Path) -> Readiness:
     try:
         settings, advice = document.resolved(text)
     except ConfigError as error:
-        return Readiness(None, [str(error)], [], [])
+        return Readiness([str(error)], [], [])
     notes, faults, fetched, pairs = list(advice), [], [], None
     for look in (_model_to_fetch, _data_to_fetch):
         try:
             fetched += look(settings, root)
-        except UserError as error:
+        except (UserError, OSError, ValueError) as error:
             faults.append(str(error))
     try:
         check_destinations(settings)
         if run_in(root / settings.adapter_path) is not None:
             notes.append(f"{settings.adapter_path} holds a run already; Start asks what to do with it.")
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:
         faults.append(str(error))
     try:
         if not outside_paths({"data": settings.data}, root):
             pairs = first_pairs(settings, root)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:
         faults.append(str(error))
-    return Readiness(settings, faults, notes, fetched, pairs)
+    return Readiness(faults, notes, fetched, pairs)
 
 
 def _model_to_fetch(settings: RunSettings, root: Path) -> list[str]:

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import LOCK, METRICS_FILE, RECORD, run_identity
 from mlx_cpo_plugin.console import last_lines
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.studio.child import PYTHON
 
 CONFIG_NAME = "studio.yaml"
 CONSOLE_NAME = "console.log"
@@ -112,11 +113,12 @@ def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock
         replace_whole(folder / CONFIG_NAME, lambda partial: partial.write_text(config_text, encoding="utf-8"))
         (folder / STOP_NAME).unlink(missing_ok=True)
         _write(folder, RunRecord(console_start=os.fstat(console).st_size))
-        watcher = [sys.executable, "-m", "mlx_cpo_plugin.studio.run_process", str(folder), str(lock)]
+        watcher = [*PYTHON, "-m", "mlx_cpo_plugin.studio.run_process", str(folder), str(lock)]
         command = ["-m", "mlx_lm_lora.train", "--config", str(folder / CONFIG_NAME)]
+        command += ["--resume", "auto" if resume else "false"]  # whatever the configuration says
         # The lock belongs to the open file: watcher and training have it for as long as either lives.
         subprocess.Popen(
-            [*watcher, *command, *(["--resume", "auto"] if resume else [])],
+            [*watcher, *command],
             cwd=root,
             stdin=subprocess.DEVNULL,
             stdout=console,
@@ -197,7 +199,7 @@ def watch(folder: Path, lock: int, words: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        with subprocess.Popen([sys.executable, *words], pass_fds=[lock], preexec_fn=begin) as training:
+        with subprocess.Popen([*PYTHON, *words], pass_fds=[lock], preexec_fn=begin) as training:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda received, frame: training.send_signal(received))
             code = training.wait()

@@ -12,21 +12,16 @@ import gradio as gr
 
 from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.report.command import write_report
-from mlx_cpo_plugin.report.record import RunRecord, differing_settings, find_runs
+from mlx_cpo_plugin.report.record import RunRecord, differing_settings, folders_of_runs
 from mlx_cpo_plugin.studio.messages import fault_html
 from mlx_cpo_plugin.studio.run_view import overlaid_html
 
 SHOWN_AT_FIRST = 3
 
 
-def runs_below(root: Path) -> dict[str, RunRecord]:
-    """Return the runs that wrote into folders below ``root``, the newest first, by their folder relative to it."""
-    return {str(record.folder.relative_to(root)): record for record in find_runs(root)}
-
-
 def run_names(root: Path) -> list[str]:
-    """Return the names of :func:`runs_below`."""
-    return list(runs_below(root))
+    """Return the runs below ``root``, the one that wrote last first, by their folders relative to it; none is read."""
+    return [str(folder.relative_to(root)) for folder in folders_of_runs(root)]
 
 
 def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
@@ -34,15 +29,16 @@ def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
 
     Raises:
         ConfigError: none is named, or there is no such run below ``root``.
+        ReportError: one of them cannot be read.
     """
     if not names:
         raise ConfigError("Pick a run.")
-    runs = runs_below(root)
+    runs = run_names(root)
     missing = next((name for name in names if name not in runs), None)
     if missing is not None:
         message = f"There is no run {missing!r} below {root}; pick one from the list."
         raise ConfigError(message, place=str(root), allowed=", ".join(runs))
-    return [runs[name] for name in names]
+    return [RunRecord.read(root / name) for name in names]
 
 
 def build_runs_tab(root: Path) -> gr.CheckboxGroup:

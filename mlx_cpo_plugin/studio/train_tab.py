@@ -82,7 +82,7 @@ class _Files:
 
     def state_html(self, draft: Draft) -> str:
         """Return which file the form is an edit of, and whether it differs from it."""
-        if document.is_same(draft.opened, draft.text):
+        if not document.is_edited(draft.text, draft.opened):
             return note_html(f"{draft.name}: no unsaved changes." if draft.name else f"{NEW.capitalize()}.")
         return f'<p class="unsaved" role="status">Unsaved changes in {escape(draft.name or NEW)}.</p>'
 
@@ -118,7 +118,7 @@ class _Files:
 
     def keep(self, draft: Draft) -> Updates:
         """Write down what the form holds; return the updates that say whether it is saved."""
-        self.drafts.keep(draft, document.is_same(draft.opened, draft.text))
+        self.drafts.keep(draft, not document.is_edited(draft.text, draft.opened))
         return {self.state: self.state_html(draft)}
 
     def ask(self, question: str, action: str, what: str) -> Updates:
@@ -223,14 +223,16 @@ def build_train_tab(root: Path, name: str) -> Form:
         return filled(draft, note_html(f"Opened {draft.name}."), name)
 
     def open_file(text: str, name: str | None, opened: str, opened_name: str) -> Updates:
-        if name == opened_name and not document.is_same(text, opened):
+        if name and name != opened_name and files.drafts.get(name):  # typed, and opened before it was picked
+            return pick(name, opened_name, "")
+        if name == opened_name and document.is_edited(text, opened):
             return files.ask(f"What was changed in {name} and not saved would be lost.", DISCARD, "open")
         return reopen("open", name)
 
     def new(text: str, name: str | None, opened: str, opened_name: str) -> Updates:
         if opened_name:
             return filled(files.new())
-        if not document.is_same(text, opened):
+        if document.is_edited(text, opened):
             return files.ask("What was not saved would be lost.", DISCARD, "new")
         return reopen("new", name)
 

@@ -81,6 +81,8 @@ def build_used_folder(root: Path) -> UsedFolder:
 def unused_folder(adapter_path: str, root: Path) -> str:
     """Return a path beside ``adapter_path`` at which there is nothing, named after it with a number."""
     path = Path(adapter_path)
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(root / path))
     stem, number = re.sub(r"-\d+$", "", path.name), 2
     while os.path.lexists(root / path.with_name(f"{stem}-{number}")):
         number += 1

@@ -14,6 +14,7 @@ from mlx_lm import load
 
 pytest.importorskip("support.gradio_import", reason="needs the extra 'studio'")
 
+from mlx_cpo_plugin.studio import chat_tab
 from mlx_cpo_plugin.studio.chat import BothModels
 from mlx_cpo_plugin.studio.chat_tab import NOTHING, Chat, Chats, asked_of
 from mlx_cpo_plugin.studio.child import ChildError
@@ -68,6 +69,20 @@ def test_a_new_conversation_of_one_visit_is_none_of_another() -> None:
     chats.begin_anew("a")
 
     assert [chats.conversation(visit) == number for visit, number in zip("ab", before, strict=True)] == [False, True]
+
+
+def test_an_adapter_that_was_trained_on_since_is_loaded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chat, "is_alive", True)
+    monkeypatch.setattr(Chat, "end", lambda chat: None)
+    monkeypatch.setattr(chat_tab.subprocess, "Popen", lambda *_, **__: None)
+    chats, file = Chats(), tmp_path / "adapters.safetensors"
+    file.write_bytes(b"first")
+    first = chats.of("visit", tmp_path, tmp_path)
+    assert chats.of("visit", tmp_path, tmp_path) is first
+
+    file.write_bytes(b"second")
+
+    assert chats.of("visit", tmp_path, tmp_path) is not first
 
 
 @pytest.fixture

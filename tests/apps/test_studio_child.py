@@ -15,15 +15,24 @@ Words = Callable[[str], list[str]]
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Words:
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Words:
     """Makes a module of some lines and returns the words that run it; ``output`` is where it has to write."""
 
     def made(lines: str) -> list[str]:
         beginning = "import os, signal, subprocess, sys\nfrom pathlib import Path\noutput = Path(sys.argv[1])\n"
-        (tmp_path / "worker.py").write_text(beginning + lines)
+        (tmp_path / "modules").mkdir(exist_ok=True)
+        (tmp_path / "modules" / "worker.py").write_text(beginning + lines)
         return ["worker"]
 
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)
     return made
+
+
+def test_a_module_that_lies_in_the_folder_is_not_taken_for_one_of_a_library(worker: Words, tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong one')")
+
+    with Job(worker("import queue\noutput.write_text('{}')"), tmp_path) as job:
+        assert job.result() == {}
 
 
 def test_what_it_prints_is_its_progress_and_what_it_writes_its_result(worker: Words, tmp_path: Path) -> None:

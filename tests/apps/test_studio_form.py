@@ -249,6 +249,67 @@ class TestDocument:
         with refused(ConfigError, key="train_mode", place=f"in {file}, line 1", allowed="cpo"):
             document.read_document(file)
 
+    @pytest.mark.parametrize(
+        ("line", "key"),
+        [("fuse: 0", "fuse"), ("load_best: 'no'", "load_best"), ("optimizer: adamm", "optimizer")],
+    )
+    def test_a_file_with_what_no_control_can_hold_is_refused(self, line: str, key: str, tmp_path: Path) -> None:
+        file = tmp_path / "odd.yaml"
+        file.write_text(f"train_mode: cpo\n{line}\n")
+
+        with pytest.raises(ConfigError, match=f"^{key} is .* in {file}, line 2, but must be"):
+            document.read_document(file)
+
+    @pytest.mark.parametrize(
+        ("line", "chosen"),
+        [("optimizer: AdamW", "adamw"), ("train_type: LoRA", "lora"), ("dpo_cpo_loss_type: Sigmoid", "sigmoid")],
+    )
+    def test_a_choice_in_another_spelling_is_that_choice_and_stays_as_it_is_written(
+        self, line: str, chosen: str, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "spelled.yaml"
+        file.write_text(f"train: true\ntrain_mode: cpo\n{line}\n")
+        text = document.read_document(file)
+
+        key = line.partition(":")[0]
+        assert document.contents_of(text, form_fields())[key] == chosen
+        assert chosen in [value for _, value in fields()[key].choices]
+        assert line in changed(text, beta="0.2")
+
+    @pytest.mark.parametrize(
+        ("cleared", "gone"),
+        [
+            ({"beta": ""}, "beta: 0.3  # of the first run"),
+            ({"lora_parameters__scale": ""}, "scale: 4"),
+            ({"report_to": ""}, "report_to: [wandb]"),
+            ({"quantisation": ""}, "load_in_4bits: true  # fits"),
+            ({"quantisation": "load_in_8bits"}, "load_in_4bits: true  # fits"),
+            ({"iters": ""}, "iters: 5"),
+        ],
+    )
+    def test_what_is_cleared_takes_no_comment_of_others_along(self, cleared: dict[str, str], gone: str) -> None:
+        text = (
+            "train: true\ntrain_mode: cpo\nbeta: 0.3  # of the first run\n\n# the rows of today\ndata: d\n"
+            "lora_parameters:\n  rank: 8\n  scale: 4\n  # behind the scale\nreport_to: [wandb]\n# behind the trackers\n"
+            "load_in_4bits: true  # fits\n# behind the bits\niters: 5\n# the end\n"
+        )
+
+        edited = changed(text, **cleared)
+
+        assert gone in text
+        assert gone not in edited
+        comments = [line.strip() for line in text.splitlines() if line.strip().startswith("#")]
+        assert [line.strip() for line in edited.splitlines() if line.strip().startswith("#")] == comments
+
+    def test_a_file_that_the_form_writes_otherwise_is_not_edited(self) -> None:
+        text = "train: true\ntrain_mode: cpo\ndata:      d\nlora_parameters: { rank: 8 }\niters: ~\n"
+
+        written = changed(text)
+
+        assert written != text
+        assert not document.is_edited(written, text)
+        assert document.is_edited(changed(text, beta="0.2"), text)
+
     def test_a_saved_file_keeps_its_permissions_and_a_new_one_is_its_owners(self, tmp_path: Path) -> None:
         (tmp_path / "old.yaml").write_text("")
         (tmp_path / "old.yaml").chmod(0o640)

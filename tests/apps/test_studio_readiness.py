@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def config(**values: Any) -> str:
     return yaml.safe_dump({key: value for key, value in (named | values).items() if value is not None})
 
 
+def test_a_folder_beside_that_of_the_page_itself_has_a_name(root: Path) -> None:
+    assert unused_folder(".", root) == str(root.with_name("root-2"))
+    assert unused_folder("runs/first-2", root) == "runs/first-2"
+
+
+def test_drafts_that_are_kept_at_once_are_all_kept(root: Path) -> None:
+    drafts = Drafts(root)
+    with ThreadPoolExecutor(8) as workers:
+        list(workers.map(lambda name: drafts.keep(Draft(name, "", "typed"), is_saved=False), map(str, range(16))))
+
+    assert all(drafts.get(str(number)) for number in range(16))
+
+
 class TestReadiness:
     def test_what_names_a_model_and_rows_that_are_there_is_ready_and_its_first_pairs_are_shown(
         self, root: Path
@@ -70,6 +84,9 @@ class TestReadiness:
             ({"adapter_path": "rows/train.jsonl"}, "is a file"),
             ({"resume_adapter_file": "none.safetensors"}, "there is no such file"),
             ({"beta": -1}, "beta is -1"),
+            ({"model": "m" * 300}, "File name too long"),
+            ({"data": "d" * 300}, "File name too long"),
+            ({"adapter_path": "a\0b"}, "null byte"),
         ],
     )
     def test_what_a_run_would_refuse_is_told_and_is_not_ready(

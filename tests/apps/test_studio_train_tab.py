@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,61 @@ def test_what_the_fields_are_an_edit_of_reaches_the_browser_before_they_do(tab: 
         assert all(isinstance(outputs[index], gr.Textbox) for index in unseen)
         assert len(unseen) == 2
         assert max(unseen) < min(fields), element
+
+
+def test_open_with_a_name_that_was_only_typed_brings_back_what_was_not_saved_of_it(tab: Tab, tmp_path: Path) -> None:
+    from mlx_cpo_plugin.studio.drafts import Draft, Drafts
+
+    Drafts(tmp_path).keep(Draft("second.yaml", YAML, f"{YAML}beta: 0.123\n"), is_saved=False)
+
+    tab.answer("open", "click", file="second.yaml")
+
+    draft = Drafts(tmp_path).get("second.yaml")
+    assert draft is not None
+    assert "beta: 0.123" in draft.text
+
+
+def test_runs_are_listed_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_cpo_plugin.report.record import RunRecord
+    from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("")
+        os.utime(tmp_path / name / "metrics.jsonl", (1, 1 if name == "second" else 2))
+    read: list[Path] = []
+    monkeypatch.setattr(RunRecord, "read", lambda folder: read.append(folder))
+
+    assert run_names(tmp_path) == ["first", "second"]
+    assert not read
+    chosen_runs(tmp_path, ["second"])
+    assert read == [tmp_path / "second"]
+
+
+def test_the_bars_of_lengths_stand_where_the_lengths_are() -> None:
+    from mlx_cpo_plugin.studio.check_tab import BINS, histogram
+
+    def bars(lengths: list[int]) -> list[list[int]]:
+        shown = histogram({"splits": [{"lengths": {"prompt": lengths}}]}, "prompt")
+        return shown[shown["pairs"] > 0].to_numpy().tolist()
+
+    assert bars([5, 6, 7, 8, 9, 10, 10]) == [[5, 1], [6, 1], [7, 1], [8, 1], [9, 1], [10, 2]]
+    assert bars([7]) == [[7, 1]]
+    assert bars([]) == []
+    many = bars(list(range(1000)))
+    assert len(many) <= BINS
+    assert sum(pairs for _, pairs in many) == 1000
+
+
+@pytest.mark.parametrize(("resume", "flag"), [(True, "auto"), (False, "false")])
+def test_a_run_resumes_as_the_button_says_and_not_as_the_file_does(
+    resume: bool, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_cpo_plugin.studio import run_process
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(run_process.subprocess, "Popen", lambda words, **_: started.append(words))
+
+    run_process.start(tmp_path / "adapters", f"{YAML}resume: auto\n", tmp_path, resume)
+
+    assert started[0][-2:] == ["--resume", flag]
