@@ -237,7 +237,7 @@ def _remove(document: CommentedMap, key: str) -> None:
         return
     names = list(document)
     place = names.index(key)
-    lines = _comment_before(document, key) + _comment_behind(document, key).partition("\n")[2]
+    lines = _comment_before(document, key) + _comment_inside(document, key)
     del document[key]
     if not lines.strip():
         return
@@ -245,9 +245,15 @@ def _remove(document: CommentedMap, key: str) -> None:
         lines += _comment_before(document, names[place + 1])
         document.yaml_set_comment_before_after_key(names[place + 1], before=_without_marks(lines))
     elif place:
-        kept = _comment_behind(document, names[place - 1]) or "\n"
-        tokens = document.ca.items.setdefault(names[place - 1], [None] * 4)
-        tokens[2] = CommentToken(kept + lines, CommentMark(0), None)
+        holder, last = _end_of(document, names[place - 1])
+        kept = _comment_behind(holder, last) or "\n"
+        holder.ca.items.setdefault(last, [None] * 4)[2] = CommentToken(kept + lines, CommentMark(0), None)
+
+
+def _end_of(document: CommentedMap, key: str) -> tuple[CommentedMap, str]:
+    """Return the last setting inside a setting, and what holds it: what stands behind both stands behind that one."""
+    value = document[key]
+    return _end_of(value, list(value)[-1]) if isinstance(value, CommentedMap) and value else (document, key)
 
 
 def _comment_before(document: CommentedMap, key: str) -> str:
@@ -256,12 +262,20 @@ def _comment_before(document: CommentedMap, key: str) -> str:
     return "".join(token.value for token in tokens[1] or ())
 
 
+def _comment_inside(document: CommentedMap, key: str) -> str:
+    """Return the lines of comments inside a setting and behind it."""
+    value = document[key]
+    if not (isinstance(value, CommentedMap) and value):
+        return _comment_behind(document, key).partition("\n")[2]
+    stream = io.StringIO()
+    _editor().dump(value, stream)
+    return "".join(line for line in stream.getvalue().splitlines(True) if line.lstrip().startswith("#"))
+
+
 def _comment_behind(document: CommentedMap, key: str) -> str:
     """Return the comment that stands behind a setting, from its own line on."""
-    value = document[key]
-    if isinstance(value, CommentedMap) and value:
-        return _comment_behind(value, list(value)[-1])
-    token = (document.ca.items.get(key) or [None] * 4)[2]
+    holder, last = _end_of(document, key)
+    token = (holder.ca.items.get(last) or [None] * 4)[2]
     return token.value if token else ""
 
 

@@ -301,6 +301,17 @@ class TestDocument:
         comments = [line.strip() for line in text.splitlines() if line.strip().startswith("#")]
         assert [line.strip() for line in edited.splitlines() if line.strip().startswith("#")] == comments
 
+    def test_behind_a_mapping_too_the_comment_stays_once(self) -> None:
+        text = (
+            "train: true\ntrain_mode: cpo\nlora_parameters:\n  rank: 8  # small\n  # behind it\niters: 5\n# the end\n"
+        )
+
+        edited = changed(text, iters="")
+
+        assert parse_settings(edited, "").values["lora_parameters"] == {"rank": 8}
+        assert "iters" not in edited
+        assert [edited.count(words) for words in ("# small", "# behind", "# the end")] == [1, 1, 1]
+
     def test_a_file_that_the_form_writes_otherwise_is_not_edited(self) -> None:
         text = "train: true\ntrain_mode: cpo\ndata:      d\nlora_parameters: { rank: 8 }\niters: ~\n"
 
