@@ -127,7 +127,7 @@ def run_bench(chosen: argparse.Namespace) -> int:
     progress = Progress()
     if chosen.growth is not None:
         unread = {"--json": chosen.json, "--rows": chosen.rows, "--iters": chosen.iters != DEFAULT_ITERATIONS}
-        for option in [option for option, given in unread.items() if given]:
+        if option := next((option for option, given in unread.items() if given), ""):
             raise ConfigError(f"--growth takes no {option}: its sizes are its own, and its figures go beside the plot.")
         trainers = [TRAINERS[name] for name in chosen.against or ["host"]]
         run_growth(chosen.growth, SMALL_SHAPE, trainers, pythons, repeats=chosen.repeats, say=progress.say)

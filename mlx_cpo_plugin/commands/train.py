@@ -44,12 +44,11 @@ def run_check(words: Sequence[str]) -> int:
     asks_for_longest, asks_for_time = LONGEST in words, TIME in words
     words = [word for word in words if word not in (LONGEST, TIME)]
     with command_line("mlx-cpo check", words):
-        stream = calls.explicit(words).get("config")
-        if stream and is_stream(stream):
-            raise ConfigError(f"{named(stream)} can be read only once; give `mlx-cpo check` a file.", key="config")
+        file = calls.explicit(words).get("config")
+        if file and is_stream(file):
+            raise ConfigError(f"{named(file)} can be read only once; give `mlx-cpo check` a file.", key="config")
         mode = calls.requested_mode(words)
         if mode is None:
-            file = calls.explicit(words).get("config")
             if file:
                 yaml_settings.read_yaml(file)  # says so where the file is what is wrong
             raise ConfigError(

@@ -246,7 +246,7 @@ def _control(field: Field, content: Content, preset: Content, shown: bool, **how
         "min_width": 230,
         **how,
     }
-    if field.option.type is bool:
+    if field.is_tick:
         return gr.Checkbox(bool(content), **common)
     if field.key == LOSS_KEY:
         return gr.Radio(field.choices, value=str(content), **common)

@@ -94,7 +94,7 @@ class Field:
     @property
     def default(self) -> Content:
         """Return what the control holds while nothing is set."""
-        if self.option.type is bool:
+        if self.is_tick:
             return bool(self.option.default)
         return str(self.option.default or "") if self.option.choices else ""
 
@@ -109,7 +109,7 @@ class Field:
             return self.default
         if isinstance(value, str) and value not in self.option.choices and value.lower() in self.option.choices:
             return value.lower()
-        if self.option.type is bool and isinstance(value, bool):
+        if self.is_tick and isinstance(value, bool):
             return value
         if isinstance(value, bool):
             return "true" if value else "false"

@@ -88,9 +88,7 @@ def fake_quantised(
     layers, heads, embeddings = quantised.layers, quantised.heads, quantised.embeddings
     calls = FakeQuantisedCalls(schedule, quantised.quantizer_of)
     with ExitStack() as stack:
-        for module in layers:
-            of_layer = calls.with_kernels if kernels and not isinstance(module, STACKED) else calls.in_graph
-            stack.enter_context(overridden_calls([(module, of_layer(module, type(module).__call__))]))
+        stack.enter_context(overridden_calls([(m, calls.of_layer(m, type(m).__call__, kernels)) for m in layers]))
         for modules, method, made in (
             (heads, "__call__", calls.in_graph),
             (embeddings, "__call__", calls.of_lookup),
@@ -110,6 +108,11 @@ class FakeQuantisedCalls:
 
     def __init__(self, schedule: FakeQuantisation, quantizer_of: Callable[[nn.Module], Quantizer]) -> None:
         self._schedule, self._quantizer_of = schedule, quantizer_of
+
+    def of_layer(self, module: nn.Module, original: Call, kernels: bool) -> Call:
+        """Return the call of a layer in a model that computes with the compiled kernels, or without them."""
+        made = self.with_kernels if kernels and not isinstance(module, STACKED) else self.in_graph
+        return made(module, original)
 
     def in_graph(self, module: nn.Module, original: Call) -> Call:
         """Return a call that rounds the whole weight in each pass."""
