@@ -156,12 +156,14 @@ def find_runs(root: str | Path) -> list[RunRecord]:
 
 def folders_of_runs(root: Path) -> list[Path]:
     """Return the folders of :func:`find_runs`, the one whose metrics were written last first; no file is read."""
-    found = []
-    for folder in folders_below(root, SEARCH_DEPTH):
-        files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
-        if files[0].is_file() and not any(file.is_symlink() for file in files):
-            found.append((files[0].stat().st_mtime, folder))
-    return [folder for _, folder in sorted(found, reverse=True)]
+    found = [folder for folder in folders_below(root, SEARCH_DEPTH) if has_reported(folder)]
+    return sorted(found, key=lambda folder: ((folder / METRICS_FILE).stat().st_mtime, folder), reverse=True)
+
+
+def has_reported(folder: Path) -> bool:
+    """Whether a run has written its metrics into a folder, and nothing that is read of it is a link."""
+    files = [folder / name for name in (METRICS_FILE, RUN_SETTINGS, ADAPTER_CONFIG)]
+    return files[0].is_file() and not any(file.is_symlink() for file in files)
 
 
 def answers_over_time(samples: Iterable[Row], most: int = 6) -> list[tuple[str, list[tuple[int, str]]]]:

@@ -18,9 +18,8 @@ import gradio as gr
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.studio.child import PYTHON, Cancelled, ChildError
-from mlx_cpo_plugin.studio.live_runs import state_of_file
+from mlx_cpo_plugin.studio.live_runs import LiveRuns, state_of_file
 from mlx_cpo_plugin.studio.messages import fault_html, note_html
-from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 
 NOTHING = "(no answer)"
 
@@ -169,9 +168,9 @@ class Chats:
             self.end(visit)
 
 
-def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
+def build_chat_tab(live: LiveRuns, chats: Chats) -> gr.Dropdown:
     """Lay out the tab; return the control that names the run, whose choices are those at the time."""
-    run = gr.Dropdown(run_names(root), label="Run", info="Whose adapter and base model answer.", elem_id="chat-run")
+    run = gr.Dropdown(live.reported(), label="Run", info="Whose adapter and base model answer.", elem_id="chat-run")
     with gr.Row():
         sides = [
             gr.Chatbot(
@@ -231,7 +230,7 @@ def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
             }
 
         try:
-            (record,) = chosen_runs(root, [name] if name else [])
+            (record,) = live.records([name] if name else [])
         except UserError as error:
             yield idle | {said: fault_html(error)}
             return
@@ -242,7 +241,7 @@ def build_chat_tab(root: Path, chats: Chats) -> gr.Dropdown:
             stop: gr.update(interactive=True),
         }
         try:
-            chat = chats.of(request.session_hash, record.folder, root)
+            chat = chats.of(request.session_hash, record.folder, live.root)
             chat.load()
             asked = {side: asked_of(history, text, system) for side, history in zip(answers, histories, strict=True)}
             for side, answer in chat.ask(**asked, max_tokens=int(tokens), temperature=temperature):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mlx_cpo_plugin.studio.child import Job, Jobs
 from mlx_cpo_plugin.studio.confirmation import build_confirmation
+from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.messages import note_html
-from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
 from mlx_cpo_plugin.studio.tasks import Task, TaskButtons, Updates, build_cancel
 
 MOST_ROWS = 16
 ANSWER_TOKENS = 128
 
 
-def build_compare_tab(root: Path, jobs: Jobs) -> gr.Dropdown:
+def build_compare_tab(live: LiveRuns, jobs: Jobs) -> gr.Dropdown:
     """Lay out the tab; return the control that names the run, whose choices are those at the time."""
-    run = gr.Dropdown(run_names(root), label="Run", info="Adapter folder of a run.", elem_id="compare-run")
+    run = gr.Dropdown(live.reported(), label="Run", info="Adapter folder of a run.", elem_id="compare-run")
     prompt = gr.Textbox(
         "", lines=3, label="Prompt", info="Your own; leave it empty for held-out rows only.", elem_id="compare-prompt"
     )
@@ -29,11 +28,11 @@ def build_compare_tab(root: Path, jobs: Jobs) -> gr.Dropdown:
         button = gr.Button("Compare", variant="primary", size="md", elem_id="compare")
         cancel = build_cancel("compare")
     said = gr.HTML("", elem_id="compare-said")
-    confirmation = build_confirmation(root, "compare")
+    confirmation = build_confirmation(live.root, "compare")
     answers = gr.HTML("", elem_id="compare-answers")
 
     def compare(name: str | None, prompt: str, rows: int) -> Task:
-        (record,) = chosen_runs(root, [name] if name else [])
+        (record,) = live.records([name] if name else [])
         words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
         words += ["--max-tokens", str(ANSWER_TOKENS)]
         words += [f"--prompt={prompt}"] if prompt.strip() else []
@@ -46,7 +45,7 @@ def build_compare_tab(root: Path, jobs: Jobs) -> gr.Dropdown:
         return Task(
             f"Comparing {name} with its base model",
             record.settings | {"adapter_path": str(record.folder)},
-            lambda visit: jobs.start(visit, [*words, "--json"], root),
+            lambda visit: jobs.start(visit, [*words, "--json"], live.root),
             result,
             cleared={answers: ""},
         )

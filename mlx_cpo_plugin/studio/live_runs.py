@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE
-from mlx_cpo_plugin.report.record import SEARCH_DEPTH, folders_below
+from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.report.record import SEARCH_DEPTH, RunRecord, folders_below, has_reported
 from mlx_cpo_plugin.studio import run_process
 
 _MARKS = (METRICS_FILE, run_process.RECORD_NAME)
@@ -46,6 +48,26 @@ class LiveRuns:
         """Return the folders of all runs that are known, the one that wrote last first."""
         with self._lock:
             return sorted(self._known, key=_last_written, reverse=True)
+
+    def reported(self) -> list[str]:
+        """Search anew; return the names of runs that have metrics, the one that wrote last first; none is read."""
+        return [self.name(folder) for folder in self.search() if has_reported(folder)]
+
+    def records(self, names: Sequence[str]) -> list[RunRecord]:
+        """Return the runs of these names.
+
+        Raises:
+            ConfigError: none is named, or there is no such run.
+            ReportError: one of them cannot be read.
+        """
+        if not names:
+            raise ConfigError("Pick a run.")
+        runs = {self.name(folder): folder for folder in self.known() if has_reported(folder)}
+        missing = next((name for name in names if name not in runs), None)
+        if missing is not None:
+            message = f"There is no run {missing!r} below {self.root}; pick one from the list."
+            raise ConfigError(message, place=str(self.root), allowed=", ".join(runs))
+        return [RunRecord.read(runs[name]) for name in names]
 
     def at_work(self) -> list[Path]:
         """Return the folders of runs that are at work, in the order of their names."""

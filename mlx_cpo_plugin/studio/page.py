@@ -15,7 +15,7 @@ from mlx_cpo_plugin.studio.child import Jobs
 from mlx_cpo_plugin.studio.compare_tab import build_compare_tab
 from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.run_tab import build_run_tab
-from mlx_cpo_plugin.studio.runs_tab import build_runs_tab, run_names
+from mlx_cpo_plugin.studio.runs_tab import build_runs_tab
 from mlx_cpo_plugin.studio.train_tab import build_train_tab
 
 STYLE = Path(__file__).with_name("style.css")
@@ -58,11 +58,11 @@ def build_page(root: Path, name: str) -> Page:
         chats.end(request.session_hash)
 
     def newest_run(chosen: str | None) -> Any:
-        names = run_names(root)
+        names = live.reported()
         return gr.update(choices=names, value=chosen if chosen in names else next(iter(names), None))
 
     def compare_run(folder: str) -> tuple[Any, Any]:
-        return gr.Tabs(selected="compare"), gr.update(choices=run_names(root), value=live.name(Path(folder)))
+        return gr.Tabs(selected="compare"), gr.update(choices=live.reported(), value=live.name(Path(folder)))
 
     with gr.Blocks(title="MLX CPO", analytics_enabled=False) as page:
         gr.HTML("<h1>CPO training</h1>")
@@ -76,14 +76,14 @@ def build_page(root: Path, name: str) -> Page:
             with gr.Tab("Run", id="run") as run_tab:
                 run = build_run_tab(root, form, banner, live, estimates, exports)
             with gr.Tab("Compare", id="compare") as compare_tab:
-                compared = build_compare_tab(root, comparisons)
+                compared = build_compare_tab(live, comparisons)
             with gr.Tab("Chat", id="chat") as chat_tab:
-                talked = build_chat_tab(root, chats)
+                talked = build_chat_tab(live, chats)
             with gr.Tab("Runs", id="runs") as runs_tab:
-                runs = build_runs_tab(root)
+                runs = build_runs_tab(live)
         for tab, run_of_tab in ((compare_tab, compared), (chat_tab, talked)):
             tab.select(newest_run, run_of_tab, run_of_tab, show_progress="hidden")
-        runs_tab.select(lambda: gr.update(choices=run_names(root)), None, runs, show_progress="hidden")
+        runs_tab.select(lambda: gr.update(choices=live.reported()), None, runs, show_progress="hidden")
         opened = form.load(page.load)
         for event in (opened.then, run_tab.select):
             event(run.visit, [run.watched, form.yaml], run.visited, show_progress="hidden").then(

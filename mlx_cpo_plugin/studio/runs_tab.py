@@ -10,40 +10,19 @@ from typing import Any
 
 import gradio as gr
 
-from mlx_cpo_plugin.errors import ConfigError, UserError
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.report.command import write_report
-from mlx_cpo_plugin.report.record import RunRecord, differing_settings, folders_of_runs
+from mlx_cpo_plugin.report.record import RunRecord, differing_settings
+from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.messages import fault_html
 from mlx_cpo_plugin.studio.run_view import overlaid_html
 
 SHOWN_AT_FIRST = 3
 
 
-def run_names(root: Path) -> list[str]:
-    """Return the runs below ``root``, the one that wrote last first, by their folders relative to it; none is read."""
-    return [str(folder.relative_to(root)) for folder in folders_of_runs(root)]
-
-
-def chosen_runs(root: Path, names: Sequence[str]) -> list[RunRecord]:
-    """Return the runs of these names.
-
-    Raises:
-        ConfigError: none is named, or there is no such run below ``root``.
-        ReportError: one of them cannot be read.
-    """
-    if not names:
-        raise ConfigError("Pick a run.")
-    runs = run_names(root)
-    missing = next((name for name in names if name not in runs), None)
-    if missing is not None:
-        message = f"There is no run {missing!r} below {root}; pick one from the list."
-        raise ConfigError(message, place=str(root), allowed=", ".join(runs))
-    return [RunRecord.read(root / name) for name in names]
-
-
-def build_runs_tab(root: Path) -> gr.CheckboxGroup:
+def build_runs_tab(live: LiveRuns) -> gr.CheckboxGroup:
     """Lay out the tab; return the control that names the runs, whose choices are those at the time."""
-    names = run_names(root)
+    names = live.reported()
     runs = gr.CheckboxGroup(names, value=names[:SHOWN_AT_FIRST], label="Runs", elem_id="runs")
     with gr.Row():
         show = gr.Button("Show", variant="primary", size="md", elem_id="show-runs")
@@ -55,14 +34,14 @@ def build_runs_tab(root: Path) -> gr.CheckboxGroup:
 
     def compare(chosen: Sequence[str]) -> tuple[str, str, str]:
         try:
-            names = dict(zip(chosen, chosen_runs(root, chosen), strict=True))
+            names = dict(zip(chosen, live.records(chosen), strict=True))
             return "", table_html(names), overlaid_html(names)
         except UserError as error:
             return fault_html(error), "", ""
 
     def write(chosen: Sequence[str]) -> tuple[str, Any]:
         try:
-            output = report_of([record.folder for record in chosen_runs(root, chosen)])
+            output = report_of([record.folder for record in live.records(chosen)])
         except UserError as error:
             return fault_html(error), gr.update(visible=False)
         return "", gr.update(value=output, visible=True)

@@ -25,7 +25,6 @@ from mlx_cpo_plugin.checkpoints.run_identity import TRAINED, RunIdentity, RunRec
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.report.record import RunRecord as RunFolder
 from mlx_cpo_plugin.studio import run_process
-from mlx_cpo_plugin.studio.live_runs import LiveRuns
 from mlx_cpo_plugin.studio.metrics_file import MetricsFile, read_metrics
 from mlx_cpo_plugin.studio.run_view import (
     Progress,
@@ -429,43 +428,6 @@ class TestEnds:
 
         assert run_process.state(tmp_path) == run_process.RunState("finished", own=False)
         assert "of the page" not in status_html(tmp_path, []) + console_html(tmp_path)
-
-
-def test_runs_are_found_below_the_folder_newest_first_and_those_at_work_are_known(tmp_path: Path) -> None:
-    live = LiveRuns(tmp_path)
-    for age, name in enumerate(("new", "old", "checkpoints", ".hidden")):
-        write_rows(tmp_path / name, {"kind": "train", "iteration": 1})
-        os.utime(tmp_path / name / "metrics.jsonl", (1e9 - age, 1e9 - age))
-    (tmp_path / "none").mkdir()
-
-    assert list(map(live.name, live.search())) == ["new", "old"]
-    assert live.at_work() == []
-    with only_run_in(tmp_path / "old"):
-        assert live.at_work() == [tmp_path / "old"]
-    assert live.folder("old") == tmp_path / "old"
-    assert live.folder("../elsewhere") is None
-
-
-def test_whatever_is_shown_of_runs_changes_a_text_and_nothing_else_does(tmp_path: Path) -> None:
-    live, folder, aimed_at = LiveRuns(tmp_path), tmp_path / "run", tmp_path / "next"
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"kind": "train", "iteration": 1}\n')
-    live.search()
-    live.heed(aimed_at)
-
-    def is_told(what: Callable[[], object]) -> bool:
-        before = live.changes()
-        what()
-        return live.changes() != before
-
-    assert not is_told(lambda: (folder / "notes.txt").write_text("mine"))
-    assert is_told(lambda: (folder / "metrics.jsonl").write_text('{"kind": "train", "iteration": 10}\n'))
-    assert is_told(lambda: (folder / run_process.CONSOLE_NAME).write_text("begun"))
-    assert is_told(lambda: (folder / "adapters.safetensors").write_text(""))
-    assert is_told(lambda: (aimed_at / "checkpoints").mkdir(parents=True))
-    with only_run_in(folder):
-        at_work = live.changes()
-    assert live.changes() != at_work
 
 
 def test_what_a_run_prints_cannot_become_a_part_of_the_page(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +102,6 @@ def test_open_with_a_name_that_was_only_typed_brings_back_what_was_not_saved_of_
     draft = Drafts(tmp_path).get("second.yaml")
     assert draft is not None
     assert "beta: 0.123" in draft.text
-
-
-def test_runs_are_listed_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_cpo_plugin.report.record import RunRecord
-    from mlx_cpo_plugin.studio.runs_tab import chosen_runs, run_names
-
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("")
-        os.utime(tmp_path / name / "metrics.jsonl", (1, 1 if name == "second" else 2))
-    read: list[Path] = []
-    monkeypatch.setattr(RunRecord, "read", lambda folder: read.append(folder))
-
-    assert run_names(tmp_path) == ["first", "second"]
-    assert not read
-    chosen_runs(tmp_path, ["second"])
-    assert read == [tmp_path / "second"]
 
 
 def test_the_bars_of_lengths_stand_where_the_lengths_are() -> None:
