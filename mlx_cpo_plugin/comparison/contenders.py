@@ -21,6 +21,7 @@ from mlx_cpo_plugin.checkpoints.run_identity import run_in
 from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, is_device_fault, named
 from mlx_cpo_plugin.model.layers import WITH_ADAPTER
 from mlx_cpo_plugin.parameters import by_name
+from mlx_cpo_plugin.report.record import names_of_runs
 from mlx_cpo_plugin.run.building import QUANTISED_LOADS, quantise_base, quantised_load
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.command_line import ON_THE_COMMAND_LINE
@@ -30,8 +31,6 @@ from mlx_cpo_plugin.types import Values
 
 BASE, TUNED = "base", "tuned"
 MODEL_CONFIG = "config.json"
-# The default name of an adapter folder, which tells nothing.
-GENERIC = "adapters"
 
 
 @dataclass(frozen=True)
@@ -119,22 +118,11 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     Raises:
         ConfigError: a folder is given twice.
     """
-    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    paths = [os.path.abspath(folder) for folder in folders]
     twice = next((folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None)
     if twice is not None:
         raise ConfigError(f"{named(str(twice))} is given twice; give each folder once.", place=str(twice))
-    if len(folders) == 1:
-        return [TUNED]
-    shorter = [path[:-1] if path[-1] == GENERIC else path for path in paths]
-    paths = shorter if len(set(shorter)) == len(paths) else paths
-    return [
-        next(
-            "/".join(path[-count:])
-            for count in range(1, len(path) + 1)
-            if [(BASE,), *(other[-count:] for other in paths)].count(path[-count:]) == 1
-        )
-        for path in paths
-    ]
+    return [TUNED] if len(folders) == 1 else names_of_runs(folders, taken=BASE)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.publish.usage import usage
 from mlx_cpo_plugin.report.page import course
 from mlx_cpo_plugin.report.plots import PANELS, as_png, points
-from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
+from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, names_of_runs, number
 from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
@@ -123,7 +123,7 @@ def model_card(
     base = base_model or _hub_name(record.settings.get("model"))
     kind = str(record.settings.get("train_type", "lora"))
     sections = [
-        f"# {here.rpartition('/')[2] or record.name}",
+        f"# {here.rpartition('/')[2] or names_of_runs([run_folder])[0]}",
         _introduction(record, FORMS[form], kind, base),
         _use(record, form, base, here or folder.name),
         _section("Files", [f"- {note}" for note in notes]),

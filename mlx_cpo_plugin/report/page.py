@@ -13,7 +13,15 @@ import yaml
 
 from mlx_cpo_plugin._version import __version__
 from mlx_cpo_plugin.report.plots import PANELS, as_svg, colour, panels_with_points
-from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, answers_over_time, differing_settings, number
+from mlx_cpo_plugin.report.record import (
+    ReportError,
+    Row,
+    RunRecord,
+    answers_over_time,
+    differing_settings,
+    names_of_runs,
+    number,
+)
 from mlx_cpo_plugin.report.standings import Standing
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -65,17 +73,18 @@ def as_html(records: Sequence[RunRecord], standings: Sequence[Standing] = ()) ->
     from jinja2 import Environment
     from markupsafe import Markup
 
+    names = names_of_runs([record.folder for record in records])
     panels = panels_with_points(records)
     if not panels:
         raise ReportError("There is no number to show in the metrics of these runs; let them train for longer.")
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title="CPO run " + records[0].name if len(records) == 1 else f"{len(records)} CPO runs",
+        title=f"CPO run {names[0]}" if len(records) == 1 else f"{len(records)} CPO runs",
         several=len(records) > 1,
         columns=COLUMNS,
-        runs=[_run(record, place) for place, record in enumerate(records)],
+        runs=[_run(name, record, place) for place, (name, record) in enumerate(zip(names, records, strict=True))],
         standings=standings,
-        warnings=[(record.name, text) for record in records for text in record.warnings],
+        warnings=[(name, text) for name, record in zip(names, records, strict=True) for text in record.warnings],
         differing=[(key, list(map(_shown, values))) for key, values in differing_settings(records).items()],
         # matplotlib escapes what it writes.
         plots=[{"title": PANELS[name].title, "svg": Markup(as_svg(records, [name]))} for name in panels],
@@ -83,9 +92,9 @@ def as_html(records: Sequence[RunRecord], standings: Sequence[Standing] = ()) ->
     )
 
 
-def _run(record: RunRecord, place: int) -> dict[str, Any]:
+def _run(name: str, record: RunRecord, place: int) -> dict[str, Any]:
     return {
-        "name": record.name,
+        "name": name,
         "colour": colour(place),
         "course": course(record),
         "verdict": None if record.verdict is None else record.verdict.sentence(),

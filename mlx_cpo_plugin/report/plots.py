@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, number
+from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, names_of_runs, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,9 +145,10 @@ def require_matplotlib() -> None:
 
 def _draw_panel(axis: Axes, records: Sequence[RunRecord], panel: Panel) -> None:
     several = len(records) > 1
-    for place, record in enumerate(records):
+    names = names_of_runs([record.folder for record in records])
+    for place, (name, record) in enumerate(zip(names, records, strict=True)):
         # A line whose label begins with an underscore has no entry in the legend.
-        label = record.name[-_LONGEST_NAME:].lstrip("_") or "run"
+        label = name[-_LONGEST_NAME:].lstrip("_") or "run"
         for number_of_curve, curve in enumerate(panel.curves):
             iterations, values = points(record, curve)
             if not iterations:

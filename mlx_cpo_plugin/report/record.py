@@ -17,7 +17,8 @@ from mlx_cpo_plugin.errors import ConfigError, UserError, first_line, named
 from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.verdict import Verdict
 
-SEARCH_DEPTH = 4
+# The default name of an adapter folder, which tells nothing.
+GENERIC = "adapters"
 
 _ADAPTER_SETTINGS = {"fine_tune_type": "train_type", "num_layers": "num_layers", "lora_parameters": "lora_parameters"}
 # The same run can be kept anywhere.
@@ -88,12 +89,6 @@ class RunRecord:
         )
 
     @property
-    def name(self) -> str:
-        """The folder's name; with its parent's where it is called ``adapters`` as by default."""
-        parts = Path(os.path.abspath(self.folder)).parts
-        return "/".join(parts[-2:]) if parts[-1] == "adapters" and len(parts) > 2 else parts[-1]
-
-    @property
     def iteration(self) -> int:
         """The last iteration that was reported; 0 before the first."""
         iterations = (number(row, "iteration") for row in self.train)
@@ -139,25 +134,24 @@ class RunRecord:
         return [time for time in times if not math.isnan(time)]
 
 
-def find_runs(root: str | Path) -> list[RunRecord]:
-    """Return the runs in ``root`` and :data:`SEARCH_DEPTH` levels below it, the one with the newest line first.
+def names_of_runs(folders: Sequence[Path], taken: str = "") -> list[str]:
+    """Return a short name for each folder: as many of its last parts as tell it from the others and from ``taken``."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    shorter = [path[:-1] if path[-1] == GENERIC and len(path) > 2 else path for path in paths]
+    paths = shorter if len(set(shorter)) == len(paths) else paths
+    others = [(taken,), *paths]
+    return [
+        next(
+            ("/".join(path[-count:]) for count in range(1, len(path)) if _ends(others, path[-count:]) == 1),
+            str(Path(*path)),
+        )
+        for path in paths
+    ]
 
-    Links are not followed; checkpoints, hidden folders and runs that cannot be read are left out.
-    """
-    records = []
-    for folder in folders_of_runs(Path(root)):
-        try:
-            records.append(RunRecord.read(folder))
-        except ReportError:
-            continue
-    oldest = datetime.fromtimestamp(0, UTC)
-    return sorted(records, key=lambda record: (record.updated or oldest, str(record.folder)), reverse=True)
 
-
-def folders_of_runs(root: Path) -> list[Path]:
-    """Return the folders of :func:`find_runs`, the one whose metrics were written last first; no file is read."""
-    found = [folder for folder in folders_below(root, SEARCH_DEPTH) if has_reported(folder)]
-    return sorted(found, key=lambda folder: ((folder / METRICS_FILE).stat().st_mtime, folder), reverse=True)
+def _ends(paths: Sequence[tuple[str, ...]], end: tuple[str, ...]) -> int:
+    """Return how many paths end so."""
+    return sum(path[-len(end) :] == end for path in paths)
 
 
 def has_reported(folder: Path) -> bool:
@@ -196,15 +190,6 @@ def number(row: Row, name: str) -> float:
         return float(value) if math.isfinite(value) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         return math.nan
-
-
-def folders_below(root: Path, depth: int) -> Iterable[Path]:
-    """Return ``root`` and the folders up to ``depth`` levels below it, without hidden ones, checkpoints and links."""
-    for path, names, _ in os.walk(root, followlinks=False):
-        folder = Path(path)
-        level = len(folder.relative_to(root).parts)
-        names[:] = [name for name in sorted(names) if level < depth and not name.startswith((".", "checkpoints"))]
-        yield folder
 
 
 def _read_metrics(file: Path) -> list[Row]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, CHECKPOINTS, METRICS_FILE
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.report.record import SEARCH_DEPTH, RunRecord, folders_below, has_reported
+from mlx_cpo_plugin.report.record import RunRecord, has_reported
 from mlx_cpo_plugin.studio import run_process
+
+SEARCH_DEPTH = 4
 
 _MARKS = (METRICS_FILE, run_process.RECORD_NAME)
 
@@ -39,7 +41,7 @@ class LiveRuns:
 
     def search(self) -> list[Path]:
         """Search anew; return the folders of all runs, the one that wrote last first."""
-        found = {folder for folder in folders_below(self.root, SEARCH_DEPTH) if _last_written(folder)}
+        found = {folder for folder in _folders_below(self.root) if _last_written(folder)}
         with self._lock:
             self._known = found | {folder for folder in self._known if _last_written(folder)}
         return self.known()
@@ -94,6 +96,15 @@ class LiveRuns:
         """Return the folder of a known run by its name."""
         with self._lock:
             return next((folder for folder in self._known if self.name(folder) == name), None)
+
+
+def _folders_below(root: Path) -> Iterable[Path]:
+    """Return ``root`` and :data:`SEARCH_DEPTH` levels below it, without hidden folders, checkpoints and links."""
+    for path, names, _ in os.walk(root, followlinks=False):
+        folder = Path(path)
+        level = len(folder.relative_to(root).parts)
+        names[:] = [name for name in names if level < SEARCH_DEPTH and not name.startswith((".", "checkpoints"))]
+        yield folder
 
 
 def _state_of_files(folder: Path) -> list[object]:

@@ -26,7 +26,7 @@ from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.report import plots
 from mlx_cpo_plugin.report.page import as_html
 from mlx_cpo_plugin.report.plots import as_png, as_svg, panels_with_points
-from mlx_cpo_plugin.report.record import ReportError, RunRecord, differing_settings, find_runs, number
+from mlx_cpo_plugin.report.record import ReportError, RunRecord, differing_settings, number
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.run_settings import recorded_settings
 from mlx_cpo_plugin.training.metrics import MetricsFile
@@ -200,38 +200,20 @@ def test_a_metric_is_a_finite_number_or_nan(value: Any) -> None:
 
 
 def test_the_name_of_a_run_is_its_folder_and_says_whose_adapters_these_are(tmp_path: Path) -> None:
-    assert RunRecord.read(write_run(tmp_path / "mine")).name == "mine"
-    assert RunRecord.read(write_run(tmp_path / "other" / "adapters")).name == "other/adapters"
+    titles = [as_html([RunRecord.read(write_run(tmp_path / name))]) for name in ("mine", "other/adapters")]
+    assert "CPO run mine" in titles[0]
+    assert "CPO run other<" in titles[1]
 
 
-# Runs in a folder
+def test_runs_of_one_name_are_told_apart_in_page_and_plots(tmp_path: Path) -> None:
+    records = [RunRecord.read(write_run(tmp_path / name)) for name in ("german/run", "dutch/run", "dutch/other")]
 
+    headings = TextOfPage(as_html(records)).text
+    legend = [element.text for element in ElementTree.fromstring(as_svg(records, ["loss"])).iter()]
 
-def test_runs_are_found_below_a_folder_the_newest_first(tmp_path: Path) -> None:
-    old = write_run(tmp_path / "old")
-    new = write_run(tmp_path / "a" / "b" / "new", [row | {"time": row["time"] + 100} for row in ROWS])
-    write_run(tmp_path / "1" / "2" / "3" / "4" / "too_deep")
-    write_run(tmp_path / "old" / "checkpoints" / "0000010")
-    write_run(tmp_path / ".hidden")
-    (write_run(tmp_path / "broken") / "run_settings.yaml").write_text("beta: [")
-
-    assert [record.folder for record in find_runs(tmp_path)] == [new, old]
-
-
-def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    outside = write_run(tmp_path / "outside")
-    inside = tmp_path / "inside"
-    (inside / "run").mkdir(parents=True)
-    (inside / "link").symlink_to(outside)
-    (inside / "run" / "metrics.jsonl").symlink_to(outside / "metrics.jsonl")
-    (write_run(inside / "settings") / "run_settings.yaml").unlink()
-    (inside / "settings" / "run_settings.yaml").symlink_to(outside / "run_settings.yaml")
-
-    assert find_runs(inside) == []
-
-
-def test_a_folder_that_is_not_there_holds_no_runs(tmp_path: Path) -> None:
-    assert find_runs(tmp_path / "missing") == []
+    for name in ("german/run", "dutch/run", "other"):
+        assert name in headings
+        assert name in legend
 
 
 def test_settings_differ_where_a_value_is_another_or_missing(tmp_path: Path) -> None:

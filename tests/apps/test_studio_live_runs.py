@@ -27,6 +27,10 @@ def test_runs_are_found_below_the_folder_newest_first_and_those_at_work_are_know
     for age, name in enumerate(("new", "old", "checkpoints", ".hidden")):
         write_metrics(tmp_path / name, 1e9 - age)
     (tmp_path / "none").mkdir()
+    write_metrics(tmp_path / "1/2/3/4/too deep")
+    (tmp_path / "link").symlink_to(tmp_path / "1/2/3/4/too deep")
+    (tmp_path / "linked metrics").mkdir()
+    (tmp_path / "linked metrics" / "metrics.jsonl").symlink_to(tmp_path / "old" / "metrics.jsonl")
 
     assert list(map(live.name, live.search())) == ["new", "old"]
     assert live.at_work() == []
