@@ -43,6 +43,9 @@ QUANTISED_LOADS: dict[str, Values] = {
     "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }
 
+# Of MLX's to_quantized(), where a model asks for bits alone.
+USUAL_GROUP_SIZE = 64
+
 
 def info(line: str) -> None:
     """Print a line as the host prints information, without its colours where none are shown."""
@@ -179,7 +182,8 @@ def quantised_load(settings: RunSettings) -> str | None:
 def quantise_base(model: nn.Module, key: str) -> str:
     """Quantise the base weights of ``model`` as the setting ``key`` says; return one sentence on what was done.
 
-    The groups are the largest that divide the width of every layer; a layer that no group divides stays as it is.
+    The groups are the largest that divide the width of every layer; a layer that no group divides stays as it is, and
+    one for which the model asks for more bits, such as a router, gets these, as where mlx_lm converts it.
 
     Raises:
         ConfigError: there is no layer that can be quantised.
@@ -192,18 +196,34 @@ def quantise_base(model: nn.Module, key: str) -> str:
             key=key,
         )
 
-    def is_packed(_: str, module: nn.Module) -> bool:
-        return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+    asked_for = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    own: dict[str, Values] = {}
+    left_out: list[int] = []
 
-    left_out = [module.weight.shape[-1] for module in _quantisable_layers(model) if not is_packed("", module)]
-    nn.quantize(model, **packing, class_predicate=is_packed)
+    def how(path: str, module: nn.Module) -> Values | bool:
+        if not hasattr(module, "to_quantized"):
+            return False
+        width = module.weight.shape[-1]
+        if width % size:
+            left_out.append(width)
+            return False
+        wanted: Values | bool = asked_for(path, module)
+        if isinstance(wanted, dict):
+            fits = width % wanted.get("group_size", USUAL_GROUP_SIZE) == 0
+            own[path] = wanted = wanted if fits else wanted | {"group_size": size}
+        return wanted
+
+    nn.quantize(model, **packing, class_predicate=how)
     if hasattr(model, "args"):
-        model.args.quantization = model.args.quantization_config = {"mode": "affine", **packing}
+        model.args.quantization = model.args.quantization_config = {"mode": "affine", **packing, **own}
     sentence = f"{key}: weights of {packing['bits']} bits, in groups of {size}"
-    if not left_out:
-        return f"{sentence}."
-    widths = ", ".join(map(str, sorted(set(left_out))))
-    return f"{sentence}; {len(left_out)} layers, {widths} wide, do not divide by that and stay as they are."
+    if own:
+        bits = " or ".join(map(str, sorted({layer.get("bits", packing["bits"]) for layer in own.values()})))
+        sentence += f"; {len(own)} layers of {bits} bits, as the model asks"
+    if left_out:
+        widths = ", ".join(map(str, sorted(set(left_out))))
+        sentence += f"; {len(left_out)} layers, {widths} wide, do not divide by that and stay as they are"
+    return f"{sentence}."
 
 
 def group_size_for(model: nn.Module) -> int | None:

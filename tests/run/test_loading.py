@@ -14,10 +14,12 @@ import mlx.utils
 import mlx_lm
 import numpy as np
 import pytest
+from support.architectures import build_architecture
 from support.refusals import refused
 from support.tiny import build_model
 
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import quantise_base
 
 Settings = dict[str, Any]
@@ -46,6 +48,25 @@ def test_a_layer_that_no_group_divides_stays_as_it_is() -> None:
     assert "2 layers, 172 wide" in told
     assert isinstance(model.layers[0].mlp.up_proj, nn.QuantizedLinear)
     assert np.array_equal(np.array(model.layers[0].mlp.down_proj.weight), weight)
+
+
+@pytest.mark.parametrize("key", ["load_in_4bits", "load_in_mxfp4"])
+@pytest.mark.parametrize(("name", "asked_for"), [("gpt_oss", "router"), ("granite", "o_proj"), ("qwen3_moe", "gate")])
+def test_layers_for_which_a_model_asks_for_more_bits_get_them_as_where_mlx_lm_converts_it(
+    name: str, asked_for: str, key: str
+) -> None:
+    widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    model, converted = (build_architecture(name, **widths) for _ in range(2))
+
+    told = quantise_base(model, key)
+    packing = {part: model.args.quantization[part] for part in ("group_size", "bits", "mode")}
+    _, config = mlx_lm.utils.quantize_model(converted, {}, **packing)
+
+    assert model.args.quantization == config["quantization"]
+    assert {module.bits for path, module in model.named_modules() if path.endswith(asked_for)} == {8}
+    assert "layers of 8 bits, as the model asks" in told
+    for layer, weight in by_name(converted.parameters()).items():
+        assert mx.array_equal(by_name(model.parameters())[layer], weight), layer
 
 
 def test_a_model_without_any_width_that_fits_is_refused() -> None:
