@@ -64,6 +64,7 @@ from mlx_cpo_plugin.settings.validation import LARGEST_INTEGER
 DEFAULT_ROWS = 4
 DEFAULT_TOKENS = 128
 DEFAULT_TIMEOUT = 60
+FROM_INPUT = "-"
 METRICS = ("chrf", "chrf++")
 
 
@@ -77,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run, another adapter or a whole model; several are compared with each other, too",
     )
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt of your own; may be given repeatedly"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"a prompt of your own; {FROM_INPUT} reads it from standard input; may be given repeatedly",
     )
     parser.add_argument(
         "--rows",
@@ -149,6 +154,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _entered() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--prompt {FROM_INPUT}: standard input is no {error.encoding} text; give it in that encoding.",
+            key="prompt",
+        ) from error
+
+
 def run_compare(chosen: argparse.Namespace) -> int:
     """Compare, print and write what the arguments ask for; progress goes to standard error.
 
@@ -171,7 +186,7 @@ def run_compare(chosen: argparse.Namespace) -> int:
     deciders = Deciders(chosen)
     comparison = compare(
         chosen.adapter_paths,
-        prompts=chosen.prompt,
+        prompts=[_entered() if prompt == FROM_INPUT else prompt for prompt in chosen.prompt],
         rows=chosen.rows,
         model=chosen.model,
         data=chosen.data,

@@ -70,24 +70,28 @@ class Job:
         words: the module and its arguments but the last.
         root: where it runs.
         writes: whether it gets the name of a file to write into; otherwise what it prints is its result.
+        typed: its standard input: texts that are nobody else's to read, as the words of a process are.
     """
 
-    def __init__(self, words: Sequence[str], root: Path, writes: bool = True) -> None:
+    def __init__(self, words: Sequence[str], root: Path, writes: bool = True, typed: str = "") -> None:
         self.cancelled = False
         self._began = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="mlx-cpo-studio-")
         self._output = Path(self._folder.name) / "output.json"
         self._read = 0
         self._printed = self._output.with_name("printed")
-        with self._printed.open("wb") as printed:
+        entered = self._output.with_name("entered")
+        entered.write_text(typed, encoding="utf-8")
+        with self._printed.open("wb") as printed, entered.open("rb") as entrance:
             self._process = subprocess.Popen(
                 [*PYTHON, "-m", *words, *[str(self._output)] * writes],
                 cwd=root,
-                stdin=subprocess.DEVNULL,
+                stdin=entrance,
                 stdout=printed,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
+                env=os.environ | {"PYTHONIOENCODING": "utf-8"},
                 start_new_session=True,
             )
         self._lines: Queue[str | None] = Queue()
@@ -201,10 +205,10 @@ class Jobs:
         self._lock = Lock()
         self._jobs: dict[str, Job] = {}
 
-    def start(self, visit: str | None, words: Sequence[str], root: Path, writes: bool = True) -> Job:
+    def start(self, visit: str | None, words: Sequence[str], root: Path, writes: bool = True, typed: str = "") -> Job:
         """Start a job; see :class:`Job`."""
         self.cancel(visit)
-        job = Job(words, root, writes)
+        job = Job(words, root, writes, typed)
         with self._lock:
             self._jobs[visit or ""] = job
         return job

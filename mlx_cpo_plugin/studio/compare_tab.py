@@ -35,7 +35,7 @@ def build_compare_tab(live: LiveRuns, jobs: Jobs) -> gr.Dropdown:
         (record,) = live.records([name] if name else [])
         words = ["mlx_cpo_plugin", "compare", str(record.folder), "--rows", str(int(rows))]
         words += ["--max-tokens", str(ANSWER_TOKENS)]
-        words += [f"--prompt={prompt}"] if prompt.strip() else []
+        words += ["--prompt", "-"] if prompt.strip() else []
 
         def result(job: Job) -> Updates:
             comparison = job.result()
@@ -45,7 +45,7 @@ def build_compare_tab(live: LiveRuns, jobs: Jobs) -> gr.Dropdown:
         return Task(
             f"Comparing {name} with its base model",
             record.settings | {"adapter_path": str(record.folder)},
-            lambda visit: jobs.start(visit, [*words, "--json"], live.root),
+            lambda visit: jobs.start(visit, [*words, "--json"], live.root, typed=prompt),
             result,
             cleared={answers: ""},
         )

@@ -318,6 +318,26 @@ def test_prompts_are_answered_without_any_rows(adapter_path: Path, data_folder: 
 # The command
 
 
+def test_a_prompt_can_come_from_standard_input(
+    adapter_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n\nQuickly!\n"))
+
+    assert cli.main(["compare", str(adapter_path), "--prompt", "-", "--rows", "0", "--max-tokens", "1"]) == 0
+
+    assert f"prompt: {PROMPT}\n\nQuickly!\n  base:" in capsys.readouterr().out
+
+
+def test_bytes_from_standard_input_that_are_no_text_are_refused(
+    adapter_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+
+    assert cli.main(["compare", str(adapter_path), "--prompt", "-", "--rows", "0"]) == 2
+
+    assert "error: --prompt -: standard input is no utf-8 text" in capsys.readouterr().err
+
+
 def test_the_json_holds_what_its_documentation_says(
     adapter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,16 @@ def test_what_it_prints_is_its_progress_and_what_it_writes_its_result(worker: Wo
         assert list(job.steps()) == []
 
 
+def test_what_is_typed_is_not_among_its_words(worker: Words, tmp_path: Path) -> None:
+    words = worker("import json\noutput.write_text(json.dumps({'read': sys.stdin.read(), 'words': sys.argv}))")
+
+    with Job(words, tmp_path, typed="Wie heißt du?\n") as job:
+        result = job.result()
+
+    assert result["read"] == "Wie heißt du?\n"
+    assert "Wie" not in "".join(result["words"])
+
+
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
