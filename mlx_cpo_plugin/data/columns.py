@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from mlx_cpo_plugin.data.messages import (
-    UnusableRow,
-    is_null,
-)
+from mlx_cpo_plugin.data.messages import UnusableRow, as_json, is_null, parse_dialogue
 from mlx_cpo_plugin.data.ranked import (
     BEST_AGAINST_WORST,
     Selection,
@@ -33,18 +30,29 @@ ALIASES = {
         *("rejected", "non_preferred_output", "rejected_response", "rejected_answer"),
         *("response_rejected", "response_k"),
     ),
-    "prompt": ("prompt", "conversations", "conversation", "messages", "instruction", "question", "query", "input"),
+    "prompt": (
+        "prompt",
+        "conversations",
+        "conversation",
+        "messages",
+        "instruction",
+        "question",
+        "query",
+        "input",
+        "context",
+    ),
     "system": ("system", "system_prompt"),
 }
 
 # Columns that hold a task, which others may add to, and whole conversations, whose last turn may be an answer.
 TASKS = ("instruction", "question", "query")
 CONVERSATIONS = ("conversations", "conversation", "messages")
-# Columns that a task is taken from, too, and those that are read beside the parts of a preference.
-WITH_TASKS = ("input", "history")
+# So many words stand in another text, or in a column, by no accident.
+FEW_WORDS = 3
 # Columns of what is no text.
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-BESIDE = ("tools", "chat_template_kwargs")
+# Columns that are read beside the parts of a preference.
+BESIDE = ("tools", "functions", "chat_template_kwargs")
 
 
 class ValidationSettings(Protocol):
@@ -145,7 +153,7 @@ class Columns:
             if name != AUTO and missing:
                 message = f"{where} has no column {shown(missing[0])}, which {key} names: use {listed}."
                 raise DataError(message, key=key, place=where, allowed=allowed)
-            if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(found):
+            if name == AUTO and part in ("chosen", "rejected") and not set(aliases) & set(by_lower_case(found)):
                 if any(isinstance(row, Mapping) and is_ranked(row) for row in rows):
                     continue
                 message = f"{where} has no column for the {part} answer: set {key} to {listed}."
@@ -175,23 +183,43 @@ class Columns:
         """Return which columns of ``rows`` are read for which part, and which are not."""
         read: dict[str, dict[str, None]] = {part: {} for part in (*ALIASES, *BESIDE)}
         found: dict[str, bool] = {}  # whether it holds anything
+        without_prompt: set[str] = set()
         for row in (row for row in rows if isinstance(row, Mapping)):
             for part in ALIASES:
                 column = self.find(row, part)[0]
                 read[part].update(dict.fromkeys(_columns_in(column, part, row) if column else ()))
             for part, column in columns_of_scores(row, self.selection, self.has_several(row)).items():
                 read.setdefault(part, {})[column] = None
-            if self.prompt == AUTO and set(TASKS) & set(read["prompt"]):
-                read["prompt"].update(dict.fromkeys(column for column in WITH_TASKS if row.get(column)))
+            read["prompt"].update(dict.fromkeys(self._beside_prompt(row)))
             for column, value in row.items():
                 found[column] = found.get(column, False) or not (is_null(value) or is_blank(value))
+            without_prompt = without_prompt or self._perhaps_prompts(row)
         read |= {part: {part: None} for part in BESIDE if found.get(part)}
         every = {column for columns in read.values() for column in columns}
         unread = [column for column in found if column not in every]
         parts = {alias: part for part, aliases in ALIASES.items() for alias in aliases} | dict.fromkeys(MEDIA, "")
+        parts |= {"history": "prompt"} | dict.fromkeys(without_prompt, "prompt")
         doubtful = {column: parts[column] for column in unread if column in parts and found[column]}
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
+
+    def _beside_prompt(self, row: Mapping[str, object]) -> list[str]:
+        """The columns that a row's prompt is taken from besides its own: the input of a task, and a history."""
+        column, prompt = self.find(row, "prompt")
+        names = by_lower_case(row)
+        is_task = self.prompt == AUTO and column.lower() in TASKS
+        beside = [names[name] for name in ("input",) if is_task and row.get(names.get(name, ""))]
+        own = names.get("history", "")
+        return beside + [own] * (isinstance(prompt, str) and is_history(as_json(row.get(own))))
+
+    def _perhaps_prompts(self, row: Mapping[str, object]) -> set[str]:
+        """The columns of text in a row that is read as two texts without a prompt."""
+        column, _ = self.find(row, "prompt")
+        (chosen, text), (rejected, other) = (self.find(row, part) for part in ("chosen", "rejected"))
+        if column or not isinstance(text, str) or not isinstance(other, str) or parse_dialogue(text):
+            return set()
+        texts = {name for name, value in row.items() if isinstance(value, str) and len(value.split()) >= FEW_WORDS}
+        return texts - {chosen, rejected, self.find(row, "system")[0]}
 
     def pair_rows(self, row: object, source: str) -> list[tuple[object, str]]:
         """Return the rows of two answers that a row stands for, with their sources.
@@ -231,10 +259,25 @@ class Columns:
             values = [row.get(column) for column in _columns_in(name, part, row)]
             texts = [text for text in values if isinstance(text, str) and text.strip()]
             return name, "\n".join(texts) if len(texts) > 1 else next(iter(texts), values[0])
-        there = [alias for alias in ALIASES[part] if not is_null(row.get(alias))]
-        telling = [alias for alias in there if part in ("prompt", "system") and not is_blank(row[alias])]
+        names = by_lower_case(row)
+        columns = [names[alias] for alias in ALIASES[part] if alias in names]
+        there = [column for column in columns if not is_null(row[column])]
+        telling = [column for column in there if part in ("prompt", "system") and not is_blank(row[column])]
         column = next(iter(telling or there), "")
         return column, row.get(column)
+
+
+def by_lower_case(columns: Iterable[object]) -> dict[str, str]:
+    """Each column by its name without capitals; of two that differ by these alone, the one without."""
+    names = [column for column in columns if isinstance(column, str)]
+    return {name.lower(): name for name in names} | {name: name for name in names if name == name.lower()}
+
+
+def is_history(value: object) -> bool:
+    """Whether a value is a list of questions with their answers, or of messages."""
+    turns = value if isinstance(value, list) else []
+    as_pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    return bool(turns) and (as_pairs or all(isinstance(turn, Mapping) for turn in turns))
 
 
 def rows_in(data: object, name: str) -> Iterable[object]:

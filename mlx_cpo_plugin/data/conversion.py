@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair_cache import PairCache
-from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import THOUGHTS, Conversation, PlainText, parse_row
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
 
@@ -35,8 +37,8 @@ ROWS_AT_A_TIME = 100
 BAR_AFTER, LINE_EVERY = 2.0, 20.0
 """Seconds before a progress bar appears on a terminal, and between the lines that take its place elsewhere."""
 _MOST_FAILURES = 3
-# Keys under which answers have their thoughts.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# What ends thoughts in a text: of "</think>" templates may keep only what follows.
+_CLOSED = re.compile(r"</\w+>")
 
 # Not multiprocessing's own start, which runs the main module again: the host's, or a script without a guard.
 _START = (
@@ -71,7 +73,11 @@ class RowConverter:
         try:
             row = parse_row(value, columns)
             fitted = fit(row, self.tokenizer, source, self.max_seq_length, self.overlong)
-            return fitted._replace(control_text=self._control_text(row), unwritten=self._unwritten(row))
+            return fitted._replace(
+                control_text=self._control_text(row),
+                unwritten=self._unwritten(row, fitted),
+                is_plain=isinstance(row, PlainText),
+            )
         except UnusableRow as error:
             return type(error)(*error.args)  # without the frames and causes that the raised one holds
         except RecursionError:
@@ -91,15 +97,27 @@ class RowConverter:
         )
         return next(filter(None, found), "")
 
-    def _unwritten(self, row: Conversation | PlainText) -> tuple[str, ...]:
+    def _unwritten(self, row: Conversation | PlainText, fitted: TruncatedPair) -> tuple[str, ...]:
         """What a row holds that the template has no place for: tools, and thoughts in an answer, by their key."""
         if not isinstance(row, Conversation):
             return ()
         answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]]
-        said = (key for key in _THOUGHTS if any(str(answer.get(key) or "").strip() for answer in answers))
+        said = (key for key in THOUGHTS if any(str(answer.get(key) or "").strip() for answer in answers))
         held = {key: f"{key} in an answer" for key in said}
         held |= {"tools": "tools"} if row.tools else {}
-        return tuple(what for key, what in held.items() if not self.tokenizer.may_write(key))
+        unwritten = tuple(what for key, what in held.items() if not self.tokenizer.may_write(key))
+        return unwritten + ("thoughts in an answer",) * self._drops_thoughts(row, fitted)
+
+    def _drops_thoughts(self, row: Conversation, fitted: TruncatedPair) -> bool:
+        """Whether of an answer's text only what stands behind its thoughts is among the tokens."""
+        pair = fitted.pair
+        for messages, ids in ((row.chosen, pair.chosen), (row.rejected, pair.rejected)):
+            *_, closed = (None, *_CLOSED.finditer(messages[-1]["content"]))
+            if closed is not None and not fitted.answer_cut:
+                thoughts = _squeezed(closed.string[: closed.start()])
+                if thoughts not in _squeezed(self.tokenizer.decode([*pair.prompt, *ids])):
+                    return True
+        return False
 
     def identity(self) -> str | None:
         """All that a row's outcome depends on beside the row; None where that cannot be told."""
@@ -276,6 +294,11 @@ def serve(parent: Connection) -> None:
             parent.send_bytes(reply)
     except (EOFError, OSError):
         return
+
+
+def _squeezed(text: str) -> str:
+    """A text without white space, which templates change, in the form of Unicode that tokenizers prefer."""
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 def _pickled(value: object) -> bytes | None:

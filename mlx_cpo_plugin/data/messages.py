@@ -23,8 +23,10 @@ _SPEAKERS = {
 }
 ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 
+# Where a message has its text, the commonest first.
+_TEXTS = ("content", "value", "text", "parts")
 # What a message has besides its role: other objects with a role are text.
-_SAYING = {"content", "value", "text", "parts", "tool_calls", "function_call"}
+_SAYING = {*_TEXTS, "tool_calls", "function_call"}
 
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # A role as JSON and Python write it, and what a written list of messages begins with: "[{", "array([{", "[Message(".
@@ -45,10 +47,20 @@ class UnusableRow(Exception):
 def parse_messages(value: object) -> list[Message]:
     """Messages of a list of objects, or of one; each may be text, and all may stand under ``messages``."""
     if isinstance(value, Mapping):
-        value = decode_messages(value["messages"]) if "messages" in value else [value]
+        value = decode_messages(value["messages"]) if "messages" in value else _turns(value)
     if not isinstance(value, list):
         raise UnusableRow(f"messages are expected, not {kind_of(value)}")
     return [_parse_message(decode_messages(message)) for message in value]
+
+
+def _turns(value: Mapping[str, object]) -> list[object]:
+    """The messages of one object: itself, or those whose roles and texts it has in lists, as `datasets` stores them."""
+    lists = {name: column for name, column in value.items() if isinstance(column, list)}
+    if not lists.keys() & {"role", "from"}:
+        return [value]
+    if len(lists) < len(value) or len(set(map(len, lists.values()))) > 1:
+        raise UnusableRow("the lists of a column of messages are not as long as one another")
+    return [dict(zip(lists, turn, strict=True)) for turn in zip(*lists.values(), strict=True)]
 
 
 def _parse_message(value: object) -> Message:
@@ -57,7 +69,10 @@ def _parse_message(value: object) -> Message:
         raise UnusableRow(f"a message is not an object with role and content but {kind_of(value)}")
     fields = dict(value)
     if "from" in fields and "role" not in fields:
-        fields = {"role": fields.pop("from"), "content": fields.pop("value", ""), **fields}
+        fields = {"role": fields.pop("from"), **fields}
+    if fields.get("content") is None:
+        where = next((name for name in _TEXTS if fields.get(name) is not None), "content")
+        fields["content"] = fields.pop(where, None)
     role = fields.get("role", "")
     speaker = role.lower() if isinstance(role, str) else None
     if speaker not in ROLES:
@@ -97,17 +112,33 @@ def _tool_calls(fields: Mapping[str, object], written: str | None) -> list[Value
     return result
 
 
+def with_written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the arguments of their calls as JSON in text, as some templates want them."""
+
+    def written(call: Values) -> Values:
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": list(map(written, message["tool_calls"]))} if "tool_calls" in message else message
+        for message in messages
+    ]
+
+
 def _text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        for part in content:
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        for part in parts:
             if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
                 kind = part.get("type") if isinstance(part, Mapping) else None
                 raise UnusableRow(f"a message holds a part of type {shown(kind)}, and only text can be trained on")
-        return "".join(str(part["text"]) for part in content)
+        return "".join(str(part["text"]) for part in parts)
     raise UnusableRow(f"a message's content is not text but {kind_of(content)}")
 
 

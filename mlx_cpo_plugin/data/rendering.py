@@ -95,7 +95,7 @@ def _fold_system(messages: list[Message], keep_first: bool) -> list[Message]:
     """
 
     def joined(message: Message, *texts: str) -> Message:
-        return {**message, "content": "\n\n".join(texts)}
+        return {**message, "content": "\n\n".join(filter(str.strip, texts))}
 
     leading, rest = split_system(messages)
     folded: list[Message] = []

@@ -90,6 +90,7 @@ def findings(report: DataReport, cuts: Sequence[TruncatedPair], train: Sequence[
         _losses(report, cuts),
         _control_text(cuts),
         *_unwritten(cuts),
+        _without_prompt(cuts),
         _unread_column(report.columns),
         _repeats(cuts),
         _in_training_set(cuts, train),
@@ -127,13 +128,25 @@ def _unwritten(cuts: Sequence[TruncatedPair]) -> Iterator[str]:
         yield f"note: {_number(holding)} {what} (first {first}), which the chat template does not write."
 
 
+def _without_prompt(cuts: Sequence[TruncatedPair]) -> str:
+    plain = [cut for cut in cuts if cut.is_plain]
+    if len(plain) in (0, len(cuts)):
+        return ""
+    return (
+        f"note: {_number(plain, 'has', 'have')} no prompt (first {plain[0].pair.source}), and what both answers begin "
+        "with is trained on as plain text, without the chat template."
+    )
+
+
 def _unread_column(columns: ColumnsRead) -> str:
     if not columns.doubtful:
         return ""
     column, part = next(iter(columns.doubtful.items()))
     if not part:
         return f"note: the column {column} is not read: what is trained on is the text alone."
-    read = " and ".join(columns.read.get(part, ())) or "none"
+    read = " and ".join(columns.read.get(part, ()))
+    if not read:
+        return f"note: the column {column} is not read, and no other as the {part}; set {part}_feature if it is."
     return f"note: the column {column} is not read, as the {part} is in {read}; set {part}_feature to read another."
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlx_cpo_plugin.data.columns import AUTO, CONVERSATIONS, TASKS, Columns, is_blank
+from mlx_cpo_plugin.data.columns import (
+    AUTO,
+    CONVERSATIONS,
+    FEW_WORDS,
+    TASKS,
+    Columns,
+    by_lower_case,
+    is_blank,
+    is_history,
+)
 from mlx_cpo_plugin.data.messages import (
     Message,
     UnusableRow,
@@ -23,6 +32,8 @@ from mlx_cpo_plugin.data.messages import (
 
 IDENTICAL = "both answers are the same"
 EMPTY_ANSWER = "an answer is empty"
+# Keys under which messages have their thoughts.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 NO_PROMPT = "there is no prompt before the answers"
 
 
@@ -80,15 +91,27 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
             if chosen == rejected:
                 raise UnusableRow(IDENTICAL)
             return PlainText(chosen, rejected)
+        elif isinstance(prompt, str):
+            chosen, rejected = _without_question(prompt, chosen, rejected)
     answers = [_answer_messages(answer) for answer in (chosen, rejected)]
     speakers = {message["role"] for answer in answers for message in answer}
     if isinstance(prompt, str) and not prompt.strip() and "user" not in speakers:
         raise UnusableRow("the prompt is empty")
-    holds_prompts = columns.prompt != AUTO or prompt_column not in CONVERSATIONS
+    holds_prompts = columns.prompt != AUTO or prompt_column.lower() not in CONVERSATIONS
     before, answers, partial = _continue(_prompt_messages(prompt), answers, holds_prompts)
     chosen, rejected = (_union(system, _join(before, answer)) for answer in answers)
     _check_preference(chosen, rejected)
     return Conversation(chosen, rejected, shared_messages(chosen, rejected), tools, template_kwargs, partial)
+
+
+def _without_question(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
+    """Two answers in text, without the prompt where both repeat it; few words may be an answer's own."""
+    question = prompt.strip()
+    rests = [answer.strip().removeprefix(question) for answer in (chosen, rejected)]
+    repeat = all(answer.strip().startswith(question) for answer in (chosen, rejected))
+    if not repeat or len(question.split()) < FEW_WORDS or not all(rest.strip() and rest[0].isspace() for rest in rests):
+        return chosen, rejected
+    return rests[0].lstrip(), rests[1].lstrip()
 
 
 def _require_text_or_messages(value: object, what: str) -> None:
@@ -107,19 +130,32 @@ def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
     for side in (chosen, rejected):
         if side[0]["role"] == "assistant" and not alike:
             raise UnusableRow(NO_PROMPT)
-        for message in side[alike:]:
-            if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+        for place, message in enumerate(side):
+            if message["content"].strip() or "tool_calls" in message:
+                continue
+            if message["role"] == "assistant" and place >= alike:
                 raise UnusableRow(EMPTY_ANSWER)
+            if message["role"] in ("user", "assistant") and not _thoughts_in(message):
+                raise UnusableRow(f"a message of the {message['role']} says nothing")
+
+
+def _thoughts_in(message: Message) -> list[str]:
+    """The keys under which a message has thoughts."""
+    return [key for key in THOUGHTS if str(message.get(key) or "").strip()]
 
 
 def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str, object, list[object] | None]:
     """The prompt's column, the prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
-    prompt, tools = decode_messages(as_json(prompt)), _value(row, "tools")
+    prompt, tools = (
+        decode_messages(as_json(prompt)),
+        _value(row, "tools") or _functions_as_tools(_value(row, "functions")),
+    )
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
-    if columns.prompt == AUTO and column in TASKS and isinstance(prompt, str):
-        prompt = _with_material(prompt, row)
+    if isinstance(prompt, str):
+        is_task = columns.prompt == AUTO and column.lower() in TASKS
+        prompt = _after_history(_with_material(prompt, row) if is_task else prompt, row, is_task)
     tools = parse_json(tools)
     if not tools or is_blank(tools):
         return column, prompt, None
@@ -128,16 +164,37 @@ def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str,
     return column, prompt, [parse_json(tool) for tool in tools]
 
 
-def _with_material(task: str, row: Mapping[str, object]) -> object:
-    """A task in Alpaca's format with its input and its history."""
-    material, history = row.get("input"), _value(row, "history")
-    if isinstance(material, str) and material.strip() and material.strip() not in task:
-        task = f"{task}\n{material}"
-    if not history:
+def _functions_as_tools(functions: object) -> object:
+    """What OpenAI called functions as the tools that it has today, in which the description of a function stands."""
+    functions = parse_json(functions)
+    if not isinstance(functions, list):
+        return functions
+    return [{"type": "function", "function": parse_json(function)} for function in functions]
+
+
+def _with_material(task: str, row: Mapping[str, object]) -> str:
+    """A task in Alpaca's format with its input, unless that is in it already."""
+    material = row.get(by_lower_case(row).get("input", ""))
+    if not isinstance(material, str) or not material.strip():
         return task
-    if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
+    own = material.strip()
+    is_there = f"\n{own}\n" in f"\n{task.strip()}\n" or (own in task and len(own.split()) >= FEW_WORDS)
+    return task if is_there else f"{task}\n{material}"
+
+
+def _after_history(question: str, row: Mapping[str, object], is_task: bool) -> object:
+    """A question behind the earlier ones and their answers, where the row has a history of them.
+
+    A column of that name that holds something else is a mistake beside a task, and nothing beside another prompt.
+    """
+    history = _value(row, by_lower_case(row).get("history", ""))
+    if not history or not (is_history(history) or is_task):
+        return question
+    if not isinstance(history, list) or not is_history(history):
         raise UnusableRow("the history is not a list of questions with their answers")
-    turns = [*(text for turn in history for text in turn), task]
+    if isinstance(history[0], Mapping):
+        return [*history, {"role": "user", "content": question}]
+    turns = [*(text for turn in history for text in turn), question]
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 
 

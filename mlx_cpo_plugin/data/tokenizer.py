@@ -9,21 +9,19 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from threading import RLock
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from datetime import datetime
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_cpo_plugin.data.chat_template import STARTED, WithThinking, is_fallback, read_template, time_held_at
 from mlx_cpo_plugin.data.columns import DataSettings
-from mlx_cpo_plugin.data.messages import Message, UnusableRow
-from mlx_cpo_plugin.errors import ConfigError, first_line, printable, shown
+from mlx_cpo_plugin.data.messages import Message, UnusableRow, with_written_arguments
+from mlx_cpo_plugin.errors import printable
 from mlx_cpo_plugin.types import Tokenizer, Values
 
 TokenIds = NDArray[np.int32]
@@ -35,9 +33,6 @@ _SAMPLE = "The quick brown fox, 3.14 and 2026: Zwölf Boxkämpfer, съешь, �
 _PROBE = "a b\n<n>\n\nc"
 # What templates put around messages, e.g. <|im_start|>, <start_of_turn>, [INST], also where it is no special token.
 _CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
-_LOCK = RLock()
-# Templates see the same time throughout a process.
-_STARTED = datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -112,14 +107,14 @@ class ChatTokenizer:
         self._thinks = getattr(tokenizer, "has_thinking", False) or "enable_thinking" in str(chat_template or own)
         self._thinking_keys = {"enable_thinking", getattr(tokenizer, "_thinking_kwarg", "enable_thinking")}
         self._template_kwargs = dict(template_kwargs or {})
-        self._now = now or _STARTED
+        self._now = now or STARTED
         # A template of Python code in the wrapper would go before the one that is given.
         by_code = chat_template and getattr(tokenizer, "_chat_template", None) is not None
-        self._renders: Tokenizer | _WithThinking = self._inner if by_code else tokenizer
+        self._renders: Tokenizer | WithThinking = self._inner if by_code else tokenizer
         self._given_template = {"chat_template": chat_template} if chat_template else {}
         # mlx-lm puts the tokenizer's BOS before the prompts of a model without a template.
         starts_with_bos = self.bos_id is not None and self._inner.encode("a")[:1] == [self.bos_id]
-        self._puts_bos = not chat_template and starts_with_bos and _is_fallback(own)
+        self._puts_bos = not chat_template and starts_with_bos and is_fallback(own)
         self.always_opens_answer = self.has_chat_template and self._always_opens_answer()
         self._control = self._control_pattern()
 
@@ -132,7 +127,7 @@ class ChatTokenizer:
             if self._renders_by_code():
                 return None
             thinking_key = getattr(self._renders, "_thinking_kwarg", "enable_thinking")
-            copied._renders = _WithThinking(
+            copied._renders = WithThinking(
                 self._inner, thinking_key, bool(getattr(self._renders, "has_thinking", False))
             )
         return copied
@@ -183,13 +178,31 @@ class ChatTokenizer:
         variant: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> str:
-        """The text of ``messages`` under the chat template; UnusableRow where there is none or it refuses them."""
+        """The text of ``messages`` under the chat template; UnusableRow where there is none or it refuses them.
+
+        A template that refuses the arguments of calls as objects gets them as JSON.
+        """
         if not self.has_chat_template:
             raise UnusableRow("the tokenizer has no chat template")
         kwargs = {**self._given_template, **(variant or {}), **kwargs}
         try:
+            return self._rendered(messages, tools, add_generation_prompt, kwargs)
+        except UnusableRow:
+            written = with_written_arguments(messages)
+            if written == list(messages):
+                raise
+        return self._rendered(written, tools, add_generation_prompt, kwargs)
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: list[object] | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, object],
+    ) -> str:
+        try:
             # Templates are code from elsewhere: they may change what they are given, and raise anything.
-            with _time_held_at(self._now):
+            with time_held_at(self._now):
                 return str(
                     self._renders.apply_chat_template(
                         [dict(message) for message in messages],
@@ -216,7 +229,7 @@ class ChatTokenizer:
             inner.special_tokens_map,
             template,
             [sorted(x) if isinstance(x, frozenset) else x for name, x in vars(portable).items() if name not in derived],
-            portable._renders[1:] if isinstance(portable._renders, _WithThinking) else (),
+            portable._renders[1:] if isinstance(portable._renders, WithThinking) else (),
             self._now if "strftime_now" in template else None,
         )
         return repr(parts)
@@ -329,57 +342,6 @@ class ChatTokenizer:
             return False
         ending = common_start([text[::-1] for text in texts])
         return asked == texts[0] and bool(texts[0][len(texts[0]) - ending :].strip())
-
-
-class _WithThinking(NamedTuple):
-    """A tokenizer whose template is told whether to think in the way in which mlx-lm's wrapper tells it."""
-
-    tokenizer: Tokenizer
-    key: str
-    thinks: bool
-
-    def apply_chat_template(self, messages: list[Message], **kwargs: object) -> str:
-        if "enable_thinking" in kwargs:
-            kwargs[self.key] = kwargs.pop("enable_thinking")
-        return self.tokenizer.apply_chat_template(messages, **{self.key: self.thinks, **kwargs, "return_dict": False})
-
-
-def read_template(given: str | None) -> str | None:
-    """The Jinja text given by ``chat_template``: that text, or a file; ConfigError where it is neither."""
-    if not given or "{{" in given or "{%" in given:
-        return given or None
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(
-            f"chat_template is {shown(given)}, which is neither Jinja nor a file that can be read "
-            f"({printable(reason)}): give a template's text or its file.",
-            key="chat_template",
-        ) from error
-
-
-def _is_fallback(template: object) -> bool:
-    """Whether a chat template is the one that mlx-lm-lora gives to tokenizers which have none."""
-    try:
-        from mlx_lm_lora.chat_template import DEFAULT_CHAT_TEMPLATE
-    except ImportError:  # 5.8.6 has no fallback template
-        return False
-    return bool(template == DEFAULT_CHAT_TEMPLATE)
-
-
-@contextmanager
-def _time_held_at(now: datetime) -> Iterator[None]:
-    """Make ``strftime_now`` of templates return ``now``: `transformers` passes its own ``datetime`` to templates."""
-    from transformers.utils import chat_template_utils  # costly, and there before any tokenizer
-
-    with _LOCK:
-        clock = getattr(chat_template_utils, "datetime", None)
-        chat_template_utils.datetime = SimpleNamespace(now=lambda *_: now)
-        try:
-            yield
-        finally:
-            chat_template_utils.datetime = clock
 
 
 def _check_unicode(text: str) -> None:

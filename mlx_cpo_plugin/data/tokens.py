@@ -23,6 +23,7 @@ CUT, DROP, ERROR = "cut", "drop", "error"
 PROMPT_SHARE = 4
 """A long answer leaves its prompt at least ``max_seq_length`` over this many tokens."""
 
+ALIKE = "both answers have the same tokens, though they are not the same"
 NOTHING_BEFORE = "nothing stands before the answers, and the tokenizer has neither a BOS nor an EOS token"
 NOTHING_SCORED = "no token of an answer is left to score"
 
@@ -70,6 +71,7 @@ class TruncatedPair(NamedTuple):
         prompt_cut, answer_cut: which of its parts were cut to make it fit.
         control_text: what its row spells out although the chat template writes it, e.g. ``<|im_start|>``.
         unwritten: what its row holds that the chat template has no place for, e.g. ``tools``.
+        is_plain: whether its row has no prompt, and is no conversation.
     """
 
     pair: PreferencePair
@@ -78,6 +80,7 @@ class TruncatedPair(NamedTuple):
     answer_cut: bool = False
     control_text: str = ""
     unwritten: tuple[str, ...] = ()
+    is_plain: bool = False
 
 
 def tokenize(row: Conversation | PlainText, tokenizer: ChatTokenizer, source: str = "") -> PreferencePair:
@@ -110,7 +113,7 @@ def prompt_tokens(prompt: str | Values, tokenizer: ChatTokenizer) -> TokenIds:
 def split_pair(chosen: Side, rejected: Side, source: str = "") -> PreferencePair:
     """Split two sides into their shared prompt and what follows; scored tokens are never part of the prompt."""
     if np.array_equal(chosen.ids, rejected.ids):
-        raise UnusableRow(IDENTICAL)
+        raise UnusableRow(ALIKE)
     if not chosen.scored.any() or not rejected.scored.any():
         raise UnusableRow(NOTHING_SCORED)
     first_scored = min(int(np.argmax(side.scored)) for side in (chosen, rejected))

@@ -15,9 +15,10 @@ import mlx_cpo_plugin.demo
 from mlx_cpo_plugin.checkpoints.run_identity import read_record, run_in
 from mlx_cpo_plugin.comparison.contenders import MODEL_CONFIG, contenders, kind_of_folder, load_base, put_on, run_folder
 from mlx_cpo_plugin.comparison.questions import Say, held_out_pairs
+from mlx_cpo_plugin.data.chat_template import read_template
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.errors import DataError, named
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.host import load_chat_tokenizer

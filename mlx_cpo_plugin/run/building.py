@@ -28,7 +28,7 @@ from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, CHECKPOINTS
 from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, adaptable_outside_layers
 from mlx_cpo_plugin.console import ESCAPES, is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
-from mlx_cpo_plugin.data.tokenizer import read_template
+from mlx_cpo_plugin.data.chat_template import read_template
 from mlx_cpo_plugin.errors import ConfigError, first_line, is_device_fault, shown
 from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings

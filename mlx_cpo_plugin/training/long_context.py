@@ -176,7 +176,7 @@ class SegmentGradients:
 
         def forward(*inputs: mx.array) -> list[mx.array]:
             self.model.update(tree_unflatten(list(zip(names, inputs, strict=False))))
-            read = forked(caches, iter(inputs[len(names) :]))
+            read = forked(caches, map(_without_gradient_of_ids, inputs[len(names) :]))
             sums = self.scorer.segment_sums(segment, read, differentiate=True)
             return [*sums, *(cache_arrays(read) if goes_on else [])]
 
@@ -191,6 +191,11 @@ class SegmentGradients:
 def _extended(gradient: mx.array, length: int) -> mx.array:
     """Return the gradient of keys or values with zeros for the tokens up to ``length``."""
     return mx.pad(gradient, [(0, 0), (0, 0), (0, length - gradient.shape[2]), (0, 0)])
+
+
+def _without_gradient_of_ids(remembered: mx.array) -> mx.array:
+    """Return what a cache holds; token ids, as embeddings of several tokens remember them, have no gradient."""
+    return remembered if mx.issubdtype(remembered.dtype, mx.inexact) else mx.stop_gradient(remembered)
 
 
 def _drawn_seed() -> int:

@@ -190,6 +190,14 @@ def test_system_messages_of_two_columns_are_joined_in_order_and_the_same_one_sta
     assert said({**row, "system": "Be short. "})[:2] == [("system", "Be short."), ("user", "A story")]
 
 
+def test_an_empty_system_message_leaves_nothing_behind_where_the_template_has_no_such_role():
+    prompt = [system(""), user("Hi")]
+
+    both = [texts({"prompt": prompt[first:], **ANSWERS}, tokenizer_named("no_system"))[0] for first in (0, 1)]
+
+    assert both[0] == both[1]
+
+
 def test_several_system_messages_keep_their_order_where_the_template_has_no_such_role():
     prompt = [system("A"), system("B"), user("Hi"), assistant("Yes."), system("C"), user("Who?")]
 

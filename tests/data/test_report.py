@@ -95,7 +95,16 @@ def test_an_end_token_at_the_end_of_an_answer_and_plain_text_are_not() -> None:
     ended = {"prompt": "Who?", "chosen": "Me.<|im_end|>", "rejected": "You."}
     plain = {"chosen": "<|im_start|>user\nWho?<|im_end|>\nMe.", "rejected": "<|im_start|>user\nWho?<|im_end|>\nYou."}
 
-    assert pairs([ended, plain]).report.findings == ()
+    assert pairs([ended]).report.findings == pairs([plain]).report.findings == ()
+
+
+def test_rows_without_a_prompt_among_others_are_noted() -> None:
+    plain = {"chosen": "A cat is here.", "rejected": "A cat is not."}
+
+    assert finding([*rows(2), plain]).startswith("note: 1 row has no prompt (first row 3), and what both")
+    assert pairs([plain]).report.findings == ()
+    line = finding([{**plain, "task": "Where is the cat?"}])
+    assert line == "note: the column task is not read, and no other as the prompt; set prompt_feature if it is."
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
@@ -109,6 +118,18 @@ def test_thoughts_that_the_template_does_not_write_are_noted(key: str) -> None:
     blank = {**thinking, "chosen": [{"role": "assistant", "content": "Me.", key: " "}]}
     assert pairs([blank]).report.findings == ()
     assert pairs([thinking], chat_template=writing).report.findings == ()
+
+
+def test_thoughts_in_the_text_of_an_answer_that_the_template_drops_are_noted() -> None:
+    thinking = {"prompt": "Who?", "chosen": "<think>\nHm, a cat.\n</think>\n\nMe.", "rejected": "You."}
+    line = "note: 1 row holds thoughts in an answer (first row 1), which the chat template does not write."
+
+    assert pairs([thinking], "open_thinking").report.findings == (line,)
+    for kind in ("thinking", "either_thinking", "chatml"):
+        assert pairs([thinking], kind).report.findings == (), kind
+    alike = {**thinking, "rejected": "<think>\nHm, a dog.\n</think>\n\nMe."}
+    skipped = pairs([*rows(1), alike], "open_thinking").report.skipped
+    assert skipped == {"both answers have the same tokens, though they are not the same": ["row 2"]}
 
 
 def test_each_thing_that_the_template_does_not_write_is_noted_with_its_own_rows() -> None:

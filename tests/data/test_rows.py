@@ -82,6 +82,23 @@ SAME_CONVERSATION = {
         "chosen": [GOOD],
         "rejected": [BAD],
     },
+    "texts under other keys": {
+        "prompt": [{"role": "user", "text": "What is it?"}],
+        "chosen": {"role": "model", "parts": [{"text": "A "}, {"text": "cat."}]},
+        "rejected": {"role": "assistant", "content": None, "value": "A dog."},
+    },
+    "roles and texts in lists": {
+        "prompt": {"role": ["user"], "content": ["What is it?"]},
+        "chosen": {"from": ["gpt"], "value": ["A cat."]},
+        "rejected": {"role": ["assistant"], "content": ["A dog."]},
+    },
+    "names of columns with capitals": {"Question": "What is it?", "Chosen": "A cat.", "REJECTED": "A dog."},
+    "texts that repeat the prompt": {
+        "prompt": "What is it?",
+        "chosen": "What is it? A cat.",
+        "rejected": " What is it?\n\nA dog.",
+    },
+    "a context": {"context": [QUESTION], "chosen": "A cat.", "rejected": "A dog."},
     "fields filled with null": {
         "prompt": [{"role": "user", "content": "What is it?", "tool_calls": None, "name": None}],
         "chosen": [GOOD],
@@ -206,6 +223,59 @@ def test_an_instruction_and_its_input_are_one_prompt():
     assert parse_row(row, Columns()).chosen[0] == user("Translate.\nKatze")
 
 
+@pytest.mark.parametrize(
+    ("task", "material", "expected"),
+    [
+        ("Is it negative?", "negative", "Is it negative?\nnegative"),
+        ("Say this:\na cat", "a cat", "Say this:\na cat"),
+        ("Shorten 'a cat on a mat'.", "a cat on a mat", "Shorten 'a cat on a mat'."),
+        ("Say it.", " ", "Say it."),
+    ],
+)
+def test_an_input_is_left_out_only_where_the_instruction_has_it(task, material, expected):
+    row = {"instruction": task, "input": material, "chosen": "a", "rejected": "b"}
+
+    assert parse_row(row, Columns()).chosen[0] == user(expected)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [("Hello there! Yes?", "Hello there. No."), ("What is it to you?", "What is it?! No."), ("What is it?", "No.")],
+)
+def test_words_that_answers_happen_to_begin_with_stay(answers):
+    row = {"prompt": "Hello there" if "Hello" in answers[0] else "What is it", "chosen": answers[0]}
+
+    assert parse_row(row | {"rejected": answers[1]}, Columns()).chosen[-1] == assistant(answers[0])
+
+
+@pytest.mark.parametrize("history", [[["Hi!", "Hello."]], [user("Hi!"), assistant("Hello.")]])
+@pytest.mark.parametrize("columns", [Columns(), Columns(prompt="ask")])
+def test_a_history_comes_before_the_prompt_whatever_its_column(history, columns):
+    row = {columns.prompt.replace("auto", "prompt"): "What is it?", "history": history}
+    row |= {"chosen": "A cat.", "rejected": "A dog."}
+
+    assert parse_row(row, columns).chosen == [user("Hi!"), assistant("Hello."), QUESTION, GOOD]
+    assert "history" in columns.read([row]).read["prompt"]
+
+
+def test_a_history_that_is_none_is_told_or_beside_a_task_refused():
+    row = {"prompt": "What is it?", "history": "long", "chosen": "A cat.", "rejected": "A dog."}
+
+    assert parse_row(row, Columns()).chosen == [QUESTION, GOOD]
+    assert Columns().read([row]).doubtful == {"history": "prompt"}
+    with pytest.raises(UnusableRow, match="the history is not a list of questions"):
+        parse_row({**row, "prompt": None, "instruction": "What is it?"}, Columns())
+
+
+def test_columns_of_text_are_told_where_there_is_no_prompt():
+    row = {"task": "What is it?", "id": "row-1", "chosen": "A cat.", "rejected": "A dog."}
+
+    assert Columns().read([row]).doubtful == {"task": "prompt"}
+    assert Columns().read([row | {"prompt": "What?"}]).doubtful == {}
+    dialogues = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    assert Columns().read([row | dialogues]).doubtful == {}
+
+
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
@@ -224,8 +294,9 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
             "preferred_output": [GOOD],
             "non_preferred_output": [BAD],
         },
+        {"functions": [TOOL["function"]], "prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."},
     ],
-    ids=["list", "JSON text", "OpenAI input"],
+    ids=["list", "JSON text", "OpenAI input", "functions"],
 )
 def test_tools_come_as_a_list(row):
     assert parse_row(row, Columns()).tools == [TOOL]
@@ -293,6 +364,16 @@ UNUSABLE = [
     (
         {**PROMPT, "chosen": [assistant([{"type": "image", "url": "x"}])], "rejected": [BAD]},
         "a message holds a part of type 'image', and only text can be trained on",
+    ),
+    ({**PROMPT, "chosen": [assistant("A"), user(" "), GOOD], "rejected": [BAD]}, "a message of the user says nothing"),
+    ({"prompt": [user(None)], "chosen": [GOOD], "rejected": [BAD]}, "a message of the user says nothing"),
+    (
+        {"instruction": "What is it?", "history": [["Hi!", None]], "chosen": "A cat.", "rejected": "A dog."},
+        "a message of the assistant says nothing",
+    ),
+    (
+        {"prompt": {"role": ["user"], "content": ["a", "b"]}, "chosen": [GOOD], "rejected": [BAD]},
+        "the lists of a column of messages are not as long as one another",
     ),
     ({**PROMPT, "chosen": "a", "rejected": "b", "tools": "{broken"}, "the tools are not a list"),
     ({**PROMPT, "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "the tools are not a list"),

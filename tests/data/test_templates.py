@@ -10,9 +10,10 @@ from support.data_tokenizers import CHATML, HEADERS, make_tokenizer, tokenizer_n
 from support.refusals import refused
 from tokenizers import normalizers
 
+from mlx_cpo_plugin.data.chat_template import read_template
 from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.rows import parse_row
-from mlx_cpo_plugin.data.tokenizer import ChatTokenizer, read_template
+from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import prompt_tokens, tokenize
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -112,6 +113,21 @@ def test_the_template_of_the_settings_goes_before_the_tokenizers_own(tmp_path):
     for given in (MOOD, str(file)):
         tokenizer = ChatTokenizer.from_settings(tokenizer_named("headers"), RunSettings.of({"chat_template": given}))
         assert parts(ROW, tokenizer)[0].startswith("none:<|im_start|>user")
+
+
+def test_a_template_that_wants_the_arguments_of_calls_as_text_gets_json():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name + ':' + call.function.arguments }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = ChatTokenizer(tokenizer_named("chatml"), template)
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "über"}}}
+
+    text = tokenizer.render([{"role": "assistant", "content": "", "tool_calls": [call]}], None)
+
+    assert text == '<|im_start|>assistant\nlook:{"at": "über"}<|im_end|>\n'
+    assert call["function"]["arguments"] == {"at": "über"}
 
 
 def test_a_template_that_is_neither_jinja_nor_a_file_is_an_error():

@@ -300,7 +300,7 @@ def test_an_answer_that_is_only_an_end_token_is_empty():
 
 
 def test_answers_that_the_template_renders_alike_are_the_same():
-    with pytest.raises(UnusableRow, match="both answers are the same"):
+    with pytest.raises(UnusableRow, match="both answers have the same tokens"):
         pair_of({**ROW, "chosen": "Yes.", "rejected": " Yes. "}, "headers")
 
 

@@ -65,6 +65,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Remembers token ids besides keys and values.
+    "longcat_flash_ngram": {
+        "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "n_routed_experts": 4,
+        "zero_expert_num": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "routed_scaling_factor": 1.0, "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
+        "ngram_vocab_size_ratio": 3, "emb_neighbor_num": 3, "emb_split_num": 2,
+    },
     # Its layers are not called layers.
     "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.5},
     "falcon_h1": {
