@@ -141,11 +141,15 @@ def train(
 
 def arguments(settings: RunSettings, adapter_file: Path) -> CPOTrainingArgs:
     """Return what the trainer is called with in a run of these settings."""
+    from mlx_cpo_plugin.checkpoints.run_folder import once_begun
     from mlx_cpo_plugin.settings.run_settings import recorded_settings
     from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 
     training_args = CPOTrainingArgs.from_settings(settings, adapter_file)
     training_args.run_settings = recorded_settings(settings)
+    origin, run = training_args.run_settings.get("resume_adapter_file"), training_args.run_identity
+    if origin is not None and run is not None:
+        training_args.run_settings["resume_adapter_file"] = once_begun(origin, adapter_file.parent, run)
     return training_args
 
 

@@ -1,4 +1,4 @@
-"""The pieces of mlx-lm-lora that the trainer builds on; every other module takes them from here.
+"""The pieces of mlx-lm-lora that the trainer builds on; its modules take them from here.
 
 A piece that only one feature needs is looked up when it is used: a version without it lacks this feature alone.
 """

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
+from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.types import Values
 
 SOFT = ".soft"
@@ -65,9 +66,15 @@ def refuse_if_in_use(folder: Path) -> None:
 def _place_for_earlier_runs(folder: Path) -> Path:
     """Return where earlier runs of an adapter folder are put aside."""
     previous = folder / PREVIOUS
+    fault = ""
     if previous.is_symlink():
+        fault = "is a link"
+    elif previous.exists():
+        fault = "" if previous.is_dir() else "is a file"
+        fault = fault or ("" if os.access(previous, os.W_OK | os.X_OK) else "cannot be written to")
+    if fault:
         raise ConfigError(
-            f"{previous} is a link, but earlier runs are moved there; remove it or give another folder.",
+            f"{previous} {fault}, but earlier runs are moved there; remove it or give another folder.",
             key="adapter_path",
             place=str(previous),
         )
@@ -144,6 +151,21 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
         _move(path, aside)
     _write(adapter_folder, record.successor)
     return aside
+
+
+def once_begun(path: str, adapter_folder: Path, run: RunIdentity) -> str:
+    """Return where a file that a run begins from is once the run has begun in ``adapter_folder``.
+
+    What lies in that folder has then been put aside; of a run that has begun, the record says where.
+    """
+    inside = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(adapter_folder)))
+    current = run_in(adapter_folder)
+    if current is None or not LEFT_BY_EVERY_RUN.fullmatch(inside.parts[0]):
+        return path
+    if current == run:
+        began: object = read_run_settings(adapter_folder)[0].get("resume_adapter_file")
+        return began if isinstance(began, str) and Path(began).match(f"{PREVIOUS}/*/{inside}") else path
+    return str((adapter_folder / PREVIOUS / current.id / inside).absolute())
 
 
 def make_way(folder: Path, names: Collection[str], say: Callable[[str], None], run: RunIdentity | None = None) -> None:

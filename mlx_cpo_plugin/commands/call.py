@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model as load_fused_model
 
 from mlx_cpo_plugin import data as preference_data
@@ -22,6 +23,7 @@ from mlx_cpo_plugin.console import lasting_output
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import TrainingCallback
+from mlx_cpo_plugin.model.layers import WITH_ADAPTER, base_of
 from mlx_cpo_plugin.plugins import metrics_of, train_modes
 from mlx_cpo_plugin.publish.hub import PushAfterRunError
 from mlx_cpo_plugin.report.record import ReportError, rows_of_last_run
@@ -87,7 +89,7 @@ def train(
 
     Args:
         model: a folder or a name on the Hugging Face hub, or a model and its tokenizer as ``mlx_lm.load`` returns
-            them; such a model is given the adapter in place.
+            them; such a model is given the adapter in place, and rid of it again where the run ends early.
         data: a folder, a file or a name on the hub, or a list of them, also as mappings with ``path``, ``weight``; or
             rows of any format, as a list, a ``datasets.Dataset`` or another iterable; or such rows, or files of them,
             by split: ``{"train": rows, "valid": "valid.jsonl"}``.
@@ -142,7 +144,8 @@ def train(
 
         own_mode, mode = mode, replace(mode, evaluate=evaluate)
         announce(mode)
-        trained, tokenizer = whole_run.run_mode(resolved, mode, training_callback, loaded)
+        with _taken_off_where_it_fails(loaded):
+            trained, tokenizer = whole_run.run_mode(resolved, mode, training_callback, loaded)
         if resolved.fuse and is_first_rank():
             trained, _ = load_fused_model(fused_folder(resolved), lazy=True)
         try:
@@ -150,6 +153,19 @@ def train(
         except PushAfterRunError as error:  # the caller has a result nevertheless
             warnings.warn(str(error), stacklevel=2)
     return _result(trained, tokenizer, resolved, tested)
+
+
+@contextmanager
+def _taken_off_where_it_fails(loaded: tuple[nn.Module, Tokenizer] | None) -> Iterator[None]:
+    """Leave no adapter on a model of the caller's where the run ends early: the same call can be made again."""
+    try:
+        yield
+    except BaseException:
+        if loaded is not None:
+            modules = loaded[0].named_modules()
+            bases = [(name, base_of(module)) for name, module in modules if isinstance(module, WITH_ADAPTER)]
+            loaded[0].update_modules(tree_unflatten(bases))
+        raise
 
 
 @contextmanager

@@ -21,7 +21,9 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".zst")
 ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2, .zst)"
 
-_HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
+_HEADER = re.compile(r'"?[A-Za-z_][\w .-]*"?(?:[,;\t] *"?[A-Za-z_][\w .-]*"?)+\s*')
+# Bytes in which a file that is no text shows it.
+_LOOKED_AT = 4096
 _JSON_BEGINS = '{["-0123456789tfn'
 _ANSWERS = {*ALIASES["chosen"], *ALIASES["rejected"], *COMPLETIONS}
 _OTHER_CONTAINERS = {
@@ -68,10 +70,10 @@ def read_file(path: Path, name: str = "") -> list[Row]:
         raise DataError(
             f"{file} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`.", place=file
         )
-    is_json = _JSON.match(content) is not None
-    if content.startswith(b"PAR1") or (kind == ".parquet" and not is_json):
+    is_text = _JSON.match(content) is not None or (bool(content) and b"\0" not in content[:_LOOKED_AT])
+    if content.startswith(b"PAR1") or (kind == ".parquet" and not is_text):
         return numbered(_columnar_rows(content, file, "Parquet"), name)
-    if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or (kind == ".arrow" and not is_json):
+    if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or (kind == ".arrow" and not is_text):
         return numbered(_columnar_rows(content, file, "Arrow"), name)
     if packed := next((what for mark, what in _OTHER_CONTAINERS.items() if content.startswith(mark)), None):
         raise DataError(f"{file} is {packed}, which is not read: unpack or save it as {ACCEPTED}.", place=file)
@@ -211,11 +213,13 @@ def _documents(text: str, file: str) -> Iterator[tuple[object, int]]:
 
 def _table_rows(text: str, file: str, kind: str, name: str) -> list[Row]:
     """Rows of comma-, semicolon- or tab-separated text whose first line names the columns; every value is text."""
-    delimiter = max("\t,;" if kind == ".tsv" else ",;\t", key=text.partition("\n")[0].count)
+    first = text.partition("\n")[0]
+    delimiter = max("\t,;" if kind == ".tsv" else ",;\t", key=first.count)
+    spaced = f"{delimiter} " in first  # as some write it, also before quotes
     rows, line = [], 1
     longest = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True)
         header = [column.strip() for column in next(reader)]
         if twice := next((column for column in header if column and header.count(column) > 1), None):
             raise DataError(f"{file} has two columns {named(twice)}: rename one of them.", place=file)

@@ -147,10 +147,8 @@ def _thoughts_in(message: Message) -> list[str]:
 def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str, object, list[object] | None]:
     """The prompt's column, the prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
-    prompt, tools = (
-        decode_messages(as_json(prompt)),
-        _value(row, "tools") or _functions_as_tools(_value(row, "functions")),
-    )
+    prompt = decode_messages(as_json(prompt))
+    tools = _value(row, "tools") or _functions_as_tools(_value(row, "functions"))
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
     if isinstance(prompt, str):

@@ -61,13 +61,15 @@ def _refuse_run_of_other_mode(settings: RunSettings) -> None:
     folder, mode = Path(settings.adapter_path), train_modes()[settings.train_mode]
     if is_built_in(mode):
         return
-    there = read_run_settings(folder)[0].get("train_mode", mode.name)
-    if there != mode.name:
-        raise ConfigError(
-            f"adapter_path {folder} holds a run of train_mode {there}; give another folder for one of {mode.name}.",
-            key="adapter_path",
-            place=str(folder),
-        )
+    there = read_run_settings(folder)[0].get("train_mode")
+    if there == mode.name or (there is None and not adapter_file(settings).exists()):
+        return
+    what = "an adapter" if there is None else f"a run of train_mode {there}"
+    raise ConfigError(
+        f"adapter_path {folder} holds {what}; give another folder for a run of {mode.name}.",
+        key="adapter_path",
+        place=str(folder),
+    )
 
 
 def check_destinations(settings: RunSettings) -> None:

@@ -153,10 +153,10 @@ def _shown(default: object) -> str:
 def _reader(option: Option) -> Callable[[str], object]:
     """Return the function that parses a command-line argument; what does not parse stays text.
 
-    ``null`` is the default, as in YAML, where an option may be so.
+    ``null`` is the default, as in YAML.
     """
     read = _list_or_text if option.listed else _reader_of(option.type)
-    return lambda text: None if option.optional and text == "null" else read(text)
+    return lambda text: None if text == "null" else read(text)
 
 
 def _reader_of(kind: type) -> Callable[[str], object]:

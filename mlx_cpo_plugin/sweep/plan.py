@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_cpo_plugin.checkpoints.resuming import AUTO
 from mlx_cpo_plugin.data.reading import read_splits
 from mlx_cpo_plugin.errors import ConfigError, DataError, named
 from mlx_cpo_plugin.host import load_chat_tokenizer
@@ -31,8 +32,9 @@ METRICS = ("verdict", "accuracy", "nll", "margin", "loss")
 KEYS = ("base", "grid", "random", "seeds", "metric", "halve_at", "output")
 MOST_RUNS = 10_000
 # What is decided by the sweep in a configuration: each run has a folder of its own, and is continued there.
-_OF_SWEEP: Values = {"fuse": False, "push_to_hub": None, "resume": "auto"}
+_OF_SWEEP: Values = {"fuse": False, "push_to_hub": None, "resume": AUTO}
 _NOT_SWEPT = ("adapter_path", "config", *_OF_SWEEP, "seed", "train", "train_mode")
+_LISTED = ", ".join(name for name in _NOT_SWEPT if name != "seed")
 _UNIFORM, _LOG = "uniform", "log"
 _DIGITS = 4
 
@@ -193,6 +195,8 @@ def _base(given: YamlSettings, file: Path) -> YamlSettings:
         raise refused("base", base, given.place("base"), "a configuration file, or its settings")
     if "config" in read.values:
         raise refused("config", read.values["config"], read.place("config"), "left out: base is the configuration")
+    if (resume := read.values.get("resume")) not in (None, AUTO):
+        raise refused("resume", resume, read.place("resume"), "left out: each run begins anew, and goes on by itself")
     return YamlSettings(read.file, {"train_mode": "cpo", **read.values, "train": True}, read.lines)
 
 
@@ -266,7 +270,7 @@ def _options() -> dict[str, Option]:
 
 def _refuse_unswept(name: object, key: str, place: Place) -> None:
     if name in _NOT_SWEPT or not isinstance(name, str):
-        instead = "seeds, beside grid and random" if name == "seed" else "an option of training"
+        instead = "seeds, beside grid and random" if name == "seed" else f"an option, but not {_LISTED}"
         raise refused(key, name, place(key), instead)
 
 

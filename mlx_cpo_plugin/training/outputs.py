@@ -77,7 +77,8 @@ class Outputs:
         if not self.is_main:
             return
         save_adapter_config(self.model, self.adapter_file)
-        text = as_yaml(self.constants["recorded"]["settings"], self.record)
+        settings, origin = self.constants["recorded"]["settings"], self.record.origin
+        text = as_yaml(settings if origin is None else settings | {"resume": origin.checkpoint}, self.record)
         write_atomically(
             self.adapter_file.with_name(RUN_SETTINGS), lambda partial: partial.write_text(text, encoding="utf-8")
         )

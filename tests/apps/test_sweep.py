@@ -226,8 +226,17 @@ def test_an_option_that_is_no_text_is_refused(write: Callable[..., Path]) -> Non
     file = write(grid={"beta": [0.1, 0.2]})
     file.write_text(file.read_text().replace('grid: {"beta":', "grid: {1:"))
 
-    with refused(ConfigError, "must be an option of training", key="grid.1"):
+    with refused(ConfigError, "must be an option, but not adapter_path", key="grid.1"):
         read_sweep(file)
+
+
+def test_a_base_that_begins_from_another_run_is_refused(write: Callable[..., Path], base: dict[str, Any]) -> None:
+    base["resume"] = "other/adapters"
+
+    with refused(ConfigError, key="resume"):
+        read_sweep(write(seeds=2))
+    base["resume"] = "auto"
+    assert len(read_sweep(write(seeds=2)).runs) == 2
 
 
 @pytest.mark.parametrize("grid", [{"min_gap": [None, 0.5]}, {"chosen_feature": ["auto", "nosuch"]}])

@@ -29,7 +29,7 @@ import mlx_cpo_plugin
 from mlx_cpo_plugin import TrainingResult, cli
 from mlx_cpo_plugin.activation.patches import resolved_settings
 from mlx_cpo_plugin.data.reading import read_splits
-from mlx_cpo_plugin.errors import ConfigError, DataError, UserError
+from mlx_cpo_plugin.errors import ConfigError, DataError, StoppedError, UserError
 from mlx_cpo_plugin.training.state import random_seed
 
 RunMain = Callable[..., None]
@@ -371,6 +371,29 @@ def test_a_loaded_model_that_has_an_adapter_or_is_to_be_fused_is_refused(
     model.layers[0].self_attn.q_proj.lora_a = mx.zeros(1)
     with refused(ConfigError, "has an adapter already", key="model", place="in the call"):
         train((model, tokenizer), ROWS)
+
+
+@pytest.mark.slow
+def test_a_call_with_a_loaded_model_that_was_stopped_is_made_again(
+    model_folder: Path, train: Callable[..., TrainingResult]
+) -> None:
+    class Interrupting:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    settings = {**FEW, "iters": 3, "save_every": 1, "steps_per_report": 1}
+    straight = train(load(str(model_folder)), ROWS, **settings, adapter_path="straight")
+    loaded = load(str(model_folder))
+    with pytest.raises(StoppedError):
+        train(loaded, ROWS, **settings, adapter_path="stopped", training_callback=Interrupting())
+    assert not any("lora_a" in module for module in loaded[0].modules())
+
+    result = train(loaded, ROWS, **settings, adapter_path="stopped", resume="auto")
+
+    assert_same(parameters(result.model), parameters(straight.model))
 
 
 @pytest.mark.slow

@@ -100,6 +100,17 @@ def test_json_is_read_under_the_name_of_another_format(form: str, suffix: str, t
     assert [row.value for row in read_file(write(tmp_path / f"rows.{suffix}", FORMS[form](ROWS)))] == ROWS
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "txt"])
+@pytest.mark.parametrize("header", ["prompt,chosen,rejected,chosen-rating", '"prompt", "chosen","rejected","my score"'])
+def test_a_table_is_read_under_any_name_and_with_any_names_of_columns(suffix: str, header: str, tmp_path: Path) -> None:
+    (tmp_path / f"rows.{suffix}").write_text(f"{header}\nWho?,Me.,You.,3\n")
+
+    (row,) = read_file(tmp_path / f"rows.{suffix}")
+
+    assert list(row.value.values())[:3] == ["Who?", "Me.", "You."]
+    assert {name.strip() for name in row.value} >= {"prompt", "chosen", "rejected"}
+
+
 @pytest.mark.parametrize("form", ["lines", "a list", "a list over several lines", "objects over several lines", "gzip"])
 def test_a_single_row_is_read_as_several_are(form: str, tmp_path: Path) -> None:
     assert [row.value for row in read_file(write(tmp_path / "rows.json", FORMS[form](ROWS[:1])))] == ROWS[:1]

@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import pytest
+import yaml
 from filelock import FileLock
 from support.refusals import refused
+from support.tiny import saved_arrays
 
 from mlx_cpo_plugin.checkpoints import LOCK
 from mlx_cpo_plugin.commands import check as data_check
@@ -127,7 +129,11 @@ def test_check_refuses_a_folder_in_use_and_one_without_a_place_for_earlier_runs(
     run(configured())
     with FileLock(tmp_path / "adapters" / LOCK):
         assert_both_refuse(configured, tmp_path)
-    (tmp_path / "adapters" / "previous").symlink_to(tmp_path)
+    previous = tmp_path / "adapters" / "previous"
+    previous.symlink_to(tmp_path)
+    assert_both_refuse(configured, tmp_path)
+    previous.unlink()
+    previous.write_text("mine")
 
     assert_both_refuse(configured, tmp_path)
 
@@ -156,6 +162,40 @@ def test_an_adapter_that_was_put_aside_is_named_where_it_is_to_be_gone_on_from(
 
     with refused(ConfigError, f"did you mean '{aside}'?", key="resume_adapter_file"):
         check(configured(resume_adapter_file=str(tmp_path / "adapters" / "adapters.safetensors")))
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_run_repeat_it_also_where_what_it_began_with_was_put_aside(
+    configured: Configured, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    own = {"resume_adapter_file": str(folder / "adapters.safetensors"), "save_every": 1}
+    run(configured())
+    run(configured(**own))
+    run(configured(**own, iters=3, resume="auto"))
+    (aside,) = (folder / "previous").glob("*/adapters.safetensors")
+
+    repeated = yaml.safe_load((folder / "run_settings.yaml").read_text())
+    assert repeated["resume_adapter_file"] == str(aside)
+    run(config.resolve({**repeated, "adapter_path": str(tmp_path / "again")}).settings)
+
+    assert arrays_in(tmp_path / "again") == arrays_in(folder)
+
+
+def arrays_in(folder: Path) -> dict[str, bytes]:
+    return saved_arrays(folder / "adapters.safetensors")
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_run_that_began_from_a_checkpoint_name_it(configured: Configured, tmp_path: Path) -> None:
+    run(configured(save_every=1))
+    run(configured(resume=str(tmp_path / "adapters"), adapter_path="second", iters=4))
+
+    repeated = yaml.safe_load((tmp_path / "second" / "run_settings.yaml").read_text())
+    assert Path(repeated["resume"]).parent == tmp_path / "adapters" / "checkpoints"
+    run(config.resolve({**repeated, "adapter_path": "third"}).settings)
+
+    assert arrays_in(tmp_path / "third") == arrays_in(tmp_path / "second")
 
 
 def test_check_tells_everything_that_is_refused(configured: Configured) -> None:

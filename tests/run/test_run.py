@@ -439,5 +439,9 @@ def test_a_mode_from_elsewhere_is_refused_in_the_folder_of_another_modes_run(
 
     with registered(OwnLoop()), refused(match="holds a run of train_mode cpo; give another", key="adapter_path"):
         run_main(of_own_loop(settings))
+    assert adapter.read_bytes() == before
 
+    (adapter.parent / "run_settings.yaml").unlink()  # as a loop of another mode's own leaves it
+    with registered(OwnLoop()), refused(match="holds an adapter; give another", key="adapter_path"):
+        run_main(of_own_loop(settings))
     assert adapter.read_bytes() == before

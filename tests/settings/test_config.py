@@ -489,6 +489,15 @@ def test_null_on_the_command_line_is_the_default(option: str, tmp_path: Path) ->
     assert getattr(from_words("-c", str(file), f"--{option.replace('_', '-')}", "null"), option) is None
 
 
+@pytest.mark.parametrize(("words", "option", "default"), [("--beta", "beta", 0.1), ("--data", "data", "data/")])
+def test_null_is_the_default_also_of_options_that_always_have_a_value(
+    words: str, option: str, default: object, tmp_path: Path
+) -> None:
+    file = write(tmp_path, "train_mode: cpo\ntrain: true\nbeta: 0.3\ndata: mine/\n")
+
+    assert getattr(from_words("-c", str(file), words, "null"), option) == default
+
+
 def test_no_layer_at_all_is_refused() -> None:
     with refused(ConfigError, "num_layers is 0 in the call, but must be a whole number >= 1, or -1 for all"):
         from_call(num_layers=0)
