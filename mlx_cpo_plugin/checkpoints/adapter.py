@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,22 @@ def adaptable_modules(layer: nn.Module) -> set[str]:
         if (isinstance(module, _ADAPTABLE_LAYERS) or hasattr(module, "to_lora"))
         and not any(name.startswith(f"{path}.") for path in adapted)
     }
+
+
+def read_without_call(layer: nn.Module) -> set[str]:
+    """Return the paths of such modules of which the code around them reads the weight itself, which adapters hide."""
+    modules = dict(layer.named_modules())
+    parts = {path: path.rpartition(".") for path in adaptable_modules(layer)}
+    return {path for path, (owner, _, name) in parts.items() if name in _weights_read_in(modules[owner].__class__)}
+
+
+@cache
+def _weights_read_in(kind: type) -> frozenset[str]:
+    """Return the attributes of which the code of a class reads the weight; none where there is no source of it."""
+    try:
+        return frozenset(re.findall(r"\bself\.(\w+)\.weight\b", inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return frozenset()
 
 
 def adaptable_outside_layers(model: nn.Module) -> set[str]:

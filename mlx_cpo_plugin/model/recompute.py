@@ -30,13 +30,23 @@ def checkpointed_layers(model: nn.Module, enabled: bool = True) -> Iterator[None
     replacements: list[tuple[nn.Module, Call]] = []
     for layer in model.layers[:-1]:
         dropouts = [module for module in layer.modules() if isinstance(module, nn.Dropout) and module._p_1 < 1]
-        replacements.append((layer, _checkpointed_call(type(layer).__call__, dropouts, dropout_keys)))
+        replacements.append((layer, checkpointed_call(type(layer).__call__, dropouts, dropout_keys)))
         replacements += [(dropout, _keyed_dropout(dropout_keys)) for dropout in dropouts]
     with overridden_calls(replacements):
         yield
 
 
-def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_keys: dict[int, mx.array]) -> Call:
+def checkpointed_call(
+    original: Call, dropouts: Sequence[nn.Module] = (), dropout_keys: dict[int, mx.array] | None = None
+) -> Call:
+    """Return a call of a layer that is computed again in the backward pass.
+
+    Args:
+        original: takes the layer first.
+        dropouts: in the layer, which find their keys in ``dropout_keys`` by their ids.
+    """
+    keys_of = {} if dropout_keys is None else dropout_keys
+
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # mx.checkpoint differentiates floating inputs only; masks and flags are closed over. What a cache holds has to
         # come in and go out explicitly, or gradients would not flow through it.
@@ -53,7 +63,7 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
 
         def give_keys() -> None:
             if keys is not None:
-                dropout_keys.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
+                keys_of.update({id(dropout): keys[at] for at, dropout in enumerate(dropouts)})
 
         written = any(isinstance(leaf, WrittenCache) for leaf in leaves(caches))  # no gradient flows through it
         if written or any(hasattr(leaf, "update_and_fetch") and not _can_be_closed_over(leaf) for leaf in given):
@@ -76,7 +86,9 @@ def _checkpointed_call(original: Call, dropouts: Sequence[nn.Module], dropout_ke
             # A layer may return what its cache holds, and of an array that goes out twice MLX knows one gradient.
             return output, mx.depends(held, held) if held else []
 
-        output, new = mx.checkpoint(inner)(layer.trainable_parameters(), inputs, remembered)
+        own = layer.trainable_parameters()
+        output, new = mx.checkpoint(inner)(own, inputs, remembered)
+        layer.update(own)  # of which a second call takes its gradients
         set_state(caches, after, iter(new))
         return output
 

@@ -25,7 +25,7 @@ from mlx_lm_lora.visuals import Colors, print_info
 
 from mlx_cpo_plugin.blas import use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, CHECKPOINTS
-from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, adaptable_outside_layers
+from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, adaptable_outside_layers, read_without_call
 from mlx_cpo_plugin.console import ESCAPES, is_live
 from mlx_cpo_plugin.data.batches import BatchSize, micro_batches_of, training_plan
 from mlx_cpo_plugin.data.chat_template import read_template
@@ -69,7 +69,7 @@ def load_model(settings: RunSettings, loaded: tuple[nn.Module, Tokenizer] | None
         info(f"Loading model: {Colors.CYAN}{settings.model}{Colors.RESET}")
     with _loading(settings):
         model, tokenizer = loaded or from_pretrained(model=settings.model)[:2]
-        _choose_trained_weights(model, settings)
+        choose_trained_weights(model, settings)
     _fit_to_settings(model, settings)
     template = read_template(settings.chat_template)
     if template:
@@ -116,7 +116,7 @@ def unevaluated_model(settings: RunSettings) -> nn.Module:
     """
     with _loading(settings):
         model, _ = load_base_model(model_folder(settings.model), lazy=True)
-        _choose_trained_weights(model, settings)
+        choose_trained_weights(model, settings)
     _fit_to_settings(model, settings)
     return model
 
@@ -141,7 +141,7 @@ def model_folder(model: str) -> Path:
     return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
 
 
-def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
+def choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
     """Add fresh adapters, or in full training leave only the last ``num_layers`` trainable."""
     adapter = build_lora_config(settings)
     if adapter is not None:
@@ -150,6 +150,9 @@ def _choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
         if keys:
             _check_keys(keys, model, settings.num_layers)
             adapter["keys"] = keys  # which the host leaves out
+        elif left_out := set().union(*map(read_without_call, model.layers)):
+            adapter["keys"] = sorted(set().union(*map(adaptable_modules, model.layers)) - left_out)
+            info(f"No adapter for {', '.join(sorted(left_out))}: the model's code reads these weights by itself.")
         linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
     elif settings.num_layers > 0:
         model.freeze()
@@ -161,7 +164,14 @@ def _check_keys(keys: Sequence[str], model: nn.Module, num_layers: int) -> None:
     """Refuse a module that none of the trained layers has, and that is not outside of all: mlx_lm passes over it."""
     known = sorted(set().union(*map(adaptable_modules, model.layers[-max(num_layers, 0) :])))
     outside = adaptable_outside_layers(model)
+    read = set().union(*map(read_without_call, model.layers))
     for key in keys:
+        if key in read:
+            raise ConfigError(
+                f"lora_parameters.keys has {shown(key)}, but the model's code reads its weight by itself, past an "
+                "adapter; leave it out.",
+                key="lora_parameters.keys",
+            )
         if key in known or key in outside:
             continue
         last = key.rpartition(".")[2]

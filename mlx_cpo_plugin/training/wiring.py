@@ -21,7 +21,7 @@ from mlx_cpo_plugin.data.ranked import row_numbers
 from mlx_cpo_plugin.device import BufferLimit, compilation_pays, compile_where_it_pays, wired_limit
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
-from mlx_cpo_plugin.host import TrainingCallback, memory_safe_recurrences
+from mlx_cpo_plugin.host import TrainingCallback
 from mlx_cpo_plugin.kernels import library
 from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, grouping_for
@@ -29,6 +29,7 @@ from mlx_cpo_plugin.model.compiled import compiled_kernels, suits
 from mlx_cpo_plugin.model.parity import choose_scorer, expected_grouping
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.model.recurrences import recurrences_in_chunks
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training import calibration
 from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
@@ -271,7 +272,7 @@ def training_environment(model: nn.Module, args: CPOTrainingArgs) -> Iterator[Ex
     """Prepare model and device for training; undo it, and what is entered on the stack, however training ends."""
     limit = wired_limit()
     with ExitStack() as stack:
-        stack.enter_context(memory_safe_recurrences(model, args.recurrence_chunk_size))
+        stack.enter_context(recurrences_in_chunks(model, args.recurrence_chunk_size))
         stack.enter_context(compile_where_it_pays(args.compile))
         stack.enter_context(lean_activations())
         stack.enter_context(float32_products(model))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,13 +21,13 @@ from support.tiny import add_adapter, build_model, build_pairs
 from mlx_cpo_plugin.data.batches import StepTotals, collate
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.errors import ConfigError
-from mlx_cpo_plugin.host import memory_safe_recurrences
 from mlx_cpo_plugin.model import parity, shared_prompt
 from mlx_cpo_plugin.model.buckets import PAIR_BY_PAIR, Grouping, PairSize
 from mlx_cpo_plugin.model.caches import can_be_padded, fresh_caches
 from mlx_cpo_plugin.model.logps import AnswerScores, score_answers
 from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
+from mlx_cpo_plugin.model.recurrences import recurrences_in_chunks
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
 from mlx_cpo_plugin.training.gradient_methods import BatchGradients, GradientMethod, PairGradients
@@ -103,17 +103,23 @@ def compare(subtests: pytest.Subtests) -> Callable[..., None]:
     return partial(compare_every_way, subtests)
 
 
-def compare_every_way(subtests: pytest.Subtests, model: nn.Module, tolerance: float = 1e-4) -> None:
+def compare_every_way(
+    subtests: pytest.Subtests,
+    model: nn.Module,
+    tolerance: float = 1e-4,
+    within: AbstractContextManager[object] | None = None,
+) -> None:
     model.train()
     pairs, goal = mixed_pairs(), objective_for("ipo", {"beta": 0.3})
     step = StepTotals.of([*pairs, *build_pairs(2)])  # as a micro-batch of a larger step
     plain = BatchGradients(model, goal)(pairs, step)
     mx.eval(plain)
-    for way, method in WAYS.items():
-        if method is in_one_pass and not can_be_padded(fresh_caches(model)):
-            continue  # what this model remembers cannot be padded
-        with subtests.test(way):
-            assert_same_gradients(method(model, goal, SharedPromptScorer(model))(pairs, step), plain, tolerance)
+    with within or nullcontext():
+        for way, method in WAYS.items():
+            if method is in_one_pass and not can_be_padded(fresh_caches(model)):
+                continue  # what this model remembers cannot be padded
+            with subtests.test(way):
+                assert_same_gradients(method(model, goal, SharedPromptScorer(model))(pairs, step), plain, tolerance)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -215,11 +221,33 @@ def test_a_module_that_a_checkpointed_layer_is_given_stays_one() -> None:
         assert [slope.item() for slope in mx.grad(total, (0, 1))(x, shift)] == [4, 3]
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2"])
-def test_the_hosts_recurrences_pass_gradients_through_their_states(name: str, compare: Callable[..., None]) -> None:
+@pytest.mark.parametrize("around", ["nothing", "checkpointing"])
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba", "mamba2", "jamba"])
+def test_recurrences_in_chunks_pass_gradients_to_their_parameters_and_through_their_states(
+    name: str, around: str, compare: Callable[..., None]
+) -> None:
     model = add_adapter(build_architecture(name), scale=1.0)
-    with memory_safe_recurrences(model, chunk_size=4):
-        compare(model, tolerance=5e-4)
+
+    @contextmanager
+    def in_chunks() -> Iterator[None]:
+        with recurrences_in_chunks(model, chunk_size=4), checkpointed_layers(model, around == "checkpointing"):
+            yield
+
+    compare(model, tolerance=5e-4, within=in_chunks())
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba"])
+def test_dropout_in_recurrences_is_that_of_the_forward_pass(name: str) -> None:
+    model = add_adapter(build_architecture(name), scale=1.0, dropout=0.4)
+    model.train()
+    pairs, gradients = mixed_pairs(), []
+    for chunked in (nullcontext(), recurrences_in_chunks(model, chunk_size=1000)):
+        with chunked:
+            mx.random.seed(3)
+            gradients.append(BatchGradients(model, objective_for("ipo", {"beta": 0.3}))(pairs, StepTotals.of(pairs)))
+            mx.eval(gradients)
+
+    assert_same_gradients(*gradients)
 
 
 @given(seed=st.integers(0, 10_000), alike=st.integers(0, 12))

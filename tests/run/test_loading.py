@@ -14,13 +14,16 @@ import mlx.utils
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.models import llama
 from support.architectures import build_architecture
 from support.refusals import refused
 from support.tiny import build_model
 
+from mlx_cpo_plugin.checkpoints.adapter import adaptable_modules, describe_adapter
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.parameters import by_name
-from mlx_cpo_plugin.run.building import quantise_base
+from mlx_cpo_plugin.run.building import choose_trained_weights, quantise_base
+from mlx_cpo_plugin.settings.config import RunSettings
 
 Settings = dict[str, Any]
 RunMain = Callable[..., None]
@@ -72,6 +75,33 @@ def test_layers_for_which_a_model_asks_for_more_bits_get_them_as_where_mlx_lm_co
 def test_a_model_without_any_width_that_fits_is_refused() -> None:
     with refused(ConfigError, key="load_in_8bits"):
         quantise_base(build_model(hidden_size=40, intermediate_size=50, num_attention_heads=2), "load_in_8bits")
+
+
+class Reading(llama.MLP):
+    """Reads a weight of its own besides calling its layers, as the layers of Gemma 3n do."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        output: mx.array = super().__call__(x)
+        return output + (x @ self.up_proj.weight.T).mean()
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora"])
+def test_a_layer_whose_weight_is_read_beside_its_call_gets_no_adapter(
+    train_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model()
+    for layer in model.layers:
+        layer.mlp = Reading(model.args)
+
+    choose_trained_weights(model, RunSettings.of({"train_type": train_type}))
+
+    assert "No adapter for mlp.up_proj: the model's code reads" in capsys.readouterr().out
+    keys = describe_adapter(model)["lora_parameters"]["keys"]
+    assert keys == sorted(adaptable_modules(model.layers[0]) - {"mlp.up_proj"})
+    assert mx.isfinite(model(mx.array([[5, 6]]))).all()
+    with refused(ConfigError, "reads its weight by itself", key="lora_parameters.keys"):
+        named = {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}
+        choose_trained_weights(model, RunSettings.of({"train_type": train_type, "lora_parameters": named}))
 
 
 def test_more_layers_than_there_are_are_told(

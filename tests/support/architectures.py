@@ -88,6 +88,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "intermediate_size": 64, "state_size": 4, "conv_kernel": 3, "use_bias": False, "use_conv_bias": True,
         "time_step_rank": 4,
     },
+    "jamba": {
+        "mamba_d_conv": 4, "mamba_d_state": 4, "mamba_expand": 2, "mamba_dt_rank": 4, "attn_layer_offset": 1,
+        "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
+        "num_experts_per_tok": 1,
+    },
     "mamba2": {
         "num_heads": 4, "head_dim": 16, "state_size": 8, "conv_kernel": 3, "n_groups": 1, "use_bias": False,
         "use_conv_bias": True, "time_step_rank": "auto", "layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, 100.0],
