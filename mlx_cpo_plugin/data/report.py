@@ -133,8 +133,8 @@ def _without_prompt(cuts: Sequence[TruncatedPair]) -> str:
     if len(plain) in (0, len(cuts)):
         return ""
     return (
-        f"note: {_number(plain, 'has', 'have')} no prompt (first {plain[0].pair.source}), and what both answers begin "
-        "with is trained on as plain text, without the chat template."
+        f"note: {_number(plain, 'has', 'have')} no prompt (first {plain[0].pair.source}): read as plain text, without "
+        "the chat template."
     )
 
 

@@ -101,7 +101,7 @@ def test_an_end_token_at_the_end_of_an_answer_and_plain_text_are_not() -> None:
 def test_rows_without_a_prompt_among_others_are_noted() -> None:
     plain = {"chosen": "A cat is here.", "rejected": "A cat is not."}
 
-    assert finding([*rows(2), plain]).startswith("note: 1 row has no prompt (first row 3), and what both")
+    assert finding([*rows(2), plain]).startswith("note: 1 row has no prompt (first row 3): read as plain text")
     assert pairs([plain]).report.findings == ()
     line = finding([{**plain, "task": "Where is the cat?"}])
     assert line == "note: the column task is not read, and no other as the prompt; set prompt_feature if it is."
