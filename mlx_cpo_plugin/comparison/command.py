@@ -181,6 +181,8 @@ def run_compare(chosen: argparse.Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     check_metrics(chosen.metric)
+    if chosen.prompt.count(FROM_INPUT) > 1:
+        raise ConfigError(f"--prompt {FROM_INPUT} can be given once: there is one standard input.", key="prompt")
     if not chosen.rows and (chosen.metric or (_decides(chosen) and not chosen.prompt)):
         raise ConfigError("--rows 0 leaves no answers to measure; give --rows N, or --prompt for judges.", key="rows")
     deciders = Deciders(chosen)

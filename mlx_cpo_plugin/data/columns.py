@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Protocol
 
-from mlx_cpo_plugin.data.messages import UnusableRow, as_json, is_null, parse_dialogue
+from mlx_cpo_plugin.data.messages import UnusableRow, as_json, decode_messages, is_null, parse_dialogue
 from mlx_cpo_plugin.data.ranked import (
     BEST_AGAINST_WORST,
     Selection,
@@ -116,7 +117,8 @@ class Columns:
     """Names of the columns to read; ``auto`` looks through :data:`ALIASES` in each row.
 
     ``prompt`` may name several columns of text, such as ``instruction+input``, which are joined by line breaks.
-    ``selection`` says which pairs are made of rows with several answers or with scores.
+    ``selection`` says which pairs are made of rows with several answers or with scores, and ``prompt_repeated`` that
+    the answers in text begin with the prompt, which is then left out of them.
     """
 
     chosen: str = AUTO
@@ -124,6 +126,7 @@ class Columns:
     prompt: str = AUTO
     system: str = AUTO
     selection: Selection = BEST_AGAINST_WORST
+    prompt_repeated: bool = False
 
     @classmethod
     def from_settings(cls, settings: DataSettings, overrides: Mapping[str, object] | None = None) -> Columns:
@@ -131,7 +134,13 @@ class Columns:
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}
         names = {part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()}
-        return cls(**names, selection=Selection(settings.completion_pairs, settings.min_gap))
+        return cls(
+            names["chosen"],
+            names["rejected"],
+            names["prompt"],
+            names["system"],
+            Selection(settings.completion_pairs, settings.min_gap),
+        )
 
     def check(self, rows: Sequence[object], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
@@ -194,11 +203,13 @@ class Columns:
             for column, value in row.items():
                 found[column] = found.get(column, False) or not (is_null(value) or is_blank(value))
             without_prompt = without_prompt or self._perhaps_prompts(row)
-        read |= {part: {part: None} for part in BESIDE if found.get(part)}
+        names = by_lower_case(found)
+        read |= {part: {names[part]: None} for part in BESIDE if part in names and found[names[part]]}
         every = {column for columns in read.values() for column in columns}
         unread = [column for column in found if column not in every]
         parts = {alias: part for part, aliases in ALIASES.items() for alias in aliases} | dict.fromkeys(MEDIA, "")
         parts |= {"history": "prompt"} | dict.fromkeys(without_prompt, "prompt")
+        parts |= {column: parts[column.lower()] for column in map(str, unread) if column.lower() in parts}
         doubtful = {column: parts[column] for column in unread if column in parts and found[column]}
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
@@ -208,9 +219,9 @@ class Columns:
         column, prompt = self.find(row, "prompt")
         names = by_lower_case(row)
         is_task = self.prompt == AUTO and column.lower() in TASKS
-        beside = [names[name] for name in ("input",) if is_task and row.get(names.get(name, ""))]
-        own = names.get("history", "")
-        return beside + [own] * (isinstance(prompt, str) and is_history(as_json(row.get(own))))
+        beside = ["input"] if is_task and not is_blank(value_of(row, "input")) else []
+        beside += ["history"] if isinstance(prompt, str) and is_history(value_of(row, "history")) else []
+        return [names[name] for name in beside if name in names]
 
     def _perhaps_prompts(self, row: Mapping[str, object]) -> set[str]:
         """The columns of text in a row that is read as two texts without a prompt."""
@@ -261,23 +272,43 @@ class Columns:
             return name, "\n".join(texts) if len(texts) > 1 else next(iter(texts), values[0])
         names = by_lower_case(row)
         columns = [names[alias] for alias in ALIASES[part] if alias in names]
-        there = [column for column in columns if not is_null(row[column])]
+        there = [column for column in columns if not is_null(row[column]) and _may_be_read(column, row[column])]
         telling = [column for column in there if part in ("prompt", "system") and not is_blank(row[column])]
         column = next(iter(telling or there), "")
-        return column, row.get(column)
+        return (column, row[column]) if column else ("", None)
 
 
-def by_lower_case(columns: Iterable[object]) -> dict[str, str]:
+def by_lower_case(columns: Iterable[object]) -> Mapping[str, str]:
     """Each column by its name without capitals; of two that differ by these alone, the one without."""
-    names = [column for column in columns if isinstance(column, str)]
+    return _by_lower_case(tuple(column for column in columns if isinstance(column, str)))
+
+
+@lru_cache
+def _by_lower_case(names: tuple[str, ...]) -> Mapping[str, str]:
     return {name.lower(): name for name in names} | {name: name for name in names if name == name.lower()}
+
+
+def value_of(row: Mapping[str, object], name: str) -> object:
+    """The value in the column of that name, whatever its capitals, in JSON's types; None where there is none."""
+    value = row.get(by_lower_case(row).get(name, name))
+    return None if is_null(value) else as_json(value)
+
+
+def _may_be_read(column: str, value: object) -> bool:
+    """Whether a column is what its name says: many call something else a context, but not a list of messages."""
+    return column.lower() != "context" or isinstance(decode_messages(as_json(value)), list)
 
 
 def is_history(value: object) -> bool:
     """Whether a value is a list of questions with their answers, or of messages."""
     turns = value if isinstance(value, list) else []
-    as_pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-    return bool(turns) and (as_pairs or all(isinstance(turn, Mapping) for turn in turns))
+    as_pairs = all(isinstance(turn, list) and len(turn) == 2 and all(map(_is_said, turn)) for turn in turns)
+    as_messages = all(isinstance(turn, Mapping) and turn.keys() & {"role", "from"} for turn in turns)
+    return bool(turns) and (as_pairs or as_messages)
+
+
+def _is_said(value: object) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def rows_in(data: object, name: str) -> Iterable[object]:
@@ -312,4 +343,4 @@ def _columns_in(name: str, part: str, there: Iterable[str]) -> list[str]:
 
 def is_blank(value: object) -> bool:
     """Whether a value is text without any, or an empty list."""
-    return (isinstance(value, str) and not value.strip()) or value == []
+    return (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value)

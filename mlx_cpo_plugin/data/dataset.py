@@ -19,6 +19,7 @@ from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.data.ranked import row_key, row_of
 from mlx_cpo_plugin.data.reading import RowGroup, read_splits
 from mlx_cpo_plugin.data.report import DataReport, columns_of, findings
+from mlx_cpo_plugin.data.rows import repeating_prompts
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import Lengths, OverlongRow, TruncatedPair
 from mlx_cpo_plugin.errors import DataError, named
@@ -293,18 +294,21 @@ def make_pairs(
     groups: Sequence[RowGroup], tokenizer: ChatTokenizer, split: str, max_length: int | None, overlong: str
 ) -> PreferenceDataset:
     """Return the data set of the rows of a split; raises DataError as :func:`collect` and :func:`load_dataset` do."""
+    repeating = [repeating_prompts([row.value for row in group.rows], group.columns) for group in groups]
     of_groups = [
         [
-            SourcedRow(value, group.columns, source)
+            SourcedRow(value, replace(group.columns, prompt_repeated=bool(repeats)), source)
             for row in group.rows
             for value, source in group.columns.pair_rows(row.value, row.source)
         ]
-        for group in groups
+        for group, repeats in zip(groups, repeating, strict=True)
     ]
     # A validation of a few batches is to be one of all sets.
     rows = [*chain(*of_groups)] if split == "train" else spread_evenly(of_groups)
     outcomes = convert_rows(rows, RowConverter(tokenizer, max_length or sys.maxsize, overlong))
     notes = tuple(group.note for group in groups if group.note)
+    if repeats := sum(repeating):
+        notes += (f"Both answers begin with the prompt in {repeats}, and are read without it.",)
     name = named(" and ".join(group.name for group in groups))
     columns = ColumnsRead.joined([group.columns.read([row.value for row in group.rows]) for group in groups])
     pairs = collect(outcomes, [row.source for row in rows], name, split, notes, tokenizer.digest(), columns)

@@ -21,7 +21,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".zst")
 ACCEPTED = "JSON Lines, JSON, Parquet, Arrow or CSV, also compressed (.gz, .bz2, .zst)"
 
-_HEADER = re.compile(r'"?[A-Za-z_][\w .-]*"?(?:[,;\t] *"?[A-Za-z_][\w .-]*"?)+\s*')
+_HEADER = re.compile(r'"?[A-Za-z_]\w*"?(?:[,;\t]"?[A-Za-z_]\w*"?)+\s*')
 # Bytes in which a file that is no text shows it.
 _LOOKED_AT = 4096
 _JSON_BEGINS = '{["-0123456789tfn'
@@ -82,11 +82,17 @@ def read_file(path: Path, name: str = "") -> list[Row]:
     if start == len(text):
         return []
     first = text[start:].partition("\n")[0]
-    if not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _HEADER.fullmatch(first)):
+    if not first.startswith(("{", "[")) and (kind in (".csv", ".tsv") or _is_header(first)):
         return _table_rows(text[start:], file, kind, name)
     if "\0" in text or first[0] not in _JSON_BEGINS:
         raise DataError(f"{file} is not a data file that can be read: use {ACCEPTED}.", place=file)
     return _json_rows(text, file, kind, name)
+
+
+def _is_header(line: str) -> bool:
+    """Whether a line names columns: words with nothing between but separators, or an answer's among others."""
+    names = {name.strip(' "').lower() for name in re.split("[,;\t]", line.strip())}
+    return _HEADER.fullmatch(line) is not None or (len(names) > 1 and not names.isdisjoint(_ANSWERS))
 
 
 def numbered(rows: Iterable[object], name: str, before: str = ":") -> list[Row]:

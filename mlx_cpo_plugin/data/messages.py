@@ -58,7 +58,7 @@ def _turns(value: Mapping[str, object]) -> list[object]:
     lists = {name: column for name, column in value.items() if isinstance(column, list)}
     if not lists.keys() & {"role", "from"}:
         return [value]
-    if len(lists) < len(value) or len(set(map(len, lists.values()))) > 1:
+    if len(set(map(len, lists.values()))) > 1:
         raise UnusableRow("the lists of a column of messages are not as long as one another")
     return [dict(zip(lists, turn, strict=True)) for turn in zip(*lists.values(), strict=True)]
 
@@ -71,7 +71,7 @@ def _parse_message(value: object) -> Message:
     if "from" in fields and "role" not in fields:
         fields = {"role": fields.pop("from"), **fields}
     if fields.get("content") is None:
-        where = next((name for name in _TEXTS if fields.get(name) is not None), "content")
+        where = next((name for name in _TEXTS if isinstance(fields.get(name), str | list)), "content")
         fields["content"] = fields.pop(where, None)
     role = fields.get("role", "")
     speaker = role.lower() if isinstance(role, str) else None

@@ -11,9 +11,9 @@ from mlx_cpo_plugin.data.columns import (
     FEW_WORDS,
     TASKS,
     Columns,
-    by_lower_case,
     is_blank,
     is_history,
+    value_of,
 )
 from mlx_cpo_plugin.data.messages import (
     Message,
@@ -32,6 +32,8 @@ from mlx_cpo_plugin.data.messages import (
 
 IDENTICAL = "both answers are the same"
 EMPTY_ANSWER = "an answer is empty"
+# The share of rows of which something is a property of their file, and after how many of them that shows.
+NEARLY_ALL, _ENOUGH_ROWS = 0.9, 50
 # Keys under which messages have their thoughts.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 NO_PROMPT = "there is no prompt before the answers"
@@ -91,8 +93,8 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
             if chosen == rejected:
                 raise UnusableRow(IDENTICAL)
             return PlainText(chosen, rejected)
-        elif isinstance(prompt, str):
-            chosen, rejected = _without_question(prompt, chosen, rejected)
+        elif columns.prompt_repeated and _repeat_question(prompt, chosen, rejected):
+            chosen, rejected = (_without_question(str(prompt), answer) for answer in (chosen, rejected))
     answers = [_answer_messages(answer) for answer in (chosen, rejected)]
     speakers = {message["role"] for answer in answers for message in answer}
     if isinstance(prompt, str) and not prompt.strip() and "user" not in speakers:
@@ -104,14 +106,31 @@ def parse_row(row: object, columns: Columns) -> Conversation | PlainText:
     return Conversation(chosen, rejected, shared_messages(chosen, rejected), tools, template_kwargs, partial)
 
 
-def _without_question(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
-    """Two answers in text, without the prompt where both repeat it; few words may be an answer's own."""
+def repeating_prompts(rows: Sequence[object], columns: Columns) -> int:
+    """How many rows have two answers in text that begin with the prompt, if nearly all with texts and a prompt do."""
+    found = asked = 0
+    for row in (row for row in rows if isinstance(row, Mapping)):
+        texts = [columns.find(row, part)[1] for part in ("prompt", "chosen", "rejected")]
+        if all(isinstance(text, str) and text.strip() for text in texts):
+            asked += 1
+            found += _repeat_question(*texts)
+            if asked >= _ENOUGH_ROWS and found < NEARLY_ALL * asked:
+                return 0
+    return found if found >= NEARLY_ALL * asked else 0
+
+
+def _repeat_question(prompt: object, chosen: object, rejected: object) -> bool:
+    """Whether two answers in text begin with the prompt and go on; few words may be an answer's own."""
+    if not isinstance(prompt, str) or len(prompt.split()) < FEW_WORDS:
+        return False
     question = prompt.strip()
-    rests = [answer.strip().removeprefix(question) for answer in (chosen, rejected)]
-    repeat = all(answer.strip().startswith(question) for answer in (chosen, rejected))
-    if not repeat or len(question.split()) < FEW_WORDS or not all(rest.strip() and rest[0].isspace() for rest in rests):
-        return chosen, rejected
-    return rests[0].lstrip(), rests[1].lstrip()
+    answers = [answer.strip() if isinstance(answer, str) else "" for answer in (chosen, rejected)]
+    return all(answer.startswith(question) and answer[len(question) :][:1].isspace() for answer in answers)
+
+
+def _without_question(prompt: str, answer: str) -> str:
+    rest = answer.strip().removeprefix(prompt.strip())
+    return rest.lstrip("\n") if rest.startswith("\n") else rest.lstrip()
 
 
 def _require_text_or_messages(value: object, what: str) -> None:
@@ -148,7 +167,7 @@ def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str,
     """The prompt's column, the prompt as the row gives it, and the tools that the model may call."""
     column, prompt = columns.find(row, "prompt")
     prompt = decode_messages(as_json(prompt))
-    tools = _value(row, "tools") or _functions_as_tools(_value(row, "functions"))
+    tools = value_of(row, "tools") or _functions_as_tools(value_of(row, "functions"))
     if isinstance(prompt, Mapping) and "messages" in prompt:
         tools = prompt.get("tools") or tools
     if isinstance(prompt, str):
@@ -165,14 +184,15 @@ def _prompt_and_tools(row: Mapping[str, object], columns: Columns) -> tuple[str,
 def _functions_as_tools(functions: object) -> object:
     """What OpenAI called functions as the tools that it has today, in which the description of a function stands."""
     functions = parse_json(functions)
-    if not isinstance(functions, list):
-        return functions
-    return [{"type": "function", "function": parse_json(function)} for function in functions]
+    described = [parse_json(function) for function in functions] if isinstance(functions, list) else []
+    if not all(isinstance(function, Mapping) and "name" in function for function in described):
+        return None
+    return [{"type": "function", "function": function} for function in described]
 
 
 def _with_material(task: str, row: Mapping[str, object]) -> str:
     """A task in Alpaca's format with its input, unless that is in it already."""
-    material = row.get(by_lower_case(row).get("input", ""))
+    material = value_of(row, "input")
     if not isinstance(material, str) or not material.strip():
         return task
     own = material.strip()
@@ -185,19 +205,21 @@ def _after_history(question: str, row: Mapping[str, object], is_task: bool) -> o
 
     A column of that name that holds something else is a mistake beside a task, and nothing beside another prompt.
     """
-    history = _value(row, by_lower_case(row).get("history", ""))
+    history = value_of(row, "history")
     if not history or not (is_history(history) or is_task):
         return question
     if not isinstance(history, list) or not is_history(history):
         raise UnusableRow("the history is not a list of questions with their answers")
-    if isinstance(history[0], Mapping):
-        return [*history, {"role": "user", "content": question}]
-    turns = [*(text for turn in history for text in turn), question]
-    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+    said = history
+    if not isinstance(history[0], Mapping):
+        turns = [text for turn in history for text in turn]
+        said = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+    before, asked = parse_messages(said), _prompt_messages(question)
+    return [*(before[:-1] if before and asked and same_message(before[-1], asked[0]) else before), *asked]
 
 
 def _template_kwargs(row: Mapping[str, object]) -> dict[str, object]:
-    values = parse_json(_value(row, "chat_template_kwargs")) or {}
+    values = parse_json(value_of(row, "chat_template_kwargs")) or {}
     if not isinstance(values, dict):
         raise UnusableRow("the chat_template_kwargs are not an object")
     return values
@@ -289,8 +311,3 @@ def _join(prompt: list[Message], side: list[Message]) -> list[Message]:
                 return system + side_turns
             raise UnusableRow("the answers begin with a question that is not the prompt's")
     return system + prompt_turns + side_turns
-
-
-def _value(row: Mapping[str, object], column: str) -> object:
-    value = row.get(column)
-    return None if is_null(value) else as_json(value)

@@ -45,7 +45,7 @@ _NEVER = frozenset(
     (
         *("adapter_path", "reference_model_path", "sample_prompts", "steps_per_sample", "report_to", "project"),
         *("run_name", "wandb", "fuse", "fuse_bits", "lm_studio_name", "push_to_hub", "hub_private_repo"),
-        *("keep_checkpoints", "save_every", "save_per_epoch", "steps_per_report"),
+        *("keep_checkpoints", "save_every", "save_per_epoch", "steps_per_report", "resume"),
     )
 )
 _LANGUAGE_MODEL = "text-generation"

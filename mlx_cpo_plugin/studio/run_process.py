@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import LOCK, METRICS_FILE, RECORD, run_identity
 from mlx_cpo_plugin.console import last_lines
@@ -100,6 +102,14 @@ def start(folder: Path, config_text: str, root: Path, resume: bool) -> None:
         ) from error
 
 
+def _how_to_begin(config_text: str, resume: bool) -> list[str]:
+    """Return the words by which a run goes on, or begins anew, or from another run that the configuration names."""
+    if resume:
+        return ["--resume", "auto"]
+    from_another = (yaml.safe_load(config_text) or {}).get("resume") not in (None, True, False, "auto", "true", "false")
+    return [] if from_another else ["--resume", "false"]
+
+
 def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock: int) -> None:
     if not _lock_for_a_run(lock):
         raise ConfigError(
@@ -115,7 +125,7 @@ def _start_locked(folder: Path, config_text: str, root: Path, resume: bool, lock
         _write(folder, RunRecord(console_start=os.fstat(console).st_size))
         watcher = [*PYTHON, "-m", "mlx_cpo_plugin.studio.run_process", str(folder), str(lock)]
         command = ["-m", "mlx_lm_lora.train", "--config", str(folder / CONFIG_NAME)]
-        command += ["--resume", "auto" if resume else "false"]  # whatever the configuration says
+        command += _how_to_begin(config_text, resume)
         # The lock belongs to the open file: watcher and training have it for as long as either lives.
         subprocess.Popen(
             [*watcher, *command],

@@ -132,6 +132,14 @@ def test_thoughts_in_the_text_of_an_answer_that_the_template_drops_are_noted() -
     assert skipped == {"both answers have the same tokens, though they are not the same": ["row 2"]}
 
 
+def test_a_prompt_that_answers_repeat_is_told() -> None:
+    given = [{"prompt": f"What is {i}?", "chosen": f"What is {i}? Yes.", "rejected": f"What is {i}? No."} for i in "ab"]
+    expected = [{"prompt": f"What is {i}?", "chosen": "Yes.", "rejected": "No."} for i in "ab"]
+
+    assert "Both answers begin with the prompt in 2, and are read without it." in pairs(given).report.summary()
+    assert [pair.chosen.tolist() for pair in pairs(given)] == [pair.chosen.tolist() for pair in pairs(expected)]
+
+
 def test_each_thing_that_the_template_does_not_write_is_noted_with_its_own_rows() -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
     calling = {"prompt": "Who?", **ANSWERS, "tools": [tool]}

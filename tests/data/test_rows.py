@@ -1,11 +1,12 @@
 """One raw row of any accepted format becomes a conversation or plain text."""
 
+import numpy as np
 import pytest
 from support.refusals import refused
 
 from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow, parse_dialogue
-from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import Conversation, PlainText, parse_row, repeating_prompts
 from mlx_cpo_plugin.errors import DataError
 
 
@@ -93,11 +94,6 @@ SAME_CONVERSATION = {
         "rejected": {"role": ["assistant"], "content": ["A dog."]},
     },
     "names of columns with capitals": {"Question": "What is it?", "Chosen": "A cat.", "REJECTED": "A dog."},
-    "texts that repeat the prompt": {
-        "prompt": "What is it?",
-        "chosen": "What is it? A cat.",
-        "rejected": " What is it?\n\nA dog.",
-    },
     "a context": {"context": [QUESTION], "chosen": "A cat.", "rejected": "A dog."},
     "fields filled with null": {
         "prompt": [{"role": "user", "content": "What is it?", "tool_calls": None, "name": None}],
@@ -238,14 +234,38 @@ def test_an_input_is_left_out_only_where_the_instruction_has_it(task, material, 
     assert parse_row(row, Columns()).chosen[0] == user(expected)
 
 
-@pytest.mark.parametrize(
-    "answers",
-    [("Hello there! Yes?", "Hello there. No."), ("What is it to you?", "What is it?! No."), ("What is it?", "No.")],
-)
-def test_words_that_answers_happen_to_begin_with_stay(answers):
-    row = {"prompt": "Hello there" if "Hello" in answers[0] else "What is it", "chosen": answers[0]}
+def asked(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    assert parse_row(row | {"rejected": answers[1]}, Columns()).chosen[-1] == assistant(answers[0])
+
+def test_a_prompt_that_the_texts_of_nearly_all_rows_begin_with_is_used_once():
+    rows = [asked(f"What is number {i}?", f"What is number {i}? {i}.", f" What is number {i}?\n\nA") for i in range(19)]
+    odd = asked("What is it now?", "What is it? A cat.", "What is it now? No.")
+
+    assert repeating_prompts([*rows, odd], Columns()) == 19
+    row = parse_row(rows[1], Columns(prompt_repeated=True))
+    assert (row.chosen, row.rejected[1]) == ([user("What is number 1?"), assistant("1.")], assistant("A"))
+    assert parse_row(odd, Columns(prompt_repeated=True)).chosen[1] == assistant("What is it? A cat.")
+    assert parse_row(rows[1], Columns()).chosen[1] == assistant("What is number 1? 1.")
+    assert repeating_prompts([*rows, odd, odd, odd], Columns()) == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        asked("Hello there", "Hello there! Yes?", "Hello there. No."),
+        asked("Go on", "Go on and on.", "Go on, no."),
+        asked("What is it", "What is it to you?", "What is it?! No."),
+    ],
+)
+def test_words_that_answers_happen_to_begin_with_are_no_prompt(row):
+    assert repeating_prompts([row], Columns()) == 0
+
+
+def test_code_behind_a_repeated_prompt_keeps_its_indentation():
+    row = asked("def add(a, b):\n", "def add(a, b):\n    return a + b", "def add(a, b):\n    pass")
+
+    assert parse_row(row, Columns(prompt_repeated=True)).chosen[1] == assistant("    return a + b")
 
 
 @pytest.mark.parametrize("history", [[["Hi!", "Hello."]], [user("Hi!"), assistant("Hello.")]])
@@ -256,6 +276,37 @@ def test_a_history_comes_before_the_prompt_whatever_its_column(history, columns)
 
     assert parse_row(row, columns).chosen == [user("Hi!"), assistant("Hello."), QUESTION, GOOD]
     assert "history" in columns.read([row]).read["prompt"]
+
+
+def test_a_history_that_ends_with_the_question_has_it_once_and_a_dialogue_stays_one():
+    history = [user("Hi!"), assistant("Hello."), QUESTION]
+    row = {"history": history, **asked("What is it?", "A cat.", "A dog.")}
+
+    assert parse_row(row, Columns()).chosen == [*history, GOOD]
+    dialogue = {**row, "prompt": "\n\nHuman: What is it?\n\nAssistant:"}
+    assert parse_row(dialogue, Columns()).chosen == [*history, GOOD]
+
+
+@pytest.mark.parametrize("other", [{"history": [{"date": "2020"}]}, {"history": [[1, 2]]}, {"functions": "math"}])
+@pytest.mark.parametrize("more", [{}, {"": "0"}, {"functions": ["a"], "context": "reddit/tifu"}])
+def test_columns_that_are_called_like_others_and_are_not_are_passed_over(other, more):
+    row = {**asked("What is it?", "A cat.", "A dog."), **more, **other}
+
+    assert parse_row(row, Columns()) == parse_row(asked("What is it?", "A cat.", "A dog."), Columns())
+    plain = {"chosen": "A cat.", "rejected": "A dog.", **more}
+    assert parse_row(plain, Columns()) == PlainText("A cat.", "A dog.")
+
+
+def test_rows_of_a_pandas_table_may_hold_arrays():
+    row = {
+        "prompt": np.array([QUESTION]),
+        "chosen": np.array([GOOD]),
+        "rejected": np.array([BAD]),
+        "tags": np.array([]),
+    }
+
+    assert parse_row(row, Columns()) == parse_row({**row, "prompt": [QUESTION], "tags": None}, Columns())
+    assert Columns().read([row]).read["prompt"] == ("prompt",)
 
 
 def test_a_history_that_is_none_is_told_or_beside_a_task_refused():
@@ -311,6 +362,8 @@ def test_tool_calls_of_either_format_have_their_arguments_as_objects():
     row = parse_row({"prompt": [QUESTION], "chosen": openai, "rejected": sharegpt}, Columns())
 
     assert row.chosen[-1] == {"role": "assistant", "content": "", "tool_calls": [{**call, "id": "1"}]}
+    scored = parse_row({"prompt": [QUESTION], "chosen": {**openai, "value": 0.7}, "rejected": BAD}, Columns())
+    assert scored.chosen[-1]["content"] == ""
     assert row.rejected[-1] == {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
