@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_cpo_plugin.errors import UserError
 from mlx_cpo_plugin.hookspecs import hookimpl
 from mlx_cpo_plugin.settings.cpo_options import (
     ALPHAPO_ALPHA,
@@ -142,14 +144,18 @@ def train(
 def arguments(settings: RunSettings, adapter_file: Path) -> CPOTrainingArgs:
     """Return what the trainer is called with in a run of these settings."""
     from mlx_cpo_plugin.checkpoints.run_folder import once_begun
-    from mlx_cpo_plugin.settings.run_settings import recorded_settings
+    from mlx_cpo_plugin.settings.run_settings import read_run_settings, recorded_settings
     from mlx_cpo_plugin.training.arguments import CPOTrainingArgs
 
     training_args = CPOTrainingArgs.from_settings(settings, adapter_file)
     training_args.run_settings = recorded_settings(settings)
-    origin, run = training_args.run_settings.get("resume_adapter_file"), training_args.run_identity
+    key, folder, run = "resume_adapter_file", adapter_file.parent, training_args.run_identity
+    origin = training_args.run_settings.get(key)
     if origin is not None and run is not None:
-        training_args.run_settings["resume_adapter_file"] = once_begun(origin, adapter_file.parent, run)
+        began_with = None
+        with suppress(UserError):  # a damaged file stops no run
+            began_with = read_run_settings(folder)[0].get(key)
+        training_args.run_settings[key] = once_begun(origin, folder, run, began_with)
     return training_args
 
 

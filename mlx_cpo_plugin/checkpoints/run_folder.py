@@ -19,7 +19,6 @@ from mlx_cpo_plugin.checkpoints.folder import folder_of_rank
 from mlx_cpo_plugin.checkpoints.run_identity import LEFT_BY_EVERY_RUN, RunIdentity, RunRecord, read_record, run_in
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.exchange import gather, is_first_rank
-from mlx_cpo_plugin.settings.run_settings import read_run_settings
 from mlx_cpo_plugin.types import Values
 
 SOFT = ".soft"
@@ -153,18 +152,21 @@ def finish_moving(adapter_folder: Path, in_use: Collection[Path] = ()) -> Path |
     return aside
 
 
-def once_begun(path: str, adapter_folder: Path, run: RunIdentity) -> str:
+def once_begun(path: str, adapter_folder: Path, run: RunIdentity, began_with: object) -> str:
     """Return where a file that a run begins from is once the run has begun in ``adapter_folder``.
 
-    What lies in that folder has then been put aside; of a run that has begun, the record says where.
+    What lies in that folder has then been put aside.
+
+    Args:
+        began_with: what the settings say that lie in the folder, which a run that has begun has written.
     """
     inside = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(adapter_folder)))
     current = run_in(adapter_folder)
     if current is None or not LEFT_BY_EVERY_RUN.fullmatch(inside.parts[0]):
         return path
     if current == run:
-        began: object = read_run_settings(adapter_folder)[0].get("resume_adapter_file")
-        return began if isinstance(began, str) and Path(began).match(f"{PREVIOUS}/*/{inside}") else path
+        aside = isinstance(began_with, str) and Path(began_with).match(f"{PREVIOUS}/*/{inside}")
+        return str(began_with) if aside else path
     return str((adapter_folder / PREVIOUS / current.id / inside).absolute())
 
 
