@@ -98,7 +98,11 @@ def read_without_call(layer: nn.Module) -> set[str]:
     """Return the paths of such modules of which the code around them reads the weight itself, which adapters hide."""
     modules = dict(layer.named_modules())
     parts = {path: path.rpartition(".") for path in adaptable_modules(layer)}
-    return {path for path, (owner, _, name) in parts.items() if name in _weights_read_in(modules[owner].__class__)}
+    return {
+        path
+        for path, (owner, _, name) in parts.items()
+        if owner in modules and name in _weights_read_in(modules[owner].__class__)  # one of a list has no name
+    }
 
 
 @cache
