@@ -56,7 +56,7 @@ def parse_messages(value: object) -> list[Message]:
 def _turns(value: Mapping[str, object]) -> list[object]:
     """The messages of one object: itself, or those whose roles and texts it has in lists, as `datasets` stores them."""
     lists = {name: column for name, column in value.items() if isinstance(column, list)}
-    if not lists.keys() & {"role", "from"}:
+    if not (lists.keys() & {"role", "from"} and lists.keys() & {*_TEXTS}):
         return [value]
     if len(set(map(len, lists.values()))) > 1:
         raise UnusableRow("the lists of a column of messages are not as long as one another")
