@@ -94,15 +94,16 @@ def adaptable_modules(layer: nn.Module) -> set[str]:
     }
 
 
-def read_without_call(layer: nn.Module) -> set[str]:
-    """Return the paths of such modules of which the code around them reads the weight itself, which adapters hide."""
-    modules = dict(layer.named_modules())
-    parts = {path: path.rpartition(".") for path in adaptable_modules(layer)}
-    return {
-        path
-        for path, (owner, _, name) in parts.items()
-        if owner in modules and name in _weights_read_in(modules[owner].__class__)  # one of a list has no name
-    }
+def read_without_call(model: nn.Module) -> set[str]:
+    """Return the paths inside layers of such modules whose weight the code around them reads, past an adapter."""
+    found = set()
+    for layer in model.layers:
+        modules = dict(layer.named_modules())
+        for path in adaptable_modules(layer):
+            owner, _, name = path.rpartition(".")
+            if owner in modules and name in _weights_read_in(modules[owner].__class__):  # one of a list has no name
+                found.add(path)
+    return found
 
 
 @cache

@@ -62,15 +62,17 @@ def refuse_if_in_use(folder: Path) -> None:
         _place_for_earlier_runs(folder)
 
 
+def fault_of(folder: Path) -> str:
+    """Return what keeps something that is there from being a folder to write into; empty where nothing does."""
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return ""
+    return "is a file" if folder.is_file() else "cannot be written to"
+
+
 def _place_for_earlier_runs(folder: Path) -> Path:
     """Return where earlier runs of an adapter folder are put aside."""
     previous = folder / PREVIOUS
-    fault = ""
-    if previous.is_symlink():
-        fault = "is a link"
-    elif previous.exists():
-        fault = "" if previous.is_dir() else "is a file"
-        fault = fault or ("" if os.access(previous, os.W_OK | os.X_OK) else "cannot be written to")
+    fault = "is a link" if previous.is_symlink() else fault_of(previous) if previous.exists() else ""
     if fault:
         raise ConfigError(
             f"{previous} {fault}, but earlier runs are moved there; remove it or give another folder.",

@@ -32,15 +32,8 @@ ALIASES = {
         *("response_rejected", "response_k"),
     ),
     "prompt": (
-        "prompt",
-        "conversations",
-        "conversation",
-        "messages",
-        "instruction",
-        "question",
-        "query",
-        "input",
-        "context",
+        *("prompt", "conversations", "conversation", "messages"),
+        *("instruction", "question", "query", "input", "context"),
     ),
     "system": ("system", "system_prompt"),
 }
@@ -133,14 +126,8 @@ class Columns:
         """Read ``chosen_feature`` and its siblings from ``settings``; ``overrides`` goes first."""
         keys = {part: f"{part}_feature" for part in ALIASES}
         given = overrides or {}
-        names = {part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()}
-        return cls(
-            names["chosen"],
-            names["rejected"],
-            names["prompt"],
-            names["system"],
-            Selection(settings.completion_pairs, settings.min_gap),
-        )
+        names: Values = {part: str(given.get(key) or getattr(settings, key) or AUTO) for part, key in keys.items()}
+        return cls(**names, selection=Selection(settings.completion_pairs, settings.min_gap))
 
     def check(self, rows: Sequence[object], where: str) -> None:
         """Raise DataError, listing the columns found, where there are rows but none has a column that is needed."""
@@ -194,15 +181,15 @@ class Columns:
         found: dict[str, bool] = {}  # whether it holds anything
         without_prompt: set[str] = set()
         for row in (row for row in rows if isinstance(row, Mapping)):
-            for part in ALIASES:
-                column = self.find(row, part)[0]
+            held = {part: self.find(row, part) for part in ALIASES}
+            for part, (column, _) in held.items():
                 read[part].update(dict.fromkeys(_columns_in(column, part, row) if column else ()))
             for part, column in columns_of_scores(row, self.selection, self.has_several(row)).items():
                 read.setdefault(part, {})[column] = None
-            read["prompt"].update(dict.fromkeys(self._beside_prompt(row)))
+            read["prompt"].update(dict.fromkeys(self._beside_prompt(row, *held["prompt"])))
             for column, value in row.items():
                 found[column] = found.get(column, False) or not (is_null(value) or is_blank(value))
-            without_prompt = without_prompt or self._perhaps_prompts(row)
+            without_prompt = without_prompt or _perhaps_prompts(row, held)
         names = by_lower_case(found)
         read |= {part: {names[part]: None} for part in BESIDE if part in names and found[names[part]]}
         every = {column for columns in read.values() for column in columns}
@@ -214,23 +201,13 @@ class Columns:
         by_part = {part: tuple(columns) for part, columns in read.items() if columns}
         return ColumnsRead(by_part, tuple(map(str, unread)), doubtful)
 
-    def _beside_prompt(self, row: Mapping[str, object]) -> list[str]:
+    def _beside_prompt(self, row: Mapping[str, object], column: str, prompt: object) -> list[str]:
         """The columns that a row's prompt is taken from besides its own: the input of a task, and a history."""
-        column, prompt = self.find(row, "prompt")
         names = by_lower_case(row)
         is_task = self.prompt == AUTO and column.lower() in TASKS
         beside = ["input"] if is_task and not is_blank(value_of(row, "input")) else []
         beside += ["history"] if isinstance(prompt, str) and is_history(value_of(row, "history")) else []
         return [names[name] for name in beside if name in names]
-
-    def _perhaps_prompts(self, row: Mapping[str, object]) -> set[str]:
-        """The columns of text in a row that is read as two texts without a prompt."""
-        column, _ = self.find(row, "prompt")
-        (chosen, text), (rejected, other) = (self.find(row, part) for part in ("chosen", "rejected"))
-        if column or not isinstance(text, str) or not isinstance(other, str) or parse_dialogue(text):
-            return set()
-        texts = {name for name, value in row.items() if isinstance(value, str) and len(value.split()) >= FEW_WORDS}
-        return texts - {chosen, rejected, self.find(row, "system")[0]}
 
     def pair_rows(self, row: object, source: str) -> list[tuple[object, str]]:
         """Return the rows of two answers that a row stands for, with their sources.
@@ -276,6 +253,15 @@ class Columns:
         telling = [column for column in there if part in ("prompt", "system") and not is_blank(row[column])]
         column = next(iter(telling or there), "")
         return (column, row[column]) if column else ("", None)
+
+
+def _perhaps_prompts(row: Mapping[str, object], held: Mapping[str, tuple[str, object]]) -> set[str]:
+    """The columns of text in a row that is read as two texts without a prompt; ``held``: column and value of a part."""
+    answers = [held[part][1] for part in ("chosen", "rejected")]
+    if held["prompt"][0] or not all(isinstance(text, str) for text in answers) or parse_dialogue(str(answers[0])):
+        return set()
+    texts = {name for name, value in row.items() if isinstance(value, str) and len(value.split()) >= FEW_WORDS}
+    return texts - {column for column, _ in held.values()}
 
 
 def by_lower_case(columns: Iterable[object]) -> Mapping[str, str]:

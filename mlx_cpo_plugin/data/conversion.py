@@ -22,7 +22,7 @@ from mlx_cpo_plugin.console import is_live
 from mlx_cpo_plugin.data.columns import Columns
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.pair_cache import PairCache
-from mlx_cpo_plugin.data.rows import THOUGHTS, Conversation, PlainText, parse_row
+from mlx_cpo_plugin.data.rows import THOUGHTS, Conversation, PlainText, parse_row, thoughts_in
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import TruncatedPair, fit
 
@@ -37,8 +37,8 @@ ROWS_AT_A_TIME = 100
 BAR_AFTER, LINE_EVERY = 2.0, 20.0
 """Seconds before a progress bar appears on a terminal, and between the lines that take its place elsewhere."""
 _MOST_FAILURES = 3
-# What ends thoughts in a text: of "</think>" templates may keep only what follows.
-_CLOSED = re.compile(r"</\w+>")
+# Thoughts in a text, up to what ends them: of "</think>" templates may keep only what follows.
+_THOUGHTS_IN_TEXT = re.compile(r"(.*)</\w+>", re.DOTALL)
 
 # Not multiprocessing's own start, which runs the main module again: the host's, or a script without a guard.
 _START = (
@@ -102,7 +102,7 @@ class RowConverter:
         if not isinstance(row, Conversation):
             return ()
         answers = [*row.chosen[row.shared :], *row.rejected[row.shared :]]
-        said = (key for key in THOUGHTS if any(str(answer.get(key) or "").strip() for answer in answers))
+        said = (key for key in THOUGHTS if any(key in thoughts_in(answer) for answer in answers))
         held = {key: f"{key} in an answer" for key in said}
         held |= {"tools": "tools"} if row.tools else {}
         unwritten = tuple(what for key, what in held.items() if not self.tokenizer.may_write(key))
@@ -110,13 +110,13 @@ class RowConverter:
 
     def _drops_thoughts(self, row: Conversation, fitted: TruncatedPair) -> bool:
         """Whether of an answer's text only what stands behind its thoughts is among the tokens."""
+        if fitted.answer_cut:
+            return False
         pair = fitted.pair
         for messages, ids in ((row.chosen, pair.chosen), (row.rejected, pair.rejected)):
-            *_, closed = (None, *_CLOSED.finditer(messages[-1]["content"]))
-            if closed is not None and not fitted.answer_cut:
-                thoughts = _squeezed(closed.string[: closed.start()])
-                if thoughts not in _squeezed(self.tokenizer.decode([*pair.prompt, *ids])):
-                    return True
+            found = _THOUGHTS_IN_TEXT.match(messages[-1]["content"])
+            if found and _squeezed(found[1]) not in _squeezed(self.tokenizer.decode([*pair.prompt, *ids])):
+                return True
         return False
 
     def identity(self) -> str | None:

@@ -295,13 +295,16 @@ def make_pairs(
 ) -> PreferenceDataset:
     """Return the data set of the rows of a split; raises DataError as :func:`collect` and :func:`load_dataset` do."""
     repeating = [repeating_prompts([row.value for row in group.rows], group.columns) for group in groups]
+    read_as = [
+        replace(group.columns, prompt_repeated=bool(repeats)) for group, repeats in zip(groups, repeating, strict=True)
+    ]
     of_groups = [
         [
-            SourcedRow(value, replace(group.columns, prompt_repeated=bool(repeats)), source)
+            SourcedRow(value, columns, source)
             for row in group.rows
-            for value, source in group.columns.pair_rows(row.value, row.source)
+            for value, source in columns.pair_rows(row.value, row.source)
         ]
-        for group, repeats in zip(groups, repeating, strict=True)
+        for group, columns in zip(groups, read_as, strict=True)
     ]
     # A validation of a few batches is to be one of all sets.
     rows = [*chain(*of_groups)] if split == "train" else spread_evenly(of_groups)

@@ -154,11 +154,11 @@ def _check_preference(chosen: list[Message], rejected: list[Message]) -> None:
                 continue
             if message["role"] == "assistant" and place >= alike:
                 raise UnusableRow(EMPTY_ANSWER)
-            if message["role"] in ("user", "assistant") and not _thoughts_in(message):
+            if message["role"] in ("user", "assistant") and not thoughts_in(message):
                 raise UnusableRow(f"a message of the {message['role']} says nothing")
 
 
-def _thoughts_in(message: Message) -> list[str]:
+def thoughts_in(message: Message) -> list[str]:
     """The keys under which a message has thoughts."""
     return [key for key in THOUGHTS if str(message.get(key) or "").strip()]
 

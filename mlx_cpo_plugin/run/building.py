@@ -34,6 +34,7 @@ from mlx_cpo_plugin.host import SFTTrainingArgs
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.settings.nested import OPTIMIZERS, WHOLE_RUN
 from mlx_cpo_plugin.settings.options import GROUP_SIZES
+from mlx_cpo_plugin.training.quantizer import USUAL_GROUP_SIZE
 from mlx_cpo_plugin.types import Tokenizer, Values
 
 QUANTISED_LOADS: dict[str, Values] = {
@@ -42,9 +43,6 @@ QUANTISED_LOADS: dict[str, Values] = {
     "load_in_8bits": {"bits": 8},
     "load_in_mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }
-
-# Of MLX's to_quantized(), where a model asks for bits alone.
-USUAL_GROUP_SIZE = 64
 
 
 def info(line: str) -> None:
@@ -150,7 +148,7 @@ def choose_trained_weights(model: nn.Module, settings: RunSettings) -> None:
         if keys:
             _check_keys(keys, model, settings.num_layers)
             adapter["keys"] = keys  # which the host leaves out
-        elif left_out := set().union(*map(read_without_call, model.layers)):
+        elif left_out := read_without_call(model):
             adapter["keys"] = sorted(set().union(*map(adaptable_modules, model.layers)) - left_out)
             info(f"No adapter for {', '.join(sorted(left_out))}: the model's code reads these weights by itself.")
         linear_to_lora_layers(model, adapter["num_layers"], adapter, use_dora=adapter["use_dora"])
@@ -164,7 +162,7 @@ def _check_keys(keys: Sequence[str], model: nn.Module, num_layers: int) -> None:
     """Refuse a module that none of the trained layers has, and that is not outside of all: mlx_lm passes over it."""
     known = sorted(set().union(*map(adaptable_modules, model.layers[-max(num_layers, 0) :])))
     outside = adaptable_outside_layers(model)
-    read = set().union(*map(read_without_call, model.layers))
+    read = read_without_call(model)
     for key in keys:
         if key in read:
             raise ConfigError(

@@ -16,7 +16,7 @@ from mlx_cpo_plugin import cpo
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE, PREVIOUS
 from mlx_cpo_plugin.checkpoints.adapter import load_adapter
 from mlx_cpo_plugin.checkpoints.resuming import planned_run
-from mlx_cpo_plugin.checkpoints.run_folder import refuse_if_in_use
+from mlx_cpo_plugin.checkpoints.run_folder import fault_of, refuse_if_in_use
 from mlx_cpo_plugin.checkpoints.run_identity import RunIdentity, run_in
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -126,8 +126,7 @@ def check_writable(folder: Path) -> None:
     """
     # os.path, since Path.exists raises where a parent cannot be searched.
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        fault = "is a file" if there.is_file() else "cannot be written to"
+    if fault := fault_of(there):
         raise ConfigError(
             f"adapter_path is {str(folder)!r}, but {there} {fault}; give another folder.",
             key="adapter_path",

@@ -53,7 +53,8 @@ class LiveRuns:
 
     def reported(self) -> list[str]:
         """Search anew; return the names of runs that have metrics, the one that wrote last first; none is read."""
-        return [self.name(folder) for folder in self.search() if has_reported(folder)]
+        self.search()
+        return list(self._with_metrics())
 
     def records(self, names: Sequence[str]) -> list[RunRecord]:
         """Return the runs of these names.
@@ -64,12 +65,15 @@ class LiveRuns:
         """
         if not names:
             raise ConfigError("Pick a run.")
-        runs = {self.name(folder): folder for folder in self.known() if has_reported(folder)}
+        runs = self._with_metrics()
         missing = next((name for name in names if name not in runs), None)
         if missing is not None:
             message = f"There is no run {missing!r} below {self.root}; pick one from the list."
             raise ConfigError(message, place=str(self.root), allowed=", ".join(runs))
         return [RunRecord.read(runs[name]) for name in names]
+
+    def _with_metrics(self) -> dict[str, Path]:
+        return {self.name(folder): folder for folder in self.known() if has_reported(folder)}
 
     def at_work(self) -> list[Path]:
         """Return the folders of runs that are at work, in the order of their names."""

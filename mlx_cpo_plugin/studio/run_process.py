@@ -21,6 +21,8 @@ from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.checkpoints import LOCK, METRICS_FILE, RECORD, run_identity
 from mlx_cpo_plugin.console import last_lines
 from mlx_cpo_plugin.errors import ConfigError
+from mlx_cpo_plugin.settings.nested import auto_if_true
+from mlx_cpo_plugin.settings.options import AUTO
 from mlx_cpo_plugin.studio.child import PYTHON
 
 CONFIG_NAME = "studio.yaml"
@@ -105,8 +107,8 @@ def start(folder: Path, config_text: str, root: Path, resume: bool) -> None:
 def _how_to_begin(config_text: str, resume: bool) -> list[str]:
     """Return the words by which a run goes on, or begins anew, or from another run that the configuration names."""
     if resume:
-        return ["--resume", "auto"]
-    from_another = (yaml.safe_load(config_text) or {}).get("resume") not in (None, True, False, "auto", "true", "false")
+        return ["--resume", AUTO]
+    from_another = auto_if_true((yaml.safe_load(config_text) or {}).get("resume")) not in (None, AUTO)
     return [] if from_another else ["--resume", "false"]
 
 

@@ -78,7 +78,7 @@ class TaskButtons(NamedTuple):
                     done = {self.said: ""} | task.result(job)
             except Cancelled as error:
                 done = {self.said: note_html(str(error))}
-            except (UserError, OSError, ValueError) as error:  # the system's: a prompt that is too long for it, say
+            except (UserError, OSError, ValueError) as error:  # the system's, as of a full disk
                 done = {self.said: fault_html(error)}
             yield self._working(False) | done
 

@@ -21,7 +21,7 @@ from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings, resolve
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
-from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS, auto_if_true
 from mlx_cpo_plugin.settings.options import DATA_OPTIONS
 from mlx_cpo_plugin.settings.run_settings import recorded_settings
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
@@ -195,7 +195,7 @@ def _base(given: YamlSettings, file: Path) -> YamlSettings:
         raise refused("base", base, given.place("base"), "a configuration file, or its settings")
     if "config" in read.values:
         raise refused("config", read.values["config"], read.place("config"), "left out: base is the configuration")
-    if (resume := read.values.get("resume")) not in (None, AUTO):
+    if auto_if_true(resume := read.values.get("resume")) not in (None, AUTO):
         raise refused("resume", resume, read.place("resume"), "left out: each run begins anew, and goes on by itself")
     return YamlSettings(read.file, {"train_mode": "cpo", **read.values, "train": True}, read.lines)
 

@@ -20,7 +20,7 @@ from mlx_cpo_plugin.settings.options import AUTO, HOST, MLX, MODES, mlx_quantise
 # Numbers that are rounded at a time: for some bits MLX takes twenty times their memory meanwhile.
 _BLOCK = 1 << 20
 # Of MLX's quantised layers where neither is said.
-_BITS, _GROUP_SIZE = 4, 64
+_BITS, USUAL_GROUP_SIZE = 4, 64
 
 
 class WithQat(Protocol):
@@ -139,7 +139,7 @@ def _own_quantizers(model: nn.Module, usual: Quantizer) -> dict[int, Quantizer |
         wanted = predicate(path, base) if usual.takes(widths(base)[0]) else False
         if isinstance(wanted, Mapping):
             own[id(module)] = Quantizer(
-                MLX, wanted.get("bits", _BITS), wanted.get("group_size", _GROUP_SIZE), wanted.get("mode", "affine")
+                MLX, wanted.get("bits", _BITS), wanted.get("group_size", USUAL_GROUP_SIZE), wanted.get("mode", "affine")
             )
         elif not wanted:
             own[id(module)] = None

@@ -235,8 +235,9 @@ def test_a_base_that_begins_from_another_run_is_refused(write: Callable[..., Pat
 
     with refused(ConfigError, key="resume"):
         read_sweep(write(seeds=2))
-    base["resume"] = "auto"
-    assert len(read_sweep(write(seeds=2)).runs) == 2
+    for own in ("auto", True, False, None):
+        base["resume"] = own
+        assert len(read_sweep(write(seeds=2)).runs) == 2
 
 
 @pytest.mark.parametrize("grid", [{"min_gap": [None, 0.5]}, {"chosen_feature": ["auto", "nosuch"]}])
