@@ -202,7 +202,9 @@ def explicit(call: Call) -> Values:
         parser = build_parser()
         values, rest = parser.parse_known_args(list(call))
         if rest:
-            raise unknown("option", rest[0].partition("=")[0], parser._option_string_actions, ON_THE_COMMAND_LINE)
+            name, known = rest[0].partition("=")[0], parser._option_string_actions
+            read = build_parser(other_modes=False)._option_string_actions
+            raise unknown("option", name, known, ON_THE_COMMAND_LINE, read=read)
         return vars(values)
     defaults = {} if isinstance(call, Mapping) else vars(host_parser().parse_args([]))
     given = call if isinstance(call, Mapping) else vars(call)

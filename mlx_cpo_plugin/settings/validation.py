@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -121,11 +121,20 @@ def refused(key: str, value: object, where: str, allowed: str) -> ConfigError:
     )
 
 
-def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: str = "") -> ConfigError:
+def unknown(
+    kind: str,
+    name: object,
+    known: Iterable[str],
+    where: str,
+    inside: str = "",
+    *,
+    read: Container[str] | None = None,
+) -> ConfigError:
     """Return the error for an unknown ``kind`` of name, such as a key; it suggests the nearest known one.
 
     Args:
         inside: the mapping that it stands in, with a dot at its end.
+        read: those of the known names that have an effect here, by default all; no other is suggested.
     """
     known = sorted(known)
     name = named(name)
@@ -135,7 +144,8 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str, inside: s
         return ConfigError(sentence, key=key, place=where, allowed=allowed)
     allowed = ", ".join(known) if len(known) <= 14 else ""
     advice = f"known are {allowed}." if allowed else "remove it."
-    if close := get_close_matches(name.lower(), known, n=1):
+    close = get_close_matches(name.lower(), known, n=1)
+    if close and (read is None or close[0] in read):
         allowed = inside + close[0]
         advice = f"did you mean {allowed}?"
     key = inside + name

@@ -46,7 +46,7 @@ from mlx_cpo_plugin.training.long_context import SegmentGradients
 from mlx_cpo_plugin.training.objective import Objective
 
 # Raised where the same pairs change weights by other bits than in earlier versions; checkpoints record it.
-ARITHMETIC = 4
+ARITHMETIC = 5
 
 
 def gradients_for(

@@ -252,10 +252,11 @@ def test_unknown_yaml_key_is_told_with_its_line_and_the_nearest_known_key(tmp_pa
     assert fields_of(refusal_of_yaml(file, "\nbeta_: 0.1")) == ("beta_", f"in {file}, line 4", "beta")
 
 
-def test_unknown_yaml_key_without_a_near_one(tmp_path: Path) -> None:
-    error = refusal_of_yaml(tmp_path / "my.yaml", "zzzzzz: 1")
+@pytest.mark.parametrize("key", ["zzzzzz", "temperture"], ids=["none is near", "one that only other modes read"])
+def test_unknown_yaml_key_without_a_near_one(tmp_path: Path, key: str) -> None:
+    error = refusal_of_yaml(tmp_path / "my.yaml", f"{key}: 1")
 
-    assert (error.key, error.allowed) == ("zzzzzz", "")
+    assert (error.key, error.allowed) == (key, "")
     assert str(error).endswith("remove it.")
 
 
