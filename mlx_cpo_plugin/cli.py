@@ -15,7 +15,7 @@ from mlx_cpo_plugin.commands import doctor, losses, train
 from mlx_cpo_plugin.comparison import command as compare
 from mlx_cpo_plugin.console import discard, keep_standard_descriptors, lasting_output
 from mlx_cpo_plugin.convert import command as convert
-from mlx_cpo_plugin.errors import UserError, first_line, named
+from mlx_cpo_plugin.errors import UserError, first_line, is_out_of_memory, named
 from mlx_cpo_plugin.export import command as export
 from mlx_cpo_plugin.publish import command as push
 from mlx_cpo_plugin.report import command as report
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             discard(sys.stdout)
         place = "the output" if error.filename is None else named(str(error.filename))
         print(f"error: the disk under {place} is full; free space or write elsewhere.", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: The device is out of memory; close other programs, or give a smaller model.", file=sys.stderr)
         return 2
 
 

@@ -36,7 +36,7 @@ def apply(module: ModuleType) -> None:
     """Hook one of :data:`hook_state.TARGETS`, which has just been imported.
 
     Raises:
-        PluginError: the module lacks a function that has to be replaced.
+        PluginError: the host is too old, or the module lacks a function that has to be replaced.
         Exception: whatever importing the rest of the plugin raises.
     """
     with suppress(ConfigError):  # a run of a registered mode says so, the host's own modes go on

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.bench.cases import case_of_shape
 from mlx_cpo_plugin.bench.job import PLUGIN, Measurement
 from mlx_cpo_plugin.bench.plots import COLOURS, MARKERS, check_plot_file, pyplot, save
@@ -17,6 +18,7 @@ from mlx_cpo_plugin.bench.random_model import case_in_folder
 from mlx_cpo_plugin.bench.report import environment
 from mlx_cpo_plugin.bench.runs import Runs, Say
 from mlx_cpo_plugin.bench.shapes import Shape
+from mlx_cpo_plugin.json_output import check_writable
 
 SMALL_SHAPE = Shape(prompt=64, chosen=32, rejected=32, batch=1, vocabulary=8192, hidden=256, layers=4)
 DOUBLINGS = 4
@@ -64,6 +66,7 @@ def run_growth(
         pythons: the Python of each trainer that has an environment of its own.
     """
     check_plot_file("--growth", file)
+    check_writable("--growth", beside := file.with_suffix(".json"))
     contestants = [*trainers, PLUGIN]
 
     def measure(name: str) -> list[Point]:
@@ -77,7 +80,8 @@ def run_growth(
         "shape": str(shape),
         "curves": {name: [asdict(point) for point in points] for name, points in curves.items()},
     }
-    file.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(figures, indent=2) + "\n"
+    replace_whole(beside, lambda partial: partial.write_text(text, encoding="utf-8"))
     draw(curves, file)
 
 

@@ -1,1 +1,1 @@
-"""The commands that neither train nor start an application."""
+"""The commands around a run, from ``check`` and ``train`` to ``doctor``, and the call from Python."""

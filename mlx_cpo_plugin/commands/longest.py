@@ -14,7 +14,7 @@ from mlx_cpo_plugin.commands.check import memory_estimate
 from mlx_cpo_plugin.data.dataset import load_splits
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import device_memory
-from mlx_cpo_plugin.errors import ConfigError, DataError, first_line
+from mlx_cpo_plugin.errors import ConfigError, DataError, UserError, first_line
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run.building import model_folder, positions_of, quantised_load, unevaluated_model
 from mlx_cpo_plugin.settings.config import RunSettings
@@ -67,10 +67,12 @@ def estimate(settings: RunSettings, pairs: Sequence[PreferencePair]) -> MemoryEs
     """Return what a run with these settings takes; no array of the model is evaluated.
 
     Raises:
-        ConfigError: the model cannot be built from its files.
+        ConfigError: the model cannot be built from its files, or a setting does not fit it.
     """
     try:
         model = unevaluated_model(settings)
+    except UserError:
+        raise
     except Exception as error:  # an unknown architecture may fail in any way
         raise ConfigError(
             f"--longest needs the shapes of model {settings.model!r}, which cannot be built ({first_line(error)}); "

@@ -106,6 +106,7 @@ def _seconds_of_validation(run: Run, clock: Clock) -> float:
     middle = max(0, (len(pairs) - args.batch_size) // 2)
     batch = sorted(pairs, key=lambda pair: pair.tokens)[middle : middle + args.batch_size]
     began = clock()
-    evaluate_pairs(run.model, batch, run.objective, batch_size=args.batch_size, scorer=run.scorer)
+    size, step_size = args.batch_size, args.seq_step_size
+    evaluate_pairs(run.model, batch, run.objective, batch_size=size, scorer=run.scorer, step_size=step_size)
     mx.synchronize()
     return (clock() - began) / sum(pair.tokens for pair in batch) * sum(pair.tokens for pair in pairs)

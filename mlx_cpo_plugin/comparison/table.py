@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_cpo_plugin.errors import named
+from mlx_cpo_plugin.report.standings import SHARES
 from mlx_cpo_plugin.training.summary import counted
 
-IN_PERCENT = ("accuracy", "repetition", "ended", "win rate")
+IN_PERCENT = (*SHARES, "win rate")
 # Measures of which the rate of wins is of interest.
 BY_WINS = ("reward", "judge")
 DIGITS = {"length": 1, "chrf": 1, "chrf++": 1}

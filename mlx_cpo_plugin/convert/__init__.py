@@ -1,1 +1,1 @@
-"""Configurations of TRL, Axolotl and LLaMA-Factory as configurations of this plugin, for ``mlx-cpo convert``."""
+"""Configurations of TRL, SimPO, Axolotl and LLaMA-Factory as configurations of this plugin, for ``mlx-cpo convert``."""

@@ -52,7 +52,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     """Carry out ``mlx-cpo convert``.
 
     Raises:
-        ConfigError: the file cannot be read, is of none of the three or trains no preferences; a value of it is not
+        ConfigError: the file cannot be read, is of no known source or trains no preferences; a value of it is not
             allowed here; or the output file is there already.
     """
     output = Path(arguments.output) if arguments.output else None

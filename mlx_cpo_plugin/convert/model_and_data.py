@@ -1,4 +1,4 @@
-"""Adapters, quantised loading, losses and data sets, in terms that the three sources share."""
+"""Adapters, quantised loading, losses and data sets, in terms that the sources share."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.export.errors import ExportError
 from mlx_cpo_plugin.export.gguf_file import TYPES, check_gguf, write_gguf
 from mlx_cpo_plugin.export.trained import Trained
+from mlx_cpo_plugin.run.building import positions_in
 
 MODELFILE = "Modelfile"
 # What Ollama takes for a prompt and its answer where nothing is said.
@@ -102,9 +103,7 @@ def modelfile(trained: Trained, form: ChatFormat, gguf_name: str) -> str:
     """Return the Modelfile: model, template, where answers end, and how the base model is to be sampled."""
     tokens, inner = trained.tokenizer, trained.inner_tokenizer
     ends = sorted({inner.eos_token_id, *getattr(tokens, "eos_token_ids", ())} - {None})
-    positions = trained.config.get("max_position_embeddings") or trained.config.get("text_config", {}).get(
-        "max_position_embeddings"
-    )
+    positions = positions_in(trained.config)
     context = max(USUAL_CONTEXT, trained.settings.max_seq_length)
     sampling: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # most models have none

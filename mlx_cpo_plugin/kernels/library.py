@@ -40,8 +40,8 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 # What contracts a product and a sum is as exact; nothing that reorders sums is switched on.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
-# Files that this process could not make or load.
-_failed: set[Path] = set()
+# Files that this process could not make or load; None where there is no place for one.
+_failed: set[Path | None] = set()
 
 FUNCTIONS = ("linear", "norm", "rotation", "attention", "silu_gate", "gelu", "head")
 
@@ -75,7 +75,8 @@ def suits_device() -> bool:
 def usable(say: Callable[[str], None] = print, compiling: bool = True) -> bool:
     """Load the kernels; return whether that worked.
 
-    They need a CPU, an OpenBLAS and, the first time, a C++ compiler. What fails is said and is not tried again.
+    They need a CPU, an OpenBLAS and, the first time, a C++ compiler. What fails is said and is not tried again; that
+    there is no compiler is only said where they are wanted in any case.
 
     Args:
         compiling: them, where that was not done before.
@@ -83,6 +84,8 @@ def usable(say: Callable[[str], None] = print, compiling: bool = True) -> bool:
     if wanted() == NONE or not suits_device():
         return False
     file: Path | None = None
+    if None in _failed:
+        return False
     try:
         file = cached_file()
         if file in _failed:
@@ -95,8 +98,7 @@ def usable(say: Callable[[str], None] = print, compiling: bool = True) -> bool:
         load(file)
     except KernelError as error:
         say(f"The kernels for this processor cannot be used, so this takes longer: {error}")
-        if file is not None:
-            _failed.add(file)
+        _failed.add(file)
         return False
     return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cpo_plugin.exchange import is_first_rank
 from mlx_cpo_plugin.host import memory_safe_recurrences
 from mlx_cpo_plugin.model.layers import Call
 from mlx_cpo_plugin.model.recompute import checkpointed_call
@@ -19,14 +20,14 @@ _SEQUENCE, _STEP = "_process_sequence", "ssm_step"
 
 
 @contextmanager
-def recurrences_in_chunks(model: nn.Module, chunk_size: int, say: Callable[[str], None] = print) -> Iterator[None]:
+def recurrences_in_chunks(model: nn.Module, chunk_size: int) -> Iterator[None]:
     """Use the host's memory-bounded recurrences, and own ones for Mamba and Jamba, until the context ends.
 
     In the host's for these two, parameters of the recurrence itself get no gradient.
     """
     mixers = [module for module in model.modules() if hasattr(type(module), _SEQUENCE) and hasattr(type(module), _STEP)]
     own = [(mixer, getattr(type(mixer), _SEQUENCE), getattr(type(mixer), _STEP)) for mixer in mixers]
-    with memory_safe_recurrences(model, chunk_size, say):
+    with memory_safe_recurrences(model, chunk_size, print if is_first_rank() else _not_said):
         for mixer, sequence, step in own:
             setattr(mixer, _SEQUENCE, partial(_in_chunks, sequence, chunk_size, mixer))
             setattr(mixer, _STEP, partial(step, mixer))
@@ -36,6 +37,10 @@ def recurrences_in_chunks(model: nn.Module, chunk_size: int, say: Callable[[str]
             for mixer in mixers:
                 delattr(mixer, _SEQUENCE)
                 delattr(mixer, _STEP)
+
+
+def _not_said(line: str) -> None:
+    """What the first rank says."""
 
 
 def _in_chunks(

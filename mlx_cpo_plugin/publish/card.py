@@ -21,13 +21,13 @@ from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.errors import printable
 from mlx_cpo_plugin.marked_text import edited_among, marked
 from mlx_cpo_plugin.missing_paths import looks_like_path
-from mlx_cpo_plugin.plugins import loss_types
 from mlx_cpo_plugin.publish.usage import usage
 from mlx_cpo_plugin.report.page import course
 from mlx_cpo_plugin.report.plots import PANELS, as_png, points
 from mlx_cpo_plugin.report.record import ReportError, Row, RunRecord, names_of_runs, number
-from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
-from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, PRECISIONS
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.options import PRECISIONS
+from mlx_cpo_plugin.settings.run_settings import options_of
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.types import Values
 
@@ -285,10 +285,7 @@ def _figures(row: Row, prefix: str) -> list[str]:
 def _settings(record: RunRecord) -> str:
     """What differs from the defaults, and what everybody asks for."""
     values = record.settings
-    chosen = loss_types().get(str(values.get(LOSS_OPTION)))
-    options = {option.name: option for option in (*COMMON_OPTIONS, *CPO_OPTIONS, *(chosen.options if chosen else ()))}
-    unread = {option.name for loss in loss_types().values() for option in loss.options}
-    unread -= {option.name for option in (chosen.options if chosen else ())}
+    options, unread = options_of(str(values.get(LOSS_OPTION)))
     shown = {
         name: value
         for name, value in values.items()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mlx_cpo_plugin.errors import named
 from mlx_cpo_plugin.report.record import ReportError
 
-# Shown in percent; differences of them in percentage points.
+# Measures that are shown in percent; differences of them in percentage points.
 SHARES = ("accuracy", "repetition", "ended")
 ABSENT = "-"
 

@@ -130,12 +130,22 @@ def is_on_this_machine(model: str) -> bool:
 def positions_of(model: str) -> int | None:
     """Return the ``max_position_embeddings`` of a model, if it is on this machine and its configuration has them."""
     config = load_config(model_folder(model)) if is_on_this_machine(model) else {}
-    positions = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    return positions_in(config)
+
+
+def positions_in(config: Values) -> int | None:
+    """Return the ``max_position_embeddings`` of a model's ``config.json``, if it has them."""
+    of_text = config.get("text_config") or {}
+    positions = config.get("max_position_embeddings") or of_text.get("max_position_embeddings")
     return positions if isinstance(positions, int) else None
 
 
 def model_folder(model: str) -> Path:
-    """Return the local folder of a model that has been loaded."""
+    """Return the local folder of a model.
+
+    Raises:
+        Exception: of many kinds, whatever the hub client raises for one that is not in its cache and cannot be fetched.
+    """
     return Path(model) if Path(model).exists() else Path(hf_repo_to_path(model))
 
 

@@ -70,13 +70,15 @@ class Fusing:
         """Write the fused model and return its folder; ``model`` is empty afterwards.
 
         Raises:
-            FuseError: there is no room for it, or it cannot be written or loaded back; nothing of it is left.
+            FuseError: there is no room for it, or it cannot be written or loaded back; nothing of it is left, or
+                nothing that a program takes for a model.
         """
         target, base = fused_folder(self.settings), model_folder(self.settings.model)
         trained = self._scores(model)
         parts = text_and_towers(model, base, self.say)
         precision = self._merge(model, base, trained)
         self._check_room(model, parts, base, target, precision)
+        what_is_left = "nothing of the fused model is left"
         try:
             target.mkdir(parents=True, exist_ok=True)
             for left in target.glob(f"{_STAGING}*"):  # by a killed process
@@ -87,13 +89,14 @@ class Fusing:
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
                 fused = self._scores(written)
-                publish(staging, target, self.say, self.run)
+                what_is_left = "of a fused model that is only partly there the config.json is missing"
+                move_into_place(staging, target, self.say, self.run)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error) or isinstance(error, UserError):
                 raise
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space there. "
-                "The adapter is intact, and nothing of the fused model is left.",
+                f"The adapter is intact, and {what_is_left}.",
                 key="fuse",
                 place=str(target),
             ) from error
@@ -247,7 +250,7 @@ def _complete(folder: Path, base_folder: Path, parts: TextAndTowers | None) -> N
             shutil.copy(file, folder)
 
 
-def publish(staging: Path, target: Path, say: Callable[[str], None], run: RunIdentity | None = None) -> None:
+def move_into_place(staging: Path, target: Path, say: Callable[[str], None], run: RunIdentity | None = None) -> None:
     """Move a whole model from ``staging`` into ``target``, in place of one of the same run that is there.
 
     At no moment does the folder hold a ``config.json`` with weights that are not its own: without the former it is no

@@ -40,7 +40,7 @@ class ReferenceLoss:
 
     @classmethod
     def from_settings(cls, settings: RunSettings) -> ReferenceLoss:
-        """Take the loss from a namespace of resolved settings, named as in YAML."""
+        """Take the loss from the settings of a run."""
         return cls(settings.dpo_cpo_loss_type, settings.beta, settings.delta)
 
     @property

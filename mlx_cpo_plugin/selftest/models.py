@@ -94,12 +94,12 @@ def unquantised(model: nn.Module) -> nn.Module:
     return model
 
 
-def build_pairs(vocabulary: int = VOCABULARY) -> list[PreferencePair]:
+def build_pairs() -> list[PreferencePair]:
     """Return pairs of random token ids; the answers of one begin alike, and one has an unscored token."""
     rng = np.random.default_rng(0)
     pairs = []
     for number, lengths in enumerate(_LENGTHS):
-        prompt, chosen, rejected = (rng.integers(3, vocabulary, length).astype(np.int32) for length in lengths)
+        prompt, chosen, rejected = (rng.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths)
         if number == 0:
             rejected[:8] = chosen[:8]
         chosen_scored, rejected_scored = np.ones(len(chosen), bool), np.ones(len(rejected), bool)

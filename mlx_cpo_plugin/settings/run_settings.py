@@ -16,11 +16,21 @@ from mlx_cpo_plugin.checkpoints.run_identity import RunRecord
 from mlx_cpo_plugin.plugins import loss_types, train_modes
 from mlx_cpo_plugin.settings.command_line import known_options
 from mlx_cpo_plugin.settings.config import RunSettings
-from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
+from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings, read_yaml
-from mlx_cpo_plugin.types import Values
+from mlx_cpo_plugin.types import Option, Values
 
 _LOCAL_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "chat_template")
+
+
+def options_of(loss_type: str) -> tuple[dict[str, Option], set[str]]:
+    """Return the options of a CPO run with this loss by name, and the names of those that only other losses read."""
+    losses = loss_types()
+    own = losses[loss_type].options if loss_type in losses else ()
+    options = {option.name: option for option in (*COMMON_OPTIONS, *CPO_OPTIONS, *own)}
+    of_losses = {option.name for loss in losses.values() for option in loss.options}
+    return options, of_losses - {option.name for option in own}
 
 
 def recorded_settings(settings: RunSettings) -> Values:

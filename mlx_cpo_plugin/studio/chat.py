@@ -28,7 +28,7 @@ from mlx_cpo_plugin.comparison.contenders import Contender, contenders, load_bas
 from mlx_cpo_plugin.data.messages import UnusableRow
 from mlx_cpo_plugin.data.tokenizer import ChatTokenizer
 from mlx_cpo_plugin.data.tokens import prompt_tokens
-from mlx_cpo_plugin.errors import DataError, UserError
+from mlx_cpo_plugin.errors import DataError, UserError, first_line
 from mlx_cpo_plugin.model.scoring import prepared_to_answer
 
 SIDES = ("base", "tuned")
@@ -123,9 +123,9 @@ def main() -> int:
 
     try:
         both = BothModels(Path(sys.argv[1]))
-    except UserError as error:
-        say(error=str(error))
-        return error.exit_code
+    except Exception as error:
+        say(error=_reason(error))
+        return 2
     say(ready=True)
     for line in sys.stdin:
         request, asked_to_stop = json.loads(line), False
@@ -141,10 +141,15 @@ def main() -> int:
                     if asked_to_stop:
                         break
                 say(side=side, text=text)
-        except UserError as error:
-            say(error=str(error))
+        except Exception as error:
+            say(error=_reason(error))
         say(done=True)
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """Return why the models do not answer; architectures and devices fail in all ways."""
+    return str(error) if isinstance(error, UserError) else f"The models cannot answer: {first_line(error)}."
 
 
 if __name__ == "__main__":

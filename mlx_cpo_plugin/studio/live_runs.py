@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -41,7 +41,7 @@ class LiveRuns:
 
     def search(self) -> list[Path]:
         """Search anew; return the folders of all runs, the one that wrote last first."""
-        found = {folder for folder in _folders_below(self.root) if _last_written(folder)}
+        found = {folder for folder in folders_below(self.root, SEARCH_DEPTH) if _last_written(folder)}
         with self._lock:
             self._known = found | {folder for folder in self._known if _last_written(folder)}
         return self.known()
@@ -102,12 +102,12 @@ class LiveRuns:
             return next((folder for folder in self._known if self.name(folder) == name), None)
 
 
-def _folders_below(root: Path) -> Iterable[Path]:
-    """Return ``root`` and :data:`SEARCH_DEPTH` levels below it, without hidden folders, checkpoints and links."""
+def folders_below(root: Path, depth: int) -> Iterator[Path]:
+    """Yield ``root`` and ``depth`` levels below it, by name, without links and what holds neither runs nor files."""
     for path, names, _ in os.walk(root, followlinks=False):
         folder = Path(path)
-        level = len(folder.relative_to(root).parts)
-        names[:] = [name for name in names if level < SEARCH_DEPTH and not name.startswith((".", "checkpoints"))]
+        deep = len(folder.relative_to(root).parts) >= depth
+        names[:] = [] if deep else [name for name in sorted(names) if not name.startswith((".", "__", CHECKPOINTS))]
         yield folder
 
 

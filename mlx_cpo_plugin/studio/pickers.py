@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +18,7 @@ from mlx_cpo_plugin.data.messages import Message, UnusableRow
 from mlx_cpo_plugin.data.rows import PlainText, parse_row
 from mlx_cpo_plugin.errors import DataError
 from mlx_cpo_plugin.settings.config import RunSettings
+from mlx_cpo_plugin.studio.live_runs import folders_below
 
 DEPTH = 3
 MOST_CHOICES = 200
@@ -43,7 +42,7 @@ def models_here(root: Path) -> list[str]:
     """Return the model folders below ``root``, relative to it, and the models in the Hugging Face cache."""
     folders = [
         str(folder.relative_to(root))
-        for folder in _folders(root)
+        for folder in folders_below(root, DEPTH)
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     ]
     cached = [
@@ -57,7 +56,7 @@ def models_here(root: Path) -> list[str]:
 def datasets_here(root: Path) -> list[str]:
     """Return folders and files below ``root`` that hold a training set, and the data sets in the Hugging Face cache."""
     found = []
-    for folder in _folders(root):
+    for folder in folders_below(root, DEPTH):
         if any((folder / name).is_file() for name in ("config.json", METRICS_FILE)):  # a model, a run
             continue
         if folder != root and _training_files(folder):
@@ -173,15 +172,6 @@ def _said(messages: list[Message]) -> str:
     if len(messages) == 1:
         return texts[0]
     return "\n\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    """The folder and those below it, without links, hidden folders and checkpoints."""
-    for path, names, _ in os.walk(root, followlinks=False):
-        folder = Path(path)
-        deep = len(folder.relative_to(root).parts) >= DEPTH
-        names[:] = [] if deep else [name for name in sorted(names) if not name.startswith((".", "checkpoints", "__"))]
-        yield folder
 
 
 def _training_files(folder: Path) -> list[Path]:

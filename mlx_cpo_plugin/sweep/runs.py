@@ -136,9 +136,11 @@ def runs_given_up(sweep: Sweep, parts: Sequence[float]) -> dict[str, str]:
         settings: dict[str, list[Outcome]] = {}
         for run in sweep.runs:
             folder = folder_of(sweep, run)
-            if run.digest in given_up or read_result(folder).get("status") == FAILED:
+            if run.digest in given_up:
                 continue
             row = validation_at(folder, part)
+            if row is None and read_result(folder).get("status") == FAILED:  # later, it was among those compared here
+                continue
             if row is None:
                 return given_up
             settings.setdefault(run.setting, []).append(Outcome(run, folder, after=row))

@@ -149,7 +149,10 @@ def _compiled_value_and_grad(model: nn.Module, function: Callable[..., Any]) -> 
 
 
 def added(left: Gradient | None, right: Gradient) -> Gradient:
-    """Return the sum of two gradients, in float32: in half precision small ones would vanish. ``None`` is zero."""
+    """Return the sum of two gradients, in float32: in half precision small ones would vanish.
+
+    ``None`` is zero, whose sum is the other one in its own dtype.
+    """
     return right if left is None else {name: left[name].astype(mx.float32) + value for name, value in right.items()}
 
 

@@ -148,7 +148,8 @@ class MetricsFile:
             lines = source.read_bytes().split(b"\n")
         except OSError:
             lines = []
-        found = [row for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
+        rows_there = [row for line in lines if (row := _row(line)) is not None and row.get("run") == run_id]
+        found = [row for row in rows_there if row.get("kind") != "test"]  # of a test beside the run, which counted none
         last = max(iteration, 1)  # what was there before training is reported as of the first iteration
         kept = [row for row in found[:rows] if row.get("iteration", 0) <= last]
         later = {(row["kind"], row["iteration"]) for row in found[len(kept) :] if "kind" in row and "iteration" in row}
@@ -169,7 +170,7 @@ class MetricsFile:
         return later, f"Of {rows} reports up to iteration {iteration}, {missing} are missing in {self.path}."
 
     def append(self, kind: str, values: Mapping[str, float | str]) -> None:
-        """Write a line; ``kind`` is ``train``, ``valid``, ``test``, ``best`` or ``warning``.
+        """Write a line; ``kind`` is ``train``, ``valid``, ``test``, ``best``, ``sample`` or ``warning``.
 
         Non-finite values become null.
         """

@@ -201,7 +201,7 @@ class OptimizerStep:
 
         Raises:
             TrainingError: the gradient is not finite, or would make weights that are not, or the first step changes
-                nothing; nothing was updated.
+                nothing; the weights are as before, the optimizer's state is where :attr:`optimizer_is_whole`.
         """
         weights = self.masters.weights()
         # A rank may have had no pair in the whole step. Ranks exchange arrays by their order, not by their names.

@@ -54,9 +54,10 @@ class Samples(Resumable):
         prompts: none where there are none, or nobody knows the tokenizer.
         before: figures of the answers before training, by name; None where there are none.
         latest: the iteration of the last complete answers, and their figures.
+        answered: whether these were given since training began.
     """
 
-    remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "latest")
+    remembered: ClassVar[tuple[str, ...]] = ("digest", "before", "latest", "answered")
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class Samples(Resumable):
         self.digest = hashlib.sha256(repr([prompt.tokens for prompt in self.prompts]).encode()).hexdigest()[:16]
         self.before: dict[str, float] | None = None
         self.latest: tuple[int, dict[str, float]] = (0, {})
+        self.answered = False
         self.began, self.spent = time.perf_counter(), 0.0
         self._told = False
 
@@ -116,7 +118,7 @@ class Samples(Resumable):
                 f"{SECONDS:.0f} seconds. Change steps_per_sample, or set it to 0 for none."
             )
         if found := figures([sample for sample in samples if sample.in_time]):
-            self.latest = iteration, found
+            self.latest, self.answered = (iteration, found), not before_training
             self.before = found if before_training else self.before
         return samples
 
@@ -141,15 +143,18 @@ class Samples(Resumable):
 
         What a verdict rests on does not depend on whether there was time for answers at just this iteration.
         """
+        if not self.answered:
+            return {}
         now, before = self.latest[1], self.before or {}
         changes = {f"val_{name}_change": now[name] - value for name, value in before.items()}
-        return {} if now is before else {f"val_{name}": value for name, value in now.items()} | changes
+        return {f"val_{name}": value for name, value in now.items()} | changes
 
     def restore(self, state: Values) -> None:
         """Continue from ``state``; answers to other prompts are not compared."""
         if state["digest"] == self.digest:
             iteration, newest = state["latest"]
             self.before, self.latest = state["before"], (iteration, newest)
+            self.answered = state.get("answered", newest != state["before"])  # older checkpoints do not say
 
 
 def repetition(tokens: Sequence[object]) -> float:

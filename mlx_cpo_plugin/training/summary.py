@@ -13,8 +13,8 @@ from mlx_cpo_plugin.checkpoints.adapter import describe_adapter
 from mlx_cpo_plugin.data import PreferenceDataset
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.plugins import loss_types
-from mlx_cpo_plugin.settings.cpo_options import CPO_OPTIONS, LOSS_OPTION
-from mlx_cpo_plugin.settings.options import COMMON_OPTIONS
+from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
+from mlx_cpo_plugin.settings.run_settings import options_of
 from mlx_cpo_plugin.settings.yaml_settings import dump_settings
 from mlx_cpo_plugin.training.objective import name_of
 from mlx_cpo_plugin.training.wiring import Run
@@ -44,10 +44,7 @@ def acting(values: Values, loss_type: str, val_pairs: PreferenceDataset) -> Valu
 
     Of a mapping such as ``optimizer_config``, only what differs.
     """
-    losses = loss_types()
-    chosen = losses.get(loss_type)
-    of_losses = {option.name for loss in losses.values() for option in loss.options}
-    unread = of_losses - {option.name for option in (chosen.options if chosen else ())}
+    options, unread = options_of(loss_type)
     silent = {*_SAID_ELSEWHERE, *_NOT_USED, *unread}
     silent.update(() if val_pairs else _OF_VALIDATIONS)
     silent.update(() if values.get("report_to") or values.get("wandb") else _OF_TRACKERS)
@@ -57,7 +54,6 @@ def acting(values: Values, loss_type: str, val_pairs: PreferenceDataset) -> Valu
         silent.add("learning_rate")
     if values.get("qat_mode", "affine") != "affine":  # which has bits and group size of its own
         silent.update(("qat_bits", "qat_group_size"))
-    options = {option.name: option for option in (*COMMON_OPTIONS, *CPO_OPTIONS, *(chosen.options if chosen else ()))}
     found = {}
     for name, option in options.items():
         value = values.get(name)

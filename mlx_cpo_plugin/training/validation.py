@@ -49,7 +49,7 @@ def evaluate_pairs(
     batch_size: int,
     num_batches: int = -1,
     scorer: SharedPromptScorer | None = None,
-    step_size: int | None = None,
+    step_size: int | None,
 ) -> Validation:
     """Score pairs; the arguments are those of :func:`scored_batches`."""
     means = PairMeans(objective)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from mlx_lm import load
 
 pytest.importorskip("support.gradio_import", reason="needs the extra 'studio'")
 
+from mlx_cpo_plugin.studio import chat as chat_process
 from mlx_cpo_plugin.studio import chat_tab
 from mlx_cpo_plugin.studio.chat import BothModels
 from mlx_cpo_plugin.studio.chat_tab import NOTHING, Chat, Chats, asked_of
@@ -83,6 +86,27 @@ def test_an_adapter_that_was_trained_on_since_is_loaded_anew(tmp_path: Path, mon
     file.write_bytes(b"second")
 
     assert chats.of("visit", tmp_path, tmp_path) is not first
+
+
+def test_a_model_that_fails_in_its_own_way_is_a_reply_and_the_next_question_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: BothModels, *_: object) -> Iterator[str]:
+        raise RuntimeError("[conv] no such kernel.\nmore")
+
+    questions = [{"base": [], "tuned": [], "max_tokens": 1, "temperature": 0.0}] * 2
+    replies = io.StringIO()
+    monkeypatch.setattr(chat_process.BothModels, "__init__", lambda self, folder: None)
+    monkeypatch.setattr(chat_process.BothModels, "answer", fail)
+    monkeypatch.setattr(chat_process.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["chat", "folder"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(each) + "\n" for each in questions)))
+    monkeypatch.setattr(sys, "stdout", replies)
+
+    assert chat_process.main() == 0
+
+    told = [{"error": "The models cannot answer: [conv] no such kernel."}, {"done": True}]
+    assert [json.loads(line) for line in replies.getvalue().splitlines()] == [{"ready": True}, *told, *told]
 
 
 @pytest.fixture

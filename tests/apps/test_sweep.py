@@ -469,6 +469,18 @@ def test_a_run_that_fails_before_the_half_is_tried_again_by_the_next_call_and_th
     assert launches(launch, "beta") == [(0.1,), (0.4,), (0.2,), (0.2,), (0.4,), (0.4,)]
 
 
+def test_a_run_that_fails_after_a_half_brings_nothing_back_that_was_given_up_there(
+    write: Callable[..., Path],
+) -> None:
+    launch = Pretended(by_beta, fails=[5])
+    sweep = read_sweep(write(grid={"beta": [0.05, 0.4, 0.1, 0.3]}, metric="accuracy", halve_at=[0.25, 0.5]))
+
+    outcomes = done(sweep, launch)
+
+    assert launches(launch, "beta") == [(0.05,), (0.4,), (0.1,), (0.3,), (0.4,), (0.3,), (0.3,)]
+    assert [one.status for one in outcomes.values()] == [GIVEN_UP, FAILED, GIVEN_UP, FINISHED]
+
+
 def outcome(accuracy: float, nll: float = 1.0, verdict: float = 0.0) -> Outcome:
     row = {"val_accuracies": accuracy, "val_nll_loss": nll, "val_verdict": verdict, "val_loss": nll, "val_margins": 1.0}
     return Outcome(PlannedRun({}, 0, {}, ""), Path(), FINISHED, after=row)

@@ -42,6 +42,20 @@ def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip() == f"mlx-cpo-plugin {mlx_cpo_plugin.__version__}"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("[malloc] Unable to allocate 8 bytes"), MemoryError()])
+def test_a_device_without_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(chosen: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.losses, "run_losses", fail)
+
+    assert cli.main(["losses"]) == 2
+
+    assert capsys.readouterr().err.startswith("error: The device is out of memory; ")
+
+
 def test_mlx_that_cannot_be_imported_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,13 @@ def test_the_table_has_a_line_for_each_saving_and_evaluates_no_array(given: dict
     assert lines["with efficient_long_context"][0] > lines["as given"][0]
 
 
+def test_a_setting_that_does_not_fit_the_model_is_told_as_by_a_run(given: dict[str, Any]) -> None:
+    given["lora_parameters"] = {"rank": 8, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.nowhere"]}
+
+    with refused(ConfigError, "self_attn.nowhere", key="lora_parameters.keys"):
+        printed(given)
+
+
 @pytest.mark.parametrize("key", SAVINGS)
 def test_what_the_settings_save_already_is_no_line_of_its_own(given: dict[str, Any], key: str) -> None:
     assert f"with {key}" not in table(printed({**given, key: True}))

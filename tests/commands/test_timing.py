@@ -135,6 +135,28 @@ def test_weights_are_rounded_before_each_fake_quantised_step(
     assert none.startswith("Time: about 0 s ")
 
 
+def test_validations_are_measured_in_the_segments_of_the_run(
+    model_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    pretended: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int | None] = []
+    evaluate = timing.evaluate_pairs
+
+    def noted(*arguments: Any, step_size: int | None, **named: Any) -> Any:
+        sizes.append(step_size)
+        return evaluate(*arguments, step_size=step_size, **named)
+
+    monkeypatch.setattr(timing, "evaluate_pairs", noted)
+
+    timed(model_folder, data_folder, tmp_path / "a", efficient_long_context=True, seq_step_size=64)
+
+    assert sizes
+    assert set(sizes) == {64}
+
+
 def test_validations_are_told_apart(
     model_folder: Path, data_folder: Path, tmp_path: Path, pretended: dict[str, float]
 ) -> None:

@@ -20,6 +20,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     skip_where_there_are_none()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(library.VARIABLE, library.AUTO)
+    monkeypatch.setattr(library, "_failed", set())
     return tmp_path / "cache"
 
 
@@ -108,7 +109,7 @@ def test_an_account_without_a_home_folder_costs_one_sentence(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
 
-    assert len(told()) == 1
+    assert [len(told()) for _ in range(2)] == [1, 0]
 
 
 def build(command: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from support.tiny import build_pairs
 from mlx_cpo_plugin.data import load_dataset
 from mlx_cpo_plugin.host import load_chat_tokenizer
 from mlx_cpo_plugin.run import fusing
-from mlx_cpo_plugin.run.fusing import FuseError, publish
+from mlx_cpo_plugin.run.fusing import FuseError, move_into_place
 from mlx_cpo_plugin.settings.config import resolve
 from mlx_cpo_plugin.training.held_out import HeldOutScores, held_out_rows, held_out_scores
 
@@ -284,7 +284,7 @@ def test_a_fused_model_takes_the_place_of_an_older_one_as_a_whole(tmp_path: Path
     (staging / "config.json").write_text("new")
     (staging / "templates" / "chat.jinja").write_text("new")
 
-    publish(staging, target, print)
+    move_into_place(staging, target, print)
 
     files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert files == {"model.safetensors", "config.json", "notes.txt", "templates/chat.jinja"}
@@ -322,7 +322,7 @@ def test_a_process_killed_while_a_model_is_put_in_place_leaves_none_that_loads_w
             patch.setattr(Path, "unlink", limited(unlink))
             patch.setattr(Path, "replace", limited(replace))
             with suppress(KilledError):
-                publish(staging, target, print)
+                move_into_place(staging, target, print)
         weights = {path.name for path in target.glob("model*.safetensors")}
         if (target / "config.json").exists():
             new = (target / "config.json").read_text() == "new"

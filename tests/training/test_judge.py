@@ -113,8 +113,8 @@ def test_a_change_is_that_of_the_reported_mean_and_its_error_that_of_the_paired_
 def test_values_stand_in_the_order_of_the_pairs_however_they_were_grouped() -> None:
     model, pairs, objective = add_adapter(build_model()), build_pairs(9, seed=2), objective_for("sigmoid", {})
 
-    together = evaluate_pairs(model, pairs, objective, batch_size=4).values
-    alone = [evaluate_pairs(model, [pair], objective, batch_size=1).values[:, 0] for pair in pairs]
+    together = evaluate_pairs(model, pairs, objective, batch_size=4, step_size=None).values
+    alone = [evaluate_pairs(model, [pair], objective, batch_size=1, step_size=None).values[:, 0] for pair in pairs]
 
     np.testing.assert_allclose(together, np.transpose(alone), rtol=1e-4, atol=1e-4)
 

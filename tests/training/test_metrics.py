@@ -76,6 +76,21 @@ def test_every_report_is_a_line_of_valid_json(tmp_path: Path) -> None:
     assert (second["train_loss"], second["train_margins"]) == (None, None)
 
 
+def test_a_test_beside_a_run_is_none_of_the_reports_that_its_checkpoints_count(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, "run")
+    file.append("train", {"iteration": 10})
+    MetricsFile(path, "run").append("test", {"test_loss": 0.5})
+    file.append("train", {"iteration": 20})
+    file.append("train", {"iteration": 30})
+
+    later, note = MetricsFile(path, "run").resume(path, "run", rows=2, iteration=20)
+
+    assert (later, note) == ({("train", 30)}, None)
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert [(row["kind"], row.get("iteration")) for row in rows] == [("train", 10), ("train", 20)]
+
+
 def test_a_file_that_cannot_be_written_is_told_once_and_raises_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -271,6 +271,25 @@ def test_a_resumed_run_compares_with_the_answers_before_training(model_folder: P
     )
 
 
+def test_a_resumed_run_compares_nothing_before_there_are_new_answers(model_folder: Path, tmp_path: Path) -> None:
+    run = Trained(model_folder, tmp_path, iters=2)
+    arguments = CPOTrainingArgs(sample_prompts=["Please tell me."], max_seq_length=128)
+    valid = pairs_of(preference_rows(1), 128, run.tokenizer)
+    whole, resumed = (
+        samples.Samples(run.model, arguments, valid, ChatTokenizer(run.tokenizer), print, print) for _ in "ab"
+    )
+
+    whole.take(1, before_training=True)
+    resumed.restore(json.loads(json.dumps(whole.state())))
+
+    assert whole.latest == resumed.latest
+    assert whole.compared() == resumed.compared() == {}
+    for each in (whole, resumed):
+        each.take(2)
+    assert whole.compared() == resumed.compared()
+    assert set(whole.compared()) > {"val_sample_length", "val_sample_length_change"}
+
+
 def test_answers_to_other_prompts_are_not_compared(model_folder: Path, tmp_path: Path) -> None:
     Trained(model_folder, tmp_path, iters=2)
     resumed = Trained(model_folder, tmp_path, iters=4, resume="auto", sample_prompts=["Please tell me."])
