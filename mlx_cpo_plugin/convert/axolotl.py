@@ -25,6 +25,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
     Length,
     ScheduleRequest,
     convert_checkpoints,
+    convert_hub,
     convert_length,
     convert_optimizer,
     convert_rest,
@@ -36,7 +37,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
 )
 from mlx_cpo_plugin.errors import ConfigError, named
 
-MARKS = ("base_model", "rl", "micro_batch_size", "sequence_len")
+MARKS = ("base_model", "rl", "sequence_len")
 CUSTOM_COLUMNS = {
     "field_messages": "prompt_feature",
     "field_prompt": "prompt_feature",
@@ -44,7 +45,18 @@ CUSTOM_COLUMNS = {
     "field_rejected": "rejected_feature",
     "field_system": "system_feature",
 }
+OVERLONG = {"drop": "drop", "truncate": "cut", "raise": "error"}
+FORMATS = ("chatml", "llama3", "zephyr")
+"""Prompt strategies that write a prompt format of their own, whatever the model's template is."""
 LONGEST_DEFAULT_WARMUP, DEFAULT_WARMUP_SHARE = 100, 0.03
+
+
+TRACKED_AS = {
+    "wandb": ("wandb_project", "wandb_name"),
+    "trackio": ("trackio_project_name", "trackio_run_name"),
+    "swanlab": ("swanlab_project", "swanlab_run_name"),
+}
+"""Tracker -> Axolotl's keys for the project and the name of the run."""
 
 
 def convert_axolotl(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
@@ -58,6 +70,10 @@ def convert_axolotl(source: Source, rows: int | None, drop_reference: bool) -> C
     _convert_model(source, conversion)
     _convert_data(source, conversion, rows)
     conversion.put("max_seq_length", source.count("sequence_len", 512), source.gives("sequence_len"))
+    too_long = str(source.raw("excess_length_strategy", "drop"))
+    if too_long not in OVERLONG:
+        raise source.refuse("excess_length_strategy", f"only {', '.join(OVERLONG)} can be converted")
+    conversion.put("overlong", OVERLONG[too_long], source.gives("excess_length_strategy"))
     length = convert_length(source, conversion, rows, ("micro_batch_size", 1), ("num_epochs", 1.0))
     rate = source.number("learning_rate")
     if rate is None:
@@ -156,7 +172,12 @@ def _entry(entry: Source, conversion: Conversion) -> DataEntry:
         columns |= {ours: place.text(theirs) for theirs, ours in CUSTOM_COLUMNS.items() if place.gives(theirs)}
     options = {key: entry.raw(key) for key in ("name", "data_files", "revision") if entry.gives(key)}
     entry.raw("ds_type")
-    if isinstance(kind, str):
+    if isinstance(kind, str) and kind.partition(".")[0] in FORMATS:
+        conversion.tell(
+            f"datasets: type {named(kind, 60)} of {named(path, 60)} writes prompts in a format of its own; here they "
+            "are in that of the model's chat template: set chat_template where they differ."
+        )
+    elif isinstance(kind, str):
         conversion.tell(
             f"datasets: type {named(kind, 60)} of {named(path, 60)} is not needed: rows are told apart by their keys."
         )
@@ -204,7 +225,11 @@ def _convert_intervals(source: Source, conversion: Conversion, length: Length) -
 def _convert_interval(source: Source, conversion: Conversion, length: Length, what: str, ours: str) -> None:
     """Convert ``eval_steps`` or ``evals_per_epoch`` and the like; without either, or with one, it is an epoch."""
     steps, each_epoch = source.number(f"{what}_steps"), source.number(f"{what}s_per_epoch")
-    epoch = source.raw(f"{what}_strategy") == "epoch" or (steps is None and (each_epoch or 1) == 1)
+    strategy = source.raw(f"{what}_strategy")
+    if source.gives(f"{what}_strategy") and is_off(strategy):
+        conversion.tell(f"{what}_strategy {strategy} has no counterpart: {ours} keeps its default.")
+        return
+    epoch = strategy == "epoch" or (steps is None and (each_epoch or 1) == 1)
     given = any(source.gives(f"{what}{key}") for key in ("_steps", "s_per_epoch", "_strategy"))
     if epoch:
         conversion.put(EACH_EPOCH[ours], True, given)
@@ -215,13 +240,14 @@ def _convert_interval(source: Source, conversion: Conversion, length: Length, wh
 
 
 def _convert_tracking(source: Source, conversion: Conversion) -> None:
-    wanted = [name for name in ("wandb", "tensorboard", "trackio", "mlflow", "comet") if source.flag(f"use_{name}")]
+    names = ("wandb", "tensorboard", "trackio", "swanlab", "mlflow", "comet")
+    wanted = [name for name in names if source.flag(f"use_{name}")]
     if source.gives("wandb_project") and "use_wandb" not in source.values:
         wanted.insert(0, "wandb")
     put_trackers(conversion, wanted)
-    for name in ("wandb", "trackio"):
-        project = source.raw("wandb_project" if name == "wandb" else "trackio_project_name")
-        run_name = source.raw("wandb_name" if name == "wandb" else "trackio_run_name")
+    convert_hub(source, conversion, source.gives("hub_model_id"))
+    for name, (project_key, name_key) in TRACKED_AS.items():
+        project, run_name = source.raw(project_key), source.raw(name_key)
         if name in wanted:
             for key, value in (("project", project), ("run_name", run_name)):
                 if not is_off(value):

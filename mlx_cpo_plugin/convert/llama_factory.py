@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,11 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     loss = source.raw("pref_loss", "sigmoid")
     if loss not in (*WITH_REFERENCE, "simpo"):
         raise source.refuse("pref_loss", "CPO has simpo, and sigmoid, hinge and ipo with --drop-reference")
-    beta, weight = source.number("pref_beta", 0.1), source.number("pref_ftx", 0.0)
-    theirs = {"pref_beta": "beta", "pref_ftx": "cpo_alpha", "simpo_gamma": "simpo_gamma"}
+    # The second names are those of its first versions.
+    beta = source.number("pref_beta", source.number("dpo_beta", 0.1))
+    weight = source.number("pref_ftx", source.number("dpo_ftx", 0.0))
+    theirs = {"pref_beta": "beta", "dpo_beta": "beta", "pref_ftx": "cpo_alpha", "dpo_ftx": "cpo_alpha"}
+    theirs["simpo_gamma"] = "simpo_gamma"
     given = ["dpo_cpo_loss_type", *(ours for key, ours in theirs.items() if source.gives(key))]
     options = {"cpo_alpha": weight}
     if loss == "simpo":
@@ -135,6 +139,10 @@ def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> N
     entries = (
         [DataEntry(name) for name in names] if folder == "ONLINE" else _described(source, folder, names, conversion)
     )
+    most = source.count("max_samples", least=1)
+    if most is not None:
+        entries = [replace(entry, train_split=f"{entry.train_split}[:{most}]") for entry in entries]
+        conversion.tell(f"max_samples takes the first {most} rows of each set; of one with fewer, take out [:{most}].")
     convert_data(entries, conversion)
     convert_valid_share(source.number("val_size", 0.0), "val_size", conversion, rows)
 

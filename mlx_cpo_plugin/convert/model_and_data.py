@@ -56,6 +56,7 @@ class DataEntry:
         options: what else loading it needs: ``name``, ``data_files``, ``revision``, ...
         train_split, valid_split: splits; ``None``: no validation on it.
         columns: ``chosen_feature`` and the like -> column.
+        weight: how often an epoch has each of its rows; ``None``: once.
     """
 
     path: str
@@ -63,12 +64,13 @@ class DataEntry:
     train_split: str = "train"
     valid_split: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    weight: float | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether the path is a file or folder on this machine and needs nothing else to be read."""
         looks_local = self.path.startswith((".", "/", "~")) or self.path.endswith("/") or kind_of(self.path) in SUFFIXES
-        return looks_local and not self.options
+        return looks_local and not self.options and "[" not in self.train_split
 
 
 def convert_model(source: Source, key: str, conversion: Conversion) -> bool:
@@ -142,7 +144,7 @@ def convert_data(entries: Sequence[DataEntry], conversion: Conversion) -> None:
     if not entries:
         conversion.tell("The file names no data set that can be read here: set data or hf_dataset.")
         return
-    if len(entries) == 1 and entries[0].is_local:
+    if len(entries) == 1 and entries[0].is_local and entries[0].weight is None:
         conversion.settings |= {"data": entries[0].path, **entries[0].columns}
         if entries[0].valid_split is not None:
             conversion.tell("Of local data the validation rows are those in a file called valid, or valid_fraction.")
@@ -160,6 +162,7 @@ def _entry(entry: DataEntry) -> dict[str, Any]:
         {"path": path, "config": options["name"] if names_config else options or None},
         {"train_split": entry.train_split},
         entry.columns,
+        {"weight": entry.weight},
     )
     # Null, and not left out: otherwise a part of the training rows would be validated on.
     return {**settings, "valid_split": entry.valid_split}
@@ -239,8 +242,6 @@ def require_no_reference(source: Source, keys: Sequence[str], loss: str, drop: b
             "or convert with --drop-reference",
             default=loss,
         )
-    for key in keys:
-        source.raw(key)
     conversion.tell(
         "The reference model is dropped: log-probs are only compared with each other, and beta usually has to be "
         "smaller, e.g. 0.05."

@@ -7,7 +7,7 @@ from mlx_cpo_plugin.convert.model_and_data import put_loss
 from mlx_cpo_plugin.convert.training_arguments import convert_training_arguments
 from mlx_cpo_plugin.convert.trl import convert_output, convert_scripts
 
-MARKS = ("gamma_beta_ratio", "sft_weight")
+MARKS = ("gamma_beta_ratio", "sft_weight", ("gamma", "beta"))
 
 
 def convert_simpo(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
@@ -35,10 +35,14 @@ def convert_simpo(source: Source, rows: int | None, drop_reference: bool) -> Con
 
 def _convert_loss(source: Source, conversion: Conversion) -> None:
     """Write simpo: the margin, which stands inside beta there, and the likelihood term under another name."""
-    if source.raw("loss_type", "sigmoid") != "sigmoid":
-        raise source.refuse("loss_type", "only sigmoid, the loss of the paper, can be converted")
+    if source.raw("loss_type", "sigmoid") not in ("sigmoid", "simpo"):
+        raise source.refuse("loss_type", "only sigmoid, there the loss of the paper, can be converted")
     beta, ratio = source.number("beta", 2.0), source.number("gamma_beta_ratio", 0.25)
-    theirs = {"beta": "beta", "gamma_beta_ratio": "simpo_gamma", "sft_weight": "cpo_alpha"}
+    gamma = source.number("gamma")  # in its first versions, without beta in it
+    if gamma is None or source.gives("gamma_beta_ratio"):
+        gamma = beta * ratio
+        conversion.tell(f"gamma_beta_ratio {ratio:g} times beta {beta:g} is simpo_gamma {gamma:g}.")
+    theirs = {"beta": "beta", "gamma_beta_ratio": "simpo_gamma", "gamma": "simpo_gamma", "sft_weight": "cpo_alpha"}
     given = ["dpo_cpo_loss_type", *(ours for key, ours in theirs.items() if source.gives(key))]
     given += ["label_smoothing"] if source.gives("label_smoothing") else []
     put_loss(
@@ -47,7 +51,6 @@ def _convert_loss(source: Source, conversion: Conversion) -> None:
         beta,
         given,
         cpo_alpha=source.number("sft_weight", 0.0),
-        simpo_gamma=beta * ratio,
+        simpo_gamma=gamma,
         label_smoothing=source.number("label_smoothing", 0.0),
     )
-    conversion.tell(f"gamma_beta_ratio {ratio:g} times beta {beta:g} is simpo_gamma {beta * ratio:g}.")

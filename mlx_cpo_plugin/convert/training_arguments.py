@@ -160,7 +160,8 @@ def convert_optimizer(source: Source, conversion: Conversion, key: str, name: st
         conversion.put("optimizer_config", {"muon": {"weight_decay": decay}}, any(map(source.gives, keys)))
         conversion.tell("muon is MLX's, with its own momentum and number of Newton-Schulz steps.")
         return
-    other = name.removeprefix("paged_").partition("_")[0]
+    plain = name.removeprefix("paged_")
+    other = plain.partition("_")[0]
     if other in ("adafactor", "lion", "sgd"):
         arguments = {
             "adafactor": {"scale_parameter": False, "weight_decay": decay},  # as transformers calls it
@@ -174,7 +175,7 @@ def convert_optimizer(source: Source, conversion: Conversion, key: str, name: st
     conversion.put("optimizer", "adamw", source.gives(key))
     arguments = {"betas": betas, "eps": epsilon, "weight_decay": decay, "bias_correction": True}
     conversion.put("optimizer_config", {"adamw": arguments}, any(map(source.gives, keys)))
-    if "adamw" not in name:
+    if not plain.startswith("adamw"):
         conversion.tell(f"{key} {name} has no counterpart: adamw takes its place, and may want another learning rate.")
     else:
         _tell_of_bits(name, key, "adamw", conversion)
@@ -224,7 +225,7 @@ def put_interval(conversion: Conversion, key: str, iterations: int | None, given
 
 def convert_tracking(source: Source, conversion: Conversion) -> None:
     """Convert where reports and the model go to; nothing leaves the machine where the file does not say so."""
-    _convert_hub(source, conversion)
+    convert_hub(source, conversion, source.flag("push_to_hub"))
     wanted = source.raw("report_to", [])
     names = [str(name) for name in (wanted if isinstance(wanted, list) else str(wanted).split(","))]
     put_trackers(conversion, [name.strip() for name in names if not is_off(name.strip())])
@@ -233,9 +234,9 @@ def convert_tracking(source: Source, conversion: Conversion) -> None:
         conversion.settings |= merged({"project": project, "run_name": run_name and str(run_name).replace("/", "-")})
 
 
-def _convert_hub(source: Source, conversion: Conversion) -> None:
-    """Convert ``push_to_hub``, which is the name of the repository here, and private by default."""
-    if not source.flag("push_to_hub"):
+def convert_hub(source: Source, conversion: Conversion, pushes: bool) -> None:
+    """Convert whether the run pushes, which is the name of the repository here, and private by default."""
+    if not pushes:
         return
     name = source.text("hub_model_id")
     if name is None:

@@ -22,6 +22,7 @@ from mlx_cpo_plugin.convert.training_arguments import (
     convert_tracking,
     convert_training_arguments,
 )
+from mlx_cpo_plugin.data.chat_template import is_jinja
 from mlx_cpo_plugin.errors import ConfigError, named
 
 ONLY_CPO = ("cpo_alpha", "simpo_gamma")
@@ -37,6 +38,8 @@ MARKS = (
     "dataset_mixer",
     "dataset_mixture",
 )
+CHANGES_LOSS = ("ld_alpha", "discopop_tau", "use_weighting", "loss_weights")
+"""Keys of DPO that ask for another loss, which is lost without the reference."""
 REFERENCE_KEYS = (
     "precompute_ref_log_probs",
     "precompute_ref_batch_size",
@@ -49,10 +52,7 @@ REFERENCE_KEYS = (
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "rpo_alpha",
-    "ld_alpha",
-    "discopop_tau",
-    "use_weighting",
-    "loss_weights",
+    *CHANGES_LOSS,
 )
 OTHER_TRAINERS = {
     "num_generations": "GRPO",
@@ -157,6 +157,9 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
     else:
         conversion.tell("The file says nothing of adapters: LoRA with its defaults, unless you set train_type: full.")
     convert_precision(bits, conversion)
+    template = source.values.get("chat_template")
+    if isinstance(template, str) and is_jinja(template):  # elsewhere it is a name
+        conversion.settings["chat_template"] = source.raw("chat_template")
 
 
 def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
@@ -180,7 +183,8 @@ def _mixture_entry(entry: Source) -> DataEntry:
     options = {key: entry.raw(key) for key in ("name", "data_dir", "data_files") if entry.gives(key)}
     if entry.text("config") is not None:
         options["name"] = entry.text("config")
-    return DataEntry(entry.text("path") or entry.text("id"), options, str(entry.raw("split", "train")))
+    weight = entry.number("weight")
+    return DataEntry(entry.text("path") or entry.text("id"), options, str(entry.raw("split", "train")), weight=weight)
 
 
 def _handbook_mixer(source: Source, conversion: Conversion, validates: bool) -> list[DataEntry]:
@@ -213,9 +217,11 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if (reference and not source.flag("reference_free")) or (drop_reference and not is_surely_cpo(source.values)):
         reference = reference or ["loss_type"]
         require_no_reference(source, reference, loss, drop_reference, conversion)
+        for key in set(reference) - set(CHANGES_LOSS):
+            source.raw(key)
     beta, smoothing = source.number("beta", 0.1), source.number("label_smoothing", 0.0)
-    # A DPOConfig whose reference is dropped never had TRL's likelihood term.
-    weight = source.number("cpo_alpha", 0.0 if reference else 1.0)
+    # A DPOConfig whose reference is dropped has TRL's likelihood term by another name, and none by default.
+    weight = source.number("cpo_alpha", source.number("rpo_alpha", 0.0) if reference else 1.0)
     gamma, alpha = source.number("simpo_gamma", 0.5), source.number("alpha", 0.0)
     if loss == "alphapo":
         loss, weight = "simpo", 0.0
@@ -231,7 +237,7 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if alpha:
         loss = "alphapo"
         options["alphapo_alpha"] = alpha
-    ours = {"loss_type": "dpo_cpo_loss_type", "alpha": "alphapo_alpha"}
-    keys = ("loss_type", "beta", "cpo_alpha", "label_smoothing", "simpo_gamma", "alpha")
+    ours = {"loss_type": "dpo_cpo_loss_type", "alpha": "alphapo_alpha", "rpo_alpha": "cpo_alpha"}
+    keys = ("loss_type", "beta", "cpo_alpha", "rpo_alpha", "label_smoothing", "simpo_gamma", "alpha")
     given = [ours.get(key, key) for key in keys if source.gives(key)]
     put_loss(conversion, loss, beta, given, **options)

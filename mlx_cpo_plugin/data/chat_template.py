@@ -34,7 +34,7 @@ class WithThinking(NamedTuple):
 
 def read_template(given: str | None) -> str | None:
     """The Jinja text given by ``chat_template``: that text, or a file; ConfigError where it is neither."""
-    if not given or "{{" in given or "{%" in given:
+    if not given or is_jinja(given):
         return given or None
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
@@ -45,6 +45,11 @@ def read_template(given: str | None) -> str | None:
             f"({printable(reason)}): give a template's text or its file.",
             key="chat_template",
         ) from error
+
+
+def is_jinja(text: str) -> bool:
+    """Whether a text is a template, and no name of one."""
+    return "{{" in text or "{%" in text
 
 
 def is_fallback(template: object) -> bool:

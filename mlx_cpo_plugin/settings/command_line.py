@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -19,7 +19,7 @@ from mlx_cpo_plugin.errors import ConfigError, named
 from mlx_cpo_plugin.plugins import claimed_mode, loss_types, option_origins, train_modes
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.options import COMMON_OPTIONS, GROUPS, LOSS
-from mlx_cpo_plugin.settings.validation import refused, unknown
+from mlx_cpo_plugin.settings.validation import KEYS_OF_OTHERS, as_key, refused, unknown
 from mlx_cpo_plugin.settings.yaml_settings import NOT_YAML, dump_settings, parse_value, read_yaml
 from mlx_cpo_plugin.types import LossType, Option, TrainMode, Values
 
@@ -41,6 +41,12 @@ Call = Sequence[str] | Values | argparse.Namespace
 
 class CommandLineParser(argparse.ArgumentParser):
     """A parser that raises ``ConfigError``."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Leave out abbreviations that have another meaning to other trainers, such as ``--lr``."""
+        found = super()._get_option_tuples(option_string)
+        meant = KEYS_OF_OTHERS.get(as_key(option_string.partition("=")[0]))
+        return [each for each in found if meant is None or each[0].dest == meant.partition(",")[0]]
 
     def error(self, message: str) -> NoReturn:
         message = named(" ".join(message.split()))

@@ -256,6 +256,9 @@ def _notes(loss: LossType | None, settings: RunSettings, given: _Given) -> list[
     for key, by in OVERRULED.items():
         if key in given.values and getattr(settings, by):
             notes.append(f"{key} has no effect: {by} is set, too.")
+    arguments = [name for name, values in (given.values.get("optimizer_config") or {}).items() if values]
+    if arguments and settings.optimizer not in arguments:
+        notes.append(f"optimizer_config.{arguments[0]} has no effect: optimizer is {settings.optimizer}.")
     if settings.batch_tokens is not None and "batch_size" in given.values:
         notes.append("batch_size has no effect on training: batch_tokens is set, too.")
     return notes

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-from mlx_cpo_plugin.errors import ConfigError, DataError
+from mlx_cpo_plugin.errors import ConfigError, DataError, shown
 from mlx_cpo_plugin.settings.validation import Place, check, refused, unknown
 from mlx_cpo_plugin.types import Option, Values
 
@@ -105,6 +105,13 @@ def count_or_all(batches: int, key: str, place: Place) -> int:
 
 def lora_parameters(value: Values, key: str, place: Place) -> Values:
     """Return rank, dropout and scale, with defaults for those that are left out, and keys where they are given."""
+    if {"alpha", "scale"} <= value.keys():  # as mlx-lm-lora reads it
+        raise ConfigError(
+            f"{key}.alpha is {shown(value['alpha'])} {place(f'{key}.alpha')}, beside scale, which alone counts; remove "
+            "alpha.",
+            key=f"{key}.alpha",
+            place=place(f"{key}.alpha"),
+        )
     _only_known(value, [option.name for option in LORA_PARAMETERS], key, place)
     checked = {
         option.name: check(option, value.get(option.name, option.default), place, f"{key}.{option.name}")

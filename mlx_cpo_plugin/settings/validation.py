@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,7 +30,7 @@ KEYS_OF_OTHERS = {
     "max_steps": "iters, which counts micro-batches",
     "num_iters": "iters, which counts micro-batches",
     "logging_steps": "steps_per_report",
-    "eval_steps": "steps_per_eval",
+    **dict.fromkeys(("eval_steps", "eval_every", "val_every"), "steps_per_eval"),
     "eval_strategy": "eval_per_epoch, or steps_per_eval",
     "save_strategy": "save_per_epoch, or save_every",
     "save_steps": "save_every",
@@ -56,6 +56,9 @@ KEYS_OF_OTHERS = {
     "q_group_size": "load_in_4bits, which takes the largest group size that divides the layers",
     "q_bits": "load_in_4bits, load_in_6bits or load_in_8bits",
     "output_dir": "adapter_path",
+    "wandb_project": "wandb",
+    "hf_dataset.split": "hf_dataset.train_split",
+    **dict.fromkeys(("hf_dataset.name", "hf_dataset.subset"), "hf_dataset.config"),
     "model_name_or_path": "model",
     "base_model": "model",
     "dataset": "data",
@@ -63,7 +66,10 @@ KEYS_OF_OTHERS = {
     "resume_from_checkpoint": "resume",
     "load_best_model_at_end": "load_best",
     "optim": "optimizer",
-    "loss_type": "dpo_cpo_loss_type",
+    **dict.fromkeys(("loss", "loss_type", "cpo_loss_type", "dpo_loss_type", "pref_loss"), "dpo_cpo_loss_type"),
+    **dict.fromkeys(("cpo_loss", "dpo_loss"), "dpo_cpo_loss_type"),
+    **dict.fromkeys(("cpo_beta", "dpo_beta", "pref_beta", "rl_beta", "simpo_beta"), "beta"),
+    **dict.fromkeys(("pref_ftx", "rpo_alpha", "sft_weight"), "cpo_alpha"),
     "fine_tune_type": "train_type",
     "finetuning_type": "train_type",
     "lora_layers": "num_layers",
@@ -84,6 +90,9 @@ KEYS_OF_OTHERS = {
     "lora_parameters.target_modules": "lora_parameters.keys",
 }
 """Key of other trainers -> what means the same here."""
+
+_A_KIND = {"key": "a key", "option": "an option"}
+_MUCH_MORE = 0.1
 
 LARGEST_INTEGER = 2**31 - 1
 """What an option without a maximum may be: MLX's own integers have 32 bits."""
@@ -138,18 +147,38 @@ def unknown(
     """
     known = sorted(known)
     name = named(name)
-    if (meant := KEYS_OF_OTHERS.get(inside + name)) is not None:
-        key, allowed = inside + name, meant.partition(",")[0]
-        sentence = f"{key} is not a key of this plugin ({where}); did you mean {meant}?"
+    if (meant := KEYS_OF_OTHERS.get(inside + as_key(name))) is not None:
+        key, (word, *others) = inside + name, meant.partition(",")
+        flag = f"--{word.replace('_', '-')}"
+        allowed = flag if flag in known else word
+        meant = "".join((allowed, *others))
+        sentence = f"{key} is not {_A_KIND.get(kind, kind)} of this plugin ({where}); did you mean {meant}?"
         return ConfigError(sentence, key=key, place=where, allowed=allowed)
     allowed = ", ".join(known) if len(known) <= 14 else ""
     advice = f"known are {allowed}." if allowed else "remove it."
-    close = get_close_matches(name.lower(), known, n=1)
-    if close and (read is None or close[0] in read):
-        allowed = inside + close[0]
+    if close := _nearest(name.lower(), known, known if read is None else read):
+        allowed = inside + close
         advice = f"did you mean {allowed}?"
     key = inside + name
     return ConfigError(f"Unknown {kind} {key} {where}; {advice}", key=key, place=where, allowed=allowed)
+
+
+def as_key(name: str) -> str:
+    """Return what an option of a command line, or a key, is called in YAML."""
+    return name.lstrip("-").replace("-", "_") if name.startswith("--") else name
+
+
+def _nearest(name: str, known: Sequence[str], read: Container[str]) -> str | None:
+    """Return the name that is most like ``name`` and is read here, unless one that is not read is much more like it."""
+    near = get_close_matches(name, known, n=len(known))
+    for each in near:
+        if each in read:
+            return each if _likeness(name, near[0]) - _likeness(name, each) < _MUCH_MORE else None
+    return None
+
+
+def _likeness(name: str, other: str) -> float:
+    return SequenceMatcher(None, other, name).ratio()
 
 
 def not_read(

@@ -84,7 +84,8 @@ FURTHER_KEYS = re.findall(
     """
     num_train_epochs num_epochs warmup_ratio warmup_steps lr_scheduler_type lr_scheduler_kwargs eval_strategy
     eval_steps save_steps val_size val_set_size report_to run_name use_peft lora_rank lora_target_modules
-    test_datasets trl optim optimizer resume_from_checkpoint
+    test_datasets trl optim optimizer resume_from_checkpoint gamma rpo_alpha ld_alpha chat_template save_strategy
+    excess_length_strategy max_samples hub_model_id dpo_beta dpo_ftx use_swanlab
     """,
 )
 KEYS = sorted({*FURTHER_KEYS, *(key for example in EXAMPLES.values() for key in example)})
@@ -233,6 +234,63 @@ def test_the_margin_of_the_simpo_authors_stands_inside_beta() -> None:
         converted("simpo", {"loss_type": "hinge"})
 
 
+def test_the_first_files_of_the_simpo_authors_give_the_margin_itself() -> None:
+    older = {"gamma": 1.4, "gamma_beta_ratio": None}
+
+    assert recognised(YamlSettings("their.yaml", {"beta": 2.5, "gamma": 1.4, "output_dir": "out"}, {})) == "simpo"
+    assert converted("simpo", older).settings["simpo_gamma"] == 1.4
+    assert converted("simpo", {"gamma": 1.4}).settings["simpo_gamma"] == pytest.approx(1.375)  # as the later ones do
+    assert converted("simpo", {**older, "loss_type": "simpo"}).settings["dpo_cpo_loss_type"] == "simpo"
+
+
+def test_what_dpo_weighs_its_likelihood_term_with_is_kept_and_what_else_changes_its_loss_is_named() -> None:
+    theirs = {"loss_type": "sigmoid", "rpo_alpha": 0.5, "ld_alpha": 0.3, "use_weighting": True, "output_dir": "out"}
+
+    head, body = written("trl", theirs)
+
+    assert yaml.safe_load(body)["cpo_alpha"] == 0.5
+    assert re.search(r"No counterpart, left out: - ld_alpha, use_weighting", head)
+    assert "without effect: - rpo_alpha" not in head
+
+
+@pytest.mark.parametrize("name", ["trl", "simpo"])
+def test_a_chat_template_in_words_is_kept_and_a_name_is_not(name: str) -> None:
+    assert converted(name, {"chat_template": "{{ messages }}"}).settings["chat_template"] == "{{ messages }}"
+    assert "chat_template" not in converted(name, {"chat_template": "chatml"}).settings
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(None, "drop"), ("truncate", "cut"), ("raise", "error")])
+def test_axolotl_leaves_out_what_is_too_long(theirs: str | None, ours: str) -> None:
+    conversion = converted("axolotl", {"excess_length_strategy": theirs})
+
+    assert config.resolve(conversion.settings).settings.overlong == ours
+
+
+@pytest.mark.parametrize(("kind", "words"), [("chatml.intel", "in a format of its own"), ("argilla", "is not needed")])
+def test_a_prompt_strategy_of_axolotl_that_writes_its_own_format_is_told_of(kind: str, words: str) -> None:
+    assert words in told(converted("axolotl", {"datasets": [{"path": "some/pairs", "type": kind}]}))
+
+
+@pytest.mark.parametrize("what", ["eval", "save"])
+def test_what_axolotl_switches_off_is_not_switched_on(what: str) -> None:
+    conversion = converted("axolotl", {f"{what}_strategy": "no", "val_set_size": 0.05})
+
+    assert f"{what}_per_epoch" not in conversion.settings
+    assert f"{what}_strategy no has no counterpart" in told(conversion)
+
+
+def test_the_first_files_of_llama_factory_had_other_names() -> None:
+    settings = converted("llama-factory", {"pref_beta": None, "dpo_beta": 0.3, "dpo_ftx": 1.0}).settings
+
+    assert (settings["beta"], settings["cpo_alpha"]) == (0.3, 1.0)
+
+
+def test_the_first_rows_of_llama_factory_are_taken() -> None:
+    settings = converted("llama-factory", {"max_samples": 1000}).settings
+
+    assert settings["hf_dataset"][0]["train_split"] == "train[:1000]"
+
+
 def test_data_sets_of_the_alignment_handbook() -> None:
     mixed = {"dataset_mixer": {"a/b": 1.0, "c/d": 0.25}, "evaluation_strategy": "steps"}
 
@@ -240,9 +298,12 @@ def test_data_sets_of_the_alignment_handbook() -> None:
         {"path": "a/b", "train_split": "train_prefs", "valid_split": "test_prefs"},
         {"path": "c/d", "train_split": "train_prefs[:25%]", "valid_split": "test_prefs"},
     ]
-    mixture = {"datasets": [{"id": "a/b", "config": "en", "split": "train_prefs"}], "test_split_size": 0.1}
+    mixture = {
+        "datasets": [{"id": "a/b", "config": "en", "split": "train_prefs", "weight": 0.5}],
+        "test_split_size": 0.1,
+    }
     ours = converted("trl", {"dataset_name": None, "dataset_mixture": mixture}).settings
-    assert ours["hf_dataset"] == [{"path": "a/b", "config": "en", "train_split": "train_prefs"}]
+    assert ours["hf_dataset"] == [{"path": "a/b", "config": "en", "train_split": "train_prefs", "weight": 0.5}]
     assert ours["valid_fraction"] == 0.1
 
 
@@ -607,6 +668,8 @@ def test_a_schedule_without_a_counterpart_keeps_its_warm_up() -> None:
         ("trl", "optim", "paged_adamw_8bit", "adamw", "keeps its state in fewer bits"),
         ("trl", "optim", "adagrad", "adamw", "adagrad has no counterpart"),
         ("trl", "optim", "lion_32bit", "lion", ""),
+        ("trl", "optim", "galore_adamw_8bit", "adamw", "galore_adamw_8bit has no counterpart"),
+        ("axolotl", "optimizer", "schedule_free_adamw", "adamw", "schedule_free_adamw has no counterpart"),
         ("axolotl", "optimizer", "paged_lion_8bit", "lion", "lion has it whole"),
         ("trl", "optim", "adafactor", "adafactor", ""),
         ("llama-factory", "optim", "sgd", "sgd", ""),
@@ -727,6 +790,7 @@ def test_a_data_set_whose_description_is_elsewhere_is_told_of(tmp_path: Path) ->
         ("trl", {"report_to": ["tensorboard", "mlflow"]}, {"report_to": ["tensorboard"]}),
         ("axolotl", {"wandb_project": "mine"}, {"report_to": ["wandb"], "project": "mine"}),
         ("axolotl", {"use_trackio": True, "trackio_run_name": "r"}, {"report_to": ["trackio"], "run_name": "r"}),
+        ("axolotl", {"use_swanlab": True, "swanlab_project": "p"}, {"report_to": ["swanlab"], "project": "p"}),
         ("llama-factory", {"use_swanlab": True}, {"report_to": ["swanlab"], "project": "llamafactory"}),
     ],
 )
@@ -754,6 +818,10 @@ def test_a_push_goes_to_the_same_repository(name: str, theirs: dict[str, Any], o
 
     assert {key: value for key, value in conversion.settings.items() if "hub" in key} == ours
     assert ("push_to_hub" in told(conversion)) == (theirs["push_to_hub"] and "hub_private_repo" not in ours)
+
+
+def test_axolotl_pushes_where_it_has_a_repository() -> None:
+    assert converted("axolotl", {"hub_model_id": "me/it"}).settings["push_to_hub"] == "me/it"
 
 
 def test_the_best_checkpoint_is_kept_and_loaded_by_the_same_measure() -> None:

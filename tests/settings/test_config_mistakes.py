@@ -14,7 +14,7 @@ from support.stranger_plugins import PlainPlugin, registered
 from mlx_cpo_plugin.errors import ConfigError
 from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
-from mlx_cpo_plugin.settings.nested import LORA_PARAMETERS
+from mlx_cpo_plugin.settings.nested import DATASET_KEYS, LORA_PARAMETERS
 from mlx_cpo_plugin.settings.validation import KEYS_OF_OTHERS
 
 
@@ -333,8 +333,52 @@ def test_a_key_of_another_trainer_is_told_by_its_meaning(tmp_path: Path, written
     assert fields_of(error) == (key, f"in {tmp_path / 'my.yaml'}, line 3", meant.partition(",")[0])
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--lora-alpha", "lora_parameters.scale, which is alpha over the rank"),
+        ("--num-train-epochs", "--epochs"),
+        ("--max-steps", "--iters, which counts micro-batches"),
+        ("--lr", "--learning-rate"),  # and no abbreviation of --lr-schedule
+        ("--dpo-loss-type", "--dpo-cpo-loss-type"),
+    ],
+)
+def test_an_option_of_another_trainer_is_told_by_its_meaning(option: str, meant: str) -> None:
+    error = refusal(["--train-mode", "cpo", option, "3"])
+
+    assert str(error) == (f"{option} is not an option of this plugin (on the command line); did you mean {meant}?")
+
+
+def test_an_abbreviation_with_the_same_meaning_is_one() -> None:
+    words = ["--train-mode", "cpo", "--train", "--optim", "lion", "--learning", "0.5"]
+
+    assert config.resolve(words).settings.optimizer == "lion"
+
+
+def test_an_alpha_beside_the_scale_that_counts_is_to_be_removed() -> None:
+    error = refusal({"train_mode": "cpo", "lora_parameters": {"rank": 8, "alpha": 16.0, "scale": 20.0}})
+
+    assert str(error).endswith("beside scale, which alone counts; remove alpha.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"adamw": {"weight_decay": 0.1}}, 1),
+        ({"adamw": {"weight_decay": 0.1}, "adam": {"eps": 1e-6}}, 0),
+        ({"adamw": {}}, 0),
+    ],
+    ids=str,
+)
+def test_arguments_of_an_optimizer_that_is_not_chosen_are_noted(arguments: Any, told: int) -> None:
+    resolved = config.resolve({"train_mode": "cpo", "train": True, "optimizer_config": arguments})
+
+    assert resolved.notes.count("optimizer_config.adamw has no effect: optimizer is adam.") == told
+
+
 def test_what_keys_of_other_trainers_mean_here_exists() -> None:
     known = {*vars(from_call()), *(f"lora_parameters.{part.name}" for part in LORA_PARAMETERS)}
+    known |= {f"hf_dataset.{key}" for key in DATASET_KEYS}
 
     assert {meant.partition(",")[0] for meant in KEYS_OF_OTHERS.values()} <= known
     assert not set(KEYS_OF_OTHERS) & known
