@@ -48,8 +48,8 @@ def read_document(path: Path) -> str:
     """Return the text of a configuration file.
 
     Raises:
-        ConfigError: it cannot be read or is not YAML, is for another train mode, or holds what no control of the form
-            can.
+        ConfigError: it cannot be read or is not YAML, is for another train mode or for testing alone, or holds what no
+            control of the form can.
     """
     settings = read_yaml(path)
     mode = settings.values.get("train_mode", MODE)
@@ -57,6 +57,10 @@ def read_document(path: Path) -> str:
         place = settings.place("train_mode")
         message = f"train_mode is {mode!r} {place}; this page is for {MODE}."
         raise ConfigError(message, key="train_mode", place=place, allowed=MODE)
+    if settings.values.get("train") is False and settings.values.get("test"):
+        place = settings.place("train")
+        message = f"train is false {place}, beside test: this page is for training; test with mlx_lm_lora.train."
+        raise ConfigError(message, key="train", place=place, allowed="true")
     for field in form_fields():  # a tick or a choice cannot show what is neither
         value = _looked_up(settings.values, field.key) if field.is_tick or field.option.choices else None
         if value is not None:

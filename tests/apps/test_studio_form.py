@@ -249,6 +249,13 @@ class TestDocument:
         with refused(ConfigError, key="train_mode", place=f"in {file}, line 1", allowed="cpo"):
             document.read_document(file)
 
+    def test_a_file_that_only_tests_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "test.yaml"
+        file.write_text("train_mode: cpo\ntrain: false\ntest: true\n")
+
+        with refused(ConfigError, key="train", place=f"in {file}, line 2", allowed="true"):
+            document.read_document(file)
+
     @pytest.mark.parametrize(
         ("line", "key"),
         [("fuse: 0", "fuse"), ("load_best: 'no'", "load_best"), ("optimizer: adamm", "optimizer")],
