@@ -22,6 +22,7 @@ from support.compiled import use_kernels
 from support.devices import pretended
 from support.fresh_environment import open_workshop
 
+from mlx_cpo_plugin.blas import usable_cores
 from mlx_cpo_plugin.device import CPU
 
 # How long an example takes says how busy the machine is. CI tries the same examples each time, everybody else new ones.
@@ -52,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(open_workshop())
     if config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword):
         config.option.markexpr = "not slow"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than there are cores: many tests wait for processes and browsers."""
+    return usable_cores() + 1
 
 
 # Folders whose files take longest: no worker is left alone with one of them at the end.

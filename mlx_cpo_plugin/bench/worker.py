@@ -26,11 +26,11 @@ from mlx_cpo_plugin.bench.counting import Work, counted_work
 from mlx_cpo_plugin.bench.job import COUNT, EPOCH, HOST, REFERENCE, TIME, Job, Measurement, gradient_file
 from mlx_cpo_plugin.bench.random_model import random_model
 from mlx_cpo_plugin.bench.recording import peak_resident, tell_progress
+from mlx_cpo_plugin.bench.reference_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.blas import in_use, use_fast_blas
 from mlx_cpo_plugin.checkpoints import ADAPTER_FILE
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.run.building import build_optimizer, load_model
-from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.settings.config import RunSettings
 from mlx_cpo_plugin.training.trainer import CPOTrainingArgs, train_cpo
 

@@ -28,6 +28,7 @@ from mlx_cpo_plugin.bench import cases, compare, growth, plots, report, runs, wo
 from mlx_cpo_plugin.bench.cases import Case, case_of_config, case_of_shape, load_pairs, save_pairs
 from mlx_cpo_plugin.bench.compare import Comparison, GradientDifferences, TrainerResult
 from mlx_cpo_plugin.bench.job import HOST, PLUGIN, REFERENCE, TRL, Job, Measurement, gradient_file
+from mlx_cpo_plugin.bench.reference_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.bench.runs import MeasurementError, Runs, run_worker
 from mlx_cpo_plugin.bench.shapes import Shape, parse_shape
 from mlx_cpo_plugin.data.pair import PreferencePair
@@ -35,7 +36,6 @@ from mlx_cpo_plugin.errors import ConfigError, UserError
 from mlx_cpo_plugin.json_output import check_json
 from mlx_cpo_plugin.parameters import by_name
 from mlx_cpo_plugin.selftest import float64_gradient
-from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.termination import stopped_by_termination
 from mlx_cpo_plugin.training.objective import objective_for
 

@@ -18,6 +18,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from support.architectures import COMMON, build_architecture
 from support.tiny import VOCABULARY, add_adapter, build_model, build_pairs, relative_error
 
+from mlx_cpo_plugin.bench.reference_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
@@ -29,7 +30,6 @@ from mlx_cpo_plugin.model.parity import choose_scorer
 from mlx_cpo_plugin.model.products import float32_products
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prefix import split_shared_prefix
-from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.selftest.models import unquantised
 from mlx_cpo_plugin.training.gradients import SharedPromptGradients
 from mlx_cpo_plugin.training.objective import objective_for

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.tiny import VOCABULARY, add_adapter, build_model, relative_error
 
+from mlx_cpo_plugin.bench.reference_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.data.batches import StepTotals
 from mlx_cpo_plugin.data.pair import PreferencePair
 from mlx_cpo_plugin.device import compile_where_it_pays
@@ -19,7 +20,6 @@ from mlx_cpo_plugin.model.activations import lean_activations
 from mlx_cpo_plugin.model.compiled import compiled_kernels
 from mlx_cpo_plugin.model.recompute import checkpointed_layers
 from mlx_cpo_plugin.model.shared_prompt import SharedPromptScorer
-from mlx_cpo_plugin.selftest.float64_gradient import ReferenceLoss, reference_gradient
 from mlx_cpo_plugin.training.long_context import FAR, SegmentGradients
 from mlx_cpo_plugin.training.objective import objective_for
 
