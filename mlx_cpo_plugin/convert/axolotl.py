@@ -15,6 +15,7 @@ from mlx_cpo_plugin.convert.model_and_data import (
     convert_data,
     convert_model,
     convert_precision,
+    convert_template,
     convert_valid_share,
     put_loss,
     require_no_reference,
@@ -46,15 +47,15 @@ CUSTOM_COLUMNS = {
     "field_system": "system_feature",
 }
 OVERLONG = {"drop": "drop", "truncate": "cut", "raise": "error"}
-FORMATS = ("chatml", "llama3", "zephyr")
-"""Prompt strategies that write a prompt format of their own, whatever the model's template is."""
+FORMATS = ("chatml", "llama3", "zephyr", "user_defined", "passthrough")
+"""Prompt strategies that write prompts in another way than the model's template."""
 LONGEST_DEFAULT_WARMUP, DEFAULT_WARMUP_SHARE = 100, 0.03
 
 
 TRACKED_AS = {
     "wandb": ("wandb_project", "wandb_name"),
     "trackio": ("trackio_project_name", "trackio_run_name"),
-    "swanlab": ("swanlab_project", "swanlab_run_name"),
+    "swanlab": ("swanlab_project", "swanlab_experiment_name"),
 }
 """Tracker -> Axolotl's keys for the project and the name of the run."""
 
@@ -125,11 +126,14 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     smoothing = source.number("dpo_label_smoothing", 0.0) if loss == "sigmoid" else 0.0
     if smoothing:
         given.append("label_smoothing")
-    put_loss(conversion, loss, beta, given, label_smoothing=smoothing)
+    given += ["cpo_alpha"] if source.gives("rpo_alpha") else []
+    weight = source.number("rpo_alpha", 0.0)
+    put_loss(conversion, loss, beta, given, cpo_alpha=weight, label_smoothing=smoothing)
 
 
 def _convert_model(source: Source, conversion: Conversion) -> None:
     convert_model(source, "base_model", conversion)
+    convert_template(source, "chat_template_jinja", conversion)
     adapter = source.raw("adapter")
     if is_off(adapter):
         conversion.put("train_type", "full", given=False)
@@ -174,8 +178,8 @@ def _entry(entry: Source, conversion: Conversion) -> DataEntry:
     entry.raw("ds_type")
     if isinstance(kind, str) and kind.partition(".")[0] in FORMATS:
         conversion.tell(
-            f"datasets: type {named(kind, 60)} of {named(path, 60)} writes prompts in a format of its own; here they "
-            "are in that of the model's chat template: set chat_template where they differ."
+            f"datasets: type {named(kind, 60)} of {named(path, 60)} does not use the model's chat template; here "
+            "prompts are in its format: set chat_template where they differ."
         )
     elif isinstance(kind, str):
         conversion.tell(
@@ -245,7 +249,7 @@ def _convert_tracking(source: Source, conversion: Conversion) -> None:
     if source.gives("wandb_project") and "use_wandb" not in source.values:
         wanted.insert(0, "wandb")
     put_trackers(conversion, wanted)
-    convert_hub(source, conversion, source.gives("hub_model_id"))
+    convert_hub(source, conversion, not is_off(source.raw("hub_model_id")))
     for name, (project_key, name_key) in TRACKED_AS.items():
         project, run_name = source.raw(project_key), source.raw(name_key)
         if name in wanted:

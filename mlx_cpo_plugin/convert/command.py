@@ -19,7 +19,6 @@ from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, acc
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
-from mlx_cpo_plugin.types import Values
 
 SOURCES: dict[str, tuple[ModuleType, Converter]] = {
     "axolotl": (axolotl, axolotl.convert_axolotl),
@@ -145,9 +144,9 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
             key="rlhf_type",
             place=settings.place("rlhf_type"),
         )
-    name = next(
-        (name for name, (module, _) in SOURCES.items() if any(_has(values, mark) for mark in module.MARKS)), None
-    )
+    name = next((name for name, (module, _) in SOURCES.items() if any(mark in values for mark in module.MARKS)), None)
+    if name in (None, "trl") and simpo.is_of_first_versions(values):
+        name = "simpo"
     if name is None:
         raise ConfigError(
             f"{file} has no key by which a configuration of TRL, Axolotl, LLaMA-Factory or SimPO is recognised; say "
@@ -164,11 +163,6 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
             allowed="trl",
         )
     return name
-
-
-def _has(values: Values, mark: str | tuple[str, ...]) -> bool:
-    """Whether a configuration has a key, or all of several."""
-    return all(key in values for key in ([mark] if isinstance(mark, str) else mark))
 
 
 def check_result(conversion: Conversion, source: Source, convert: Callable[[Source], Conversion]) -> None:

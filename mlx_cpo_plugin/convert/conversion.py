@@ -58,6 +58,11 @@ class Source:
             raise self.refuse(key, "what stands in ${} is known to its own program alone: write the value")
         return value
 
+    def as_it_is(self, key: str) -> Any:
+        """Return a value, or None, in which ${} may stand for something else than with Hydra."""
+        self._read.add(key)
+        return self.values.get(key)
+
     def number(self, key: str, default: float | None = None) -> Any:
         """Return a float.
 

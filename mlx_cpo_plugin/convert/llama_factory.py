@@ -55,6 +55,9 @@ def convert_llama_factory(source: Source, rows: int | None, drop_reference: bool
     source.raw("do_train")
     _convert_loss(source, conversion, drop_reference)
     _convert_model(source, conversion)
+    most = source.count("max_samples", least=1)
+    if rows and most is not None:
+        rows = min(rows, most * len(_names(source.raw("dataset", []))))
     _convert_data(source, conversion, rows)
     conversion.put("max_seq_length", source.count("cutoff_len", 2048), source.gives("cutoff_len"))
     checkpointing = "disable_gradient_checkpointing"
@@ -77,9 +80,10 @@ def convert_llama_factory(source: Source, rows: int | None, drop_reference: bool
 
 
 def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) -> None:
-    loss = source.raw("pref_loss", "sigmoid")
+    key = "dpo_loss" if source.gives("dpo_loss") and not source.gives("pref_loss") else "pref_loss"
+    loss = source.raw(key, "sigmoid")
     if loss not in (*WITH_REFERENCE, "simpo"):
-        raise source.refuse("pref_loss", "CPO has simpo, and sigmoid, hinge and ipo with --drop-reference")
+        raise source.refuse(key, "CPO has simpo, and sigmoid, hinge and ipo with --drop-reference")
     # The second names are those of its first versions.
     beta = source.number("pref_beta", source.number("dpo_beta", 0.1))
     weight = source.number("pref_ftx", source.number("dpo_ftx", 0.0))
@@ -90,14 +94,15 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if loss == "simpo":
         options["simpo_gamma"] = source.number("simpo_gamma", 0.5)
     else:
-        require_no_reference(source, ["pref_loss"], loss, drop_reference, conversion)
+        require_no_reference(source, [key], loss, drop_reference, conversion)
     if loss == "sigmoid" and source.number("dpo_label_smoothing", 0.0):
         options["label_smoothing"] = source.number("dpo_label_smoothing")
         given.append("label_smoothing")
     put_loss(conversion, loss, beta, given, **options)
     if weight:
+        theirs_weight = "pref_ftx" if source.gives("pref_ftx") else "dpo_ftx"
         conversion.tell(
-            "pref_ftx weighs the mean over answers of their mean over tokens, cpo_alpha one over all tokens."
+            f"{theirs_weight} weighs the mean over answers of their mean over tokens, cpo_alpha one over all tokens."
         )
 
 
@@ -141,7 +146,10 @@ def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> N
     )
     most = source.count("max_samples", least=1)
     if most is not None:
-        entries = [replace(entry, train_split=f"{entry.train_split}[:{most}]") for entry in entries]
+        entries = [
+            entry if "[" in entry.train_split else replace(entry, train_split=f"{entry.train_split}[:{most}]")
+            for entry in entries
+        ]
         conversion.tell(f"max_samples takes the first {most} rows of each set; of one with fewer, take out [:{most}].")
     convert_data(entries, conversion)
     convert_valid_share(source.number("val_size", 0.0), "val_size", conversion, rows)

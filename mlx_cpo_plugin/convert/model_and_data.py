@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_cpo_plugin.convert.conversion import Conversion, Source, merged
+from mlx_cpo_plugin.data.chat_template import is_jinja
 from mlx_cpo_plugin.data.dataset import rows_held_out
 from mlx_cpo_plugin.data.files import SUFFIXES, kind_of
 from mlx_cpo_plugin.data.messages import ROLES
@@ -81,6 +82,13 @@ def convert_model(source: Source, key: str, conversion: Conversion) -> bool:
         return False
     conversion.settings["model"] = model
     return True
+
+
+def convert_template(source: Source, key: str, conversion: Conversion) -> None:
+    """Write a chat template that is given as text; a name of one has no counterpart."""
+    template = source.values.get(key)
+    if isinstance(template, str) and is_jinja(template):
+        conversion.settings["chat_template"] = source.as_it_is(key)
 
 
 def convert_adapter(adapter: Adapter, conversion: Conversion) -> None:

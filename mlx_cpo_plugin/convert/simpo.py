@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_cpo_plugin.convert import trl
 from mlx_cpo_plugin.convert.conversion import Conversion, Source
 from mlx_cpo_plugin.convert.model_and_data import put_loss
 from mlx_cpo_plugin.convert.training_arguments import convert_training_arguments
-from mlx_cpo_plugin.convert.trl import convert_output, convert_scripts
 
-MARKS = ("gamma_beta_ratio", "sft_weight", ("gamma", "beta"))
+MARKS = ("gamma_beta_ratio", "sft_weight")
+
+
+def is_of_first_versions(values: Mapping[str, Any]) -> bool:
+    """Whether a file has the margin itself, which is a discount factor in those of other trainers."""
+    others = trl.is_surely_cpo(values) or trl.names_another_trainer(values) or values.get("lam") is not None
+    return all(values.get(key) is not None for key in ("gamma", "beta")) and not others
 
 
 def convert_simpo(source: Source, rows: int | None, drop_reference: bool) -> Conversion:
     """Convert a SimPOConfig of the repository princeton-nlp/SimPO.
 
     Raises:
-        ConfigError: its loss is hinge, for which there is no counterpart.
+        ConfigError: it is of another trainer, or its loss is hinge, for which there is no counterpart.
     """
     conversion = Conversion("SimPO")
-    convert_scripts(source, conversion, rows)
+    trl.refuse_other_trainers(source)
+    trl.convert_scripts(source, conversion, rows)
     _convert_loss(source, conversion)
     conversion.put("max_seq_length", source.count("max_length", 512), source.gives("max_length"))
     convert_training_arguments(
@@ -29,7 +39,7 @@ def convert_simpo(source: Source, rows: int | None, drop_reference: bool) -> Con
         grad_checkpoint=source.flag("gradient_checkpointing"),
         gives_checkpointing=source.gives("gradient_checkpointing"),
     )
-    convert_output(source, conversion)
+    trl.convert_output(source, conversion)
     return conversion
 
 

@@ -14,6 +14,7 @@ from mlx_cpo_plugin.convert.model_and_data import (
     convert_data,
     convert_model,
     convert_precision,
+    convert_template,
     convert_valid_share,
     put_loss,
     require_no_reference,
@@ -22,7 +23,6 @@ from mlx_cpo_plugin.convert.training_arguments import (
     convert_tracking,
     convert_training_arguments,
 )
-from mlx_cpo_plugin.data.chat_template import is_jinja
 from mlx_cpo_plugin.errors import ConfigError, named
 
 ONLY_CPO = ("cpo_alpha", "simpo_gamma")
@@ -38,12 +38,13 @@ MARKS = (
     "dataset_mixer",
     "dataset_mixture",
 )
-CHANGES_LOSS = ("ld_alpha", "discopop_tau", "use_weighting", "loss_weights")
+CHANGES_LOSS = ("ld_alpha", "use_weighting", "loss_weights")
 """Keys of DPO that ask for another loss, which is lost without the reference."""
+DIVERGENCE, USUAL_DIVERGENCE = "f_divergence_type", "reverse_kl"
 REFERENCE_KEYS = (
     "precompute_ref_log_probs",
     "precompute_ref_batch_size",
-    "f_divergence_type",
+    DIVERGENCE,
     "f_alpha_divergence_coef",
     "force_use_ref_model",
     "ref_model_init_kwargs",
@@ -52,6 +53,7 @@ REFERENCE_KEYS = (
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "rpo_alpha",
+    "discopop_tau",
     *CHANGES_LOSS,
 )
 OTHER_TRAINERS = {
@@ -91,14 +93,7 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
         ConfigError: it is the configuration of another trainer, or has a loss that CPO does not have.
     """
     conversion = Conversion("TRL")
-    for key, trainer in OTHER_TRAINERS.items():
-        if key in source.values:
-            raise ConfigError(
-                f"{key} {source.settings.place(key)} belongs to TRL's {trainer}, which trains on no pairs of chosen "
-                "and rejected answers; give a CPOConfig.",
-                key=key,
-                place=source.settings.place(key),
-            )
+    refuse_other_trainers(source)
     convert_scripts(source, conversion, rows)
     _convert_loss(source, conversion, drop_reference)
     length = 512 if source.is_null("max_length") else 1024  # its trainer's default, and its configuration's
@@ -115,6 +110,22 @@ def convert_trl(source: Source, rows: int | None, drop_reference: bool) -> Conve
     )
     convert_output(source, conversion)
     return conversion
+
+
+def refuse_other_trainers(source: Source) -> None:
+    """Refuse a file with a key of a trainer that takes no pairs.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for key, trainer in OTHER_TRAINERS.items():
+        if key in source.values:
+            raise ConfigError(
+                f"{key} {source.settings.place(key)} belongs to TRL's {trainer}, which trains on no pairs of chosen "
+                "and rejected answers; give a CPOConfig.",
+                key=key,
+                place=source.settings.place(key),
+            )
 
 
 def convert_output(source: Source, conversion: Conversion) -> None:
@@ -157,9 +168,7 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
     else:
         conversion.tell("The file says nothing of adapters: LoRA with its defaults, unless you set train_type: full.")
     convert_precision(bits, conversion)
-    template = source.values.get("chat_template")
-    if isinstance(template, str) and is_jinja(template):  # elsewhere it is a name
-        conversion.settings["chat_template"] = source.raw("chat_template")
+    convert_template(source, "chat_template", conversion)
 
 
 def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
@@ -217,7 +226,8 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     if (reference and not source.flag("reference_free")) or (drop_reference and not is_surely_cpo(source.values)):
         reference = reference or ["loss_type"]
         require_no_reference(source, reference, loss, drop_reference, conversion)
-        for key in set(reference) - set(CHANGES_LOSS):
+        lost = {*CHANGES_LOSS, *(() if source.values.get(DIVERGENCE) == USUAL_DIVERGENCE else (DIVERGENCE,))}
+        for key in set(reference) - lost:
             source.raw(key)
     beta, smoothing = source.number("beta", 0.1), source.number("label_smoothing", 0.0)
     # A DPOConfig whose reference is dropped has TRL's likelihood term by another name, and none by default.

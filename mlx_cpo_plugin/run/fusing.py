@@ -78,7 +78,6 @@ class Fusing:
         parts = text_and_towers(model, base, self.say)
         precision = self._merge(model, base, trained)
         self._check_room(model, parts, base, target, precision)
-        what_is_left = "nothing of the fused model is left"
         try:
             target.mkdir(parents=True, exist_ok=True)
             for left in target.glob(f"{_STAGING}*"):  # by a killed process
@@ -89,11 +88,14 @@ class Fusing:
                 _complete(staging, base, parts)
                 written, _ = load_model(staging, lazy=not self.pairs)
                 fused = self._scores(written)
-                what_is_left = "of a fused model that is only partly there the config.json is missing"
                 move_into_place(staging, target, self.say, self.run)
         except (OSError, RuntimeError, ValueError) as error:
             if is_device_fault(error) or isinstance(error, UserError):
                 raise
+            partly = any(target.glob("model*.safetensors")) and not (target / "config.json").exists()
+            what_is_left = "nothing of the new fused model is left"
+            if partly:
+                what_is_left = "the part of the fused model that is there lacks its config.json"
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space there. "
                 f"The adapter is intact, and {what_is_left}.",

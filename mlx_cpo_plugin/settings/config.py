@@ -152,7 +152,7 @@ def resolve(
     known = {*options, *defaults, *UNCHECKED_KEYS}  # of a loss that is not there, it is not its options that are wrong
     for key in [*in_call, *(in_file.values if in_file else ())]:
         if key not in known:
-            raise unknown("key", key, known, given.place(key), read={*options, "train_mode"})
+            raise unknown("key", key, known, given.place(key), read={*options, "train_mode", "config"})
     # The chosen loss overrides default and range of an option that other losses share.
     common = {option.name for option in COMMON_OPTIONS}
     options |= {option.name: option for option in (loss.options if loss else ()) if option.name not in common}

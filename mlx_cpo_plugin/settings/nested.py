@@ -105,7 +105,7 @@ def count_or_all(batches: int, key: str, place: Place) -> int:
 
 def lora_parameters(value: Values, key: str, place: Place) -> Values:
     """Return rank, dropout and scale, with defaults for those that are left out, and keys where they are given."""
-    if {"alpha", "scale"} <= value.keys():  # as mlx-lm-lora reads it
+    if value.get("alpha") is not None and value.get("scale") is not None:  # as mlx-lm-lora reads it
         raise ConfigError(
             f"{key}.alpha is {shown(value['alpha'])} {place(f'{key}.alpha')}, beside scale, which alone counts; remove "
             "alpha.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher, get_close_matches
@@ -51,6 +52,7 @@ KEYS_OF_OTHERS = {
     "rejected_column": "rejected_feature",
     "system_column": "system_feature",
     "max_length": "max_seq_length",
+    "max_prompt_length": "max_seq_length, which is that of prompt and answer together",
     "sequence_len": "max_seq_length",
     "cutoff_len": "max_seq_length",
     "q_group_size": "load_in_4bits, which takes the largest group size that divides the layers",
@@ -85,7 +87,13 @@ KEYS_OF_OTHERS = {
     "lora_target": "lora_parameters.keys",
     "lora_target_modules": "lora_parameters.keys",
     "target_modules": "lora_parameters.keys",
-    "lora_parameters.r": "lora_parameters.rank",
+    **dict.fromkeys(("lora_parameters.r", "lora_parameters.lora_rank"), "lora_parameters.rank"),
+    "lora_parameters.lora_alpha": "lora_parameters.scale, which is alpha over the rank",
+    "lora_parameters.lora_dropout": "lora_parameters.dropout",
+    **{
+        f"hf_dataset.{part}_column": f"hf_dataset.{part}_feature" for part in ("prompt", "chosen", "rejected", "system")
+    },
+    **dict.fromkeys(("lr_schedule.warmup_steps", "lr_schedule.num_warmup_steps"), "lr_schedule.warmup"),
     "lora_parameters.alpha": "lora_parameters.scale, which is alpha over the rank",
     "lora_parameters.target_modules": "lora_parameters.keys",
 }
@@ -148,10 +156,8 @@ def unknown(
     known = sorted(known)
     name = named(name)
     if (meant := KEYS_OF_OTHERS.get(inside + as_key(name))) is not None:
-        key, (word, *others) = inside + name, meant.partition(",")
-        flag = f"--{word.replace('_', '-')}"
-        allowed = flag if flag in known else word
-        meant = "".join((allowed, *others))
+        key, meant = inside + name, as_flags(meant, known) if kind == "option" else meant
+        allowed = meant.partition(",")[0]
         sentence = f"{key} is not {_A_KIND.get(kind, kind)} of this plugin ({where}); did you mean {meant}?"
         return ConfigError(sentence, key=key, place=where, allowed=allowed)
     allowed = ", ".join(known) if len(known) <= 14 else ""
@@ -164,8 +170,19 @@ def unknown(
 
 
 def as_key(name: str) -> str:
-    """Return what an option of a command line, or a key, is called in YAML."""
-    return name.lstrip("-").replace("-", "_") if name.startswith("--") else name
+    """Return how an option of a command line, or a key in another spelling, is written in YAML."""
+    return name.lstrip("-").replace("-", "_").lower()
+
+
+def as_flags(meant: str, flags: Container[str]) -> str:
+    """Return what a key of another trainer means with the flags of those that it names."""
+
+    def flag_of(found: re.Match[str]) -> str:
+        key, _, inner = found[0].partition(".")
+        flag = f"--{key.replace('_', '-')}"
+        return found[0] if flag not in flags else f"{flag} '{{{inner}: ...}}'" if inner else flag
+
+    return re.sub(r"^\w+(\.\w+)?|\b[a-z]+_\w+", flag_of, meant)
 
 
 def _nearest(name: str, known: Sequence[str], read: Container[str]) -> str | None:

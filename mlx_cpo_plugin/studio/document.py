@@ -57,9 +57,9 @@ def read_document(path: Path) -> str:
         place = settings.place("train_mode")
         message = f"train_mode is {mode!r} {place}; this page is for {MODE}."
         raise ConfigError(message, key="train_mode", place=place, allowed=MODE)
-    if settings.values.get("train") is False and settings.values.get("test"):
-        place = settings.place("train")
-        message = f"train is false {place}, beside test: this page is for training; test with mlx_lm_lora.train."
+    if not settings.values.get("train") and settings.values.get("test"):
+        place = settings.place("test")
+        message = f"test is true {place}, and train is not: this page is for training; test with mlx_lm_lora.train."
         raise ConfigError(message, key="train", place=place, allowed="true")
     for field in form_fields():  # a tick or a choice cannot show what is neither
         value = _looked_up(settings.values, field.key) if field.is_tick or field.option.choices else None

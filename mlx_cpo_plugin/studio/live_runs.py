@@ -107,7 +107,9 @@ def folders_below(root: Path, depth: int) -> Iterator[Path]:
     for path, names, _ in os.walk(root, followlinks=False):
         folder = Path(path)
         deep = len(folder.relative_to(root).parts) >= depth
-        names[:] = [] if deep else [name for name in sorted(names) if not name.startswith((".", "__", CHECKPOINTS))]
+        names[:] = (
+            [] if deep else [name for name in sorted(names) if not name.startswith((".", "__pycache__", CHECKPOINTS))]
+        )
         yield folder
 
 

@@ -131,9 +131,13 @@ def lost_validation(folder: Path) -> str:
     return ""
 
 
-def write_result(folder: Path, run: PlannedRun, status: str, reason: str = "") -> None:
-    """Write down that a run has finished, with the validations that it is judged by, or failed."""
-    values: Row = {"status": status, "reason": reason, "options": run.options, "seed": run.seed}
+def write_result(folder: Path, run: PlannedRun, status: str, reason: str = "", before: float = 0.0) -> None:
+    """Write down that a run has finished, with the validations that it is judged by, or failed.
+
+    Args:
+        before: the part of the run at whose end it failed to arrive.
+    """
+    values: Row = {"status": status, "reason": reason, "before_part": before, "options": run.options, "seed": run.seed}
     if status == FINISHED:
         values["before"], values["after"] = validations_of(folder)
     replace_whole(folder / RESULT, lambda partial: partial.write_text(json.dumps(values, indent=1) + "\n"))

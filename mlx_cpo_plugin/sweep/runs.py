@@ -138,9 +138,9 @@ def runs_given_up(sweep: Sweep, parts: Sequence[float]) -> dict[str, str]:
             folder = folder_of(sweep, run)
             if run.digest in given_up:
                 continue
-            row = validation_at(folder, part)
-            if row is None and read_result(folder).get("status") == FAILED:  # later, it was among those compared here
-                continue
+            result, row = read_result(folder), validation_at(folder, part)
+            if result.get("status") == FAILED and result.get("before_part", 0.0) <= part:
+                continue  # one that failed later was among those compared here
             if row is None:
                 return given_up
             settings.setdefault(run.setting, []).append(Outcome(run, folder, after=row))
@@ -168,7 +168,7 @@ def _advance(
     lost = "" if code else lost_validation(folder)
     if lost or (code and not paused):
         reason = lost or last_line or f"exit code {code}"
-        write_result(folder, run, FAILED, reason)
+        write_result(folder, run, FAILED, reason, before=part)
         say(f"  failed: {reason} (see {folder / CONSOLE})")
         return False
     if code == 0:

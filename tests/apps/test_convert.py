@@ -243,19 +243,40 @@ def test_the_first_files_of_the_simpo_authors_give_the_margin_itself() -> None:
     assert converted("simpo", {**older, "loss_type": "simpo"}).settings["dpo_cpo_loss_type"] == "simpo"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss_type": "simpo", "cpo_alpha": 1.0, "simpo_gamma": 1.4, "beta": 2.0, "gamma": None},
+        {"loss_type": "sigmoid", "cpo_alpha": 0.5, "beta": 2.0, "gamma": 0.5},
+        {"output_dir": "out", "num_generations": 8, "beta": 0.04, "gamma": 0.99},
+        {"output_dir": "out", "rpo_alpha": 1.0, "beta": 0.1, "gamma": 0.99},
+    ],
+    ids=["null", "CPO", "GRPO", "DPO"],
+)
+def test_a_gamma_of_another_trainer_makes_no_file_one_of_the_simpo_authors(values: dict[str, Any]) -> None:
+    assert recognised(YamlSettings("their.yaml", values, {})) == "trl"
+    if "num_generations" in values:
+        with refused(ConfigError, key="num_generations"):
+            converted("simpo", values)
+
+
 def test_what_dpo_weighs_its_likelihood_term_with_is_kept_and_what_else_changes_its_loss_is_named() -> None:
     theirs = {"loss_type": "sigmoid", "rpo_alpha": 0.5, "ld_alpha": 0.3, "use_weighting": True, "output_dir": "out"}
+    theirs |= {"f_divergence_type": "js_divergence"}
 
     head, body = written("trl", theirs)
 
     assert yaml.safe_load(body)["cpo_alpha"] == 0.5
-    assert re.search(r"No counterpart, left out: - ld_alpha, use_weighting", head)
+    assert re.search(r"No counterpart, left out: - ld_alpha, use_weighting, f_divergence_type", head)
     assert "without effect: - rpo_alpha" not in head
+    axolotl = {"rl": "dpo", "rpo_alpha": 0.5}
+    assert converted("axolotl", axolotl, drop_reference=True).settings["cpo_alpha"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["trl", "simpo"])
 def test_a_chat_template_in_words_is_kept_and_a_name_is_not(name: str) -> None:
-    assert converted(name, {"chat_template": "{{ messages }}"}).settings["chat_template"] == "{{ messages }}"
+    text = "{% if x %}${name}{% endif %}"  # which is nothing of Hydra's
+    assert converted(name, {"chat_template": text}).settings["chat_template"] == text
     assert "chat_template" not in converted(name, {"chat_template": "chatml"}).settings
 
 
@@ -266,7 +287,9 @@ def test_axolotl_leaves_out_what_is_too_long(theirs: str | None, ours: str) -> N
     assert config.resolve(conversion.settings).settings.overlong == ours
 
 
-@pytest.mark.parametrize(("kind", "words"), [("chatml.intel", "in a format of its own"), ("argilla", "is not needed")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("chatml.intel", "does not use the model's"), ("argilla", "is not needed")]
+)
 def test_a_prompt_strategy_of_axolotl_that_writes_its_own_format_is_told_of(kind: str, words: str) -> None:
     assert words in told(converted("axolotl", {"datasets": [{"path": "some/pairs", "type": kind}]}))
 
@@ -280,15 +303,22 @@ def test_what_axolotl_switches_off_is_not_switched_on(what: str) -> None:
 
 
 def test_the_first_files_of_llama_factory_had_other_names() -> None:
-    settings = converted("llama-factory", {"pref_beta": None, "dpo_beta": 0.3, "dpo_ftx": 1.0}).settings
+    theirs = {"pref_beta": None, "dpo_beta": 0.3, "dpo_ftx": 1.0, "pref_loss": None, "dpo_loss": "ipo"}
+    conversion = converted("llama-factory", theirs, drop_reference=True)
 
-    assert (settings["beta"], settings["cpo_alpha"]) == (0.3, 1.0)
+    settings = conversion.settings
+    assert (settings["dpo_cpo_loss_type"], settings["beta"], settings["cpo_alpha"]) == ("ipo", 0.3, 1.0)
+    assert "dpo_ftx weighs" in told(conversion)
+    with refused(ConfigError, key="dpo_loss"):
+        converted("llama-factory", {"pref_loss": None, "dpo_loss": "kto_pair"})
 
 
 def test_the_first_rows_of_llama_factory_are_taken() -> None:
     settings = converted("llama-factory", {"max_samples": 1000}).settings
 
     assert settings["hf_dataset"][0]["train_split"] == "train[:1000]"
+    counted = converted("llama-factory", {"max_samples": 1000, "val_size": 100, "warmup_ratio": 0.1}, rows=12_000)
+    assert counted.settings["valid_fraction"] == 0.1
 
 
 def test_data_sets_of_the_alignment_handbook() -> None:
@@ -790,7 +820,11 @@ def test_a_data_set_whose_description_is_elsewhere_is_told_of(tmp_path: Path) ->
         ("trl", {"report_to": ["tensorboard", "mlflow"]}, {"report_to": ["tensorboard"]}),
         ("axolotl", {"wandb_project": "mine"}, {"report_to": ["wandb"], "project": "mine"}),
         ("axolotl", {"use_trackio": True, "trackio_run_name": "r"}, {"report_to": ["trackio"], "run_name": "r"}),
-        ("axolotl", {"use_swanlab": True, "swanlab_project": "p"}, {"report_to": ["swanlab"], "project": "p"}),
+        (
+            "axolotl",
+            {"use_swanlab": True, "swanlab_project": "p", "swanlab_experiment_name": "r"},
+            {"report_to": ["swanlab"], "project": "p", "run_name": "r"},
+        ),
         ("llama-factory", {"use_swanlab": True}, {"report_to": ["swanlab"], "project": "llamafactory"}),
     ],
 )
@@ -822,6 +856,7 @@ def test_a_push_goes_to_the_same_repository(name: str, theirs: dict[str, Any], o
 
 def test_axolotl_pushes_where_it_has_a_repository() -> None:
     assert converted("axolotl", {"hub_model_id": "me/it"}).settings["push_to_hub"] == "me/it"
+    assert "push_to_hub" not in converted("axolotl", {"hub_model_id": ""}).settings
 
 
 def test_the_best_checkpoint_is_kept_and_loaded_by_the_same_measure() -> None:

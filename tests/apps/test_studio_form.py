@@ -251,10 +251,11 @@ class TestDocument:
 
     def test_a_file_that_only_tests_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "test.yaml"
-        file.write_text("train_mode: cpo\ntrain: false\ntest: true\n")
+        for line in ("train: false", "train: null", ""):
+            file.write_text(f"train_mode: cpo\ntest: true\n{line}\n")
 
-        with refused(ConfigError, key="train", place=f"in {file}, line 2", allowed="true"):
-            document.read_document(file)
+            with refused(ConfigError, key="train", place=f"in {file}, line 2", allowed="true"):
+                document.read_document(file)
 
     @pytest.mark.parametrize(
         ("line", "key"),

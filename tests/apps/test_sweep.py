@@ -481,6 +481,18 @@ def test_a_run_that_fails_after_a_half_brings_nothing_back_that_was_given_up_the
     assert [one.status for one in outcomes.values()] == [GIVEN_UP, FAILED, GIVEN_UP, FINISHED]
 
 
+def test_a_run_that_fails_on_its_way_to_a_half_takes_no_place_there(write: Callable[..., Path]) -> None:
+    pretended = Pretended(by_beta)
+
+    def launch(folder: Path, is_far_enough: Callable[[], bool]) -> tuple[int, str]:
+        ended = pretended(folder, is_far_enough)
+        return (2, "the device is out of memory") if pretended.launched[-1]["beta"] == 0.4 else ended
+
+    sweep = read_sweep(write(grid={"beta": [0.1, 0.4]}, metric="accuracy", halve_at=0.5))
+
+    assert [one.status for one in carry_out(sweep, launch, print).values()] == [FINISHED, FAILED]
+
+
 def outcome(accuracy: float, nll: float = 1.0, verdict: float = 0.0) -> Outcome:
     row = {"val_accuracies": accuracy, "val_nll_loss": nll, "val_verdict": verdict, "val_loss": nll, "val_margins": 1.0}
     return Outcome(PlannedRun({}, 0, {}, ""), Path(), FINISHED, after=row)

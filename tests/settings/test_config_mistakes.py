@@ -315,6 +315,9 @@ def test_a_quantiser_that_lacks_what_is_asked_of_it(changes: dict[str, Any], key
         ("per_device_train_batch_size: 2", "per_device_train_batch_size", "batch_size"),
         ("fine_tune_type: lora", "fine_tune_type", "train_type"),
         ("lora_layers: 8", "lora_layers", "num_layers"),
+        ("lora-layers: 8", "lora-layers", "num_layers"),
+        ("hf_dataset: {path: a/b, prompt_column: q}", "hf_dataset.prompt_column", "hf_dataset.prompt_feature"),
+        ("lr_schedule: {name: cosine, warmup_steps: 2}", "lr_schedule.warmup_steps", "lr_schedule.warmup"),
         ("num_train_epochs: 3", "num_train_epochs", "epochs"),
         ("lora_r: 8", "lora_r", "lora_parameters.rank"),
         ("lora_alpha: 16", "lora_alpha", "lora_parameters.scale, which is alpha over the rank"),
@@ -336,7 +339,8 @@ def test_a_key_of_another_trainer_is_told_by_its_meaning(tmp_path: Path, written
 @pytest.mark.parametrize(
     ("option", "meant"),
     [
-        ("--lora-alpha", "lora_parameters.scale, which is alpha over the rank"),
+        ("--lora-alpha", "--lora-parameters '{scale: ...}', which is alpha over the rank"),
+        ("--eval-strategy", "--eval-per-epoch, or --steps-per-eval"),
         ("--num-train-epochs", "--epochs"),
         ("--max-steps", "--iters, which counts micro-batches"),
         ("--lr", "--learning-rate"),  # and no abbreviation of --lr-schedule
@@ -378,7 +382,7 @@ def test_arguments_of_an_optimizer_that_is_not_chosen_are_noted(arguments: Any, 
 
 def test_what_keys_of_other_trainers_mean_here_exists() -> None:
     known = {*vars(from_call()), *(f"lora_parameters.{part.name}" for part in LORA_PARAMETERS)}
-    known |= {f"hf_dataset.{key}" for key in DATASET_KEYS}
+    known |= {f"hf_dataset.{key}" for key in DATASET_KEYS} | {"lr_schedule.warmup"}
 
     assert {meant.partition(",")[0] for meant in KEYS_OF_OTHERS.values()} <= known
     assert not set(KEYS_OF_OTHERS) & known
