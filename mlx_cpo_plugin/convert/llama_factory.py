@@ -58,7 +58,7 @@ def convert_llama_factory(source: Source, rows: int | None, drop_reference: bool
     most = source.count("max_samples", least=1)
     if rows and most is not None:
         rows = min(rows, most * len(_names(source.raw("dataset", []))))
-    _convert_data(source, conversion, rows)
+    _convert_data(source, conversion, rows, most)
     conversion.put("max_seq_length", source.count("cutoff_len", 2048), source.gives("cutoff_len"))
     checkpointing = "disable_gradient_checkpointing"
     convert_training_arguments(
@@ -138,13 +138,12 @@ def _convert_model(source: Source, conversion: Conversion) -> None:
         conversion.tell(f"template {named(template, 60)} has no counterpart: the model's own chat template is used.")
 
 
-def _convert_data(source: Source, conversion: Conversion, rows: int | None) -> None:
+def _convert_data(source: Source, conversion: Conversion, rows: int | None, most: int | None) -> None:
     names = _names(source.raw("dataset", []))
     folder = str(source.raw("dataset_dir", "data"))
     entries = (
         [DataEntry(name) for name in names] if folder == "ONLINE" else _described(source, folder, names, conversion)
     )
-    most = source.count("max_samples", least=1)
     if most is not None:
         entries = [
             entry if "[" in entry.train_split else replace(entry, train_split=f"{entry.train_split}[:{most}]")
