@@ -44,8 +44,8 @@ def check_writable(option: str, file: Path) -> None:
         raise ConfigError(f"{option} {file}: nothing can be written there (permission denied); give another.", key=key)
 
 
-def write_json(to: str, text: str) -> None:
-    """Print the text, or write the file.
+def write_json(to: str, text: str, option: str = "--json") -> None:
+    """Print the text, or write the file that an option names.
 
     Raises:
         ConfigError: it cannot be written.
@@ -56,4 +56,5 @@ def write_json(to: str, text: str) -> None:
     try:
         replace_whole(Path(to), lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--json {to} cannot be written ({error.strerror}); give another.", key="json") from error
+        key = option.removeprefix("--")
+        raise ConfigError(f"{option} {to} cannot be written ({error.strerror}); give another.", key=key) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from mlx_cpo_plugin.atomic_files import replace_whole
 from mlx_cpo_plugin.bench.cases import case_of_shape
 from mlx_cpo_plugin.bench.job import PLUGIN, Measurement
 from mlx_cpo_plugin.bench.plots import COLOURS, MARKERS, check_plot_file, pyplot, save
@@ -18,7 +17,7 @@ from mlx_cpo_plugin.bench.random_model import case_in_folder
 from mlx_cpo_plugin.bench.report import environment
 from mlx_cpo_plugin.bench.runs import Runs, Say
 from mlx_cpo_plugin.bench.shapes import Shape
-from mlx_cpo_plugin.json_output import check_writable
+from mlx_cpo_plugin.json_output import check_writable, write_json
 
 SMALL_SHAPE = Shape(prompt=64, chosen=32, rejected=32, batch=1, vocabulary=8192, hidden=256, layers=4)
 DOUBLINGS = 4
@@ -80,8 +79,7 @@ def run_growth(
         "shape": str(shape),
         "curves": {name: [asdict(point) for point in points] for name, points in curves.items()},
     }
-    text = json.dumps(figures, indent=2) + "\n"
-    replace_whole(beside, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_json(str(beside), json.dumps(figures, indent=2), "--growth")
     draw(curves, file)
 
 

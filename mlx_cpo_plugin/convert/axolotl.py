@@ -176,15 +176,12 @@ def _entry(entry: Source, conversion: Conversion) -> DataEntry:
         columns |= {ours: place.text(theirs) for theirs, ours in CUSTOM_COLUMNS.items() if place.gives(theirs)}
     options = {key: entry.raw(key) for key in ("name", "data_files", "revision") if entry.gives(key)}
     entry.raw("ds_type")
-    if isinstance(kind, str) and kind.partition(".")[0] in FORMATS:
-        conversion.tell(
-            f"datasets: type {named(kind, 60)} of {named(path, 60)} does not use the model's chat template; here "
-            "prompts are in its format: set chat_template where they differ."
-        )
-    elif isinstance(kind, str):
-        conversion.tell(
-            f"datasets: type {named(kind, 60)} of {named(path, 60)} is not needed: rows are told apart by their keys."
-        )
+    if isinstance(kind, str):
+        what = "is not needed: rows are told apart by their keys."
+        if kind.partition(".")[0] in FORMATS:
+            what = "does not use the model's chat template; here prompts are in its format: set chat_template where "
+            what += "they differ."
+        conversion.tell(f"datasets: type {named(kind, 60)} of {named(path, 60)} {what}")
     _check_messages(entry, path, conversion)
     return DataEntry(path, options, str(entry.raw("split", "train")), None, columns)
 

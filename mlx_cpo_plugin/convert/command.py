@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from types import ModuleType
 from typing import Any
 
 from mlx_cpo_plugin.atomic_files import replace_whole
@@ -19,14 +18,20 @@ from mlx_cpo_plugin.convert.conversion import Conversion, Converter, Source, acc
 from mlx_cpo_plugin.convert.writing import as_yaml, told_lines
 from mlx_cpo_plugin.errors import ConfigError, named, shown
 from mlx_cpo_plugin.settings.yaml_settings import YamlSettings, read_bytes, read_yaml
+from mlx_cpo_plugin.types import Values
 
-SOURCES: dict[str, tuple[ModuleType, Converter]] = {
-    "axolotl": (axolotl, axolotl.convert_axolotl),
-    "llama-factory": (llama_factory, llama_factory.convert_llama_factory),
-    "simpo": (simpo, simpo.convert_simpo),
-    "trl": (trl, trl.convert_trl),
+
+def _having(marks: Collection[str]) -> Callable[[Values], bool]:
+    return lambda values: any(mark in values for mark in marks)
+
+
+SOURCES: dict[str, tuple[Callable[[Values], bool], Converter]] = {
+    "axolotl": (_having(axolotl.MARKS), axolotl.convert_axolotl),
+    "llama-factory": (_having(llama_factory.MARKS), llama_factory.convert_llama_factory),
+    "simpo": (simpo.recognises, simpo.convert_simpo),
+    "trl": (_having(trl.MARKS), trl.convert_trl),
 }
-"""Value of ``--from`` -> its module and converter; in this order a file is tried, since TRL's keys are everywhere."""
+"""Value of ``--from`` -> whether a file is one of it, and its converter; TRL, whose keys are everywhere, is last."""
 
 PROGRAMS = (".py", ".sh", ".ipynb")
 
@@ -144,9 +149,7 @@ def recognised(settings: YamlSettings, drop_reference: bool = False) -> str:
             key="rlhf_type",
             place=settings.place("rlhf_type"),
         )
-    name = next((name for name, (module, _) in SOURCES.items() if any(mark in values for mark in module.MARKS)), None)
-    if name in (None, "trl") and simpo.is_of_first_versions(values):
-        name = "simpo"
+    name = next((name for name, (recognises, _) in SOURCES.items() if recognises(values)), None)
     if name is None:
         raise ConfigError(
             f"{file} has no key by which a configuration of TRL, Axolotl, LLaMA-Factory or SimPO is recognised; say "

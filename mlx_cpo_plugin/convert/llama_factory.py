@@ -87,8 +87,11 @@ def _convert_loss(source: Source, conversion: Conversion, drop_reference: bool) 
     # The second names are those of its first versions.
     beta = source.number("pref_beta", source.number("dpo_beta", 0.1))
     weight = source.number("pref_ftx", source.number("dpo_ftx", 0.0))
-    theirs = {"pref_beta": "beta", "dpo_beta": "beta", "pref_ftx": "cpo_alpha", "dpo_ftx": "cpo_alpha"}
-    theirs["simpo_gamma"] = "simpo_gamma"
+    theirs = {
+        **dict.fromkeys(("pref_beta", "dpo_beta"), "beta"),
+        **dict.fromkeys(("pref_ftx", "dpo_ftx"), "cpo_alpha"),
+        "simpo_gamma": "simpo_gamma",
+    }
     given = ["dpo_cpo_loss_type", *(ours for key, ours in theirs.items() if source.gives(key))]
     options = {"cpo_alpha": weight}
     if loss == "simpo":

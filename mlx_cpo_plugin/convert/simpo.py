@@ -13,6 +13,11 @@ from mlx_cpo_plugin.convert.training_arguments import convert_training_arguments
 MARKS = ("gamma_beta_ratio", "sft_weight")
 
 
+def recognises(values: Mapping[str, Any]) -> bool:
+    """Whether a file is one of the SimPO authors."""
+    return any(mark in values for mark in MARKS) or is_of_first_versions(values)
+
+
 def is_of_first_versions(values: Mapping[str, Any]) -> bool:
     """Whether a file has the margin itself, which is a discount factor in those of other trainers."""
     others = trl.is_surely_cpo(values) or trl.names_another_trainer(values) or values.get("lam") is not None

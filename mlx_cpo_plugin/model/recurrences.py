@@ -27,7 +27,7 @@ def recurrences_in_chunks(model: nn.Module, chunk_size: int) -> Iterator[None]:
     """
     mixers = [module for module in model.modules() if hasattr(type(module), _SEQUENCE) and hasattr(type(module), _STEP)]
     own = [(mixer, getattr(type(mixer), _SEQUENCE), getattr(type(mixer), _STEP)) for mixer in mixers]
-    with memory_safe_recurrences(model, chunk_size, print if is_first_rank() else _not_said):
+    with memory_safe_recurrences(model, chunk_size, print if is_first_rank() else lambda _: None):
         for mixer, sequence, step in own:
             setattr(mixer, _SEQUENCE, partial(_in_chunks, sequence, chunk_size, mixer))
             setattr(mixer, _STEP, partial(step, mixer))
@@ -37,10 +37,6 @@ def recurrences_in_chunks(model: nn.Module, chunk_size: int) -> Iterator[None]:
             for mixer in mixers:
                 delattr(mixer, _SEQUENCE)
                 delattr(mixer, _STEP)
-
-
-def _not_said(line: str) -> None:
-    """What the first rank says."""
 
 
 def _in_chunks(

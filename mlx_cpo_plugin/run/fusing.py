@@ -93,9 +93,8 @@ class Fusing:
             if is_device_fault(error) or isinstance(error, UserError):
                 raise
             partly = any(target.glob("model*.safetensors")) and not (target / "config.json").exists()
-            what_is_left = "nothing of the new fused model is left"
-            if partly:
-                what_is_left = "the part of the fused model that is there lacks its config.json"
+            part = "the part of the fused model that is there lacks its config.json"
+            what_is_left = part if partly else "nothing of the new fused model is left"
             raise FuseError(
                 f"The fused model cannot be written to {target} ({first_line(error)}); free space there. "
                 f"The adapter is intact, and {what_is_left}.",

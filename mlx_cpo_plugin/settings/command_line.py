@@ -53,7 +53,7 @@ class CommandLineParser(argparse.ArgumentParser):
         flag = re.search(r"--([\w-]+)", message)
         raise ConfigError(
             f"Command line: {message}; --help lists what is allowed.",
-            key=flag[1].replace("-", "_") if flag else "",
+            key=as_key(flag[1]) if flag else "",
             place=ON_THE_COMMAND_LINE,
         )
 

@@ -99,7 +99,6 @@ KEYS_OF_OTHERS = {
 }
 """Key of other trainers -> what means the same here."""
 
-_A_KIND = {"key": "a key", "option": "an option"}
 _MUCH_MORE = 0.1
 
 LARGEST_INTEGER = 2**31 - 1
@@ -158,7 +157,8 @@ def unknown(
     if (meant := KEYS_OF_OTHERS.get(inside + as_key(name))) is not None:
         key, meant = inside + name, as_flags(meant, known) if kind == "option" else meant
         allowed = meant.partition(",")[0]
-        sentence = f"{key} is not {_A_KIND.get(kind, kind)} of this plugin ({where}); did you mean {meant}?"
+        article = "an" if kind[0] in "aeiou" else "a"
+        sentence = f"{key} is not {article} {kind} of this plugin ({where}); did you mean {meant}?"
         return ConfigError(sentence, key=key, place=where, allowed=allowed)
     allowed = ", ".join(known) if len(known) <= 14 else ""
     advice = f"known are {allowed}." if allowed else "remove it."

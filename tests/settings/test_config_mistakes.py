@@ -16,6 +16,7 @@ from mlx_cpo_plugin.settings import config
 from mlx_cpo_plugin.settings.cpo_options import LOSS_OPTION
 from mlx_cpo_plugin.settings.nested import DATASET_KEYS, LORA_PARAMETERS
 from mlx_cpo_plugin.settings.validation import KEYS_OF_OTHERS
+from mlx_cpo_plugin.training.arguments import check_loss_options
 
 
 def write(folder: Path, content: str | Mapping[str, Any]) -> Path:
@@ -350,7 +351,15 @@ def test_a_key_of_another_trainer_is_told_by_its_meaning(tmp_path: Path, written
 def test_an_option_of_another_trainer_is_told_by_its_meaning(option: str, meant: str) -> None:
     error = refusal(["--train-mode", "cpo", option, "3"])
 
-    assert str(error) == (f"{option} is not an option of this plugin (on the command line); did you mean {meant}?")
+    assert str(error) == f"{option} is not an option of this plugin (on the command line); did you mean {meant}?"
+
+
+def test_a_loss_option_of_another_trainer_is_told_by_its_meaning() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_loss_options("sigmoid", {"rpo_alpha": 1.0})
+
+    told = "rpo_alpha is not a loss option of this plugin (in the call); did you mean cpo_alpha?"
+    assert str(raised.value) == told
 
 
 def test_an_abbreviation_with_the_same_meaning_is_one() -> None:
